@@ -1,0 +1,90 @@
+# `make help` lists the targets. TORCH= and TORCH_INDEX= choose another build of torch, such as
+#   make install TORCH=torch==2.13.0 TORCH_INDEX=https://download.pytorch.org/whl/cu128
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTOS := $(wildcard proto/mintrpc/v1/*.proto)
+STUBS := $(VENV)/.stubs
+EMBEDDED := .models/SmolLM2-135M-Instruct
+MODEL ?= $(EMBEDDED)
+MODEL_NAME ?=
+STORE ?= .store
+KEYS ?= keys.txt
+BASELINE := proto/baseline.binpb
+SERVE_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench clean
+
+help:  ## Lists the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps trl==1.16.0  # tests read the chat templates that it carries
+	@touch $@
+
+install: $(INSTALLED) $(STUBS)  ## Builds .venv with everything, torch first
+
+$(STUBS): $(PROTOS) $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=proto --grpc_python_out=proto --pyi_out=proto --mypy_grpc_out=proto $(PROTOS)
+	@touch $@
+
+proto: $(STUBS)  ## Generates the Python stubs from proto/
+
+$(EMBEDDED)/config.json: | $(INSTALLED)
+	$(BIN)/python -m mint_core.embedded_model $(EMBEDDED)
+
+model: $(EMBEDDED)/config.json  ## Unpacks and converts the embedded model, once
+
+# What a service needs before it starts: the embedded model only if no other is named.
+SERVABLE := install $(if $(filter $(EMBEDDED),$(MODEL)),model)
+FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store $(STORE) $(SERVE_FLAGS)
+
+serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= SERVE_FLAGS= choose
+	$(BIN)/python -m mint_core.serve $(FLAGS)
+
+serve-trainer: $(SERVABLE)  ## Starts the trainer alone
+	$(BIN)/python -m trainer_service $(FLAGS)
+
+serve-sampler: $(SERVABLE)  ## Starts the sampler alone
+	$(BIN)/python -m sampler_service $(FLAGS)
+
+key: install  ## Makes a key: TENANT=name KEYS=file
+	$(BIN)/python -m mint_core.access $(TENANT) $(KEYS)
+
+quickstart: install model  ## Starts both services, trains on products, samples, stops
+	$(BIN)/python examples/quickstart_local.py
+
+format: install  ## Formats sources and contract
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+	$(BIN)/buf format -w
+
+check: install  ## Lints code and contract, checks types and that the contract breaks nobody
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format -d --exit-code
+	$(BIN)/buf breaking --against $(BASELINE)
+
+baseline: install  ## Makes the contract as it is the one that later changes must not break
+	$(BIN)/buf build -o $(BASELINE)
+
+test: install model  ## Every test that needs no accelerator and is not slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+soak: install model  ## The slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+bench: install  ## Measures what the services add to the engine
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_overhead.py
+
+clean:  ## Removes what was generated, but not .venv, models or stores
+	rm -rf proto/mintrpc/v1/*_pb2*.py* $(STUBS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,132 @@
+"""The files of a checkpoint: PEFT's two, and the moments for training state."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
+from checkpoint_store.manifest import FileEntry
+from mint_core.errors import InvalidRequest
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+Floats = NDArray[np.float32]
+_EXP_AVG, _EXP_AVG_SQ = "exp_avg.", "exp_avg_sq."
+
+
+def write_adapter(folder: Path, spec: AdapterSpec, base_model: str, weights: AdapterArrays) -> None:
+    """Writes what `PeftModel.from_pretrained` opens."""
+    (folder / CONFIG_FILE).write_text(json.dumps(_peft_config(spec, base_model), indent=2) + "\n")
+    _save(folder / WEIGHTS_FILE, weights)
+
+
+def write_moments(folder: Path, exp_avg: AdapterArrays, exp_avg_sq: AdapterArrays) -> None:
+    first = {_EXP_AVG + name: array for name, array in exp_avg.items()}
+    second = {_EXP_AVG_SQ + name: array for name, array in exp_avg_sq.items()}
+    _save(folder / OPTIMIZER_FILE, first | second)
+
+
+def read_weights(folder: Path) -> dict[str, Floats]:
+    return dict(load_file(folder / WEIGHTS_FILE))
+
+
+def read_moments(folder: Path) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """First and second moments, by the weights' names."""
+    arrays = load_file(folder / OPTIMIZER_FILE)
+    return _with_prefix(arrays, _EXP_AVG), _with_prefix(arrays, _EXP_AVG_SQ)
+
+
+def check_arrays(path: str, spec: AdapterSpec, arrays: AdapterArrays) -> None:
+    """Refuses arrays that are not an adapter of that shape, or not finite."""
+    expected = {name for m in spec.modules for name in (lora_a_name(m), lora_b_name(m))}
+    if odd := sorted(expected ^ set(arrays)):
+        problem = "is missing" if odd[0] in expected else "does not belong to the adapter"
+        raise InvalidRequest(
+            f"tensor `{odd[0]}` of checkpoint `{path}` {problem}; "
+            f"an adapter has A and B of each of its {len(spec.modules)} modules",
+            path=path,
+            tensor=odd[0],
+        )
+    for module in spec.modules:
+        a, b = arrays[lora_a_name(module)], arrays[lora_b_name(module)]  # [rank, in], [out, rank]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != spec.rank or b.shape[1] != spec.rank:
+            raise InvalidRequest(
+                f"A and B of `{module}` in checkpoint `{path}` have shapes {a.shape} and "
+                f"{b.shape}; rank {spec.rank} needs [{spec.rank}, in] and [out, {spec.rank}]",
+                path=path,
+                module=module,
+            )
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise InvalidRequest(
+                f"tensor `{name}` of checkpoint `{path}` is {array.dtype}; adapters are float32",
+                path=path,
+                tensor=name,
+            )
+        if not np.isfinite(array).all():
+            raise WeightsNotFinite(path, name)
+
+
+def flush_files(folder: Path) -> dict[str, FileEntry]:
+    """Brings every file of the folder to disk and describes it."""
+    entries = {}
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            os.fsync(opened.fileno())
+        entries[file.name] = FileEntry(file.stat().st_size, digest)
+    return entries
+
+
+def verify_file(path: str, file: Path, entry: FileEntry) -> None:
+    """Refuses a file that is not, byte for byte, the one that was published."""
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        size_bytes = file.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointDamaged(path, file.name, "is missing") from None
+    if size_bytes != entry.size_bytes:
+        problem = f"has {size_bytes} bytes where {entry.size_bytes} were published"
+        raise CheckpointDamaged(path, file.name, problem)
+    if digest != entry.sha256:
+        raise CheckpointDamaged(path, file.name, "does not match its SHA-256")
+
+
+def _save(file: Path, arrays: AdapterArrays) -> None:
+    # safetensors writes an array's memory, whatever its strides are.
+    plain = {name: np.ascontiguousarray(array, dtype="<f4") for name, array in arrays.items()}
+    # Its own file writer would make files that only this user can read.
+    file.write_bytes(save(plain, metadata={"format": "pt"}))
+
+
+def _with_prefix(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:
+    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+
+
+def _peft_config(spec: AdapterSpec, base_model: str) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "use_rslora": spec.use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # Full names: a bare `q_proj` would also match modules that were not trained.
+        "target_modules": list(spec.modules),
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }

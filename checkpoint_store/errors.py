@@ -1,0 +1,31 @@
+"""What only the store can find wrong."""
+
+from mint_core.errors import FailedPrecondition, InvalidRequest
+
+
+class CheckpointDamaged(FailedPrecondition):
+    """The files are not those that were published."""
+
+    reason = "CHECKPOINT_DAMAGED"
+
+    def __init__(self, path: str, file: str, problem: str) -> None:
+        super().__init__(
+            f"`{file}` of checkpoint `{path}` {problem}; use another revision or save again",
+            path=path,
+            file=file,
+            problem=problem,
+        )
+
+
+class WeightsNotFinite(InvalidRequest):
+    """NaN or Inf in weights or moments."""
+
+    reason = "WEIGHTS_NOT_FINITE"
+
+    def __init__(self, path: str, tensor: str) -> None:
+        super().__init__(
+            f"tensor `{tensor}` of checkpoint `{path}` holds NaN or Inf; go back to a "
+            "saved state and train with a lower learning rate",
+            path=path,
+            tensor=tensor,
+        )

@@ -1,0 +1,85 @@
+"""Where things lie: `<root>/<training_run_id>/<kind>/<name>/<revision>/`.
+
+What is being written lies in `<root>/.staging/`.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from checkpoint_store import revisions
+from checkpoint_store.errors import CheckpointDamaged
+from checkpoint_store.manifest import Manifest
+from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointPath
+
+logger = logging.getLogger(__name__)
+
+_GENERATED_NAME = re.compile(r"snapshot-[0-9a-f]{32}")
+
+
+class StoreLayout:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.staging = root / ".staging"  # no run id starts with a dot
+
+    def name_folder(self, path: CheckpointPath) -> Path:
+        return self._root / path.training_run_id / path.kind / path.name
+
+    def revision_folder(self, path: CheckpointPath) -> Path:
+        return self.name_folder(path) / str(path.revision)
+
+    def newest_first(self, path: CheckpointPath) -> Iterator[Manifest]:
+        """The revision that the path names, or all of its name. A damaged manifest raises."""
+        numbers = (
+            [path.revision] if path.revision else revisions.live_revisions(self.name_folder(path))
+        )
+        for number in reversed(numbers):
+            revision = path.at(number)
+            manifest = revisions.read_manifest(self.revision_folder(revision), revision)
+            if manifest is not None:
+                yield manifest
+
+    def revisions_of(self, path: CheckpointPath) -> list[Manifest]:
+        """All revisions of a name, in order; damaged ones are only logged."""
+        found: list[Manifest] = []
+        for number in revisions.live_revisions(self.name_folder(path)):
+            try:
+                found += self.newest_first(path.at(number))
+            except CheckpointDamaged as error:
+                logger.warning("%s", error)
+        return found
+
+    def names(self, training_run_id: str | None = None) -> Iterator[CheckpointPath]:
+        """Every name of a run, or of all runs, those without revisions too."""
+        for run in [training_run_id] if training_run_id else _entries(self._root):
+            for kind in (WEIGHTS, SAMPLER_WEIGHTS):
+                for name in _entries(self._root / run / kind):
+                    yield CheckpointPath(run, kind, name)
+
+    def all_revisions(self, training_run_id: str | None = None) -> Iterator[Manifest]:
+        for name in self.names(training_run_id):
+            yield from self.revisions_of(name)
+
+    def tidy(self, path: CheckpointPath) -> None:
+        """Removes what dead revisions of a name left behind."""
+        folder = self.name_folder(path)
+        revisions.clear_tombstones(folder)
+        if _GENERATED_NAME.fullmatch(path.name) and revisions.all_dead(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clear_staging(self, *, older_than: datetime) -> None:
+        for name in _entries(self.staging):
+            entry = self.staging / name
+            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) < older_than:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in order; none if it does not exist."""
+    try:
+        return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError:
+        return []

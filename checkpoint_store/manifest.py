@@ -1,0 +1,132 @@
+"""What a checkpoint says of itself: `manifest.json`."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointKind, CheckpointPath
+from mint_core.lora.spec import AdapterSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    size_bytes: int
+    sha256: str  # hexadecimal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One revision. Times are aware, in UTC."""
+
+    tenant: str
+    training_run_id: str
+    kind: CheckpointKind
+    name: str
+    revision: int
+    base_model: str
+    base_fingerprint: str
+    spec: AdapterSpec
+    step: int
+    create_time: datetime
+    expire_time: datetime | None = None  # None: kept until deleted, or as `unused_limit_s` says
+    unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def path(self) -> CheckpointPath:
+        """Of the name."""
+        return CheckpointPath(self.training_run_id, self.kind, self.name)
+
+    @property
+    def revision_path(self) -> CheckpointPath:
+        return self.path.at(self.revision)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files.values())
+
+    @property
+    def named(self) -> bool:
+        """False for a snapshot whose name was generated."""
+        return self.unused_limit_s is None
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON that ends in its own digest, so that damage to the manifest shows too."""
+    spec = manifest.spec
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "tenant": manifest.tenant,
+        "training_run_id": manifest.training_run_id,
+        "kind": manifest.kind,
+        "name": manifest.name,
+        "revision": manifest.revision,
+        "base_model": manifest.base_model,
+        "base_fingerprint": manifest.base_fingerprint,
+        "adapter": {
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+            "use_rslora": spec.use_rslora,
+            "seed": spec.seed,
+            "modules": list(spec.modules),
+        },
+        "step": manifest.step,
+        "create_time": manifest.create_time.isoformat(),
+        "expire_time": manifest.expire_time and manifest.expire_time.isoformat(),
+        "unused_limit_s": manifest.unused_limit_s,
+        "metadata": dict(manifest.metadata),
+        "files": {
+            name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
+            for name, entry in manifest.files.items()
+        },
+    }
+    return json.dumps(content | {"manifest_sha256": _digest(content)}, indent=1).encode()
+
+
+def decode_manifest(encoded: bytes) -> Manifest:
+    """Raises ValueError with what is wrong."""
+    try:
+        content = json.loads(encoded)
+        digest = content.pop("manifest_sha256")
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise ValueError("is torn or not a manifest") from None
+    if digest != _digest(content):
+        raise ValueError("does not match its own SHA-256")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"has format version {version!r} where {FORMAT_VERSION} is read here")
+    try:
+        return _from_content(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"lacks or garbles {error}") from None
+
+
+def _from_content(content: dict[str, Any]) -> Manifest:
+    adapter = content["adapter"]
+    expire_time = content["expire_time"]
+    return Manifest(
+        tenant=content["tenant"],
+        training_run_id=content["training_run_id"],
+        kind=WEIGHTS if content["kind"] == WEIGHTS else SAMPLER_WEIGHTS,
+        name=content["name"],
+        revision=content["revision"],
+        base_model=content["base_model"],
+        base_fingerprint=content["base_fingerprint"],
+        spec=AdapterSpec(**(adapter | {"modules": tuple(adapter["modules"])})),
+        step=content["step"],
+        create_time=datetime.fromisoformat(content["create_time"]),
+        expire_time=expire_time and datetime.fromisoformat(expire_time),
+        unused_limit_s=content["unused_limit_s"],
+        metadata=content["metadata"],
+        files={name: FileEntry(**entry) for name, entry in content["files"].items()},
+    )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""A checkpoint that is being read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint_store.adapter_files import (
+    OPTIMIZER_FILE,
+    Floats,
+    check_arrays,
+    read_moments,
+    read_weights,
+)
+from checkpoint_store.manifest import Manifest
+from mint_core.errors import CheckpointNotFound, FailedPrecondition
+from mint_core.lora.spec import AdapterArrays
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCheckpoint:
+    """A revision whose files have been verified. Arrays have PEFT's tensor names."""
+
+    manifest: Manifest
+    folder: Path  # opens with `PeftModel.from_pretrained`
+
+    @property
+    def has_optimizer(self) -> bool:
+        return OPTIMIZER_FILE in self.manifest.files
+
+    def weights(self) -> dict[str, Floats]:
+        with self._found():
+            weights = read_weights(self.folder)
+        self._check(weights)
+        return weights
+
+    def exp_avg(self) -> dict[str, Floats]:
+        return self._moments()[0]
+
+    def exp_avg_sq(self) -> dict[str, Floats]:
+        return self._moments()[1]
+
+    def _moments(self) -> tuple[dict[str, Floats], dict[str, Floats]]:
+        path = self.manifest.revision_path
+        if not self.has_optimizer:
+            raise FailedPrecondition(
+                f"checkpoint `{path}` has no optimizer state; load it without, or use a "
+                f"path of kind `weights`",
+                path=path,
+            )
+        with self._found():
+            moments = read_moments(self.folder)
+        for arrays in moments:
+            self._check(arrays)
+        return moments
+
+    def _check(self, arrays: AdapterArrays) -> None:
+        check_arrays(str(self.manifest.revision_path), self.manifest.spec, arrays)
+
+    @contextmanager
+    def _found(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:  # deleted since it was opened
+            raise CheckpointNotFound(str(self.manifest.revision_path)) from None

@@ -1,0 +1,77 @@
+"""How checkpoints are named."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from mint_core.errors import InvalidRequest
+
+CheckpointKind = Literal["weights", "sampler_weights"]
+WEIGHTS: CheckpointKind = "weights"  # training state: weights, moments, step
+SAMPLER_WEIGHTS: CheckpointKind = "sampler_weights"  # the adapter alone
+
+LEGAL_FORMS = (
+    "`mint://<training_run_id>/weights/<name>` for training state or "
+    "`mint://<training_run_id>/sampler_weights/<name>` for an adapter, "
+    "either with `@<revision>` at its end"
+)
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_PATH = re.compile(
+    rf"mint://(?P<run>{_NAME})/(?P<kind>weights|sampler_weights)/(?P<name>{_NAME})"
+    r"(?:@(?P<revision>[1-9][0-9]{0,17}))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPath:
+    """A path taken apart. Without `revision` it means the newest."""
+
+    training_run_id: str
+    kind: CheckpointKind
+    name: str
+    revision: int | None = None
+
+    def __str__(self) -> str:
+        suffix = "" if self.revision is None else f"@{self.revision}"
+        return f"mint://{self.training_run_id}/{self.kind}/{self.name}{suffix}"
+
+    def at(self, revision: int | None) -> "CheckpointPath":
+        return CheckpointPath(self.training_run_id, self.kind, self.name, revision)
+
+
+def parse_path(
+    path: str, *, kind: CheckpointKind | None = None, field: str = "path"
+) -> CheckpointPath:
+    """Takes a path apart; with `kind`, refuses paths of the other kind."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise InvalidRequest(
+            f"`{field}` {path!r} is not a checkpoint path; write {LEGAL_FORMS}",
+            field=field,
+            path=path,
+        )
+    found: CheckpointKind = WEIGHTS if match["kind"] == WEIGHTS else SAMPLER_WEIGHTS
+    if kind is not None and found != kind:
+        raise InvalidRequest(
+            f"`{field}` {path!r} is of kind `{found}` where `{kind}` is needed; "
+            f"write {LEGAL_FORMS}",
+            field=field,
+            path=path,
+            kind=kind,
+        )
+    revision = None if match["revision"] is None else int(match["revision"])
+    return CheckpointPath(match["run"], found, match["name"], revision)
+
+
+def check_name(name: str, *, field: str = "name") -> str:
+    """Returns the name, or refuses it."""
+    if re.fullmatch(_NAME, name, re.ASCII) is None:
+        raise InvalidRequest(
+            f"`{field}` {name!r} cannot name a checkpoint; use 1 to 128 letters, digits, `.`, `_` "
+            "and `-`, the first a letter or digit",
+            field=field,
+            name=name,
+        )
+    return name

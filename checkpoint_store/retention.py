@@ -1,0 +1,48 @@
+"""How long revisions are kept.
+
+- A named revision with a TTL: until its `expire_time`; the newest without one: until deleted.
+- A revision that a newer one of its name has followed: 24 h after its last use.
+- An unnamed snapshot: 24 h after its last use, or until its `expire_time` if that is later.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from itertools import zip_longest
+
+from checkpoint_store.manifest import Manifest
+
+UNUSED_LIMIT_S = 24 * 3600
+
+
+def past_expiry(manifest: Manifest, now: datetime) -> bool:
+    """Whether a named revision's time is over: readers no longer find it, swept or not."""
+    return manifest.named and manifest.expire_time is not None and manifest.expire_time <= now
+
+
+def removable(
+    manifest: Manifest, *, followed: datetime | None, last_used: datetime | None, now: datetime
+) -> bool:
+    """Whether a sweep may remove a revision; `followed` is when the next one was published."""
+    if past_expiry(manifest, now):
+        return True
+    if manifest.named and followed is None:
+        return False
+    limit_s = UNUSED_LIMIT_S if manifest.unused_limit_s is None else manifest.unused_limit_s
+    end = _latest(manifest.create_time, followed, last_used) + timedelta(seconds=limit_s)
+    return _latest(end, None if manifest.named else manifest.expire_time) <= now
+
+
+def removable_of_name(
+    revisions: Sequence[tuple[Manifest, datetime | None]], now: datetime
+) -> list[int]:
+    """Numbers that a sweep may remove, of all revisions of a name in order, with their last use."""
+    following = [manifest.create_time for manifest, _ in revisions[1:]]
+    return [
+        manifest.revision
+        for (manifest, last_used), followed in zip_longest(revisions, following)
+        if removable(manifest, followed=followed, last_used=last_used, now=now)
+    ]
+
+
+def _latest(time: datetime, *others: datetime | None) -> datetime:
+    return max(time, *(other for other in others if other is not None), time)

@@ -1,0 +1,143 @@
+"""One name's folder: `<root>/<training_run_id>/<kind>/<name>/<revision>/`.
+
+Revisions are numbers, 1, 2, 3, ... A revision exists from the rename that puts its folder there
+until its manifest is removed. The highest number ever given keeps its folder, as a tombstone if
+need be, so no number is given twice. Renaming onto a folder that is not empty fails, which is how
+two writers of one name, on one host or two, get two numbers.
+"""
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from checkpoint_store.errors import CheckpointDamaged
+from checkpoint_store.manifest import Manifest, decode_manifest
+from checkpoint_store.paths import CheckpointPath
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+_LEASE_FILE = "last_used"  # its modification time counts
+_TOMBSTONE_FILE = "deleted"
+
+
+def live_revisions(folder: Path) -> list[int]:
+    """Numbers of the revisions that exist, in order."""
+    return [n for n in _numbers(folder) if (folder / str(n) / MANIFEST_FILE).exists()]
+
+
+def place(staging: Path, folder: Path, prepare: Callable[[int], None]) -> int:
+    """Publishes a staged folder under the next free number and returns the number.
+
+    `prepare` learns the number beforehand, again if another writer was quicker.
+    """
+    make_folder(folder)
+    while True:
+        revision = max(_numbers(folder), default=0) + 1
+        prepare(revision)
+        try:
+            staging.rename(folder / str(revision))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            flush_folder(folder)
+            return revision
+
+
+def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
+    """The manifest of a revision, or None if the revision does not exist."""
+    try:
+        encoded = (folder / MANIFEST_FILE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        manifest = decode_manifest(encoded)
+    except ValueError as error:
+        raise CheckpointDamaged(str(path), MANIFEST_FILE, str(error)) from None
+    if manifest.revision_path != path:
+        problem = f"is that of `{manifest.revision_path}`"
+        raise CheckpointDamaged(str(path), MANIFEST_FILE, problem)
+    return manifest
+
+
+def bury(folder: Path) -> None:
+    """Removes a revision's files. Its number stays taken.
+
+    The manifest goes first: killed half way, the revision is gone for readers all the same.
+    """
+    (folder / _TOMBSTONE_FILE).touch()
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if file.name != _TOMBSTONE_FILE:
+            file.unlink(missing_ok=True)
+
+
+def all_dead(folder: Path) -> bool:
+    """Whether the name has had revisions and none exists."""
+    return bool(_numbers(folder)) and not live_revisions(folder)
+
+
+def clear_tombstones(folder: Path) -> None:
+    """Drops dead revisions below the highest number, and what a burial cut short has left."""
+    numbers = _numbers(folder)
+    live = live_revisions(folder)
+    for number in numbers:
+        if number in live:
+            continue
+        if number < numbers[-1]:
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+        else:
+            bury(folder / str(number))
+
+
+def renew_lease(folder: Path) -> None:
+    """Notes that the revision is in use now, as far as this host may write there."""
+    try:
+        (folder / _LEASE_FILE).touch()
+    except OSError as error:
+        logger.warning("cannot note the use of %s: %s", folder, error)
+
+
+def last_used(folder: Path) -> datetime | None:
+    """When the revision was last opened; None: never."""
+    try:
+        return datetime.fromtimestamp((folder / _LEASE_FILE).stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, each of them on disk."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush_folder(folder.parent)
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Brings the entries of a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _numbers(folder: Path) -> list[int]:
+    try:
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,114 @@
+"""What front and engine say to each other, and the engine's side of the pipe. No gRPC here.
+
+An engine module is run as `python -m <module> <fd>` and calls `connect`. The first thing it
+receives is its configuration; the first thing it sends is `Hello`, or `Failure(0, ...)` if it
+cannot start.
+"""
+
+import ctypes
+import logging
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mint_core.errors import EngineFault, MintError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    number: int  # 0: no answer is wanted
+    job: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    number: int  # 0: the engine could not start
+    error: MintError
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Still working."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDescription:
+    """The base model as the engine loaded it."""
+
+    name: str
+    folder: str  # with the tokenizer's files
+    context_length: int  # tokens
+    vocabulary_size: int
+    max_lora_rank: int
+    fingerprint: str
+    dtype: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    bitwise_reproducible: bool
+    linear_modules: tuple[str, ...]  # full names of the nn.Linear layers that LoRA can train
+    memory_bytes: int  # of the base weights
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    model: ModelDescription
+    max_batch_tokens: int = 0  # trainer: most tokens of one pass
+
+
+class EnginePipe:
+    """The engine's end. `receive` returns None when the front is gone."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def waiting(self) -> bool:
+        """Whether `receive` would return at once."""
+        return self._connection.poll(0)
+
+    def send(self, message: object) -> None:
+        self._connection.send(message)
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Sends a domain error as it is, and anything else as our bug."""
+        if not isinstance(error, MintError):
+            logger.error("call failed in the engine\n%s", traceback.format_exc())
+            error = EngineFault(
+                f"the engine failed with {type(error).__name__}; the server's log has the details"
+            )
+        self.send(Failure(number, error))
+
+
+def connect() -> tuple[EnginePipe, Any]:
+    """Opens the pipe whose descriptor is the first argument and returns it with the engine's
+    configuration.
+    """
+    _die_with_the_front()
+    pipe = EnginePipe(Connection(int(sys.argv[1])))
+    config = pipe.receive()
+    if config is None:
+        raise SystemExit("the front ended before it sent a configuration")
+    return pipe, config
+
+
+def _die_with_the_front() -> None:
+    """Lets the kernel end an engine that hangs or computes when its front is killed."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)

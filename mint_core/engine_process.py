@@ -1,0 +1,296 @@
+"""The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
+
+The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
+were with it fail with `EngineFault`, `on_death` is told, and a new process starts; calls made
+meanwhile wait for it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mint_core.engine_pipe import Call, Failure, Heartbeat, Hello, Reply
+from mint_core.errors import EngineFault, MintError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+START_LIMIT_S = 1800.0  # loading a large base from a cold disk
+EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
+RESTART_DELAY_S = 1.0  # doubled after each start that failed
+MAX_RESTART_DELAY_S = 60.0
+WATCH_INTERVAL_S = 0.5
+
+
+class _Child:
+    """One engine process. Two threads feed its pipe: a full one must not stop the event loop."""
+
+    def __init__(
+        self, module: str, config: object, deliver: Callable[[Any], None], ended: Callable[[], None]
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the front, which ends its engine
+            )
+        self._connection = Connection(ours.detach())
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox.put(config)
+        self._deliver = deliver
+        self._ended = ended
+        self._writer = threading.Thread(target=self._write, daemon=True, name="engine-writer")
+        self._writer.start()
+        self._reader = threading.Thread(target=self._read, daemon=True, name="engine-reader")
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int:
+        """Of a child that has ended."""
+        return self._process.returncode
+
+    def send(self, message: object) -> None:
+        self._outbox.put(message)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self) -> None:
+        """Blocks until the process and its threads have ended."""
+        self._reader.join()
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._connection.send(message)
+            except OSError:
+                return  # the reader sees the end of the pipe and reports it
+            except Exception:
+                logger.exception("a message could not be sent to the engine")
+                self.kill()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._deliver(self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("a message of the engine could not be read")
+            self.kill()
+        self._await_end()
+        self._outbox.put(None)
+        self._writer.join()
+        self._connection.close()
+        self._ended()
+
+    def _await_end(self) -> None:
+        try:
+            self._process.wait(EXIT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # a process without its pipe is of no use
+            self._process.wait()
+
+
+class EngineProcess:
+    """Calls into an engine that may die. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        module: str,  # run as `python -m <module> <fd>`; see mint_core.engine_pipe
+        config: object,
+        *,
+        on_death: Callable[[str], None] = lambda why: None,
+    ) -> None:
+        self._module = module
+        self._config = config
+        self._on_death = on_death
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.Future[Any], float]] = {}
+        self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
+        self._start_error: MintError | None = None
+        self._child: _Child | None = None
+        self._last_word = time.monotonic()
+        self._why_killed = ""
+        self._watchdog: asyncio.Task[None] | None = None
+        self._restart: asyncio.TimerHandle | None = None
+        self._restart_delay_s = RESTART_DELAY_S
+        self.restarts = 0
+        self.changed = asyncio.Event()  # set when `ready` changes, for one reader who clears it
+
+    @property
+    def ready(self) -> bool:
+        return self._child is not None and self._attempt is not None and self._attempt.done()
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
+    async def start(self) -> Hello:
+        """Starts the engine and returns its first word. Raises what kept it from loading."""
+        self._attempt = asyncio.get_running_loop().create_future()
+        self._watchdog = asyncio.create_task(self._watch())
+        self._spawn()
+        try:
+            return await self.hello()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def hello(self) -> Hello:
+        """Waits until the engine is up and returns what it said of itself."""
+        assert self._attempt is not None, "start() comes first"
+        return await asyncio.shield(self._attempt)
+
+    async def call(self, job: object, *, silence_limit_s: float = 60.0) -> Any:
+        """Runs a job in the engine, which is killed if it says nothing for `silence_limit_s`."""
+        while not self.ready:
+            await self.hello()
+        assert self._child is not None
+        number = next(self._numbers)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self._waiting:
+            self._last_word = time.monotonic()
+        self._waiting[number] = (future, silence_limit_s)
+        self._child.send(Call(number, job))
+        try:
+            return await future
+        finally:
+            self._waiting.pop(number, None)
+
+    def cast(self, job: object) -> None:
+        """Sends a job without waiting for an answer, such as the abort of another."""
+        if self._child is not None and self.ready:
+            self._child.send(Call(0, job))
+
+    async def close(self) -> None:
+        """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
+        if self._restart:
+            self._restart.cancel()
+        if self._watchdog:
+            self._watchdog.cancel()
+        child, self._child = self._child, None
+        gone = Unavailable("the server is shutting down; send the call again")
+        self._fail_attempt(gone)
+        self._fail_waiting(gone)
+        self.changed.set()
+        if child:
+            child.kill()
+            await asyncio.to_thread(child.join)
+
+    def _spawn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_word = time.monotonic()
+
+        def post(callback: Callable[..., None], *args: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(callback, *args)
+
+        child = _Child(
+            self._module,
+            self._config,
+            deliver=lambda message: post(self._receive, child, message),
+            ended=lambda: post(self._bury, child),
+        )
+        self._child = child
+
+    def _receive(self, child: _Child, message: object) -> None:
+        if child is not self._child:
+            return
+        self._last_word = time.monotonic()
+        match message:
+            case Hello():
+                assert self._attempt is not None
+                self._attempt.set_result(message)
+                self._restart_delay_s = RESTART_DELAY_S
+                self.changed.set()
+                logger.info("engine ready pid=%d", child.pid)
+            case Reply(number, value):
+                self._settle(number, value, None)
+            case Failure(0, error):
+                self._start_error = error
+            case Failure(number, error):
+                self._settle(number, None, error)
+            case Heartbeat():
+                pass
+            case _:
+                raise AssertionError(f"unknown message {message!r}")
+
+    def _settle(self, number: int, value: object, error: MintError | None) -> None:
+        future, _ = self._waiting.get(number, (None, 0.0))
+        if future is None or future.done():
+            return  # its caller has left
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    def _bury(self, child: _Child) -> None:
+        if child is not self._child:
+            return
+        was_up = self.ready
+        self._child = None
+        why = self._why_killed or f"the engine ended with {_exit(child.exit_code)}"
+        cause, self._start_error, self._why_killed = self._start_error, None, ""
+        if was_up:
+            self._on_death(why)
+            self._fail_waiting(EngineFault(f"{why}; another is starting"))
+        elif self.restarts == 0 and not self._restart:
+            self._fail_attempt(cause or EngineFault(f"{why} while it started; its log says why"))
+            return  # start() raises it
+        else:
+            why = cause.message if cause else why
+            self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))
+            self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
+        logger.error("%s; starting another in %.0f s", why, self._restart_delay_s)
+        loop = asyncio.get_running_loop()
+        self._attempt = loop.create_future()
+        self._restart = loop.call_later(self._restart_delay_s, self._respawn)
+        self.changed.set()
+
+    def _respawn(self) -> None:
+        self.restarts += 1
+        self._spawn()
+
+    def _fail_attempt(self, error: MintError) -> None:
+        if self._attempt is None or self._attempt.done():
+            self._attempt = asyncio.get_running_loop().create_future()
+        self._attempt.set_exception(error)
+        self._attempt.exception()  # retrieved: nobody need wait for it
+
+    def _fail_waiting(self, error: MintError) -> None:
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._child is None or self._why_killed:
+                continue
+            limit_s = max((limit_s for _, limit_s in self._waiting.values()), default=float("inf"))
+            if not self.ready:
+                limit_s = START_LIMIT_S
+            silent_s = time.monotonic() - self._last_word
+            if silent_s > limit_s:
+                self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"
+                self._child.kill()
+
+
+def _exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"

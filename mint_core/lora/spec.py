@@ -1,0 +1,55 @@
+"""What an adapter is, without its weights. Free of torch, so that fronts and stores can speak of it
+too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEFAULT_ALPHA = 32.0
+
+# Adapter weights on their way between processes: PEFT's tensor names to float32 arrays, such as
+# "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" [rank, in] and
+# "...lora_B.weight" [out, rank].
+AdapterArrays = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRequest:
+    """A `LoraConfig` as the caller wrote it, defaults filled in but for `seed` and the modules."""
+
+    rank: int
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+    alpha: float = DEFAULT_ALPHA
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A resolved adapter."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    seed: int
+    modules: tuple[str, ...]  # full names of the trained linear layers, sorted
+
+    @property
+    def scale(self) -> float:
+        return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+
+def lora_a_name(module: str) -> str:
+    """PEFT's name of a module's A."""
+    return f"base_model.model.{module}.lora_A.weight"
+
+
+def lora_b_name(module: str) -> str:
+    """PEFT's name of a module's B."""
+    return f"base_model.model.{module}.lora_B.weight"

@@ -1,0 +1,1 @@
+"""The base model: loading it, attention over packed documents, and the head."""

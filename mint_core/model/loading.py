@@ -1,0 +1,303 @@
+"""Loads a base model, puts the LoRA layers in, and proves that the packed path computes what the
+model does.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mint_core.engine_pipe import ModelDescription
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.bank import AdapterBank, LinearShape, Part
+from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
+from mint_core.lora.targets import HEAD, linear_shapes
+from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
+from mint_core.model.head import Head, Piece
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_VALUES = 65_536  # per tensor, for the fingerprint
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What libraries raise over files that are missing, torn, or of a kind that they do not know.
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A frozen base model ready to run packed streams with many adapters."""
+
+    model: nn.Module
+    head: Head
+    context: LoraContext
+    shapes: dict[str, LinearShape]
+    description: ModelDescription
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
+        return AdapterBank(self.shapes, parts, self.device)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [tokens]
+        positions: Tensor,  # [tokens], from 0 in each document
+        segments: tuple[Segment, ...],  # covering the stream
+        attention: AttentionBatch,
+    ) -> Tensor:  # [tokens, hidden size]
+        """The last hidden state of a packed stream. Differentiable in grad mode."""
+        self.context.segments = segments
+        embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
+        if torch.is_grad_enabled():
+            embedded.requires_grad_()  # the weights are frozen: something must start the graph
+        output = self.model.base_model(  # type: ignore[operator]
+            inputs_embeds=embedded,
+            position_ids=positions[None],
+            use_cache=False,
+            attention_batch=attention,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+
+def load_base(
+    base_model: str,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 1,
+    max_lora_rank: int = 128,
+) -> LoadedBase:
+    """Loads a folder or a hub id and serves it as `name` (default: hub id, or the folder's name).
+
+    Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
+    kind that is not supported.
+    """
+    torch.set_num_threads(threads)
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    folder = _folder(base_model)
+    try:
+        model, eos_token_ids = _read(folder, place, kind)
+    except _UNREADABLE as error:
+        raise FailedPrecondition(
+            f"the base model {base_model!r} cannot be loaded: {_first_line(error)}; give the "
+            f"folder of a causal LM that transformers {transformers.__version__} knows, whole"
+        ) from error
+    expected = _own_logits(model)
+    fingerprint = _fingerprint(model)
+    shapes = linear_shapes(model)
+    _check_shapes(base_model, shapes)
+    context = LoraContext()
+    install(model, context)
+    register()
+    model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
+    linear = model.get_submodule(HEAD)
+    assert isinstance(linear, MultiLoraLinear)
+    base = LoadedBase(
+        model=model,
+        head=Head(linear),
+        context=context,
+        shapes=shapes,
+        description=ModelDescription(
+            name=name
+            or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),
+            folder=str(folder),
+            context_length=model.config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
+            vocabulary_size=linear.out_features,
+            max_lora_rank=max_lora_rank,
+            fingerprint=fingerprint,
+            dtype=str(kind).removeprefix("torch."),
+            device=place.type,
+            eos_token_ids=eos_token_ids,
+            bitwise_reproducible=place.type == "cpu" and threads == 1,
+            linear_modules=tuple(shapes),
+            memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        ),
+        device=place,
+        dtype=kind,
+    )
+    _check_packed_path(base, expected)
+    return base
+
+
+def _read(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model as transformers loads it, and the tokens that end a sequence."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        names = ", ".join(TOKENIZER_FILES)
+        raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
+    _check_memory(folder, device, dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
+    model = model.to(device).eval().requires_grad_(False)
+    return model, _eos_token_ids(model, folder)
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for one line."""
+    text = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
+    return text.removesuffix(".") or type(error).__name__
+
+
+def _device(device: str) -> torch.device:
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise FailedPrecondition(
+            f"`device` {device!r} is not supported; give cpu, cuda, cuda:N or auto"
+        )
+    if device != "cpu" and int(match[1] or 0) >= count:
+        raise FailedPrecondition(
+            f"`device` {device!r} is not there: torch {torch.__version__} sees {count} CUDA "
+            "devices; give another, or auto, or install a build of torch for this machine's"
+        )
+    return torch.device(device)
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        # CPUs without AMX or AVX512-bf16 compute bfloat16 some ten times slower than float32.
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise FailedPrecondition(
+            f"dtype {dtype!r} is not supported; give auto, float32 or bfloat16"
+        )
+    return known[dtype]
+
+
+def _folder(base_model: str) -> Path:
+    path = Path(base_model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FailedPrecondition(
+                f"the model folder {base_model!r} has no config.json; is it a model folder?"
+            )
+        return path
+    try:
+        return Path(snapshot_download(base_model, allow_patterns=list(MODEL_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise FailedPrecondition(
+            f"the base model {base_model!r} is neither a folder here nor to be had from a model "
+            "hub "
+            f"({type(error).__name__}); give a folder, or run `make model` for the embedded one"
+        ) from None
+
+
+def _check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = json.loads((folder / "config.json").read_text())
+    stored_size = 4 if "float32" in (stored.get("dtype"), stored.get("torch_dtype")) else 2
+    needed = on_disk * dtype.itemsize // stored_size
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    if needed > free:
+        raise FailedPrecondition(
+            f"the base model needs {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are free "
+            f"on {device}; "
+            "free memory, or serve a smaller model or dtype"
+        )
+
+
+def _check_shapes(base_model: str, shapes: dict[str, LinearShape]) -> None:
+    if HEAD not in shapes or len(shapes) < 2:
+        raise FailedPrecondition(
+            f"the base model {base_model!r} has no linear layers that LoRA can train, or no "
+            f"`{HEAD}`; "
+            "serve a causal LM whose layers are nn.Linear"
+        )
+
+
+def _eos_token_ids(model: nn.Module, folder: Path) -> tuple[int, ...]:
+    """The union of what generation config and tokenizer say."""
+    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids.add(AutoTokenizer.from_pretrained(folder).eos_token_id)
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Digest of the architecture and of evenly spaced values of every tensor, rounded to bfloat16.
+
+    The same files give the same digest on every device and in every dtype.
+    """
+    digest = hashlib.sha256()
+    for key in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "rope_parameters",
+        "rms_norm_eps",
+    ):
+        digest.update(f"{key}={getattr(model.config, key, None)};".encode())
+    for name, sample in _samples(model):
+        digest.update(name.encode())
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1)
+        stride = max(1, values.numel() // SAMPLED_VALUES)
+        yield f"{name}:{list(parameter.shape)}", values[::stride].to(torch.bfloat16)
+
+
+def _probe(model: nn.Module) -> Tensor:  # [tokens]
+    vocabulary_size: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
+    device = next(model.parameters()).device
+    return (torch.arange(24, device=device) * 7919 + 11) % vocabulary_size
+
+
+@torch.no_grad()
+def _own_logits(model: nn.Module) -> Tensor:  # [tokens, vocabulary]
+    logits: Tensor = model(input_ids=_probe(model)[None], use_cache=False).logits[0]
+    return logits.float()
+
+
+@torch.no_grad()
+def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
+    """Refuses a model whose own logits the packed path does not reproduce: two documents side by
+    side.
+    """
+    tokens = _probe(base.model)
+    n = len(tokens)
+    positions = torch.arange(n, device=base.device)
+    whole = Segment(0, 2 * n)
+    hidden = base.hidden(
+        tokens.repeat(2), positions.repeat(2), (whole,), PackedAttention([0, n, 2 * n])
+    )
+    logits = base.head.logits(hidden, [Piece(whole, positions + n)])
+    difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
+    if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
+        raise FailedPrecondition(
+            f"the base model's architecture {type(base.model).__name__} is not supported: packed "
+            "logits differ from "
+            f"its own by {difference.item():.1e}"
+        )
+    logger.info("packed logits agree with the model's own to %.1e", difference.item())

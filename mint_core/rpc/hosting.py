@@ -1,0 +1,90 @@
+"""A gRPC server with what all services share: access, errors, metrics, log, health, reflection."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mint_core.access import KeyRing
+from mint_core.errors import FailedPrecondition
+from mint_core.rpc.interceptors import CallInterceptor
+from mint_core.rpc.metrics import Metrics
+
+Role = Literal["trainer", "sampler"]
+
+# Calls wait for minutes without a byte. Clients may ask every second whether the server lives,
+# which gRPC would answer with a GOAWAY after three times, and the server asks after its clients.
+_SIGNS_OF_LIFE = (
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class RpcServer:
+    """Serves what is added to it. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        address: str,  # HOST:PORT; port 0: one that is free
+        *,
+        role: Role,
+        keys: KeyRing | None,  # None: any key or none, all callers are the tenant `default`
+        max_message_bytes: int,
+        metrics: Metrics,
+    ) -> None:
+        self.role = role
+        self._address = address
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(keys, metrics)],
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a port in use is refused instead of shared
+                *_SIGNS_OF_LIFE,
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        self._services: list[str] = []
+
+    def add(
+        self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str
+    ) -> None:
+        """Adds a servicer by its generated function and the service's full name."""
+        adder(servicer, self._server)
+        self._services.append(name)
+
+    async def start(self) -> int:
+        """Listens, NOT_SERVING, and returns the port. Refuses an address that cannot be bound."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        await self.set_serving(False)
+        try:
+            port = self._server.add_insecure_port(self._address)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise FailedPrecondition(
+                f"`address` {self._address} cannot be listened on, most likely because its"
+                " port is in use; choose another",
+                address=self._address,
+            )
+        await self._server.start()
+        return int(port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets what the standard health service says of the server and of each service."""
+        Status = health_pb2.HealthCheckResponse
+        status = Status.SERVING if serving else Status.NOT_SERVING
+        for name in ("", *self._services):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, gives those under way `grace_s` to end, and cancels the rest."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)

@@ -1,0 +1,89 @@
+"""What Prometheus sees of a service."""
+
+from typing import Protocol
+
+import psutil
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+
+from mint_core.errors import FailedPrecondition
+from mint_core.service_config import host_and_port
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class Engine(Protocol):
+    """What is watched of an engine."""
+
+    restarts: int
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
+class Metrics:
+    """The metrics of one service. `queue_depth` and `tokens` are for the service to move."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(namespace="mint_front", registry=self._registry)
+        self.calls = Counter(
+            "mint_calls", "Calls ended", ["method", "code"], registry=self._registry
+        )
+        self.call_seconds = Histogram(
+            "mint_call_seconds",
+            "Time from arrival to answer",
+            ["method"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.queue_depth = Gauge(
+            "mint_queue_depth", "Calls accepted and not answered", registry=self._registry
+        )
+        self.tokens = Counter("mint_tokens", "Tokens computed", ["kind"], registry=self._registry)
+
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        self.calls.labels(method, code).inc()
+        self.call_seconds.labels(method).observe(seconds)
+
+    def watch_engine(self, engine: Engine) -> None:
+        """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
+        for name, help, read in (
+            ("mint_engine_ready", "1 while the engine is up", lambda: float(engine.ready)),
+            ("mint_engine_restarts", "Times the engine was started again", lambda: engine.restarts),
+            (
+                "mint_engine_resident_memory_bytes",
+                "Main memory of the engine process",
+                lambda: _resident_bytes(engine.pid),
+            ),
+        ):
+            Gauge(name, help, registry=self._registry).set_function(read)
+
+    def serve(self, address: str) -> int:
+        """Answers HTTP on HOST:PORT from a thread of its own, and returns the port."""
+        host, port = host_and_port(address, "metrics_address")
+        try:
+            server, _ = start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"`metrics_address` {address} cannot be listened on: {error.strerror};"
+                " choose another",
+                metrics_address=address,
+            ) from error
+        return server.server_port
+
+
+def _resident_bytes(pid: int | None) -> float:
+    try:
+        return float(psutil.Process(pid).memory_info().rss) if pid else 0.0
+    except psutil.NoSuchProcess:
+        return 0.0

@@ -1,0 +1,155 @@
+"""ModelService, which both services answer: what is served, and its tokenizer's files."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mint_core import __version__
+from mint_core.engine_pipe import ModelDescription
+from mint_core.errors import BaseModelNotFound, Unavailable
+from mint_core.rpc import limits
+from mint_core.rpc.hosting import Role
+from mintrpc.v1 import model_pb2, model_pb2_grpc
+
+SERVICE = "mintrpc.v1.ModelService"
+PIECE_BYTES = 1024 * 1024
+
+# What opening a tokenizer reads, and nothing else of a model's folder.
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_ROLES = {
+    "trainer": model_pb2.SERVICE_ROLE_TRAINER,
+    "sampler": model_pb2.SERVICE_ROLE_SAMPLER,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a service offers besides its base model."""
+
+    role: Role
+    loss_fns: Sequence[str] = ()
+    features: Sequence[str] = ()
+    sampler_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    name: str
+    content: bytes
+    sha256: str
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Answers from what the engine said of itself when it was last up."""
+
+    def __init__(
+        self,
+        describe: Callable[[], ModelDescription | None],  # None: the engine has never been up
+        engine_ready: Callable[[], bool],
+        offer: Offer,
+    ) -> None:
+        self._describe = describe
+        self._engine_ready = engine_ready
+        self._offer = offer
+
+    async def GetServerCapabilities(
+        self, request: model_pb2.GetServerCapabilitiesRequest, context: Any
+    ) -> model_pb2.GetServerCapabilitiesResponse:
+        """See model.proto."""
+        model = self._describe()
+        return model_pb2.GetServerCapabilitiesResponse(
+            server_version=__version__,
+            role=_ROLES[self._offer.role],
+            base_models=[await _base_model(model)] if model else [],
+            loss_fns=self._offer.loss_fns,
+            limits=_limits(),
+            sampler_address=self._offer.sampler_address,
+            bitwise_reproducible=model is not None and model.bitwise_reproducible,
+            features=self._offer.features,
+            engine_ready=self._engine_ready(),
+        )
+
+    async def GetTokenizer(
+        self, request: model_pb2.GetTokenizerRequest, context: Any
+    ) -> AsyncIterator[model_pb2.GetTokenizerResponse]:
+        """See model.proto."""
+        model = self._describe()
+        if model is None:
+            raise Unavailable("the base model is still being loaded; send the call again")
+        if request.base_model not in ("", model.name):
+            raise BaseModelNotFound(request.base_model, model.name)
+        for file in await asyncio.to_thread(tokenizer_files, model.folder):
+            for offset in range(0, max(len(file.content), 1), PIECE_BYTES):
+                yield model_pb2.GetTokenizerResponse(
+                    name=file.name,
+                    size_bytes=len(file.content),
+                    sha256=file.sha256,
+                    offset_bytes=offset,
+                    data=file.content[offset : offset + PIECE_BYTES],
+                )
+
+
+def add_model_service(server: Any, servicer: ModelServicer) -> None:
+    """Adds the service to an `RpcServer`."""
+    server.add(model_pb2_grpc.add_ModelServiceServicer_to_server, servicer, SERVICE)
+
+
+@lru_cache(maxsize=1)
+def tokenizer_files(folder: str) -> tuple[TokenizerFile, ...]:
+    """Reads the tokenizer's files of a model's folder, which do not change while it is served."""
+    files = []
+    for name in _TOKENIZER_FILES:
+        path = Path(folder, name)
+        if path.is_file():
+            content = path.read_bytes()
+            files.append(TokenizerFile(name, content, hashlib.sha256(content).hexdigest()))
+    return tuple(files)
+
+
+def tokenizer_fingerprint(files: Sequence[TokenizerFile]) -> str:
+    """Returns a digest of names and contents."""
+    lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
+    files = await asyncio.to_thread(tokenizer_files, model.folder)
+    return model_pb2.BaseModel(
+        name=model.name,
+        context_length=model.context_length,
+        vocabulary_size=model.vocabulary_size,
+        max_lora_rank=model.max_lora_rank,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype,
+        device=model.device,
+        tokenizer_fingerprint=tokenizer_fingerprint(files),
+        eos_token_ids=model.eos_token_ids,
+    )
+
+
+def _limits() -> model_pb2.Limits:
+    return model_pb2.Limits(
+        max_message_bytes=limits.MAX_MESSAGE_BYTES,
+        max_data_per_request=limits.MAX_DATA_PER_REQUEST,
+        max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
+        max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
+        max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
+    )

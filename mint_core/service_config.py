@@ -1,0 +1,151 @@
+"""What both services can be told, and command lines made from such dataclasses."""
+
+import argparse
+import dataclasses
+import ipaddress
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a configuration: its default and what `--help` says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:
+    """A field of a configuration that has no default."""
+    return field(metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Base of a service's configuration, which has its own default addresses.
+
+    A subclass with a `__post_init__` calls `ServiceConfig.__post_init__(self)` in it.
+    """
+
+    base_model: str = required("folder or hub id of the base model")
+    base_model_name: str = option(
+        "", "name under which it is served; empty: the hub id, or the folder's name"
+    )
+    store: Path = option(
+        Path(".store"), "folder of the checkpoint store, the same for trainer and sampler"
+    )
+    address: str = option("127.0.0.1:0", "HOST:PORT to listen on; port 0: one that is free")
+    metrics_address: str = option(
+        "127.0.0.1:0", "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none"
+    )
+    device: str = option("auto", "cpu, cuda, cuda:N or auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "type in which the base computes"
+    )
+    threads: int = option(
+        1, "threads of the engine on a CPU; with more than 1, results are not bitwise reproducible"
+    )
+    max_lora_rank: int = option(128, "largest LoRA rank")
+    keys: Path | None = option(
+        None, "file of hashed API keys, one `HASH TENANT` a line; `make key` adds to it"
+    )
+    allow_insecure: bool = option(
+        False, "answer other hosts without TLS, so that keys and data cross the network readable"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
+        "INFO", "least level that is logged"
+    )
+    ready_file: Path | None = option(
+        None, "file to write, as JSON, the addresses to once the service is ready"
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in (("threads", self.threads), ("max_lora_rank", self.max_lora_rank)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.metrics_address:
+            host_and_port(self.metrics_address, "metrics_address")
+        host, _ = host_and_port(self.address, "address")
+        if is_loopback(host):
+            return
+        if self.keys is None:
+            raise ValueError(
+                f"`address` {self.address} answers other hosts and so needs `keys`;"
+                " give --keys FILE, or a loopback address"
+            )
+        if not self.allow_insecure:
+            raise ValueError(
+                f"`address` {self.address} answers other hosts, and this version has no TLS;"
+                " give --allow-insecure to let keys and data cross the network readable,"
+                " or a loopback address"
+            )
+
+
+def host_and_port(address: str, name: str) -> tuple[str, int]:
+    """Takes `HOST:PORT` or `[HOST]:PORT` apart."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"`{name}` must look like HOST:PORT, got {address!r}")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_flags(config: type[C], argv: Sequence[str], *, program: str, summary: str) -> C:
+    """Makes a configuration from flags named after its fields; a bad one exits with status 2."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=summary,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(config)
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass, though C does not say so
+        _add_flag(parser, entry, hints[entry.name])
+    values = vars(parser.parse_args(argv))
+    try:
+        return config(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add_flag(parser: argparse.ArgumentParser, entry: "dataclasses.Field[Any]", hint: Any) -> None:
+    flag = "--" + entry.name.replace("_", "-")
+    needed = entry.default is dataclasses.MISSING
+    settings: dict[str, Any] = {"required": needed, "help": _help(entry)}
+    kind = _without_none(hint)
+    if kind is bool:
+        assert entry.default is False, "a switch is off unless it is given"
+        settings |= {"action": "store_true"}
+    elif get_origin(kind) is Literal:
+        settings |= {"choices": get_args(kind)}
+    else:
+        settings |= {"type": kind, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
+    parser.add_argument(flag, default=None if needed else entry.default, **settings)
+
+
+def _help(entry: "dataclasses.Field[Any]") -> str:
+    if entry.default is dataclasses.MISSING:
+        ending = " (required)"
+    elif entry.default in (None, "", False):
+        ending = ""
+    else:
+        ending = f" (default: {entry.default})"
+    return str(entry.metadata["help"]).replace("%", "%%") + ending
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (kind,) = (arg for arg in get_args(hint) if arg is not type(None))
+        return kind
+    return hint

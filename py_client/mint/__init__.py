@@ -1,0 +1,94 @@
+"""Training and sampling of LoRA adapters on servers of your own.
+
+service = mint.ServiceClient()
+training = service.create_lora_training_client(base_model="Qwen/Qwen3-0.6B", rank=16)
+training.forward_backward(data, loss_fn="cross_entropy")
+training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
+"""
+
+from mint import types
+from mint._version import __version__
+from mint.errors import (
+    APIConnectionError,
+    APIError,
+    APIResponseValidationError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    InternalServerError,
+    InvalidInputError,
+    MintError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestFailedError,
+    TinkerError,
+    UnprocessableEntityError,
+)
+from mint.futures import APIFuture, SampleFuture
+from mint.sampling_client import SamplingClient
+from mint.service_client import ServiceClient
+from mint.training_client import TrainingClient
+from mint.types import (
+    AdamParams,
+    Datum,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    LoraConfig,
+    ModelID,
+    ModelInput,
+    ModelInputChunk,
+    OptimStepResponse,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    StopReason,
+    TensorData,
+    TensorDtype,
+    TrainingRun,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIFuture",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AdamParams",
+    "AuthenticationError",
+    "BadRequestError",
+    "ConflictError",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "InternalServerError",
+    "InvalidInputError",
+    "LoraConfig",
+    "MintError",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "NotFoundError",
+    "OptimStepResponse",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestFailedError",
+    "SampleFuture",
+    "SampleResponse",
+    "SampledSequence",
+    "SamplingClient",
+    "SamplingParams",
+    "ServiceClient",
+    "StopReason",
+    "TensorData",
+    "TensorDtype",
+    "TinkerError",
+    "TrainingClient",
+    "TrainingRun",
+    "UnprocessableEntityError",
+    "__version__",
+    "types",
+]

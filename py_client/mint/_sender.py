@@ -1,0 +1,48 @@
+"""The thread that puts a run's calls on the wire.
+
+Ctrl-C interrupts the main thread between any two steps. A call that had its number and was not sent
+would keep all later ones waiting; on a thread of its own that cannot happen.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+logger = logging.getLogger("mint")
+
+
+class Sender:
+    """One daemon thread, started when first needed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.start_over()
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self.start_over)
+
+    def start_over(self) -> None:
+        """Forgets the thread, which a forked process does not have."""
+        self._started = False
+        self._lock = threading.Lock()
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Has the thread run `function`, which must be quick."""
+        self._work.put(function)
+        with self._lock:
+            if not self._started:
+                threading.Thread(target=self._run, name="mint-send", daemon=True).start()
+                self._started = True  # not before: an interrupt may come between
+
+    def _run(self) -> None:
+        while True:
+            function = self._work.get()
+            try:
+                function()
+            except Exception:
+                logger.exception("a call ended in an error of the client's own")
+
+
+sender = Sender()

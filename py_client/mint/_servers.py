@@ -1,0 +1,110 @@
+"""The two servers that a client talks to, and what is known of them."""
+
+import threading
+from typing import Any
+
+from mint import types
+from mint._address import SAMPLER_PORT, Address, parse_address
+from mint._call import ask
+from mint._connection import Connection, Settings
+from mint._tokenizer import load_tokenizer
+from mint.errors import NotFoundError
+from mint.sampling_client import SamplingClient, resolve_revision
+from mintrpc.v1 import model_pb2
+
+
+class Servers:
+    """The trainer, and the sampler once it is needed. Thread-safe."""
+
+    def __init__(self, trainer: Address, settings: Settings, sampler_url: str) -> None:
+        self.trainer = Connection(trainer, settings, "MINT_BASE_URL or `base_url`")
+        self._settings = settings
+        self._sampler_url = sampler_url
+        self._sampler: Connection | None = None
+        self._capabilities: dict[Connection, types.GetServerCapabilitiesResponse] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._lock = threading.RLock()
+
+    def capabilities(
+        self, connection: Connection, *, fresh: bool = False
+    ) -> types.GetServerCapabilitiesResponse:
+        """What a server can do; asked once unless `fresh`."""
+        with self._lock:
+            if fresh or connection not in self._capabilities:
+                self._capabilities[connection] = ask(
+                    connection,
+                    connection.model.GetServerCapabilities,
+                    model_pb2.GetServerCapabilitiesRequest(),
+                    types.GetServerCapabilitiesResponse.from_proto,
+                )
+            known = self._capabilities[connection]
+        if known.limits.max_message_bytes:
+            connection.max_message_bytes = known.limits.max_message_bytes
+        return known
+
+    def sampler(self) -> Connection:
+        """The sampler: at MINT_SAMPLER_URL, else where the trainer says, else at its usual port."""
+        with self._lock:
+            if self._sampler is None:
+                address = self._sampler_address()
+                if address == self.trainer.address:
+                    self._sampler = self.trainer
+                else:
+                    self._sampler = Connection(address, self._settings, "MINT_SAMPLER_URL")
+            return self._sampler
+
+    def create_sampling_client(
+        self, model_path: str | None, base_model: str | None
+    ) -> SamplingClient:
+        """A client of the newest revision at `model_path`, or without one of the base model."""
+        sampler = self.sampler()
+        served = self._served(sampler, base_model)
+        revision_path = ""
+        if model_path:
+            revision_path = resolve_revision(sampler, model_path, base_model or "")
+        return SamplingClient(self, revision_path, served.model_name)
+
+    def sampling_client_of(self, revision_path: str) -> SamplingClient:
+        """A client of a revision that is known to exist."""
+        return SamplingClient(self, revision_path, self._served(self.sampler(), None).model_name)
+
+    def tokenizer(self, connection: Connection, base_model: str) -> Any:
+        """The tokenizer of a served base model."""
+        served = self._served(connection, base_model)
+        fingerprint = served.tokenizer_fingerprint
+        with self._lock:
+            if fingerprint not in self._tokenizers:
+                self._tokenizers[fingerprint] = load_tokenizer(
+                    connection, served.model_name, fingerprint
+                )
+            return self._tokenizers[fingerprint]
+
+    def close(self) -> None:
+        self.trainer.close()
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def _sampler_address(self) -> Address:
+        if self._sampler_url:
+            return parse_address(self._sampler_url, "MINT_SAMPLER_URL", SAMPLER_PORT)
+        trainer = self.capabilities(self.trainer)
+        if trainer.role == "sampler":
+            return self.trainer.address
+        if trainer.sampler_address:
+            return parse_address(trainer.sampler_address, "sampler_address", SAMPLER_PORT)
+        return Address(self.trainer.address.host, SAMPLER_PORT, self.trainer.address.tls)
+
+    def _served(self, connection: Connection, base_model: str | None) -> types.SupportedModel:
+        """The served model of that name, or the one that is served."""
+        models = self.capabilities(connection).supported_models
+        for model in models:
+            if base_model in (None, "", model.model_name):
+                return model
+        names = ", ".join(model.model_name for model in models) or "no model yet"
+        raise NotFoundError(
+            f"`base_model` {base_model!r} is not served at `{connection.address.target}`, "
+            f"which serves {names}",
+            reason="BASE_MODEL_NOT_FOUND",
+            metadata={"base_model": base_model or "", "served": names},
+            field="base_model",
+        )

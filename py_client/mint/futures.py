@@ -1,0 +1,130 @@
+"""The outcomes of calls, as standard futures that can also be awaited, on any event loop."""
+
+import asyncio
+from collections.abc import Generator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from mint.errors import APITimeoutError, MintError
+from mint.types import SampledSequence, SampleResponse, Topk
+
+T = TypeVar("T")
+
+
+class APIFuture(Future[T]):
+    """The outcome of a call that was sent. A timeout abandons the wait, never the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()  # sent: from here on it cannot be cancelled
+
+    def result(self, timeout: float | None = None) -> T:
+        """Waits for the outcome. Raises APITimeoutError after `timeout` seconds; ask again then."""
+        try:
+            return super().result(timeout)
+        except MintError:
+            raise
+        except TimeoutError:
+            pass
+        raise _no_answer_within(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `result`, but returns what `result` would raise, or None."""
+        try:
+            return super().exception(timeout)
+        except TimeoutError:
+            pass
+        raise _no_answer_within(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """As `result`, for event loops."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await self
+        except MintError:
+            raise
+        except TimeoutError:
+            pass
+        raise _no_answer_within(timeout)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self.done():
+            yield from self._wait().__await__()
+        if self.cancelled():
+            raise asyncio.CancelledError
+        return self.result(0)
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def wake(_: Future[T]) -> None:
+            try:
+                loop.call_soon_threadsafe(ended.set)
+            except RuntimeError:
+                return  # the loop has closed: nobody waits any more
+
+        self.add_done_callback(wake)
+        await ended.wait()
+
+    # What transports call, from any thread.
+
+    def succeed(self, value: T) -> None:
+        if not self.done():
+            self.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done():
+            self.set_exception(error)
+
+
+class CancellableFuture(APIFuture[T]):
+    """The outcome of a call whose work stops when it is cancelled, also by cancelling its await."""
+
+    def __init__(self) -> None:
+        Future.__init__(self)  # pending, and so it can be cancelled, until the outcome is there
+
+    async def _wait(self) -> None:
+        try:
+            await super()._wait()
+        finally:
+            if not self.done():
+                self.cancel()  # whoever awaited has gone
+
+    def succeed(self, value: T) -> None:
+        if not self.done() and self.set_running_or_notify_cancel():
+            self.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done() and self.set_running_or_notify_cancel():
+            self.set_exception(error)
+
+
+class SampleFuture(CancellableFuture[SampleResponse]):
+    """A sample's outcome. Its response's fields are here too; reading one waits for the outcome."""
+
+    @property
+    def sequences(self) -> list[SampledSequence]:
+        return self.result().sequences
+
+    @property
+    def prompt_logprobs(self) -> list[float | None] | None:
+        return self.result().prompt_logprobs
+
+    @property
+    def topk_prompt_logprobs(self) -> list[Topk | None] | None:
+        return self.result().topk_prompt_logprobs
+
+    @property
+    def seed(self) -> int:
+        return self.result().seed
+
+    @property
+    def prompt_cache_hit_tokens(self) -> int:
+        return self.result().prompt_cache_hit_tokens
+
+
+def _no_answer_within(timeout: float | None) -> APITimeoutError:
+    return APITimeoutError(
+        f"no answer within {timeout} s; the wait is over, the call is not: ask for the result again"
+    )

@@ -1,0 +1,61 @@
+"""How a conversation is written down."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mint.recipe.renderers.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text. `outputs` has, by message, the characters that its author wrote.
+
+    The mark that ends a message is part of them; its header is not.
+    """
+
+    text: str
+    outputs: Mapping[int, tuple[int, int]]  # start and end in `text`
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message as text, in three pieces."""
+
+    header: str
+    output: str
+    gap: str = ""  # after the mark that ends it
+
+
+class ChatFormat(Protocol):
+    """One way of writing conversations. Messages have been checked."""
+
+    @property
+    def roles(self) -> Collection[str]:
+        """Those it knows."""
+
+    @property
+    def stops(self) -> list[int] | list[str]:
+        """What ends an answer: token ids, or texts."""
+
+    @property
+    def template_options(self) -> Mapping[str, bool] | None:
+        """Options under which the tokenizer's own template agrees. None: it is that template."""
+
+    def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
+        """The whole conversation, with the outputs of the wanted messages at least."""
+
+    def prompt(self, messages: Sequence[Message], role: str) -> str:
+        """The conversation so far and the header of an answer by `role`."""
+
+    def content_of(self, answer: str) -> str:
+        """The content of an assistant's message, out of what it wrote without the end mark."""
+
+
+def join_turns(turns: Iterable[Turn], opening: str = "") -> Rendered:
+    text, outputs = opening, {}
+    for index, turn in enumerate(turns):
+        start = len(text) + len(turn.header)
+        outputs[index] = (start, start + len(turn.output))
+        text += turn.header + turn.output + turn.gap
+    return Rendered(text, outputs)

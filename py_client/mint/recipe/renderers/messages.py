@@ -1,0 +1,57 @@
+"""What a conversation is made of."""
+
+from collections.abc import Collection, Sequence
+from typing import NotRequired, TypedDict
+
+from mint.errors import InvalidInputError
+
+CHAT_ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn. Thinking, where a model does it, stands in `content` between its own marks."""
+
+    role: str
+    content: str
+    trainable: NotRequired[bool]  # for TrainOnWhat.CUSTOMIZED, and then in every message
+
+
+def check_messages(messages: Sequence[Message], roles: Collection[str]) -> None:
+    """Refuses what cannot be rendered."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise InvalidInputError(
+            f"`messages` is a {type(messages).__name__}; give a list of messages", field="messages"
+        )
+    if not messages:
+        raise InvalidInputError("`messages` is empty; give at least one message", field="messages")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]", roles)
+
+
+def _check_message(message: object, field: str, roles: Collection[str]) -> None:
+    if not isinstance(message, dict):
+        raise InvalidInputError(
+            f"`{field}` is a {type(message).__name__}; give a dict with `role` and `content`",
+            field=field,
+        )
+    for key in ("role", "content"):
+        if key not in message:
+            raise InvalidInputError(f"`{field}` has no `{key}`", field=f"{field}.{key}")
+    for key in message:
+        if key not in Message.__annotations__:
+            raise InvalidInputError(
+                f"`{field}` has the key {key!r}, which no renderer reads; "
+                "give `role`, `content` and, if customized, `trainable`",
+                field=f"{field}.{key}",
+            )
+    role, content = message["role"], message["content"]
+    if role not in roles:
+        raise InvalidInputError(
+            f"`{field}.role` is {role!r}; this renderer knows {', '.join(roles)}",
+            field=f"{field}.role",
+        )
+    if not isinstance(content, str):
+        raise InvalidInputError(
+            f"`{field}.content` is a {type(content).__name__}; give a string",
+            field=f"{field}.content",
+        )

@@ -1,0 +1,40 @@
+"""`User: ...` and `Assistant: ...`, for models that know no chat marks."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from mint.recipe.renderers.chat_format import Rendered, Turn, join_turns
+from mint.recipe.renderers.messages import CHAT_ROLES, Message
+from mint.recipe.renderers.tokenizer import Tokenizer
+
+_STOP = "\n\nUser:"
+
+
+class RoleColon:
+    roles: Collection[str] = CHAT_ROLES
+    template_options: Mapping[str, bool] | None = {}
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        opens = tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+        self._opening = (tokenizer.bos_token or "") if opens else ""
+        self.stops: list[int] | list[str] = [_STOP]
+
+    def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
+        turns = [_turn(message) for message in messages]
+        if messages[-1]["role"] == "assistant":  # so that it learns to stop
+            turns[-1] = Turn(turns[-1].header, turns[-1].output + "User:")
+        return join_turns(turns, self._opening)
+
+    def prompt(self, messages: Sequence[Message], role: str) -> str:
+        return join_turns(map(_turn, messages), self._opening).text + _header(role)
+
+    def content_of(self, answer: str) -> str:
+        return answer.strip()
+
+
+def _turn(message: Message) -> Turn:
+    # The space belongs to the output: tokenizers join it to the word that follows.
+    return Turn(_header(message["role"]), f" {message['content']}\n\n")
+
+
+def _header(role: str) -> str:
+    return f"{role.capitalize()}:"

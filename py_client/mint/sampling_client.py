@@ -1,0 +1,174 @@
+"""Samples from one adapter, or from the base model."""
+
+import secrets
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mint import types
+from mint._async_names import awaited, off_loop
+from mint._call import Call, ask, check_size, settle
+from mint._connection import Connection
+from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.futures import CancellableFuture, SampleFuture
+from mint.types.params import integer, text
+from mint.types.samples import optional_logprobs
+from mintrpc.v1 import sampler_pb2
+
+if TYPE_CHECKING:
+    from mint._servers import Servers
+
+T = TypeVar("T")
+_SEED_BITS = 63
+
+
+class SamplingClient:
+    """A frozen model: one revision of an adapter, whatever is published later, or the base model.
+
+    Made by `ServiceClient` and `TrainingClient`. Any number of calls may be under way.
+    """
+
+    def __init__(self, servers: "Servers", revision_path: str, base_model: str) -> None:
+        self._servers = servers
+        self._sampler = servers.sampler()
+        self._revision_path = revision_path
+        self._base_model = base_model
+
+    @property
+    def model_path(self) -> str:
+        """Path with revision of the adapter; empty: the base model."""
+        return self._revision_path
+
+    def sample(
+        self,
+        prompt: types.ModelInput,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> SampleFuture:
+        """Continuations of `prompt`. Without a seed one is drawn here, so that a call that is sent
+        again draws the same tokens; the answer says which."""
+        params = _checked_params(sampling_params).to_proto()
+        if not params.HasField("seed"):
+            params.seed = secrets.randbits(_SEED_BITS)
+        request = sampler_pb2.SampleRequest(
+            model_path=self._revision_path,
+            base_model=self._base_model,
+            prompt=_checked_prompt(prompt).to_proto(),
+            num_samples=_checked_count(num_samples),
+            sampling_params=params,
+            include_prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=integer(topk_prompt_logprobs, "topk_prompt_logprobs"),
+        )
+        convert = partial(_samples, num_samples)
+        future = SampleFuture()
+        self._submit(self._sampler.sampler.Sample, request, convert, future)
+        return future
+
+    def compute_logprobs(self, prompt: types.ModelInput) -> CancellableFuture[list[float | None]]:
+        """The logprob of each token of `prompt` given those before it; None for the first."""
+        request = sampler_pb2.ComputeLogprobsRequest(
+            model_path=self._revision_path,
+            base_model=self._base_model,
+            prompt=_checked_prompt(prompt).to_proto(),
+        )
+        future: CancellableFuture[list[float | None]] = CancellableFuture()
+        convert = partial(_logprobs, prompt.length)
+        self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
+        return future
+
+    def get_base_model(self) -> str:
+        """The name of the base model."""
+        return self._base_model
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, a Hugging Face one, from the server."""
+        return self._servers.tokenizer(self._sampler, self._base_model)
+
+    sample_async = awaited(sample)
+    compute_logprobs_async = awaited(compute_logprobs)
+    get_base_model_async = off_loop(get_base_model)
+    get_tokenizer_async = off_loop(get_tokenizer)
+
+    def _submit(
+        self, method: Any, request: Any, convert: Callable[[Any], T], future: CancellableFuture[T]
+    ) -> None:
+        check_size(self._sampler, request, "prompt")
+        call: Call[Any, Any] = Call(
+            self._sampler, method, request, partial(settle, future, convert), attaches=False
+        )
+        call.start()
+        future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
+
+
+def resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
+    """The revision that a path names now. Scores one token, so that a path that the sampler cannot
+    serve is refused here and not at the first sample."""
+    request = sampler_pb2.ComputeLogprobsRequest(
+        model_path=text(model_path, "model_path"),
+        base_model=base_model,
+        prompt=types.ModelInput.from_ints([0]).to_proto(),
+    )
+    path = ask(
+        sampler, sampler.sampler.ComputeLogprobs, request, lambda answer: answer.revision_path
+    )
+    if not path:
+        raise APIResponseValidationError(
+            f"the sampler does not say which revision {model_path!r} is"
+        )
+    return path
+
+
+def refuse_retry_config(retry_config: object) -> None:
+    """Calls are sent again by rules of this client's own."""
+    if retry_config is not None:
+        raise InvalidInputError(
+            "`retry_config` cannot be set: calls are sent again until a server has been silent for "
+            "the `timeout` of ServiceClient",
+            field="retry_config",
+        )
+
+
+def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
+    if not isinstance(prompt, types.ModelInput):
+        raise InvalidInputError(
+            f"`prompt` is a {type(prompt).__name__}; for token ids use ModelInput.from_ints",
+            field="prompt",
+        )
+    return prompt
+
+
+def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
+    if params is None:
+        return types.SamplingParams()
+    if not isinstance(params, types.SamplingParams):
+        raise InvalidInputError(
+            f"`sampling_params` is a {type(params).__name__}; give types.SamplingParams",
+            field="sampling_params",
+        )
+    return params
+
+
+def _checked_count(num_samples: int) -> int:
+    if integer(num_samples, "num_samples") < 1:  # the contract reads 0 as 1
+        raise InvalidInputError(
+            f"`num_samples` is {num_samples}; it must be at least 1", field="num_samples"
+        )
+    return int(num_samples)
+
+
+def _samples(num_samples: int, answer: sampler_pb2.SampleResponse) -> types.SampleResponse:
+    if len(answer.sequences) != num_samples:
+        raise APIResponseValidationError(
+            f"the answer has {len(answer.sequences)} sequences instead of {num_samples}"
+        )
+    return types.SampleResponse.from_proto(answer)
+
+
+def _logprobs(num_tokens: int, answer: sampler_pb2.ComputeLogprobsResponse) -> list[float | None]:
+    if len(answer.logprobs) != num_tokens:
+        raise APIResponseValidationError(
+            f"the answer has {len(answer.logprobs)} logprobs for {num_tokens} tokens"
+        )
+    return optional_logprobs(answer.logprobs)

@@ -1,0 +1,211 @@
+"""Where everything starts: opens runs and makes the other clients."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from mint import types
+from mint._address import parse_address
+from mint._async_names import off_loop
+from mint._connection import Settings
+from mint._environment import DEFAULT_BASE_URL, read_environment
+from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._servers import Servers
+from mint.errors import InvalidInputError
+from mint.sampling_client import SamplingClient, refuse_retry_config
+from mint.training_client import TrainingClient
+from mint.types.params import number, text, text_map
+from mintrpc.v1 import trainer_pb2
+
+DEFAULT_TIMEOUT_S = 3600.0
+
+
+class ServiceClient:
+    """Opens training runs and makes clients. Construction reads the environment and sends nothing.
+
+    What is left out or None comes from the environment or the nearest `.env`: `base_url` from
+    MINT_BASE_URL (else 127.0.0.1:50051), `api_key` from MINT_API_KEY. `timeout` is how many
+    seconds a call bears a server that is silent before it fails (default: an hour); a server that
+    works for longer is waited for. One that has never answered is given 20 seconds.
+    """
+
+    def __init__(
+        self,
+        user_metadata: Mapping[str, str] | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        default_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = read_environment()
+        self._user_metadata = text_map(user_metadata, "user_metadata")
+        settings = Settings(
+            api_key=text(api_key or self._environment.api_key, "api_key").strip(),
+            headers=text_map(default_headers, "default_headers"),
+            timeout_s=_timeout(timeout),
+        )
+        url = base_url or self._environment.base_url or DEFAULT_BASE_URL
+        address = parse_address(text(url, "base_url"), "base_url")
+        self._servers = Servers(address, settings, self._environment.sampler_url)
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """What the server can do, asked anew."""
+        return self._servers.capabilities(self._servers.trainer, fresh=True)
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        alpha: float = 32.0,
+        use_rslora: bool = False,
+        target_modules: Sequence[str] | None = None,
+    ) -> TrainingClient:
+        """Creates a run with a fresh adapter.
+
+        `base_model` left out: MINT_BASE_MODEL, else Qwen/Qwen3-0.6B if served, else the one that
+        is. `rank` left out: MINT_LORA_RANK, else 16. `target_modules` names modules as PEFT does
+        and stands instead of the `train_*` switches.
+        """
+        config = types.LoraConfig(
+            rank=self._environment.lora_rank if rank is None else rank,
+            seed=seed,
+            train_unembed=train_unembed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            alpha=alpha,
+            use_rslora=use_rslora,
+            target_modules=[] if target_modules is None else target_modules,  # type: ignore[arg-type]
+        )
+        request = trainer_pb2.CreateTrainingRunRequest(
+            base_model=self._base_model(base_model), lora_config=config.to_proto()
+        )
+        return self._create(request, user_metadata)
+
+    def create_training_client_from_state(
+        self, path: str, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer."""
+        return self._create_from(path, user_metadata, with_optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
+        return self._create_from(path, user_metadata, with_optimizer=True)
+
+    def open_training_run(self, training_run_id: str) -> TrainingClient:
+        """Takes a run over; the client that used it before cannot use it any more.
+
+        `training_run` of the returned client says at which step it is and whether a gradient is
+        pending: go on with it, or call `discard_gradient`.
+        """
+        self._servers.capabilities(self._servers.trainer)
+        return TrainingClient(self._servers, open_run(self._servers.trainer, training_run_id))
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: None = None,
+    ) -> SamplingClient:
+        """Returns a client of the revision at `model_path` that is now the newest; without a path,
+        of the base model."""
+        refuse_retry_config(retry_config)
+        if not model_path:
+            base_model = self._base_model(base_model)
+        return self._servers.create_sampling_client(model_path, base_model)
+
+    def get_training_run(self, training_run_id: str) -> types.TrainingRun:
+        """A run's description. Does not take the run over."""
+        return get_run(self._servers.trainer, training_run_id)
+
+    def list_training_runs(
+        self,
+        page_size: int = 100,
+        page_token: str = "",
+        metadata_filter: Mapping[str, str] | None = None,
+    ) -> types.ListTrainingRunsResponse:
+        """One page of your runs, newest first: those whose metadata holds all of the filter."""
+        return list_runs(self._servers.trainer, page_size, page_token, metadata_filter)
+
+    def update_training_run(
+        self, training_run_id: str, metadata: Mapping[str, str]
+    ) -> types.TrainingRun:
+        """Replaces a run's metadata."""
+        return update_run(self._servers.trainer, training_run_id, metadata)
+
+    def delete_training_run(
+        self, training_run_id: str, *, delete_checkpoints: bool = False
+    ) -> None:
+        """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
+        delete_run(self._servers.trainer, training_run_id, delete_checkpoints)
+
+    def close(self) -> None:
+        """Closes the connections, also those of the clients made here. Calls without an answer
+        fail; training calls that the server has accepted run on there."""
+        self._servers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    get_server_capabilities_async = off_loop(get_server_capabilities)
+    create_lora_training_client_async = off_loop(create_lora_training_client)
+    create_training_client_from_state_async = off_loop(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = off_loop(
+        create_training_client_from_state_with_optimizer
+    )
+    open_training_run_async = off_loop(open_training_run)
+    create_sampling_client_async = off_loop(create_sampling_client)
+    get_training_run_async = off_loop(get_training_run)
+    list_training_runs_async = off_loop(list_training_runs)
+    update_training_run_async = off_loop(update_training_run)
+    delete_training_run_async = off_loop(delete_training_run)
+
+    def _base_model(self, base_model: str | None) -> str:
+        """The name to ask for; empty: what the server prefers."""
+        return text(base_model or self._environment.base_model, "base_model")
+
+    def _create_from(
+        self, path: str, user_metadata: Mapping[str, str] | None, *, with_optimizer: bool
+    ) -> TrainingClient:
+        source = trainer_pb2.CheckpointSource(
+            path=text(path, "path"), with_optimizer=with_optimizer
+        )
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        return self._create(request, user_metadata)
+
+    def _create(
+        self,
+        request: trainer_pb2.CreateTrainingRunRequest,
+        user_metadata: Mapping[str, str] | None,
+    ) -> TrainingClient:
+        self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
+        request.metadata.update(self._user_metadata)
+        request.metadata.update(text_map(user_metadata, "user_metadata"))
+        return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+
+
+def _timeout(timeout: float | None) -> float:
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    seconds = number(timeout, "timeout")
+    if math.isnan(seconds) or seconds <= 0:
+        raise InvalidInputError(
+            f"`timeout` is {timeout}; give a positive number of seconds", field="timeout"
+        )
+    return seconds

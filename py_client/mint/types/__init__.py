@@ -1,0 +1,64 @@
+"""Values that go into calls and come out of them: plain, immutable, without protobuf."""
+
+from mint.types.datum import Datum
+from mint.types.model_input import (
+    EncodedTextChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    ModelInput,
+    ModelInputChunk,
+)
+from mint.types.params import AdamParams, LoraConfig, SamplingParams
+from mint.types.responses import (
+    DiscardGradientResponse,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    GetServerCapabilitiesResponse,
+    Limits,
+    ListTrainingRunsResponse,
+    LoadWeightsResponse,
+    ModelData,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    SupportedModel,
+    TrainingRun,
+)
+from mint.types.samples import SampledSequence, SampleResponse, StopReason, Topk
+from mint.types.tensor_data import TensorData, TensorDtype
+
+ForwardBackwardResult = ForwardBackwardOutput
+ModelID = str
+
+__all__ = [
+    "AdamParams",
+    "Datum",
+    "DiscardGradientResponse",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "ForwardBackwardResult",
+    "GetInfoResponse",
+    "GetServerCapabilitiesResponse",
+    "ImageAssetPointerChunk",
+    "ImageChunk",
+    "Limits",
+    "ListTrainingRunsResponse",
+    "LoadWeightsResponse",
+    "LoraConfig",
+    "ModelData",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "OptimStepResponse",
+    "SampleResponse",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "StopReason",
+    "SupportedModel",
+    "TensorData",
+    "TensorDtype",
+    "Topk",
+    "TrainingRun",
+]

@@ -1,0 +1,47 @@
+"""Whatever users hold numbers in, as numpy arrays."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint.errors import InvalidInputError
+
+
+def array_of(values: Any, field: str) -> NDArray[Any]:
+    """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
+    if is_torch(values):
+        from mint._torch import array_of as torch_array_of
+
+        values = torch_array_of(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InvalidInputError(
+            f"`{field}` is ragged; give every row the same length", field=field
+        ) from None
+    if array.size == 0:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise InvalidInputError(
+            f"`{field}` holds {_kind_name(array)}; give integers or floats", field=field
+        )
+    return array
+
+
+def integers_of(values: Any, field: str) -> NDArray[np.int64]:
+    """As `array_of`, whole numbers only, as int64."""
+    array = array_of(values, field)
+    if array.size and array.dtype.kind == "f":
+        raise InvalidInputError(f"`{field}` holds floats; give integers", field=field)
+    return array.astype(np.int64, copy=False)
+
+
+def is_torch(value: Any) -> bool:
+    """Whether `value` is a torch tensor, found out without importing torch."""
+    return any(kind.__module__.partition(".")[0] == "torch" for kind in type(value).__mro__)
+
+
+def _kind_name(array: NDArray[Any]) -> str:
+    names = {"b": "booleans", "U": "text", "S": "bytes", "O": "objects", "c": "complex numbers"}
+    return names.get(array.dtype.kind, f"values of type {array.dtype}")

@@ -1,0 +1,66 @@
+"""One training sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mint.errors import InvalidInputError
+from mint.types._arrays import array_of
+from mint.types.model_input import ModelInput
+from mint.types.tensor_data import TensorData, cast
+from mintrpc.v1 import types_pb2
+
+# Inputs whose element type does not depend on how they were written: weights of [0, 1] are floats.
+_DTYPES = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "advantages": "float32",
+    "logprobs": "float32",
+}
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Datum:
+    """What the model reads, and by name what the loss reads.
+
+    Entry i of each input belongs to the prediction made after token i of `model_input`. Inputs may
+    be given as lists, numpy arrays or torch tensors; they read back as `TensorData`.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+
+    def __init__(
+        self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        if not isinstance(model_input, ModelInput):
+            raise InvalidInputError(
+                f"`model_input` is a {type(model_input).__name__}; for token ids use "
+                "ModelInput.from_ints",
+                field="model_input",
+            )
+        object.__setattr__(self, "model_input", model_input)
+        tensors = {name: _tensor(name, value) for name, value in (loss_fn_inputs or {}).items()}
+        object.__setattr__(self, "loss_fn_inputs", tensors)
+
+    def to_proto(self) -> types_pb2.Datum:
+        return types_pb2.Datum(
+            model_input=self.model_input.to_proto(),
+            loss_fn_inputs={name: value.to_proto() for name, value in self.loss_fn_inputs.items()},
+        )
+
+
+def _tensor(name: str, value: Any) -> TensorData:
+    field = f"loss_fn_inputs.{name}"
+    array = array_of(value.to_numpy() if isinstance(value, TensorData) else value, field)
+    if array.size and not np.isfinite(array).all():
+        index = int(np.argmin(np.isfinite(array)))
+        raise InvalidInputError(
+            f"`{field}` holds {array.ravel()[index]} at {index}; every entry must be finite",
+            field=field,
+        )
+    if name in _DTYPES:
+        array = cast(array, _DTYPES[name], field)
+    return TensorData(array)

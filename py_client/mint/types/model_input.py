@@ -1,0 +1,173 @@
+"""What a model reads."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mint.errors import InvalidInputError
+from mint.types._arrays import integers_of
+from mintrpc.v1 import types_pb2
+
+_MAX_TOKEN_ID = 2**31 - 1
+_IMAGE_FORMATS: dict[str, types_pb2.ImageFormat] = {
+    "png": types_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": types_pb2.IMAGE_FORMAT_JPEG,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTextChunk:
+    """Text as token ids."""
+
+    tokens: list[int]
+    type: Literal["encoded_text"] = "encoded_text"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", token_list(self.tokens, "tokens"))
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def to_proto(self) -> types_pb2.ModelInputChunk:
+        return types_pb2.ModelInputChunk(
+            encoded_text=types_pb2.EncodedTextChunk(tokens=self.tokens)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageChunk:
+    """An image file sent with the request."""
+
+    data: bytes
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None = None
+    type: Literal["image"] = "image"
+
+    @property
+    def length(self) -> int:
+        return _expected(self.expected_tokens)
+
+    def to_proto(self) -> types_pb2.ModelInputChunk:
+        return types_pb2.ModelInputChunk(
+            image=types_pb2.ImageChunk(
+                data=self.data,
+                format=_image_format(self.format),
+                expected_tokens=self.expected_tokens,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAssetPointerChunk:
+    """An image named by its location, which the server reads."""
+
+    format: Literal["png", "jpeg"]
+    location: str
+    expected_tokens: int | None = None
+    type: Literal["image_asset_pointer"] = "image_asset_pointer"
+
+    @property
+    def length(self) -> int:
+        return _expected(self.expected_tokens)
+
+    def to_proto(self) -> types_pb2.ModelInputChunk:
+        return types_pb2.ModelInputChunk(
+            image_asset_pointer=types_pb2.ImageAssetPointerChunk(
+                location=self.location,
+                format=_image_format(self.format),
+                expected_tokens=self.expected_tokens,
+            )
+        )
+
+
+ModelInputChunk = EncodedTextChunk | ImageChunk | ImageAssetPointerChunk
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """The concatenation of its chunks."""
+
+    chunks: list[ModelInputChunk]
+
+    def __post_init__(self) -> None:
+        chunks = list(self.chunks)
+        for index, chunk in enumerate(chunks):
+            if not isinstance(chunk, EncodedTextChunk | ImageChunk | ImageAssetPointerChunk):
+                raise InvalidInputError(
+                    f"`chunks[{index}]` is a {type(chunk).__name__}; for token ids use "
+                    "ModelInput.from_ints",
+                    field=f"chunks[{index}]",
+                )
+        object.__setattr__(self, "chunks", chunks)
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> "ModelInput":
+        """An input of token ids, out of a list, numpy array or torch tensor."""
+        return cls([EncodedTextChunk(list(tokens) if isinstance(tokens, range) else tokens)])  # type: ignore[arg-type]
+
+    @classmethod
+    def empty(cls) -> "ModelInput":
+        return cls([])
+
+    @property
+    def length(self) -> int:
+        """Tokens in total."""
+        return sum(chunk.length for chunk in self.chunks)
+
+    def to_ints(self) -> list[int]:
+        """All token ids. Refused if there is an image among them."""
+        tokens: list[int] = []
+        for index, chunk in enumerate(self.chunks):
+            if not isinstance(chunk, EncodedTextChunk):
+                raise InvalidInputError(
+                    f"`chunks[{index}]` is a {chunk.type}, which has no token ids",
+                    field=f"chunks[{index}]",
+                )
+            tokens.extend(chunk.tokens)
+        return tokens
+
+    def append(self, chunk: ModelInputChunk) -> "ModelInput":
+        """This input and `chunk` after it."""
+        return ModelInput([*self.chunks, chunk])
+
+    def append_int(self, token: int) -> "ModelInput":
+        """This input and one token after it."""
+        if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
+            last = EncodedTextChunk([*self.chunks[-1].tokens, token])
+            return ModelInput([*self.chunks[:-1], last])
+        return self.append(EncodedTextChunk([token]))
+
+    def to_proto(self) -> types_pb2.ModelInput:
+        return types_pb2.ModelInput(chunks=[chunk.to_proto() for chunk in self.chunks])
+
+
+def token_list(tokens: Iterable[int], field: str) -> list[int]:
+    """Token ids as plain integers. What no vocabulary can hold is refused."""
+    array = integers_of(tokens, field)
+    if array.ndim != 1:
+        raise InvalidInputError(
+            f"`{field}` has {array.ndim} dimensions; give a flat list of token ids", field=field
+        )
+    wrong = (array < 0) | (array > _MAX_TOKEN_ID)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise InvalidInputError(
+            f"`{field}[{index}]` is {array[index]}, which is not a token id", field=field
+        )
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def _expected(expected_tokens: int | None) -> int:
+    if expected_tokens is None:
+        raise InvalidInputError(
+            "the length of an image is unknown; set `expected_tokens`", field="expected_tokens"
+        )
+    return expected_tokens
+
+
+def _image_format(name: str) -> types_pb2.ImageFormat:
+    if name not in _IMAGE_FORMATS:
+        raise InvalidInputError(f"`format` is {name!r}; it must be 'png' or 'jpeg'", field="format")
+    return _IMAGE_FORMATS[name]

@@ -1,0 +1,230 @@
+"""What users set: the optimizer, the adapter, sampling."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mint.errors import InvalidInputError
+from mint.types.model_input import token_list
+from mintrpc.v1 import sampler_pb2, types_pb2
+
+DEFAULT_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class AdamParams:
+    """Hyperparameters of one AdamW step. `betas=(b1, b2)` is short for `beta1=b1, beta2=b2`."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_clip_norm: float
+
+    def __init__(
+        self,
+        learning_rate: float = 5e-5,
+        betas: Sequence[float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        grad_clip_norm: float = 0.0,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise TypeError(_unknown_adam_option(next(iter(unknown))))
+        if betas is not None and (beta1 is not None or beta2 is not None):
+            raise InvalidInputError(
+                "`betas` and `beta1` or `beta2` are both given; give one or the other",
+                field="betas",
+            )
+        if betas is not None and len(betas) != 2:
+            raise InvalidInputError(
+                f"`betas` has {len(betas)} entries; give (beta1, beta2)", field="betas"
+            )
+        first, second = DEFAULT_BETAS if betas is None else betas
+        values = {
+            "learning_rate": learning_rate,
+            "beta1": first if beta1 is None else beta1,
+            "beta2": second if beta2 is None else beta2,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_clip_norm": grad_clip_norm,
+        }
+        for name, value in values.items():
+            limit = 1.0 if name in ("beta1", "beta2") else math.inf
+            if not 0.0 <= number(value, name) < limit:
+                wanted = "in [0, 1)" if limit == 1.0 else "finite and at least 0"
+                raise InvalidInputError(
+                    f"`{name}` is {value}; it must be {wanted}", field=f"adam_params.{name}"
+                )
+            object.__setattr__(self, name, float(value))
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2
+
+    def to_proto(self) -> types_pb2.AdamParams:
+        return types_pb2.AdamParams(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What an adapter is. `target_modules`, if given, stands instead of the `train_*` switches."""
+
+    rank: int = 16
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+    _: dataclasses.KW_ONLY
+    alpha: float = 32.0
+    use_rslora: bool = False
+    target_modules: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            raise InvalidInputError(
+                f"`target_modules` is the text {self.target_modules!r}; give a list of names",
+                field="target_modules",
+            )
+        object.__setattr__(self, "target_modules", list(self.target_modules))
+        switches = (self.train_attn, self.train_mlp, self.train_unembed)
+        if not self.target_modules and not any(switches):
+            raise InvalidInputError(
+                "`train_attn`, `train_mlp` and `train_unembed` are all false; train at least one",
+                field="lora_config",
+            )
+        if self.target_modules and not all(switches):
+            raise InvalidInputError(
+                "`target_modules` stands instead of `train_attn`, `train_mlp` and `train_unembed`; "
+                "give one or the other",
+                field="target_modules",
+            )
+
+    def to_proto(self) -> types_pb2.LoraConfig:
+        message = types_pb2.LoraConfig(
+            rank=integer(self.rank, "rank"),
+            seed=None if self.seed is None else integer(self.seed, "seed", bits=64),
+            alpha=number(self.alpha, "alpha"),
+            use_rslora=self.use_rslora,
+            target_modules=self.target_modules,
+        )
+        if not self.target_modules:
+            message.train_attn = self.train_attn
+            message.train_mlp = self.train_mlp
+            message.train_unembed = self.train_unembed
+        return message
+
+    @classmethod
+    def from_proto(cls, message: types_pb2.LoraConfig) -> "LoraConfig":
+        targets = list(message.target_modules)
+
+        def switch(name: str) -> bool:  # absent means true
+            return bool(targets) or not message.HasField(name) or getattr(message, name)
+
+        return cls(
+            rank=message.rank,
+            seed=message.seed if message.HasField("seed") else None,
+            train_unembed=switch("train_unembed"),
+            train_mlp=switch("train_mlp"),
+            train_attn=switch("train_attn"),
+            alpha=message.alpha if message.HasField("alpha") else 32.0,
+            use_rslora=message.use_rslora,
+            target_modules=targets,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen, and what ends a continuation.
+
+    `stop` takes a text, texts, or token ids, `stop_token_ids` token ids; both are added to the
+    end-of-sequence tokens. `stop=[]` without ids: only `max_tokens` ends a continuation.
+    `max_tokens=None`: the rest of the context.
+    """
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_token_ids: Sequence[int] | None = None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> "SamplingParams":
+        """A copy with the fields of `update` changed."""
+        return dataclasses.replace(self, **(update or {}))
+
+    copy = model_copy
+
+    def to_proto(self) -> sampler_pb2.SamplingParams:
+        texts, ids = _stops(self.stop)
+        ids += token_list(self.stop_token_ids or [], "stop_token_ids")
+        return sampler_pb2.SamplingParams(
+            max_tokens=None if self.max_tokens is None else integer(self.max_tokens, "max_tokens"),
+            temperature=number(self.temperature, "temperature"),
+            top_k=integer(self.top_k, "top_k"),
+            top_p=number(self.top_p, "top_p"),
+            seed=None if self.seed is None else integer(self.seed, "seed", bits=64),
+            stop=texts,
+            stop_token_ids=ids,
+            ignore_eos=self.stop is not None and not texts and not ids,
+        )
+
+
+def number(value: Any, field: str) -> float:
+    """A real number; text and booleans are refused."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise InvalidInputError(f"`{field}` is {value!r}; give a number", field=field)
+    return float(value)
+
+
+def text(value: Any, field: str) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise InvalidInputError(f"`{field}` is {value!r}; give a text", field=field)
+    return value
+
+
+def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
+    """Texts by name; None means none."""
+    return {
+        text(name, field): text(value, f"{field}.{name}") for name, value in (entries or {}).items()
+    }
+
+
+def integer(value: Any, field: str, *, bits: int = 32) -> int:
+    """A whole number that fits the contract's field."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidInputError(f"`{field}` is {value!r}; give a whole number", field=field)
+    whole = int(value)
+    if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
+        raise InvalidInputError(f"`{field}` is {whole}, beyond {bits} bits", field=field)
+    return whole
+
+
+def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
+    entries: list[Any] = [stop] if isinstance(stop, str) else [] if stop is None else list(stop)
+    texts = [entry for entry in entries if isinstance(entry, str)]
+    if "" in texts:
+        raise InvalidInputError("`stop` holds an empty text; leave it out", field="stop")
+    if texts and len(texts) < len(entries):
+        raise InvalidInputError(
+            "`stop` mixes texts and token ids; give the ids as `stop_token_ids`", field="stop"
+        )
+    return texts, [] if texts else token_list(entries, "stop")
+
+
+def _unknown_adam_option(name: str) -> str:
+    if name in ("loss_fn", "loss_fn_config"):
+        return f"`{name}` is not an option of the optimizer; give it to forward_backward"
+    return (
+        f"`{name}` is not an option of AdamParams; it has learning_rate, betas (or beta1 and "
+        "beta2), eps, weight_decay, grad_clip_norm"
+    )

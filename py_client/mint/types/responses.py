@@ -1,0 +1,276 @@
+"""What the trainer answers, and what a server says of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mint.errors import APIResponseValidationError
+from mint.types.params import LoraConfig
+from mint.types.tensor_data import TensorData
+from mintrpc.v1 import model_pb2, trainer_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBackwardOutput:
+    """Per datum, in order, the logprobs of its targets; and metrics, such as `loss:sum`.
+
+    `loss_fn_output_type` is the name of the loss.
+    """
+
+    loss_fn_output_type: str
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+
+    @classmethod
+    def from_proto(
+        cls,
+        message: trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse,
+        loss_fn: str,
+    ) -> "ForwardBackwardOutput":
+        outputs = [{"logprobs": TensorData.from_proto(out.logprobs)} for out in message.outputs]
+        return cls(loss_fn, outputs, dict(message.metrics))
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStepResponse:
+    """`step` counts the steps taken so far."""
+
+    metrics: dict[str, float]
+    step: int
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.OptimStepResponse) -> "OptimStepResponse":
+        return cls(dict(message.metrics), message.step)
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardGradientResponse:
+    """Whether there was a gradient to discard."""
+
+    gradient_discarded: bool
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.DiscardGradientResponse) -> "DiscardGradientResponse":
+        return cls(message.gradient_discarded)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWeightsResponse:
+    """`path` names the newest revision of the name, `revision_path` the saved one for good."""
+
+    path: str
+    revision_path: str
+    step: int
+    gradient_pending: bool
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.SaveStateResponse) -> "SaveWeightsResponse":
+        return cls(message.path, message.revision_path, message.step, message.gradient_pending)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWeightsForSamplerResponse:
+    """`path` names the newest revision of the name, `revision_path` the saved one for good."""
+
+    path: str
+    revision_path: str
+    step: int
+
+    @classmethod
+    def from_proto(
+        cls, message: trainer_pb2.SaveWeightsForSamplerResponse
+    ) -> "SaveWeightsForSamplerResponse":
+        return cls(message.path, message.revision_path, message.step)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWeightsResponse:
+    """`step` is that of the loaded state, 0 without optimizer."""
+
+    step: int
+    revision_path: str
+    gradient_discarded: bool
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.LoadStateResponse) -> "LoadWeightsResponse":
+        return cls(message.step, message.revision_path, message.gradient_discarded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """A run as the server describes it."""
+
+    training_run_id: str
+    base_model: str
+    base_fingerprint: str
+    lora_config: LoraConfig
+    metadata: dict[str, str]
+    create_time: datetime
+    update_time: datetime
+    step: int
+    next_sequence: int
+    gradient_pending: bool
+    state: str  # "active" or "failed"
+    state_message: str
+    trainable_parameter_count: int
+    trained_modules: list[str]
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
+        return cls(
+            training_run_id=message.training_run_id,
+            base_model=message.base_model,
+            base_fingerprint=message.base_fingerprint,
+            lora_config=LoraConfig.from_proto(message.lora_config),
+            metadata=dict(message.metadata),
+            create_time=_time(message.create_time),
+            update_time=_time(message.update_time),
+            step=message.step,
+            next_sequence=message.next_sequence,
+            gradient_pending=message.gradient_pending,
+            state=_state_name(message.state),
+            state_message=message.state_message,
+            trainable_parameter_count=message.trainable_parameter_count,
+            trained_modules=list(message.trained_modules),
+        )
+
+    @property
+    def lora_rank(self) -> int:
+        return self.lora_config.rank
+
+
+@dataclass(frozen=True, slots=True)
+class ListTrainingRunsResponse:
+    """One page of runs, newest first. `next_page_token` is empty at the end."""
+
+    training_runs: list[TrainingRun]
+    next_page_token: str
+
+    @classmethod
+    def from_proto(
+        cls, message: trainer_pb2.ListTrainingRunsResponse
+    ) -> "ListTrainingRunsResponse":
+        runs = [TrainingRun.from_proto(run) for run in message.training_runs]
+        return cls(runs, message.next_page_token)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelData:
+    """The base model behind a training client."""
+
+    model_name: str
+    tokenizer_id: str
+    arch: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GetInfoResponse:
+    """What a training client trains."""
+
+    model_data: ModelData
+    model_id: str
+    is_lora: bool
+    lora_rank: int
+    model_name: str
+    training_run: TrainingRun
+
+    @classmethod
+    def from_run(cls, run: TrainingRun) -> "GetInfoResponse":
+        data = ModelData(model_name=run.base_model, tokenizer_id=run.base_model)
+        return cls(data, run.training_run_id, True, run.lora_rank, run.base_model, run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupportedModel:
+    """A base model that a server serves."""
+
+    model_name: str
+    max_context_length: int
+    vocabulary_size: int
+    max_lora_rank: int
+    fingerprint: str
+    dtype: str
+    device: str
+    tokenizer_fingerprint: str
+    eos_token_ids: list[int]
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.BaseModel) -> "SupportedModel":
+        return cls(
+            model_name=message.name,
+            max_context_length=message.context_length,
+            vocabulary_size=message.vocabulary_size,
+            max_lora_rank=message.max_lora_rank,
+            fingerprint=message.fingerprint,
+            dtype=message.dtype,
+            device=message.device,
+            tokenizer_fingerprint=message.tokenizer_fingerprint,
+            eos_token_ids=list(message.eos_token_ids),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a client must not exceed. 0: the server does not say."""
+
+    max_message_bytes: int
+    max_data_per_request: int
+    max_calls_in_flight_per_run: int
+    max_samples_per_request: int
+    max_topk_logprobs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetServerCapabilitiesResponse:
+    """What a server can do."""
+
+    supported_models: list[SupportedModel]
+    server_version: str
+    role: str  # "trainer" or "sampler"
+    loss_fns: list[str]
+    limits: Limits
+    sampler_address: str
+    bitwise_reproducible: bool
+    features: list[str]
+    engine_ready: bool
+
+    @classmethod
+    def from_proto(
+        cls, message: model_pb2.GetServerCapabilitiesResponse
+    ) -> "GetServerCapabilitiesResponse":
+        limits = message.limits
+        return cls(
+            supported_models=[SupportedModel.from_proto(model) for model in message.base_models],
+            server_version=message.server_version,
+            role="sampler" if message.role == model_pb2.SERVICE_ROLE_SAMPLER else "trainer",
+            loss_fns=list(message.loss_fns),
+            limits=Limits(
+                max_message_bytes=limits.max_message_bytes,
+                max_data_per_request=limits.max_data_per_request,
+                max_calls_in_flight_per_run=limits.max_calls_in_flight_per_run,
+                max_samples_per_request=limits.max_samples_per_request,
+                max_topk_logprobs=limits.max_topk_logprobs,
+            ),
+            sampler_address=message.sampler_address,
+            bitwise_reproducible=message.bitwise_reproducible,
+            features=list(message.features),
+            engine_ready=message.engine_ready,
+        )
+
+
+def _time(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+_STATES: Mapping[int, str] = {
+    trainer_pb2.TrainingRun.STATE_ACTIVE: "active",
+    trainer_pb2.TrainingRun.STATE_FAILED: "failed",
+}
+
+
+def _state_name(state: int) -> str:
+    if state not in _STATES:
+        raise APIResponseValidationError(f"the run is in state {state}, unknown to this client")
+    return _STATES[state]

@@ -1,0 +1,137 @@
+"""Dense arrays on their way to and from a server."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.types._arrays import array_of
+from mintrpc.v1 import types_pb2
+
+TensorDtype = Literal["float32", "int64"]
+
+_WIRE_TYPES: dict[str, types_pb2.TensorDtype] = {
+    "float32": types_pb2.TENSOR_DTYPE_FLOAT32,
+    "int64": types_pb2.TENSOR_DTYPE_INT64,
+}
+_NUMPY_TYPES = {
+    types_pb2.TENSOR_DTYPE_FLOAT32: "<f4",
+    types_pb2.TENSOR_DTYPE_INT64: "<i8",
+    types_pb2.TENSOR_DTYPE_INT32: "<i4",
+}
+
+
+class TensorData:
+    """An immutable array of float32 or int64, backed by numpy."""
+
+    __slots__ = ("_array",)
+    _array: NDArray[Any]
+
+    def __init__(
+        self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None
+    ) -> None:
+        """`data` is a list, numpy array or torch tensor. `dtype` left out is that of the data."""
+        array = array_of(data, "data")
+        array = cast(array, dtype or _natural_dtype(array), "data")
+        if shape is not None:
+            if int(np.prod(shape, dtype=np.int64)) != array.size:
+                raise InvalidInputError(
+                    f"`shape` {list(shape)} does not fit the {array.size} entries of `data`",
+                    field="shape",
+                )
+            array = array.reshape(tuple(shape))
+        if array.ndim == 0:
+            raise InvalidInputError("`data` is a single number; give a list", field="data")
+        array.flags.writeable = False
+        self._array = array
+
+    @classmethod
+    def from_numpy(cls, array: NDArray[Any]) -> "TensorData":
+        """Floats become float32, integers int64."""
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: Any) -> "TensorData":
+        """Floats become float32, integers int64."""
+        return cls(tensor)
+
+    @property
+    def data(self) -> list[Any]:
+        """All values in one flat list, in row-major order."""
+        flat: list[Any] = self._array.ravel().tolist()
+        return flat
+
+    @property
+    def dtype(self) -> TensorDtype:
+        return "float32" if self._array.dtype.kind == "f" else "int64"
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self._array.shape)
+
+    def tolist(self) -> list[Any]:
+        """The values in lists nested as `shape` says."""
+        nested: list[Any] = self._array.tolist()
+        return nested
+
+    def to_numpy(self) -> NDArray[Any]:
+        """A copy as a numpy array."""
+        return self._array.copy()
+
+    def to_torch(self) -> Any:
+        """A copy as a torch tensor. Needs torch."""
+        from mint._torch import tensor_of
+
+        return tensor_of(self._array)
+
+    def to_proto(self) -> types_pb2.TensorData:
+        array = self._array.astype(self._array.dtype.newbyteorder("<"), copy=False)
+        return types_pb2.TensorData(
+            dtype=_WIRE_TYPES[self.dtype], shape=self._array.shape, values=array.tobytes()
+        )
+
+    @classmethod
+    def from_proto(cls, message: types_pb2.TensorData) -> "TensorData":
+        if message.dtype not in _NUMPY_TYPES:
+            raise APIResponseValidationError(
+                f"the answer holds a tensor of dtype {message.dtype}, unknown to this client"
+            )
+        array = np.frombuffer(message.values, dtype=_NUMPY_TYPES[message.dtype])
+        return cls(array.reshape(tuple(message.shape) or (-1,)))
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self._array, dtype=dtype)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorData):
+            return NotImplemented
+        return self.dtype == other.dtype and np.array_equal(
+            self._array, other._array, equal_nan=self.dtype == "float32"
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"TensorData(data={self.tolist()!r}, dtype={self.dtype!r}, shape={self.shape!r})"
+
+
+def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
+    """A copy as `dtype`. Floats do not become integers, and integers keep their value."""
+    if dtype not in _WIRE_TYPES:
+        raise InvalidInputError(
+            f"`dtype` is {dtype!r}; it must be 'float32' or 'int64'", field="dtype"
+        )
+    if dtype == "float32":
+        return array.astype(np.float32)
+    if array.size and array.dtype.kind == "f":
+        raise InvalidInputError(f"`{field}` holds floats; give integers", field=field)
+    return array.astype(np.int64)
+
+
+def _natural_dtype(array: NDArray[Any]) -> str:
+    return "float32" if array.dtype.kind == "f" else "int64"

@@ -1,0 +1,1 @@
+"""The sampler: generates from a base model and from adapters on it."""

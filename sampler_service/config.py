@@ -1,0 +1,59 @@
+"""What the sampler can be told."""
+
+from dataclasses import dataclass
+
+from mint_core.service_config import ServiceConfig, option
+from sampler_service.jobs import CHUNK_TOKENS, EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerConfig(ServiceConfig):
+    """Flags of `python -m sampler_service`."""
+
+    address: str = option("127.0.0.1:50052", "HOST:PORT to listen on; port 0: one that is free")
+    metrics_address: str = option(
+        "127.0.0.1:9052",
+        "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none",
+    )
+    max_adapters: int = option(64, "most adapters in the engine's memory at the same time")
+    max_running_samples: int = option(64, "most continuations that generate at the same time")
+    max_batch_tokens: int = option(
+        0, "most tokens of one pass; 0: one piece of a prompt beside all continuations"
+    )
+    kv_cache_tokens: int = option(
+        0,
+        "most tokens whose keys and values are kept; no context is longer; 0: what memory holds",
+    )
+
+    def __post_init__(self) -> None:
+        ServiceConfig.__post_init__(self)
+        for name, least in (
+            ("max_adapters", 1),
+            ("max_running_samples", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+
+        for name, least in (
+            ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
+            ("kv_cache_tokens", CHUNK_TOKENS),
+        ):
+            if getattr(self, name) != 0 and getattr(self, name) < least:
+                raise ValueError(
+                    f"`{name}` must be at least {least}, or 0 to have it computed,"
+                    f" got {getattr(self, name)}"
+                )
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            base_model=self.base_model,
+            base_model_name=self.base_model_name,
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            max_lora_rank=self.max_lora_rank,
+            max_running_samples=self.max_running_samples,
+            max_batch_tokens=self.max_batch_tokens,
+            kv_cache_tokens=self.kv_cache_tokens,
+            log_level=self.log_level,
+        )

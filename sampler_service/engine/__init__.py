@@ -1,0 +1,1 @@
+"""The process that owns the device: torch, and nothing of the network."""

@@ -1,0 +1,69 @@
+"""`python -m sampler_service.engine FD`: serves the front at the other end of the pipe until it is
+gone.
+"""
+
+import logging
+import time
+
+from mint_core.engine_pipe import EnginePipe, Failure, Heartbeat, Hello, Reply, connect
+from mint_core.errors import MintError
+from sampler_service.engine.engine import Answer, Engine
+from sampler_service.jobs import EngineConfig
+
+HEARTBEAT_S = 1.0
+
+
+class Pulse:
+    """Tells the front that the engine gets on, at most once in HEARTBEAT_S."""
+
+    def __init__(self, pipe: EnginePipe) -> None:
+        self._pipe = pipe
+        self._last = time.monotonic()
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= HEARTBEAT_S:
+            self._last = now
+            self._pipe.send(Heartbeat())
+
+
+def main() -> None:
+    pipe, config = connect()
+    assert isinstance(config, EngineConfig)
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        engine = Engine(config, Pulse(pipe).beat)
+    except Exception as error:
+        pipe.fail(0, error)
+        return
+    pipe.send(Hello(engine.description, engine.max_batch_tokens))
+    _serve(pipe, engine)
+
+
+def _serve(pipe: EnginePipe, engine: Engine) -> None:
+    while True:
+        while not engine.busy or pipe.waiting():
+            call = pipe.receive()
+            if call is None:
+                return
+            try:
+                _answer(pipe, engine.accept(call.number, call.job))
+            except Exception as error:
+                pipe.fail(call.number, error)
+        # An exception in a pass is our bug or the device's end: the front starts another engine.
+        for answer in engine.step():
+            _answer(pipe, answer)
+
+
+def _answer(pipe: EnginePipe, answer: Answer | None) -> None:
+    if answer is None:
+        return
+    number, value = answer
+    if number:
+        pipe.send(Failure(number, value) if isinstance(value, MintError) else Reply(number, value))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""One request on its way through the engine: what it has so far and when it is done."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sampler_service.engine.prompt_scores import SpanScores
+from sampler_service.engine.stop import StopWatch, Vocabulary
+from sampler_service.jobs import Continuation, Generate, Generated, StopReason, TopLogprobs
+
+
+@dataclass(slots=True)
+class OpenContinuation:
+    """A sample in the making."""
+
+    watch: StopWatch
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    model_logprobs: list[float] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    def add(self, token: int, logprob: float, model_logprob: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.model_logprobs.append(model_logprob)
+        self.stop_reason = self.watch.read(token)
+
+    def close(self) -> Continuation:
+        assert self.stop_reason is not None
+        return Continuation(
+            tokens=np.array(self.tokens, np.int64),
+            logprobs=np.array(self.logprobs, np.float32),
+            model_logprobs=np.array(self.model_logprobs, np.float32),
+            stop_reason=self.stop_reason,
+        )
+
+
+class Generation:
+    """A `Generate` job in the making."""
+
+    def __init__(self, number: int, job: Generate, vocabulary: Vocabulary) -> None:
+        self.number = number  # of the call that waits for it
+        self.job = job
+        self._samples = [
+            OpenContinuation(StopWatch(job.stops, job.max_tokens, vocabulary))
+            for _ in range(job.num_samples)
+        ]
+        self._open = job.num_samples
+        scored = len(job.prompt) - 1  # the first token has no logprob
+        self._unscored = scored if self.wants_scores else 0
+        self._logprobs = np.empty(scored, np.float32)
+        self._top_ids = np.empty((scored, job.topk_prompt_logprobs), np.int64)
+        self._top_logprobs = np.empty((scored, job.topk_prompt_logprobs), np.float32)
+
+    @property
+    def wants_scores(self) -> bool:
+        return self.job.prompt_logprobs or self.job.topk_prompt_logprobs > 0
+
+    @property
+    def done(self) -> bool:
+        return not self._open and self._unscored <= 0
+
+    def position(self, sample: int) -> int:
+        """Which token of its continuation the sample draws next."""
+        return len(self._samples[sample].tokens)
+
+    def add_token(self, sample: int, token: int, logprob: float, model_logprob: float) -> bool:
+        """Takes a drawn token and says whether the sample ends with it."""
+        continuation = self._samples[sample]
+        continuation.add(token, logprob, model_logprob)
+        ends = continuation.stop_reason is not None
+        self._open -= ends
+        return ends
+
+    def add_scores(self, start: int, scores: SpanScores) -> None:
+        """Takes the scores that follow position `start`. A prompt that was sent away starts again
+        from 0, and so do its scores.
+        """
+        stop = start + len(scores.logprobs)
+        self._logprobs[start:stop] = scores.logprobs
+        if scores.top_ids is not None:
+            self._top_ids[start:stop] = scores.top_ids
+            self._top_logprobs[start:stop] = scores.top_logprobs
+        self._unscored = len(self._logprobs) - stop
+
+    def result(self) -> Generated:
+        top = TopLogprobs(token_ids=self._top_ids, logprobs=self._top_logprobs)
+        return Generated(
+            continuations=tuple(sample.close() for sample in self._samples),
+            prompt_logprobs=self._logprobs if self.job.prompt_logprobs else None,
+            topk_prompt_logprobs=top if self.job.topk_prompt_logprobs else None,
+        )

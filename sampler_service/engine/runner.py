@@ -1,0 +1,122 @@
+"""Computes one step: lays its spans side by side, sorted by adapter, and runs the model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint_core.lora.bank import AdapterRow
+from mint_core.lora.layers import MIN_ROWS, Segment
+from mint_core.model.head import Piece
+from mint_core.model.loading import LoadedBase
+from sampler_service.engine.blocks import BLOCK_TOKENS
+from sampler_service.engine.kv_cache import CachedAttention, CachedRows, KvCache
+from sampler_service.engine.scheduler import Span, Step, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A span in the stream."""
+
+    span: Span
+    start: int
+    segment: Segment  # of its adapter
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.span.stop - self.span.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """The last hidden states of a step."""
+
+    hidden: Tensor  # [rows, d]
+    placed: tuple[Placed, ...]
+
+
+class Runner:
+    """Runs steps over the base model and the adapters of the bank."""
+
+    def __init__(self, base: LoadedBase, cache: KvCache, progress: Callable[[], None]) -> None:
+        self._base = base
+        self._cache = cache
+        self._progress = progress
+
+    def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
+        """Computes the step's tokens and puts their keys and values into the cache."""
+        for source, target in step.copies:
+            self._cache.copy(source, target)
+        placed, segments = place(step.spans, adapters)
+        rows = segments[-1].stop
+        tokens = torch.zeros(rows, dtype=torch.int64)
+        positions = torch.zeros(rows, dtype=torch.int64)
+        for p in placed:
+            start, stop = p.span.start, p.span.stop
+            tokens[p.start : p.stop] = torch.tensor(p.span.sequence.tokens(start, stop))
+            positions[p.start : p.stop] = torch.arange(start, stop)
+        hidden = self._base.hidden(
+            tokens.to(self._base.device),
+            positions.to(self._base.device),
+            segments,
+            self._attention(placed),
+        )
+        return Computed(hidden, placed)
+
+    def _attention(self, placed: Sequence[Placed]) -> CachedAttention:
+        device = self._base.device
+        sequences, real, slots = [], [], []
+        for p in placed:
+            blocks = torch.tensor(p.span.sequence.blocks)
+            at = torch.arange(p.span.start, p.span.stop)
+            slots.append(blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS)
+            real.append(torch.arange(p.start, p.stop))
+            # Blocks beyond the span's end may hold anything; they are not read.
+            used = blocks[: -(-p.span.stop // BLOCK_TOKENS)].to(device)
+            sequences.append(CachedRows(p.start, p.stop, used, p.span.stop))
+        return CachedAttention(
+            self._cache,
+            sequences,
+            torch.cat(real).to(device),
+            torch.cat(slots).to(device),
+            self._progress,
+        )
+
+    def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
+        """Logits [rows, V] float32 of the samples that decode, and whose each row is."""
+        pieces: list[Piece] = []
+        sequences: list[TokenSequence] = []
+        by_segment: dict[Segment, list[Placed]] = {}
+        for p in computed.placed:
+            if p.span.decodes:
+                by_segment.setdefault(p.segment, []).append(p)
+        for segment, group in by_segment.items():
+            rows = torch.tensor([p.start for p in group], device=self._base.device)
+            pieces.append(Piece(segment, rows))
+            sequences.extend(p.span.sequence for p in group)
+        return self._base.head.logits(computed.hidden, pieces), sequences
+
+
+def place(
+    spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
+) -> tuple[tuple[Placed, ...], tuple[Segment, ...]]:
+    """Lays spans side by side, an adapter's together and followed by padding up to MIN_ROWS, since
+    a matmul with fewer rows computes other last bits.
+    """
+    groups: dict[str, list[Span]] = {}
+    for span in sorted(spans, key=lambda s: s.sequence.adapter):
+        groups.setdefault(span.sequence.adapter, []).append(span)
+    placed: list[Placed] = []
+    segments: list[Segment] = []
+    start = 0
+    for adapter, group in groups.items():
+        rows = max(MIN_ROWS, sum(span.stop - span.start for span in group))
+        segment = Segment(start, start + rows, adapters.get(adapter))
+        at = start
+        for span in group:
+            placed.append(Placed(span, at, segment))
+            at += span.stop - span.start
+        segments.append(segment)
+        start = segment.stop
+    return tuple(placed), tuple(segments)

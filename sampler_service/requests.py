@@ -1,0 +1,235 @@
+"""Protobuf in, jobs out: all checks that need no state but the base model's description."""
+
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from checkpoint_store import SAMPLER_WEIGHTS, parse_path
+from mint_core.engine_pipe import ModelDescription
+from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
+from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
+from mintrpc.v1 import sampler_pb2, types_pb2
+from sampler_service.jobs import Choice, Stops, Tokens
+
+LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """What a request asks for, all filled in."""
+
+    model_path: str  # empty: the base model
+    prompt: Tokens
+    num_samples: int = 0
+    max_tokens: int = 0
+    choice: Choice
+    stops: Stops = field(default_factory=Stops)
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+
+
+def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) -> Sampling:
+    """Refuses what can never work, then what this version lacks."""
+    _check_base_model(request.base_model, model)
+    _refuse_missing(
+        {
+            "topk_sample_logprobs": bool(request.topk_sample_logprobs),
+            "target_prompt_logprobs": request.HasField("target_prompt_logprobs"),
+            "prompt_logprobs_last_n": bool(request.prompt_logprobs_last_n),
+        }
+    )
+    params = request.sampling_params
+    prompt = parse_prompt(request.prompt, model)
+    return Sampling(
+        model_path=_model_path(request.model_path),
+        prompt=prompt,
+        num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
+        max_tokens=_max_tokens(params, len(prompt), model),
+        choice=_choice(params),
+        stops=_stops(params, model),
+        prompt_logprobs=request.include_prompt_logprobs,
+        topk_prompt_logprobs=_within(
+            request.topk_prompt_logprobs,
+            "topk_prompt_logprobs",
+            0,
+            min(MAX_TOPK_LOGPROBS, model.vocabulary_size),
+        ),
+    )
+
+
+def parse_compute_logprobs(
+    request: sampler_pb2.ComputeLogprobsRequest, model: ModelDescription
+) -> Sampling:
+    """A request that only scores its prompt."""
+    _check_base_model(request.base_model, model)
+    _refuse_missing({"prompt_logprobs_last_n": bool(request.prompt_logprobs_last_n)})
+    return Sampling(
+        model_path=_model_path(request.model_path),
+        prompt=parse_prompt(request.prompt, model),
+        choice=Choice(seed=0),
+        prompt_logprobs=True,
+    )
+
+
+def parse_prompt(prompt: types_pb2.ModelInput, model: ModelDescription) -> Tokens:
+    """The prompt's tokens, at least one and no more than the context holds."""
+    parts = [
+        _chunk_tokens(chunk, f"prompt.chunks[{i}]", model) for i, chunk in enumerate(prompt.chunks)
+    ]
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    if not len(tokens):
+        raise InvalidRequest("`prompt` is empty; it needs at least one token", field="prompt")
+    if len(tokens) > model.context_length:
+        raise InvalidRequest(
+            f"`prompt` has {len(tokens)} tokens but the context holds {model.context_length}; "
+            "shorten it",
+            field="prompt",
+            prompt_tokens=len(tokens),
+            context_length=model.context_length,
+        )
+    return tokens
+
+
+def _chunk_tokens(chunk: types_pb2.ModelInputChunk, field: str, model: ModelDescription) -> Tokens:
+    match chunk.WhichOneof("chunk"):
+        case "encoded_text":
+            tokens = np.array(chunk.encoded_text.tokens, np.int64)
+            _check_token_ids(tokens, f"{field}.encoded_text.tokens", model)
+            return tokens
+        case None:
+            raise InvalidRequest(
+                f"`{field}` is empty; give token ids in `encoded_text`", field=field
+            )
+        case kind:
+            raise Unimplemented(
+                f"`{field}.{kind}` is an image, and the served base model reads text alone; "
+                "leave images out",
+                feature="images",
+                field=f"{field}.{kind}",
+            )
+
+
+def _check_token_ids(tokens: Tokens, field: str, model: ModelDescription) -> None:
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= model.vocabulary_size))
+    if len(wrong):
+        token_id = int(tokens[wrong[0]])
+        raise InvalidRequest(
+            f"`{field}[{wrong[0]}]` is {token_id} but token ids of {model.name} are 0 to "
+            f"{model.vocabulary_size - 1}; encode with this model's tokenizer",
+            field=f"{field}[{wrong[0]}]",
+            token_id=token_id,
+        )
+
+
+def _model_path(path: str) -> str:
+    if path:
+        parse_path(path, kind=SAMPLER_WEIGHTS, field="model_path")
+    return path
+
+
+def _check_base_model(base_model: str, model: ModelDescription) -> None:
+    if base_model not in ("", model.name):
+        raise BaseModelNotFound(base_model, model.name)
+
+
+def _refuse_missing(wanted: dict[str, bool], place: str = "") -> None:
+    """Refuses the features that are asked for and that this version lacks."""
+    for name in (name for name, asked in wanted.items() if asked):
+        raise Unimplemented(
+            f"`{place}{name}` is not served by this version; leave it out",
+            feature=name,
+            field=place + name,
+        )
+
+
+def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDescription) -> int:
+    rest = model.context_length - prompt
+    name = "sampling_params.max_tokens"
+    wanted = params.max_tokens if params.HasField("max_tokens") else max(rest, 1)
+    _within(wanted, name, 1)
+    if wanted > rest:
+        raise InvalidRequest(
+            f"`prompt` has {prompt} tokens and `{name}` is {wanted}, but the context holds "
+            f"{model.context_length}; shorten the prompt or ask for fewer tokens",
+            field=name,
+            prompt_tokens=prompt,
+            context_length=model.context_length,
+        )
+    return wanted
+
+
+def _choice(params: sampler_pb2.SamplingParams) -> Choice:
+    _refuse_missing(
+        {
+            "min_p": params.min_p != 0,
+            "repetition_penalty": params.HasField("repetition_penalty")
+            and params.repetition_penalty != 1,
+            "presence_penalty": params.presence_penalty != 0,
+            "frequency_penalty": params.frequency_penalty != 0,
+            "regex": params.HasField("regex"),
+            "json_schema": params.HasField("json_schema"),
+        },
+        "sampling_params.",
+    )
+    return Choice(
+        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
+        temperature=_temperature(params.temperature) if params.HasField("temperature") else 1.0,
+        top_k=_top_k(params.top_k) if params.HasField("top_k") else -1,
+        top_p=_top_p(params.top_p) if params.HasField("top_p") else 1.0,
+    )
+
+
+def _temperature(value: float) -> float:
+    if value == 0 or LEAST_TEMPERATURE <= value < math.inf:
+        return value
+    raise InvalidRequest(
+        f"`sampling_params.temperature` is {value:g} but must be 0 for the likeliest token, or "
+        f"finite and at least {LEAST_TEMPERATURE:g}",
+        field="sampling_params.temperature",
+        value=value,
+    )
+
+
+def _top_k(value: int) -> int:
+    if value == -1 or value > 0:
+        return value
+    raise InvalidRequest(
+        f"`sampling_params.top_k` is {value} but must be at least 1, or -1 for all tokens",
+        field="sampling_params.top_k",
+        value=value,
+    )
+
+
+def _top_p(value: float) -> float:
+    if 0 < value <= 1:
+        return value
+    raise InvalidRequest(
+        f"`sampling_params.top_p` is {value:g} but must be above 0 and at most 1; 1 leaves all "
+        "tokens in",
+        field="sampling_params.top_p",
+        value=value,
+    )
+
+
+def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops:
+    ids = np.array(params.stop_token_ids, np.int64)
+    _check_token_ids(ids, "sampling_params.stop_token_ids", model)
+    for i, text in enumerate(params.stop):
+        if not text:
+            raise InvalidRequest(
+                f"`sampling_params.stop[{i}]` is empty and would end every continuation; leave it "
+                "out",
+                field=f"sampling_params.stop[{i}]",
+            )
+    ends: Iterable[int] = () if params.ignore_eos else model.eos_token_ids
+    return Stops(token_ids=frozenset({*ids.tolist(), *ends}), texts=tuple(params.stop))
+
+
+def _within(value: int, field: str, least: int, most: int | None = None) -> int:
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise InvalidRequest(f"`{field}` is {value} but must be {bounds}", field=field, value=value)
+    return value

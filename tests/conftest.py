@@ -1,0 +1,55 @@
+"""Fixtures that every suite may use."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import mint
+    from tests.services import Services
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU results are bitwise with one
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny seeded Qwen3 with a tied head."""
+    from tests.models import tiny_qwen3
+
+    return tiny_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny seeded Llama with a head of its own."""
+    from tests.models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def services(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Services]":
+    """Trainer and sampler on the tiny Qwen3, served under the name that the page uses."""
+    from tests.services import running_services
+
+    with running_services(qwen3_folder, tmp_path_factory.mktemp("store")) as both:
+        yield both
+
+
+@pytest.fixture
+def service(services: "Services") -> "Iterator[mint.ServiceClient]":
+    import mint
+
+    with mint.ServiceClient(base_url=services.trainer) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def module_service(services: "Services") -> "Iterator[mint.ServiceClient]":
+    import mint
+
+    with mint.ServiceClient(base_url=services.trainer) as client:
+        yield client

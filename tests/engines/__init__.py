@@ -1,0 +1,1 @@
+"""Small real engines, run as processes of their own."""

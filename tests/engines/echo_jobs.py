@@ -1,0 +1,74 @@
+"""A small engine: it answers what it is told, and breaks on request. `python -m tests.engines.echo
+FD`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mint_core.engine_pipe import ModelDescription
+
+MODEL = ModelDescription(
+    name="echo",
+    folder=".",
+    context_length=128,
+    vocabulary_size=64,
+    max_lora_rank=8,
+    fingerprint="00",
+    dtype="float32",
+    device="cpu",
+    eos_token_ids=(2,),
+    bitwise_reproducible=True,
+    linear_modules=("q_proj",),
+    memory_bytes=0,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EchoConfig:
+    folder: str = "."  # of the model
+    refusal: str = ""  # why the engine does not start; empty: it does
+    failing_starts: tuple[int, ...] = ()  # with a start log, only these, from 1
+    start_s: float = 0.0
+    start_log: Path | None = None  # gets a line per start
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """Answer: the text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer: InvalidRequest with the text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """Raises what is no domain error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """Ends the process in the middle of the call."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Says nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Answers "done" after heartbeats."""
+
+    heartbeats: int
+    interval_s: float
+
+
+Job = Echo | Refuse | Bug | Crash | Hang | Work

@@ -1,0 +1,53 @@
+"""A service on the echo engine: `python -m tests.engines.echo_service --base-model FOLDER`."""
+
+import sys
+from dataclasses import dataclass
+
+from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_process import EngineProcess
+from mint_core.rpc.hosting import RpcServer
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
+from mint_core.service_config import ServiceConfig, option, parse_flags
+from mint_core.service_main import run_service
+from tests.engines.echo_jobs import EchoConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EchoServiceConfig(ServiceConfig):
+    refusal: str = option("", "why the engine does not start")
+    start_s: float = option(0.0, "how long the engine takes to start, in seconds")
+
+
+class EchoService:
+    def __init__(self, config: EchoServiceConfig) -> None:
+        engine = EchoConfig(config.base_model, config.refusal, start_s=config.start_s)
+        self.engine = EngineProcess("tests.engines.echo", engine)
+        self._model: ModelDescription | None = None
+
+    def add_to(self, server: RpcServer) -> None:
+        servicer = ModelServicer(
+            lambda: self._model, lambda: self.engine.ready, Offer(role="trainer")
+        )
+        add_model_service(server, servicer)
+
+    async def start(self) -> None:
+        self._model = (await self.engine.start()).model
+
+    async def stop(self) -> None:
+        await self.engine.close()
+
+
+def main() -> int:
+    config = parse_flags(
+        EchoServiceConfig, sys.argv[1:], program="echo_service", summary="Serves an echo."
+    )
+
+    def build(metrics: Metrics) -> EchoService:
+        return EchoService(config)
+
+    return run_service(config, "trainer", build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A trainer's engine without a model: it answers with what it was asked, and waits on request.
+
+`python -m tests.engines.trainer FD`. A plan with a tile of WAIT's number is answered when the next
+job, of whatever kind, has arrived.
+"""
+
+import os
+
+import numpy as np
+
+from mint_core.engine_pipe import Hello, Reply, connect
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.spec import AdapterSpec
+from tests.engines.echo_jobs import MODEL
+from trainer_service.jobs import (
+    CreateRow,
+    Plan,
+    RowDescription,
+    StepResult,
+    StepRows,
+    Tile,
+    TileResult,
+)
+
+MAX_BATCH_TOKENS = 64
+WAIT = 99  # sequence of a tile
+DIE = 66  # sequence of a tile
+REFUSED_RATE = 13.0  # learning rate of a step that is refused
+
+
+def main() -> None:
+    pipe, _ = connect()
+    pipe.send(Hello(MODEL, MAX_BATCH_TOKENS))
+    plans = 0
+    while (call := pipe.receive()) is not None:
+        if isinstance(call.job, Plan):
+            plans += 1
+            if any(tile.sequence == DIE for tile in call.job.tiles):
+                os._exit(3)
+            if any(tile.sequence == WAIT for tile in call.job.tiles):
+                pipe.send(Reply(pipe.receive().number, None))
+        pipe.send(Reply(call.number, answer(call.job, plans)))
+
+
+def answer(job: object, plans: int) -> object:
+    match job:
+        case Plan(tiles):
+            return tuple(tile_result(tile, plans) for tile in tiles)
+        case StepRows(steps):
+            error = FailedPrecondition("no")
+            return tuple(
+                StepResult(
+                    step=len(steps),
+                    grad_norm=1.0,
+                    error=error if step.adam_params.learning_rate == REFUSED_RATE else None,
+                )
+                for step in steps
+            )
+        case CreateRow():
+            spec = AdapterSpec(rank=1, alpha=1.0, use_rslora=False, seed=1, modules=("lm_head",))
+            return RowDescription(spec=spec, trainable_parameter_count=1)
+    return None
+
+
+def tile_result(tile: Tile, plans: int) -> TileResult:
+    logprobs = tuple(document.tokens.astype(np.float32) for document in tile.documents)
+    return TileResult(logprobs=logprobs, metrics={"plan:max": plans})
+
+
+if __name__ == "__main__":
+    main()

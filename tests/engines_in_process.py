@@ -1,0 +1,126 @@
+"""The trainer's engine in the test's own process, and data for it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
+from tests.models import VOCABULARY_SIZE
+from trainer_service.engine.engine import Engine
+from trainer_service.jobs import (
+    AdamParams,
+    CreateRow,
+    Document,
+    EngineConfig,
+    ExportRow,
+    LoadRow,
+    Loss,
+    Plan,
+    RowArrays,
+    RowDescription,
+    StepResult,
+    StepRow,
+    StepRows,
+    Tile,
+    TileResult,
+)
+
+
+def make_engine(folder: Path, **changes: object) -> Engine:
+    settings = {
+        "base_model": str(folder),
+        "base_model_name": "tiny",
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "max_lora_rank": 128,
+        "max_batch_tokens": 0,
+    }
+    return Engine(EngineConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+
+
+def make_documents(
+    seed: int, lengths: Sequence[int], *, prompt_share: float = 0.3
+) -> tuple[Document, ...]:
+    """Random documents that fit every loss; the first share of each has weight 0."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for n in lengths:
+        weights = rng.uniform(0.5, 1.5, n).astype(np.float32)
+        weights[: int(n * prompt_share)] = 0.0
+        documents.append(
+            Document(
+                tokens=rng.integers(0, VOCABULARY_SIZE, n),
+                targets=rng.integers(0, VOCABULARY_SIZE, n),
+                weights=weights,
+                # Near what a tiny random model gives: ratios fall on both sides of the clips.
+                logprobs=rng.normal(-6.5, 1.0, n).astype(np.float32),
+                advantages=rng.normal(0.0, 1.0, n).astype(np.float32),
+            )
+        )
+    return tuple(documents)
+
+
+def random_arrays(spec_arrays: AdapterArrays, seed: int) -> AdapterArrays:
+    """Random A and B, neither of them zero, in the shapes of an adapter."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(0.0, 0.05, array.shape).astype(np.float32)
+        for name, array in sorted(spec_arrays.items())
+    }
+
+
+class EngineRun:
+    """A run on an engine, in a test's words."""
+
+    def __init__(
+        self, engine: Engine, name: str, request: LoraRequest, *, random: int | None = None
+    ) -> None:
+        self.engine, self.name, self._sequence = engine, name, 0
+        description = engine.run(CreateRow(training_run_id=name, request=request))
+        assert isinstance(description, RowDescription)
+        self.spec: AdapterSpec = description.spec
+        if random is not None:
+            start = RowArrays(weights=random_arrays(self.export(False).weights, random))
+            engine.run(LoadRow(training_run_id=name, start=start))
+
+    def tile(
+        self,
+        documents: Sequence[Document],
+        loss: Loss,
+        *,
+        backward: bool = True,
+        weighted: bool = False,
+    ) -> Tile:
+        self._sequence += 1
+        return Tile(
+            training_run_id=self.name,
+            sequence=self._sequence,
+            index=0,
+            documents=tuple(documents),
+            loss=loss,
+            backward=backward,
+            weighted_only=weighted,
+        )
+
+    def compute(self, tile: Tile) -> TileResult:
+        return run_plan(self.engine, tile)[0]
+
+    def step(self, params: AdamParams) -> StepResult:
+        results = self.engine.run(StepRows((StepRow(self.name, params),)))
+        assert isinstance(results, tuple)
+        result = results[0]
+        assert isinstance(result, StepResult)
+        return result
+
+    def export(self, with_optimizer: bool = True) -> RowArrays:
+        arrays = self.engine.run(ExportRow(self.name, with_optimizer))
+        assert isinstance(arrays, RowArrays)
+        return arrays
+
+
+def run_plan(engine: Engine, *tiles: Tile) -> tuple[TileResult, ...]:
+    results = engine.run(Plan(tiles))
+    assert isinstance(results, tuple)
+    return results

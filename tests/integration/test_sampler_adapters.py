@@ -1,0 +1,117 @@
+"""Adapters over the contract: fetched from the store, checked, in one batch, in turn."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mint_core.access import make_key
+from mint_core.lora.bank import LinearShape
+from mint_core.lora.spec import AdapterSpec
+from mint_core.lora.targets import initial_arrays
+from tests.samplers import DEADLINE_S, Sampler, connected, refusal, sample_request, tokens_of
+from tests.servers import running_sampler
+
+
+@pytest.fixture(scope="module")
+def sampler(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
+    """One with two places for adapters."""
+    store = tmp_path_factory.mktemp("store")
+    with (
+        running_sampler(qwen3_folder, store, base_model_name="tiny", max_adapters=2) as service,
+        connected(service, store) as sampler,
+    ):
+        yield sampler
+
+
+def test_adapters_in_one_batch_each_give_their_own(sampler: Sampler) -> None:
+    paths = ["", sampler.publish("r-one", seed=1), sampler.publish("r-two", seed=2)]
+    alone = [sampler.sample(model_path=path) for path in paths]
+    assert len({str(tokens_of(response)) for response in alone}) == 3
+    calls = [
+        sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
+        for path in paths * 4
+    ]
+    for i, call in enumerate(calls):
+        expected = alone[i % 3]
+        assert call.result() == expected
+        assert call.result().sequences[0].revision_path == paths[i % 3]
+
+
+def test_more_adapters_than_places_take_turns(sampler: Sampler) -> None:
+    paths = [sampler.publish(f"r-turn-{i}", seed=i) for i in range(5)]  # and two places
+    first = [tokens_of(sampler.sample(model_path=path)) for path in paths]
+    calls = [
+        sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
+        for path in paths * 3
+    ]
+    assert [tokens_of(call.result()) for call in calls] == first * 3
+
+
+def test_a_name_means_its_newest_revision_and_a_revision_stays(sampler: Sampler) -> None:
+    old = sampler.publish("r-name", seed=1)
+    before = sampler.sample(model_path="mint://r-name/sampler_weights/a")
+    new = sampler.publish("r-name", seed=2)
+    after = sampler.sample(model_path="mint://r-name/sampler_weights/a")
+    assert before.sequences[0].revision_path == old
+    assert after.sequences[0].revision_path == new
+    assert tokens_of(before) != tokens_of(after)
+    assert sampler.sample(model_path=old) == before
+
+
+def test_a_path_that_appears_while_it_is_asked_for_is_found(sampler: Sampler) -> None:
+    path = "mint://r-late/sampler_weights/a"
+    call = sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
+    published = sampler.publish("r-late", seed=1)
+    assert call.result().sequences[0].revision_path == published
+
+
+def test_an_unknown_path_is_not_found(sampler: Sampler) -> None:
+    path = "mint://r-none/sampler_weights/a"
+    code, message, info = refusal(lambda: sampler.sample(model_path=path))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert path in message
+    assert info.reason == "CHECKPOINT_NOT_FOUND"
+
+
+def test_a_path_of_the_wrong_kind_is_refused(sampler: Sampler) -> None:
+    code, message, _ = refusal(lambda: sampler.sample(model_path="mint://r-one/weights/a"))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "`model_path`" in message
+    assert "sampler_weights" in message
+
+
+def test_an_adapter_of_another_base_is_refused(sampler: Sampler) -> None:
+    path = sampler.publish("r-other", seed=1, base_fingerprint="0" * 64, base_model="huge")
+    code, message, info = refusal(lambda: sampler.sample(model_path=path))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "'huge'" in message
+    assert info.reason == "WRONG_BASE_MODEL"
+    assert tokens_of(sampler.sample())  # nobody else noticed
+
+
+def test_an_adapter_that_does_not_fit_is_refused(sampler: Sampler) -> None:
+    spec = AdapterSpec(rank=2, alpha=1, use_rslora=False, seed=0, modules=("no.such.layer",))
+    arrays = initial_arrays(spec, {"no.such.layer": LinearShape(8, 8)})
+    path = sampler.publish("r-odd", seed=1, spec=spec, weights=arrays)
+    code, message, _ = refusal(lambda: sampler.sample(model_path=path))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "no.such.layer" in message
+
+
+def test_tenants_see_their_own_adapters_alone(qwen3_folder: Path, tmp_path: Path) -> None:
+    keys = {tenant: make_key(tenant, tmp_path / "keys") for tenant in ("ada", "bob")}
+    store = tmp_path / "store"
+    with (
+        running_sampler(qwen3_folder, store, keys=tmp_path / "keys") as service,
+        connected(service, store, keys["ada"]) as ada,
+        connected(service, store, keys["bob"]) as bob,
+    ):
+        path = ada.publish("r-ada", seed=1, tenant="ada")
+        assert tokens_of(ada.sample(model_path=path))
+        code, _, info = refusal(lambda: bob.sample(model_path=path))  # though it is loaded
+        assert code == grpc.StatusCode.NOT_FOUND
+        assert info.reason == "CHECKPOINT_NOT_FOUND"
+        code, _, _ = refusal(lambda: bob.stub.Sample(sample_request(), timeout=DEADLINE_S))
+        assert code == grpc.StatusCode.UNAUTHENTICATED

@@ -1,0 +1,124 @@
+"""Both services under one command, on a tiny model."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+
+from mintrpc.v1 import model_pb2, model_pb2_grpc
+
+LIMIT_S = 120.0
+FREE = "127.0.0.1:0"
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "mint_core.serve", *flags]
+
+
+@contextmanager
+def serving(model: Path, tmp_path: Path) -> Iterator[tuple[Any, dict[str, dict[str, str]]]]:
+    ready_file = tmp_path / "ready.json"
+    flags = [
+        *("--base-model", str(model), "--store", str(tmp_path / "store")),
+        *("--trainer-address", FREE, "--sampler-address", FREE),
+        *("--trainer-metrics-address", FREE, "--sampler-metrics-address", FREE),
+        *("--ready-file", str(ready_file)),
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = psutil.Popen(command(*flags), stderr=log)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not ready_file.exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        family = process.children(recursive=True)
+        assert len(family) == 4  # two fronts, two engines
+        yield process, json.loads(ready_file.read_text())
+        _, alive = psutil.wait_procs(family, LIMIT_S)
+        assert not alive
+    finally:
+        if process.is_running():
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+def capabilities(address: str) -> Any:
+    with grpc.insecure_channel(address) as channel:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        return stub.GetServerCapabilities(model_pb2.GetServerCapabilitiesRequest(), timeout=30)
+
+
+def test_both_services_serve_until_ctrl_c(qwen3_folder: Path, tmp_path: Path) -> None:
+    with serving(qwen3_folder, tmp_path) as (process, addresses):
+        trainer = capabilities(addresses["trainer"]["address"])
+        sampler = capabilities(addresses["sampler"]["address"])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 0
+
+    assert trainer.role == model_pb2.SERVICE_ROLE_TRAINER
+    assert sampler.role == model_pb2.SERVICE_ROLE_SAMPLER
+    assert trainer.sampler_address == addresses["sampler"]["address"]
+    assert trainer.base_models[0].fingerprint == sampler.base_models[0].fingerprint
+    log = (tmp_path / "log").read_text()
+    assert f"connect with MINT_BASE_URL=http://{addresses['trainer']['address']}" in log
+    assert "Traceback" not in log
+
+
+def test_when_one_service_ends_so_does_the_other(qwen3_folder: Path, tmp_path: Path) -> None:
+    with serving(qwen3_folder, tmp_path) as (process, _):
+        (sampler,) = (c for c in process.children() if "sampler_service" in c.cmdline())
+        sampler.kill()
+        assert process.wait(LIMIT_S) == 1
+
+    assert "cannot serve: the sampler ended with status -9" in (tmp_path / "log").read_text()
+
+
+def refusal(*flags: str) -> str:
+    done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_service_that_cannot_start_ends_both_with_its_reason(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    model = ("--base-model", str(qwen3_folder), "--store", str(tmp_path / "store"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        log = refusal(
+            *model,
+            *("--trainer-address", FREE, "--sampler-address", f"127.0.0.1:{port}"),
+            *("--trainer-metrics-address", FREE, "--sampler-metrics-address", FREE),
+        )
+
+    assert f"sampler cannot start: `address` 127.0.0.1:{port} cannot be listened on" in log
+    assert "cannot serve: the sampler ended with status 1; its log says why" in log
+
+
+def test_a_missing_model_or_a_bad_flag_is_refused(tmp_path: Path) -> None:
+    store = ("--store", str(tmp_path / "store"))
+    missing = refusal("--base-model", str(tmp_path / "none"), *store)
+    assert f"`base_model` {tmp_path / 'none'} is no folder" in missing
+
+    assert "use --trainer-address and --sampler-address" in refusal("--address", FREE)
+    assert "unrecognized arguments: --colour blue" in refusal("--colour", "blue", *store)
+
+
+def test_help_is_on_standard_output() -> None:
+    done = subprocess.run(
+        command("--help"), capture_output=True, text=True, timeout=LIMIT_S, check=True
+    )
+    assert done.stdout.startswith("usage: python -m mint_core.serve")

@@ -1,0 +1,167 @@
+"""The engine is killed: the front survives it, says so, and serves new runs."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mintrpc.v1 import model_pb2, model_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from tests.servers import RunningService, running_trainer
+from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, create_request, datum, refusal
+
+
+@pytest.fixture(scope="module")
+def service(
+    qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
+    with running_trainer(qwen3_folder, tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+@pytest.fixture
+def channel(service: RunningService) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(service.address) as channel:
+        yield channel
+
+
+def kill_engine(service: RunningService, number: int = signal.SIGKILL) -> None:
+    (engine,) = psutil.Process(service.process.pid).children()
+    os.kill(engine.pid, number)
+
+
+def await_health(channel: grpc.Channel, wanted: int) -> None:
+    """Follows the health service until it says so."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(service="mintrpc.v1.TrainerService"), timeout=CALL_LIMIT_S
+    )
+    for answer in watch:
+        if answer.status == wanted:
+            watch.cancel()
+            return
+
+
+def test_a_killed_engine_is_reported_and_replaced(
+    service: RunningService, channel: grpc.Channel
+) -> None:
+    run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
+    path = run.send(run.save_state("saved")).path
+    first = run.forward_backward()
+    answer = run.send(first)
+    kill_engine(service, signal.SIGSTOP)
+    under_way = run.start(run.forward_backward(*[datum([3, 4, 5])] * 3))
+    queued = run.start(run.optim_step())
+    while run.describe().next_sequence < 5:  # until both are accepted
+        pass
+
+    kill_engine(service)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        under_way.result()
+    fault = refusal(caught.value)
+    assert (fault.code, fault.reason) == (grpc.StatusCode.INTERNAL, "ENGINE_FAULT")
+    with pytest.raises(grpc.RpcError) as caught:
+        queued.result()
+    assert refusal(caught.value).reason == "TRAINING_RUN_LOST"
+    await_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+    assert not ready(channel)
+
+    lost = run.refused(run.forward_backward())
+    assert (lost.code, lost.reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "TRAINING_RUN_LOST",
+    )
+    assert "create a new run, from its last checkpoint" in lost.message
+    assert run.send(first) == answer  # what was answered stays answered
+    described = run.describe()
+    assert described.state == trainer_pb2.TrainingRun.STATE_FAILED
+    assert "signal 9" in described.state_message
+
+    source = trainer_pb2.CheckpointSource(path=path, with_optimizer=True)
+    again = create(run.stub, checkpoint=source)  # waits for the new engine
+    again.send(again.forward_backward())
+    assert again.send(again.optim_step()).step == 1
+    await_health(channel, health_pb2.HealthCheckResponse.SERVING)
+    assert ready(channel)
+    assert b"mint_engine_restarts 1.0" in metrics(service)
+
+
+def ready(channel: grpc.Channel) -> bool:
+    stub = model_pb2_grpc.ModelServiceStub(channel)
+    answer = stub.GetServerCapabilities(model_pb2.GetServerCapabilitiesRequest())
+    assert len(answer.base_models) == 1  # also while the engine is away
+    return bool(answer.engine_ready)
+
+
+def metrics(service: RunningService) -> bytes:
+    from urllib.request import urlopen
+
+    with urlopen(f"http://{service.metrics_address}/metrics") as answer:
+        return bytes(answer.read())
+
+
+def test_a_lost_run_can_be_deleted_but_not_opened(
+    service: RunningService, channel: grpc.Channel
+) -> None:
+    stub = trainer_pb2_grpc.TrainerServiceStub(channel)
+    run = create(stub)
+    kill_engine(service)
+    await_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    for method, request in (
+        (stub.OpenTrainingRun, trainer_pb2.OpenTrainingRunRequest),
+        (stub.UpdateTrainingRun, trainer_pb2.UpdateTrainingRunRequest),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            method(request(training_run_id=run.id, request_id=f"lost {request.__name__}"))
+        assert refusal(caught.value).reason == "TRAINING_RUN_LOST"
+    stub.DeleteTrainingRun(
+        trainer_pb2.DeleteTrainingRunRequest(training_run_id=run.id, request_id="delete")
+    )
+
+    assert run.refused(run.discard()).reason == "TRAINING_RUN_NOT_FOUND"
+
+
+def test_a_create_under_way_when_the_engine_dies_can_be_sent_again(
+    service: RunningService, channel: grpc.Channel
+) -> None:
+    stub = trainer_pb2_grpc.TrainerServiceStub(channel)
+    create(stub)  # waits for the engine
+    kill_engine(service, signal.SIGSTOP)
+    request = create_request()
+    under_way = stub.CreateTrainingRun.future(request, timeout=CALL_LIMIT_S)
+    with pytest.raises(grpc.FutureTimeoutError):
+        under_way.result(timeout=0.5)
+    kill_engine(service)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        under_way.result()
+
+    assert refusal(caught.value).reason == "ENGINE_FAULT"
+    answer = stub.CreateTrainingRun(request, timeout=CALL_LIMIT_S)
+    run = RawRun(stub, answer.training_run, answer.writer_epoch)
+    run.send(run.forward_backward())
+
+
+def test_calls_in_flight_are_bounded(service: RunningService, channel: grpc.Channel) -> None:
+    run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
+    kill_engine(service, signal.SIGSTOP)
+    try:
+        waiting = [run.start(run.forward_backward()) for _ in range(64)]
+        while run.describe().next_sequence < 65:
+            pass
+        refused = run.refused(run.forward_backward())
+        assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.reason == "TOO_MANY_CALLS_IN_FLIGHT"
+        assert refused.retry_after_s == 1
+        assert b"mint_queue_depth 64.0" in metrics(service)
+    finally:
+        kill_engine(service, signal.SIGCONT)
+    for answer in waiting:
+        answer.result()
+    run.next_sequence = 65
+    assert run.send(run.optim_step(backward_count=64)).step == 1

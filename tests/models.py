@@ -1,0 +1,108 @@
+"""Tiny seeded models made in code, with a tokenizer: folders as a hub would give them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY_SIZE = 512
+CONTEXT_LENGTH = 4096
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT_LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# ChatML, as SmolLM2 and Qwen use it.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_TEXTS = [
+    "Question: What is 3 * 4?\nAnswer: 12",
+    "the quick brown fox jumps over the lazy dog",
+    "user assistant system",
+    "one two three four five six seven eight nine ten",
+]
+
+
+def tiny_qwen3(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """A Qwen3 of 2 layers and width 64."""
+    return _make(folder, Qwen3Config(**_SIZES, tie_word_embeddings=tied), seed)
+
+
+def tiny_llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
+    """A Llama of 2 layers and width 64."""
+    return _make(folder, LlamaConfig(**_SIZES, tie_word_embeddings=tied), seed)
+
+
+def tiny_qwen2(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen2 of 2 layers and width 64: biases on q, k and v."""
+    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+    return _make(folder, Qwen2Config(**sizes, tie_word_embeddings=True), seed)
+
+
+def tiny_mistral(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
+    """A Mistral of 2 layers and width 64 with a short sliding window."""
+    return _make(folder, MistralConfig(**_SIZES, sliding_window=sliding_window), seed)
+
+
+def _make(folder: Path, config: PretrainedConfig, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # wider than the default, so that logits differ visibly
+                parameter.normal_(0.0, 0.08)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.02)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": CONTEXT_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

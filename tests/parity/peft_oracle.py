@@ -1,0 +1,102 @@
+"""The slow, obvious trainer: PEFT + torch.optim.AdamW in float64, document by document."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mint_core.lora.spec import AdapterArrays, AdapterSpec
+from trainer_service.jobs import (
+    AdamParams,
+    Cispo,
+    CrossEntropy,
+    Document,
+    Dro,
+    ImportanceSampling,
+    Loss,
+    Ppo,
+)
+
+
+def peft_name(name: str) -> str:
+    """The parameter's name inside a live PeftModel."""
+    return name.replace(".weight", ".default.weight")
+
+
+class PeftTrainer:
+    """One adapter on one model, by the book."""
+
+    def __init__(self, folder: Path, spec: AdapterSpec, weights: AdapterArrays) -> None:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            use_rslora=spec.use_rslora,
+            target_modules=list(spec.modules),
+            lora_dropout=0.0,
+        )
+        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        assert isinstance(model, PeftModel)
+        self.model = model
+        self.parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, array in weights.items():
+                self.parameters[peft_name(name)].copy_(torch.from_numpy(array))
+        self.names = list(weights)
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        assert len(trained) == len(self.names)
+        self._optimizer = torch.optim.AdamW(trained)
+
+    def logprobs(self, document: Document) -> Tensor:  # [n] float64
+        logits = self.model(input_ids=torch.from_numpy(document.tokens)[None]).logits[0]
+        return logits.log_softmax(-1).gather(1, torch.from_numpy(document.targets)[:, None])[:, 0]
+
+    def loss(self, loss: Loss, documents: Sequence[Document]) -> Tensor:  # []
+        return torch.stack([_loss(loss, self.logprobs(d), d) for d in documents]).sum()
+
+    def gradient(self, name: str) -> Tensor:
+        gradient = self.parameters[peft_name(name)].grad
+        assert gradient is not None
+        return gradient
+
+    def step(self, params: AdamParams) -> float:
+        """Takes a step, returns the norm of the gradient before clipping."""
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        limit = params.grad_clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit).item()
+        for group in self._optimizer.param_groups:
+            group.update(
+                lr=params.learning_rate,
+                betas=(params.beta1, params.beta2),
+                eps=params.eps,
+                weight_decay=params.weight_decay,
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+
+def _loss(loss: Loss, logprobs: Tensor, document: Document) -> Tensor:  # []
+    """Each formula written out, as in proto/mintrpc/v1/types.proto."""
+    weights = torch.from_numpy(document.weights).double()
+    if isinstance(loss, CrossEntropy):
+        return -(weights * logprobs).sum()
+    assert document.logprobs is not None
+    assert document.advantages is not None
+    old = torch.from_numpy(document.logprobs).double()
+    advantages = torch.from_numpy(document.advantages).double()
+    ratio = torch.exp(logprobs - old)
+    match loss:
+        case ImportanceSampling():
+            return -(weights * ratio * advantages).sum()
+        case Ppo(low, high):
+            clipped = torch.clip(ratio, low, high)
+            return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
+        case Cispo(low, high):
+            factor = torch.clip(ratio, low, high).detach()
+            return -(weights * factor * logprobs * advantages).sum()
+        case Dro(beta):
+            return -(weights * (logprobs * advantages - beta / 2 * (logprobs - old) ** 2)).sum()

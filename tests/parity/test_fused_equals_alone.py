@@ -1,0 +1,181 @@
+"""A run's numbers do not depend on who else is in the pass: bitwise on CPU (design section 11)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mint_core.lora.spec import LoraRequest
+from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
+from trainer_service.engine.engine import Engine
+from trainer_service.jobs import (
+    AdamParams,
+    Cispo,
+    CrossEntropy,
+    Document,
+    Dro,
+    ImportanceSampling,
+    Loss,
+    Ppo,
+    RowArrays,
+    TileResult,
+)
+
+STEPS = 6
+REQUESTS = [
+    LoraRequest(rank=1, seed=1, train_unembed=False),
+    LoraRequest(rank=8, seed=2),
+    LoraRequest(rank=13, seed=3, train_attn=False, use_rslora=True),
+    LoraRequest(rank=32, seed=4, alpha=64.0),
+    LoraRequest(rank=8, seed=5, train_mlp=False),
+]
+LOSSES: list[Loss] = [CrossEntropy(), ImportanceSampling(), Ppo(), Cispo(), Dro(0.1)]
+LENGTHS = [(1,), (3, 40), (17, 2, 9), (64,), (5, 5)]
+
+
+@pytest.fixture(scope="module")
+def engine(qwen3_folder: Path) -> Engine:
+    return make_engine(qwen3_folder)
+
+
+def data(run: int, step: int) -> tuple[Document, ...]:
+    return make_documents(100 * run + step, LENGTHS[(run + step) % len(LENGTHS)])
+
+
+def equal(ours: RowArrays, theirs: RowArrays) -> bool:
+    pairs = [(ours.weights, theirs.weights), (ours.exp_avg, theirs.exp_avg)]
+    return all(
+        a is not None
+        and b is not None
+        and a.keys() == b.keys()
+        and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in pairs
+    )
+
+
+def train_together(engine: Engine, runs: Sequence[EngineRun]) -> list[list[TileResult]]:
+    history: list[list[TileResult]] = [[] for _ in runs]
+    for step in range(STEPS):
+        tiles = [run.tile(data(i, step), LOSSES[i]) for i, run in enumerate(runs)]
+        order = np.random.default_rng(step).permutation(len(runs))
+        results = run_plan(engine, *[tiles[i] for i in order])
+        for i, result in zip(order, results, strict=True):
+            history[i].append(result)
+            runs[i].step(AdamParams(learning_rate=1e-2))
+    return history
+
+
+def test_five_runs_fused_equal_each_alone(engine: Engine) -> None:
+    fused = [EngineRun(engine, f"fused{i}", r, random=i) for i, r in enumerate(REQUESTS)]
+    together = train_together(engine, fused)
+    for i, request in enumerate(REQUESTS):
+        alone = EngineRun(engine, f"alone{i}", request, random=i)
+        for step in range(STEPS):
+            result = alone.compute(alone.tile(data(i, step), LOSSES[i]))
+            assert result.metrics == together[i][step].metrics
+            for a, b in zip(result.logprobs, together[i][step].logprobs, strict=True):
+                assert np.array_equal(a, b)
+            alone.step(AdamParams(learning_rate=1e-2))
+        assert equal(alone.export(), fused[i].export()), request
+
+
+def test_a_forward_only_tile_changes_no_gradient_and_gets_the_same_logprobs(
+    engine: Engine,
+) -> None:
+    trained = EngineRun(engine, "trained", REQUESTS[1], random=1)
+    watched = EngineRun(engine, "watched", REQUESTS[3], random=2)
+    documents = make_documents(5, (9, 20))
+    before = watched.export()
+    fused = run_plan(
+        engine,
+        watched.tile(documents, CrossEntropy(), backward=False),
+        trained.tile(documents, CrossEntropy()),
+    )
+    alone = watched.compute(watched.tile(documents, CrossEntropy(), backward=False))
+    assert all(np.array_equal(a, b) for a, b in zip(fused[0].logprobs, alone.logprobs, strict=True))
+    assert watched.step(AdamParams()).grad_norm == 0.0
+    assert equal(watched.export(), before)
+
+
+def test_a_neighbour_full_of_nan_touches_nobody(engine: Engine) -> None:
+    healthy = EngineRun(engine, "healthy", REQUESTS[1], random=1)
+    alone = EngineRun(engine, "healthy-alone", REQUESTS[1], random=1)
+    broken = EngineRun(engine, "broken", REQUESTS[1], random=2)
+    weights = engine._rows["broken"].row.views(next(iter(engine._bank._parts)), "lm_head")
+    weights[0].fill_(float("nan"))
+    documents = make_documents(6, (12, 3))
+    results = run_plan(
+        engine,
+        broken.tile(documents, CrossEntropy()),
+        healthy.tile(documents, CrossEntropy()),
+    )
+    assert np.isnan(results[0].metrics["loss:sum"])
+    expected = alone.compute(alone.tile(documents, CrossEntropy()))
+    assert results[1].metrics == expected.metrics
+    refused = broken.step(AdamParams())
+    assert refused.error is not None
+    assert refused.error.reason == "GRADIENT_NOT_FINITE"
+    assert refused.step == 0
+    healthy.step(AdamParams())
+    alone.step(AdamParams())
+    assert equal(healthy.export(), alone.export())
+
+
+def test_targets_at_weight_0_contribute_exactly_nothing(engine: Engine) -> None:
+    """Requirements 12 and 13."""
+    exports = []
+    for junk in (False, True):
+        run = EngineRun(engine, f"junk{junk}", REQUESTS[1], random=1)
+        documents = make_documents(7, (30, 11))
+        if junk:
+            for document in documents:
+                prompt = document.weights == 0
+                document.targets[prompt] = (document.targets[prompt] + 17) % 512
+        result = run.compute(run.tile(documents, CrossEntropy()))
+        run.step(AdamParams())
+        exports.append((run.export(), result.metrics["loss:sum"]))
+    assert equal(exports[0][0], exports[1][0])
+    assert exports[0][1] == exports[1][1]
+
+
+def test_gradients_of_several_backwards_add_up_and_are_cleared_by_the_step(
+    engine: Engine,
+) -> None:
+    """Requirement 48."""
+    documents = make_documents(8, (20, 6))
+    split = EngineRun(engine, "split", REQUESTS[1], random=1)
+    whole = EngineRun(engine, "whole", REQUESTS[1], random=1)
+    for document in documents:
+        split.compute(split.tile([document], CrossEntropy()))
+    whole.compute(whole.tile(documents, CrossEntropy()))
+    a, b = split.step(AdamParams()), whole.step(AdamParams())
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+    assert split.step(AdamParams()).grad_norm == 0.0
+
+
+def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
+    """With optimizer bitwise; without it visibly different."""
+    from trainer_service.jobs import LoadRow
+
+    runs = {
+        n: EngineRun(engine, f"resume-{n}", REQUESTS[3], random=4) for n in ("a", "with", "without")
+    }
+
+    def advance(run: EngineRun, steps: range) -> None:
+        for step in steps:
+            run.compute(run.tile(data(1, step), CrossEntropy()))
+            run.step(AdamParams(learning_rate=1e-2))
+
+    advance(runs["a"], range(3))
+    saved = runs["a"].export()
+    assert saved.step == 3
+    engine.run(LoadRow("resume-with", saved))
+    engine.run(LoadRow("resume-without", RowArrays(weights=saved.weights)))
+    for run in runs.values():
+        advance(run, range(3, 5))
+    exports = {name: run.export() for name, run in runs.items()}
+    assert exports["a"].step == exports["with"].step == 5
+    assert exports["without"].step == 2
+    assert equal(exports["a"], exports["with"])
+    assert not equal(exports["a"], exports["without"])

@@ -1,0 +1,35 @@
+"""The same engine on an accelerator, against the CPU in float32. Needs a GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mint_core.lora.bank import Part
+from mint_core.lora.spec import LoraRequest
+from tests.engines_in_process import EngineRun, make_documents, make_engine
+from trainer_service.jobs import AdamParams, CrossEntropy
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_gpu_gradients_and_steps_are_near_the_cpus(
+    qwen3_folder: Path, dtype: str, tolerance: float
+) -> None:
+    documents = make_documents(1, (5, 64, 17))
+    gradients, exports = [], []
+    for device, kind in (("cpu", "float32"), ("cuda", dtype)):
+        engine = make_engine(qwen3_folder, device=device, dtype=kind)
+        run = EngineRun(engine, "r", LoraRequest(rank=8, seed=1), random=2)
+        run.compute(run.tile(documents, CrossEntropy()))
+        gradients.append(engine._rows["r"].row.export(Part.GRADIENT))
+        run.step(AdamParams(learning_rate=1e-3))
+        exports.append(run.export().weights)
+    for cpu, gpu in (gradients, exports):
+        for name, expected in cpu.items():
+            assert np.linalg.norm(gpu[name] - expected) <= tolerance * np.linalg.norm(expected)

@@ -1,0 +1,88 @@
+"""The chunked head against full logits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mint_core.lora.bank import TRAINING_PARTS, Part
+from mint_core.lora.layers import Segment
+from mint_core.lora.spec import AdapterSpec
+from mint_core.model.head import Piece
+from mint_core.model.loading import LoadedBase, load_base
+
+ROWS = (1, 5, 37, 2)  # scored of each segment
+
+
+@pytest.fixture(scope="module")
+def base(llama_folder: Path) -> LoadedBase:
+    return load_base(str(llama_folder))
+
+
+@pytest.fixture(scope="module")
+def segments(base: LoadedBase) -> list[Segment]:
+    bank = base.new_bank(TRAINING_PARTS)
+    torch.manual_seed(0)
+    made = []
+    for i, rank in enumerate((8, 3, 16)):
+        spec = AdapterSpec(rank=rank, alpha=9.0, use_rslora=False, seed=i, modules=("lm_head",))
+        row = bank.add(spec)
+        a, b = row.views(Part.WEIGHTS, "lm_head")
+        a[:rank].normal_(0, 0.3)
+        b[:, :rank].normal_(0, 0.3)
+        made.append(Segment(50 * i, 50 * (i + 1), row, accumulate=True))
+    return [*made, Segment(150, 200)]
+
+
+def pieces_and_targets(segments: list[Segment]) -> tuple[list[Piece], list[torch.Tensor]]:
+    rng = np.random.default_rng(1)
+    pieces, targets = [], []
+    for segment, count in zip(segments, ROWS, strict=True):
+        rows = segment.start + np.sort(rng.permutation(50)[:count])
+        pieces.append(Piece(segment, torch.from_numpy(rows)))
+        targets.append(torch.from_numpy(rng.integers(0, 512, count)))
+    return pieces, targets
+
+
+def full_logprobs(
+    base: LoadedBase, hidden: torch.Tensor, piece: Piece, targets: torch.Tensor
+) -> torch.Tensor:
+    """By the book, in float64."""
+    x = hidden[piece.rows].double()
+    logits = x @ base.model.get_submodule("lm_head").weight.double().T  # type: ignore[union-attr,operator]
+    if piece.segment.row is not None:
+        a, b = (m.double() for m in piece.segment.row.views(Part.WEIGHTS, "lm_head"))
+        logits = logits + piece.segment.row.spec.scale * (x @ a.T) @ b.T
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 7, 16, 1000])
+def test_chunked_scores_and_gradients_equal_full_ones(
+    base: LoadedBase, segments: list[Segment], chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.head, "_chunk_rows", chunk_rows)
+    hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    pieces, targets = pieces_and_targets(segments)
+    upstream = [torch.linspace(-1, 2, len(t)) for t in targets]
+    scores = base.head.logprobs(hidden, pieces, targets)
+    dx = base.head.backward(hidden, pieces, targets, upstream)
+    leaf = hidden.clone().requires_grad_()
+    total = torch.zeros(())
+    for piece, target, score, slope in zip(pieces, targets, scores, upstream, strict=True):
+        expected = full_logprobs(base, leaf, piece, target)
+        assert torch.allclose(score.double(), expected.detach(), atol=2e-5)
+        total = total + (expected * slope).sum()
+    (expected_dx,) = torch.autograd.grad(total, leaf)
+    assert (dx - expected_dx).norm() < 1e-5 * expected_dx.norm()
+
+
+def test_a_segments_scores_do_not_depend_on_its_neighbours(
+    base: LoadedBase, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.head, "_chunk_rows", 16)
+    hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    pieces, targets = pieces_and_targets(segments)
+    together = base.head.logprobs(hidden, pieces, targets)
+    for i, score in enumerate(together):
+        assert torch.equal(base.head.logprobs(hidden, [pieces[i]], [targets[i]])[0], score)

@@ -1,0 +1,239 @@
+"""The sampler against slower ways to the same numbers: transformers' own generation and forward,
+the trainer's engine, and itself alone.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.spec import LoraRequest
+from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, LoadAdapter, Stops
+from tests.engines_in_process import make_engine, run_plan
+from tests.models import VOCABULARY_SIZE, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.sampler_in_process import SamplerEngine
+from trainer_service.jobs import CreateRow, CrossEntropy, Document, RowArrays, Tile
+
+TOLERANCE = 1e-5
+ALL = "mint://r-1/sampler_weights/all@1"
+ATTENTION = "mint://r-2/sampler_weights/attn@1"
+HEAD = "mint://r-3/sampler_weights/head@7"
+REQUESTS = {
+    ALL: LoraRequest(rank=8),
+    ATTENTION: LoraRequest(rank=3, train_mlp=False, train_unembed=False),
+    HEAD: LoraRequest(rank=16, train_mlp=False, train_attn=False, use_rslora=True),
+}
+ADAPTERS = (BASE_MODEL, *REQUESTS)
+
+
+def make_sampler(folder: Path, **changes: object) -> SamplerEngine:
+    sampler = SamplerEngine(folder, **changes)
+    for seed, (path, request) in enumerate(REQUESTS.items()):
+        sampler.load(path, request, random=seed)
+    return sampler
+
+
+@pytest.fixture(scope="module")
+def sampler(qwen3_folder: Path) -> SamplerEngine:
+    return make_sampler(qwen3_folder)
+
+
+def random_tokens(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCABULARY_SIZE, n).tolist()
+
+
+def assert_bitwise(left: Generated, right: Generated) -> None:
+    for a, b in zip(left.continuations, right.continuations, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.logprobs.tobytes() == b.logprobs.tobytes()
+        assert a.model_logprobs.tobytes() == b.model_logprobs.tobytes()
+        assert a.stop_reason == b.stop_reason
+    if left.prompt_logprobs is not None:
+        assert right.prompt_logprobs is not None
+        assert left.prompt_logprobs.tobytes() == right.prompt_logprobs.tobytes()
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama, tiny_qwen2, tiny_mistral])
+@pytest.mark.parametrize("prompt_tokens", [1, 2, 16, 17, CHUNK_TOKENS + 40])
+def test_greedy_equals_generate(make: object, prompt_tokens: int, tmp_path: Path) -> None:
+    folder = make(tmp_path)  # type: ignore[operator]
+    prompt = random_tokens(prompt_tokens, prompt_tokens)
+    generated = SamplerEngine(folder).generate(
+        prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
+    (continuation,) = generated.continuations
+    assert continuation.tokens.tolist() == whole[prompt_tokens:].tolist()
+    with torch.no_grad():
+        logprobs = model(whole[None]).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, whole[1:, None])[:, 0].numpy()
+    scores = generated.prompt_logprobs
+    assert scores is not None
+    got = np.concatenate([scores, continuation.model_logprobs])
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_model_logprobs_equal_the_trainers(
+    adapter: str, qwen3_folder: Path, sampler: SamplerEngine
+) -> None:
+    prompt = random_tokens(1, 60)
+    generated = sampler.generate(
+        prompt, adapter=adapter, max_tokens=40, seed=3, temperature=1.3, prompt_logprobs=True
+    )
+    trainer = make_engine(qwen3_folder)
+    if adapter == BASE_MODEL:
+        trainer.run(CreateRow(training_run_id="run", request=LoraRequest(rank=8)))  # B is zero
+    else:
+        spec = sampler.row(adapter).spec
+        start = RowArrays(weights=sampler.arrays[adapter])
+        trainer.run(CreateRow(training_run_id="run", request=spec, start=start))
+    (continuation,) = generated.continuations
+    tokens = np.concatenate([np.array(prompt), continuation.tokens])
+    document = Document(
+        tokens=tokens[:-1], targets=tokens[1:], weights=np.ones(len(tokens) - 1, np.float32)
+    )
+    tile = Tile(
+        training_run_id="run",
+        sequence=1,
+        index=0,
+        documents=(document,),
+        loss=CrossEntropy(),
+        backward=False,
+        weighted_only=False,
+    )
+    trained = run_plan(trainer, tile)[0].logprobs[0]
+    scores = generated.prompt_logprobs
+    assert scores is not None
+    difference = np.abs(np.concatenate([scores, continuation.model_logprobs]) - trained)
+    assert difference.mean() <= TOLERANCE
+    assert difference.max() <= 1e-3
+
+
+def test_a_busy_server_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) -> None:
+    wishes = [
+        {
+            "prompt": random_tokens(i, length),
+            "adapter": ADAPTERS[i % len(ADAPTERS)],
+            "num_samples": 1 + i % 3,
+            "max_tokens": 12,
+            "seed": i,
+            "temperature": (1.0, 0.7, 0.0)[i % 3],
+            "top_k": (-1, 20)[i % 2],
+            "prompt_logprobs": i % 2 == 0,
+        }
+        for i, length in enumerate([1, 2, 5, 30, 64, 100, CHUNK_TOKENS + 90, 33])
+    ]
+    alone = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    numbers = []
+    for i, wish in enumerate(wishes):
+        numbers.append(sampler.submit(**wish))  # type: ignore[arg-type]
+        others = sampler.submit(random_tokens(50 + i, 20 + 60 * i), adapter=ADAPTERS[-i % 4])
+        sampler.step()
+        if i % 3 == 0:
+            sampler.abort(others)
+    together = [sampler.answer(number) for number in numbers]
+    sampler.drain()
+    for left, right in zip(alone, together, strict=True):
+        assert_bitwise(left, right)
+
+
+def test_a_sample_is_the_same_however_many_there_are(sampler: SamplerEngine) -> None:
+    prompt = random_tokens(9, 37)
+    many = sampler.generate(prompt, adapter=ALL, num_samples=20, seed=4)  # more than run at once
+    few = sampler.generate(prompt, adapter=ALL, num_samples=2, seed=4)
+    assert_bitwise(few, Generated(continuations=many.continuations[:2]))
+    assert len({tuple(c.tokens) for c in many.continuations}) == 20
+
+
+def test_seeds_repeat_and_differ(sampler: SamplerEngine) -> None:
+    prompt = random_tokens(2, 10)
+    first, again = (sampler.generate(prompt, seed=-5) for _ in range(2))
+    assert_bitwise(first, again)
+    other = sampler.generate(prompt, seed=-6)
+    assert other.continuations[0].tokens.tolist() != first.continuations[0].tokens.tolist()
+
+
+def test_sequences_sent_away_come_back_with_the_same_tokens(qwen3_folder: Path) -> None:
+    wishes = [{"prompt": random_tokens(i, 40), "max_tokens": 100, "seed": i} for i in range(5)]
+    roomy = SamplerEngine(qwen3_folder)
+    tight = SamplerEngine(qwen3_folder, kv_cache_tokens=320)
+    expected = [roomy.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    numbers = [tight.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+    for left, number in zip(expected, numbers, strict=True):
+        right = tight.answer(number)
+        a, b = left.continuations[0], right.continuations[0]
+        assert a.tokens.tolist() == b.tokens.tolist()
+        np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=TOLERANCE)
+
+
+def test_top_prompt_logprobs_are_the_likeliest_of_the_full_distribution(
+    sampler: SamplerEngine, qwen3_folder: Path
+) -> None:
+    prompt = random_tokens(6, CHUNK_TOKENS + 30)
+    generated = sampler.generate(prompt, topk_prompt_logprobs=5, prompt_logprobs=True)
+    top, scores = generated.topk_prompt_logprobs, generated.prompt_logprobs
+    assert top is not None
+    assert scores is not None
+    model = AutoModelForCausalLM.from_pretrained(qwen3_folder, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.topk(5, dim=1).values.numpy()
+    np.testing.assert_allclose(top.logprobs, expected, atol=TOLERANCE)
+    by_id = logprobs.gather(1, torch.from_numpy(top.token_ids)).numpy()
+    np.testing.assert_allclose(top.logprobs, by_id, atol=TOLERANCE)
+    hit = top.token_ids == np.array(prompt[1:])[:, None]
+    assert (top.logprobs[hit] == scores[hit.any(1)]).all()
+
+
+def test_scoring_alone_gives_the_scores_of_sampling(sampler: SamplerEngine) -> None:
+    for prompt in (random_tokens(3, 1), random_tokens(3, 2), random_tokens(3, 700)):
+        scored = sampler.generate(prompt, num_samples=0, prompt_logprobs=True, adapter=HEAD)
+        sampled = sampler.generate(prompt, num_samples=1, prompt_logprobs=True, adapter=HEAD)
+        assert scored.continuations == ()
+        assert scored.prompt_logprobs is not None
+        assert sampled.prompt_logprobs is not None
+        assert scored.prompt_logprobs.tobytes() == sampled.prompt_logprobs.tobytes()
+        assert len(scored.prompt_logprobs) == len(prompt) - 1
+
+
+def test_an_adapter_that_overflows_fails_its_own_requests_alone(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
+    bad = "mint://r-9/sampler_weights/bad@1"
+    spec = sampler.row(ALL).spec
+    huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
+    sampler.engine.accept(0, LoadAdapter(revision_path=bad, spec=spec, weights=huge))
+    prompt = random_tokens(4, 30)
+    expected = sampler.generate(prompt, adapter=ALL, seed=1)
+    culprit = sampler.submit(prompt, adapter=bad, num_samples=2)
+    scored = sampler.submit(prompt, adapter=bad, num_samples=0, prompt_logprobs=True)
+    neighbour = sampler.submit(prompt, adapter=ALL, seed=1)
+    for number in (culprit, scored):
+        with pytest.raises(FailedPrecondition, match="are not finite"):
+            sampler.answer(number)
+    assert_bitwise(expected, sampler.answer(neighbour))
+    assert not sampler.engine.busy
+
+
+def test_an_aborted_request_leaves_nothing_behind(sampler: SamplerEngine) -> None:
+    number = sampler.submit(random_tokens(8, 900), num_samples=30, max_tokens=500)
+    for _ in range(5):
+        sampler.step()
+    assert sampler.engine.busy
+    sampler.abort(number)
+    assert not sampler.engine.busy
+
+
+def test_stops_end_samples(sampler: SamplerEngine) -> None:
+    prompt = random_tokens(12, 10)
+    free = sampler.generate(prompt, seed=1, max_tokens=30).continuations[0].tokens.tolist()
+    stop = free[7]
+    ended = sampler.generate(
+        prompt, seed=1, max_tokens=30, stops=Stops(token_ids=frozenset({stop}))
+    )
+    assert ended.continuations[0].tokens.tolist() == free[: free.index(stop) + 1]

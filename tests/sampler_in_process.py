@@ -1,0 +1,112 @@
+"""The sampler's engine in the test's own process."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mint_core.errors import MintError
+from mint_core.lora.bank import AdapterRow
+from mint_core.lora.spec import AdapterArrays, LoraRequest
+from mint_core.lora.targets import initial_arrays, resolve
+from sampler_service.engine.engine import Engine
+from sampler_service.jobs import (
+    BASE_MODEL,
+    Abort,
+    Choice,
+    EngineConfig,
+    Generate,
+    Generated,
+    LoadAdapter,
+    Stops,
+)
+from tests.engines_in_process import random_arrays
+
+ENDLESS = Stops()
+
+
+class SamplerEngine:
+    """An engine with its calls numbered, and every pass made when it is asked for."""
+
+    def __init__(self, folder: Path, **changes: object) -> None:
+        settings = {
+            "base_model": str(folder),
+            "base_model_name": "tiny",
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "max_lora_rank": 128,
+            "max_running_samples": 16,
+            "max_batch_tokens": 0,
+            "kv_cache_tokens": 16_384,
+        }
+        config = EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]
+        self.engine = Engine(config, lambda: None)
+        self.model = self.engine.description
+        self.arrays: dict[str, AdapterArrays] = {}  # of the loaded adapters
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, Generated | MintError | None] = {}
+
+    def load(self, path: str, request: LoraRequest, *, random: int) -> None:
+        """Loads an adapter with random weights, neither A nor B zero."""
+        spec = resolve(request, self.model.linear_modules)
+        arrays = random_arrays(initial_arrays(spec, self.engine.base.shapes), random)
+        self.engine.accept(0, LoadAdapter(revision_path=path, spec=spec, weights=arrays))
+        self.arrays[path] = arrays
+
+    def row(self, path: str) -> AdapterRow:
+        return self.engine.adapters.rows[path]
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str = BASE_MODEL,
+        num_samples: int = 1,
+        max_tokens: int = 8,
+        stops: Stops = ENDLESS,
+        prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        **choice: object,
+    ) -> int:
+        """Sends a request and returns its number."""
+        number = next(self._numbers)
+        job = Generate(
+            request_id=number,
+            adapter=adapter,
+            prompt=np.array(prompt, np.int64),
+            num_samples=num_samples,
+            max_tokens=max_tokens,
+            choice=Choice(**{"seed": 0, **choice}),  # type: ignore[arg-type]
+            stops=stops,
+            prompt_logprobs=prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+        )
+        answer = self.engine.accept(number, job)
+        if answer is not None:
+            self._answers[number] = answer[1]
+        return number
+
+    def abort(self, number: int) -> None:
+        self.engine.accept(0, Abort(number))
+
+    def step(self) -> None:
+        self._answers.update(self.engine.step())
+
+    def drain(self) -> None:
+        while self.engine.busy:
+            self.step()
+
+    def answer(self, number: int) -> Generated:
+        """Makes passes until the request is answered, and returns or raises the answer."""
+        while number not in self._answers:
+            self.step()
+        answer = self._answers.pop(number)
+        if isinstance(answer, MintError):
+            raise answer
+        assert answer is not None
+        return answer
+
+    def generate(self, prompt: Sequence[int], **wishes: object) -> Generated:
+        return self.answer(self.submit(prompt, **wishes))  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Tokenizer files: fetched once, checked, kept by content, opened without a hub."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mint
+from mint._tokenizer import cache_folder
+from mintrpc.v1 import model_pb2
+from tests.unit.mint.faulty_server import Server, running
+
+PIECE_BYTES = 1000
+
+
+def pieces(folder: Path) -> Iterator[model_pb2.GetTokenizerResponse]:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = (folder / name).read_bytes()
+        for offset in range(0, len(data), PIECE_BYTES):
+            yield model_pb2.GetTokenizerResponse(
+                name=name,
+                size_bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
+                offset_bytes=offset,
+                data=data[offset : offset + PIECE_BYTES],
+            )
+
+
+@pytest.fixture
+def server(qwen3_folder: Path) -> Iterator[Server]:
+    with running(tokenizer=list(pieces(qwen3_folder))) as one:
+        yield one
+
+
+def tokenizer(server: Server) -> Any:
+    with mint.ServiceClient(base_url=server.address) as service:
+        return service.create_lora_training_client().get_tokenizer()
+
+
+def test_it_encodes_decodes_and_renders_without_a_hub(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    one = tokenizer(server)
+    ids = one.encode("Question: What is 3 * 4?", add_special_tokens=True)
+
+    assert one.decode(ids) == "Question: What is 3 * 4?"
+    assert one.eos_token_id == 2
+    chat = one.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_files_are_fetched_once_and_opened_once(server: Server) -> None:
+    with mint.ServiceClient(base_url=server.address) as service:
+        training = service.create_lora_training_client()
+        sampling = service.create_sampling_client()
+        assert training.get_tokenizer() is sampling.get_tokenizer()
+    tokenizer(server)
+
+    assert server.model.tokenizer_calls == 1
+
+
+def test_a_damaged_cache_is_fetched_again(server: Server) -> None:
+    tokenizer(server)
+    (cache_folder() / server.model.fingerprint / "tokenizer.json").write_text("{}")
+
+    assert tokenizer(server).encode("one two")
+    assert server.model.tokenizer_calls == 2
+
+
+def damage(piece: model_pb2.GetTokenizerResponse, how: str) -> None:
+    match how:
+        case "sha256":
+            piece.sha256 = "0" * 64
+        case "name":
+            piece.name = "../evil.json"
+        case "offset":
+            piece.offset_bytes = 5
+        case "size":
+            piece.size_bytes += 1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("sha256", "damaged"), ("name", "evil"), ("offset", "missing"), ("size", "incomplete")],
+)
+def test_files_that_do_not_check_out_are_refused_and_not_kept(
+    server: Server, how: str, message: str
+) -> None:
+    damage(server.model.tokenizer[-1], how)
+
+    with pytest.raises(mint.APIResponseValidationError, match=message):
+        tokenizer(server)
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_a_fingerprint_that_is_no_digest_is_refused(server: Server) -> None:
+    server.model.fingerprint = "../../elsewhere"
+
+    with pytest.raises(mint.APIResponseValidationError, match="digest"):
+        tokenizer(server)

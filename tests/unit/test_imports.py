@@ -1,0 +1,104 @@
+"""Imports go one way (docs/design.md): who may import whom, who is free of torch and gRPC."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = {
+    "mintrpc": "proto/mintrpc",
+    "mint": "py_client/mint",
+    "mint_core": "mint_core",
+    "checkpoint_store": "checkpoint_store",
+    "trainer_service": "trainer_service",
+    "sampler_service": "sampler_service",
+}
+MAY_IMPORT = {
+    "mint": {"mintrpc"},
+    "mint_core": {"mintrpc"},
+    "checkpoint_store": {"mint_core"},
+    "trainer_service": {"mint_core", "checkpoint_store", "mintrpc"},
+    "sampler_service": {"mint_core", "checkpoint_store", "mintrpc"},
+}
+# Where torch lives. Everything else, the fronts and the client above all, does without.
+TORCH = ("/engine/", "mint_core/lora/", "mint_core/model/", "mint_core/embedded_model.py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each imported top-level package, and whether the import stands at module level."""
+    tree = ast.parse(path.read_text())
+    top_level = set(tree.body)
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        for name in names:
+            yield name, node in top_level
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / OURS[package]).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_only_what_lies_below_them(package: str) -> None:
+    forbidden = set(OURS) - MAY_IMPORT[package] - {package}
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(package)
+        for name, _ in imports(path)
+        if name.split(".")[0] in forbidden
+    ]
+    assert sources(package)
+    assert not found
+
+
+def test_torch_stays_in_the_engines_and_in_the_clients_one_file() -> None:
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for package in MAY_IMPORT
+        for path in sources(package)
+        for name, _ in imports(path)
+        if name.split(".")[0] in {"torch", "peft"}
+        and not any(part in path.as_posix() for part in TORCH)
+        and path.as_posix().removeprefix(f"{ROOT}/") != "py_client/mint/_torch.py"
+    ]
+    assert not found
+
+
+def test_nothing_imports_the_clients_torch_file_at_module_level() -> None:
+    found = [
+        path
+        for path in sources("mint")
+        for name, top_level in imports(path)
+        if top_level and name.startswith("mint._torch")
+    ]
+    assert not found
+
+
+def test_engines_and_lora_never_import_grpc() -> None:
+    engine_side = [
+        path
+        for package in MAY_IMPORT
+        for path in sources(package)
+        if any(part in path.as_posix() for part in TORCH) or path.name == "engine_pipe.py"
+    ]
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in engine_side
+        for name, _ in imports(path)
+        if name.split(".")[0] in {"grpc", "mintrpc"} or name.startswith("mint_core.rpc")
+    ]
+    assert len(engine_side) > 10
+    assert not found
+
+
+@pytest.mark.parametrize("package", ["trainer_service", "sampler_service"])
+def test_planner_jobs_and_engine_speak_no_protobuf(package: str) -> None:
+    inside = [
+        p for p in sources(package) if p.name in {"planner.py", "jobs.py"} or "engine" in p.parts
+    ]
+    assert inside
+    assert not [p for p in inside for name, _ in imports(p) if name.split(".")[0] == "mintrpc"]

@@ -1,0 +1,47 @@
+"""Calls made by hand."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from trainer_service.calls import Call, Compute, Discard, Method, Place, Work
+from trainer_service.jobs import AdamParams, CrossEntropy, Document, StepRow
+
+
+def document(tokens: int, first: int = 0) -> Document:
+    ids = np.arange(first, first + tokens)
+    return Document(tokens=ids, targets=ids + 1, weights=np.ones(tokens, np.float32))
+
+
+def call(
+    sequence: int,
+    *,
+    run: str = "run-a",
+    payload: str = "",
+    epoch: int = 1,
+    acknowledged: int = 0,
+    method: Method = "ForwardBackward",
+    work: Work | None = None,
+) -> Call:
+    place = Place(
+        training_run_id=run,
+        sequence=sequence,
+        writer_epoch=epoch,
+        acknowledged_sequence=acknowledged,
+        payload_hash=hashlib.sha256(payload.encode()).digest(),
+    )
+    return Call(place, method, work or Discard())
+
+
+def compute(*lengths: int, backward: bool = True) -> Compute:
+    return Compute(
+        documents=tuple(document(length) for length in lengths),
+        loss=CrossEntropy(),
+        backward=backward,
+        weighted_only=False,
+    )
+
+
+def step(run: str, **params: Any) -> StepRow:
+    return StepRow(run, AdamParams(**params))

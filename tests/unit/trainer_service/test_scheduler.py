@@ -1,0 +1,135 @@
+"""How work reaches the engine, with a real engine process that has no model."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mint_core import engine_process
+from mint_core.engine_process import EngineProcess
+from mint_core.errors import EngineFault, FailedPrecondition, Unavailable
+from mint_core.lora.spec import LoraRequest
+from mint_core.rpc.metrics import Metrics
+from tests.engines.trainer import DIE, MAX_BATCH_TOKENS, REFUSED_RATE, WAIT
+from tests.unit.trainer_service.calls import call, compute, step
+from trainer_service.errors import TrainingRunLost
+from trainer_service.jobs import ClearGradient, CreateRow, Tile, TileResult
+from trainer_service.planner import cut
+from trainer_service.scheduler import Scheduler
+
+LIMIT_S = 30.0
+
+
+@asynccontextmanager
+async def scheduling() -> AsyncIterator[Scheduler]:
+    engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
+
+    def lose(why: str) -> None:
+        scheduler.lose(why)
+
+    scheduler = Scheduler(engine, Metrics())
+    async with asyncio.timeout(LIMIT_S):
+        scheduler.welcome(await engine.start())
+        try:
+            yield scheduler
+        finally:
+            await engine.close()
+
+
+def tiles(run: str, sequence: int, *lengths: int) -> tuple[Tile, ...]:
+    return cut(call(sequence, run=run), compute(*lengths), MAX_BATCH_TOKENS)
+
+
+def plan_of(results: list[TileResult]) -> list[float]:
+    return [result.metrics["plan:max"] for result in results]
+
+
+def job(run: str) -> CreateRow:
+    return CreateRow(training_run_id=run, request=LoraRequest(rank=1))
+
+
+async def busy(scheduler: Scheduler, sequence: int) -> asyncio.Task[list[TileResult]]:
+    """Gives the engine a plan of its own, which it has when this returns."""
+    task = asyncio.create_task(scheduler.compute("x", tiles("first", sequence, 4)))
+    for _ in range(3):  # the task starts, asks for a plan, and the plan starts
+        await asyncio.sleep(0)
+    return task
+
+
+async def test_what_waits_goes_together_when_the_engine_is_idle() -> None:
+    async with scheduling() as scheduler:
+        first = await busy(scheduler, WAIT)
+        runs = [
+            asyncio.create_task(scheduler.compute("x", tiles(run, 1, 8))) for run in ("a", "b", "c")
+        ]
+        await asyncio.sleep(0)
+        await scheduler.row(ClearGradient("first"))  # which the engine waits for
+
+        assert plan_of(await first) == [1]
+        assert [plan_of(await each) for each in runs] == [[2], [2], [2]]
+
+
+async def test_what_is_ready_at_once_goes_together() -> None:
+    async with scheduling() as scheduler:
+        answers = await asyncio.gather(
+            *(scheduler.compute("x", tiles(run, 1, 8)) for run in ("a", "b", "c"))
+        )
+
+        assert [plan_of(each) for each in answers] == [[1], [1], [1]]
+
+
+async def test_a_large_call_takes_several_plans_and_keeps_its_order() -> None:
+    async with scheduling() as scheduler:
+        results = await scheduler.compute("x", tiles("a", 1, 30, 30, 30, 30, 30))
+
+        assert plan_of(results) == [1, 1, 2, 2, 3]
+        assert [len(result.logprobs[0]) for result in results] == [30] * 5
+
+
+async def test_steps_of_many_runs_go_together() -> None:
+    async with scheduling() as scheduler:
+        results = await asyncio.gather(*(scheduler.step(step(run)) for run in ("a", "b", "c")))
+
+        assert [result.step for result in results] == [3, 3, 3]  # steps of the job, says the engine
+
+
+async def test_a_refused_step_is_refused_alone() -> None:
+    async with scheduling() as scheduler:
+        results = await asyncio.gather(
+            scheduler.step(step("a")),
+            scheduler.step(step("b", learning_rate=REFUSED_RATE)),
+            return_exceptions=True,
+        )
+
+        assert isinstance(results[1], FailedPrecondition)
+        assert not isinstance(results[0], BaseException)
+
+
+async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
+    async with scheduling() as scheduler:
+        first = await busy(scheduler, DIE)
+        waiting = [
+            asyncio.create_task(scheduler.compute("x", tiles("a", 1, 60, 60))),
+            asyncio.create_task(scheduler.step(step("b"))),
+        ]
+
+        with pytest.raises(EngineFault):
+            await first
+        for task, run in zip(waiting, ("a", "b"), strict=True):
+            with pytest.raises(TrainingRunLost, match=f"`{run}` were lost .*exit code 3"):
+                await task
+
+        await scheduler.create_row(job("c"))  # waits for the next engine
+        assert plan_of(await scheduler.compute("x", tiles("c", 1, 4))) == [1]
+
+
+async def test_there_is_no_model_before_the_engine_was_up() -> None:
+    scheduler = Scheduler(EngineProcess("tests.engines.trainer", "no settings"), Metrics())
+
+    assert scheduler.description is None
+    with pytest.raises(Unavailable, match="still being loaded"):
+        _ = scheduler.model

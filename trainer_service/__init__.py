@@ -1,0 +1,1 @@
+"""The trainer: a gRPC front and a torch engine in two processes."""

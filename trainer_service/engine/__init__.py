@@ -1,0 +1,1 @@
+"""The trainer's engine: torch, one thread, and nothing of the network."""

@@ -1,0 +1,36 @@
+"""`python -m trainer_service.engine FD`: serves the front at the other end of the pipe until it is
+gone.
+"""
+
+import logging
+
+from mint_core.engine_pipe import EnginePipe, Hello, Reply, connect
+from trainer_service.engine.engine import Engine
+from trainer_service.jobs import EngineConfig
+
+
+def main() -> None:
+    pipe, config = connect()
+    assert isinstance(config, EngineConfig)
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        engine = Engine(config)
+    except Exception as error:
+        pipe.fail(0, error)
+        return
+    pipe.send(Hello(engine.base.description, engine.max_batch_tokens))
+    _serve(pipe, engine)
+
+
+def _serve(pipe: EnginePipe, engine: Engine) -> None:
+    while (call := pipe.receive()) is not None:
+        try:
+            pipe.send(Reply(call.number, engine.run(call.job)))
+        except Exception as error:
+            pipe.fail(call.number, error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Lays the documents of a plan side by side in one stream, [tokens], without padding between."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mint_core.lora.bank import AdapterRow
+from mint_core.lora.layers import MIN_ROWS, Segment
+from trainer_service.engine.losses import LossInputs
+from trainer_service.jobs import Tile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedTile:
+    """One tile in the stream. Its documents follow each other from `segment.start`."""
+
+    tile: Tile
+    segment: Segment
+    lengths: tuple[int, ...]  # of its documents
+    targets: Tensor  # [tile tokens]
+    inputs: LossInputs
+    scored: Tensor  # [scored] places in the tile that get a logprob
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedPlan:
+    """The stream of a plan."""
+
+    tiles: tuple[PackedTile, ...]  # in the plan's order
+    tokens: Tensor  # [tokens]
+    positions: Tensor  # [tokens], from 0 in each document
+    bounds: list[int]  # of the documents
+
+
+def pack(tiles: Sequence[Tile], rows: Mapping[str, AdapterRow], device: torch.device) -> PackedPlan:
+    """Packs tiles in the order given.
+
+    A tile shorter than MIN_ROWS is followed by a document of padding, since a matmul with fewer
+    rows computes other last bits.
+    """
+    packed, streams, bounds = [], [], [0]
+    for tile in tiles:
+        start = bounds[-1]
+        for document in tile.documents:
+            streams.append(document.tokens)
+            bounds.append(bounds[-1] + len(document.tokens))
+        missing = MIN_ROWS - (bounds[-1] - start)
+        if missing > 0:
+            streams.append(np.zeros(missing, np.int64))
+            bounds.append(bounds[-1] + missing)
+        segment = Segment(start, bounds[-1], rows[tile.training_run_id], tile.backward)
+        packed.append(_pack_tile(tile, segment, device))
+    positions = np.concatenate([np.arange(len(stream)) for stream in streams])
+    return PackedPlan(
+        tuple(packed),
+        torch.from_numpy(np.concatenate(streams)).to(device),
+        torch.from_numpy(positions).to(device),
+        bounds,
+    )
+
+
+def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile:
+    documents = tile.documents
+
+    def joined(arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+    weights = np.concatenate([d.weights for d in documents])
+    scored = np.flatnonzero(weights) if tile.weighted_only else np.arange(len(weights))
+    inputs = LossInputs(
+        weights=torch.from_numpy(weights).to(device),
+        logprobs=_optional([d.logprobs for d in documents], device),
+        advantages=_optional([d.advantages for d in documents], device),
+    )
+    return PackedTile(
+        tile=tile,
+        segment=segment,
+        lengths=tuple(len(d.tokens) for d in documents),
+        targets=joined([d.targets for d in documents]),
+        inputs=inputs,
+        scored=torch.from_numpy(scored).to(device),
+    )
+
+
+def _optional(arrays: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:
+    present = [array for array in arrays if array is not None]
+    assert len(present) in (0, len(arrays)), "one loss reads the same inputs of every document"
+    return torch.from_numpy(np.concatenate(present)).to(device) if present else None

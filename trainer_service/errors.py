@@ -1,0 +1,161 @@
+"""What the trainer's front refuses, each with a reason of its own."""
+
+from mint_core.errors import Aborted, AlreadyExists, FailedPrecondition, ResourceExhausted
+
+RETRY_AFTER_S = 1.0
+
+
+class SequenceGap(Aborted):
+    """The call came before an earlier one, which did not come in time. Send both again."""
+
+    reason = "SEQUENCE_GAP"
+
+    def __init__(self, sequence: int, missing_sequence: int) -> None:
+        super().__init__(
+            f"`sequence` {sequence} waits for {missing_sequence}, which has not arrived; "
+            f"send {missing_sequence} and then this call again",
+            sequence=sequence,
+            missing_sequence=missing_sequence,
+        )
+
+
+class WriterFenced(Aborted):
+    """Another client has opened the run. Final."""
+
+    reason = "WRITER_FENCED"
+
+    def __init__(self, writer_epoch: int, current: int) -> None:
+        super().__init__(
+            f"`writer_epoch` {writer_epoch} has ended because the run was opened again (now "
+            f"{current}); "
+            "open the run to take it over",
+            writer_epoch=writer_epoch,
+            current_writer_epoch=current,
+        )
+
+
+class SequenceReused(AlreadyExists):
+    """The number belongs to another call."""
+
+    reason = "SEQUENCE_REUSED"
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__(
+            f"`sequence` {sequence} was used for a call with another content; "
+            "open_training_run tells the next free number",
+            sequence=sequence,
+        )
+
+
+class RequestIdReused(AlreadyExists):
+    """The id belongs to another request."""
+
+    reason = "REQUEST_ID_REUSED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"`request_id` {request_id!r} was used for another request within 24 hours; choose a "
+            "new one",
+            request_id=request_id,
+        )
+
+
+class AnswerAcknowledged(FailedPrecondition):
+    """The answer may be gone, since the caller said that it has it."""
+
+    reason = "ANSWER_ACKNOWLEDGED"
+
+    def __init__(self, sequence: int, acknowledged_sequence: int) -> None:
+        super().__init__(
+            f"`sequence` {sequence} was acknowledged (all up to {acknowledged_sequence} were), "
+            "so its answer is no longer kept; acknowledge only answers that have arrived",
+            sequence=sequence,
+            acknowledged_sequence=acknowledged_sequence,
+        )
+
+
+class AnswersUnacknowledged(ResourceExhausted):
+    """The run keeps as many answers as it may."""
+
+    reason = "ANSWERS_UNACKNOWLEDGED"
+
+    def __init__(self, count: int, size_bytes: int) -> None:
+        super().__init__(
+            f"{count} answers of {size_bytes} bytes are not acknowledged; "
+            "raise `acknowledged_sequence` to the last answer that has arrived",
+            retry_after_s=RETRY_AFTER_S,
+            count=count,
+            size_bytes=size_bytes,
+        )
+
+
+class TooManyCallsInFlight(ResourceExhausted):
+    """The run's queue is full."""
+
+    reason = "TOO_MANY_CALLS_IN_FLIGHT"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the run has {limit} unanswered calls, the most that are held; wait for an answer "
+            "first",
+            retry_after_s=RETRY_AFTER_S,
+            limit=limit,
+        )
+
+
+class GradientIncomplete(FailedPrecondition):
+    """A backward that belongs to the step failed."""
+
+    reason = "GRADIENT_INCOMPLETE"
+
+    def __init__(self, failed_sequence: int) -> None:
+        super().__init__(
+            f"forward_backward with `sequence` {failed_sequence} failed, so the gradient is "
+            "incomplete: "
+            "no step was taken and the gradient is cleared; run the batch again",
+            failed_sequence=failed_sequence,
+        )
+
+
+class BackwardCountMismatch(FailedPrecondition):
+    """The program asked for another number of backwards than arrived."""
+
+    reason = "BACKWARD_COUNT_MISMATCH"
+
+    def __init__(self, asked: int, arrived: int) -> None:
+        super().__init__(
+            f"`backward_count` is {asked} but {arrived} backwards arrived since the last step: "
+            "no step was taken and the gradient is cleared; run the batch again",
+            backward_count=asked,
+            arrived=arrived,
+        )
+
+
+class NoGradient(FailedPrecondition):
+    """There is nothing to step on."""
+
+    reason = "NO_GRADIENT"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "there is no gradient, so no step was taken; call forward_backward before optim_step"
+        )
+
+
+class TrainingRunLost(FailedPrecondition):
+    """The engine that held the run's weights died."""
+
+    reason = "TRAINING_RUN_LOST"
+
+    def __init__(self, training_run_id: str, why: str) -> None:
+        super().__init__(
+            f"the weights of training run `{training_run_id}` were lost ({why}); "
+            "create a new run, from its last checkpoint if it has one",
+            training_run_id=training_run_id,
+        )
+
+
+class CheckpointMismatch(FailedPrecondition):
+    """The checkpoint belongs to another base model or shape of adapter."""
+
+    reason = "CHECKPOINT_MISMATCH"

@@ -1,0 +1,144 @@
+"""Checks of single fields of requests: each returns the value or raises InvalidRequest."""
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from checkpoint_store import check_name
+from mint_core.errors import InvalidRequest
+from mint_core.rpc.limits import (
+    MAX_METADATA_BYTES,
+    MAX_METADATA_ENTRIES,
+    MAX_REQUEST_ID_CHARACTERS,
+)
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+MAX_TTL_DAYS = 36_500
+
+__all__ = [
+    "check_name",
+    "finite",
+    "metadata",
+    "page_size",
+    "page_token",
+    "parse_page_token",
+    "request_id",
+    "text",
+    "ttl_s",
+    "within",
+]
+
+
+def text(value: str, field: str) -> str:
+    """Returns a text that must not be empty."""
+    if not value:
+        raise InvalidRequest(f"`{field}` is empty; it is required", field=field)
+    return value
+
+
+def within(value: int, field: str, least: int, most: int | None = None) -> int:
+    """Returns a whole number between its bounds."""
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise InvalidRequest(f"`{field}` is {value} but must be {bounds}", field=field, value=value)
+    return value
+
+
+def finite(
+    value: float,
+    field: str,
+    least: float = 0.0,
+    below: float = math.inf,
+) -> float:
+    """Returns a number that is finite, at least `least` and less than `below`."""
+    if not least <= value < below:  # false for NaN too
+        bounds = (
+            f"finite and at least {least:g}" if below == math.inf else f"in [{least:g}, {below:g})"
+        )
+        raise InvalidRequest(
+            f"`{field}` is {value:g} but must be {bounds}", field=field, value=value
+        )
+    return value
+
+
+def request_id(value: str) -> str:
+    text(value, "request_id")
+    if len(value) > MAX_REQUEST_ID_CHARACTERS:
+        raise InvalidRequest(
+            f"`request_id` has {len(value)} characters but at most {MAX_REQUEST_ID_CHARACTERS} "
+            "are taken; "
+            "a UUID will do",
+            field="request_id",
+            characters=len(value),
+        )
+    return value
+
+
+def metadata(entries: Mapping[str, str], field: str = "metadata") -> dict[str, str]:
+    if len(entries) > MAX_METADATA_ENTRIES:
+        raise InvalidRequest(
+            f"`{field}` has {len(entries)} entries but at most {MAX_METADATA_ENTRIES} are kept; "
+            "leave some out",
+            field=field,
+            entries=len(entries),
+        )
+    size_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in entries.items())
+    if size_bytes > MAX_METADATA_BYTES:
+        raise InvalidRequest(
+            f"`{field}` has {size_bytes} bytes but at most {MAX_METADATA_BYTES} are kept; shorten "
+            "it",
+            field=field,
+            size_bytes=size_bytes,
+        )
+    return dict(entries)
+
+
+def ttl_s(request: Any, field: str = "ttl") -> float | None:
+    """Returns how long to keep something, in seconds; None if the request does not say."""
+    if not request.HasField(field):
+        return None
+    ttl: Duration = getattr(request, field)
+    seconds = ttl.seconds + ttl.nanos * 1e-9
+    if not 0 < seconds <= MAX_TTL_DAYS * 86_400:
+        raise InvalidRequest(
+            f"`{field}` is {seconds:g} s but must be more than 0 and at most {MAX_TTL_DAYS} days; "
+            "leave it out to keep things until they are deleted",
+            field=field,
+            seconds=seconds,
+        )
+    return seconds
+
+
+def page_size(value: int) -> int:
+    return within(value, "page_size", 0, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+
+
+def page_token(last: int, metadata_filter: Mapping[str, str]) -> str:
+    """Writes the token for the page after the run with the creation number `last`."""
+    content = json.dumps([last, sorted(metadata_filter.items())])
+    return base64.urlsafe_b64encode(content.encode()).decode()
+
+
+def parse_page_token(token: str, metadata_filter: Mapping[str, str]) -> int | None:
+    """Returns the creation number behind which the page starts; None for the first page."""
+    if not token:
+        return None
+    try:
+        last, entries = json.loads(base64.urlsafe_b64decode(token.encode()))
+        made_for = {str(key): str(value) for key, value in entries}
+    except (binascii.Error, ValueError, TypeError, RecursionError):
+        made_for, last = {}, None
+    if type(last) is not int or made_for != dict(metadata_filter):
+        raise InvalidRequest(
+            "`page_token` was not given for this filter; pass `next_page_token` as it was "
+            "answered, with the same "
+            "`metadata_filter`",
+            field="page_token",
+        )
+    return last

@@ -1,0 +1,199 @@
+"""What the trainer's front and engine say to each other: frozen dataclasses of numpy arrays.
+
+The engine keeps rows (adapter weights, gradient, moments, step) by `training_run_id` and does what
+it is told; order, retries, fairness and the rules about incomplete gradients are the front's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint_core.errors import MintError
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """-sum(weights * logprobs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceSampling:
+    """-sum(weights * ratio * advantages)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ppo:
+    clip_low_threshold: float = 0.8
+    clip_high_threshold: float = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Cispo:
+    clip_low_threshold: float = 0.8
+    clip_high_threshold: float = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Dro:
+    beta: float
+
+
+Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One datum, checked. All arrays are [n]."""
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    weights: Floats  # 1 where the caller gave none
+    logprobs: Floats | None = None  # as sampled
+    advantages: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamParams:
+    learning_rate: float = 5e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0  # 0: no clipping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Documents of one sequenced call that are computed together. The cut depends on the call's own
+    data alone.
+    """
+
+    training_run_id: str
+    sequence: int
+    index: int  # place of the tile in its call, from 0
+    documents: tuple[Document, ...]
+    loss: Loss
+    backward: bool  # whether the gradient is added to the run's row
+    weighted_only: bool  # whether logprobs at weight 0 are left out
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One pass of the engine, tiles of any runs. Answer: `tuple[TileResult, ...]` in the same
+    order.
+    """
+
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileResult:
+    """Outcome of a tile. With an error, nothing of the tile is in the gradient."""
+
+    logprobs: tuple[Floats, ...] = ()  # per document, [n] or [positions with weight]
+    metrics: Mapping[str, float] = field(default_factory=dict)  # merge by suffix
+    error: MintError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateRow:
+    """Makes a row: A drawn from the seed and B zero, or `start`. Answer: `RowDescription`."""
+
+    training_run_id: str
+    request: LoraRequest | AdapterSpec  # a spec comes from a checkpoint
+    start: "RowArrays | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowDescription:
+    spec: AdapterSpec
+    trainable_parameter_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropRow:
+    """Forgets a row, if it is there. Answer: None."""
+
+    training_run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One AdamW step on the row's gradient, which is cleared whatever happens."""
+
+    training_run_id: str
+    adam_params: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Steps of several runs. Answer: `tuple[StepResult, ...]` in the same order."""
+
+    steps: tuple[StepRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """`error` is a FailedPrecondition when the gradient was not finite: no step was taken."""
+
+    step: int
+    grad_norm: float  # before clipping
+    error: MintError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClearGradient:
+    """Answer: None."""
+
+    training_run_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowArrays:
+    """A row's content outside the engine. The moments use the weights' names; `exp_avg` is None
+    without optimizer.
+    """
+
+    weights: AdapterArrays
+    exp_avg: AdapterArrays | None = None
+    exp_avg_sq: AdapterArrays | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRow:
+    """Answer: `RowArrays`, with moments if asked for."""
+
+    training_run_id: str
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRow:
+    """Replaces a row's content and clears its gradient; without moments they and the step become 0.
+    Answer: None.
+
+    Shapes and names must be the row's own (InvalidRequest otherwise), values finite.
+    """
+
+    training_run_id: str
+    start: RowArrays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the front hands its engine at start."""
+
+    base_model: str  # folder or hub id
+    base_model_name: str  # under which it is served; empty: `base_model`
+    device: str  # "cpu", "cuda", "auto"
+    dtype: str  # "float32", "bfloat16", "auto"
+    threads: int  # of the engine; 1 keeps CPU results bitwise
+    max_lora_rank: int
+    max_batch_tokens: int  # of one pass; 0: computed from free memory
+    log_level: str = "INFO"

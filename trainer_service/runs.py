@@ -1,0 +1,172 @@
+"""All runs: made, found, opened, listed, changed, deleted. Another tenant's is not found."""
+
+import copy
+import itertools
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from mint_core.errors import EngineFault, MintError, TrainingRunNotFound
+from mint_core.rpc.metrics import Metrics
+from trainer_service.calls import Call, Load, Outcome
+from trainer_service.checkpoints import Checkpoints
+from trainer_service.execution import Execution
+from trainer_service.fields import page_token
+from trainer_service.jobs import CreateRow, DropRow, RowArrays, RowDescription
+from trainer_service.once import Once
+from trainer_service.requests import CreateRun, DeleteRun, ListRuns, OpenRun, UpdateRun
+from trainer_service.run import Run, RunOrigin, RunView
+from trainer_service.scheduler import Scheduler
+from trainer_service.sequencing import SequenceLimits
+
+
+@dataclass(frozen=True, slots=True)
+class RunPage:
+    runs: Sequence[RunView]
+    next_page_token: str
+
+
+class Runs:
+    """The runs of this trainer. In memory: they end with the process, and with its engine."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        limits: SequenceLimits,
+    ) -> None:
+        self._scheduler = scheduler
+        self._checkpoints = checkpoints
+        self._limits = limits
+        self._execution = Execution(scheduler, checkpoints, metrics)
+        self._once = Once()
+        self._runs: dict[str, Run] = {}  # oldest first
+        self._numbers = itertools.count(1)
+
+    async def submit(self, tenant: str, call: Call) -> Outcome:
+        """Brings a sequenced call to its run and returns its outcome, or raises it."""
+        run = self._find(tenant, call.place.training_run_id)
+        arrival = run.sequence.arrive(call)
+        try:
+            outcome = await arrival.outcome
+        finally:
+            run.sequence.leave(arrival)
+        if isinstance(outcome, MintError):
+            raise copy.copy(outcome)  # repeats raise it too, each with a trace of its own
+        return outcome
+
+    async def create(self, tenant: str, request: CreateRun) -> RunView:
+        return await self._once.run(tenant, request.identity, lambda: self._create(tenant, request))
+
+    async def open(self, tenant: str, request: OpenRun) -> RunView:
+        """Fences earlier writers, and waits for the calls they were promised."""
+        return await self._once.run(
+            tenant, request.identity, lambda: self._open(tenant, request.training_run_id)
+        )
+
+    def get(self, tenant: str, training_run_id: str) -> RunView:
+        return self._find(tenant, training_run_id).view()
+
+    def list(self, tenant: str, request: ListRuns) -> RunPage:
+        """The tenant's runs, newest first."""
+        wanted = request.metadata_filter.items()
+        found = [
+            run
+            for run in reversed(self._runs.values())
+            if run.origin.tenant == tenant
+            and (request.before is None or run.origin.number < request.before)
+            and wanted <= run.metadata.items()
+        ]
+        page = found[: request.page_size]
+        more = len(found) > len(page)
+        token = page_token(page[-1].origin.number, request.metadata_filter) if more else ""
+        return RunPage([run.view() for run in page], token)
+
+    async def update(self, tenant: str, request: UpdateRun) -> RunView:
+        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+
+    async def delete(self, tenant: str, request: DeleteRun) -> None:
+        await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
+
+    def lose(self, why: str) -> None:
+        """Notes that the engine died, and every row with it."""
+        for run in self._runs.values():
+            run.lose(why)
+        self._scheduler.lose(why)
+
+    async def stop(self) -> None:
+        await self._execution.stop()
+
+    def _find(self, tenant: str, training_run_id: str) -> Run:
+        run = self._runs.get(training_run_id)
+        if run is None or run.origin.tenant != tenant:
+            raise TrainingRunNotFound(training_run_id)
+        return run
+
+    async def _create(self, tenant: str, request: CreateRun) -> RunView:
+        training_run_id = f"run-{secrets.token_hex(8)}"
+        job = await self._row_to_make(training_run_id, tenant, request)
+        description = await self._scheduler.create_row(job)
+        origin = self._origin(training_run_id, tenant, description)
+        run = Run(
+            origin,
+            step=job.start.step if job.start else 0,
+            metadata=request.metadata,
+            accept=self._execution.accept,
+            limits=self._limits,
+        )
+        self._runs[run.id] = run
+        return run.view()
+
+    async def _row_to_make(
+        self, training_run_id: str, tenant: str, request: CreateRun
+    ) -> CreateRow:
+        source = request.source
+        if not isinstance(source, Load):
+            return CreateRow(training_run_id=training_run_id, request=source)
+        opened = await self._checkpoints.open(source, tenant)
+        model = self._scheduler.model
+        opened.check_base(model.name, model.fingerprint)
+        opened.check_rank(model)
+        start: RowArrays = await opened.arrays()
+        return CreateRow(training_run_id=training_run_id, request=opened.spec, start=start)
+
+    def _origin(self, training_run_id: str, tenant: str, description: RowDescription) -> RunOrigin:
+        model = self._scheduler.model
+        return RunOrigin(
+            training_run_id=training_run_id,
+            tenant=tenant,
+            number=next(self._numbers),
+            base_model=model.name,
+            base_fingerprint=model.fingerprint,
+            spec=description.spec,
+            trainable_parameter_count=description.trainable_parameter_count,
+            create_time=datetime.now(UTC),
+        )
+
+    async def _open(self, tenant: str, training_run_id: str) -> RunView:
+        run = self._find(tenant, training_run_id)
+        run.check_usable()
+        writer_epoch = run.sequence.open()
+        async with run.turns.take(exclusive=True):
+            run.check_usable()
+            return replace(run.view(), writer_epoch=writer_epoch)  # another may have opened since
+
+    async def _update(self, tenant: str, request: UpdateRun) -> RunView:
+        run = self._find(tenant, request.training_run_id)
+        run.check_usable()
+        run.metadata = request.metadata
+        return run.view()
+
+    async def _delete(self, tenant: str, request: DeleteRun) -> None:
+        run = self._find(tenant, request.training_run_id)
+        run.delete()
+        async with run.turns.take(exclusive=True):
+            await self._checkpoints.delete_run(run.origin, named=request.delete_checkpoints)
+            if not run.view().lost:
+                with suppress(EngineFault):  # it died, and the row with it
+                    await self._scheduler.row(DropRow(run.id))
+            self._runs.pop(run.id, None)

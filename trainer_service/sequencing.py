@@ -1,0 +1,236 @@
+"""The order of a run's calls: early arrivals wait, repeats get the same answer, a number acts once.
+
+All state of that promise is here, so that a journal has one place to stand behind: `_admit` is
+where a call is accepted, `record` where its outcome becomes final.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from mint_core.errors import InvalidRequest, MintError
+from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
+from trainer_service.calls import Call, Outcome, Place, Refused, size_bytes
+from trainer_service.errors import (
+    AnswerAcknowledged,
+    AnswersUnacknowledged,
+    SequenceGap,
+    SequenceReused,
+    TooManyCallsInFlight,
+    WriterFenced,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceLimits:
+    """Of one run."""
+
+    held_calls: int = 64
+    gap_s: float = 60.0  # how long an early arrival is held
+    calls_in_flight: int = MAX_CALLS_IN_FLIGHT_PER_RUN
+    kept_answers: int = 1024  # answers that are not acknowledged, those to come included
+    kept_bytes: int = 64 * 1024 * 1024
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A call as one RPC brought it. `outcome` is that RPC's own: to cancel it cancels no more."""
+
+    call: Call
+    outcome: asyncio.Future[Outcome]
+    timer: asyncio.TimerHandle | None = None  # while it is held
+
+    def fail(self, error: MintError) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """An accepted number."""
+
+    payload_hash: bytes
+    waiting: list[Arrival] = field(default_factory=list)
+    outcome: Outcome | None = None
+
+
+class Sequence:
+    """The numbers of one run. All methods belong to one event loop and return at once."""
+
+    def __init__(self, accept: Callable[[Call], None], limits: SequenceLimits) -> None:
+        self._accept = accept  # called once per number, in order
+        self._limits = limits
+        self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
+        self._held: dict[int, list[Arrival]] = {}
+        self._kept_bytes = 0
+        self._in_flight = 0
+        self._acknowledged = 0
+        self._answered = 0  # all numbers up to here are
+        self.next_sequence = 1
+        self.writer_epoch = 1
+
+    @property
+    def in_flight(self) -> int:
+        """Calls accepted and not answered."""
+        return self._in_flight
+
+    def arrive(self, call: Call) -> Arrival:
+        """Takes a call that an RPC brought. Raises refusals that are known at once.
+
+        Later ones, which use up nothing either, and the outcome come through the arrival.
+        """
+        arrival = Arrival(call, asyncio.get_running_loop().create_future())
+        self._place(arrival)
+        self._admit_held()
+        return arrival
+
+    def leave(self, arrival: Arrival) -> None:
+        """Forgets an RPC that has ended. An early arrival goes too; an accepted call goes on."""
+        if arrival.timer is not None:
+            self._unhold(arrival)
+
+    def record(self, sequence: int, outcome: Outcome) -> None:
+        """Makes the outcome of an accepted number final and answers all who wait for it."""
+        entry = self._entries[sequence]
+        assert entry.outcome is None, f"sequence {sequence} ended twice"
+        entry.outcome = outcome
+        self._kept_bytes += size_bytes(outcome)
+        self._in_flight -= 1
+        while self._has_outcome(self._answered + 1):
+            self._answered += 1
+        for arrival in entry.waiting:
+            if not arrival.outcome.done():
+                arrival.outcome.set_result(outcome)
+        entry.waiting.clear()
+
+    def _has_outcome(self, sequence: int) -> bool:
+        entry = self._entries.get(sequence)
+        return entry is not None and entry.outcome is not None
+
+    def open(self) -> int:
+        """Starts a new epoch: early arrivals are dropped and calls of older epochs fenced."""
+        self.writer_epoch += 1
+        for arrival in self._take_held():
+            arrival.fail(WriterFenced(arrival.call.place.writer_epoch, self.writer_epoch))
+        return self.writer_epoch
+
+    def close(self, error: MintError) -> None:
+        """Drops early arrivals; the run is gone."""
+        for arrival in self._take_held():
+            arrival.fail(error)
+
+    def _place(self, arrival: Arrival) -> None:
+        place = arrival.call.place
+        self._check_epoch(place)
+        self._acknowledge(arrival)
+        if place.sequence < self.next_sequence:
+            self._repeat(arrival)
+        elif place.sequence == self.next_sequence:
+            self._admit(arrival)
+        else:
+            self._hold(arrival)
+
+    def _check_epoch(self, place: Place) -> None:
+        if place.writer_epoch < self.writer_epoch:
+            raise WriterFenced(place.writer_epoch, self.writer_epoch)
+        if place.writer_epoch > self.writer_epoch:
+            # Not recorded: a stranger must not use up the writer's numbers.
+            raise InvalidRequest(
+                f"`writer_epoch` {place.writer_epoch} was never given; send the one that create "
+                "or open answered",
+                field="writer_epoch",
+                writer_epoch=place.writer_epoch,
+            )
+
+    def _acknowledge(self, arrival: Arrival) -> None:
+        place = arrival.call.place
+        acknowledged = place.acknowledged_sequence
+        if acknowledged > self._answered:
+            error = InvalidRequest(
+                f"`acknowledged_sequence` is {acknowledged} but only calls up to {self._answered} "
+                "are answered; "
+                "acknowledge only answers that have arrived",
+                field="acknowledged_sequence",
+                acknowledged_sequence=acknowledged,
+                answered=self._answered,
+            )
+            if place.sequence < self.next_sequence:
+                raise error  # the number has its outcome
+            arrival.call = replace(arrival.call, work=Refused(error))
+            return
+        for sequence in range(self._acknowledged + 1, acknowledged + 1):
+            outcome = self._entries.pop(sequence).outcome
+            assert outcome is not None
+            self._kept_bytes -= size_bytes(outcome)
+        self._acknowledged = max(self._acknowledged, acknowledged)
+
+    def _repeat(self, arrival: Arrival) -> None:
+        place = arrival.call.place
+        if place.sequence <= self._acknowledged:
+            raise AnswerAcknowledged(place.sequence, self._acknowledged)
+        entry = self._entries[place.sequence]
+        if entry.payload_hash != place.payload_hash:
+            raise SequenceReused(place.sequence)
+        if entry.outcome is not None:
+            arrival.outcome.set_result(entry.outcome)
+        else:
+            entry.waiting.append(arrival)
+
+    def _admit(self, arrival: Arrival) -> None:
+        if error := self._full():
+            # A refused number has no successors: they would only wait in vain.
+            for later in self._take_held():
+                later.fail(error)
+            raise error
+        place = arrival.call.place
+        self._entries[place.sequence] = _Entry(place.payload_hash, [arrival])
+        self.next_sequence += 1
+        self._in_flight += 1
+        self._accept(arrival.call)
+
+    def _full(self) -> MintError | None:
+        limits = self._limits
+        if self._in_flight >= limits.calls_in_flight:
+            return TooManyCallsInFlight(limits.calls_in_flight)
+        if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
+            return AnswersUnacknowledged(len(self._entries), self._kept_bytes)
+        return None
+
+    def _hold(self, arrival: Arrival) -> None:
+        sequence = arrival.call.place.sequence
+        if sum(map(len, self._held.values())) >= self._limits.held_calls:
+            raise SequenceGap(sequence, self.next_sequence)
+        loop = asyncio.get_running_loop()
+        arrival.timer = loop.call_later(self._limits.gap_s, self._give_up, arrival)
+        self._held.setdefault(sequence, []).append(arrival)
+
+    def _give_up(self, arrival: Arrival) -> None:
+        self._unhold(arrival)
+        arrival.fail(SequenceGap(arrival.call.place.sequence, self.next_sequence))
+
+    def _unhold(self, arrival: Arrival) -> None:
+        assert arrival.timer is not None
+        arrival.timer.cancel()
+        arrival.timer = None
+        sequence = arrival.call.place.sequence
+        held = self._held[sequence]
+        held.remove(arrival)
+        if not held:
+            del self._held[sequence]
+
+    def _take_held(self) -> list[Arrival]:
+        taken = [arrival for held in self._held.values() for arrival in held]
+        for arrival in taken:
+            self._unhold(arrival)
+        return taken
+
+    def _admit_held(self) -> None:
+        while held := self._held.get(self.next_sequence):
+            arrivals = held.copy()
+            for arrival in arrivals:
+                self._unhold(arrival)
+            for arrival in arrivals:
+                try:
+                    self._place(arrival)
+                except MintError as error:
+                    arrival.fail(error)

@@ -1,0 +1,69 @@
+"""The trainer, put together."""
+
+import asyncio
+
+from checkpoint_store import CheckpointStore
+from mint_core.engine_process import EngineProcess
+from mint_core.rpc.hosting import RpcServer
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
+from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
+from trainer_service.checkpoints import Checkpoints
+from trainer_service.config import TrainerConfig
+from trainer_service.runs import Runs
+from trainer_service.scheduler import Scheduler
+from trainer_service.sequencing import SequenceLimits
+from trainer_service.servicer import CheckpointServicer, TrainerServicer
+
+ENGINE_MODULE = "trainer_service.engine"
+LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+
+
+class TrainerService:
+    """One engine and what stands between it and the network."""
+
+    def __init__(
+        self, config: TrainerConfig, metrics: Metrics, engine_module: str = ENGINE_MODULE
+    ) -> None:
+        self._sampler_address = config.sampler_address
+        self.engine = EngineProcess(
+            engine_module, config.engine_config(), on_death=lambda why: self._runs.lose(why)
+        )
+        self._scheduler = Scheduler(self.engine, metrics)
+        self._checkpoints = Checkpoints(CheckpointStore(config.store))
+        self._sweeping: asyncio.Task[None] | None = None
+        self._runs = Runs(
+            self._scheduler,
+            self._checkpoints,
+            metrics,
+            SequenceLimits(gap_s=config.gap_s),
+        )
+
+    def add_to(self, server: RpcServer) -> None:
+        """Adds the services of the trainer's port."""
+        server.add(
+            trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
+            TrainerServicer(self._runs, self._scheduler),
+            "mintrpc.v1.TrainerService",
+        )
+        server.add(
+            checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
+            CheckpointServicer(),
+            "mintrpc.v1.CheckpointService",
+        )
+        offer = Offer(role="trainer", loss_fns=LOSS_FNS, sampler_address=self._sampler_address)
+        add_model_service(
+            server,
+            ModelServicer(lambda: self._scheduler.description, lambda: self.engine.ready, offer),
+        )
+
+    async def start(self) -> None:
+        """Starts the engine. Raises what keeps it from loading."""
+        self._scheduler.welcome(await self.engine.start())
+        self._sweeping = asyncio.create_task(self._checkpoints.keep_swept())
+
+    async def stop(self) -> None:
+        if self._sweeping:
+            self._sweeping.cancel()
+        await self._runs.stop()
+        await self.engine.close()

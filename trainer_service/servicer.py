@@ -1,0 +1,205 @@
+"""The RPCs of TrainerService and CheckpointService."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message
+
+from mint_core.errors import Unimplemented
+from mint_core.rpc.caller import caller, note, records_refusals
+from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from trainer_service import requests, responses
+from trainer_service.calls import Call, Outcome
+from trainer_service.runs import Runs
+from trainer_service.scheduler import Scheduler
+from trainer_service.sequenced_requests import parse_call
+
+_LARGE_BYTES = 64 * 1024  # parsing more than this would hold up other calls
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
+    """Parses, asks the runs, answers."""
+
+    def __init__(self, runs: Runs, scheduler: Scheduler) -> None:
+        self._runs = runs
+        self._scheduler = scheduler
+
+    async def CreateTrainingRun(
+        self, request: trainer_pb2.CreateTrainingRunRequest, context: Any
+    ) -> trainer_pb2.CreateTrainingRunResponse:
+        """See trainer.proto."""
+        parsed = requests.parse_create(request, self._scheduler.model)
+        return responses.create_response(await self._runs.create(caller().tenant, parsed))
+
+    async def OpenTrainingRun(
+        self, request: trainer_pb2.OpenTrainingRunRequest, context: Any
+    ) -> trainer_pb2.OpenTrainingRunResponse:
+        """See trainer.proto."""
+        parsed = requests.parse_open(request)
+        return responses.open_response(await self._runs.open(caller().tenant, parsed))
+
+    async def GetTrainingRun(
+        self, request: trainer_pb2.GetTrainingRunRequest, context: Any
+    ) -> trainer_pb2.GetTrainingRunResponse:
+        """See trainer.proto."""
+        view = self._runs.get(caller().tenant, requests.run_id(request.training_run_id))
+        return trainer_pb2.GetTrainingRunResponse(training_run=responses.run_message(view))
+
+    async def ListTrainingRuns(
+        self, request: trainer_pb2.ListTrainingRunsRequest, context: Any
+    ) -> trainer_pb2.ListTrainingRunsResponse:
+        """See trainer.proto."""
+        page = self._runs.list(caller().tenant, requests.parse_list(request))
+        return responses.list_response(page)
+
+    async def UpdateTrainingRun(
+        self, request: trainer_pb2.UpdateTrainingRunRequest, context: Any
+    ) -> trainer_pb2.UpdateTrainingRunResponse:
+        """See trainer.proto."""
+        view = await self._runs.update(caller().tenant, requests.parse_update(request))
+        return trainer_pb2.UpdateTrainingRunResponse(training_run=responses.run_message(view))
+
+    async def DeleteTrainingRun(
+        self, request: trainer_pb2.DeleteTrainingRunRequest, context: Any
+    ) -> trainer_pb2.DeleteTrainingRunResponse:
+        """See trainer.proto."""
+        await self._runs.delete(caller().tenant, requests.parse_delete(request))
+        return trainer_pb2.DeleteTrainingRunResponse()
+
+    @records_refusals
+    async def Forward(
+        self, request: trainer_pb2.ForwardRequest, context: Any
+    ) -> trainer_pb2.ForwardResponse:
+        """See trainer.proto."""
+        return responses.forward_response(await self._sequenced(request))
+
+    @records_refusals
+    async def ForwardBackward(
+        self, request: trainer_pb2.ForwardBackwardRequest, context: Any
+    ) -> trainer_pb2.ForwardBackwardResponse:
+        """See trainer.proto."""
+        return responses.forward_backward_response(await self._sequenced(request))
+
+    @records_refusals
+    async def OptimStep(
+        self, request: trainer_pb2.OptimStepRequest, context: Any
+    ) -> trainer_pb2.OptimStepResponse:
+        """See trainer.proto."""
+        return responses.optim_step_response(await self._sequenced(request))
+
+    @records_refusals
+    async def DiscardGradient(
+        self, request: trainer_pb2.DiscardGradientRequest, context: Any
+    ) -> trainer_pb2.DiscardGradientResponse:
+        """See trainer.proto."""
+        return responses.discard_response(await self._sequenced(request))
+
+    @records_refusals
+    async def SaveState(
+        self, request: trainer_pb2.SaveStateRequest, context: Any
+    ) -> trainer_pb2.SaveStateResponse:
+        """See trainer.proto."""
+        return responses.save_state_response(await self._sequenced(request))
+
+    @records_refusals
+    async def LoadState(
+        self, request: trainer_pb2.LoadStateRequest, context: Any
+    ) -> trainer_pb2.LoadStateResponse:
+        """See trainer.proto."""
+        return responses.load_state_response(await self._sequenced(request))
+
+    @records_refusals
+    async def SaveWeightsForSampler(
+        self, request: trainer_pb2.SaveWeightsForSamplerRequest, context: Any
+    ) -> trainer_pb2.SaveWeightsForSamplerResponse:
+        """See trainer.proto."""
+        return responses.save_for_sampler_response(await self._sequenced(request))
+
+    async def WatchTrainingRun(
+        self, request: trainer_pb2.WatchTrainingRunRequest, context: Any
+    ) -> AsyncIterator[trainer_pb2.WatchTrainingRunResponse]:
+        """See trainer.proto."""
+        raise Unimplemented("watching a run is not implemented yet; GetTrainingRun tells its state")
+        yield
+
+    async def _sequenced(self, request: Message) -> Outcome:
+        call = await self._parse(request)
+        try:
+            return await self._runs.submit(caller().tenant, call)
+        finally:
+            _note(call)
+
+    async def _parse(self, request: Message) -> Call:
+        model, refusals = self._scheduler.model, caller().refusals
+        if request.ByteSize() < _LARGE_BYTES:
+            return parse_call(request, model, refusals)
+        return await asyncio.to_thread(parse_call, request, model, refusals)
+
+
+def _note(call: Call) -> None:
+    """Adds to the log line what only a call that acted has."""
+    if call.tokens:
+        note(tokens=call.tokens)
+    if call.timing.wait_s is not None:
+        note(wait_s=call.timing.wait_s, run_s=call.timing.run_s)
+
+
+class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
+    """The management of checkpoints, which is still to come."""
+
+    async def ListCheckpoints(
+        self, request: checkpoint_pb2.ListCheckpointsRequest, context: Any
+    ) -> checkpoint_pb2.ListCheckpointsResponse:
+        """See checkpoint.proto."""
+        raise _missing("listing checkpoints")
+
+    async def GetCheckpoint(
+        self, request: checkpoint_pb2.GetCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.GetCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("describing a checkpoint")
+
+    async def UpdateCheckpoint(
+        self, request: checkpoint_pb2.UpdateCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.UpdateCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("changing a checkpoint's lifetime or metadata")
+
+    async def CopyCheckpoint(
+        self, request: checkpoint_pb2.CopyCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.CopyCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("copying a checkpoint")
+
+    async def DeleteCheckpoint(
+        self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.DeleteCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("deleting a checkpoint")
+
+    async def ExportCheckpoint(
+        self, request: checkpoint_pb2.ExportCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.ExportCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("exporting a merged model")
+
+    async def DownloadCheckpoint(
+        self, request: checkpoint_pb2.DownloadCheckpointRequest, context: Any
+    ) -> AsyncIterator[checkpoint_pb2.DownloadCheckpointResponse]:
+        """See checkpoint.proto."""
+        raise _missing("downloading a checkpoint")
+        yield
+
+    async def UploadCheckpoint(
+        self, request: AsyncIterator[checkpoint_pb2.UploadCheckpointRequest], context: Any
+    ) -> checkpoint_pb2.UploadCheckpointResponse:
+        """See checkpoint.proto."""
+        raise _missing("uploading a checkpoint")
+
+
+def _missing(what: str) -> Unimplemented:
+    return Unimplemented(
+        f"{what} over this service is not implemented yet; the server's store folder holds every "
+        "checkpoint as a PEFT folder"
+    )
