@@ -88,7 +88,7 @@ class Call(Generic[Q, R]):
             return
         try:
             rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
-        except ValueError as error:
+        except Exception as error:
             self._not_sent(error)
             return
         self._rpc = rpc
@@ -104,7 +104,7 @@ class Call(Generic[Q, R]):
             )
         except grpc.RpcError as error:
             self._attempt_failed(failure_of(error))
-        except ValueError as error:
+        except Exception as error:
             self._not_sent(error)
         else:
             self._answered(answer)
@@ -119,9 +119,11 @@ class Call(Generic[Q, R]):
         self._connection.heard()
         self._ended(answer)
 
-    def _not_sent(self, error: ValueError) -> None:
-        """The channel is closed, or headers are not legal."""
-        self._fail(Failure(_Code.CANCELLED, str(error)))
+    def _not_sent(self, error: Exception) -> None:
+        """The channel is closed, or headers are not legal; anything else is a fault of ours, for
+        which nobody must wait in vain.
+        """
+        self._fail(Failure(_Code.CANCELLED, str(error) or repr(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
         delay_s = self._delay_s(failure)
