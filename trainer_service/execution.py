@@ -120,7 +120,7 @@ class Execution:
     async def _step(self, run: Run, step: Step) -> Stepped:
         if refusal := run.gradient.refusal(step.backward_count):
             raise refusal
-        result = await self._scheduler.step(StepRow(run.id, step.adam_params))
+        result = await self._scheduler.step(run.origin.tenant, StepRow(run.id, step.adam_params))
         run.gradient.clear()
         run.step = result.step
         return Stepped(

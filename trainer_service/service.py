@@ -3,6 +3,7 @@
 import asyncio
 
 from checkpoint_store import CheckpointStore
+from mint_core.access import KeyRing
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -14,6 +15,7 @@ from trainer_service.runs import Runs
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.servicer import CheckpointServicer, TrainerServicer
+from trainer_service.usage import Usage
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
@@ -23,13 +25,18 @@ class TrainerService:
     """One engine and what stands between it and the network."""
 
     def __init__(
-        self, config: TrainerConfig, metrics: Metrics, engine_module: str = ENGINE_MODULE
+        self,
+        config: TrainerConfig,
+        metrics: Metrics,
+        keys: KeyRing | None,
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._sampler_address = config.sampler_address
         self.engine = EngineProcess(
             engine_module, config.engine_config(), on_death=lambda why: self._runs.lose(why)
         )
-        self._scheduler = Scheduler(self.engine, metrics)
+        weight_of = keys.weight_of if keys else lambda tenant: 1.0
+        self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
         self._checkpoints = Checkpoints(CheckpointStore(config.store))
         self._sweeping: asyncio.Task[None] | None = None
         self._runs = Runs(
