@@ -195,11 +195,23 @@ class Planner:
         """About how many tokens of other runs come before a run's next tile; None: it has none."""
         runs = self._tenants.find(tenant)
         queue = runs.find(training_run_id) if runs else None
-        if runs is None or queue is None:
+        if queue is None:
             return None
         head_tokens = queue.head_tokens()
-        of_tenant = runs.ahead(training_run_id, head_tokens)
-        return of_tenant + self._tenants.ahead(tenant, of_tenant + head_tokens)
+        return self.tokens_until(tenant, training_run_id, head_tokens) - head_tokens
+
+    def tokens_until(self, tenant: str, training_run_id: str | None, own_tokens: int) -> int:
+        """About how many tokens are computed until a tenant, or one run of it, has had
+        `own_tokens`, these included. 0 if nothing of it is queued.
+        """
+        runs = self._tenants.find(tenant)
+        if runs is None:
+            return 0
+        if training_run_id is not None:
+            if runs.find(training_run_id) is None:
+                return 0
+            own_tokens += runs.ahead(training_run_id, own_tokens)
+        return own_tokens + self._tenants.ahead(tenant, own_tokens)
 
     def next_job(self) -> Plan | StepRows | None:
         """What the engine should do now: all ready steps together, else a pass over tiles."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
-from mint_core.errors import TrainingRunNotFound
+from mint_core.errors import MintError, TrainingRunNotFound
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Call
 from trainer_service.errors import TrainingRunLost
@@ -53,6 +54,7 @@ class Run:
         metadata: Mapping[str, str],
         accept: Callable[["Run", Call], None],
         limits: SequenceLimits,
+        refusal: Callable[[RunOrigin, int], MintError | None],
     ) -> None:
         self.origin = origin
         self.step = step
@@ -60,7 +62,7 @@ class Run:
         self.update_time = origin.create_time
         self.gradient = Gradient()
         self.turns = Turns()
-        self.sequence = Sequence(lambda call: accept(self, call), limits)
+        self.sequence = Sequence(lambda call: accept(self, call), limits, partial(refusal, origin))
         self._lost = ""
         self._deleted = False
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from mint_core.errors import EngineFault, MintError, TrainingRunNotFound
 from mint_core.rpc.metrics import Metrics
+from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Load, Outcome
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.execution import Execution
@@ -37,11 +38,13 @@ class Runs:
         checkpoints: Checkpoints,
         metrics: Metrics,
         limits: SequenceLimits,
+        backlogs: Backlogs,
     ) -> None:
         self._scheduler = scheduler
         self._checkpoints = checkpoints
         self._limits = limits
-        self._execution = Execution(scheduler, checkpoints, metrics)
+        self._backlogs = backlogs
+        self._execution = Execution(scheduler, checkpoints, metrics, backlogs)
         self._once = Once()
         self._runs: dict[str, Run] = {}  # oldest first
         self._numbers = itertools.count(1)
@@ -117,6 +120,7 @@ class Runs:
             metadata=request.metadata,
             accept=self._execution.accept,
             limits=self._limits,
+            refusal=self._backlogs.refusal,
         )
         self._runs[run.id] = run
         return run.view()

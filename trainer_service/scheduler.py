@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 LEAST_LIMIT_S = 60.0  # of the engine's silence
 LIMIT_FACTOR = 10.0  # of the time that a plan is predicted to take
-FIRST_GUESS_S = 0.05  # per token, until a plan has been timed
+# Until a plan has been timed:
+FIRST_GUESS_S = 0.05  # per token, for the engine's silence
+FIRST_PREDICTION_S = 1.0  # of any wait
 # Turns of the event loop in which calls that waited for a plan's results hand in what comes next,
 # such as the optimizer steps of its runs: they then go before the next plan, and together.
 FOLLOW_UP_TURNS = 8
@@ -41,7 +43,7 @@ _Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
 class Forecast:
     """What comes before the next of a run's tiles. Predictions, of which only the order is sure."""
 
-    tokens_ahead: int  # of other runs
+    tokens_ahead: int  # of other runs, those that the engine has included
     wait_s: float | None  # None: no plan has been timed yet
 
 
@@ -83,7 +85,7 @@ class Scheduler:
         self._waiting: dict[_Key, _Waiter] = {}
         self._busy: asyncio.Task[None] | None = None
         self._running: _Job | None = None
-        self._token_s = FIRST_GUESS_S
+        self._token_s: float | None = None  # as learned from plans
         self._deaths = 0
         self.on_progress: Callable[[], None] = lambda: None  # what is ahead of runs has changed
 
@@ -152,13 +154,22 @@ class Scheduler:
             return Forecast(0, 0.0)
         running = self._running.tiles if self._running else ()
         others = sum(tile_tokens(t) for t in running if t.training_run_id != training_run_id)
-        if self._token_s == FIRST_GUESS_S:
-            return Forecast(queued + others, None)
-        wait_s = self._token_s * queued
-        if self._running:
-            predicted_s = self._token_s * sum(map(tile_tokens, running))
-            wait_s += max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
+        wait_s = None if self._token_s is None else self._token_s * queued + self._rest_s()
         return Forecast(queued + others, wait_s)
+
+    def predict_s(self, tenant: str, training_run_id: str | None, tokens: int) -> float:
+        """About when a tenant, or one run of it, will have had so many more tokens computed."""
+        if self._token_s is None:
+            return FIRST_PREDICTION_S
+        until = self._planner.tokens_until(tenant, training_run_id, tokens)
+        return self._token_s * until + self._rest_s()
+
+    def _rest_s(self) -> float:
+        """How long the engine will still be busy with what it has."""
+        if self._running is None or self._token_s is None:
+            return 0.0
+        predicted_s = self._token_s * sum(map(tile_tokens, self._running.tiles))
+        return max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
 
     async def _results(self, tenant: str, keys: Sequence[_Key]) -> list[Any]:
         loop = asyncio.get_running_loop()
@@ -215,12 +226,12 @@ class Scheduler:
 
     def _limit_s(self, job: Plan | StepRows) -> float:
         tokens = sum(map(tile_tokens, job.tiles)) if isinstance(job, Plan) else 0
-        return max(LEAST_LIMIT_S, LIMIT_FACTOR * tokens * self._token_s)
+        return max(LEAST_LIMIT_S, LIMIT_FACTOR * tokens * (self._token_s or FIRST_GUESS_S))
 
     def _learn(self, plan: Plan, elapsed_s: float) -> None:
         measured_s = elapsed_s / sum(map(tile_tokens, plan.tiles))
-        guessed = self._token_s == FIRST_GUESS_S
-        self._token_s = measured_s if guessed else 0.7 * self._token_s + 0.3 * measured_s
+        known_s = measured_s if self._token_s is None else self._token_s
+        self._token_s = 0.7 * known_s + 0.3 * measured_s
 
 
 def _keys(job: Plan | StepRows) -> list[_Key]:

@@ -9,6 +9,7 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
+from trainer_service.backlog import BacklogLimits, Backlogs
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
 from trainer_service.runs import Runs
@@ -44,6 +45,11 @@ class TrainerService:
             self._checkpoints,
             metrics,
             SequenceLimits(gap_s=config.gap_s),
+            Backlogs(
+                BacklogLimits(calls=config.queue_calls, tokens=config.queue_tokens),
+                per_run=keys is None,
+                predict=self._scheduler.predict_s,
+            ),
         )
 
     def add_to(self, server: RpcServer) -> None:
