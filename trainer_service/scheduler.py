@@ -34,7 +34,7 @@ FIRST_GUESS_S = 0.05  # per token, for the engine's silence
 FIRST_PREDICTION_S = 1.0  # of any wait
 # Turns of the event loop in which calls that waited for a plan's results hand in what comes next,
 # such as the optimizer steps of its runs: they then go before the next plan, and together.
-FOLLOW_UP_TURNS = 8
+FOLLOW_UP_TURNS = 4
 
 _Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
 
