@@ -55,6 +55,7 @@ class Execution:
         self._metrics.queue_depth.inc()
         self._backlogs.enter(run.origin, call)
         task = asyncio.create_task(self._execute(run, call, turn))
+        run.stir_watchers()  # who look when the task has begun
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -73,8 +74,7 @@ class Execution:
                 outcome = await self._outcome(run, call)
                 call.timing.wait_s = started_s - accepted_s
                 call.timing.run_s = time.monotonic() - started_s
-                run.touch()
-                run.sequence.record(call.place.sequence, outcome)
+                run.end(call, outcome)
         finally:
             self._metrics.queue_depth.dec()
             self._backlogs.leave(run.origin, call)

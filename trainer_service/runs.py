@@ -21,6 +21,7 @@ from trainer_service.requests import CreateRun, DeleteRun, ListRuns, OpenRun, Up
 from trainer_service.run import Run, RunOrigin, RunView
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
+from trainer_service.watching import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Runs:
         self._once = Once()
         self._runs: dict[str, Run] = {}  # oldest first
         self._numbers = itertools.count(1)
+        scheduler.on_progress = self._stir_watchers
 
     async def submit(self, tenant: str, call: Call) -> Outcome:
         """Brings a sequenced call to its run and returns its outcome, or raises it."""
@@ -94,6 +96,10 @@ class Runs:
     async def delete(self, tenant: str, request: DeleteRun) -> None:
         await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
 
+    def watch(self, tenant: str, training_run_id: str) -> Watch:
+        run = self._find(tenant, training_run_id)
+        return Watch(run, lambda: self._scheduler.forecast(tenant, training_run_id))
+
     def lose(self, why: str) -> None:
         """Notes that the engine died, and every row with it."""
         for run in self._runs.values():
@@ -102,6 +108,10 @@ class Runs:
 
     async def stop(self) -> None:
         await self._execution.stop()
+
+    def _stir_watchers(self) -> None:
+        for run in self._runs.values():
+            run.stir_watchers()
 
     def _find(self, tenant: str, training_run_id: str) -> Run:
         run = self._runs.get(training_run_id)
@@ -163,6 +173,7 @@ class Runs:
         run = self._find(tenant, request.training_run_id)
         run.check_usable()
         run.metadata = request.metadata
+        run.stir_watchers()
         return run.view()
 
     async def _delete(self, tenant: str, request: DeleteRun) -> None:
@@ -174,3 +185,4 @@ class Runs:
                 with suppress(EngineFault):  # it died, and the row with it
                     await self._scheduler.row(DropRow(run.id))
             self._runs.pop(run.id, None)
+            run.end_watches()

@@ -87,7 +87,7 @@ class Scheduler:
         self._running: _Job | None = None
         self._token_s: float | None = None  # as learned from plans
         self._deaths = 0
-        self.on_progress: Callable[[], None] = lambda: None  # what is ahead of runs has changed
+        self.on_progress: Callable[[], None] = lambda: None  # what forecasts say has changed
 
     @property
     def description(self) -> ModelDescription | None:
