@@ -51,7 +51,7 @@ class Watcher(Protocol):
 
     def call_ended(self, call: Call, outcome: Outcome) -> None: ...
 
-    def run_deleted(self) -> None: ...
+    def end(self, error: MintError | None) -> None: ...
 
 
 class Run:
@@ -111,10 +111,10 @@ class Run:
         for watcher in self.watchers:
             watcher.call_ended(call, outcome)
 
-    def end_watches(self) -> None:
-        """Notes that the run is gone."""
+    def end_watches(self, error: MintError | None = None) -> None:
+        """Ends all watches: the run is gone, or `error` says why."""
         for watcher in self.watchers:
-            watcher.run_deleted()
+            watcher.end(error)
 
     def touch(self) -> None:
         """Notes that a call has ended."""

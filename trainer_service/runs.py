@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from mint_core.errors import EngineFault, MintError, TrainingRunNotFound
+from mint_core.errors import EngineFault, MintError, TrainingRunNotFound, Unavailable
 from mint_core.rpc.metrics import Metrics
 from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Load, Outcome
@@ -105,6 +105,11 @@ class Runs:
         for run in self._runs.values():
             run.lose(why)
         self._scheduler.lose(why)
+
+    def end_watches(self) -> None:
+        """Sends watchers away, who would hold up the end of the service."""
+        for run in self._runs.values():
+            run.end_watches(Unavailable("the server is shutting down; watch again"))
 
     async def stop(self) -> None:
         await self._execution.stop()

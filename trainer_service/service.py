@@ -55,6 +55,7 @@ class TrainerService:
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
+        server.before_stop(self._runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
             TrainerServicer(self._runs, self._scheduler),

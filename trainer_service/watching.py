@@ -54,24 +54,30 @@ class Watch:
         self._stirred = asyncio.Event()
         self._ends: deque[Event] = deque()
         self._missed = 0
-        self._deleted = False
+        self._ended = False
+        self._error: MintError | None = None  # why, if not by the end of the run
         self._view: RunView | None = None  # as last told
         self._progress: QueueProgress | None = None
         self._next_look_s = 0.0  # as the event loop's time
         self._timer: asyncio.TimerHandle | None = None
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """What is new, from now on, until the run is deleted. To be closed by its reader."""
+        """What is new, from now on, until the run is deleted. To be closed by its reader.
+
+        Raises what `end` was told.
+        """
         self._run.watchers.add(self)
         self.stir()
         try:
-            while self._ends or not self._deleted:
+            while self._ends or not self._ended:
                 await self._stirred.wait()
                 self._stirred.clear()
                 while self._ends:
                     yield self._next_end()
                 for event in self._news():
                     yield event
+            if self._error:
+                raise self._error
         finally:
             self._run.watchers.discard(self)
             if self._timer:
@@ -96,9 +102,9 @@ class Watch:
         self._ends.append(Event(datetime.now(UTC), end))
         self.stir()
 
-    def run_deleted(self) -> None:
-        """Nothing more will happen."""
-        self._deleted = True
+    def end(self, error: MintError | None) -> None:
+        """The run is gone, or cannot be watched any more."""
+        self._ended, self._error = True, error
         self.stir()
 
     def _next_end(self) -> Event:

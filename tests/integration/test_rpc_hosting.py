@@ -22,6 +22,7 @@ from mint_core.errors import (
     NotFound,
     ResourceExhausted,
     TrainingRunNotFound,
+    Unavailable,
 )
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
@@ -45,6 +46,7 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     error: Exception | None = None
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def GetTrainingRun(self, request: Any, context: Any) -> Any:
         if self.error:
@@ -66,7 +68,8 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
             raise self.error
         self.started.set()
         try:
-            await asyncio.Event().wait()
+            await self.leave.wait()
+            raise Unavailable("the server is leaving")
         finally:
             self.cancelled.set()
 
@@ -461,6 +464,20 @@ async def test_a_port_in_use_is_refused(served: Served) -> None:
         await second.start()
     with pytest.raises(FailedPrecondition, match=r"`metrics_address` .* in use"):
         Metrics().serve(served.metrics_address)
+
+
+async def test_stopping_ends_streams_that_have_no_end(served: Served) -> None:
+    served.server.before_stop(served.trainer.leave.set)
+    stream = served.stub.WatchTrainingRun(trainer_pb2.WatchTrainingRunRequest())
+    await stream.read()
+    await served.trainer.started.wait()
+
+    await served.server.stop(LIMIT_S)  # which the stream does not use up
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.read()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "leaving" in str(caught.value.details())
 
 
 async def test_stopping_lets_calls_end(served: Served) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ class Bounded:
 
     def client(self, tenant: str) -> mint.ServiceClient:
         return mint.ServiceClient(base_url=self.service.address, api_key=self.keys[tenant])
+
+    @contextmanager
+    def engine_stopped(self) -> Iterator[None]:
+        """Holds the engine: what it is given waits."""
+        (engine,) = psutil.Process(self.service.process.pid).children()
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
 
     def scrape(self) -> Samples:
         return scrape(self.service.metrics_address)
@@ -76,6 +87,12 @@ def await_accepted(run: RawRun, sequence: int) -> None:
         assert time.monotonic() < deadline
 
 
+def await_accepted_of(client: mint.ServiceClient, run: mint.TrainingClient, sequence: int) -> None:
+    deadline = time.monotonic() + CALL_LIMIT_S
+    while client.get_training_run(run.training_run_id).next_sequence <= sequence:
+        assert time.monotonic() < deadline
+
+
 def test_a_client_waits_for_room_by_itself_and_loses_nothing(
     bounded: Bounded, trainer: RunningService
 ) -> None:
@@ -92,21 +109,17 @@ def test_a_client_waits_for_room_by_itself_and_loses_nothing(
 
 def test_a_full_queue_refuses_a_number_and_all_above_it(bounded: Bounded) -> None:
     options = {"metadata": [("x-api-key", bounded.keys["ann"])]}
-    (engine,) = psutil.Process(bounded.service.process.pid).children()
     with grpc.insecure_channel(bounded.service.address) as channel:
         stub = trainer_pb2_grpc.TrainerServiceStub(channel)
         run, other = create(stub, options), create(stub, options)
         bobs = create(stub, {"metadata": [("x-api-key", bounded.keys["bob"])]})
-        os.kill(engine.pid, signal.SIGSTOP)
-        try:
+        with bounded.engine_stopped():
             waiting = [run.start(run.forward_backward()) for _ in range(CALLS)]
             await_accepted(run, CALLS)
             requests = [run.forward_backward(), run.optim_step(), run.discard()]
             refusals = [run.refused(request) for request in [*requests, other.optim_step()]]
             bobs_call = bobs.start(bobs.forward_backward(datum(list(range(3, 60)))))
             await_accepted(bobs, 1)  # another tenant has room
-        finally:
-            os.kill(engine.pid, signal.SIGCONT)
         for refusal in refusals:
             assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert refusal.reason == "QUEUE_FULL"
@@ -117,6 +130,28 @@ def test_a_full_queue_refuses_a_number_and_all_above_it(bounded: Bounded) -> Non
         for request in requests:
             run.send(request)
         assert run.describe().step == 1
+
+
+def test_the_place_in_the_queue_is_told(bounded: Bounded) -> None:
+    with bounded.client("ann") as ann, bounded.client("bob") as bob:
+        run, bobs = (client.create_lora_training_client(rank=4) for client in (ann, bob))
+        run.forward_backward(batch(1, 2, 3)).result(60)  # so that the rate is known
+        with run.watch() as watch:
+            assert next(watch).training_run
+            assert next(watch).queue_progress == types.QueueProgress(0, 0, 0.0)
+            with bounded.engine_stopped():
+                first = bobs.forward_backward(batch(*range(31)))
+                await_accepted_of(bob, bobs, 1)
+                second = run.forward_backward(batch(1, 2, 3))
+                told = next(event.queue_progress for event in watch if event.queue_progress)
+            assert told.waiting_calls == 1
+            assert told.tokens_ahead == 30
+            assert told.estimated_wait_s is not None
+            while told.waiting_calls:
+                told = next(event.queue_progress for event in watch if event.queue_progress)
+            assert told == types.QueueProgress(0, 0, 0.0)
+        first.result(60)
+        second.result(60)
 
 
 def test_usage_is_counted_by_tenant_and_exact(bounded: Bounded) -> None:

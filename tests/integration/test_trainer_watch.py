@@ -67,25 +67,6 @@ def test_a_loop_is_watched_by_several(client: mint.ServiceClient) -> None:
         assert not any(outcome.missed_outcomes for outcome in outcomes)
 
 
-def test_the_queue_is_told(client: mint.ServiceClient) -> None:
-    """Many calls at once: how many wait, and for how long, until none does."""
-    run = client.create_lora_training_client(rank=4)
-    inputs = {"target_tokens": [7] * 200, "weights": [1] * 200}
-    long = types.Datum(types.ModelInput.from_ints([6] * 200), inputs)
-    with run.watch() as watch:
-        next(watch)
-        futures = [run.forward_backward([long] * 8) for _ in range(6)]
-        progress = []
-        for event in watch:
-            if event.queue_progress:
-                progress.append(event.queue_progress)
-                if len(progress) > 1 and not event.queue_progress.waiting_calls:
-                    break
-    assert all(future.done() for future in futures)
-    assert max(each.waiting_calls for each in progress) > 1
-    assert any(each.estimated_wait_s for each in progress)
-
-
 def test_a_watch_ends_when_the_run_is_deleted(client: mint.ServiceClient) -> None:
     run = client.create_lora_training_client(rank=4)
     watch = run.watch()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mint_core.errors import TrainingRunNotFound
+from mint_core.errors import TrainingRunNotFound, Unavailable
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
 from trainer_service import watching
@@ -167,6 +167,33 @@ async def test_a_watch_ends_when_the_run_is_deleted(tmp_path: Path) -> None:
             front.runs.watch(TENANT, run)
 
     assert [reader.ends[-1].sequence for reader in readers[:2]] == [1, 1]
+
+
+async def test_many_watchers_are_all_told(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        readers = [Reader() for _ in range(200)]
+        reads = [
+            asyncio.create_task(reader.read(front.runs.watch(TENANT, run).events()))
+            for reader in readers
+        ]
+        for sequence in range(1, 4):
+            await front.submit(call(sequence, run=run, method="DiscardGradient"))
+        await front.delete(run)
+        await asyncio.gather(*reads)
+
+    assert {tuple(end.sequence for end in reader.ends) for reader in readers} == {(1, 2, 3)}
+
+
+async def test_watchers_are_sent_away_when_the_service_stops(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        read = asyncio.create_task(Reader().read(front.runs.watch(TENANT, run).events()))
+        await asyncio.sleep(0)
+        front.runs.end_watches()
+
+        with pytest.raises(Unavailable, match="watch again"):
+            await read
 
 
 async def test_a_watcher_that_leaves_is_forgotten(tmp_path: Path) -> None:
