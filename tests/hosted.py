@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
 from mint_core.access import KeyRing
-from mint_core.errors import InvalidRequest
+from mint_core.errors import InvalidRequest, Unavailable
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -36,6 +36,7 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     error: Exception | None = None
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def GetTrainingRun(self, request: Any, context: Any) -> Any:
         if self.error:
@@ -57,7 +58,8 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
             raise self.error
         self.started.set()
         try:
-            await asyncio.Event().wait()
+            await self.leave.wait()
+            raise Unavailable("the server is leaving")
         finally:
             self.cancelled.set()
 

@@ -24,6 +24,15 @@ class TrainerConfig(ServiceConfig):
     gap_s: float = option(
         60.0, "how long a call that came before an earlier one is held, in seconds"
     )
+    queue_calls: int = option(
+        1024,
+        "most calls of one tenant (without `keys`: of one run) that wait for their answers; more "
+        "are told to come again, which clients do by themselves",
+    )
+    queue_tokens: int = option(
+        2_000_000,
+        "the same in tokens: a call is taken while fewer than these wait, of whatever size it is",
+    )
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
@@ -33,6 +42,9 @@ class TrainerConfig(ServiceConfig):
             )
         if not 0 < self.gap_s < float("inf"):
             raise ValueError(f"`gap_s` must be positive and finite, got {self.gap_s}")
+        for name, value in (("queue_calls", self.queue_calls), ("queue_tokens", self.queue_tokens)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(

@@ -103,6 +103,26 @@ class TooManyCallsInFlight(ResourceExhausted):
         )
 
 
+class QueueFull(ResourceExhausted):
+    """As much of the tenant's, or of the run's, waits as may."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(
+        self, *, calls: int, tokens: int, max_calls: int, max_tokens: int, retry_after_s: float
+    ) -> None:
+        super().__init__(
+            f"{calls} calls with {tokens} tokens wait for their answers, and new ones are taken "
+            f"below {max_calls} calls and {max_tokens} tokens; this one has used up nothing: send "
+            f"it again in {retry_after_s:.1f} s",
+            retry_after_s=retry_after_s,
+            calls=calls,
+            tokens=tokens,
+            max_calls=max_calls,
+            max_tokens=max_tokens,
+        )
+
+
 class GradientIncomplete(FailedPrecondition):
     """A backward that belongs to the step failed."""
 

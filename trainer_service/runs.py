@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from mint_core.errors import EngineFault, MintError, TrainingRunNotFound
+from mint_core.errors import EngineFault, MintError, TrainingRunNotFound, Unavailable
 from mint_core.rpc.metrics import Metrics
+from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Load, Outcome
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.execution import Execution
@@ -20,6 +21,7 @@ from trainer_service.requests import CreateRun, DeleteRun, ListRuns, OpenRun, Up
 from trainer_service.run import Run, RunOrigin, RunView
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
+from trainer_service.watching import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,17 @@ class Runs:
         checkpoints: Checkpoints,
         metrics: Metrics,
         limits: SequenceLimits,
+        backlogs: Backlogs,
     ) -> None:
         self._scheduler = scheduler
         self._checkpoints = checkpoints
         self._limits = limits
-        self._execution = Execution(scheduler, checkpoints, metrics)
+        self._backlogs = backlogs
+        self._execution = Execution(scheduler, checkpoints, metrics, backlogs)
         self._once = Once()
         self._runs: dict[str, Run] = {}  # oldest first
         self._numbers = itertools.count(1)
+        scheduler.on_progress = self._stir_watchers
 
     async def submit(self, tenant: str, call: Call) -> Outcome:
         """Brings a sequenced call to its run and returns its outcome, or raises it."""
@@ -91,14 +96,27 @@ class Runs:
     async def delete(self, tenant: str, request: DeleteRun) -> None:
         await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
 
+    def watch(self, tenant: str, training_run_id: str) -> Watch:
+        run = self._find(tenant, training_run_id)
+        return Watch(run, lambda: self._scheduler.forecast(tenant, training_run_id))
+
     def lose(self, why: str) -> None:
         """Notes that the engine died, and every row with it."""
         for run in self._runs.values():
             run.lose(why)
         self._scheduler.lose(why)
 
+    def end_watches(self) -> None:
+        """Sends watchers away, who would hold up the end of the service."""
+        for run in self._runs.values():
+            run.end_watches(Unavailable("the server is shutting down; watch again"))
+
     async def stop(self) -> None:
         await self._execution.stop()
+
+    def _stir_watchers(self) -> None:
+        for run in self._runs.values():
+            run.stir_watchers()
 
     def _find(self, tenant: str, training_run_id: str) -> Run:
         run = self._runs.get(training_run_id)
@@ -117,6 +135,7 @@ class Runs:
             metadata=request.metadata,
             accept=self._execution.accept,
             limits=self._limits,
+            refusal=self._backlogs.refusal,
         )
         self._runs[run.id] = run
         return run.view()
@@ -159,6 +178,7 @@ class Runs:
         run = self._find(tenant, request.training_run_id)
         run.check_usable()
         run.metadata = request.metadata
+        run.stir_watchers()
         return run.view()
 
     async def _delete(self, tenant: str, request: DeleteRun) -> None:
@@ -170,3 +190,4 @@ class Runs:
                 with suppress(EngineFault):  # it died, and the row with it
                     await self._scheduler.row(DropRow(run.id))
             self._runs.pop(run.id, None)
+            run.end_watches()

@@ -1,5 +1,6 @@
 """What Prometheus sees of a service."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import psutil
@@ -31,7 +32,7 @@ class Engine(Protocol):
 
 
 class Metrics:
-    """The metrics of one service. `queue_depth` and `tokens` are for the service to move."""
+    """The metrics of one service, which moves `queue_depth` and counters of its own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -49,7 +50,10 @@ class Metrics:
         self.queue_depth = Gauge(
             "mint_queue_depth", "Calls accepted and not answered", registry=self._registry
         )
-        self.tokens = Counter("mint_tokens", "Tokens computed", ["kind"], registry=self._registry)
+
+    def counter(self, name: str, help: str, labels: Sequence[str]) -> Counter:
+        """Makes a counter; its name gets `_total` at the end."""
+        return Counter(name, help, labels, registry=self._registry)
 
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         self.calls.labels(method, code).inc()

@@ -12,6 +12,7 @@ from mint._connection import Settings
 from mint._environment import DEFAULT_BASE_URL, read_environment
 from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._servers import Servers
+from mint._watch import RunWatch
 from mint.errors import InvalidInputError
 from mint.sampling_client import SamplingClient, refuse_retry_config
 from mint.training_client import TrainingClient
@@ -146,6 +147,11 @@ class ServiceClient:
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
         delete_run(self._servers.trainer, training_run_id, delete_checkpoints)
+
+    def watch_training_run(self, training_run_id: str) -> RunWatch:
+        """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
+        self._servers.capabilities(self._servers.trainer)
+        return RunWatch(self._servers.trainer, text(training_run_id, "training_run_id"))
 
     def close(self) -> None:
         """Closes the connections, also those of the clients made here. Calls without an answer

@@ -20,7 +20,7 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
-from tests.hosted import MAX_MESSAGE_BYTES, RUN, Served, reason, refused, serving
+from tests.hosted import LIMIT_S, MAX_MESSAGE_BYTES, RUN, Served, reason, refused, serving
 
 
 async def test_without_keys_everybody_is_default(served: Served) -> None:
@@ -149,6 +149,20 @@ async def test_a_port_in_use_is_refused(served: Served) -> None:
         await second.start()
     with pytest.raises(FailedPrecondition, match=r"`metrics_address` .* in use"):
         Metrics().serve(served.metrics_address)
+
+
+async def test_stopping_ends_streams_that_have_no_end(served: Served) -> None:
+    served.server.before_stop(served.trainer.leave.set)
+    stream = served.stub.WatchTrainingRun(trainer_pb2.WatchTrainingRunRequest())
+    await stream.read()
+    await served.trainer.started.wait()
+
+    await served.server.stop(LIMIT_S)  # which the stream does not use up
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.read()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "leaving" in str(caught.value.details())
 
 
 async def test_stopping_lets_calls_end(served: Served) -> None:

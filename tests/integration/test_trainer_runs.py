@@ -189,7 +189,6 @@ def test_what_is_still_to_come_says_so(run: RawRun, trainer: RunningService) -> 
         answers = [
             lambda: run.stub.CreateTrainingRun(create_request(isolated=True)),
             lambda: run.stub.CreateTrainingRun(create_request(retention=Duration(seconds=9))),
-            lambda: list(run.stub.WatchTrainingRun(trainer_pb2.WatchTrainingRunRequest())),
             lambda: checkpoints.ListCheckpoints(pb2.ListCheckpointsRequest()),
             lambda: checkpoints.GetCheckpoint(pb2.GetCheckpointRequest(**path)),
             lambda: checkpoints.UpdateCheckpoint(pb2.UpdateCheckpointRequest(**path)),

@@ -125,8 +125,8 @@ class TrainingRun:
             base_fingerprint=message.base_fingerprint,
             lora_config=LoraConfig.from_proto(message.lora_config),
             metadata=dict(message.metadata),
-            create_time=_time(message.create_time),
-            update_time=_time(message.update_time),
+            create_time=time_of(message.create_time),
+            update_time=time_of(message.update_time),
             step=message.step,
             next_sequence=message.next_sequence,
             gradient_pending=message.gradient_pending,
@@ -260,7 +260,7 @@ class GetServerCapabilitiesResponse:
         )
 
 
-def _time(stamp: Timestamp) -> datetime:
+def time_of(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(tzinfo=UTC)
 
 

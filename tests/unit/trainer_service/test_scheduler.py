@@ -17,6 +17,7 @@ from trainer_service.errors import TrainingRunLost
 from trainer_service.jobs import ClearGradient, CreateRow, Tile, TileResult
 from trainer_service.planner import cut
 from trainer_service.scheduler import Scheduler
+from trainer_service.usage import Usage
 
 LIMIT_S = 30.0
 
@@ -28,7 +29,7 @@ async def scheduling() -> AsyncIterator[Scheduler]:
     def lose(why: str) -> None:
         scheduler.lose(why)
 
-    scheduler = Scheduler(engine, Metrics())
+    scheduler = Scheduler(engine, Usage(Metrics()), lambda tenant: 1.0)
     async with asyncio.timeout(LIMIT_S):
         scheduler.welcome(await engine.start())
         try:
@@ -89,7 +90,7 @@ async def test_a_large_call_takes_several_plans_and_keeps_its_order() -> None:
 
 async def test_steps_of_many_runs_go_together() -> None:
     async with scheduling() as scheduler:
-        results = await asyncio.gather(*(scheduler.step(step(run)) for run in ("a", "b", "c")))
+        results = await asyncio.gather(*(scheduler.step("x", step(run)) for run in ("a", "b", "c")))
 
         assert [result.step for result in results] == [3, 3, 3]  # steps of the job, says the engine
 
@@ -97,8 +98,8 @@ async def test_steps_of_many_runs_go_together() -> None:
 async def test_a_refused_step_is_refused_alone() -> None:
     async with scheduling() as scheduler:
         results = await asyncio.gather(
-            scheduler.step(step("a")),
-            scheduler.step(step("b", learning_rate=REFUSED_RATE)),
+            scheduler.step("x", step("a")),
+            scheduler.step("x", step("b", learning_rate=REFUSED_RATE)),
             return_exceptions=True,
         )
 
@@ -114,7 +115,7 @@ async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
         first = await busy(scheduler, DIE)
         waiting = [
             asyncio.create_task(scheduler.compute("x", tiles("a", 1, 60, 60))),
-            asyncio.create_task(scheduler.step(step("b"))),
+            asyncio.create_task(scheduler.step("x", step("b"))),
         ]
 
         with pytest.raises(EngineFault):
@@ -128,7 +129,8 @@ async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
 
 
 async def test_there_is_no_model_before_the_engine_was_up() -> None:
-    scheduler = Scheduler(EngineProcess("tests.engines.trainer", "no settings"), Metrics())
+    engine = EngineProcess("tests.engines.trainer", "no settings")
+    scheduler = Scheduler(engine, Usage(Metrics()), lambda tenant: 1.0)
 
     assert scheduler.description is None
     with pytest.raises(Unavailable, match="still being loaded"):
