@@ -66,7 +66,8 @@ class PackedAttention:
     ) -> Tensor:
         parts = _cut(query, key, value, group)
         longest = max(stop - start for start, stop in itertools.pairwise(group))
-        if longest >= LONG_DOCUMENT_TOKENS:
+        windowed = scores.sliding_window is not None and scores.sliding_window < longest
+        if longest >= LONG_DOCUMENT_TOKENS and not windowed:
             return long_causal_attention(*parts, scores)
         if group not in self._on_device:
             bounds = [bound - group[0] for bound in group]

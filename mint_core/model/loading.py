@@ -34,6 +34,7 @@ from mint_core.model.architecture import (
 from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.head import Head, Piece
+from mint_core.model.recompute import Recomputation, install_recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class LoadedBase:
     model: nn.Module
     head: Head
     context: LoraContext
+    recomputation: Recomputation
     shapes: dict[str, LinearShape]
     description: ModelDescription
     device: torch.device
@@ -121,6 +123,7 @@ def load_base(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
+        recomputation=install_recomputation(model),
         shapes=shapes,
         description=ModelDescription(
             name=name

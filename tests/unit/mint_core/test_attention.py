@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mint_core.model.attention import LONG_DOCUMENT_TOKENS, PackedAttention, group_documents
-from mint_core.model.attention_kernels import SOFTCAP_QUERIES, Scores, causal_attention
+from mint_core.model.attention_kernels import MOST_BLOCK_QUERIES, Scores, causal_attention
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 KINDS = [
@@ -52,10 +52,10 @@ def test_a_sequences_attention_is_the_formula(scores: Scores, queries: int, keys
     assert (ours - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("scores", KINDS[2:], ids=str)
-def test_softcapped_blocks_and_their_gradients_are_the_formula(scores: Scores) -> None:
-    parts = [part.requires_grad_() for part in projections(SOFTCAP_QUERIES + 90)]
-    upstream = torch.randn(HEADS, SOFTCAP_QUERIES + 90, SIZE)
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_blocks_of_queries_and_their_gradients_are_the_formula(scores: Scores) -> None:
+    parts = [part.requires_grad_() for part in projections(MOST_BLOCK_QUERIES + 90)]
+    upstream = torch.randn(HEADS, MOST_BLOCK_QUERIES + 90, SIZE)
     gradients = [
         torch.autograd.grad((function(*parts, scores) * upstream).sum(), parts)
         for function in (causal_attention, by_the_book)
