@@ -17,6 +17,7 @@ from trainer_service.servicer import CheckpointServicer, TrainerServicer
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+FEATURES = ("isolated",)
 
 
 class TrainerService:
@@ -51,7 +52,12 @@ class TrainerService:
             CheckpointServicer(),
             "mintrpc.v1.CheckpointService",
         )
-        offer = Offer(role="trainer", loss_fns=LOSS_FNS, sampler_address=self._sampler_address)
+        offer = Offer(
+            role="trainer",
+            loss_fns=LOSS_FNS,
+            features=FEATURES,
+            sampler_address=self._sampler_address,
+        )
         add_model_service(
             server,
             ModelServicer(lambda: self._scheduler.description, lambda: self.engine.ready, offer),

@@ -1,7 +1,9 @@
 """The engine: rows of adapters on one base model, and the jobs done on them."""
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +50,8 @@ class Engine:
     """Holds the rows of all runs. One thread; `run` does one job at a time."""
 
     def __init__(self, config: EngineConfig) -> None:
+        # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.base: LoadedBase = load_base(
             config.base_model,
             name=config.base_model_name,
@@ -81,7 +85,8 @@ class Engine:
         packed = pack(plan.tiles, rows, self.base.device)
         self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
         try:
-            return run_pass(self.base, packed)
+            with _deterministic(any(tile.isolated for tile in plan.tiles)):
+                return run_pass(self.base, packed)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -143,6 +148,18 @@ class Engine:
         trained = self._rows[job.training_run_id]
         trained.row.part(Part.GRADIENT).zero_()
         _fill(trained, job.start)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Lets torch run deterministic algorithms alone; an operation that has none raises."""
+    # It would fill memory that is written anyway, to make reads of what was never written repeat.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _within(model: ModelDescription, document_tokens: int) -> ModelDescription:
