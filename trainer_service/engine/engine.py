@@ -154,7 +154,7 @@ class Engine:
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Lets torch run deterministic algorithms alone; an operation that has none raises."""
     # It would fill memory that is written anyway, to make reads of what was never written repeat.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(wanted)
     try:
         yield
