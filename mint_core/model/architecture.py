@@ -3,7 +3,9 @@
 A probe (loading.py) compares logits; here is what shows only beyond a probe's length.
 """
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -64,7 +66,22 @@ def context_length(model: nn.Module) -> int:
     return longest
 
 
+@contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Turns what a model's own code raises into a refusal by name."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        raise unsupported(model, f"it fails on a probe: {first_line(error)}") from error
+
+
 def unsupported(model: nn.Module, why: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"the base model's architecture {type(model).__name__} is not supported: {why}"
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for one line."""
+    text = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
+    return text.removesuffix(".") or type(error).__name__

@@ -120,7 +120,11 @@ def _attend(
             f"the base model's attention ({type(module).__name__}) uses attention sinks, which are "
             "not supported; serve a model without them"
         )
-    assert attention_batch is not None, "the model must be called with attention_batch="
+    if attention_batch is None:
+        raise FailedPrecondition(
+            f"the base model's attention ({type(module).__name__}) is not told where documents "
+            "begin, so they cannot be packed; serve another model"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index: int = module.layer_idx  # type: ignore[assignment]

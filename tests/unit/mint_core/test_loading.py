@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import CohereConfig, GPT2Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    CohereConfig,
+    GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    StableLmConfig,
+)
 
 from mint_core.errors import FailedPrecondition
 from mint_core.model.architecture import check_architecture, check_windows, context_length
@@ -102,6 +110,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
             r"Qwen3MoeForCausalLM .* \(Qwen3Moe\w+\) has weights but is no nn\.Linear",
         ),
         (GPT2Config, r"no linear layers that LoRA can train"),
+        (StableLmConfig, r"attention \(StableLmAttention\) is not told where documents begin"),
+        (GPTJConfig, r"GPTJForCausalLM is not supported: it fails on a probe: The size of tensor"),
         (CohereConfig, r"CohereForCausalLM is not supported: packed logits differ from its own"),
     ],
 )
