@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mint_core.lora.bank import Part
-from mint_core.lora.segments import Segment, adapter_gradient, adapter_weights, scale
+from mint_core.lora.segments import Segment, adapter_weights, add_gradient, scale
 
 CONCAT_RANKS = 512  # most columns side by side: beyond, what is cut out costs more than launches
 CONCAT_ROWS = 256
@@ -31,6 +31,7 @@ class Adapted:
     """
 
     segments: tuple[Segment, ...]
+    rows: int  # of the stream
     device: torch.device
     dtype: torch.dtype  # that the base computes in
 
@@ -38,6 +39,20 @@ class Adapted:
     def covered(self) -> slice:
         """From the first segment to the end of the last."""
         return slice(self.segments[0].start, self.segments[-1].stop)
+
+    def split(self, stream: Tensor) -> Sequence[Tensor]:
+        """The segments' rows of the stream, as views."""
+        if self._lengths is not None:
+            parts: Sequence[Tensor] = stream.split(self._lengths)
+            return parts
+        return [stream[segment.rows] for segment in self.segments]
+
+    @cached_property
+    def _lengths(self) -> list[int] | None:
+        """Of the segments, if there is nothing between, before and behind them: the quick way."""
+        ends = [0, *(segment.stop for segment in self.segments)]
+        whole = ends[-1] == self.rows and ends[:-1] == [s.start for s in self.segments]
+        return [s.stop - s.start for s in self.segments] if whole else None
 
     @cached_property
     def groups(self) -> tuple[Segment, ...]:
@@ -93,10 +108,12 @@ class Loop:
 
     def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
         shrunk = []
-        for segment in adapted.segments:
+        for segment, rows, outputs in zip(
+            adapted.segments, adapted.split(x), adapted.split(y), strict=True
+        ):
             a, b = adapter_weights(segment, module, x.dtype)
-            h = x[segment.rows] @ a.T  # [n, r]
-            y[segment.rows].addmm_(h, b.T, alpha=scale(segment))
+            h = rows @ a.t()  # [n, r]
+            outputs.addmm_(h, b.t(), alpha=scale(segment))
             shrunk.append(h)
         return tuple(shrunk)
 
@@ -107,12 +124,12 @@ class Loop:
         adapted: Adapted,
         module: str,
     ) -> None:
-        x, dy, dx = tensors
-        for segment, h in zip(adapted.segments, saved, strict=True):
-            rows = segment.rows
-            a, _ = adapter_weights(segment, module, x.dtype)
-            dh = adapter_gradient(segment, module, x[rows], h, dy[rows])
-            dx[rows].addmm_(dh, a)
+        parts = (adapted.split(tensor) for tensor in tensors)
+        for segment, h, x, dy, dx in zip(adapted.segments, saved, *parts, strict=True):
+            a, b = adapter_weights(segment, module, x.dtype)
+            dh = dy @ b  # [n, r]
+            dx.addmm_(dh, a, alpha=scale(segment))
+            add_gradient(segment, module, (x, h, dy, dh))
 
 
 class Grouped:

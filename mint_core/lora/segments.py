@@ -31,7 +31,7 @@ def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[
     """A [r, in] and B [out, r] in the type that the base computes in."""
     assert segment.row is not None
     a, b = segment.row.views(Part.WEIGHTS, module)
-    return a.to(dtype), b.to(dtype)
+    return (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
 
 
 def scale(segment: Segment) -> float:
@@ -47,23 +47,26 @@ def adapter_backward(
     dy: Tensor,  # [n, out]
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
-    a, _ = adapter_weights(segment, module, x.dtype)
-    return adapter_gradient(segment, module, x, h, dy) @ a
+    a, b = adapter_weights(segment, module, x.dtype)
+    dh = dy @ b
+    add_gradient(segment, module, (x, h, dy, dh))
+    return dh.mul_(scale(segment)) @ a
 
 
-def adapter_gradient(
-    segment: Segment, module: str, x: Tensor, h: Tensor, dy: Tensor
-) -> Tensor:  # [n, r]
-    """d loss / d (x A^T); adds dA and dB to the gradient if the segment accumulates."""
+def add_gradient(
+    segment: Segment,
+    module: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, h, dy as above; dh = dy B [n, r]
+) -> None:
+    """Adds dA and dB to the gradient if the segment accumulates."""
+    if not segment.accumulate:
+        return
     assert segment.row is not None
-    _, b = adapter_weights(segment, module, x.dtype)
-    dh = (dy @ b).mul_(scale(segment))
-    if segment.accumulate:
-        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-        if grad_a.dtype == x.dtype:
-            grad_a.addmm_(dh.T, x)
-            grad_b.addmm_(dy.T, h, alpha=scale(segment))
-        else:
-            grad_a += dh.T @ x
-            grad_b += (dy.T @ h) * scale(segment)
-    return dh
+    x, h, dy, dh = tensors
+    grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+    if grad_a.dtype is x.dtype:
+        grad_a.addmm_(dh.t(), x, alpha=scale(segment))
+        grad_b.addmm_(dy.t(), h, alpha=scale(segment))
+    else:
+        grad_a += (dh.t() @ x) * scale(segment)
+        grad_b += (dy.t() @ h) * scale(segment)
