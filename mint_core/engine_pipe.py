@@ -48,7 +48,7 @@ class ModelDescription:
 
     name: str
     folder: str  # with the tokenizer's files
-    context_length: int  # tokens
+    context_length: int  # tokens of the longest sequence taken here
     vocabulary_size: int
     max_lora_rank: int
     fingerprint: str
@@ -58,6 +58,7 @@ class ModelDescription:
     bitwise_reproducible: bool
     linear_modules: tuple[str, ...]  # full names of the nn.Linear layers that LoRA can train
     memory_bytes: int  # of the base weights
+    memory_bound: bool = False  # whether memory, not the model, sets `context_length`
 
 
 @dataclass(frozen=True, slots=True)

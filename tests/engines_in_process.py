@@ -92,6 +92,7 @@ class EngineRun:
         *,
         backward: bool = True,
         weighted: bool = False,
+        isolated: bool = False,
     ) -> Tile:
         self._sequence += 1
         return Tile(
@@ -102,6 +103,7 @@ class EngineRun:
             loss=loss,
             backward=backward,
             weighted_only=weighted,
+            isolated=isolated,
         )
 
     def compute(self, tile: Tile) -> TileResult:

@@ -117,7 +117,7 @@ class Execution:
                 return await self._load(run, load)
 
     async def _compute(self, run: Run, call: Call, compute: Compute) -> Computed:
-        tiles = cut(call, compute, self._scheduler.max_batch_tokens)
+        tiles = cut(call, compute, self._scheduler.max_batch_tokens, isolated=run.origin.isolated)
         results = await self._scheduler.compute(run.origin.tenant, tiles)
         for result in results:
             if result.error is not None:

@@ -80,6 +80,7 @@ class Tile:
     loss: Loss
     backward: bool  # whether the gradient is added to the run's row
     weighted_only: bool  # whether logprobs at weight 0 are left out
+    isolated: bool = False  # whether it has a plan of its own, run by deterministic algorithms
 
 
 @dataclass(frozen=True, slots=True)

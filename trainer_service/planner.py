@@ -22,7 +22,9 @@ def tile_tokens(tile: Tile) -> int:
     return sum(len(document.tokens) for document in tile.documents)
 
 
-def cut(call: Call, compute: Compute, max_batch_tokens: int) -> tuple[Tile, ...]:
+def cut(
+    call: Call, compute: Compute, max_batch_tokens: int, *, isolated: bool = False
+) -> tuple[Tile, ...]:
     """Cuts a call at document boundaries, by its own data alone: no neighbour changes its result.
 
     A tile takes at most half a budget, so that no call fills a pass alone; a longer document is a
@@ -37,6 +39,7 @@ def cut(call: Call, compute: Compute, max_batch_tokens: int) -> tuple[Tile, ...]
             loss=compute.loss,
             backward=compute.backward,
             weighted_only=compute.weighted_only,
+            isolated=isolated,
         )
         for index, documents in enumerate(_groups(compute.documents, max(1, max_batch_tokens // 2)))
     )
@@ -181,6 +184,7 @@ class Planner:
             quantum, lambda: _Ring(quantum, _RunQueue), weight_of
         )
         self._steps: list[StepRow] = []
+        self._isolated: Tile | None = None  # met while a plan was filled; it has the next one
 
     def add(self, tenant: str, tiles: Sequence[Tile]) -> None:
         """Queues the tiles of one call behind those of its run."""
@@ -218,11 +222,20 @@ class Planner:
         if self._steps:
             steps, self._steps = self._steps, []
             return StepRows(tuple(steps))
+        if self._isolated is not None:
+            tile, self._isolated = self._isolated, None
+            return Plan((tile,))
         tiles: list[Tile] = []
         room = self.max_batch_tokens
         while tokens := self._tenants.head_tokens():
             if tiles and tokens > room:
                 break
-            tiles.append(self._tenants.pop())
+            tile = self._tenants.pop()
+            if tile.isolated:
+                if not tiles:
+                    return Plan((tile,))
+                self._isolated = tile
+                break
+            tiles.append(tile)
             room -= tokens
         return Plan(tuple(tiles)) if tiles else None

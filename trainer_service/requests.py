@@ -33,6 +33,7 @@ class CreateRun:
     identity: Identity
     source: LoraRequest | Load
     metadata: Mapping[str, str]
+    isolated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,6 @@ def parse_create(
     request: trainer_pb2.CreateTrainingRunRequest, model: ModelDescription
 ) -> CreateRun:
     _check_served(request.base_model, model)
-    if request.isolated:
-        raise Unimplemented(
-            "`isolated` runs are not implemented yet; leave the field out", field="isolated"
-        )
     if request.HasField("retention"):
         raise Unimplemented(
             "`retention` of runs is not implemented yet; leave the field out", field="retention"
@@ -84,6 +81,7 @@ def parse_create(
         identity=_identity(request),
         source=_source(request, model),
         metadata=fields.metadata(request.metadata),
+        isolated=request.isolated,
     )
 
 

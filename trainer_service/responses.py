@@ -104,6 +104,7 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         state_message=f"weights lost: {view.lost}" if view.lost else "",
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
+        isolated=origin.isolated,
     )
 
 

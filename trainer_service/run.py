@@ -27,6 +27,7 @@ class RunOrigin:
     spec: AdapterSpec
     trainable_parameter_count: int
     create_time: datetime
+    isolated: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

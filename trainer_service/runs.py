@@ -128,7 +128,7 @@ class Runs:
         training_run_id = f"run-{secrets.token_hex(8)}"
         job = await self._row_to_make(training_run_id, tenant, request)
         description = await self._scheduler.create_row(job)
-        origin = self._origin(training_run_id, tenant, description)
+        origin = self._origin(training_run_id, tenant, description, request.isolated)
         run = Run(
             origin,
             step=job.start.step if job.start else 0,
@@ -153,7 +153,9 @@ class Runs:
         start: RowArrays = await opened.arrays()
         return CreateRow(training_run_id=training_run_id, request=opened.spec, start=start)
 
-    def _origin(self, training_run_id: str, tenant: str, description: RowDescription) -> RunOrigin:
+    def _origin(
+        self, training_run_id: str, tenant: str, description: RowDescription, isolated: bool
+    ) -> RunOrigin:
         model = self._scheduler.model
         return RunOrigin(
             training_run_id=training_run_id,
@@ -164,6 +166,7 @@ class Runs:
             spec=description.spec,
             trainable_parameter_count=description.trainable_parameter_count,
             create_time=datetime.now(UTC),
+            isolated=isolated,
         )
 
     async def _open(self, tenant: str, training_run_id: str) -> RunView:

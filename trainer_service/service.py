@@ -20,7 +20,7 @@ from trainer_service.usage import Usage
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
-FEATURES = ("watch_training_run",)
+FEATURES = ("watch_training_run", "isolated")
 
 
 class TrainerService:

@@ -37,8 +37,9 @@ class Piece:
 class Head:
     """Scores rows of the last hidden state."""
 
-    def __init__(self, linear: MultiLoraLinear) -> None:
+    def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
+        self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
         self._chunk_rows = max(MIN_ROWS, min(2048, CHUNK_BYTES // (4 * linear.out_features)))
 
     def logits(self, hidden: Tensor, pieces: Sequence[Piece]) -> Tensor:
@@ -99,7 +100,9 @@ class Head:
                 _zero_fill(upstream[i][at], rows)
                 for (i, at, _), rows in zip(chunk, padded, strict=True)
             ]
-            dz = _logit_gradient(z, torch.cat(wanted), torch.cat(slopes)).to(x.dtype)
+            bend = None if self._softcap is None else 1 - (z / self._softcap).square()
+            dz = _logit_gradient(z, torch.cat(wanted), torch.cat(slopes))
+            dz = (dz if bend is None else dz.mul_(bend)).to(x.dtype)
             dx = dz @ self._linear.weight
             at = 0
             for piece, rows, h in zip(cut, padded, shrunk, strict=True):
@@ -128,7 +131,10 @@ class Head:
                 z[part].addmm_(h, b.T, alpha=scale(piece.segment))
             shrunk.append(h)
             at += len(rows)
-        return z.float(), shrunk
+        z = z.float()
+        if self._softcap is not None:
+            z = (z / self._softcap).tanh_().mul_(self._softcap)
+        return z, shrunk
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[int, slice, Piece]]]:
         """Cuts each piece by its own length alone, then fills chunks: (piece number, place in it,

@@ -67,12 +67,14 @@ class ServiceClient:
         alpha: float = 32.0,
         use_rslora: bool = False,
         target_modules: Sequence[str] | None = None,
+        isolated: bool = False,
     ) -> TrainingClient:
         """Creates a run with a fresh adapter.
 
         `base_model` left out: MINT_BASE_MODEL, else Qwen/Qwen3-0.6B if served, else the one that
         is. `rank` left out: MINT_LORA_RANK, else 16. `target_modules` names modules as PEFT does
-        and stands instead of the `train_*` switches.
+        and stands instead of the `train_*` switches. `isolated` runs share no pass with others and
+        use deterministic algorithms: slower, and bitwise repeatable on a GPU too.
         """
         config = types.LoraConfig(
             rank=self._environment.lora_rank if rank is None else rank,
@@ -85,21 +87,33 @@ class ServiceClient:
             target_modules=[] if target_modules is None else target_modules,  # type: ignore[arg-type]
         )
         request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=self._base_model(base_model), lora_config=config.to_proto()
+            base_model=self._base_model(base_model),
+            lora_config=config.to_proto(),
+            isolated=isolated,
         )
         return self._create(request, user_metadata)
 
     def create_training_client_from_state(
-        self, path: str, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        isolated: bool = False,
     ) -> TrainingClient:
         """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer."""
-        return self._create_from(path, user_metadata, with_optimizer=False)
+        source = trainer_pb2.CheckpointSource(path=text(path, "path"))
+        return self._create_from(source, user_metadata, isolated)
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        isolated: bool = False,
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
-        return self._create_from(path, user_metadata, with_optimizer=True)
+        source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
+        return self._create_from(source, user_metadata, isolated)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:
         """Takes a run over; the client that used it before cannot use it any more.
@@ -187,12 +201,12 @@ class ServiceClient:
         return text(base_model or self._environment.base_model, "base_model")
 
     def _create_from(
-        self, path: str, user_metadata: Mapping[str, str] | None, *, with_optimizer: bool
+        self,
+        source: trainer_pb2.CheckpointSource,
+        user_metadata: Mapping[str, str] | None,
+        isolated: bool,
     ) -> TrainingClient:
-        source = trainer_pb2.CheckpointSource(
-            path=text(path, "path"), with_optimizer=with_optimizer
-        )
-        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source, isolated=isolated)
         return self._create(request, user_metadata)
 
     def _create(

@@ -26,6 +26,26 @@ def logprobs(run: mint.TrainingClient) -> list[float]:
     return [float(value) for value in output.loss_fn_outputs[0]["logprobs"].tolist()]
 
 
+def test_an_isolated_run_says_so_and_computes_the_same(
+    service: mint.ServiceClient, run: mint.TrainingClient
+) -> None:
+    assert "isolated" in service.get_server_capabilities().features
+    isolated = service.create_lora_training_client(rank=8, seed=1, isolated=True)
+    for each in (run, isolated):
+        each.forward_backward(batch())
+        each.optim_step(types.AdamParams(learning_rate=1e-2)).result(LIMIT_S)
+    assert logprobs(isolated) == logprobs(run)
+    path = isolated.save_state("isolated").result(LIMIT_S).path
+    for make in (
+        service.create_training_client_from_state,
+        service.create_training_client_from_state_with_optimizer,
+    ):
+        continued = make(path, isolated=True)
+        assert service.get_training_run(continued.training_run_id).isolated
+    assert service.get_training_run(isolated.training_run_id).isolated
+    assert not service.get_training_run(run.training_run_id).isolated
+
+
 async def test_a_loop_of_async_names(service: mint.ServiceClient) -> None:
     run = await service.create_lora_training_client_async(rank=8, seed=1)
     for _ in range(2):

@@ -187,7 +187,6 @@ def test_what_is_still_to_come_says_so(run: RawRun, trainer: RunningService) -> 
         pb2 = checkpoint_pb2
         path = {"path": "mint://run-1/weights/a"}
         answers = [
-            lambda: run.stub.CreateTrainingRun(create_request(isolated=True)),
             lambda: run.stub.CreateTrainingRun(create_request(retention=Duration(seconds=9))),
             lambda: checkpoints.ListCheckpoints(pb2.ListCheckpointsRequest()),
             lambda: checkpoints.GetCheckpoint(pb2.GetCheckpointRequest(**path)),

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
-from trainer_service.engine.engine import Engine
+from trainer_service.engine.engine import Engine, _deterministic
 from trainer_service.jobs import (
     AdamParams,
     Cispo,
@@ -96,6 +97,29 @@ def test_a_forward_only_tile_changes_no_gradient_and_gets_the_same_logprobs(
     assert all(np.array_equal(a, b) for a, b in zip(fused[0].logprobs, alone.logprobs, strict=True))
     assert watched.step(AdamParams()).grad_norm == 0.0
     assert equal(watched.export(), before)
+
+
+def test_an_isolated_pass_has_the_same_bits_and_leaves_torch_as_it_was(engine: Engine) -> None:
+    documents = make_documents(9, (12, 3))
+    exports = []
+    for isolated in (False, True):
+        run = EngineRun(engine, f"isolated{isolated}", REQUESTS[1], random=1)
+        run.compute(run.tile(documents, CrossEntropy(), isolated=isolated))
+        run.step(AdamParams())
+        exports.append(run.export())
+    assert equal(*exports)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_algorithms_end_with_the_pass_however_it_ends() -> None:
+    @_deterministic(True)
+    def fail() -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_neighbour_full_of_nan_touches_nobody(engine: Engine) -> None:

@@ -9,7 +9,7 @@ import torch
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, make_documents, make_engine
-from trainer_service.jobs import AdamParams, CrossEntropy
+from trainer_service.jobs import AdamParams, CrossEntropy, RowArrays
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,3 +33,21 @@ def test_gpu_gradients_and_steps_are_near_the_cpus(
     for cpu, gpu in (gradients, exports):
         for name, expected in cpu.items():
             assert np.linalg.norm(gpu[name] - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def test_an_isolated_run_repeats_bitwise_beside_whatever_else_runs(qwen3_folder: Path) -> None:
+    engine = make_engine(qwen3_folder, device="cuda", dtype="bfloat16")
+    exports: list[RowArrays] = []
+    for attempt in range(2):
+        run = EngineRun(engine, f"run{attempt}", LoraRequest(rank=8, seed=1), random=2)
+        other = EngineRun(engine, f"other{attempt}", LoraRequest(rank=16, seed=2), random=3)
+        for step in range(3):
+            documents = make_documents(step, (40 + attempt, 1200))
+            other.compute(other.tile(documents, CrossEntropy()))
+            run.compute(
+                run.tile(make_documents(step, (300, 17, 1100)), CrossEntropy(), isolated=True)
+            )
+            run.step(AdamParams(learning_rate=1e-2))
+        exports.append(run.export())
+    for name, expected in exports[0].weights.items():
+        assert np.array_equal(exports[1].weights[name], expected)

@@ -1,18 +1,21 @@
 """The engine: rows of adapters on one base model, and the jobs done on them."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
+from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import EngineFault, InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, AdapterRow, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_row
 from trainer_service.engine.packing import pack
 from trainer_service.engine.training_pass import run_pass
@@ -34,13 +37,6 @@ from trainer_service.jobs import (
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.25  # of what is free after loading, for the activations of one pass
-LEAST_BATCH_TOKENS = 256
-# A pass is what a small request of another run waits for at most, and a CPU's matrix products are
-# at full speed long before an accelerator's.
-MOST_BATCH_TOKENS_CPU = 1024
-MOST_BATCH_TOKENS = 16_384
-
 
 @dataclass(slots=True)
 class TrainedRow:
@@ -54,6 +50,8 @@ class Engine:
     """Holds the rows of all runs. One thread; `run` does one job at a time."""
 
     def __init__(self, config: EngineConfig) -> None:
+        # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.base: LoadedBase = load_base(
             config.base_model,
             name=config.base_model_name,
@@ -64,7 +62,10 @@ class Engine:
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
         self._rows: dict[str, TrainedRow] = {}
-        self.max_batch_tokens = config.max_batch_tokens or affordable_tokens(self.base)
+        memory = measure(self.base, config.max_lora_rank)
+        self.lengths = lengths(memory, budget_bytes(self.base.device), self.base.device.type)
+        self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
+        self.description = _within(self.base.description, self.lengths.document_tokens)
         self._handlers: Mapping[type, Callable[[Any], object]] = {
             Plan: self._plan,
             StepRows: self._step,
@@ -82,8 +83,10 @@ class Engine:
     def _plan(self, plan: Plan) -> tuple[TileResult, ...]:
         rows = {tile.training_run_id: self._rows[tile.training_run_id].row for tile in plan.tiles}
         packed = pack(plan.tiles, rows, self.base.device)
+        self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
         try:
-            return run_pass(self.base, packed)
+            with _deterministic(any(tile.isolated for tile in plan.tiles)):
+                return run_pass(self.base, packed)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -147,6 +150,30 @@ class Engine:
         _fill(trained, job.start)
 
 
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Lets torch run deterministic algorithms alone; an operation that has none raises."""
+    # It would fill memory that is written anyway, to make reads of what was never written repeat.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _within(model: ModelDescription, document_tokens: int) -> ModelDescription:
+    """The model with the context that memory holds."""
+    if document_tokens >= model.context_length:
+        return model
+    logger.warning(
+        "memory holds %d tokens of one sequence, the model's context is %d",
+        document_tokens,
+        model.context_length,
+    )
+    return replace(model, context_length=document_tokens, memory_bound=True)
+
+
 def _fill(trained: TrainedRow, start: RowArrays) -> None:
     row = trained.row
     if (start.exp_avg is None) != (start.exp_avg_sq is None):
@@ -165,25 +192,3 @@ def _fill(trained: TrainedRow, start: RowArrays) -> None:
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed. The CPU's allocator has no exception class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def affordable_tokens(base: LoadedBase) -> int:
-    """How many tokens one pass may hold: a share of free memory over what a token's activations
-    take.
-
-    Per layer a pass keeps about six hidden-size vectors and the inputs and outputs of each linear
-    layer. Rounded down to a power of two: requests are cut by it, and should be cut alike after a
-    restart that finds a little more or less memory free.
-    """
-    hidden_size: int = base.model.config.hidden_size  # type: ignore[union-attr,assignment]
-    layers: int = base.model.config.num_hidden_layers  # type: ignore[union-attr,assignment]
-    linear = sum(s.in_features + s.out_features for n, s in base.shapes.items() if n != "lm_head")
-    per_token_bytes = (layers * 6 * hidden_size + linear) * base.dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info(base.device)[0]
-        if base.device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    affordable = max(LEAST_BATCH_TOKENS, int(MEMORY_SHARE * free / per_token_bytes))
-    most = MOST_BATCH_TOKENS_CPU if base.device.type == "cpu" else MOST_BATCH_TOKENS
-    return min(most, 1 << (affordable.bit_length() - 1))

@@ -116,6 +116,7 @@ class TrainingRun:
     state_message: str
     trainable_parameter_count: int
     trained_modules: list[str]
+    isolated: bool
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
@@ -134,6 +135,7 @@ class TrainingRun:
             state_message=message.state_message,
             trainable_parameter_count=message.trainable_parameter_count,
             trained_modules=list(message.trained_modules),
+            isolated=message.isolated,
         )
 
     @property

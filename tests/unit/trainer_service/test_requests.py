@@ -95,7 +95,12 @@ def test_another_base_model_is_not_found() -> None:
     assert create(base_model="tiny").source == create().source
 
 
-@pytest.mark.parametrize("options", [{"isolated": True}, {"retention": Duration(seconds=60)}])
+def test_a_run_is_isolated_only_on_request() -> None:
+    assert create(isolated=True).isolated
+    assert not create().isolated
+
+
+@pytest.mark.parametrize("options", [{"retention": Duration(seconds=60)}])
 def test_what_is_still_to_come_says_so(options: dict[str, Any]) -> None:
     with pytest.raises(Unimplemented) as caught:
         create(**options)

@@ -1,0 +1,72 @@
+"""Segments of the stream, and what one adapter does to its own.
+
+n: rows of a segment. r: stored rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint_core.lora.bank import AdapterRow, Part
+
+MIN_ROWS = 4  # a matmul with fewer rows takes another kernel, whose last bits differ
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Consecutive rows of the stream that share an adapter."""
+
+    start: int
+    stop: int  # at least start + MIN_ROWS
+    row: AdapterRow | None = None  # None: the base model alone
+    accumulate: bool = False  # whether backward adds to the row's gradient
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in the type that the base computes in."""
+    assert segment.row is not None
+    a, b = segment.row.views(Part.WEIGHTS, module)
+    return (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
+
+
+def scale(segment: Segment) -> float:
+    assert segment.row is not None
+    return segment.row.spec.scale
+
+
+def adapter_backward(
+    segment: Segment,
+    module: str,
+    x: Tensor,  # [n, in]
+    h: Tensor,  # [n, r], x A^T
+    dy: Tensor,  # [n, out]
+) -> Tensor:  # [n, in]
+    """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
+    a, b = adapter_weights(segment, module, x.dtype)
+    dh = dy @ b
+    add_gradient(segment, module, (x, h, dy, dh))
+    return dh.mul_(scale(segment)) @ a
+
+
+def add_gradient(
+    segment: Segment,
+    module: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, h, dy as above; dh = dy B [n, r]
+) -> None:
+    """Adds dA and dB to the gradient if the segment accumulates."""
+    if not segment.accumulate:
+        return
+    assert segment.row is not None
+    x, h, dy, dh = tensors
+    grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+    if grad_a.dtype is x.dtype:
+        grad_a.addmm_(dh.t(), x, alpha=scale(segment))
+        grad_b.addmm_(dy.t(), h, alpha=scale(segment))
+    else:
+        grad_a += (dh.t() @ x) * scale(segment)
+        grad_b += (dy.t() @ h) * scale(segment)
