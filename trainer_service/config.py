@@ -38,6 +38,11 @@ class TrainerConfig(ServiceConfig):
         "folder, on a local disk, for the runs that fit in no memory; what is in it is of no use "
         "to a later process and is removed by it; empty: `.rows` in the store",
     )
+    retention_days: float = option(
+        7.0,
+        "how long a training run is kept that nobody calls, unless it was created with another "
+        "time; its named checkpoints stay",
+    )
     gap_s: float = option(
         60.0, "how long a call that came before an earlier one is held, in seconds"
     )
@@ -47,8 +52,10 @@ class TrainerConfig(ServiceConfig):
         for name in ("max_batch_tokens", "row_memory_mib", "host_row_memory_mib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        if not 0 < self.gap_s < float("inf"):
-            raise ValueError(f"`gap_s` must be positive and finite, got {self.gap_s}")
+        for name in ("gap_s", "retention_days"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(

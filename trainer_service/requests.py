@@ -33,6 +33,7 @@ class CreateRun:
     identity: Identity
     source: LoraRequest | Load
     metadata: Mapping[str, str]
+    retention_s: float | None = None  # None: the server's
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,11 @@ def parse_create(
         raise Unimplemented(
             "`isolated` runs are not implemented yet; leave the field out", field="isolated"
         )
-    if request.HasField("retention"):
-        raise Unimplemented(
-            "`retention` of runs is not implemented yet; leave the field out", field="retention"
-        )
     return CreateRun(
         identity=_identity(request),
         source=_source(request, model),
         metadata=fields.metadata(request.metadata),
+        retention_s=fields.ttl_s(request, "retention"),
     )
 
 

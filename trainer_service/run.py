@@ -9,6 +9,7 @@ from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Call
 from trainer_service.errors import TrainingRunLost
 from trainer_service.gradient import Gradient
+from trainer_service.retention import Retention
 from trainer_service.sequencing import Sequence, SequenceLimits
 from trainer_service.turns import Turns
 
@@ -53,11 +54,13 @@ class Run:
         metadata: Mapping[str, str],
         accept: Callable[["Run", Call], None],
         limits: SequenceLimits,
+        retention: Retention,
     ) -> None:
         self.origin = origin
         self.step = step
         self.metadata = metadata
         self.update_time = origin.create_time
+        self.retention = retention
         self.gradient = Gradient()
         self.turns = Turns()
         self.sequence = Sequence(lambda call: accept(self, call), limits)
@@ -84,8 +87,14 @@ class Run:
         self._deleted = True
         self.sequence.close(TrainingRunNotFound(self.id))
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether it may be deleted because nobody has called it for long."""
+        return self.retention.over and not self.sequence.in_flight
+
     def touch(self) -> None:
         """Notes that a call has ended."""
+        self.retention.touch()
         self.update_time = datetime.now(UTC)
 
     def view(self) -> RunView:
