@@ -42,6 +42,13 @@ class Heartbeat:
     """Still working."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an engine tells of itself, for metrics."""
+
+    value: Any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """The base model as the engine loaded it."""

@@ -36,6 +36,9 @@ def make_engine(folder: Path, **changes: object) -> Engine:
         "threads": 1,
         "max_lora_rank": 128,
         "max_batch_tokens": 0,
+        "row_memory_bytes": 0,
+        "host_row_memory_bytes": 0,
+        "row_folder": str(folder / "rows"),
     }
     return Engine(EngineConfig(**{**settings, **changes}))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Call, Outcome
 from trainer_service.errors import TrainingRunLost
 from trainer_service.gradient import Gradient
+from trainer_service.retention import Retention
 from trainer_service.sequencing import Sequence, SequenceLimits
 from trainer_service.turns import Turns
 
@@ -67,11 +68,13 @@ class Run:
         accept: Callable[["Run", Call], None],
         limits: SequenceLimits,
         refusal: Callable[[RunOrigin, int], MintError | None],
+        retention: Retention,
     ) -> None:
         self.origin = origin
         self.step = step
         self.metadata = metadata
         self.update_time = origin.create_time
+        self.retention = retention
         self.gradient = Gradient()
         self.turns = Turns()
         self.watchers: set[Watcher] = set()
@@ -117,8 +120,14 @@ class Run:
         for watcher in self.watchers:
             watcher.end(error)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether it may be deleted because nobody has called it for long."""
+        return self.retention.over and not self.sequence.in_flight
+
     def touch(self) -> None:
         """Notes that a call has ended."""
+        self.retention.touch()
         self.update_time = datetime.now(UTC)
 
     def view(self) -> RunView:

@@ -1,14 +1,18 @@
 """All runs: made, found, opened, listed, changed, deleted. Another tenant's is not found."""
 
+import asyncio
 import copy
 import itertools
+import logging
+import math
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from mint_core.errors import EngineFault, MintError, TrainingRunNotFound, Unavailable
+from mint_core.errors import EngineFault, MintError, Unavailable
 from mint_core.rpc.metrics import Metrics
 from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Load, Outcome
@@ -18,10 +22,13 @@ from trainer_service.fields import page_token
 from trainer_service.jobs import CreateRow, DropRow, RowArrays, RowDescription
 from trainer_service.once import Once
 from trainer_service.requests import CreateRun, DeleteRun, ListRuns, OpenRun, UpdateRun
+from trainer_service.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
 from trainer_service.run import Run, RunOrigin, RunView
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.watching import Watch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +47,16 @@ class Runs:
         metrics: Metrics,
         limits: SequenceLimits,
         backlogs: Backlogs,
+        retention_s: float = math.inf,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._checkpoints = checkpoints
         self._limits = limits
         self._backlogs = backlogs
+        self._retention_s = retention_s
+        self._clock = clock
+        self._expiries = Expiries(metrics)
         self._execution = Execution(scheduler, checkpoints, metrics, backlogs)
         self._once = Once()
         self._runs: dict[str, Run] = {}  # oldest first
@@ -111,6 +123,26 @@ class Runs:
         for run in self._runs.values():
             run.end_watches(Unavailable("the server is shutting down; watch again"))
 
+    async def keep_expiring(self) -> None:
+        """Deletes abandoned runs, now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRY_INTERVAL_S)
+            await self.expire()
+
+    async def expire(self) -> None:
+        """Deletes the runs that nobody has called for their retention time. What has a name in
+        the store stays.
+        """
+        for run in [run for run in self._runs.values() if run.abandoned]:
+            if not run.abandoned:
+                continue  # it was called while another was deleted
+            try:
+                await self._remove(run, delete_checkpoints=False)
+            except (MintError, OSError):
+                logger.exception("run=%s could not be deleted; it will be tried again", run.id)
+            else:
+                self._expiries.add(run.origin.tenant, run.id, run.retention.limit_s)
+
     async def stop(self) -> None:
         await self._execution.stop()
 
@@ -119,9 +151,11 @@ class Runs:
             run.stir_watchers()
 
     def _find(self, tenant: str, training_run_id: str) -> Run:
+        """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
         if run is None or run.origin.tenant != tenant:
-            raise TrainingRunNotFound(training_run_id)
+            raise self._expiries.not_found(tenant, training_run_id)
+        run.retention.touch()
         return run
 
     async def _create(self, tenant: str, request: CreateRun) -> RunView:
@@ -136,6 +170,7 @@ class Runs:
             accept=self._execution.accept,
             limits=self._limits,
             refusal=self._backlogs.refusal,
+            retention=Retention(request.retention_s or self._retention_s, self._clock),
         )
         self._runs[run.id] = run
         return run.view()
@@ -186,9 +221,12 @@ class Runs:
 
     async def _delete(self, tenant: str, request: DeleteRun) -> None:
         run = self._find(tenant, request.training_run_id)
+        await self._remove(run, delete_checkpoints=request.delete_checkpoints)
+
+    async def _remove(self, run: Run, *, delete_checkpoints: bool) -> None:
         run.delete()
         async with run.turns.take(exclusive=True):
-            await self._checkpoints.delete_run(run.origin, named=request.delete_checkpoints)
+            await self._checkpoints.delete_run(run.origin, named=delete_checkpoints)
             if not run.view().lost:
                 with suppress(EngineFault):  # it died, and the row with it
                     await self._scheduler.row(DropRow(run.id))

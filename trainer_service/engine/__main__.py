@@ -4,7 +4,7 @@ gone.
 
 import logging
 
-from mint_core.engine_pipe import EnginePipe, Hello, Reply, connect
+from mint_core.engine_pipe import EnginePipe, Hello, Reply, Report, connect
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import EngineConfig
 
@@ -25,11 +25,15 @@ def main() -> None:
 
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
+    told = None
     while (call := pipe.receive()) is not None:
         try:
             pipe.send(Reply(call.number, engine.run(call.job)))
         except Exception as error:
             pipe.fail(call.number, error)
+        if (counts := engine.row_counts()) != told:
+            pipe.send(Report(counts))
+            told = counts
 
 
 if __name__ == "__main__":
