@@ -8,8 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -67,6 +70,44 @@ def tiny_qwen2(folder: Path, *, seed: int = 0) -> Path:
 def tiny_mistral(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
     """A Mistral of 2 layers and width 64 with a short sliding window."""
     return _make(folder, MistralConfig(**_SIZES, sliding_window=sliding_window), seed)
+
+
+def tiny_gemma2(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
+    """A Gemma 2 of 2 layers and width 64, the first with a short window: scores and logits are
+    soft-capped, low enough for the caps to bend them.
+    """
+    config = Gemma2Config(
+        **_SIZES,
+        sliding_window=sliding_window,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0,
+    )
+    return _make(folder, config, seed)
+
+
+def tiny_gemma3(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
+    """A text-only Gemma 3 of 2 layers and width 64: one windowed, one full, each with its own
+    rotary frequencies.
+    """
+    layers = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        **_SIZES, sliding_window=sliding_window, query_pre_attn_scalar=16, layer_types=layers
+    )
+    return _make(folder, config, seed)
+
+
+def tiny_phi3(folder: Path, *, seed: int = 0) -> Path:
+    """A Phi-3 of 2 layers and width 64: q, k and v in one linear layer, gate and up in another, and
+    rotary embeddings of a part of each head.
+    """
+    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+    return _make(folder, Phi3Config(**sizes, partial_rotary_factor=0.5), seed)
+
+
+def tiny_unsupported(folder: Path, config_class: type[PretrainedConfig]) -> Path:
+    """A model of 2 layers and width 64 of a kind that is refused when it loads."""
+    return _make(folder, config_class(**_SIZES), 0)
 
 
 def _make(folder: Path, config: PretrainedConfig, seed: int) -> Path:

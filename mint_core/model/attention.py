@@ -5,16 +5,27 @@ on to every layer.
 """
 
 import itertools
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from mint_core.errors import FailedPrecondition
+from mint_core.model.attention_kernels import (
+    Scores,
+    causal_attention,
+    long_causal_attention,
+    varlen_attention,
+    varlen_fits,
+)
 
 REGISTERED_NAME = "mint_packed"
+# From here on a document is worth a call of its own on an accelerator: the launches no longer
+# count, and the kernel for one sequence is the faster one.
+LONG_DOCUMENT_TOKENS = 1024
 
 
 class AttentionBatch(Protocol):
@@ -26,8 +37,7 @@ class AttentionBatch(Protocol):
         query: Tensor,  # [heads, tokens, head size]
         key: Tensor,  # [key heads, tokens, head size]
         value: Tensor,  # [key heads, tokens, head size]
-        scaling: float,
-        sliding_window: int | None,  # tokens, the query's own included; None: no limit
+        scores: Scores,
     ) -> Tensor:  # [heads, tokens, head size]
         ...
 
@@ -36,61 +46,59 @@ class PackedAttention:
     """Each document attends to itself alone."""
 
     def __init__(self, bounds: list[int]) -> None:
-        self._spans = list(itertools.pairwise(bounds))  # of each document, in the stream
+        self._bounds = bounds  # of the documents in the stream
+        self._on_device: dict[tuple[int, ...], Tensor] = {}  # bounds of groups, from their start
 
     def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding_window: int | None,
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        outputs = [
-            causal_attention(
-                query[:, start:stop],
-                key[:, start:stop],
-                value[:, start:stop],
-                scaling,
-                sliding_window,
-            )
-            for start, stop in self._spans
-        ]
+        if not varlen_fits(query, key, value, scores):
+            outputs = [
+                causal_attention(*_cut(query, key, value, group), scores)
+                for group in itertools.pairwise(self._bounds)
+            ]
+        else:
+            outputs = [self._attend(query, key, value, group, scores) for group in self._groups]
         return torch.cat(outputs, dim=1)
 
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, group: tuple[int, ...], scores: Scores
+    ) -> Tensor:
+        parts = _cut(query, key, value, group)
+        longest = max(stop - start for start, stop in itertools.pairwise(group))
+        if longest >= LONG_DOCUMENT_TOKENS:
+            return long_causal_attention(*parts, scores)
+        if group not in self._on_device:
+            bounds = [bound - group[0] for bound in group]
+            self._on_device[group] = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+        return varlen_attention(*parts, self._on_device[group], longest, scores)
 
-def causal_attention(
-    query: Tensor,  # [heads, queries, head size]: the last rows of the sequence
-    key: Tensor,  # [key heads, keys, head size]
-    value: Tensor,  # [key heads, keys, head size]
-    scaling: float,
-    sliding_window: int | None,
-) -> Tensor:  # [heads, queries, head size]
-    """Attention of one sequence whose last `queries` positions ask."""
-    queries, keys = query.shape[1], key.shape[1]
-    windowed = sliding_window is not None and keys > sliding_window
-    mask = None
-    if windowed or 1 < queries < keys:
-        mask = _mask(queries, keys, sliding_window if windowed else None, query.device)
-    return functional.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        attn_mask=mask,
-        is_causal=mask is None and queries > 1,
-        scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )[0]
+    @cached_property
+    def _groups(self) -> list[tuple[int, ...]]:
+        return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
 
 
-def _mask(
-    queries: int, keys: int, window: int | None, device: torch.device
-) -> Tensor:  # [queries, keys]
-    at = torch.arange(keys - queries, keys, device=device)[:, None]
-    seen = torch.arange(keys, device=device)[None]
-    mask = seen <= at
-    return mask if window is None else mask & (seen > at - window)
+def _cut(
+    query: Tensor, key: Tensor, value: Tensor, group: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = slice(group[0], group[-1])
+    return query[:, rows], key[:, rows], value[:, rows]
+
+
+def group_documents(bounds: Sequence[int], long_tokens: int) -> list[tuple[int, ...]]:
+    """The bounds of documents to compute in one call: each long one alone, and runs of shorter
+    ones.
+    """
+    groups: list[list[int]] = []
+    grow = False
+    for start, stop in itertools.pairwise(bounds):
+        short = stop - start < long_tokens
+        if short and grow:
+            groups[-1].append(stop)
+        else:
+            groups.append([start, stop])
+        grow = short
+    return [tuple(group) for group in groups]
 
 
 def _attend(
@@ -106,18 +114,17 @@ def _attend(
     s_aux: Tensor | None = None,
     **_: Any,  # what the model's layers hand to every attention function, such as position ids
 ) -> tuple[Tensor, None]:
-    if softcap is not None or s_aux is not None:
+    if s_aux is not None:
         raise FailedPrecondition(
-            f"the base model's attention ({type(module).__name__}) uses soft-capped logits or "
-            "sinks, which are not "
-            "supported; serve a model without them"
+            f"the base model's attention ({type(module).__name__}) uses attention sinks, which are "
+            "not supported; serve a model without them"
         )
     assert attention_batch is not None, "the model must be called with attention_batch="
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index: int = module.layer_idx  # type: ignore[assignment]
     output = attention_batch.attend(
-        layer_index, query[0], key[0], value[0], scaling, sliding_window
+        layer_index, query[0], key[0], value[0], Scores(scaling, sliding_window, softcap)
     )
     return output.transpose(0, 1)[None], None  # [1, tokens, heads, head size]
 

@@ -67,13 +67,15 @@ class _Scored:
     totals: Tensor  # [rows], their sums
     targets: Tensor  # [rows]
     logprobs: Tensor  # [rows]
+    bend: Tensor | None  # [rows, V], derivative of the soft cap
 
 
 class Head:
     """Scores rows of the last hidden state."""
 
-    def __init__(self, linear: MultiLoraLinear) -> None:
+    def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
+        self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
         self._chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
 
@@ -133,12 +135,13 @@ class Head:
         x = hidden[torch.cat([cut.rows for cut in chunk])]
         z, shrunk = self._expand(x, chunk)
         wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
+        bend = None if self._softcap is None else 1 - (z / self._softcap).square()
         at_target = z.gather(1, wanted[:, None])[:, 0]
         largest = z.amax(1)
         powers = z.sub_(largest[:, None]).exp_()
         totals = powers.sum(1)
         logprobs = at_target - largest - totals.log()
-        return _Scored(x, shrunk, powers, totals, wanted, logprobs)
+        return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
 
     def _reduce(
         self,
@@ -158,6 +161,8 @@ class Head:
             powers, x = powers[chosen], x[chosen]
         z = powers.mul_(-(upstream / scored.totals[chosen])[:, None])
         z.scatter_add_(1, scored.targets[chosen, None], upstream[:, None])
+        if scored.bend is not None:
+            z.mul_(scored.bend[chosen])
         dz = z.to(x.dtype)
         dx = dz @ self._linear.weight
         at = 0
@@ -184,7 +189,10 @@ class Head:
                 h = x[cut.part] @ a.T
                 z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
             shrunk.append(h)
-        return z.float(), shrunk
+        z = z.float()
+        if self._softcap is not None:
+            z = (z / self._softcap).tanh_().mul_(self._softcap)
+        return z, shrunk
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[_Cut]]:
         """Cuts each piece by its own length alone, then fills chunks."""

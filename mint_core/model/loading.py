@@ -25,7 +25,14 @@ from mint_core.errors import FailedPrecondition
 from mint_core.lora.bank import AdapterBank, LinearShape, Part
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
 from mint_core.lora.targets import HEAD, linear_shapes
+from mint_core.model.architecture import (
+    check_architecture,
+    check_windows,
+    context_length,
+    unsupported,
+)
 from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
+from mint_core.model.attention_kernels import Scores
 from mint_core.model.head import Head, Piece
 
 logger = logging.getLogger(__name__)
@@ -99,26 +106,27 @@ def load_base(
             f"the base model {base_model!r} cannot be loaded: {_first_line(error)}; give the "
             f"folder of a causal LM that transformers {transformers.__version__} knows, whole"
         ) from error
-    expected = _own_logits(model)
-    fingerprint = _fingerprint(model)
     shapes = linear_shapes(model)
     _check_shapes(base_model, shapes)
+    check_architecture(model)
+    expected = _own_logits(model)
+    fingerprint = _fingerprint(model)
     context = LoraContext()
     install(model, context)
     register()
-    model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
+    _set_attention(model)
     linear = model.get_submodule(HEAD)
     assert isinstance(linear, MultiLoraLinear)
     base = LoadedBase(
         model=model,
-        head=Head(linear),
+        head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
         shapes=shapes,
         description=ModelDescription(
             name=name
             or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),
             folder=str(folder),
-            context_length=model.config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
+            context_length=context_length(model),
             vocabulary_size=linear.out_features,
             max_lora_rank=max_lora_rank,
             fingerprint=fingerprint,
@@ -145,12 +153,19 @@ def _read(
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
     _check_memory(folder, device, dtype)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
     model = model.to(device).eval().requires_grad_(False)
     return model, _eos_token_ids(model, folder)
+
+
+def _set_attention(model: nn.Module) -> None:
+    try:
+        model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
+    except (ValueError, ImportError) as error:
+        raise unsupported(model, _first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -280,6 +295,20 @@ def _own_logits(model: nn.Module) -> Tensor:  # [tokens, vocabulary]
     return logits.float()
 
 
+class _Probe(PackedAttention):
+    """Notes what window each layer asks for."""
+
+    def __init__(self, bounds: list[int]) -> None:
+        super().__init__(bounds)
+        self.windows: dict[int, int | None] = {}
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
+        self.windows[layer_index] = scores.sliding_window
+        return super().attend(layer_index, query, key, value, scores)
+
+
 @torch.no_grad()
 def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     """Refuses a model whose own logits the packed path does not reproduce: two documents side by
@@ -289,15 +318,13 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     n = len(tokens)
     positions = torch.arange(n, device=base.device)
     whole = Segment(0, 2 * n)
-    hidden = base.hidden(
-        tokens.repeat(2), positions.repeat(2), (whole,), PackedAttention([0, n, 2 * n])
-    )
+    probe = _Probe([0, n, 2 * n])
+    hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
+    check_windows(base.model, probe.windows)
     logits = base.head.logits(hidden, [Piece(whole, positions + n)])
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
-        raise FailedPrecondition(
-            f"the base model's architecture {type(base.model).__name__} is not supported: packed "
-            "logits differ from "
-            f"its own by {difference.item():.1e}"
+        raise unsupported(
+            base.model, f"packed logits differ from its own by {difference.item():.1e}"
         )
     logger.info("packed logits agree with the model's own to %.1e", difference.item())

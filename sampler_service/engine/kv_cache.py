@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.layers import MIN_ROWS, Segment
-from mint_core.model.attention import PackedAttention, causal_attention
+from mint_core.model.attention import PackedAttention
+from mint_core.model.attention_kernels import Scores, causal_attention
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.blocks import BLOCK_TOKENS
 
@@ -44,16 +45,10 @@ class _Probe(PackedAttention):
         self.shapes: dict[int, LayerShape] = {}
 
     def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding_window: int | None,
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         self.shapes[layer_index] = LayerShape(key.shape[0], key.shape[2], value.shape[2], key.dtype)
-        return super().attend(layer_index, query, key, value, scaling, sliding_window)
+        return super().attend(layer_index, query, key, value, scores)
 
 
 def affordable_tokens(shapes: dict[int, LayerShape], device: torch.device) -> int:
@@ -140,13 +135,7 @@ class CachedAttention:
         self._progress = progress
 
     def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding_window: int | None,
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         self._progress()
         self._cache.write(layer_index, self._slots, key[:, self._real], value[:, self._real])
@@ -154,6 +143,6 @@ class CachedAttention:
         for rows in self._sequences:
             keys, values = self._cache.read(layer_index, rows.blocks, rows.tokens)
             output[:, rows.start : rows.stop] = causal_attention(
-                query[:, rows.start : rows.stop], keys, values, scaling, sliding_window
+                query[:, rows.start : rows.stop], keys, values, scores
             )
         return output

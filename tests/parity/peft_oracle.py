@@ -30,7 +30,9 @@ class PeftTrainer:
     """One adapter on one model, by the book."""
 
     def __init__(self, folder: Path, spec: AdapterSpec, weights: AdapterArrays) -> None:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        )
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,

@@ -13,7 +13,16 @@ from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, LoadAdapter, Stops
 from tests.engines_in_process import make_engine, run_plan
-from tests.models import VOCABULARY_SIZE, tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.models import (
+    VOCABULARY_SIZE,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_phi3,
+    tiny_qwen2,
+    tiny_qwen3,
+)
 from tests.sampler_in_process import SamplerEngine
 from trainer_service.jobs import CreateRow, CrossEntropy, Document, RowArrays, Tile
 
@@ -56,7 +65,10 @@ def assert_bitwise(left: Generated, right: Generated) -> None:
         assert left.prompt_logprobs.tobytes() == right.prompt_logprobs.tobytes()
 
 
-@pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama, tiny_qwen2, tiny_mistral])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_qwen3, tiny_llama, tiny_qwen2, tiny_mistral, tiny_gemma2, tiny_gemma3, tiny_phi3],
+)
 @pytest.mark.parametrize("prompt_tokens", [1, 2, 16, 17, CHUNK_TOKENS + 40])
 def test_greedy_equals_generate(make: object, prompt_tokens: int, tmp_path: Path) -> None:
     folder = make(tmp_path)  # type: ignore[operator]
@@ -64,7 +76,9 @@ def test_greedy_equals_generate(make: object, prompt_tokens: int, tmp_path: Path
     generated = SamplerEngine(folder).generate(
         prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     model.generation_config.eos_token_id = None
     whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
     (continuation,) = generated.continuations

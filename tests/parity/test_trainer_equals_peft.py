@@ -10,7 +10,15 @@ import torch
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, make_documents, make_engine
-from tests.models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.models import (
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_phi3,
+    tiny_qwen2,
+    tiny_qwen3,
+)
 from tests.parity.peft_oracle import PeftTrainer
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import AdamParams, Cispo, CrossEntropy, Dro, ImportanceSampling, Loss, Ppo
@@ -27,6 +35,9 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "llama-untied": lambda folder: tiny_llama(folder, tied=False),
     "qwen2": tiny_qwen2,
     "mistral-window-8": tiny_mistral,
+    "gemma2-window-8": tiny_gemma2,
+    "gemma3-window-8": tiny_gemma3,
+    "phi3": tiny_phi3,
 }
 TARGETS = {
     "attn": LoraRequest(rank=8, seed=1, train_mlp=False, train_unembed=False),

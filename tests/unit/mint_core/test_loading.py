@@ -4,13 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import CohereConfig, GPT2Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
 
 from mint_core.errors import FailedPrecondition
+from mint_core.model.architecture import check_architecture, check_windows, context_length
 from mint_core.model.loading import load_base
+from tests.models import tiny_unsupported
 
 
 def without_tokenizer(folder: Path) -> None:
@@ -86,3 +91,59 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
         file.truncate(1 << 43)
     with pytest.raises(FailedPrecondition, match=r"needs 8192\.0 GiB but .* GiB are free on cpu"):
         load_base(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "words"),
+    [
+        (GptOssConfig, r"GptOssForCausalLM .* \(GptOss\w+\) has weights but is no nn\.Linear"),
+        (
+            Qwen3MoeConfig,
+            r"Qwen3MoeForCausalLM .* \(Qwen3Moe\w+\) has weights but is no nn\.Linear",
+        ),
+        (GPT2Config, r"no linear layers that LoRA can train"),
+        (CohereConfig, r"CohereForCausalLM is not supported: packed logits differ from its own"),
+    ],
+)
+def test_an_architecture_that_packing_does_not_reproduce_is_refused_by_name(
+    config_class: type[PretrainedConfig], words: str, tmp_path: Path
+) -> None:
+    folder = tiny_unsupported(tmp_path, config_class)
+    with pytest.raises(FailedPrecondition, match=words):
+        load_base(str(folder), device="cpu")
+
+
+def model_with(**config: Any) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    return model
+
+
+def test_a_model_that_reads_more_than_text_is_refused() -> None:
+    model = model_with(get_text_config=lambda: None)
+    with pytest.raises(FailedPrecondition, match="Module is not supported: it reads more than"):
+        check_architecture(model)
+
+
+def test_layers_that_attend_in_chunks_are_refused() -> None:
+    model = model_with(layer_types=["full_attention", "chunked_attention"])
+    model.config.get_text_config = lambda: model.config  # type: ignore[union-attr, operator]
+    with pytest.raises(FailedPrecondition, match="its layers are of the kind 'chunked_attention'"):
+        check_architecture(model)
+
+
+def test_a_window_that_only_the_mask_knows_is_refused() -> None:
+    """It would show beyond the window alone, which a probe does not reach."""
+    mixed = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    check_windows(model_with(**mixed), {0: 64, 1: None})
+    check_windows(model_with(sliding_window=64), {0: 64, 1: 64})
+    check_windows(model_with(sliding_window=64, use_sliding_window=False), {0: None, 1: None})
+    with pytest.raises(FailedPrecondition, match=r"windows \[None\] but .* names \[64, None\]"):
+        check_windows(model_with(**mixed), {0: None, 1: None})
+
+
+def test_rotary_frequencies_that_a_long_neighbour_would_change_bound_the_context() -> None:
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    model = model_with(max_position_embeddings=131_072, rope_parameters=longrope)
+    assert context_length(model) == 4096
+    assert context_length(model_with(max_position_embeddings=131_072)) == 131_072

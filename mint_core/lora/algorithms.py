@@ -1,0 +1,225 @@
+"""Ways to apply many adapters to one stream, each to its own segments, and which is used where.
+
+    y[segment] += scale * (x[segment] A^T) B^T
+
+and back: dx[segment] += scale * dy[segment] B A, dA and dB into the row's gradient. The loop over
+segments is the oracle of the others.
+
+T: rows of the stream. G: groups. r: stored rank. R: sum of stored ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mint_core.lora.bank import Part
+from mint_core.lora.segments import Segment, adapter_gradient, adapter_weights, scale
+
+CONCAT_RANKS = 512  # most columns side by side: beyond, what is cut out costs more than launches
+CONCAT_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The segments of a pass that adapt a module, in the stream's order; all have a row. Modules
+    that the same adapters train share one, and with it the tensors that describe it.
+    """
+
+    segments: tuple[Segment, ...]
+    device: torch.device
+    dtype: torch.dtype  # that the base computes in
+
+    @property
+    def covered(self) -> slice:
+        """From the first segment to the end of the last."""
+        return slice(self.segments[0].start, self.segments[-1].stop)
+
+    @cached_property
+    def groups(self) -> tuple[Segment, ...]:
+        """The segments, and between them what no adapter touches."""
+        groups: list[Segment] = []
+        for segment in self.segments:
+            if groups and groups[-1].stop < segment.start:
+                groups.append(Segment(groups[-1].stop, segment.start))
+            groups.append(segment)
+        return tuple(groups)
+
+    @cached_property
+    def ends(self) -> Tensor:  # [G] int32, where each group ends in the covered rows
+        ends = [group.stop - self.covered.start for group in self.groups]
+        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def scales(self) -> Tensor:  # [covered, 1]
+        per_group = [scale(group) if group.row else 0.0 for group in self.groups]
+        lengths = torch.tensor([group.stop - group.start for group in self.groups])
+        scales = torch.tensor(per_group, dtype=self.dtype).repeat_interleave(lengths)
+        return scales[:, None].to(self.device)
+
+    @cached_property
+    def own(self) -> Tensor:  # [covered, R], which columns belong to a row's own adapter
+        owners = [(i, _rank(s)) for i, s in enumerate(self.groups) if s.row]
+        columns = torch.cat([torch.full((rank,), i) for i, rank in owners])
+        lengths = torch.tensor([group.stop - group.start for group in self.groups])
+        rows = torch.arange(len(self.groups)).repeat_interleave(lengths)
+        return (rows[:, None] == columns).to(self.device)
+
+
+class Algorithm(Protocol):
+    """Applies the adapters to one module."""
+
+    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
+        """Adds to y [T, out]; returns what backward needs beside x [T, in]."""
+        ...
+
+    def backward(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],  # x [T, in], dy [T, out], dx [T, in]
+        saved: Sequence[Tensor],  # as forward returned them
+        adapted: Adapted,
+        module: str,
+    ) -> None:
+        """Adds to dx and to the gradients of rows that accumulate."""
+        ...
+
+
+class Loop:
+    """Segment after segment. What a segment gets depends on its own rows alone, bit for bit."""
+
+    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
+        shrunk = []
+        for segment in adapted.segments:
+            a, b = adapter_weights(segment, module, x.dtype)
+            h = x[segment.rows] @ a.T  # [n, r]
+            y[segment.rows].addmm_(h, b.T, alpha=scale(segment))
+            shrunk.append(h)
+        return tuple(shrunk)
+
+    def backward(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        saved: Sequence[Tensor],
+        adapted: Adapted,
+        module: str,
+    ) -> None:
+        x, dy, dx = tensors
+        for segment, h in zip(adapted.segments, saved, strict=True):
+            rows = segment.rows
+            a, _ = adapter_weights(segment, module, x.dtype)
+            dh = adapter_gradient(segment, module, x[rows], h, dy[rows])
+            dx[rows].addmm_(dh, a)
+
+
+class Grouped:
+    """A grouped matrix product for all adapters: A and B are copied side by side, padded to the
+    largest rank among them. Each group is reduced by itself, so nobody's NaN reaches another.
+    """
+
+    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
+        a, b = _stacked(adapted, module)
+        rows, ends = adapted.covered, adapted.ends
+        h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
+        y[rows] += functional.grouped_mm(h, b.transpose(1, 2), offs=ends)
+        return (h,)
+
+    def backward(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        saved: Sequence[Tensor],
+        adapted: Adapted,
+        module: str,
+    ) -> None:
+        rows, ends = adapted.covered, adapted.ends
+        x, dy, dx = (part[rows] for part in tensors)
+        (h,) = saved
+        a, b = _stacked(adapted, module)
+        dh = functional.grouped_mm(dy, b, offs=ends) * adapted.scales
+        dx += functional.grouped_mm(dh, a, offs=ends)
+        if not any(group.accumulate for group in adapted.groups):
+            return
+        grads_a = functional.grouped_mm(dh.T, x, offs=ends)  # [G, r, in]
+        grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [G, out, r]
+        for group, grad_a, grad_b in zip(adapted.groups, grads_a, grads_b, strict=True):
+            if group.accumulate:
+                assert group.row is not None
+                row_a, row_b = group.row.views(Part.GRADIENT, module)
+                row_a += grad_a[: _rank(group)]
+                row_b += grad_b[:, : _rank(group)]
+
+
+class Concat:
+    """Two dense products, A and B of all adapters one after the other; what a row gets of others'
+    columns is cut out in between. Forward only: in a sum over all rows, as dA is, somebody's NaN
+    would reach everybody.
+    """
+
+    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
+        pairs = [adapter_weights(s, module, x.dtype) for s in adapted.segments]
+        a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        rows = adapted.covered
+        h = torch.where(adapted.own, x[rows] @ a.T, 0.0)  # [covered, R]
+        y[rows].addmm_(h * adapted.scales, b.T)
+        return ()
+
+    def backward(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        saved: Sequence[Tensor],
+        adapted: Adapted,
+        module: str,
+    ) -> None:
+        raise AssertionError("chosen for passes without backward alone")
+
+
+LOOP, GROUPED, CONCAT = Loop(), Grouped(), Concat()
+
+
+def choose(adapted: Adapted, backward: bool) -> Algorithm:
+    """The algorithm for a pass.
+
+    CPU: the loop, always. Measured, forward and backward of a module's adapters over the loop's
+    time (64 x 128, 576 x 576 and 576 x 1536; 1 thread of an AMD EPYC, torch 2.13, 2026-11-24):
+
+        adapters x rows      1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
+        grouped, rank 8-64   2.3 - 3.7  1.2 - 2.3  1.3 - 1.7  1.1 - 1.5  1.1 - 1.3
+        concat, rank 8       2.3 - 3.1  1.2 - 1.6  1.3 - 1.9  1.9 - 2.3  3.6 - 5.4
+        concat, rank 64      2.0 - 2.9  1.2 - 1.6  2.6 - 4.6  6.5 - 12   17 - 19
+
+    It also is the only one of which a run's bits do not depend on neighbours. CUDA: what counts is
+    launches, which the loop makes per segment; grouped products are fast in bfloat16 alone. Not
+    measured yet.
+    """
+    if adapted.device.type == "cpu" or len(adapted.segments) == 1:
+        return LOOP
+    if not backward and _is_small(adapted):
+        return CONCAT
+    return GROUPED if adapted.dtype == torch.bfloat16 else LOOP
+
+
+def _is_small(adapted: Adapted) -> bool:
+    rows = adapted.covered.stop - adapted.covered.start
+    return rows <= CONCAT_ROWS and sum(map(_rank, adapted.segments)) <= CONCAT_RANKS
+
+
+def _rank(segment: Segment) -> int:
+    assert segment.row is not None
+    return segment.row.bank.stored_rank
+
+
+def _stacked(adapted: Adapted, module: str) -> tuple[Tensor, Tensor]:
+    """A [G, r, in] and B [G, out, r] of the groups; zeros where no adapter is."""
+    first_a, first_b = adapter_weights(adapted.segments[0], module, adapted.dtype)
+    groups, rank = adapted.groups, max(map(_rank, adapted.segments))
+    a = first_a.new_zeros(len(groups), rank, first_a.shape[1])
+    b = first_b.new_zeros(len(groups), first_b.shape[0], rank)
+    for i, group in enumerate(groups):
+        if group.row:
+            own_a, own_b = group.row.views(Part.WEIGHTS, module)
+            a[i, : _rank(group)] = own_a
+            b[i, :, : _rank(group)] = own_b
+    return a, b

@@ -1,0 +1,69 @@
+"""Segments of the stream, and what one adapter does to its own.
+
+n: rows of a segment. r: stored rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mint_core.lora.bank import AdapterRow, Part
+
+MIN_ROWS = 4  # a matmul with fewer rows takes another kernel, whose last bits differ
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Consecutive rows of the stream that share an adapter."""
+
+    start: int
+    stop: int  # at least start + MIN_ROWS
+    row: AdapterRow | None = None  # None: the base model alone
+    accumulate: bool = False  # whether backward adds to the row's gradient
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in the type that the base computes in."""
+    assert segment.row is not None
+    a, b = segment.row.views(Part.WEIGHTS, module)
+    return a.to(dtype), b.to(dtype)
+
+
+def scale(segment: Segment) -> float:
+    assert segment.row is not None
+    return segment.row.spec.scale
+
+
+def adapter_backward(
+    segment: Segment,
+    module: str,
+    x: Tensor,  # [n, in]
+    h: Tensor,  # [n, r], x A^T
+    dy: Tensor,  # [n, out]
+) -> Tensor:  # [n, in]
+    """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
+    a, _ = adapter_weights(segment, module, x.dtype)
+    return adapter_gradient(segment, module, x, h, dy) @ a
+
+
+def adapter_gradient(
+    segment: Segment, module: str, x: Tensor, h: Tensor, dy: Tensor
+) -> Tensor:  # [n, r]
+    """d loss / d (x A^T); adds dA and dB to the gradient if the segment accumulates."""
+    assert segment.row is not None
+    _, b = adapter_weights(segment, module, x.dtype)
+    dh = (dy @ b).mul_(scale(segment))
+    if segment.accumulate:
+        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+        if grad_a.dtype == x.dtype:
+            grad_a.addmm_(dh.T, x)
+            grad_b.addmm_(dy.T, h, alpha=scale(segment))
+        else:
+            grad_a += dh.T @ x
+            grad_b += (dy.T @ h) * scale(segment)
+    return dh

@@ -1,0 +1,70 @@
+"""What a model's classes and configuration must be for packed streams to compute what it does.
+
+A probe (loading.py) compares logits; here is what shows only beyond a probe's length.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mint_core.errors import FailedPrecondition
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Refuses, by name, what is not a text-only causal LM made of linear and embedding layers."""
+    config: Any = model.config
+    if config.get_text_config() is not config:
+        raise unsupported(model, "it reads more than text; serve a text-only causal LM")
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES)
+    if kinds:
+        raise unsupported(model, f"its layers are of the kind {sorted(kinds)[0]!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                raise unsupported(
+                    model,
+                    f"its layer `{name}` ({type(module).__name__}) has weights but is no nn.Linear",
+                )
+
+
+def check_windows(model: nn.Module, seen: Mapping[int, int | None]) -> None:
+    """Refuses a model whose layers ask for other windows than its configuration names: its mask
+    says what its attention function does not hear.
+    """
+    config: Any = model.config
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen)
+    wanted = {i: window if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
+    if wanted != seen:
+        raise unsupported(
+            model,
+            f"its layers attend through windows {sorted(set(seen.values()), key=str)} but its "
+            f"configuration names {sorted(set(wanted.values()), key=str)}",
+        )
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens of the longest sequence.
+
+    Rotary embeddings of the kind "longrope" take other frequencies for the whole stream as soon as
+    one document in it is longer than the original context; so none may be.
+    """
+    config: Any = model.config
+    longest = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        longest = min(longest, int(rope["original_max_position_embeddings"]))
+    return longest
+
+
+def unsupported(model: nn.Module, why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"the base model's architecture {type(model).__name__} is not supported: {why}"
+    )

@@ -1,0 +1,160 @@
+"""Causal attention of one sequence, or of several short ones at once on an accelerator."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+SOFTCAP_QUERIES = 512  # computed at once where scores are soft-capped, which no fused kernel does
+_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer makes scores out of products of queries and keys."""
+
+    scaling: float
+    sliding_window: int | None = None  # tokens, the query's own included; None: no limit
+    softcap: float | None = None  # c: scores become c tanh(score / c); None: they stay
+
+
+def causal_attention(
+    query: Tensor,  # [heads, queries, head size]: the last rows of the sequence
+    key: Tensor,  # [key heads, keys, head size]
+    value: Tensor,  # [key heads, keys, value size]
+    scores: Scores,
+) -> Tensor:  # [heads, queries, value size]
+    """Attention of one sequence whose last `queries` positions ask."""
+    if scores.softcap is not None:
+        return _softcapped(query, key, value, scores, scores.softcap)
+    queries, keys = query.shape[1], key.shape[1]
+    window = scores.sliding_window
+    windowed = window is not None and keys > window
+    mask = None
+    if windowed or 1 < queries < keys:
+        mask = _mask(queries, keys, window if windowed else None, query.device)
+    return functional.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=mask,
+        is_causal=mask is None and queries > 1,
+        scale=scores.scaling,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )[0]
+
+
+def long_causal_attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """`causal_attention` by the kernel that is best for one long document on an accelerator.
+
+    cuDNN's backward is two to three times as fast as FlashAttention 2's; it makes a plan for each
+    length that it meets, which many short ones would not pay for. It is not deterministic, and
+    steps back by itself where that is asked for.
+    """
+    with sdpa_kernel(_PRIORITY, set_priority=True):
+        return causal_attention(query, key, value, scores)
+
+
+def _mask(
+    queries: int, keys: int, window: int | None, device: torch.device
+) -> Tensor:  # [queries, keys]
+    at = torch.arange(keys - queries, keys, device=device)[:, None]
+    seen = torch.arange(keys, device=device)[None]
+    mask = seen <= at
+    return mask if window is None else mask & (seen > at - window)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores, softcap: float
+) -> Tensor:
+    """Block of queries after block; where there are several, backward computes each again, so that
+    [queries, keys] is never kept.
+    """
+    queries, keys = query.shape[1], key.shape[1]
+    outputs = []
+    for start in range(0, queries, SOFTCAP_QUERIES):
+        stop = min(start + SOFTCAP_QUERIES, queries)
+        last = keys - queries + stop
+        first = 0
+        if scores.sliding_window is not None:
+            first = max(0, last - (stop - start) - scores.sliding_window + 1)
+        block = (query[:, start:stop], key[:, first:last], value[:, first:last], scores, softcap)
+        if queries > SOFTCAP_QUERIES and torch.is_grad_enabled():
+            output = checkpoint(
+                _softcapped_block, *block, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            output = _softcapped_block(*block)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1)
+
+
+def _softcapped_block(
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores, softcap: float
+) -> Tensor:
+    heads, queries, _ = query.shape
+    grouped = query.reshape(key.shape[0], -1, *query.shape[1:])  # [key heads, group, queries, size]
+    products = grouped @ key[:, None].transpose(-1, -2) * scores.scaling
+    capped = (products / softcap).tanh() * softcap
+    mask = _mask(queries, key.shape[1], scores.sliding_window, query.device)
+    weights = capped.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return (weights.to(query.dtype) @ value[:, None]).reshape(heads, queries, -1)
+
+
+def varlen_fits(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> bool:
+    """Whether `varlen_attention` computes these: FlashAttention 2's limits."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and scores.softcap is None
+        and query.shape[2] == key.shape[2] == value.shape[2]
+        and query.shape[2] % 8 == 0
+        and query.shape[2] <= 256
+    )
+
+
+def varlen_attention(
+    query: Tensor,  # [heads, tokens, head size]
+    key: Tensor,  # [key heads, tokens, head size]
+    value: Tensor,  # [key heads, tokens, head size]
+    bounds: Tensor,  # [documents + 1] int32, of the documents in the tokens
+    longest: int,  # tokens of the longest document
+    scores: Scores,
+) -> Tensor:  # [heads, tokens, head size]
+    """Attention of many documents in one kernel. On CUDA alone; `causal_attention` of each is its
+    oracle.
+    """
+    window = scores.sliding_window
+    options: dict[str, Any] = {}
+    if query.shape[0] != key.shape[0]:
+        if _VARLEN_GROUPS_HEADS:
+            options["enable_gqa"] = True
+        else:
+            group = query.shape[0] // key.shape[0]
+            key, value = (part.repeat_interleave(group, dim=0) for part in (key, value))
+    output = varlen_attn(
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scores.scaling,
+        window_size=(-1 if window is None or window >= longest else window - 1, 0),
+        **options,
+    )
+    assert isinstance(output, Tensor)  # and not a tuple: no auxiliary output was asked for
+    return output.transpose(0, 1)

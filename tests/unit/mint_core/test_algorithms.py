@@ -1,0 +1,135 @@
+"""Every way to apply adapters against the loop, and the loop against each segment alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, choose
+from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, LinearShape, Part
+from mint_core.lora.segments import Segment
+from mint_core.lora.spec import AdapterSpec
+
+MODULE = "m"
+SHAPE = LinearShape(48, 32)
+RANKS = (8, 3, 32, 8, 16)
+# Between the third and the fourth lie rows of the base model alone.
+PLACES = [(0, 9), (9, 14), (14, 60), (70, 74), (74, 90)]
+ROWS = 96
+
+
+class Case:
+    """Adapters of several ranks with their segments and data, the same for a seed."""
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.bank = AdapterBank({MODULE: SHAPE}, TRAINING_PARTS, torch.device(device))
+        self.rows = [self._row(rank, generator) for rank in RANKS]
+        self.segments = tuple(
+            Segment(start, stop, row, accumulate=i != 1)
+            for i, ((start, stop), row) in enumerate(zip(PLACES, self.rows, strict=True))
+        )
+        sizes = (SHAPE.in_features, SHAPE.out_features, SHAPE.out_features, SHAPE.in_features)
+        self.x, self.y, self.dy, self.dx = (
+            torch.randn(ROWS, size, generator=generator).to(device, dtype) for size in sizes
+        )
+
+    def _row(self, rank: int, generator: torch.Generator) -> AdapterRow:
+        spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=(MODULE,))
+        row = self.bank.add(spec)
+        for matrix in row._trimmed(Part.WEIGHTS, MODULE):
+            matrix.copy_(torch.randn(matrix.shape, generator=generator))
+        return row
+
+    def adapted(self, segments: tuple[Segment, ...] = ()) -> Adapted:
+        return Adapted(segments or self.segments, self.x.device, self.x.dtype)
+
+    def run(self, algorithm: Algorithm) -> list[Tensor]:
+        """y, dx and the rows' gradients."""
+        self.forward(algorithm, backward=True)
+        gradients = [row.part(Part.GRADIENT) for row in self.rows]
+        return [part.float().cpu() for part in (self.y, self.dx, *gradients)]
+
+    def forward(self, algorithm: Algorithm, *, backward: bool = False) -> Tensor:
+        adapted = self.adapted()
+        saved = algorithm.forward(self.x, self.y, adapted, MODULE)
+        if backward:
+            algorithm.backward((self.x, self.dy, self.dx), saved, adapted, MODULE)
+        return self.y
+
+
+def test_grouped_products_equal_the_loop() -> None:
+    for ours, expected in zip(Case().run(GROUPED), Case().run(LOOP), strict=True):
+        assert (ours - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_concatenated_ranks_equal_the_loop() -> None:
+    expected = Case().forward(LOOP)
+    assert (Case().forward(CONCAT) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_the_loop_is_each_segment_alone_bitwise() -> None:
+    together = Case().run(LOOP)
+    alone = Case()
+    for segment in alone.segments:
+        adapted = alone.adapted((segment,))
+        saved = LOOP.forward(alone.x, alone.y, adapted, MODULE)
+        LOOP.backward((alone.x, alone.dy, alone.dx), saved, adapted, MODULE)
+    gradients = [row.part(Part.GRADIENT) for row in alone.rows]
+    for ours, expected in zip(together, (alone.y, alone.dx, *gradients), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_segment_that_does_not_accumulate_leaves_its_gradient() -> None:
+    for algorithm in (LOOP, GROUPED):
+        gradients = Case().run(algorithm)[2:]
+        assert [bool(gradient.any()) for gradient in gradients] == [i != 1 for i in range(5)]
+
+
+@pytest.mark.parametrize("algorithm", [LOOP, GROUPED], ids=["loop", "grouped"])
+def test_a_neighbours_nan_stays_with_it(algorithm: Algorithm) -> None:
+    case, clean = Case(), Case()
+    case.x[9:14] = torch.nan
+    case.rows[1].part(Part.WEIGHTS).fill_(torch.nan)
+    for i, (ours, expected) in enumerate(
+        zip(case.run(algorithm), clean.run(algorithm), strict=True)
+    ):
+        if i < 2:
+            ours[9:14] = expected[9:14] = 0.0
+        assert i == 3 or torch.equal(ours, expected)
+
+
+def test_concatenation_keeps_a_neighbours_overflow_with_it() -> None:
+    """Adapters are finite; what they make of a row need not be."""
+    case, expected = Case(), Case().forward(LOOP)
+    case.x[9:14] = torch.inf
+    ours = case.forward(CONCAT)
+    ours[9:14] = expected[9:14]
+    assert (ours - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_cpu_takes_the_loop_whatever_is_beside_a_run() -> None:
+    case = Case()
+    for segments in (case.segments, case.segments[:1]):
+        for backward in (False, True):
+            assert choose(case.adapted(segments), backward) is LOOP
+
+
+def test_an_accelerator_takes_products_over_many_adapters() -> None:
+    case = Case()
+    cuda = torch.device("cuda")
+    many = Adapted(case.segments, cuda, torch.bfloat16)
+    assert choose(many, backward=True) is GROUPED
+    assert choose(many, backward=False) is CONCAT
+    assert choose(Adapted(case.segments[:1], cuda, torch.bfloat16), backward=True) is LOOP
+    assert choose(Adapted(case.segments, cuda, torch.float32), backward=True) is LOOP
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_an_accelerators_products_are_near_the_loop_on_the_cpu() -> None:
+    expected = Case().run(LOOP)
+    grouped = Case("cuda", torch.bfloat16).run(GROUPED)
+    for ours, reference in zip(grouped, expected, strict=True):
+        assert (ours - reference).norm() <= 2e-2 * reference.norm()
+    y = Case("cuda", torch.bfloat16).forward(CONCAT).float().cpu()
+    assert (y - expected[0]).norm() <= 2e-2 * expected[0].norm()

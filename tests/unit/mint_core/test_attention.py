@@ -1,0 +1,103 @@
+"""Attention kernels against the formula written out, and packed documents against each alone."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mint_core.model.attention import LONG_DOCUMENT_TOKENS, PackedAttention, group_documents
+from mint_core.model.attention_kernels import SOFTCAP_QUERIES, Scores, causal_attention
+
+HEADS, KEY_HEADS, SIZE = 4, 2, 16
+KINDS = [
+    Scores(0.3),
+    Scores(0.3, sliding_window=8),
+    Scores(0.3, softcap=2.0),
+    Scores(0.3, sliding_window=200, softcap=2.0),
+]
+
+
+def projections(tokens: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(h, tokens, SIZE, generator=generator) for h in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def by_the_book(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """The whole matrix of scores, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = (part.repeat_interleave(HEADS // KEY_HEADS, dim=0) for part in (key, value))
+    products = query @ key.transpose(1, 2) * scores.scaling
+    if scores.softcap is not None:
+        products = torch.tanh(products / scores.softcap) * scores.softcap
+    queries, keys = products.shape[1:]
+    for row in range(queries):
+        at = keys - queries + row
+        products[:, row, at + 1 :] = -torch.inf
+        if scores.sliding_window is not None:
+            products[:, row, : max(0, at + 1 - scores.sliding_window)] = -torch.inf
+    return products.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 30), (7, 30), (30, 30)])
+def test_a_sequences_attention_is_the_formula(scores: Scores, queries: int, keys: int) -> None:
+    query, key, value = projections(keys)
+    ours = causal_attention(query[:, -queries:], key, value, scores)
+    expected = by_the_book(query[:, -queries:], key, value, scores)
+    assert (ours - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scores", KINDS[2:], ids=str)
+def test_softcapped_blocks_and_their_gradients_are_the_formula(scores: Scores) -> None:
+    parts = [part.requires_grad_() for part in projections(SOFTCAP_QUERIES + 90)]
+    upstream = torch.randn(HEADS, SOFTCAP_QUERIES + 90, SIZE)
+    gradients = [
+        torch.autograd.grad((function(*parts, scores) * upstream).sum(), parts)
+        for function in (causal_attention, by_the_book)
+    ]
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_packed_documents_are_each_alone_bitwise(scores: Scores) -> None:
+    bounds = [0, 5, 6, 40, 47]
+    parts = projections(bounds[-1])
+    packed = PackedAttention(bounds).attend(0, *parts, scores)  # type: ignore[call-arg]
+    for start, stop in itertools.pairwise(bounds):
+        alone = causal_attention(*(part[:, start:stop].clone() for part in parts), scores)  # type: ignore[call-arg]
+        assert torch.equal(packed[:, start:stop], alone)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1), long_tokens=st.integers(1, 20))
+def test_groups_hold_every_document_once_and_long_ones_alone(
+    lengths: list[int], long_tokens: int
+) -> None:
+    bounds = [0, *itertools.accumulate(lengths)]
+    groups = group_documents(bounds, long_tokens)
+    assert [s for g in groups for s in itertools.pairwise(g)] == list(itertools.pairwise(bounds))
+    for group in groups:
+        assert len(group) == 2 or all(b - a < long_tokens for a, b in itertools.pairwise(group))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_kernels_of_an_accelerator_are_near_the_cpus(scores: Scores) -> None:
+    """Short documents in one kernel, long ones one by one, forward and backward."""
+    bounds = [0, 7, 100, 100 + LONG_DOCUMENT_TOKENS, 1200, 1201]
+    parts = projections(bounds[-1])
+    upstream = torch.randn(HEADS, bounds[-1], SIZE)
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [part.to(device, dtype).requires_grad_() for part in parts]
+        output = PackedAttention(bounds).attend(0, *leaves, scores)  # type: ignore[call-arg]
+        gradients = torch.autograd.grad((output * upstream.to(device, dtype)).sum(), leaves)
+        results.append([part.detach().float().cpu() for part in (output, *gradients)])
+    for cpu, gpu in zip(*results, strict=True):
+        assert (gpu - cpu).norm() < 2e-2 * cpu.norm()
