@@ -55,6 +55,12 @@ class PeftLoop:
         loss.backward()
         return loss.item()
 
+    def step_on_zero_gradient(self) -> None:
+        """Makes gradients and moments, so that a measurement after it does not count them."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step()
+
     def step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained, self._clip_norm)
         self._optimizer.step()

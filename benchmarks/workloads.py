@@ -1,12 +1,13 @@
 """What the benchmarks train on: seeded documents, and the engine that trains on them in process."""
 
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from mint_core.lora.spec import LoraRequest
+from mint_core.lora.spec import AdapterSpec, LoraRequest
 from tests.engines_in_process import make_engine
 from trainer_service.calls import Call, Compute, Place
 from trainer_service.engine.engine import Engine
@@ -15,10 +16,11 @@ from trainer_service.jobs import (
     CreateRow,
     CrossEntropy,
     Document,
+    DropRow,
     Plan,
+    RowDescription,
     StepRow,
     StepRows,
-    StepResult,
 )
 from trainer_service.planner import Planner, cut
 
@@ -62,24 +64,35 @@ def smollm2_engine() -> Engine:
 
 
 class InProcess:
-    """A run on an engine in this process, its calls planned as the trainer's front plans them."""
+    """Runs on an engine in this process, their calls planned as the trainer's front plans them."""
 
-    def __init__(self, engine: Engine, name: str, request: LoraRequest = LORA) -> None:
-        self.engine, self.name = engine, name
-        self.description = engine.run(CreateRow(training_run_id=name, request=request))
+    def __init__(self, engine: Engine, count: int = 1, request: LoraRequest = LORA) -> None:
+        self.engine = engine
+        self.names = [f"run-{uuid.uuid4().hex[:8]}" for _ in range(count)]
+        self.specs = [self._create(name, request) for name in self.names]
 
-    def forward_backward(self, documents: Sequence[Document], *, weighted: bool) -> None:
-        for plan in plans(self.engine.max_batch_tokens, [(self.name, documents)], weighted):
+    def _create(self, name: str, request: LoraRequest) -> AdapterSpec:
+        description = self.engine.run(CreateRow(training_run_id=name, request=request))
+        assert isinstance(description, RowDescription)
+        return description.spec
+
+    def drop(self) -> None:
+        for name in self.names:
+            self.engine.run(DropRow(name))
+
+    def train(self, *data: Sequence[Document], weighted: bool) -> None:
+        """One step of training of each run, on its data, all of them at once."""
+        self._train(list(zip(self.names, data, strict=True)), weighted)
+
+    def train_in_turn(self, *data: Sequence[Document], weighted: bool) -> None:
+        """The same, one run after the other."""
+        for call in zip(self.names, data, strict=True):
+            self._train([call], weighted)
+
+    def _train(self, calls: Sequence[tuple[str, Sequence[Document]]], weighted: bool) -> None:
+        for plan in plans(self.engine.max_batch_tokens, calls, weighted):
             self.engine.run(plan)
-
-    def step(self) -> StepResult:
-        (result,) = self.engine.run(StepRows((StepRow(self.name, ADAM),)))  # type: ignore[misc]
-        return result
-
-    def train(self, documents: Sequence[Document], *, weighted: bool) -> None:
-        """One step of training."""
-        self.forward_backward(documents, weighted=weighted)
-        self.step()
+        self.engine.run(StepRows(tuple(StepRow(name, ADAM) for name, _ in calls)))
 
 
 def plans(
