@@ -9,7 +9,7 @@ T: rows of the stream. G: groups. r: stored rank. R: sum of stored ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mint_core.lora.bank import Part
-from mint_core.lora.segments import Segment, adapter_gradient, adapter_weights, scale
+from mint_core.lora.segments import Segment, adapter_weights, add_gradient, scale
 
 CONCAT_RANKS = 512  # most columns side by side: beyond, what is cut out costs more than launches
 CONCAT_ROWS = 256
@@ -33,6 +33,7 @@ class Adapted:
     segments: tuple[Segment, ...]
     device: torch.device
     dtype: torch.dtype  # that the base computes in
+    _weights: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @property
     def covered(self) -> slice:
@@ -48,6 +49,28 @@ class Adapted:
                 groups.append(Segment(groups[-1].stop, segment.start))
             groups.append(segment)
         return tuple(groups)
+
+    @cached_property
+    def factors(self) -> list[float]:
+        """The scale of each segment."""
+        return [scale(segment) for segment in self.segments]
+
+    def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+        # One split: a pass over many short segments is mostly calls.
+        parts = stream[self.covered].split(self._sizes)
+        return [part for part, group in zip(parts, self.groups, strict=True) if group.row]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [group.stop - group.start for group in self.groups]
+
+    def weights(self, module: str) -> list[tuple[Tensor, Tensor]]:
+        """A [r, in] and B [out, r] of each segment."""
+        if module not in self._weights:
+            self._weights[module] = [
+                adapter_weights(segment, module, self.dtype) for segment in self.segments
+            ]
+        return self._weights[module]
 
     @cached_property
     def ends(self) -> Tensor:  # [G] int32, where each group ends in the covered rows
@@ -93,10 +116,10 @@ class Loop:
 
     def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
         shrunk = []
-        for segment in adapted.segments:
-            a, b = adapter_weights(segment, module, x.dtype)
-            h = x[segment.rows] @ a.T  # [n, r]
-            y[segment.rows].addmm_(h, b.T, alpha=scale(segment))
+        streams = (adapted.factors, adapted.weights(module), adapted.parts(x), adapted.parts(y))
+        for factor, (a, b), own_x, own_y in zip(*streams, strict=True):
+            h = own_x.mm(a.t())  # [n, r]
+            own_y.addmm_(h, b.t(), alpha=factor)
             shrunk.append(h)
         return tuple(shrunk)
 
@@ -107,12 +130,13 @@ class Loop:
         adapted: Adapted,
         module: str,
     ) -> None:
-        x, dy, dx = tensors
-        for segment, h in zip(adapted.segments, saved, strict=True):
-            rows = segment.rows
-            a, _ = adapter_weights(segment, module, x.dtype)
-            dh = adapter_gradient(segment, module, x[rows], h, dy[rows])
-            dx[rows].addmm_(dh, a)
+        x, dy, dx = map(adapted.parts, tensors)
+        streams = zip(adapted.segments, adapted.weights(module), saved, strict=True)
+        for i, (segment, (a, b), h) in enumerate(streams):
+            dh = dy[i].mm(b)  # [n, r], but for the factor
+            dx[i].addmm_(dh, a, alpha=adapted.factors[i])
+            if segment.accumulate:
+                add_gradient(segment, module, (x[i], h, dy[i], dh))
 
 
 class Grouped:

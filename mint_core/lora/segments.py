@@ -31,7 +31,7 @@ def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[
     """A [r, in] and B [out, r] in the type that the base computes in."""
     assert segment.row is not None
     a, b = segment.row.views(Part.WEIGHTS, module)
-    return a.to(dtype), b.to(dtype)
+    return (a, b) if a.dtype == dtype else (a.to(dtype), b.to(dtype))
 
 
 def scale(segment: Segment) -> float:
@@ -47,23 +47,26 @@ def adapter_backward(
     dy: Tensor,  # [n, out]
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
-    a, _ = adapter_weights(segment, module, x.dtype)
-    return adapter_gradient(segment, module, x, h, dy) @ a
-
-
-def adapter_gradient(
-    segment: Segment, module: str, x: Tensor, h: Tensor, dy: Tensor
-) -> Tensor:  # [n, r]
-    """d loss / d (x A^T); adds dA and dB to the gradient if the segment accumulates."""
-    assert segment.row is not None
-    _, b = adapter_weights(segment, module, x.dtype)
-    dh = (dy @ b).mul_(scale(segment))
+    a, b = adapter_weights(segment, module, x.dtype)
+    dh = dy @ b  # [n, r], but for the factor
     if segment.accumulate:
-        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-        if grad_a.dtype == x.dtype:
-            grad_a.addmm_(dh.T, x)
-            grad_b.addmm_(dy.T, h, alpha=scale(segment))
-        else:
-            grad_a += dh.T @ x
-            grad_b += (dy.T @ h) * scale(segment)
-    return dh
+        add_gradient(segment, module, (x, h, dy, dh))
+    return (dh @ a).mul_(scale(segment))
+
+
+def add_gradient(
+    segment: Segment, module: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, r], dy [n, out] and
+    dy B [n, r].
+    """
+    assert segment.row is not None
+    x, h, dy, dh = tensors
+    grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+    factor = scale(segment)
+    if grad_a.dtype == x.dtype:
+        grad_a.addmm_(dh.t(), x, alpha=factor)
+        grad_b.addmm_(dy.t(), h, alpha=factor)
+    else:
+        grad_a.add_(dh.t() @ x, alpha=factor)
+        grad_b.add_(dy.t() @ h, alpha=factor)
