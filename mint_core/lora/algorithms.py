@@ -9,7 +9,7 @@ T: rows of the stream. G: groups. r: stored rank. R: sum of stored ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -31,28 +31,14 @@ class Adapted:
     """
 
     segments: tuple[Segment, ...]
-    rows: int  # of the stream
     device: torch.device
     dtype: torch.dtype  # that the base computes in
+    _weights: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @property
     def covered(self) -> slice:
         """From the first segment to the end of the last."""
         return slice(self.segments[0].start, self.segments[-1].stop)
-
-    def split(self, stream: Tensor) -> Sequence[Tensor]:
-        """The segments' rows of the stream, as views."""
-        if self._lengths is not None:
-            parts: Sequence[Tensor] = stream.split(self._lengths)
-            return parts
-        return [stream[segment.rows] for segment in self.segments]
-
-    @cached_property
-    def _lengths(self) -> list[int] | None:
-        """Of the segments, if there is nothing between, before and behind them: the quick way."""
-        ends = [0, *(segment.stop for segment in self.segments)]
-        whole = ends[-1] == self.rows and ends[:-1] == [s.start for s in self.segments]
-        return [s.stop - s.start for s in self.segments] if whole else None
 
     @cached_property
     def groups(self) -> tuple[Segment, ...]:
@@ -63,6 +49,28 @@ class Adapted:
                 groups.append(Segment(groups[-1].stop, segment.start))
             groups.append(segment)
         return tuple(groups)
+
+    @cached_property
+    def factors(self) -> list[float]:
+        """The scale of each segment."""
+        return [scale(segment) for segment in self.segments]
+
+    def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+        # One split: a pass over many short segments is mostly calls.
+        parts = stream[self.covered].split(self._sizes)
+        return [part for part, group in zip(parts, self.groups, strict=True) if group.row]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [group.stop - group.start for group in self.groups]
+
+    def weights(self, module: str) -> list[tuple[Tensor, Tensor]]:
+        """A [r, in] and B [out, r] of each segment."""
+        if module not in self._weights:
+            self._weights[module] = [
+                adapter_weights(segment, module, self.dtype) for segment in self.segments
+            ]
+        return self._weights[module]
 
     @cached_property
     def ends(self) -> Tensor:  # [G] int32, where each group ends in the covered rows
@@ -108,12 +116,10 @@ class Loop:
 
     def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
         shrunk = []
-        for segment, rows, outputs in zip(
-            adapted.segments, adapted.split(x), adapted.split(y), strict=True
-        ):
-            a, b = adapter_weights(segment, module, x.dtype)
-            h = rows @ a.t()  # [n, r]
-            outputs.addmm_(h, b.t(), alpha=scale(segment))
+        streams = (adapted.factors, adapted.weights(module), adapted.parts(x), adapted.parts(y))
+        for factor, (a, b), own_x, own_y in zip(*streams, strict=True):
+            h = own_x.mm(a.t())  # [n, r]
+            own_y.addmm_(h, b.t(), alpha=factor)
             shrunk.append(h)
         return tuple(shrunk)
 
@@ -124,12 +130,13 @@ class Loop:
         adapted: Adapted,
         module: str,
     ) -> None:
-        parts = (adapted.split(tensor) for tensor in tensors)
-        for segment, h, x, dy, dx in zip(adapted.segments, saved, *parts, strict=True):
-            a, b = adapter_weights(segment, module, x.dtype)
-            dh = dy @ b  # [n, r]
-            dx.addmm_(dh, a, alpha=scale(segment))
-            add_gradient(segment, module, (x, h, dy, dh))
+        x, dy, dx = map(adapted.parts, tensors)
+        streams = zip(adapted.segments, adapted.weights(module), saved, strict=True)
+        for i, (segment, (a, b), h) in enumerate(streams):
+            dh = dy[i].mm(b)  # [n, r], but for the factor
+            dx[i].addmm_(dh, a, alpha=adapted.factors[i])
+            if segment.accumulate:
+                add_gradient(segment, module, (x[i], h, dy[i], dh))
 
 
 class Grouped:

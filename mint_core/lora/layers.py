@@ -50,7 +50,7 @@ class LoraContext:
         if not segments:
             return None
         if segments not in self._adapted:
-            self._adapted[segments] = Adapted(segments, len(like), like.device, like.dtype)
+            self._adapted[segments] = Adapted(segments, like.device, like.dtype)
         return self._adapted[segments]
 
 

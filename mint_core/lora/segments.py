@@ -31,7 +31,7 @@ def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[
     """A [r, in] and B [out, r] in the type that the base computes in."""
     assert segment.row is not None
     a, b = segment.row.views(Part.WEIGHTS, module)
-    return (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
+    return (a, b) if a.dtype == dtype else (a.to(dtype), b.to(dtype))
 
 
 def scale(segment: Segment) -> float:
@@ -48,25 +48,25 @@ def adapter_backward(
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
     a, b = adapter_weights(segment, module, x.dtype)
-    dh = dy @ b
-    add_gradient(segment, module, (x, h, dy, dh))
-    return dh.mul_(scale(segment)) @ a
+    dh = dy @ b  # [n, r], but for the factor
+    if segment.accumulate:
+        add_gradient(segment, module, (x, h, dy, dh))
+    return (dh @ a).mul_(scale(segment))
 
 
 def add_gradient(
-    segment: Segment,
-    module: str,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, h, dy as above; dh = dy B [n, r]
+    segment: Segment, module: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    """Adds dA and dB to the gradient if the segment accumulates."""
-    if not segment.accumulate:
-        return
+    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, r], dy [n, out] and
+    dy B [n, r].
+    """
     assert segment.row is not None
     x, h, dy, dh = tensors
     grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-    if grad_a.dtype is x.dtype:
-        grad_a.addmm_(dh.t(), x, alpha=scale(segment))
-        grad_b.addmm_(dy.t(), h, alpha=scale(segment))
+    factor = scale(segment)
+    if grad_a.dtype == x.dtype:
+        grad_a.addmm_(dh.t(), x, alpha=factor)
+        grad_b.addmm_(dy.t(), h, alpha=factor)
     else:
-        grad_a += (dh.t() @ x) * scale(segment)
-        grad_b += (dy.t() @ h) * scale(segment)
+        grad_a.add_(dh.t() @ x, alpha=factor)
+        grad_b.add_(dy.t() @ h, alpha=factor)

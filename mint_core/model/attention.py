@@ -5,7 +5,7 @@ on to every layer.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from mint_core.model.attention_kernels import (
     Scores,
     causal_attention,
     long_causal_attention,
+    stacked_causal_attention,
     varlen_attention,
     varlen_fits,
 )
@@ -53,12 +54,22 @@ class PackedAttention:
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         if not varlen_fits(query, key, value, scores):
-            outputs = [
-                causal_attention(*_cut(query, key, value, group), scores)
-                for group in itertools.pairwise(self._bounds)
-            ]
-        else:
-            outputs = [self._attend(query, key, value, group, scores) for group in self._groups]
+            return self._attend_stacks(query, key, value, scores)
+        outputs = [self._attend(query, key, value, group, scores) for group in self._groups]
+        return torch.cat(outputs, dim=1)
+
+    def _attend_stacks(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Neighbours of one length are computed in one call, where that changes no bit."""
+        stacks = list(_stacks(self._bounds, scores))
+        # One split, since the gradient of a slice is a tensor as large as the stream.
+        sizes = [length * count for length, count in stacks]
+        parts = zip(*(whole.split(sizes, dim=1) for whole in (query, key, value)), strict=True)
+        outputs = [
+            causal_attention(*part, scores)
+            if count == 1
+            else stacked_causal_attention(*part, count, scores)
+            for (_, count), part in zip(stacks, parts, strict=True)
+        ]
         return torch.cat(outputs, dim=1)
 
     def _attend(
@@ -77,6 +88,17 @@ class PackedAttention:
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
         return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
+
+
+def _stacks(bounds: Sequence[int], scores: Scores) -> Iterator[tuple[int, int]]:
+    """(tokens of each, how many) of neighbouring documents to compute in one call."""
+    lengths = (stop - start for start, stop in itertools.pairwise(bounds))
+    for length, same in itertools.groupby(lengths):
+        count = len(list(same))
+        if scores.softcap is None and not (scores.sliding_window and scores.sliding_window < length):
+            yield length, count
+        else:
+            yield from [(length, 1)] * count
 
 
 def _cut(

@@ -99,6 +99,24 @@ def _fused(
     )[0]
 
 
+def stacked_causal_attention(
+    query: Tensor,  # [heads, documents * tokens, head size]
+    key: Tensor,
+    value: Tensor,
+    documents: int,
+    scores: Scores,
+) -> Tensor:  # [heads, documents * tokens, head size]
+    """`causal_attention` of documents of one length side by side, without window and soft cap."""
+    stacks = (part.unflatten(1, (documents, -1)).transpose(0, 1) for part in (query, key, value))
+    output = functional.scaled_dot_product_attention(
+        *stacks,
+        is_causal=True,
+        scale=scores.scaling,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return output.transpose(0, 1).flatten(1, 2)
+
+
 def long_causal_attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """`causal_attention` by the kernel that is best for one long document on an accelerator.
 

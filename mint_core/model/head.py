@@ -1,13 +1,14 @@
 """The output head: logprobs of chosen tokens, and their gradient, without a [tokens, vocabulary]
 tensor.
 
-Rows are scored in chunks. A row's numbers do not depend on the rows beside it: an adapter's rows
-are cut by themselves alone, and every matmul has at least MIN_ROWS rows.
+Rows are scored in chunks, and each chunk's gradient is reduced before the next chunk is scored: the
+logits are computed once. A row's numbers do not depend on the rows beside it: an adapter's rows are
+cut by themselves alone, and every matmul has at least MIN_ROWS rows.
 
 n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,13 @@ from mint_core.lora.layers import (
     scale,
 )
 
-CHUNK_BYTES = 256 * 1024**2  # of float32 logits
+# Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
+# freed blocks of up to 32 MiB for the next chunk, where a larger one is paged in afresh.
+CHUNK_BYTES_CPU = 32 * 1024**2
+CHUNK_BYTES = 256 * 1024**2
+
+# d loss / d logprob [n] of the rows of piece `number` at `place`, from their logprobs [n].
+Slope = Callable[[int, slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,27 +41,53 @@ class Piece:
     rows: Tensor  # [n] positions in the stream
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """A part of a piece, in a chunk."""
+
+    number: int  # of the piece
+    place: slice  # in the piece
+    segment: Segment
+    rows: Tensor  # [n, at least MIN_ROWS] positions in the stream, the first repeated to fill up
+    part: slice  # of the chunk
+
+    @property
+    def count(self) -> int:
+        """Rows that are scored, those that fill up left out."""
+        return int(self.place.stop - self.place.start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    """A chunk's numbers, on which its gradient stands."""
+
+    x: Tensor  # [rows, d]
+    shrunk: list[Tensor | None]  # per cut, x A^T [n, r]
+    powers: Tensor  # [rows, V], exp(logit - the row's largest)
+    totals: Tensor  # [rows], their sums
+    targets: Tensor  # [rows]
+    logprobs: Tensor  # [rows]
+    bend: Tensor | None  # [rows, V], derivative of the soft cap
+
+
 class Head:
     """Scores rows of the last hidden state."""
 
     def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
         self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
-        self._chunk_rows = max(MIN_ROWS, min(2048, CHUNK_BYTES // (4 * linear.out_features)))
+        chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
+        self._chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
 
     def logits(self, hidden: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Logits of the pieces' rows, piece after piece, [rows, V] float32. For few rows: it does
         hold them all.
         """
-        padded = [_padded(piece) for piece in pieces]
-        x = hidden[torch.cat(padded)]
-        z, _ = self._expand(x, pieces, padded)
-        return torch.cat(
-            [
-                part[: len(p.rows)]
-                for part, p in zip(z.split([len(r) for r in padded]), pieces, strict=True)
-            ]
-        )
+        chunk: list[_Cut] = []
+        for number, piece in enumerate(pieces):
+            _append(chunk, number, piece, slice(0, len(piece.rows)))
+        z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
+        return torch.cat([z[cut.part][: cut.count] for cut in chunk])
 
     @torch.no_grad()
     def logprobs(
@@ -66,112 +99,141 @@ class Head:
         """Natural logarithm of each row's target probability."""
         results = [torch.empty(len(piece.rows), device=hidden.device) for piece in pieces]
         for chunk in self._chunks(pieces):
-            cut = [piece for _, _, piece in chunk]
-            padded = [_padded(piece) for piece in cut]
-            z, _ = self._expand(hidden[torch.cat(padded)], cut, padded)
-            wanted = [
-                _fill(targets[i][at], rows) for (i, at, _), rows in zip(chunk, padded, strict=True)
-            ]
-            scores = z.gather(1, torch.cat(wanted)[:, None])[:, 0] - z.logsumexp(1)
-            sizes = [len(rows) for rows in padded]
-            for (i, at, piece), score in zip(chunk, scores.split(sizes), strict=True):
-                results[i][at] = score[: len(piece.rows)]
+            scored = self._score(hidden, chunk, targets)
+            for cut in chunk:
+                results[cut.number][cut.place] = scored.logprobs[cut.part][: cut.count]
         return results
 
     @torch.no_grad()
-    def backward(
+    def gradient(
         self,
         hidden: Tensor,  # [tokens, d]
         pieces: Sequence[Piece],
         targets: Sequence[Tensor],  # per piece, [n]
-        upstream: Sequence[Tensor],  # per piece, [n]: d loss / d logprob
-    ) -> Tensor:  # [tokens, d]
-        """d loss / d hidden; adds the gradients of the head's adapters."""
-        result = torch.zeros_like(hidden)
+        slope: Slope,
+    ) -> Tensor | None:  # [tokens, d]
+        """d loss / d hidden, or None where no loss has a slope; adds the gradients of the head's
+        adapters.
+
+        `slope` sees each piece's rows once and in order. Where it says 0, a row costs no more than
+        its logprob.
+        """
+        gradient = None
         for chunk in self._chunks(pieces):
-            cut = [piece for _, _, piece in chunk]
-            padded = [_padded(piece) for piece in cut]
-            x = hidden[torch.cat(padded)]
-            z, shrunk = self._expand(x, cut, padded)
-            wanted = [
-                _fill(targets[i][at], rows) for (i, at, _), rows in zip(chunk, padded, strict=True)
-            ]
+            scored = self._score(hidden, chunk, targets)
             slopes = [
-                _zero_fill(upstream[i][at], rows)
-                for (i, at, _), rows in zip(chunk, padded, strict=True)
+                slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
+                for cut in chunk
             ]
-            bend = None if self._softcap is None else 1 - (z / self._softcap).square()
-            dz = _logit_gradient(z, torch.cat(wanted), torch.cat(slopes))
-            dz = (dz if bend is None else dz.mul_(bend)).to(x.dtype)
-            dx = dz @ self._linear.weight
-            at = 0
-            for piece, rows, h in zip(cut, padded, shrunk, strict=True):
-                part = slice(at, at + len(rows))
-                if h is not None:
-                    dx[part] += adapter_backward(
-                        piece.segment, self._linear.name, x[part], h, dz[part]
-                    )
-                result[piece.rows] = dx[part][: len(piece.rows)]
-                at += len(rows)
-        return result
+            steep = [_steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)]
+            if any(len(rows) for rows in steep):
+                gradient = torch.zeros_like(hidden) if gradient is None else gradient
+                self._reduce(scored, chunk, slopes, steep, gradient)
+        return gradient
+
+    def _score(self, hidden: Tensor, chunk: Sequence[_Cut], targets: Sequence[Tensor]) -> _Scored:
+        x = hidden[torch.cat([cut.rows for cut in chunk])]
+        z, shrunk = self._expand(x, chunk)
+        wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
+        bend = None if self._softcap is None else 1 - (z / self._softcap).square()
+        at_target = z.gather(1, wanted[:, None])[:, 0]
+        largest = z.amax(1)
+        powers = z.sub_(largest[:, None]).exp_()
+        totals = powers.sum(1)
+        logprobs = at_target - largest - totals.log()
+        return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
+
+    def _reduce(
+        self,
+        scored: _Scored,
+        chunk: Sequence[_Cut],
+        slopes: Sequence[Tensor],  # per cut, [n]
+        steep: Sequence[Tensor],  # per cut, places in the chunk
+        gradient: Tensor,  # [tokens, d]; rows are added to
+    ) -> None:
+        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)) to the hidden
+        state and to the adapters. Overwrites the chunk's powers.
+        """
+        chosen = torch.cat(list(steep))
+        upstream = torch.cat([_upstream(*pair) for pair in zip(slopes, steep, chunk, strict=True)])
+        powers, x = scored.powers, scored.x
+        if not torch.equal(chosen, torch.arange(len(powers), device=chosen.device)):
+            powers, x = powers[chosen], x[chosen]
+        z = powers.mul_(-(upstream / scored.totals[chosen])[:, None])
+        z.scatter_add_(1, scored.targets[chosen, None], upstream[:, None])
+        if scored.bend is not None:
+            z.mul_(scored.bend[chosen])
+        dz = z.to(x.dtype)
+        dx = dz @ self._linear.weight
+        at = 0
+        for cut, rows, h in zip(chunk, steep, scored.shrunk, strict=True):
+            part, at = slice(at, at + len(rows)), at + len(rows)
+            if not len(rows):
+                continue
+            if h is not None:
+                dx[part] += adapter_backward(
+                    cut.segment, self._linear.name, x[part], h[rows - cut.part.start], dz[part]
+                )
+            gradient.index_add_(0, cut.rows[rows - cut.part.start], dx[part])
 
     def _expand(
-        self, x: Tensor, pieces: Sequence[Piece], padded: Sequence[Tensor]
+        self, x: Tensor, chunk: Sequence[_Cut]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Logits [rows, V] in float32 and, per piece, x A^T [n, r] where the head is adapted."""
+        """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
         z = functional.linear(x, self._linear.weight, self._linear.bias)
         shrunk: list[Tensor | None] = []
-        at = 0
-        for piece, rows in zip(pieces, padded, strict=True):
-            part = slice(at, at + len(rows))
+        for cut in chunk:
             h = None
-            if piece.segment.row is not None and self._linear.name in piece.segment.row.modules:
-                a, b = adapter_weights(piece.segment, self._linear.name, x.dtype)
-                h = x[part] @ a.T
-                z[part].addmm_(h, b.T, alpha=scale(piece.segment))
+            if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
+                a, b = adapter_weights(cut.segment, self._linear.name, x.dtype)
+                h = x[cut.part] @ a.T
+                z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
             shrunk.append(h)
-            at += len(rows)
         z = z.float()
         if self._softcap is not None:
             z = (z / self._softcap).tanh_().mul_(self._softcap)
         return z, shrunk
 
-    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[int, slice, Piece]]]:
-        """Cuts each piece by its own length alone, then fills chunks: (piece number, place in it,
-        cut piece).
-        """
-        chunk: list[tuple[int, slice, Piece]] = []
-        filled = 0
-        for i, piece in enumerate(pieces):
+    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[_Cut]]:
+        """Cuts each piece by its own length alone, then fills chunks."""
+        chunk: list[_Cut] = []
+        for number, piece in enumerate(pieces):
             for start in range(0, len(piece.rows), self._chunk_rows):
-                at = slice(start, min(start + self._chunk_rows, len(piece.rows)))
-                rows = piece.rows[at]
-                if chunk and filled + len(rows) > self._chunk_rows:
+                place = slice(start, min(start + self._chunk_rows, len(piece.rows)))
+                filled = chunk[-1].part.stop if chunk else 0
+                if chunk and filled + place.stop - start > self._chunk_rows:
                     yield chunk
-                    chunk, filled = [], 0
-                chunk.append((i, at, Piece(piece.segment, rows)))
-                filled += len(rows)
+                    chunk = []
+                _append(chunk, number, piece, place)
         if chunk:
             yield chunk
 
 
-def _padded(piece: Piece) -> Tensor:
-    """The piece's rows, the first repeated until there are MIN_ROWS."""
-    missing = MIN_ROWS - len(piece.rows)
-    return torch.cat([piece.rows, piece.rows[:1].expand(missing)]) if missing > 0 else piece.rows
+def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
+    rows = piece.rows[place]
+    missing = MIN_ROWS - len(rows)
+    if missing > 0:
+        rows = torch.cat([rows, rows[:1].expand(missing)])
+    start = chunk[-1].part.stop if chunk else 0
+    chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))
 
 
-def _fill(targets: Tensor, rows: Tensor) -> Tensor:
-    return torch.cat([targets, targets[:1].expand(len(rows) - len(targets))])
+def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n] -> [n, at least MIN_ROWS]
+    missing = len(cut.rows) - len(targets)
+    return torch.cat([targets, targets[:1].expand(missing)]) if missing else targets
 
 
-def _zero_fill(upstream: Tensor, rows: Tensor) -> Tensor:
-    return torch.cat([upstream, upstream.new_zeros(len(rows) - len(upstream))])
+def _steep_rows(slope: Tensor, cut: _Cut) -> Tensor:
+    """Places in the chunk where the loss has a slope, the first repeated to MIN_ROWS; or none."""
+    places = torch.nonzero(slope)[:, 0] + cut.part.start
+    missing = MIN_ROWS - len(places)
+    if missing > 0 and len(places):
+        places = torch.cat([places, places[:1].expand(missing)])
+    return places
 
 
-def _logit_gradient(z: Tensor, targets: Tensor, upstream: Tensor) -> Tensor:
-    """d loss / d logits [rows, V] = upstream * (onehot(target) - softmax(z)). Overwrites z."""
-    z.sub_(z.logsumexp(1, keepdim=True)).exp_()
-    z.mul_(-upstream[:, None])
-    z.scatter_add_(1, targets[:, None], upstream[:, None])
-    return z
+def _upstream(slope: Tensor, steep: Tensor, cut: _Cut) -> Tensor:
+    """The slopes of the steep rows; 0 for those that fill up."""
+    upstream = slope[steep - cut.part.start]
+    upstream[int((slope != 0).sum()) :] = 0.0
+    return upstream

@@ -1,12 +1,13 @@
 """One pass over a packed plan: logprobs of all tiles, their losses, and the gradients into the
 rows.
 
-Two passes over the head: the first computes logprobs, the losses are pure functions of them, and
-the second runs only where a loss depends on the logprob.
+Losses are pure functions of each token's logprob. So the head asks for their slopes chunk by chunk,
+as soon as it has a chunk's logprobs, and goes back through the rows where a slope is not 0.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,33 +25,48 @@ def run_pass(base: LoadedBase, plan: PackedPlan) -> tuple[TileResult, ...]:
     segments = tuple(tile.segment for tile in plan.tiles)
     with torch.set_grad_enabled(backward):
         hidden = base.hidden(plan.tokens, plan.positions, segments, PackedAttention(plan.bounds))
-    logprobs = _score(base, hidden.detach(), plan.tiles)
-    slopes, results = _evaluate(plan.tiles, logprobs)
-    if backward:
-        _propagate(base, hidden, plan.tiles, slopes)
-    return results
+    scored = [_Scored(tile, _at(tile.inputs, tile.scored)) for tile in plan.tiles]
+    asked = [tile for tile in scored if len(tile.packed.scored)]
+    gradient = _score(base, hidden.detach(), asked)
+    if gradient is not None:
+        hidden.backward(gradient)
+    return tuple(_result(tile) for tile in scored)
 
 
-def _score(base: LoadedBase, hidden: Tensor, tiles: Sequence[PackedTile]) -> list[Tensor]:
-    pieces = [Piece(t.segment, t.scored + t.segment.start) for t in tiles if len(t.scored)]
-    targets = [t.targets[t.scored] for t in tiles if len(t.scored)]
-    scored = iter(base.head.logprobs(hidden, pieces, targets))
-    return [next(scored) if len(t.scored) else hidden.new_zeros(0) for t in tiles]
+@dataclass(slots=True, eq=False)
+class _Scored:
+    """A tile and what the head says about it."""
+
+    packed: PackedTile
+    inputs: LossInputs  # each [scored]
+    logprobs: list[Tensor] = field(default_factory=list)  # part after part
+    losses: list[Tensor] = field(default_factory=list)
+
+    def slope(self, place: slice, logprobs: Tensor) -> Tensor:  # [n] -> [n]
+        """d loss / d logprob of the next part of the scored places; keeps its losses."""
+        tile = self.packed.tile
+        losses, slope = differentiate(tile.loss, logprobs, _at(self.inputs, place))
+        self.logprobs.append(logprobs)
+        self.losses.append(losses)
+        return slope if tile.backward else torch.zeros_like(slope)
 
 
-def _evaluate(
-    tiles: Sequence[PackedTile], logprobs: Sequence[Tensor]
-) -> tuple[list[Tensor], tuple[TileResult, ...]]:
-    """Per tile d loss / d logprob of the scored positions, [scored], and the results."""
-    slopes, results = [], []
-    for tile, scores in zip(tiles, logprobs, strict=True):
-        losses, slope = differentiate(tile.tile.loss, scores, _at(tile.inputs, tile.scored))
-        slopes.append(slope)
-        results.append(_result(tile, scores, losses))
-    return slopes, tuple(results)
+def _score(base: LoadedBase, hidden: Tensor, tiles: list[_Scored]) -> Tensor | None:
+    """Gives each tile its logprobs and losses. Returns d loss / d hidden, [tokens, hidden size], or
+    None if nothing asks for it.
+    """
+    places = [tile.packed.scored for tile in tiles]
+    pieces = [
+        Piece(tile.packed.segment, rows + tile.packed.segment.start)
+        for tile, rows in zip(tiles, places, strict=True)
+    ]
+    targets = [tile.packed.targets[rows] for tile, rows in zip(tiles, places, strict=True)]
+    return base.head.gradient(
+        hidden, pieces, targets, lambda i, place, logprobs: tiles[i].slope(place, logprobs)
+    )
 
 
-def _at(inputs: LossInputs, places: Tensor) -> LossInputs:
+def _at(inputs: LossInputs, places: Tensor | slice) -> LossInputs:
     return LossInputs(
         weights=inputs.weights[places],
         logprobs=None if inputs.logprobs is None else inputs.logprobs[places],
@@ -58,15 +74,18 @@ def _at(inputs: LossInputs, places: Tensor) -> LossInputs:
     )
 
 
-def _result(tile: PackedTile, scores: Tensor, losses: Tensor) -> TileResult:
-    counts = _scored_counts(tile)
-    weights = tile.inputs.weights
+def _result(tile: _Scored) -> TileResult:
+    packed = tile.packed
+    none = packed.inputs.weights.new_zeros(0)
+    logprobs = torch.cat([none, *tile.logprobs]).cpu().numpy()
+    losses = torch.cat([none, *tile.losses])
+    bounds = np.cumsum(_scored_counts(packed))[:-1]
     return TileResult(
-        logprobs=tuple(part.cpu().numpy().copy() for part in scores.split(counts)),
+        logprobs=tuple(part.copy() for part in np.split(logprobs, bounds)),
         metrics={
             "loss:sum": losses.double().sum().item(),
-            "tokens:sum": float(sum(tile.lengths)),
-            "weighted_tokens:sum": float((weights != 0).sum().item()),
+            "tokens:sum": float(sum(packed.lengths)),
+            "weighted_tokens:sum": float((packed.inputs.weights != 0).sum().item()),
         },
     )
 
@@ -75,18 +94,3 @@ def _scored_counts(tile: PackedTile) -> list[int]:
     if not tile.tile.weighted_only:
         return list(tile.lengths)
     return [int((document.weights != 0).sum()) for document in tile.tile.documents]
-
-
-def _propagate(
-    base: LoadedBase, hidden: Tensor, tiles: Sequence[PackedTile], slopes: Sequence[Tensor]
-) -> None:
-    pieces, targets, upstream = [], [], []
-    for tile, slope in zip(tiles, slopes, strict=True):
-        steep = torch.nonzero(slope)[:, 0]
-        if tile.tile.backward and len(steep):
-            places = tile.scored[steep]
-            pieces.append(Piece(tile.segment, places + tile.segment.start))
-            targets.append(tile.targets[places])
-            upstream.append(slope[steep])
-    if pieces:
-        hidden.backward(base.head.backward(hidden.detach(), pieces, targets, upstream))

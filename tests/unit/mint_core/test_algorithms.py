@@ -41,7 +41,7 @@ class Case:
         return row
 
     def adapted(self, segments: tuple[Segment, ...] = ()) -> Adapted:
-        return Adapted(segments or self.segments, ROWS, self.x.device, self.x.dtype)
+        return Adapted(segments or self.segments, self.x.device, self.x.dtype)
 
     def run(self, algorithm: Algorithm) -> list[Tensor]:
         """y, dx and the rows' gradients."""
@@ -117,11 +117,11 @@ def test_a_cpu_takes_the_loop_whatever_is_beside_a_run() -> None:
 def test_an_accelerator_takes_products_over_many_adapters() -> None:
     case = Case()
     cuda = torch.device("cuda")
-    many = Adapted(case.segments, ROWS, cuda, torch.bfloat16)
+    many = Adapted(case.segments, cuda, torch.bfloat16)
     assert choose(many, backward=True) is GROUPED
     assert choose(many, backward=False) is CONCAT
-    assert choose(Adapted(case.segments[:1], ROWS, cuda, torch.bfloat16), backward=True) is LOOP
-    assert choose(Adapted(case.segments, ROWS, cuda, torch.float32), backward=True) is LOOP
+    assert choose(Adapted(case.segments[:1], cuda, torch.bfloat16), backward=True) is LOOP
+    assert choose(Adapted(case.segments, cuda, torch.float32), backward=True) is LOOP
 
 
 @pytest.mark.gpu

@@ -1,0 +1,117 @@
+"""What the benchmarks train on: seeded documents, and the engine that trains on them in process."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from mint_core.lora.spec import AdapterSpec, LoraRequest
+from tests.engines_in_process import make_engine
+from trainer_service.calls import Call, Compute, Place
+from trainer_service.engine.engine import Engine
+from trainer_service.jobs import (
+    AdamParams,
+    CreateRow,
+    CrossEntropy,
+    Document,
+    DropRow,
+    Plan,
+    RowDescription,
+    StepRow,
+    StepRows,
+)
+from trainer_service.planner import Planner, cut
+
+SMOLLM2 = Path(".models/SmolLM2-135M-Instruct")  # `make model`
+LONG = (64, 96, 128, 160, 256, 512)  # tokens of the first workload's documents
+LORA = LoraRequest(rank=16, seed=0)  # all linear layers and the head
+ADAM = AdamParams(learning_rate=1e-4, grad_clip_norm=1.0)
+
+
+def random_documents(
+    lengths: Sequence[int], *, vocabulary_size: int, seed: int = 0
+) -> tuple[Document, ...]:
+    """Random tokens; the second half of each document has weight 1, the first 0."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for n in lengths:
+        stream = rng.integers(0, vocabulary_size, n + 1)
+        weights = np.zeros(n, np.float32)
+        weights[n // 2 :] = 1.0
+        documents.append(Document(tokens=stream[:-1], targets=stream[1:], weights=weights))
+    return tuple(documents)
+
+
+def arithmetic(count: int, *, seed: int = 0) -> tuple[Document, ...]:
+    """Products as examples/quickstart.py asks them, about 25 tokens each; the answer has weight."""
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    documents = []
+    for a, b in np.random.default_rng(seed).integers(2, 1000, (count, 2)).tolist():
+        prompt = tokenizer.encode(f"Question: What is {a} * {b}?\nAnswer:")
+        answer = tokenizer.encode(f" {a * b}", add_special_tokens=False)
+        stream = np.array([*prompt, *answer, tokenizer.eos_token_id])
+        weights = np.zeros(len(stream) - 1, np.float32)
+        weights[len(prompt) - 1 :] = 1.0
+        documents.append(Document(tokens=stream[:-1], targets=stream[1:], weights=weights))
+    return tuple(documents)
+
+
+def smollm2_engine() -> Engine:
+    """One thread, float32, everything else as served."""
+    return make_engine(SMOLLM2, base_model_name="SmolLM2-135M-Instruct")
+
+
+class InProcess:
+    """Runs on an engine in this process, their calls planned as the trainer's front plans them."""
+
+    def __init__(self, engine: Engine, count: int = 1, request: LoraRequest = LORA) -> None:
+        self.engine = engine
+        self.names = [f"run-{uuid.uuid4().hex[:8]}" for _ in range(count)]
+        self.specs = [self._create(name, request) for name in self.names]
+
+    def _create(self, name: str, request: LoraRequest) -> AdapterSpec:
+        description = self.engine.run(CreateRow(training_run_id=name, request=request))
+        assert isinstance(description, RowDescription)
+        return description.spec
+
+    def drop(self) -> None:
+        for name in self.names:
+            self.engine.run(DropRow(name))
+
+    def train(self, *data: Sequence[Document], weighted: bool) -> None:
+        """One step of training of each run, on its data, all of them at once."""
+        self._train(list(zip(self.names, data, strict=True)), weighted)
+
+    def train_in_turn(self, *data: Sequence[Document], weighted: bool) -> None:
+        """The same, one run after the other."""
+        for call in zip(self.names, data, strict=True):
+            self._train([call], weighted)
+
+    def _train(self, calls: Sequence[tuple[str, Sequence[Document]]], weighted: bool) -> None:
+        for plan in plans(self.engine.max_batch_tokens, calls, weighted):
+            self.engine.run(plan)
+        self.engine.run(StepRows(tuple(StepRow(name, ADAM) for name, _ in calls)))
+
+
+def plans(
+    max_batch_tokens: int, calls: Sequence[tuple[str, Sequence[Document]]], weighted: bool
+) -> Iterator[Plan]:
+    """The passes over calls of several runs that arrive together."""
+    planner = Planner(max_batch_tokens)
+    for name, documents in calls:
+        compute = Compute(
+            documents=tuple(documents), loss=CrossEntropy(), backward=True, weighted_only=weighted
+        )
+        place = Place(
+            training_run_id=name,
+            sequence=1,
+            writer_epoch=1,
+            acknowledged_sequence=0,
+            payload_hash=b"",
+        )
+        planner.add(name, cut(Call(place, "ForwardBackward", compute), compute, max_batch_tokens))
+    while (job := planner.next_job()) is not None:
+        assert isinstance(job, Plan)
+        yield job
