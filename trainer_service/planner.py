@@ -76,19 +76,20 @@ class _RunQueue:
     """First come, first served."""
 
     def __init__(self) -> None:
-        self._tiles: deque[Tile] = deque()
+        self._tiles: deque[tuple[Tile, int]] = deque()  # with its tokens, which are asked for often
         self.tokens = 0
 
     def add(self, tile: Tile) -> None:
-        self._tiles.append(tile)
-        self.tokens += tile_tokens(tile)
+        tokens = tile_tokens(tile)
+        self._tiles.append((tile, tokens))
+        self.tokens += tokens
 
     def head_tokens(self) -> int:
-        return tile_tokens(self._tiles[0]) if self._tiles else 0
+        return self._tiles[0][1] if self._tiles else 0
 
     def pop(self) -> Tile:
-        tile = self._tiles.popleft()
-        self.tokens -= tile_tokens(tile)
+        tile, tokens = self._tiles.popleft()
+        self.tokens -= tokens
         return tile
 
 
@@ -157,8 +158,8 @@ class _Ring(Generic[Q]):
     def pop(self) -> Tile:
         key = self._next()
         share = self._shares[key]
+        share.deficit -= share.queue.head_tokens()
         tile = share.queue.pop()
-        share.deficit -= tile_tokens(tile)
         if not share.queue.head_tokens():
             del self._shares[key]  # an idle queue saves nothing up
         return tile

@@ -41,9 +41,9 @@ _Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What comes before the next of a run's tiles. Predictions, of which only the order is sure."""
+    """About what comes before the next of a run's tiles."""
 
-    tokens_ahead: int  # of other runs, those that the engine has included
+    tokens_ahead: int  # of other runs, those included that the engine works on
     wait_s: float | None  # None: no plan has been timed yet
 
 

@@ -120,7 +120,7 @@ def test_a_reader_that_does_not_read_is_told_how_much_it_missed(
             Request(training_run_id=run.id), timeout=CALL_LIMIT_S
         )
         next(stream)
-        last = 3000
+        last = 1000
         for sequence in range(1, last + 1):
             run.send(run.discard(acknowledged_sequence=sequence - 1))
         ends = []

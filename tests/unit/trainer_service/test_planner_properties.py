@@ -179,8 +179,21 @@ def _queued(history: History, run: str) -> int:
     return sum(map(tile_tokens, waiting))
 
 
+# Bursts of short documents, each a call: then shares show, and no tile hides them.
+BURSTS = st.lists(
+    st.builds(
+        lambda tenant, run, count: [Arrival(tenant, tenant + run, (1,))] * count,
+        st.sampled_from("abc"),
+        st.sampled_from("12"),
+        st.integers(1, 60),
+    )
+    | st.just([None]),
+    max_size=12,
+).map(lambda bursts: [step for burst in bursts for step in burst])
+
+
 @settings(max_examples=150, deadline=None)
-@given(HISTORIES, BUDGETS, WEIGHTS)
+@given(HISTORIES | BURSTS, BUDGETS, WEIGHTS)
 def test_tokens_ahead_are_those_that_then_come_first(
     steps: list[Arrival | None], budget: int, weights: dict[str, float]
 ) -> None:
@@ -213,6 +226,18 @@ def test_tokens_ahead_are_those_that_then_come_first(
             assert abs(ahead - found[run]) <= rivals * (
                 largest + budget / 8 / min(weights.values())
             )
+
+
+def test_tokens_ahead_of_tenants_that_have_just_come() -> None:
+    """Turns of 16 tokens, three times as many for the first."""
+    history = History(128, {"a": 3.0, "b": 1.0, "c": 1.0})
+    for tenant in "abc":
+        for _ in range(100):
+            history.add(Arrival(tenant, tenant, (1,)))
+
+    assert [history.planner.tokens_ahead(tenant, tenant) for tenant in "abc"] == [0, 48, 64]
+    # 20 tokens of b's take two turns: a has had two by then, and c one.
+    assert history.planner.tokens_until("b", None, 20) == 20 + min(100, 2 * 48) + 16
 
 
 def test_small_tenants_pass_a_tenant_with_endless_calls() -> None:
