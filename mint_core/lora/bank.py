@@ -1,9 +1,9 @@
 """Where adapters live: one matrix [slots, params] per rank class, one row per adapter.
 
-A row holds A [rank, in] and B [out, rank] of every linear layer that LoRA can train, one after the
-other. Ranks are padded to a multiple of 8, and a module that an adapter does not train stays zero;
-the padding contributes exact zeros everywhere, gradients and Adam included. Publishing, loading,
-stepping are operations on a row.
+A row holds A [rank, in] and B, transposed, [rank, out], of every linear layer that LoRA can train,
+one after the other. Ranks are padded to a multiple of 8, and a module that an adapter does not
+train stays zero; the padding contributes exact zeros everywhere, gradients and Adam included.
+Publishing, loading, stepping are operations on a row.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,9 @@ class RankBank:
             stop = middle + rank * shape.out_features
             self._views[key] = (
                 row[start:middle].view(rank, shape.in_features),
-                row[middle:stop].view(shape.out_features, rank),
+                # Stored the other way round: products with 8 columns of the inner side take
+                # CPUs about twice as long.
+                row[middle:stop].view(rank, shape.out_features).t(),
             )
         return self._views[key]
 
