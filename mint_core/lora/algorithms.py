@@ -199,18 +199,17 @@ LOOP, GROUPED, CONCAT = Loop(), Grouped(), Concat()
 def choose(adapted: Adapted, backward: bool) -> Algorithm:
     """The algorithm for a pass.
 
-    CPU: the loop, always. Time over the loop's, of the adapters of modules of 64 x 128, 576 x 576
-    and 576 x 1536 (1 thread of an AMD EPYC that others used too, interleaved, medians of 15,
-    torch 2.13, 2026-11-24):
+    CPU: the loop, always. Time over the loop's, least and most of three shapes
+    (benchmarks/adapter_algorithms.py; 1 thread of an AMD EPYC that others used too, torch 2.13,
+    2026-11-24):
 
-        adapters x rows              1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
-        grouped, back too, rank 8-64 2.0 - 2.5  1.1 - 1.8  1.2 - 1.7  1.1 - 1.8  0.8 - 2.0
-        concat, forward, rank 8      1.3 - 1.4  0.9 - 1.2  0.7 - 2.0  1.8 - 3.2  4 - 9
-        concat, forward, rank 64     1.4 - 1.5  1.0 - 1.2  1.9 - 2.2  6 - 19     15 - 19
+        adapters x rows                      1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
+        grouped, with backward, rank 8 - 64  2.4 - 3.4  1.3 - 2.4  1.7 - 3.2  1.2 - 2.0  1.3 - 2.0
+        concat, forward, rank 8              1.3 - 1.7  1.1 - 1.3  0.8 - 2.7  2.7 - 2.8  3 - 8
+        concat, forward, rank 64             1.5 - 4.5  1.1 - 1.3  2.5 - 4.7  6.6 - 7.3  14 - 18
 
-    Where another is ahead, it is by little; and the loop alone keeps a run's bits independent
-    of its neighbours. CUDA: what counts is launches, which the loop makes per segment; grouped
-    products are fast in bfloat16 alone. Not measured yet.
+    It also alone keeps a run's bits independent of its neighbours. CUDA: what counts is launches,
+    which the loop makes per segment; grouped products are fast in bfloat16 alone. Not measured yet.
     """
     if adapted.device.type == "cpu" or len(adapted.segments) == 1:
         return LOOP
