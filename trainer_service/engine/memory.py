@@ -148,11 +148,11 @@ def lengths(memory: ActivationMemory, budget_bytes: int, device: str) -> Lengths
 
 def budget_bytes(device: torch.device) -> int:
     """Memory at hand for the activations of a pass."""
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
     return int(MEMORY_SHARE[device.type] * free)
 
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mint_core.model.attention import LONG_DOCUMENT_TOKENS, PackedAttention, group_documents
-from mint_core.model.attention_kernels import MOST_BLOCK_QUERIES, Scores, causal_attention
+from mint_core.model.attention_kernels import (
+    MOST_BLOCK_QUERIES,
+    Scores,
+    causal_attention,
+    long_causal_attention,
+    varlen_attention,
+)
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 KINDS = [
@@ -83,6 +89,23 @@ def test_groups_hold_every_document_once_and_long_ones_alone(
     assert [s for g in groups for s in itertools.pairwise(g)] == list(itertools.pairwise(bounds))
     for group in groups:
         assert len(group) == 2 or all(b - a < long_tokens for a, b in itertools.pairwise(group))
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_a_long_document_gets_the_same_from_whatever_kernel_is_preferred(scores: Scores) -> None:
+    parts = projections(40)
+    assert torch.equal(long_causal_attention(*parts, scores), causal_attention(*parts, scores))
+
+
+@pytest.mark.parametrize("scores", KINDS[:2], ids=str)
+def test_the_kernel_for_many_documents_takes_what_it_is_given(scores: Scores) -> None:
+    """Shapes alone: on the meta device nothing is computed."""
+    parts = [part.to("meta", torch.bfloat16).requires_grad_() for part in projections(40)]
+    bounds = torch.tensor([0, 10, 40], dtype=torch.int32, device="meta")
+    output = varlen_attention(*parts, bounds, 30, scores)
+    output.sum().backward()
+    assert output.shape == parts[0].shape
+    assert [part.grad is not None for part in parts] == [True] * 3
 
 
 @pytest.mark.gpu
