@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
-
-RANK_STEP = 8  # ranks are stored as multiples of it
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
 class Part(Enum):
@@ -188,10 +186,10 @@ class AdapterBank:
 
     def rank_class(self, rank: int) -> RankBank:
         """The class in which adapters of a rank are stored."""
-        stored_rank = -(-rank // RANK_STEP) * RANK_STEP
-        if stored_rank not in self._classes:
-            self._classes[stored_rank] = RankBank(stored_rank, self._shapes, self._parts)
-        return self._classes[stored_rank]
+        stored = stored_rank(rank)
+        if stored not in self._classes:
+            self._classes[stored] = RankBank(stored, self._shapes, self._parts)
+        return self._classes[stored]
 
     def add(self, spec: AdapterSpec) -> AdapterRow:
         """A row for an adapter, zero in every part."""
