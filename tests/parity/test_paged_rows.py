@@ -167,6 +167,16 @@ def test_a_run_that_never_stepped_costs_its_weights_alone(qwen3_folder: Path) ->
     assert engine.row_counts().disk == 1
 
 
+def test_moving_rows_is_a_sign_of_life(qwen3_folder: Path) -> None:
+    """The front kills an engine that says nothing for long, and a disk may be slow."""
+    signs: list[None] = []
+    engine = make_engine(qwen3_folder, progress=lambda: signs.append(None), row_memory_bytes=1)
+    tiles = [run.tile(make_documents(1, (4,)), CrossEntropy()) for run in make_runs(engine)]
+    signs.clear()
+    run_plan(engine, *tiles)
+    assert len(signs) == 2 * len(tiles)  # each comes for its pass, and another leaves for it
+
+
 def test_a_row_larger_than_all_memory_for_rows_is_served(qwen3_folder: Path) -> None:
     engine = make_engine(qwen3_folder, row_memory_bytes=1)
     runs = make_runs(engine)

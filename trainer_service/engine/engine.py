@@ -56,7 +56,11 @@ MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
 class Engine:
     """Holds the rows of all runs. One thread; `run` does one job at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[], None] = lambda: None,  # called now and then during long jobs
+    ) -> None:
         self.base: LoadedBase = load_base(
             config.base_model,
             name=config.base_model_name,
@@ -71,6 +75,7 @@ class Engine:
             config.row_memory_bytes or device_limit_bytes(device),
             host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
             files=RowFiles(Path(config.row_folder)),
+            progress=progress,
         )
         self.max_batch_tokens = config.max_batch_tokens or affordable_tokens(self.base)
         self._handlers: Mapping[type, Callable[[Any], object]] = {

@@ -5,7 +5,7 @@ changes none of its bits. On a CPU device and host memory are the same, and rows
 straight to the disk.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -108,8 +108,16 @@ class HostRows:
 class Rows:
     """By `training_run_id`. Spans of `page_in` say which are on the device."""
 
-    def __init__(self, limit_bytes: int, *, host_limit_bytes: int, files: RowFiles) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        host_limit_bytes: int,
+        files: RowFiles,
+        progress: Callable[[], None],  # called after each move: disks are slow
+    ) -> None:
         self._limit_bytes = limit_bytes
+        self._progress = progress
         self._files = files
         self._host = HostRows(host_limit_bytes, files)
         self._rows: dict[str, TrainedRow] = {}  # the least recently used first
@@ -187,6 +195,7 @@ class Rows:
             trained.row.come_back(parts)
             trained.moved = ()
             self._host.drop(run)
+            self._progress()
         for part in want.parts:
             trained.row.part(part)  # takes the memory that was made free for it
 
@@ -205,6 +214,7 @@ class Rows:
         self._host.put(run, parts)
         trained.moved = tuple(parts)
         trained.row.leave()
+        self._progress()
 
 
 def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
