@@ -9,6 +9,7 @@ A part takes memory from its first use until it is freed. Rows are not slots of 
 would have to be copied to grow, could not shrink, and would hold moments of runs without a step.
 """
 
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -100,7 +101,7 @@ class AdapterRow:
         assert not self._away, "a row was used while it was away"
         if part not in self._parts:
             assert part in self.bank.parts, f"this bank keeps no {part.value}"
-            self._parts[part] = torch.zeros(self.bank.row_size, device=self._device)
+            self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
 
     def views(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
@@ -205,6 +206,16 @@ class AdapterBank:
     def remove(self, row: AdapterRow) -> None:
         """Gives the row's memory back."""
         row.leave()
+
+
+def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
+    """Zeros. On a CPU in pages of their own, which the system gets back with the tensor: the heap
+    keeps what lies between other blocks, and rows that come and go leave holes in it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, device=device)
+    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

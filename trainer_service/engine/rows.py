@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import MintError
-from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part, zero_vector
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.jobs import RowCounts
 
@@ -89,7 +89,7 @@ class HostRows:
             oldest, idle = next(iter(self._rows.items()))
             self._files.put(oldest, idle)
             self._forget(oldest)
-        self._rows[name] = {part: vector.cpu() for part, vector in parts.items()}
+        self._rows[name] = {part: _in_host_memory(vector) for part, vector in parts.items()}
         self._size_bytes += size_bytes
 
     def get(self, name: str, size: int) -> dict[Part, Tensor]:
@@ -215,6 +215,12 @@ class Rows:
         trained.moved = tuple(parts)
         trained.row.leave()
         self._progress()
+
+
+def _in_host_memory(vector: Tensor) -> Tensor:
+    if vector.device.type == "cpu":
+        return vector
+    return zero_vector(len(vector), torch.device("cpu")).copy_(vector)
 
 
 def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
