@@ -17,7 +17,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-resident clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ soak: install model  ## The slow tests
 
 bench: install  ## Measures what the services add to the engine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_overhead.py
+
+bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py
 
 clean:  ## Removes what was generated, but not .venv, models or stores
 	rm -rf proto/mintrpc/v1/*_pb2*.py* $(STUBS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -72,6 +72,7 @@ class ModelDescription:
 class Hello:
     model: ModelDescription
     max_batch_tokens: int = 0  # trainer: most tokens of one pass
+    adapter_ranks: int = 0  # sampler: largest sum of the stored ranks of adapters in memory
 
 
 class EnginePipe:

@@ -1,6 +1,6 @@
 """The trainer's engine in the test's own process, and data for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,9 @@ from trainer_service.jobs import (
 )
 
 
-def make_engine(folder: Path, **changes: object) -> Engine:
+def make_engine(
+    folder: Path, progress: Callable[[], None] = lambda: None, **changes: object
+) -> Engine:
     settings = {
         "base_model": str(folder),
         "base_model_name": "tiny",
@@ -40,7 +42,7 @@ def make_engine(folder: Path, **changes: object) -> Engine:
         "host_row_memory_bytes": 0,
         "row_folder": str(folder / "rows"),
     }
-    return Engine(EngineConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    return Engine(EngineConfig(**{**settings, **changes}), progress)  # type: ignore[arg-type]
 
 
 def make_documents(

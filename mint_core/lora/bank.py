@@ -9,6 +9,7 @@ A part takes memory from its first use until it is freed. Rows are not slots of 
 would have to be copied to grow, could not shrink, and would hold moments of runs without a step.
 """
 
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -18,9 +19,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
-
-RANK_STEP = 8  # ranks are stored as multiples of it
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
 class Part(Enum):
@@ -104,7 +103,7 @@ class AdapterRow:
         assert not self._away, "a row was used while it was away"
         if part not in self._parts:
             assert part in self.bank.parts, f"this bank keeps no {part.value}"
-            self._parts[part] = torch.zeros(self.bank.row_size, device=self._device)
+            self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
 
     def views(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
@@ -190,10 +189,10 @@ class AdapterBank:
 
     def rank_class(self, rank: int) -> RankBank:
         """The class in which adapters of a rank are stored."""
-        stored_rank = -(-rank // RANK_STEP) * RANK_STEP
-        if stored_rank not in self._classes:
-            self._classes[stored_rank] = RankBank(stored_rank, self._shapes, self._parts)
-        return self._classes[stored_rank]
+        stored = stored_rank(rank)
+        if stored not in self._classes:
+            self._classes[stored] = RankBank(stored, self._shapes, self._parts)
+        return self._classes[stored]
 
     def add(self, spec: AdapterSpec) -> AdapterRow:
         """A row for an adapter, zero in every part."""
@@ -209,6 +208,16 @@ class AdapterBank:
     def remove(self, row: AdapterRow) -> None:
         """Gives the row's memory back."""
         row.leave()
+
+
+def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
+    """Zeros. On a CPU in pages of their own, which the system gets back with the tensor: the heap
+    keeps what lies between other blocks, and rows that come and go leave holes in it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, device=device)
+    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

@@ -95,7 +95,9 @@ def _stacks(bounds: Sequence[int], scores: Scores) -> Iterator[tuple[int, int]]:
     lengths = (stop - start for start, stop in itertools.pairwise(bounds))
     for length, same in itertools.groupby(lengths):
         count = len(list(same))
-        if scores.softcap is None and not (scores.sliding_window and scores.sliding_window < length):
+        if scores.softcap is None and not (
+            scores.sliding_window and scores.sliding_window < length
+        ):
             yield length, count
         else:
             yield from [(length, 1)] * count

@@ -125,7 +125,9 @@ class Head:
                 slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
                 for cut in chunk
             ]
-            steep = [_steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)]
+            steep = [
+                _steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)
+            ]
             if any(len(rows) for rows in steep):
                 gradient = torch.zeros_like(hidden) if gradient is None else gradient
                 self._reduce(scored, chunk, slopes, steep, gradient)
@@ -176,9 +178,7 @@ class Head:
                 )
             gradient.index_add_(0, cut.rows[rows - cut.part.start], dx[part])
 
-    def _expand(
-        self, x: Tensor, chunk: Sequence[_Cut]
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
         z = functional.linear(x, self._linear.weight, self._linear.bias)
         shrunk: list[Tensor | None] = []

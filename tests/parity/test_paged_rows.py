@@ -167,6 +167,26 @@ def test_a_run_that_never_stepped_costs_its_weights_alone(qwen3_folder: Path) ->
     assert engine.row_counts().disk == 1
 
 
+def test_moving_rows_is_a_sign_of_life(qwen3_folder: Path) -> None:
+    """The front kills an engine that says nothing for long, and a disk may be slow."""
+    signs: list[None] = []
+    engine = make_engine(qwen3_folder, progress=lambda: signs.append(None), row_memory_bytes=1)
+    tiles = [run.tile(make_documents(1, (4,)), CrossEntropy()) for run in make_runs(engine)]
+    signs.clear()
+    run_plan(engine, *tiles)
+    assert len(signs) == 2 * len(tiles)  # each comes for its pass, and another leaves for it
+
+
+def test_the_run_idle_for_longest_leaves(qwen3_folder: Path) -> None:
+    engine = make_engine(qwen3_folder, row_memory_bytes=3 * 8 * PART_BYTES)
+    first, second, _ = (EngineRun(engine, name, REQUESTS[1]) for name in ("a", "b", "c"))
+    first.export(False)
+    EngineRun(engine, "d", REQUESTS[1])
+    assert [name for name in "abcd" if engine._rows[name].moved] == ["b"]
+    second.export(False)
+    assert [name for name in "abcd" if engine._rows[name].moved] == ["c"]
+
+
 def test_a_row_larger_than_all_memory_for_rows_is_served(qwen3_folder: Path) -> None:
     engine = make_engine(qwen3_folder, row_memory_bytes=1)
     runs = make_runs(engine)

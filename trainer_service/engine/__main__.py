@@ -4,7 +4,7 @@ gone.
 
 import logging
 
-from mint_core.engine_pipe import EnginePipe, Hello, Reply, Report, connect
+from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import EngineConfig
 
@@ -16,7 +16,7 @@ def main() -> None:
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     try:
-        engine = Engine(config)
+        engine = Engine(config, progress=lambda: pipe.send(Heartbeat()))
     except Exception as error:
         pipe.fail(0, error)
         return

@@ -54,7 +54,11 @@ MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
 class Engine:
     """Holds the rows of all runs. One thread; `run` does one job at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[], None] = lambda: None,  # called now and then during long jobs
+    ) -> None:
         # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.base: LoadedBase = load_base(
@@ -71,6 +75,7 @@ class Engine:
             config.row_memory_bytes or device_limit_bytes(device),
             host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
             files=RowFiles(Path(config.row_folder)),
+            progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)
         self.lengths = lengths(memory, budget_bytes(device), device.type)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import EngineFault, FailedPrecondition, ResourceExhausted
-from mint_core.lora.bank import Part
+from mint_core.lora.bank import Part, zero_vector
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class RowFiles:
 
     def get(self, name: str, size: int) -> dict[Part, Tensor]:
         """Reads a row of vectors [size], which stays here too."""
-        parts = {part: torch.empty(size) for part in self._parts[name]}
+        parts = {part: zero_vector(size, torch.device("cpu")) for part in self._parts[name]}
         try:
             with self._path(name).open("rb", buffering=0) as file:
                 for vector in parts.values():

@@ -5,7 +5,7 @@ changes none of its bits. On a CPU device and host memory are the same, and rows
 straight to the disk.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import MintError
-from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part, zero_vector
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.jobs import RowCounts
 
@@ -89,7 +89,7 @@ class HostRows:
             oldest, idle = next(iter(self._rows.items()))
             self._files.put(oldest, idle)
             self._forget(oldest)
-        self._rows[name] = {part: vector.cpu() for part, vector in parts.items()}
+        self._rows[name] = {part: _in_host_memory(vector) for part, vector in parts.items()}
         self._size_bytes += size_bytes
 
     def get(self, name: str, size: int) -> dict[Part, Tensor]:
@@ -108,8 +108,16 @@ class HostRows:
 class Rows:
     """By `training_run_id`. Spans of `page_in` say which are on the device."""
 
-    def __init__(self, limit_bytes: int, *, host_limit_bytes: int, files: RowFiles) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        host_limit_bytes: int,
+        files: RowFiles,
+        progress: Callable[[], None],  # called after each move: disks are slow
+    ) -> None:
         self._limit_bytes = limit_bytes
+        self._progress = progress
         self._files = files
         self._host = HostRows(host_limit_bytes, files)
         self._rows: dict[str, TrainedRow] = {}  # the least recently used first
@@ -187,6 +195,7 @@ class Rows:
             trained.row.come_back(parts)
             trained.moved = ()
             self._host.drop(run)
+            self._progress()
         for part in want.parts:
             trained.row.part(part)  # takes the memory that was made free for it
 
@@ -205,6 +214,13 @@ class Rows:
         self._host.put(run, parts)
         trained.moved = tuple(parts)
         trained.row.leave()
+        self._progress()
+
+
+def _in_host_memory(vector: Tensor) -> Tensor:
+    if vector.device.type == "cpu":
+        return vector
+    return zero_vector(len(vector), torch.device("cpu")).copy_(vector)
 
 
 def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
