@@ -35,6 +35,11 @@ class Adapted:
     dtype: torch.dtype  # that the base computes in
     _weights: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether backward adds to any row's gradient."""
+        return any(segment.accumulate for segment in self.segments)
+
     @property
     def covered(self) -> slice:
         """From the first segment to the end of the last."""
@@ -56,8 +61,10 @@ class Adapted:
         return [scale(segment) for segment in self.segments]
 
     def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+        if len(self.segments) == 1:
+            return [stream[self.covered]]
         # One split: a pass over many short segments is mostly calls.
-        parts = stream[self.covered].split(self._sizes)
+        parts = stream[self.covered].split_with_sizes(self._sizes)
         return [part for part, group in zip(parts, self.groups, strict=True) if group.row]
 
     @cached_property
@@ -102,7 +109,7 @@ class Algorithm(Protocol):
 
     def backward(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor],  # x [T, in], dy [T, out], dx [T, in]
+        tensors: tuple[Tensor, Tensor, Tensor | None],  # x [T, in], dy [T, out], dx [T, in] if asked for
         saved: Sequence[Tensor],  # as forward returned them
         adapted: Adapted,
         module: str,
@@ -125,16 +132,18 @@ class Loop:
 
     def backward(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, Tensor, Tensor | None],
         saved: Sequence[Tensor],
         adapted: Adapted,
         module: str,
     ) -> None:
-        x, dy, dx = map(adapted.parts, tensors)
+        x, dy = map(adapted.parts, tensors[:2])
+        dx = None if tensors[2] is None else adapted.parts(tensors[2])
         streams = zip(adapted.segments, adapted.weights(module), saved, strict=True)
         for i, (segment, (a, b), h) in enumerate(streams):
             dh = dy[i].mm(b)  # [n, r], but for the factor
-            dx[i].addmm_(dh, a, alpha=adapted.factors[i])
+            if dx is not None:
+                dx[i].addmm_(dh, a, alpha=adapted.factors[i])
             if segment.accumulate:
                 add_gradient(segment, module, (x[i], h, dy[i], dh))
 
@@ -153,18 +162,19 @@ class Grouped:
 
     def backward(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, Tensor, Tensor | None],
         saved: Sequence[Tensor],
         adapted: Adapted,
         module: str,
     ) -> None:
         rows, ends = adapted.covered, adapted.ends
-        x, dy, dx = (part[rows] for part in tensors)
+        x, dy = (part[rows] for part in tensors[:2])
         (h,) = saved
         a, b = _stacked(adapted, module)
         dh = functional.grouped_mm(dy, b, offs=ends) * adapted.scales
-        dx += functional.grouped_mm(dh, a, offs=ends)
-        if not any(group.accumulate for group in adapted.groups):
+        if tensors[2] is not None:
+            tensors[2][rows] += functional.grouped_mm(dh, a, offs=ends)
+        if not adapted.accumulates:
             return
         grads_a = functional.grouped_mm(dh.T, x, offs=ends)  # [G, r, in]
         grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [G, out, r]
@@ -192,7 +202,7 @@ class Concat:
 
     def backward(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, Tensor, Tensor | None],
         saved: Sequence[Tensor],
         adapted: Adapted,
         module: str,

@@ -65,6 +65,9 @@ class MultiLoraLinear(nn.Module):
         self.in_features = base.in_features
         self.out_features = base.out_features
         self._context = context
+        # Weights are frozen and gradients of adapters go straight to their rows: this tells
+        # autograd where there is something to train, so that it goes back no further than that.
+        self._trained = torch.zeros((), device=base.weight.device, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         flat = x.reshape(-1, self.in_features)
@@ -73,7 +76,8 @@ class MultiLoraLinear(nn.Module):
             y = functional.linear(flat, self.weight, self.bias)
         else:
             algorithm = choose(adapted, torch.is_grad_enabled())
-            y = LoraLinearFunction.apply(flat, self, adapted, algorithm)  # type: ignore[no-untyped-call]
+            trained = self._trained if adapted.accumulates else None
+            y = LoraLinearFunction.apply(flat, self, adapted, algorithm, trained)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -86,7 +90,12 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: MultiLoraLinear, adapted: Adapted, algorithm: Algorithm
+        ctx: Any,
+        x: Tensor,
+        layer: MultiLoraLinear,
+        adapted: Adapted,
+        algorithm: Algorithm,
+        trained: Tensor | None,
     ) -> Tensor:
         y = functional.linear(x, layer.weight, layer.bias)
         ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, layer.name))
@@ -94,12 +103,12 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, *saved = ctx.saved_tensors
         dy = gradients[0].contiguous()
-        dx = dy @ ctx.layer.weight
+        dx = dy @ ctx.layer.weight if ctx.needs_input_grad[0] else None
         ctx.algorithm.backward((x, dy, dx), saved, ctx.adapted, ctx.layer.name)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 def install(model: nn.Module, context: LoraContext) -> None:

@@ -69,11 +69,11 @@ class LoadedBase:
         segments: tuple[Segment, ...],  # covering the stream
         attention: AttentionBatch,
     ) -> Tensor:  # [tokens, hidden size]
-        """The last hidden state of a packed stream. Differentiable in grad mode."""
+        """The last hidden state of a packed stream. In grad mode its backward trains the rows of
+        segments that accumulate; it needs none if they adapt no layer below the head.
+        """
         self.context.segments = segments
         embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
-        if torch.is_grad_enabled():
-            embedded.requires_grad_()  # the weights are frozen: something must start the graph
         output = self.model.base_model(  # type: ignore[operator]
             inputs_embeds=embedded,
             position_ids=positions[None],

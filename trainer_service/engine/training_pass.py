@@ -28,7 +28,7 @@ def run_pass(base: LoadedBase, plan: PackedPlan) -> tuple[TileResult, ...]:
     scored = [_Scored(tile, _at(tile.inputs, tile.scored)) for tile in plan.tiles]
     asked = [tile for tile in scored if len(tile.packed.scored)]
     gradient = _score(base, hidden.detach(), asked)
-    if gradient is not None:
+    if gradient is not None and hidden.requires_grad:
         hidden.backward(gradient)
     return tuple(_result(tile) for tile in scored)
 
