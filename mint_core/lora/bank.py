@@ -1,9 +1,9 @@
 """Where adapters live: one row per adapter, in as many parts as its bank keeps of it.
 
 A part is a vector [params] that holds A [rank, in] and B, transposed, [rank, out], of every linear
-layer that LoRA can train, one after the other. Ranks are padded to a multiple of 8, and a module that an
-adapter does not train stays zero; the padding contributes exact zeros everywhere, gradients and
-Adam included. Publishing, loading, stepping, moving elsewhere are operations on a row.
+layer that LoRA can train, one after the other. Ranks are padded to a multiple of 8, and a module
+that an adapter does not train stays zero; the padding contributes exact zeros everywhere, gradients
+and Adam included. Publishing, loading, stepping, moving elsewhere are operations on a row.
 
 A part takes memory from its first use until it is freed. Rows are not slots of one matrix: that
 would have to be copied to grow, could not shrink, and would hold moments of runs without a step.
