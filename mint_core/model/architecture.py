@@ -61,8 +61,10 @@ def context_length(model: nn.Module) -> int:
     config: Any = model.config
     longest = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        longest = min(longest, int(rope["original_max_position_embeddings"]))
+    # Either one set of parameters, or one for each kind of layer.
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") == "longrope":
+            longest = min(longest, int(parameters["original_max_position_embeddings"]))
     return longest
 
 

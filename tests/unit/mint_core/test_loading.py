@@ -156,4 +156,7 @@ def test_rotary_frequencies_that_a_long_neighbour_would_change_bound_the_context
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     model = model_with(max_position_embeddings=131_072, rope_parameters=longrope)
     assert context_length(model) == 4096
+    by_layer = {"sliding_attention": {"rope_type": "default"}, "full_attention": longrope}
+    model = model_with(max_position_embeddings=131_072, rope_parameters=by_layer)
+    assert context_length(model) == 4096
     assert context_length(model_with(max_position_embeddings=131_072)) == 131_072
