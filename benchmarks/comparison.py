@@ -33,7 +33,9 @@ class Row:
         return self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target
 
 
-def faster(name: str, ours: Sequence[float], baseline: Sequence[float], target: float | None) -> Row:
+def faster(
+    name: str, ours: Sequence[float], baseline: Sequence[float], target: float | None
+) -> Row:
     """How many times the time of ours the baseline takes, as the median of the rounds."""
     ratios = [b / o for o, b in zip(ours, baseline, strict=True)]
     return Row(

@@ -1,5 +1,5 @@
-"""Does a large tenant slow small ones? One sends batches of 50 micro-batches without end, seven send
-steps of 256 tokens each, over gRPC to one trainer with a tiny model; wall time.
+"""Does a large tenant slow small ones? One sends batches of 50 micro-batches without end, seven
+send steps of 256 tokens each, over gRPC to one trainer with a tiny model; wall time.
 
 Without keys every run counts as a tenant. A small tenant should wait for one micro-batch at most,
 beside what its step takes alone.

@@ -1,8 +1,7 @@
 """What does a step of the optimizer take? Norm, clipping and zeroing included, against
-clip_grad_norm_, torch.optim.AdamW(foreach=True) and zeroing over the same tensors. SmolLM2, rank 16,
-one thread.
+clip_grad_norm_, torch.optim.AdamW(foreach=True) and zeroing over the same tensors. SmolLM2, rank
+16, one thread.
 """
-
 
 from benchmarks.comparison import in_turn, report, share
 from benchmarks.peft_loop import PeftLoop
@@ -28,7 +27,9 @@ def main() -> None:
 
     times = in_turn({"ours": ours, "theirs": theirs}, ROUNDS)
     tensors = f"{len(loop.trained)} tensors, {sum(p.numel() for p in loop.trained) / 1e6:.1f} M"
-    report([share(f"optim_step x {STEPS}, {tensors}", times["ours"], times["theirs"], 0.3, "CPU s")])
+    report(
+        [share(f"optim_step x {STEPS}, {tensors}", times["ours"], times["theirs"], 0.3, "CPU s")]
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def needed_flops(base: LoadedBase, documents: Sequence[Document], rank: int) -> 
     return total + 3 * 4 * config.num_hidden_layers * float(width) * pairs  # type: ignore[union-attr,operator]
 
 
-def measure(name: str, documents: Sequence[Document], targets: tuple[float, float, float]) -> list[Row]:
+def measure(
+    name: str, documents: Sequence[Document], targets: tuple[float, float, float]
+) -> list[Row]:
     """Rows of one workload. `targets`: WEIGHTED, all logprobs, share of the peak."""
     engine = smollm2_engine()
     run = InProcess(engine)

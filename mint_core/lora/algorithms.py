@@ -109,7 +109,9 @@ class Algorithm(Protocol):
 
     def backward(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],  # x [T, in], dy [T, out], dx [T, in] if asked for
+        tensors: tuple[
+            Tensor, Tensor, Tensor | None
+        ],  # x [T, in], dy [T, out], dx [T, in] if asked for
         saved: Sequence[Tensor],  # as forward returned them
         adapted: Adapted,
         module: str,

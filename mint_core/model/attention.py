@@ -61,14 +61,14 @@ class PackedAttention:
     def _attend_stacks(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Neighbours of one length are computed in one call, where that changes no bit."""
         stacks = list(_stacks(self._bounds, scores))
-        # One split, since the gradient of a slice is a tensor as large as the stream.
+        # One split each, since the gradient of a slice is a tensor as large as the stream.
         sizes = [length * count for length, count in stacks]
-        parts = zip(*(whole.split(sizes, dim=1) for whole in (query, key, value)), strict=True)
+        queries, keys, values = (whole.split(sizes, dim=1) for whole in (query, key, value))
         outputs = [
-            causal_attention(*part, scores)
+            causal_attention(q, k, v, scores)
             if count == 1
-            else stacked_causal_attention(*part, count, scores)
-            for (_, count), part in zip(stacks, parts, strict=True)
+            else stacked_causal_attention(q, k, v, scores, count)
+            for (_, count), q, k, v in zip(stacks, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 
@@ -94,7 +94,9 @@ def _stacks(bounds: Sequence[int], scores: Scores) -> Iterator[tuple[int, int]]:
     lengths = (stop - start for start, stop in itertools.pairwise(bounds))
     for length, same in itertools.groupby(lengths):
         count = len(list(same))
-        if scores.softcap is None and not (scores.sliding_window and scores.sliding_window < length):
+        if scores.softcap is None and not (
+            scores.sliding_window and scores.sliding_window < length
+        ):
             yield length, count
         else:
             yield from [(length, 1)] * count

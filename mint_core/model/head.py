@@ -125,7 +125,9 @@ class Head:
                 slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
                 for cut in chunk
             ]
-            steep = [_steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)]
+            steep = [
+                _steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)
+            ]
             if any(len(rows) for rows in steep):
                 gradient = torch.zeros_like(hidden) if gradient is None else gradient
                 self._reduce(scored, chunk, slopes, steep, gradient)
@@ -176,9 +178,7 @@ class Head:
                 )
             gradient.index_add_(0, cut.rows[rows - cut.part.start], dx[part])
 
-    def _expand(
-        self, x: Tensor, chunk: Sequence[_Cut]
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
         z = functional.linear(x, self._linear.weight, self._linear.bias)
         shrunk: list[Tensor | None] = []
@@ -225,7 +225,7 @@ def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n] -> [n, at least MIN_RO
 
 def _steep_rows(slope: Tensor, cut: _Cut) -> Tensor:
     """Places in the chunk where the loss has a slope, the first repeated to MIN_ROWS; or none."""
-    places = torch.nonzero(slope)[:, 0] + cut.part.start
+    places: Tensor = torch.nonzero(slope)[:, 0] + cut.part.start
     missing = MIN_ROWS - len(places)
     if missing > 0 and len(places):
         places = torch.cat([places, places[:1].expand(missing)])
@@ -234,6 +234,6 @@ def _steep_rows(slope: Tensor, cut: _Cut) -> Tensor:
 
 def _upstream(slope: Tensor, steep: Tensor, cut: _Cut) -> Tensor:
     """The slopes of the steep rows; 0 for those that fill up."""
-    upstream = slope[steep - cut.part.start]
+    upstream: Tensor = slope[steep - cut.part.start]
     upstream[int((slope != 0).sum()) :] = 0.0
     return upstream
