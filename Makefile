@@ -17,7 +17,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-resident clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-resident clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,11 @@ soak: install model  ## The slow tests
 
 bench: install  ## Measures what the services add to the engine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_overhead.py
+
+# Minutes each: see benchmarks/README.md.
+TRAINER_BENCHES := trainer_step trainer_memory trainer_fusion trainer_optimizer trainer_fairness service_overhead
+bench-trainer: install model  ## Measures the trainer against its targets, in less than half an hour
+	for name in $(TRAINER_BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py

@@ -23,15 +23,19 @@ class Row:
     ours: float
     baseline: float
     ratio: float
-    target: float
+    target: float | None  # None: none was set
     unit: str
     better: str = "higher"
 
     def met(self) -> bool:
+        if self.target is None:
+            return True
         return self.ratio <= self.target if self.better == "lower" else self.ratio >= self.target
 
 
-def faster(name: str, ours: Sequence[float], baseline: Sequence[float], target: float) -> Row:
+def faster(
+    name: str, ours: Sequence[float], baseline: Sequence[float], target: float | None
+) -> Row:
     """How many times the time of ours the baseline takes, as the median of the rounds."""
     ratios = [b / o for o, b in zip(ours, baseline, strict=True)]
     return Row(
@@ -40,7 +44,7 @@ def faster(name: str, ours: Sequence[float], baseline: Sequence[float], target: 
 
 
 def share(
-    name: str, ours: Sequence[float], baseline: Sequence[float], target: float, unit: str
+    name: str, ours: Sequence[float], baseline: Sequence[float], target: float | None, unit: str
 ) -> Row:
     """Ours as a share of the baseline, as the median of the rounds; lower is better."""
     ratios = [o / b for o, b in zip(ours, baseline, strict=True)]
@@ -92,9 +96,10 @@ def report(rows: Sequence[Row]) -> None:
     print(f"{'':52}{'ours':>10}{'baseline':>10}{'ratio':>8}{'target':>8}")
     for row in rows:
         sign = "<=" if row.better == "lower" else ">="
+        target = "" if row.target is None else f"{sign} {row.target:g}"
         print(
-            f"{row.name:52}{row.ours:10.4g}{row.baseline:10.4g}{row.ratio:8.3f}"
-            f"{sign:>4}{row.target:<5g}{'' if row.met() else ' missed'}  {row.unit}"
+            f"{row.name:52}{row.ours:10.4g}{row.baseline:10.4g}{row.ratio:8.3f}{target:>8}"
+            f"  {row.unit}{'' if row.met() else '  MISSED'}"
         )
     for row in rows:
         print(json.dumps(_json(row)))

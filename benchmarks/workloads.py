@@ -89,6 +89,10 @@ class InProcess:
         for call in zip(self.names, data, strict=True):
             self._train([call], weighted)
 
+    def step(self) -> None:
+        """An optimizer step of each run."""
+        self.engine.run(StepRows(tuple(StepRow(name, ADAM) for name in self.names)))
+
     def _train(self, calls: Sequence[tuple[str, Sequence[Document]]], weighted: bool) -> None:
         for plan in plans(self.engine.max_batch_tokens, calls, weighted):
             self.engine.run(plan)

@@ -61,14 +61,14 @@ class PackedAttention:
     def _attend_stacks(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Neighbours of one length are computed in one call, where that changes no bit."""
         stacks = list(_stacks(self._bounds, scores))
-        # One split, since the gradient of a slice is a tensor as large as the stream.
+        # One split each, since the gradient of a slice is a tensor as large as the stream.
         sizes = [length * count for length, count in stacks]
-        parts = zip(*(whole.split(sizes, dim=1) for whole in (query, key, value)), strict=True)
+        queries, keys, values = (whole.split(sizes, dim=1) for whole in (query, key, value))
         outputs = [
-            causal_attention(*part, scores)
+            causal_attention(q, k, v, scores)
             if count == 1
-            else stacked_causal_attention(*part, count, scores)
-            for (_, count), part in zip(stacks, parts, strict=True)
+            else stacked_causal_attention(q, k, v, scores, count)
+            for (_, count), q, k, v in zip(stacks, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 

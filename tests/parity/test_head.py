@@ -1,5 +1,7 @@
 """The chunked head against full logits."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,30 +59,84 @@ def full_logprobs(
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
+def head_gradient(
+    base: LoadedBase, hidden: torch.Tensor, upstream: list[torch.Tensor]
+) -> Callable[[list[Piece], list[torch.Tensor]], tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """Runs `Head.gradient` with slopes that are known beforehand; also what it showed them."""
+
+    def run(
+        pieces: list[Piece], targets: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        seen = [torch.full((len(piece.rows),), torch.nan) for piece in pieces]
+
+        def slope(number: int, place: slice, logprobs: torch.Tensor) -> torch.Tensor:
+            seen[number][place] = logprobs
+            return upstream[number][place]
+
+        return seen, base.head.gradient(hidden, pieces, targets, slope)
+
+    return run
+
+
+@pytest.mark.parametrize("weighted", ["all", "some"])
 @pytest.mark.parametrize("chunk_rows", [4, 7, 16, 1000])
 def test_chunked_scores_and_gradients_equal_full_ones(
-    base: LoadedBase, segments: list[Segment], chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    base: LoadedBase,
+    segments: list[Segment],
+    chunk_rows: int,
+    weighted: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(base.head, "_chunk_rows", chunk_rows)
+    monkeypatch.setattr(base.head, "chunk_rows", chunk_rows)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
     upstream = [torch.linspace(-1, 2, len(t)) for t in targets]
+    if weighted == "some":
+        for slopes in upstream:
+            slopes[::3] = 0.0
+    gradients = [
+        row.views(Part.GRADIENT, "lm_head") for segment in segments if (row := segment.row)
+    ]
+    for gradient in itertools.chain(*gradients):
+        gradient.zero_()
     scores = base.head.logprobs(hidden, pieces, targets)
-    dx = base.head.backward(hidden, pieces, targets, upstream)
+    seen, dx = head_gradient(base, hidden, upstream)(pieces, targets)
+    assert dx is not None
+    assert all(torch.equal(a, b) for a, b in zip(scores, seen, strict=True))
     leaf = hidden.clone().requires_grad_()
     total = torch.zeros(())
-    for piece, target, score, slope in zip(pieces, targets, scores, upstream, strict=True):
-        expected = full_logprobs(base, leaf, piece, target)
-        assert torch.allclose(score.double(), expected.detach(), atol=2e-5)
-        total = total + (expected * slope).sum()
-    (expected_dx,) = torch.autograd.grad(total, leaf)
-    assert (dx - expected_dx).norm() < 1e-5 * expected_dx.norm()
+    weights = [row.views(Part.WEIGHTS, "lm_head") for s in segments if (row := s.row)]
+    for matrix in itertools.chain(*weights):
+        matrix.requires_grad_()
+    try:
+        for piece, target, score, slope in zip(pieces, targets, scores, upstream, strict=True):
+            expected = full_logprobs(base, leaf, piece, target)
+            assert torch.allclose(score.double(), expected.detach(), atol=2e-5)
+            total = total + (expected * slope).sum()
+        wanted = torch.autograd.grad(total, [leaf, *itertools.chain(*weights)])
+    finally:
+        for matrix in itertools.chain(*weights):
+            matrix.requires_grad_(False)
+    for ours, theirs in zip([dx, *itertools.chain(*gradients)], wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_where_no_loss_has_a_slope_there_is_no_gradient(
+    base: LoadedBase, segments: list[Segment]
+) -> None:
+    hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    pieces, targets = pieces_and_targets(segments)
+    flat = [torch.zeros(len(target)) for target in targets]
+    seen, dx = head_gradient(base, hidden, flat)(pieces, targets)
+    assert dx is None
+    scores = base.head.logprobs(hidden, pieces, targets)
+    assert all(torch.equal(a, b) for a, b in zip(scores, seen, strict=True))
 
 
 def test_a_segments_scores_do_not_depend_on_its_neighbours(
     base: LoadedBase, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base.head, "_chunk_rows", 16)
+    monkeypatch.setattr(base.head, "chunk_rows", 16)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
     together = base.head.logprobs(hidden, pieces, targets)

@@ -18,7 +18,6 @@ from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import HEAD
 from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import BLOCK_BYTES, MOST_BLOCK_QUERIES, Scores
-from mint_core.model.head import CHUNK_BYTES
 from mint_core.model.loading import LoadedBase
 
 PROBE_TOKENS = 16
@@ -38,6 +37,7 @@ class ActivationMemory:
     layer_bytes: int  # per token: one layer's share of it
     input_bytes: int  # per token: a layer's input
     logits_bytes: int  # per token, float32
+    chunk_rows: int  # whose logits are held at once
     score_bytes: int  # per pair of a query and a key, where scores are not left to a fused kernel
     layers: int  # that can be recomputed
 
@@ -53,7 +53,7 @@ class ActivationMemory:
         return tokens * kept + self._beside(tokens)
 
     def _beside(self, tokens: int) -> int:
-        head = 2 * min(tokens * self.logits_bytes, CHUNK_BYTES)
+        head = 2 * min(tokens, self.chunk_rows) * self.logits_bytes
         block = min(BLOCK_BYTES, min(tokens, MOST_BLOCK_QUERIES) * tokens * self.score_bytes)
         layer = tokens * self.layer_bytes + 4 * block
         return 3 * tokens * self.input_bytes + max(head, layer)
@@ -72,6 +72,7 @@ def measure(base: LoadedBase, max_lora_rank: int) -> ActivationMemory:
         layer_bytes=-(-saved // max(1, layers)),
         input_bytes=head.in_features * base.dtype.itemsize,
         logits_bytes=head.out_features * 4,
+        chunk_rows=base.head.chunk_rows,
         score_bytes=probe.softcapped_heads * 4,
         layers=layers,
     )

@@ -59,6 +59,23 @@ def test_a_sequences_attention_is_the_formula(scores: Scores, queries: int, keys
 
 
 @pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_neighbours_of_one_length_are_each_what_it_is_alone(scores: Scores) -> None:
+    lengths = [9, 9, 30, 30, 30, 1, 1, 9]
+    bounds = [0, *itertools.accumulate(lengths)]
+    parts = [part.requires_grad_() for part in projections(bounds[-1])]
+    upstream = torch.randn(HEADS, bounds[-1], SIZE, generator=torch.Generator().manual_seed(1))
+    packed = PackedAttention(bounds).attend(0, *parts, scores)
+    gradients = torch.autograd.grad((packed * upstream).sum(), parts)
+    for start, stop in itertools.pairwise(bounds):
+        own = [part.detach()[:, start:stop].requires_grad_() for part in parts]
+        alone = causal_attention(*own, scores)
+        assert torch.equal(packed[:, start:stop], alone)
+        own_gradients = torch.autograd.grad((alone * upstream[:, start:stop]).sum(), own)
+        for ours, theirs in zip(gradients, own_gradients, strict=True):
+            assert torch.equal(ours[:, start:stop], theirs)
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
 def test_blocks_of_queries_and_their_gradients_are_the_formula(scores: Scores) -> None:
     parts = [part.requires_grad_() for part in projections(MOST_BLOCK_QUERIES + 90)]
     upstream = torch.randn(HEADS, MOST_BLOCK_QUERIES + 90, SIZE)
