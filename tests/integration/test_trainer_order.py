@@ -175,7 +175,7 @@ def test_opening_waits_for_accepted_calls(run: RawRun) -> None:
 
 
 def test_openings_at_the_same_time_give_different_epochs(run: RawRun) -> None:
-    run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
+    under_way = run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
     while run.describe().next_sequence == 1:
         pass
     open_async = run.stub.OpenTrainingRun.future
@@ -188,6 +188,7 @@ def test_openings_at_the_same_time_give_different_epochs(run: RawRun) -> None:
     ]
 
     assert sorted(answer.result().writer_epoch for answer in answers) == [2, 3, 4]
+    assert under_way.result()  # a future that is thrown away takes its call along
 
 
 def test_the_same_open_twice_is_one(run: RawRun) -> None:
