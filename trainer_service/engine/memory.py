@@ -112,7 +112,7 @@ def _saved_bytes(base: LoadedBase, attention: PackedAttention) -> int:
         return tensor
 
     places = torch.arange(PROBE_TOKENS, device=base.device)
-    segment = Segment(0, PROBE_TOKENS, row)
+    segment = Segment(0, PROBE_TOKENS, row, accumulate=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = base.hidden(places, places, (segment,), attention)
         total = sum(saved.values())  # while `hidden` holds them: none has another's address
