@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,13 +33,21 @@ class Front:
 
     runs: Runs
     engine: EngineProcess
+    metrics: Metrics
+    now_s: float = 0.0  # what the clock of retention times says
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
     def identity(self) -> Identity:
         return Identity(str(next(self._ids)), b"")
 
-    async def create(self) -> str:
-        request = CreateRun(identity=self.identity(), source=LoraRequest(rank=1), metadata={})
+    async def create(self, retention_s: float | None = None) -> str:
+        request = CreateRun(
+            identity=self.identity(),
+            source=LoraRequest(rank=1),
+            metadata={},
+            isolated=False,
+            retention_s=retention_s,
+        )
         return (await self.runs.create(TENANT, request)).origin.training_run_id
 
     async def delete(self, run: str) -> None:
@@ -59,13 +68,22 @@ def optim_step(run: str, sequence: int) -> Call:
 
 
 @asynccontextmanager
-async def fronting(store: Path) -> AsyncIterator[Front]:
+async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[Front]:
     engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
     metrics = Metrics()
     scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
     limits = BacklogLimits(calls=1000, tokens=1_000_000)
     backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
-    runs = Runs(scheduler, Checkpoints(CheckpointStore(store)), metrics, SequenceLimits(), backlogs)
+    runs = Runs(
+        scheduler,
+        Checkpoints(CheckpointStore(store)),
+        metrics,
+        SequenceLimits(),
+        backlogs,
+        retention_s=retention_s,
+        clock=lambda: front.now_s,
+    )
+    front = Front(runs, engine, metrics)
 
     def lose(why: str) -> None:
         runs.lose(why)
@@ -73,7 +91,7 @@ async def fronting(store: Path) -> AsyncIterator[Front]:
     async with asyncio.timeout(LIMIT_S):
         scheduler.welcome(await engine.start())
         try:
-            yield Front(runs, engine)
+            yield front
         finally:
             await runs.stop()
             await engine.close()
