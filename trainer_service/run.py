@@ -122,8 +122,8 @@ class Run:
 
     @property
     def abandoned(self) -> bool:
-        """Whether it may be deleted because nobody has called it for long."""
-        return self.retention.over and not self.sequence.in_flight
+        """Whether it may be deleted because nobody has called or watched it for long."""
+        return self.retention.over and not self.sequence.in_flight and not self.watchers
 
     def touch(self) -> None:
         """Notes that a call has ended."""

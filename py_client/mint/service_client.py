@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -68,13 +69,15 @@ class ServiceClient:
         use_rslora: bool = False,
         target_modules: Sequence[str] | None = None,
         isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run with a fresh adapter.
 
         `base_model` left out: MINT_BASE_MODEL, else Qwen/Qwen3-0.6B if served, else the one that
         is. `rank` left out: MINT_LORA_RANK, else 16. `target_modules` names modules as PEFT does
         and stands instead of the `train_*` switches. `isolated` runs share no pass with others and
-        use deterministic algorithms: slower, and bitwise repeatable on a GPU too.
+        use deterministic algorithms: slower, and bitwise repeatable on a GPU too. `retention` is
+        how long the run is kept after its last call; left out, as long as the server keeps runs.
         """
         config = types.LoraConfig(
             rank=self._environment.lora_rank if rank is None else rank,
@@ -89,9 +92,8 @@ class ServiceClient:
         request = trainer_pb2.CreateTrainingRunRequest(
             base_model=self._base_model(base_model),
             lora_config=config.to_proto(),
-            isolated=isolated,
         )
-        return self._create(request, user_metadata)
+        return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state(
         self,
@@ -99,10 +101,12 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None = None,
         *,
         isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer."""
         source = trainer_pb2.CheckpointSource(path=text(path, "path"))
-        return self._create_from(source, user_metadata, isolated)
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -110,10 +114,12 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None = None,
         *,
         isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
         source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
-        return self._create_from(source, user_metadata, isolated)
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        return self._create(request, user_metadata, isolated, retention)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:
         """Takes a run over; the client that used it before cannot use it any more.
@@ -200,24 +206,28 @@ class ServiceClient:
         """The name to ask for; empty: what the server prefers."""
         return text(base_model or self._environment.base_model, "base_model")
 
-    def _create_from(
-        self,
-        source: trainer_pb2.CheckpointSource,
-        user_metadata: Mapping[str, str] | None,
-        isolated: bool,
-    ) -> TrainingClient:
-        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source, isolated=isolated)
-        return self._create(request, user_metadata)
-
     def _create(
         self,
         request: trainer_pb2.CreateTrainingRunRequest,
         user_metadata: Mapping[str, str] | None,
+        isolated: bool,
+        retention: timedelta | None,
     ) -> TrainingClient:
+        request.isolated = isolated
+        if retention is not None:
+            request.retention.FromTimedelta(_positive(retention, "retention"))
         self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
         return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+
+
+def _positive(duration: timedelta, field: str) -> timedelta:
+    if not isinstance(duration, timedelta) or duration <= timedelta(0):
+        raise InvalidInputError(
+            f"`{field}` is {duration!r}; give a positive datetime.timedelta", field=field
+        )
+    return duration
 
 
 def _timeout(timeout: float | None) -> float:
