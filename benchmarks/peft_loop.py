@@ -48,7 +48,7 @@ class PeftLoop:
 
     def forward_backward(self, documents: Sequence[Document]) -> float:
         tokens, labels, mask = padded(documents)
-        logits = self._model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        logits = self._model(input_ids=tokens, attention_mask=mask).logits
         loss = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
+from mint_core.model.attention import PackedAttention
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
 from tests.models import tiny_gemma2, tiny_gemma3, tiny_mistral, tiny_phi3
 from trainer_service.engine.engine import Engine, _deterministic
@@ -223,3 +225,14 @@ def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
     assert exports["without"].step == 2
     assert equal(exports["a"], exports["with"])
     assert not equal(exports["a"], exports["without"])
+
+
+def test_a_pass_that_trains_the_head_alone_keeps_nothing_below_it(engine: Engine) -> None:
+    heads = LoraRequest(rank=8, seed=0, train_attn=False, train_mlp=False)
+    EngineRun(engine, "head-alone", heads)
+    row = engine._rows["head-alone"].row
+    tokens = torch.arange(12)
+    hidden = engine.base.hidden(
+        tokens, tokens, (Segment(0, 12, row, accumulate=True),), PackedAttention([0, 12])
+    )
+    assert not hidden.requires_grad
