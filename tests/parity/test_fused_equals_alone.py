@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mint_core.lora.bank import Part
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.attention import PackedAttention
@@ -27,16 +28,22 @@ from trainer_service.jobs import (
     TileResult,
 )
 
-STEPS = 6
+STEPS = 20
 REQUESTS = [
     LoraRequest(rank=1, seed=1, train_unembed=False),
     LoraRequest(rank=8, seed=2),
     LoraRequest(rank=13, seed=3, train_attn=False, use_rslora=True),
     LoraRequest(rank=32, seed=4, alpha=64.0),
     LoraRequest(rank=8, seed=5, train_mlp=False),
+    LoraRequest(rank=64, seed=6, alpha=16.0, train_attn=False, train_mlp=False),
+    LoraRequest(rank=3, seed=7, target_modules=("q_proj", "down_proj")),
+    LoraRequest(rank=24, seed=8, use_rslora=True),
 ]
-LOSSES: list[Loss] = [CrossEntropy(), ImportanceSampling(), Ppo(), Cispo(), Dro(0.1)]
-LENGTHS = [(1,), (3, 40), (17, 2, 9), (64,), (5, 5)]
+LOSSES: list[Loss] = [
+    *(CrossEntropy(), ImportanceSampling(), Ppo(), Cispo(), Dro(0.1)),
+    *(CrossEntropy(), Ppo(clip_low_threshold=0.9, clip_high_threshold=1.1), Dro(1.0)),
+]
+LENGTHS = [(1,), (3, 40), (17, 2, 9), (64,), (5, 5), (30, 30, 30), (2, 1, 1, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,7 @@ def train_together(engine: Engine, runs: Sequence[EngineRun]) -> list[list[TileR
     return history
 
 
-def test_five_runs_fused_equal_each_alone(engine: Engine) -> None:
+def test_eight_runs_fused_equal_each_alone(engine: Engine) -> None:
     fused = [EngineRun(engine, f"fused{i}", r, random=i) for i, r in enumerate(REQUESTS)]
     together = train_together(engine, fused)
     for i, request in enumerate(REQUESTS):
@@ -144,28 +151,28 @@ def test_deterministic_algorithms_end_with_the_pass_however_it_ends() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_neighbour_full_of_nan_touches_nobody(engine: Engine) -> None:
-    healthy = EngineRun(engine, "healthy", REQUESTS[1], random=1)
-    alone = EngineRun(engine, "healthy-alone", REQUESTS[1], random=1)
-    broken = EngineRun(engine, "broken", REQUESTS[1], random=2)
-    weights = engine._rows["broken"].row.views(next(iter(engine._bank._parts)), "lm_head")
-    weights[0].fill_(float("nan"))
-    documents = make_documents(6, (12, 3))
-    results = run_plan(
-        engine,
-        broken.tile(documents, CrossEntropy()),
-        healthy.tile(documents, CrossEntropy()),
-    )
-    assert np.isnan(results[0].metrics["loss:sum"])
-    expected = alone.compute(alone.tile(documents, CrossEntropy()))
-    assert results[1].metrics == expected.metrics
+def test_a_run_full_of_nan_touches_none_of_seven_others(engine: Engine) -> None:
+    runs = [EngineRun(engine, f"nan{i}", request, random=i) for i, request in enumerate(REQUESTS)]
+    broken, bad = runs[1], "model.layers.0.self_attn.q_proj"
+    engine._rows[broken.name].row.views(Part.WEIGHTS, bad)[0].fill_(float("nan"))
+    tiles = [run.tile(data(i, 0), LOSSES[i]) for i, run in enumerate(runs)]
+
+    results = run_plan(engine, *tiles)
+
+    assert np.isnan(results[1].metrics["loss:sum"])
     refused = broken.step(AdamParams())
     assert refused.error is not None
     assert refused.error.reason == "GRADIENT_NOT_FINITE"
     assert refused.step == 0
-    healthy.step(AdamParams())
-    alone.step(AdamParams())
-    assert equal(healthy.export(), alone.export())
+    for i, run in enumerate(runs):
+        if run is broken:
+            continue
+        alone = EngineRun(engine, f"nan-alone{i}", REQUESTS[i], random=i)
+        expected = alone.compute(alone.tile(data(i, 0), LOSSES[i]))
+        assert results[i].metrics == expected.metrics
+        run.step(AdamParams())
+        alone.step(AdamParams())
+        assert equal(run.export(), alone.export()), REQUESTS[i]
 
 
 def test_targets_at_weight_0_contribute_exactly_nothing(engine: Engine) -> None:
