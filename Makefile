@@ -17,7 +17,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-paging clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-resident clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -91,8 +91,8 @@ TRAINER_BENCHES := trainer_step trainer_memory trainer_fusion trainer_optimizer 
 bench-trainer: install model  ## Measures the trainer against its targets, in less than half an hour
 	for name in $(TRAINER_BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-bench-paging: install model  ## Trains 200 runs on one trainer and measures its memory
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.trainer_paging
+bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py
 
 clean:  ## Removes what was generated, but not .venv, models or stores
 	rm -rf proto/mintrpc/v1/*_pb2*.py* $(STUBS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
@@ -16,15 +17,25 @@ logger = logging.getLogger(__name__)
 KEY_PREFIX = "sk-mint-"
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_WEIGHT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    tenants: dict[str, str] = field(default_factory=dict)  # by hash
+    weights: dict[str, float] = field(default_factory=dict)  # by tenant, where a line gives one
 
 
 class KeyRing:
-    """The keys of a file, one `HASH TENANT` a line. The file is read again when it has changed."""
+    """The keys of a file, one `HASH TENANT` or `HASH TENANT WEIGHT` a line. The file is read again
+    when it has changed.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._version = _version(file)
-        self._tenants = _read(file)
+        self._keys = _read(file)
 
     def tenant_of(self, key: str | None) -> str:
         """Returns whose key it is. Raises Unauthenticated."""
@@ -36,12 +47,16 @@ class KeyRing:
         self._refresh()
         digest = _digest(key)
         found = None
-        for known, tenant in self._tenants.items():  # all of them, so that time tells nothing
+        for known, tenant in self._keys.tenants.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
             raise Unauthenticated("the API key is not known to this server; check MINT_API_KEY")
         return found
+
+    def weight_of(self, tenant: str) -> float:
+        """How many times the share of a tenant of weight 1 is a tenant's, as last read."""
+        return self._keys.weights.get(tenant, 1.0)
 
     def _refresh(self) -> None:
         version = _version(self._file)
@@ -49,8 +64,8 @@ class KeyRing:
             return
         self._version = version
         try:
-            self._tenants = _read(self._file)
-            logger.info("keys read again file=%s keys=%d", self._file, len(self._tenants))
+            self._keys = _read(self._file)
+            logger.info("keys read again file=%s keys=%d", self._file, len(self._keys.tenants))
         except MintError as error:
             # An editor's half-written file must not lock everybody out.
             logger.error("keys kept as they were: %s", error.message)
@@ -85,23 +100,41 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(file: Path) -> dict[str, str]:
+def _read(file: Path) -> _Keys:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, error) from error
-    tenants: dict[str, str] = {}
+    keys = _Keys()
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        digest, _, tenant = line.strip().partition(" ")
-        if not (_HASH.fullmatch(digest) and _TENANT.fullmatch(tenant)):
+        words = line.split()
+        if not _is_entry(words):
             raise FailedPrecondition(
                 f"`keys` file {file} has a bad line {number}; a line is a SHA-256 in hexadecimal,"
-                " a space and a tenant"
+                " a space and a tenant, and may end in a space and the tenant's weight,"
+                f" {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
             )
-        tenants[digest] = tenant
-    return tenants
+        digest, tenant = words[:2]
+        keys.tenants[digest] = tenant
+        for weight in map(float, words[2:]):
+            if keys.weights.setdefault(tenant, weight) != weight:
+                raise FailedPrecondition(
+                    f"`keys` file {file} gives the tenant {tenant} another weight in line"
+                    f" {number}; one of its lines is enough"
+                )
+    return keys
+
+
+def _is_entry(words: list[str]) -> bool:
+    if not 2 <= len(words) <= 3 or not _HASH.fullmatch(words[0]):
+        return False
+    weights = words[2:]
+    return _TENANT.fullmatch(words[1]) is not None and all(
+        _WEIGHT.fullmatch(weight) and LEAST_WEIGHT <= float(weight) <= MOST_WEIGHT
+        for weight in weights
+    )
 
 
 def _unreadable(file: Path, error: Exception) -> FailedPrecondition:

@@ -42,13 +42,20 @@ class Heartbeat:
     """Still working."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an engine tells of itself, for metrics."""
+
+    value: Any
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """The base model as the engine loaded it."""
 
     name: str
     folder: str  # with the tokenizer's files
-    context_length: int  # tokens
+    context_length: int  # tokens of the longest sequence taken here
     vocabulary_size: int
     max_lora_rank: int
     fingerprint: str
@@ -58,12 +65,14 @@ class ModelDescription:
     bitwise_reproducible: bool
     linear_modules: tuple[str, ...]  # full names of the nn.Linear layers that LoRA can train
     memory_bytes: int  # of the base weights
+    memory_bound: bool = False  # whether memory, not the model, sets `context_length`
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
     model: ModelDescription
     max_batch_tokens: int = 0  # trainer: most tokens of one pass
+    adapter_ranks: int = 0  # sampler: largest sum of the stored ranks of adapters in memory
 
 
 class EnginePipe:

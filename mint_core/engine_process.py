@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mint_core.engine_pipe import Call, Failure, Heartbeat, Hello, Reply
+from mint_core.engine_pipe import Call, Failure, Heartbeat, Hello, Reply, Report
 from mint_core.errors import EngineFault, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class EngineProcess:
         self._on_death = on_death
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[asyncio.Future[Any], float]] = {}
+        self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
         self._child: _Child | None = None
@@ -228,6 +229,8 @@ class EngineProcess:
                 self._settle(number, None, error)
             case Heartbeat():
                 pass
+            case Report(value):
+                self.report = value
             case _:
                 raise AssertionError(f"unknown message {message!r}")
 
@@ -245,6 +248,7 @@ class EngineProcess:
             return
         was_up = self.ready
         self._child = None
+        self.report = None
         why = self._why_killed or f"the engine ended with {_exit(child.exit_code)}"
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:

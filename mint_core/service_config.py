@@ -49,7 +49,9 @@ class ServiceConfig:
     )
     max_lora_rank: int = option(128, "largest LoRA rank")
     keys: Path | None = option(
-        None, "file of hashed API keys, one `HASH TENANT` a line; `make key` adds to it"
+        None,
+        "file of hashed API keys, one `HASH TENANT` a line; `make key` adds to it. A number after "
+        "the tenant is its weight in the trainer's fair shares (0.01 to 100, default 1)",
     )
     allow_insecure: bool = option(
         False, "answer other hosts without TLS, so that keys and data cross the network readable"

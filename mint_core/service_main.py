@@ -42,7 +42,10 @@ class Service(Protocol):
         """Ends the engine."""
 
 
-def run_service(config: ServiceConfig, role: Role, build: Callable[[Metrics], Service]) -> int:
+Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
+
+
+def run_service(config: ServiceConfig, role: Role, build: Build) -> int:
     """Serves until SIGINT or SIGTERM and returns the exit status: 1 if it could not run."""
     set_up_logging(config.log_level)
     try:
@@ -64,7 +67,7 @@ def set_up_logging(level: str) -> None:
 class _Life:
     config: ServiceConfig
     role: Role
-    build: Callable[[Metrics], Service]
+    build: Build
 
     async def run(self) -> None:
         stopped = stop_signal()
@@ -78,7 +81,7 @@ class _Life:
             max_message_bytes=MAX_MESSAGE_BYTES,
             metrics=metrics,
         )
-        service = self.build(metrics)
+        service = self.build(metrics, keys)
         service.add_to(server)
         metrics.watch_engine(service.engine)
         try:

@@ -15,7 +15,7 @@ def main() -> int:
         program="python -m sampler_service",
         summary="Samples from a base model and from LoRA adapters on it.",
     )
-    return run_service(config, "sampler", lambda metrics: SamplerService(config, metrics))
+    return run_service(config, "sampler", lambda metrics, _: SamplerService(config, metrics))
 
 
 if __name__ == "__main__":

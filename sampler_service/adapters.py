@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore, Manifest
+from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint
 from mint_core.engine_pipe import ModelDescription
 from mint_core.engine_process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
-from mint_core.lora.spec import AdapterArrays
+from mint_core.lora.spec import stored_rank
 from sampler_service.jobs import BASE_MODEL, DropAdapter, LoadAdapter
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class _Held:
 
     revision_path: str
     tenant: str
-    loading: "asyncio.Task[None]"
+    loading: "asyncio.Task[None]" = field(init=False)
+    ranks: int = 0  # that it takes of the engine's memory; 0 while it waits for room
     users: int = 0
     checked_s: float = field(default_factory=time.monotonic)
 
@@ -59,7 +60,9 @@ class Adapters:
         self._capacity = capacity
         self._held: dict[str, _Held] = {}  # by revision path, the least recently used first
         self._released = asyncio.Event()
-        self._turn = asyncio.Lock()  # who waits for room is not overtaken
+        # Who waits for a place, or for memory, is not overtaken.
+        self._turn = asyncio.Lock()
+        self._memory_turn = asyncio.Lock()
 
     @asynccontextmanager
     async def lease(self, path: str, tenant: str) -> AsyncIterator[str]:
@@ -114,9 +117,8 @@ class Adapters:
     async def _hold(self, revision_path: str, tenant: str) -> _Held:
         """The entry of a revision, with one more user."""
         async with self._turn:
-            while revision_path not in self._held and not self._make_room():
-                self._released.clear()
-                await self._released.wait()
+            while revision_path not in self._held and len(self._held) >= self._capacity:
+                await self._drop_idle()
             held = self._entry(revision_path, tenant)
             held.users += 1
             return held
@@ -125,49 +127,55 @@ class Adapters:
         """The entry, made if need be, and the most recently used from now on."""
         held = self._held.pop(revision_path, None)
         if held is None:
-            held = _Held(
-                revision_path, tenant, asyncio.create_task(self._load(revision_path, tenant))
-            )
+            held = _Held(revision_path, tenant)
+            held.loading = asyncio.create_task(self._load(held))
             held.loading.add_done_callback(lambda task: self._loaded(revision_path, task))
         self._held[revision_path] = held
         return held
 
-    def _make_room(self) -> bool:
-        """Drops the least recently used idle adapter if all places are taken."""
-        if len(self._held) < self._capacity:
-            return True
+    async def _drop_idle(self) -> None:
+        """Drops the least recently used idle adapter; if none is idle, waits for a change."""
         idle = next((h for h in self._held.values() if not h.users and h.loading.done()), None)
         if idle is None:
-            return False
+            self._released.clear()
+            await self._released.wait()
+            return
         del self._held[idle.revision_path]
         self._engine.cast(DropAdapter(idle.revision_path))
         logger.info("adapter dropped path=%s", idle.revision_path)
-        return True
 
-    async def _load(self, revision_path: str, tenant: str) -> None:
-        model = (await self._engine.hello()).model
+    async def _load(self, held: _Held) -> None:
+        hello = await self._engine.hello()
         started_s = time.perf_counter()
-        manifest, weights = await asyncio.to_thread(self._read, revision_path, tenant, model)
-        job = LoadAdapter(revision_path=revision_path, spec=manifest.spec, weights=weights)
+        opened = await asyncio.to_thread(self._open, held, hello.model)
+        spec = opened.manifest.spec
+        await self._take_memory(held, stored_rank(spec.rank), hello.adapter_ranks)
+        weights = await asyncio.to_thread(opened.weights)
+        job = LoadAdapter(revision_path=held.revision_path, spec=spec, weights=weights)
         await self._engine.call(job)
         seconds = time.perf_counter() - started_s
-        logger.info("adapter loaded path=%s s=%.4f", revision_path, seconds)
+        logger.info("adapter loaded path=%s s=%.4f", held.revision_path, seconds)
 
-    def _read(
-        self, revision_path: str, tenant: str, model: ModelDescription
-    ) -> tuple[Manifest, AdapterArrays]:
-        opened = self._store.open(revision_path, tenant=tenant, kind=SAMPLER_WEIGHTS)
+    async def _take_memory(self, held: _Held, ranks: int, most_ranks: int) -> None:
+        async with self._memory_turn:
+            while sum(other.ranks for other in self._held.values()) + ranks > most_ranks:
+                await self._drop_idle()
+            held.ranks = ranks
+
+    def _open(self, held: _Held, model: ModelDescription) -> OpenCheckpoint:
+        path = held.revision_path
+        opened = self._store.open(path, tenant=held.tenant, kind=SAMPLER_WEIGHTS)
         manifest = opened.manifest
         if manifest.base_fingerprint != model.fingerprint:
             raise WrongBaseModel(manifest, model)
         if manifest.spec.rank > model.max_lora_rank:
             raise FailedPrecondition(
-                f"adapter `{revision_path}` has rank {manifest.spec.rank} and this sampler takes "
+                f"adapter `{path}` has rank {manifest.spec.rank} and this sampler takes "
                 f"at most {model.max_lora_rank}; start it with a larger --max-lora-rank",
-                path=revision_path,
+                path=path,
                 rank=manifest.spec.rank,
             )
-        return manifest, opened.weights()
+        return opened
 
     def _loaded(self, revision_path: str, task: "asyncio.Task[None]") -> None:
         """Forgets an adapter that could not be loaded, also when nobody waits for it any more."""

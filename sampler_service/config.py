@@ -16,6 +16,11 @@ class SamplerConfig(ServiceConfig):
         "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none",
     )
     max_adapters: int = option(64, "most adapters in the engine's memory at the same time")
+    adapter_memory_mib: int = option(
+        0,
+        "memory for adapters, in MiB, at least for one of the largest rank; others wait in the "
+        "store; 0: computed from free memory",
+    )
     max_running_samples: int = option(64, "most continuations that generate at the same time")
     max_batch_tokens: int = option(
         0, "most tokens of one pass; 0: one piece of a prompt beside all continuations"
@@ -28,6 +33,7 @@ class SamplerConfig(ServiceConfig):
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
         for name, least in (
+            ("adapter_memory_mib", 0),
             ("max_adapters", 1),
             ("max_running_samples", 1),
         ):
@@ -55,5 +61,6 @@ class SamplerConfig(ServiceConfig):
             max_running_samples=self.max_running_samples,
             max_batch_tokens=self.max_batch_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
+            adapter_memory_bytes=self.adapter_memory_mib * 2**20,
             log_level=self.log_level,
         )

@@ -133,4 +133,5 @@ class EngineConfig:
     max_running_samples: int  # continuations that generate at the same time
     max_batch_tokens: int  # of one pass; 0: computed from free memory
     kv_cache_tokens: int  # 0: computed from free memory
+    adapter_memory_bytes: int  # 0: computed from free memory
     log_level: str = "INFO"

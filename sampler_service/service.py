@@ -35,6 +35,7 @@ class SamplerService:
             CheckpointStore(config.store), self.engine, capacity=config.max_adapters
         )
         self._metrics = metrics
+        self._tokens = metrics.counter("mint_tokens", "Tokens computed", ["kind"])
         self._model: ModelDescription | None = None
         self._request_ids = itertools.count(1)
 
@@ -93,8 +94,8 @@ class SamplerService:
 
     def _count(self, sampling: Sampling, generated: Generated) -> None:
         sampled = sum(len(c.tokens) for c in generated.continuations)
-        self._metrics.tokens.labels("prompt").inc(len(sampling.prompt))
-        self._metrics.tokens.labels("sampled").inc(sampled)
+        self._tokens.labels("prompt").inc(len(sampling.prompt))
+        self._tokens.labels("sampled").inc(sampled)
         note(prompt_tokens=len(sampling.prompt), samples=sampling.num_samples, tokens=sampled)
 
     def _engine_died(self, why: str) -> None:

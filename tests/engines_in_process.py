@@ -1,6 +1,6 @@
 """The trainer's engine in the test's own process, and data for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,9 @@ from trainer_service.jobs import (
 )
 
 
-def make_engine(folder: Path, **changes: object) -> Engine:
+def make_engine(
+    folder: Path, progress: Callable[[], None] = lambda: None, **changes: object
+) -> Engine:
     settings = {
         "base_model": str(folder),
         "base_model_name": "tiny",
@@ -36,8 +38,11 @@ def make_engine(folder: Path, **changes: object) -> Engine:
         "threads": 1,
         "max_lora_rank": 128,
         "max_batch_tokens": 0,
+        "row_memory_bytes": 0,
+        "host_row_memory_bytes": 0,
+        "row_folder": str(folder / "rows"),
     }
-    return Engine(EngineConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    return Engine(EngineConfig(**{**settings, **changes}), progress)  # type: ignore[arg-type]
 
 
 def make_documents(
@@ -92,6 +97,7 @@ class EngineRun:
         *,
         backward: bool = True,
         weighted: bool = False,
+        isolated: bool = False,
     ) -> Tile:
         self._sequence += 1
         return Tile(
@@ -102,6 +108,7 @@ class EngineRun:
             loss=loss,
             backward=backward,
             weighted_only=weighted,
+            isolated=isolated,
         )
 
     def compute(self, tile: Tile) -> TileResult:

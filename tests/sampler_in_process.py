@@ -40,6 +40,7 @@ class SamplerEngine:
             "max_running_samples": 16,
             "max_batch_tokens": 0,
             "kv_cache_tokens": 16_384,
+            "adapter_memory_bytes": 0,
         }
         config = EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]
         self.engine = Engine(config, lambda: None)

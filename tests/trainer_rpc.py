@@ -1,5 +1,6 @@
 """Training calls over the bare stubs, for tests of the contract itself."""
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,11 +168,18 @@ class RawRun:
         return self._method(request)(request, timeout=CALL_LIMIT_S, **self.options)
 
     def start(self, request: Any) -> Any:
-        """Sends without waiting; the answer is a future."""
+        """Sends without waiting. The future that it returns must be kept: one that is dropped
+        cancels the call, perhaps before it was sent."""
         return self._method(request).future(request, timeout=CALL_LIMIT_S, **self.options)
 
     def refused(self, request: Any) -> Refusal:
         return refused(self._method(request), request, **self.options)
+
+    def wait_until_accepted(self, sequence: int) -> None:
+        """Waits until the call with this number has its place in the run."""
+        deadline = time.monotonic() + CALL_LIMIT_S
+        while self.describe().next_sequence <= sequence:
+            assert time.monotonic() < deadline, f"call {sequence} was never accepted"
 
     def describe(self) -> trainer_pb2.TrainingRun:
         request = trainer_pb2.GetTrainingRunRequest(training_run_id=self.id)

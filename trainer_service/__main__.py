@@ -15,7 +15,9 @@ def main() -> int:
         program="python -m trainer_service",
         summary="Trains LoRA adapters on one frozen base model, over gRPC.",
     )
-    return run_service(config, "trainer", lambda metrics: TrainerService(config, metrics))
+    return run_service(
+        config, "trainer", lambda metrics, keys: TrainerService(config, metrics, keys)
+    )
 
 
 if __name__ == "__main__":

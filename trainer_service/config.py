@@ -1,6 +1,7 @@
 """What the trainer can be told at start."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mint_core.service_config import ServiceConfig, option
 from trainer_service.jobs import EngineConfig
@@ -21,18 +22,52 @@ class TrainerConfig(ServiceConfig):
     max_batch_tokens: int = option(
         0, "most tokens of one pass through the base model; 0: computed from free memory"
     )
+    row_memory_mib: int = option(
+        0,
+        "memory of the device, in MiB, for the weights, gradients and moments of training runs; "
+        "those of the runs idle for longest move to host memory, then to disk, and come back when "
+        "they are called; 0: computed from free memory",
+    )
+    host_row_memory_mib: int = option(
+        0,
+        "the same of the host, beside a GPU (a CPU's runs move straight to disk); 0: computed from "
+        "free memory",
+    )
+    row_folder: Path | None = option(
+        None,
+        "folder, on a local disk, for the runs that fit in no memory; what is in it is of no use "
+        "to a later process and is removed by it; empty: `.rows` in the store",
+    )
+    retention_days: float = option(
+        7.0,
+        "how long a training run is kept that nobody calls, unless it was created with another "
+        "time; its named checkpoints stay",
+    )
     gap_s: float = option(
         60.0, "how long a call that came before an earlier one is held, in seconds"
+    )
+    queue_calls: int = option(
+        1024,
+        "most calls of one tenant (without `keys`: of one run) that wait for their answers; more "
+        "are told to come again, which clients do by themselves",
+    )
+    queue_tokens: int = option(
+        2_000_000,
+        "the same in tokens: a call is taken while fewer than these wait, of whatever size it is",
     )
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        if self.max_batch_tokens < 0:
-            raise ValueError(
-                f"`max_batch_tokens` must not be negative, got {self.max_batch_tokens}"
-            )
-        if not 0 < self.gap_s < float("inf"):
-            raise ValueError(f"`gap_s` must be positive and finite, got {self.gap_s}")
+        for name in ("max_batch_tokens", "row_memory_mib", "host_row_memory_mib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        for name in ("gap_s", "retention_days"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
+        for name in ("queue_calls", "queue_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
@@ -43,5 +78,8 @@ class TrainerConfig(ServiceConfig):
             threads=self.threads,
             max_lora_rank=self.max_lora_rank,
             max_batch_tokens=self.max_batch_tokens,
+            row_memory_bytes=self.row_memory_mib * 2**20,
+            host_row_memory_bytes=self.host_row_memory_mib * 2**20,
+            row_folder=str(self.row_folder or self.store / ".rows"),
             log_level=self.log_level,
         )

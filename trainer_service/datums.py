@@ -65,10 +65,14 @@ def _tokens(
     if not len(tokens):
         raise InvalidRequest(f"`{path}` has no tokens; it needs at least one", field=path)
     if len(tokens) > model.context_length:
+        limit = (
+            f"the memory at hand holds {model.context_length} of one sequence; shorten or split "
+            "it, or start the trainer where more is free"
+            if model.memory_bound
+            else f"the context of {model.name} is {model.context_length}; shorten the sequence"
+        )
         raise InvalidRequest(
-            f"`{path}` has {len(tokens)} tokens but the context of {model.name} is "
-            f"{model.context_length}; "
-            "shorten the sequence",
+            f"`{path}` has {len(tokens)} tokens but {limit}",
             field=path,
             tokens=len(tokens),
             context_length=model.context_length,

@@ -1,6 +1,12 @@
 """What the trainer's front refuses, each with a reason of its own."""
 
-from mint_core.errors import Aborted, AlreadyExists, FailedPrecondition, ResourceExhausted
+from mint_core.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+)
 
 RETRY_AFTER_S = 1.0
 
@@ -103,6 +109,26 @@ class TooManyCallsInFlight(ResourceExhausted):
         )
 
 
+class QueueFull(ResourceExhausted):
+    """As much of the tenant's, or of the run's, waits as may."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(
+        self, *, calls: int, tokens: int, max_calls: int, max_tokens: int, retry_after_s: float
+    ) -> None:
+        super().__init__(
+            f"{calls} calls with {tokens} tokens wait for their answers, and new ones are taken "
+            f"below {max_calls} calls and {max_tokens} tokens; this one has used up nothing: send "
+            f"it again in {retry_after_s:.1f} s",
+            retry_after_s=retry_after_s,
+            calls=calls,
+            tokens=tokens,
+            max_calls=max_calls,
+            max_tokens=max_tokens,
+        )
+
+
 class GradientIncomplete(FailedPrecondition):
     """A backward that belongs to the step failed."""
 
@@ -139,6 +165,19 @@ class NoGradient(FailedPrecondition):
     def __init__(self) -> None:
         super().__init__(
             "there is no gradient, so no step was taken; call forward_backward before optim_step"
+        )
+
+
+class TrainingRunExpired(NotFound):
+    """Nobody called the run for its retention time."""
+
+    reason = "TRAINING_RUN_NOT_FOUND"
+
+    def __init__(self, training_run_id: str, retention_s: float) -> None:
+        super().__init__(
+            f"training run `{training_run_id}` was deleted because nobody called it for its "
+            f"retention time of {retention_s:g} s; its named checkpoints are still there",
+            training_run_id=training_run_id,
         )
 
 

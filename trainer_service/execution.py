@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from mint_core.errors import MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
 from mint_core.rpc.metrics import Metrics
+from trainer_service.backlog import Backlogs
 from trainer_service.calls import (
     Call,
     Compute,
@@ -35,17 +36,26 @@ from trainer_service.turns import Turn
 class Execution:
     """Runs accepted calls in their run's order and records their outcomes."""
 
-    def __init__(self, scheduler: Scheduler, checkpoints: Checkpoints, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        backlogs: Backlogs,
+    ) -> None:
         self._scheduler = scheduler
         self._checkpoints = checkpoints
         self._metrics = metrics
+        self._backlogs = backlogs
         self._tasks: set[asyncio.Task[None]] = set()
 
     def accept(self, run: Run, call: Call) -> None:
         """Starts a call whose place in its run is settled."""
         turn = run.turns.take(exclusive=call.exclusive)
         self._metrics.queue_depth.inc()
+        self._backlogs.enter(run.origin, call)
         task = asyncio.create_task(self._execute(run, call, turn))
+        run.stir_watchers()  # who look when the task has begun
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -64,10 +74,10 @@ class Execution:
                 outcome = await self._outcome(run, call)
                 call.timing.wait_s = started_s - accepted_s
                 call.timing.run_s = time.monotonic() - started_s
-                run.touch()
-                run.sequence.record(call.place.sequence, outcome)
+                run.end(call, outcome)
         finally:
             self._metrics.queue_depth.dec()
+            self._backlogs.leave(run.origin, call)
 
     async def _outcome(self, run: Run, call: Call) -> Outcome:
         try:
@@ -107,7 +117,7 @@ class Execution:
                 return await self._load(run, load)
 
     async def _compute(self, run: Run, call: Call, compute: Compute) -> Computed:
-        tiles = cut(call, compute, self._scheduler.max_batch_tokens)
+        tiles = cut(call, compute, self._scheduler.max_batch_tokens, isolated=run.origin.isolated)
         results = await self._scheduler.compute(run.origin.tenant, tiles)
         for result in results:
             if result.error is not None:
@@ -120,7 +130,7 @@ class Execution:
     async def _step(self, run: Run, step: Step) -> Stepped:
         if refusal := run.gradient.refusal(step.backward_count):
             raise refusal
-        result = await self._scheduler.step(StepRow(run.id, step.adam_params))
+        result = await self._scheduler.step(run.origin.tenant, StepRow(run.id, step.adam_params))
         run.gradient.clear()
         run.step = result.step
         return Stepped(

@@ -108,7 +108,7 @@ def ttl_s(request: Any, field: str = "ttl") -> float | None:
     if not 0 < seconds <= MAX_TTL_DAYS * 86_400:
         raise InvalidRequest(
             f"`{field}` is {seconds:g} s but must be more than 0 and at most {MAX_TTL_DAYS} days; "
-            "leave it out to keep things until they are deleted",
+            "leave it out for what the field's description says",
             field=field,
             seconds=seconds,
         )

@@ -80,6 +80,7 @@ class Tile:
     loss: Loss
     backward: bool  # whether the gradient is added to the run's row
     weighted_only: bool  # whether logprobs at weight 0 are left out
+    isolated: bool = False  # whether it has a plan of its own, run by deterministic algorithms
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,15 @@ class LoadRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowCounts:
+    """How many rows are where. The engine tells it when it has changed."""
+
+    device: int
+    host: int  # on a CPU always 0: its rows are in host memory, which is the device's
+    disk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What the front hands its engine at start."""
 
@@ -196,4 +206,7 @@ class EngineConfig:
     threads: int  # of the engine; 1 keeps CPU results bitwise
     max_lora_rank: int
     max_batch_tokens: int  # of one pass; 0: computed from free memory
+    row_memory_bytes: int  # of rows on the device; 0: computed from free memory
+    host_row_memory_bytes: int  # of rows in host memory beside a GPU; 0: computed
+    row_folder: str  # for the files of rows that fit in neither
     log_level: str = "INFO"

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from checkpoint_store import WEIGHTS, parse_path
 from mint_core.engine_pipe import ModelDescription
-from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
+from mint_core.errors import BaseModelNotFound, InvalidRequest
 from mint_core.lora.spec import DEFAULT_ALPHA, LoraRequest
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service import fields
@@ -33,6 +33,8 @@ class CreateRun:
     identity: Identity
     source: LoraRequest | Load
     metadata: Mapping[str, str]
+    isolated: bool
+    retention_s: float | None = None  # None: the server's
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +74,12 @@ def parse_create(
     request: trainer_pb2.CreateTrainingRunRequest, model: ModelDescription
 ) -> CreateRun:
     _check_served(request.base_model, model)
-    if request.isolated:
-        raise Unimplemented(
-            "`isolated` runs are not implemented yet; leave the field out", field="isolated"
-        )
-    if request.HasField("retention"):
-        raise Unimplemented(
-            "`retention` of runs is not implemented yet; leave the field out", field="retention"
-        )
     return CreateRun(
         identity=_identity(request),
         source=_source(request, model),
         metadata=fields.metadata(request.metadata),
+        isolated=request.isolated,
+        retention_s=fields.ttl_s(request, "retention"),
     )
 
 

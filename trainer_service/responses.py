@@ -6,10 +6,12 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mint_core.lora.spec import AdapterSpec
+from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service.calls import Computed, Discarded, Loaded, Outcome, Saved, Stepped
 from trainer_service.run import RunView
 from trainer_service.runs import RunPage
+from trainer_service.watching import CallEnd, Event, QueueProgress
 
 
 def create_response(view: RunView) -> trainer_pb2.CreateTrainingRunResponse:
@@ -102,6 +104,33 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         state_message=f"weights lost: {view.lost}" if view.lost else "",
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
+        isolated=origin.isolated,
+    )
+
+
+def watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
+    response = trainer_pb2.WatchTrainingRunResponse(event_time=_timestamp(event.time))
+    match event.what:
+        case RunView() as view:
+            response.training_run.CopyFrom(run_message(view))
+        case QueueProgress(waiting_calls, forecast):
+            response.queue_progress.waiting_calls = waiting_calls
+            response.queue_progress.tokens_ahead = forecast.tokens_ahead
+            if forecast.wait_s is not None:
+                response.queue_progress.estimated_wait.FromNanoseconds(round(forecast.wait_s * 1e9))
+        case CallEnd() as end:
+            response.call_outcome.CopyFrom(_call_outcome(end))
+    return response
+
+
+def _call_outcome(end: CallEnd) -> trainer_pb2.CallOutcome:
+    return trainer_pb2.CallOutcome(
+        sequence=end.sequence,
+        method=end.method,
+        step=end.step,
+        code=code_of(end.error).value[0] if end.error else 0,
+        metrics=end.metrics,
+        missed_outcomes=end.missed,
     )
 
 

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mint_core.engine_pipe import Hello, ModelDescription
 from mint_core.engine_process import EngineProcess
 from mint_core.errors import EngineFault, MintError, Unavailable
 from mint_core.rpc.errors import domain_error
-from mint_core.rpc.metrics import Metrics
 from trainer_service.errors import TrainingRunLost
 from trainer_service.jobs import (
     CreateRow,
@@ -23,14 +23,48 @@ from trainer_service.jobs import (
     TileResult,
 )
 from trainer_service.planner import Planner, tile_tokens
+from trainer_service.usage import Usage
 
 logger = logging.getLogger(__name__)
 
 LEAST_LIMIT_S = 60.0  # of the engine's silence
 LIMIT_FACTOR = 10.0  # of the time that a plan is predicted to take
-FIRST_GUESS_S = 0.05  # per token, until a plan has been timed
+# Until a plan has been timed:
+FIRST_GUESS_S = 0.05  # per token, for the engine's silence
+FIRST_PREDICTION_S = 1.0  # of any wait
+# Turns of the event loop in which calls that waited for a plan's results hand in what comes next,
+# such as the optimizer steps of its runs: they then go before the next plan, and together.
+FOLLOW_UP_TURNS = 4
 
 _Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """About what comes before the next of a run's tiles."""
+
+    tokens_ahead: int  # of other runs, those included that the engine works on
+    wait_s: float | None  # None: no plan has been timed yet
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """Who waits for a tile or step that is not with the engine yet."""
+
+    tenant: str
+    future: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the engine is busy with."""
+
+    job: Plan | StepRows
+    start_s: float  # as time.monotonic()
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        return self.job.tiles if isinstance(self.job, Plan) else ()
 
 
 class Scheduler:
@@ -39,15 +73,21 @@ class Scheduler:
     Rows live in the engine alone: when it dies, `lose` is called and all work for its rows fails.
     """
 
-    def __init__(self, engine: EngineProcess, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: EngineProcess, usage: Usage, weight_of: Callable[[str], float]
+    ) -> None:
+        """`weight_of` a tenant; see `Planner`."""
         self._engine = engine
-        self._metrics = metrics
+        self._usage = usage
+        self._weight_of = weight_of
         self._hello: Hello | None = None  # of the engine in use; kept until another is up
         self._planner = Planner(1)
-        self._waiting: dict[_Key, asyncio.Future[Any]] = {}  # planned for, not yet with the engine
+        self._waiting: dict[_Key, _Waiter] = {}
         self._busy: asyncio.Task[None] | None = None
-        self._token_s = FIRST_GUESS_S
+        self._running: _Job | None = None
+        self._token_s: float | None = None  # as learned from plans
         self._deaths = 0
+        self.on_progress: Callable[[], None] = lambda: None  # what forecasts say has changed
 
     @property
     def description(self) -> ModelDescription | None:
@@ -69,15 +109,15 @@ class Scheduler:
         """Takes note of an engine that is up and has no rows yet."""
         if hello is not self._hello:
             self._hello = hello
-            self._planner = Planner(hello.max_batch_tokens)
+            self._planner = Planner(hello.max_batch_tokens, self._weight_of)
 
     def lose(self, why: str) -> None:
         """Fails what waits for an engine that died. What was with it fails by itself."""
         self._deaths += 1
-        self._planner = Planner(self._planner.max_batch_tokens)
+        self._planner = Planner(self._planner.max_batch_tokens, self._weight_of)
         waiting, self._waiting = self._waiting, {}
-        for (training_run_id, _, _), future in waiting.items():
-            _fail(future, TrainingRunLost(training_run_id, why))
+        for (training_run_id, _, _), waiter in waiting.items():
+            _fail(waiter.future, TrainingRunLost(training_run_id, why))
 
     async def create_row(self, job: CreateRow) -> RowDescription:
         """Makes a row, once an engine is up."""
@@ -96,21 +136,46 @@ class Scheduler:
         """Computes the tiles of one call, beside those of others."""
         self._planner.add(tenant, tiles)
         keys = [(tile.training_run_id, tile.sequence, tile.index) for tile in tiles]
-        return await self._results(keys)
+        return await self._results(tenant, keys)
 
-    async def step(self, step: StepRow) -> StepResult:
+    async def step(self, tenant: str, step: StepRow) -> StepResult:
         """Takes an optimizer step, beside those of other runs."""
         self._planner.add_step(step)
         result: StepResult
-        (result,) = await self._results([(step.training_run_id, 0, 0)])
+        (result,) = await self._results(tenant, [(step.training_run_id, 0, 0)])
         if result.error is not None:
             raise result.error
         return result
 
-    async def _results(self, keys: Sequence[_Key]) -> list[Any]:
+    def forecast(self, tenant: str, training_run_id: str) -> Forecast:
+        """What is ahead of a run now: nothing if none of its tiles waits for a plan."""
+        queued = self._planner.tokens_ahead(tenant, training_run_id)
+        if queued is None:
+            return Forecast(0, 0.0)
+        running = self._running.tiles if self._running else ()
+        others = sum(tile_tokens(t) for t in running if t.training_run_id != training_run_id)
+        wait_s = None if self._token_s is None else self._token_s * queued + self._rest_s()
+        return Forecast(queued + others, wait_s)
+
+    def predict_s(self, tenant: str, training_run_id: str | None, tokens: int) -> float:
+        """About when a tenant, or one run of it, will have had so many more tokens computed."""
+        if self._token_s is None:
+            return FIRST_PREDICTION_S
+        until = self._planner.tokens_until(tenant, training_run_id, tokens)
+        return self._token_s * until + self._rest_s()
+
+    def _rest_s(self) -> float:
+        """How long the engine will still be busy with what it has."""
+        if self._running is None or self._token_s is None:
+            return 0.0
+        predicted_s = self._token_s * sum(map(tile_tokens, self._running.tiles))
+        return max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
+
+    async def _results(self, tenant: str, keys: Sequence[_Key]) -> list[Any]:
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in keys]
-        self._waiting.update(zip(keys, futures, strict=True))
+        waiters = (_Waiter(tenant, future) for future in futures)
+        self._waiting.update(zip(keys, waiters, strict=True))
         loop.call_soon(self._advance)  # after all that is ready now, so that it goes together
         results = await asyncio.gather(*futures, return_exceptions=True)
         for result in results:
@@ -121,40 +186,52 @@ class Scheduler:
     def _advance(self) -> None:
         if self._busy is None and (job := self._planner.next_job()):
             self._busy = asyncio.create_task(self._run(job))
+        self.on_progress()
 
     async def _run(self, job: Plan | StepRows) -> None:
-        futures = [self._waiting.pop(key) for key in _keys(job)]
-        start = time.monotonic()
+        waiters = [self._waiting.pop(key) for key in _keys(job)]
+        start_s = time.monotonic()
+        self._running = _Job(job, start_s)
         try:
             results = await self._engine.call(job, silence_limit_s=self._limit_s(job))
         except Exception as raised:
             error = domain_error(raised)
-            for future in futures:
-                _fail(future, error)
+            for waiter in waiters:
+                _fail(waiter.future, error)
         else:
-            if isinstance(job, Plan):
-                self._learn(job, time.monotonic() - start)
-            for future, result in zip(futures, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            self._account(job, results, waiters, time.monotonic() - start_s)
+            for waiter, result in zip(waiters, results, strict=True):
+                if not waiter.future.done():
+                    waiter.future.set_result(result)
+            self._running = None
+            for _ in range(FOLLOW_UP_TURNS):
+                await asyncio.sleep(0)
         finally:
-            self._busy = None
+            self._busy = self._running = None
             asyncio.get_running_loop().call_soon(self._advance)
+
+    def _account(
+        self,
+        job: Plan | StepRows,
+        results: Sequence[Any],
+        waiters: Sequence[_Waiter],
+        elapsed_s: float,
+    ) -> None:
+        tenants = [waiter.tenant for waiter in waiters]
+        if isinstance(job, Plan):
+            self._learn(job, elapsed_s)
+            self._usage.add_pass(job, results, tenants, elapsed_s)
+        else:
+            self._usage.add_steps(results, tenants, elapsed_s)
 
     def _limit_s(self, job: Plan | StepRows) -> float:
         tokens = sum(map(tile_tokens, job.tiles)) if isinstance(job, Plan) else 0
-        return max(LEAST_LIMIT_S, LIMIT_FACTOR * tokens * self._token_s)
+        return max(LEAST_LIMIT_S, LIMIT_FACTOR * tokens * (self._token_s or FIRST_GUESS_S))
 
     def _learn(self, plan: Plan, elapsed_s: float) -> None:
-        tokens = {
-            backward: sum(tile_tokens(tile) for tile in plan.tiles if tile.backward is backward)
-            for backward in (False, True)
-        }
-        measured_s = elapsed_s / sum(tokens.values())
-        guessed = self._token_s == FIRST_GUESS_S
-        self._token_s = measured_s if guessed else 0.7 * self._token_s + 0.3 * measured_s
-        self._metrics.tokens.labels("forward").inc(tokens[False])
-        self._metrics.tokens.labels("forward_backward").inc(tokens[True])
+        measured_s = elapsed_s / sum(map(tile_tokens, plan.tiles))
+        known_s = measured_s if self._token_s is None else self._token_s
+        self._token_s = 0.7 * known_s + 0.3 * measured_s
 
 
 def _keys(job: Plan | StepRows) -> list[_Key]:

@@ -57,9 +57,16 @@ class _Entry:
 class Sequence:
     """The numbers of one run. All methods belong to one event loop and return at once."""
 
-    def __init__(self, accept: Callable[[Call], None], limits: SequenceLimits) -> None:
-        self._accept = accept  # called once per number, in order
+    def __init__(
+        self,
+        accept: Callable[[Call], None],  # called once per number, in order
+        limits: SequenceLimits,
+        refusal: Callable[[int], MintError | None] = lambda calls_before: None,
+    ) -> None:
+        """`refusal`: why no call is accepted now, if so; told how many of the run come before."""
+        self._accept = accept
         self._limits = limits
+        self._refusal = refusal
         self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
@@ -177,27 +184,29 @@ class Sequence:
             entry.waiting.append(arrival)
 
     def _admit(self, arrival: Arrival) -> None:
-        if error := self._full():
+        place = arrival.call.place
+        if error := self._full(place.sequence):
             # A refused number has no successors: they would only wait in vain.
             for later in self._take_held():
-                later.fail(error)
+                later.fail(self._full(later.call.place.sequence) or error)
             raise error
-        place = arrival.call.place
         self._entries[place.sequence] = _Entry(place.payload_hash, [arrival])
         self.next_sequence += 1
         self._in_flight += 1
         self._accept(arrival.call)
 
-    def _full(self) -> MintError | None:
+    def _full(self, sequence: int) -> MintError | None:
         limits = self._limits
         if self._in_flight >= limits.calls_in_flight:
             return TooManyCallsInFlight(limits.calls_in_flight)
         if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
             return AnswersUnacknowledged(len(self._entries), self._kept_bytes)
-        return None
+        return self._refusal(sequence - self.next_sequence)
 
     def _hold(self, arrival: Arrival) -> None:
         sequence = arrival.call.place.sequence
+        if error := self._full(sequence):
+            raise error  # as the number before it is, or would be
         if sum(map(len, self._held.values())) >= self._limits.held_calls:
             raise SequenceGap(sequence, self.next_sequence)
         loop = asyncio.get_running_loop()

@@ -1,46 +1,71 @@
 """The trainer, put together."""
 
 import asyncio
+from functools import partial
 
 from checkpoint_store import CheckpointStore
+from mint_core.access import KeyRing
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
+from trainer_service.backlog import BacklogLimits, Backlogs
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
+from trainer_service.jobs import RowCounts
 from trainer_service.runs import Runs
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.servicer import CheckpointServicer, TrainerServicer
+from trainer_service.usage import Usage
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+FEATURES = ("watch_training_run", "isolated", "retention")
 
 
 class TrainerService:
     """One engine and what stands between it and the network."""
 
     def __init__(
-        self, config: TrainerConfig, metrics: Metrics, engine_module: str = ENGINE_MODULE
+        self,
+        config: TrainerConfig,
+        metrics: Metrics,
+        keys: KeyRing | None,
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._sampler_address = config.sampler_address
         self.engine = EngineProcess(
             engine_module, config.engine_config(), on_death=lambda why: self._runs.lose(why)
         )
-        self._scheduler = Scheduler(self.engine, metrics)
+        weight_of = keys.weight_of if keys else lambda tenant: 1.0
+        self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
         self._checkpoints = Checkpoints(CheckpointStore(config.store))
-        self._sweeping: asyncio.Task[None] | None = None
+        self._sweeping: list[asyncio.Task[None]] = []
         self._runs = Runs(
             self._scheduler,
             self._checkpoints,
             metrics,
             SequenceLimits(gap_s=config.gap_s),
+            Backlogs(
+                BacklogLimits(calls=config.queue_calls, tokens=config.queue_tokens),
+                per_run=keys is None,
+                predict=self._scheduler.predict_s,
+            ),
+            retention_s=config.retention_days * 86_400,
         )
+        for place in ("device", "host", "disk"):
+            metrics.gauge(
+                "mint_rows",
+                "Training runs whose weights, gradient and moments are there",
+                partial(self._rows_in, place),
+                place=place,
+            )
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
+        server.before_stop(self._runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
             TrainerServicer(self._runs, self._scheduler),
@@ -51,7 +76,12 @@ class TrainerService:
             CheckpointServicer(),
             "mintrpc.v1.CheckpointService",
         )
-        offer = Offer(role="trainer", loss_fns=LOSS_FNS, sampler_address=self._sampler_address)
+        offer = Offer(
+            role="trainer",
+            loss_fns=LOSS_FNS,
+            features=FEATURES,
+            sampler_address=self._sampler_address,
+        )
         add_model_service(
             server,
             ModelServicer(lambda: self._scheduler.description, lambda: self.engine.ready, offer),
@@ -60,10 +90,17 @@ class TrainerService:
     async def start(self) -> None:
         """Starts the engine. Raises what keeps it from loading."""
         self._scheduler.welcome(await self.engine.start())
-        self._sweeping = asyncio.create_task(self._checkpoints.keep_swept())
+        self._sweeping = [
+            asyncio.create_task(self._checkpoints.keep_swept()),
+            asyncio.create_task(self._runs.keep_expiring()),
+        ]
+
+    def _rows_in(self, place: str) -> float:
+        counts: RowCounts | None = self.engine.report
+        return float(getattr(counts, place, 0))
 
     async def stop(self) -> None:
-        if self._sweeping:
-            self._sweeping.cancel()
+        for sweeping in self._sweeping:
+            sweeping.cancel()
         await self._runs.stop()
         await self.engine.close()

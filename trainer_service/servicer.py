@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from google.protobuf.message import Message
@@ -120,8 +121,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.WatchTrainingRunRequest, context: Any
     ) -> AsyncIterator[trainer_pb2.WatchTrainingRunResponse]:
         """See trainer.proto."""
-        raise Unimplemented("watching a run is not implemented yet; GetTrainingRun tells its state")
-        yield
+        watch = self._runs.watch(caller().tenant, requests.run_id(request.training_run_id))
+        async with aclosing(watch.events()) as events:
+            async for event in events:
+                yield responses.watch_response(event)
 
     async def _sequenced(self, request: Message) -> Outcome:
         call = await self._parse(request)

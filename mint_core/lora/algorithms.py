@@ -218,17 +218,17 @@ LOOP, GROUPED, CONCAT = Loop(), Grouped(), Concat()
 def choose(adapted: Adapted, backward: bool) -> Algorithm:
     """The algorithm for a pass.
 
-    CPU: the loop, always. Measured, forward and backward of a module's adapters over the loop's
-    time (64 x 128, 576 x 576 and 576 x 1536; 1 thread of an AMD EPYC, torch 2.13, 2026-11-24):
+    CPU: the loop, always. Time over the loop's, least and most of three shapes
+    (benchmarks/adapter_algorithms.py; 1 thread of an AMD EPYC that others used too, torch 2.13,
+    2026-11-24):
 
-        adapters x rows      1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
-        grouped, rank 8-64   2.3 - 3.7  1.2 - 2.3  1.3 - 1.7  1.1 - 1.5  1.1 - 1.3
-        concat, rank 8       2.3 - 3.1  1.2 - 1.6  1.3 - 1.9  1.9 - 2.3  3.6 - 5.4
-        concat, rank 64      2.0 - 2.9  1.2 - 1.6  2.6 - 4.6  6.5 - 12   17 - 19
+        adapters x rows                      1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
+        grouped, with backward, rank 8 - 64  2.4 - 3.4  1.3 - 2.4  1.7 - 3.2  1.2 - 2.0  1.3 - 2.0
+        concat, forward, rank 8              1.3 - 1.7  1.1 - 1.3  0.8 - 2.7  2.7 - 2.8  3 - 8
+        concat, forward, rank 64             1.5 - 4.5  1.1 - 1.3  2.5 - 4.7  6.6 - 7.3  14 - 18
 
-    It also is the only one of which a run's bits do not depend on neighbours. CUDA: what counts is
-    launches, which the loop makes per segment; grouped products are fast in bfloat16 alone. Not
-    measured yet.
+    It also alone keeps a run's bits independent of its neighbours. CUDA: what counts is launches,
+    which the loop makes per segment; grouped products are fast in bfloat16 alone. Not measured yet.
     """
     if adapted.device.type == "cpu" or len(adapted.segments) == 1:
         return LOOP

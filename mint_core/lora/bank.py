@@ -1,12 +1,16 @@
-"""Where adapters live: one matrix [slots, params] per rank class, one row per adapter.
+"""Where adapters live: one row per adapter, in as many parts as its bank keeps of it.
 
-A row holds A [rank, in] and B [out, rank] of every linear layer that LoRA can train, one after the
-other. Ranks are padded to a multiple of 8, and a module that an adapter does not train stays zero;
-the padding contributes exact zeros everywhere, gradients and Adam included. Publishing, loading,
-stepping are operations on a row.
+A part is a vector [params] that holds A [rank, in] and B, transposed, [rank, out], of every linear
+layer that LoRA can train, one after the other. Ranks are padded to a multiple of 8, and a module
+that an adapter does not train stays zero; the padding contributes exact zeros everywhere, gradients
+and Adam included. Publishing, loading, stepping, moving elsewhere are operations on a row.
+
+A part takes memory from its first use until it is freed. Rows are not slots of one matrix: that
+would have to be copied to grow, could not shrink, and would hold moments of runs without a step.
 """
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,13 +19,11 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
-
-RANK_STEP = 8  # ranks are stored as multiples of it
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
 class Part(Enum):
-    """The matrices of a bank. A sampler's has weights alone."""
+    """What is kept of an adapter. A sampler keeps weights alone."""
 
     WEIGHTS = "weights"
     GRADIENT = "gradient"
@@ -42,82 +44,90 @@ class LinearShape:
 
 
 class RankBank:
-    """The rows of one rank class."""
+    """How the rows of one rank class are laid out."""
 
     def __init__(
-        self,
-        stored_rank: int,
-        shapes: Mapping[str, LinearShape],
-        parts: tuple[Part, ...],
-        device: torch.device,
+        self, stored_rank: int, shapes: Mapping[str, LinearShape], parts: tuple[Part, ...]
     ) -> None:
         self.stored_rank = stored_rank
+        self.parts = parts
         self._shapes = shapes
-        self._device = device
         self._offsets: dict[str, int] = {}
-        offset = 0
+        self.row_size = 0
         for module, shape in shapes.items():
-            self._offsets[module] = offset
-            offset += stored_rank * (shape.in_features + shape.out_features)
-        self.row_size = offset
-        self._matrices = {part: torch.zeros(0, offset, device=device) for part in parts}
-        self._free: list[int] = []
-        self._views: dict[tuple[Part, int, str], tuple[Tensor, Tensor]] = {}
+            self._offsets[module] = self.row_size
+            self.row_size += stored_rank * (shape.in_features + shape.out_features)
 
-    def allocate(self) -> int:
-        """Takes a slot; its row is zero in every part."""
-        if not self._free:
-            self._grow()
-        return self._free.pop()
+    @property
+    def part_bytes(self) -> int:
+        """Memory of one part of a row."""
+        return 4 * self.row_size
 
-    def release(self, slot: int) -> None:
-        for matrix in self._matrices.values():
-            matrix[slot].zero_()
-        self._free.append(slot)
+    def matrices(self, row: Tensor, module: str) -> tuple[Tensor, Tensor]:
+        """A [stored rank, in] and B [out, stored rank] of a module, as views of [params]."""
+        shape, rank, start = self._shapes[module], self.stored_rank, self._offsets[module]
+        middle = start + rank * shape.in_features
+        stop = middle + rank * shape.out_features
+        return (
+            row[start:middle].view(rank, shape.in_features),
+            # Stored the other way round: products with 8 columns of the inner side take CPUs about
+            # twice as long.
+            row[middle:stop].view(rank, shape.out_features).t(),
+        )
 
-    def row(self, part: Part, slot: int) -> Tensor:  # [params]
-        return self._matrices[part][slot]
-
-    def views(self, part: Part, slot: int, module: str) -> tuple[Tensor, Tensor]:
-        """A [stored rank, in] and B [out, stored rank] of a module, as views of the row."""
-        key = (part, slot, module)
-        if key not in self._views:
-            shape, rank, start = self._shapes[module], self.stored_rank, self._offsets[module]
-            row = self.row(part, slot)
-            middle = start + rank * shape.in_features
-            stop = middle + rank * shape.out_features
-            self._views[key] = (
-                row[start:middle].view(rank, shape.in_features),
-                row[middle:stop].view(shape.out_features, rank),
-            )
-        return self._views[key]
-
-    def _grow(self) -> None:
-        slots = next(iter(self._matrices.values())).shape[0]
-        more = max(1, slots // 2)
-        for part, matrix in self._matrices.items():
-            grown = torch.zeros(slots + more, self.row_size, device=self._device)
-            grown[:slots] = matrix
-            self._matrices[part] = grown
-        self._views.clear()
-        self._free.extend(reversed(range(slots, slots + more)))
+    def parameter_count(self, rank: int, modules: Iterable[str]) -> int:
+        """How many numbers an adapter has, padding not counted."""
+        shapes = [self._shapes[module] for module in modules]
+        return rank * sum(shape.in_features + shape.out_features for shape in shapes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class AdapterRow:
-    """One adapter in its bank."""
+    """One adapter. It may be away: then its parts are kept elsewhere and must not be asked for."""
 
-    spec: AdapterSpec
-    bank: RankBank
-    slot: int
-    modules: frozenset[str]
+    def __init__(self, spec: AdapterSpec, bank: RankBank, device: torch.device) -> None:
+        self.spec = spec
+        self.bank = bank
+        self.modules = frozenset(spec.modules)
+        self._device = device
+        self._parts: dict[Part, Tensor] = {}
+        self._views: dict[tuple[Part, str], tuple[Tensor, Tensor]] = {}
+        self._away = False
+
+    @property
+    def held(self) -> Mapping[Part, Tensor]:
+        """The parts that take memory here."""
+        return self._parts
 
     def part(self, part: Part) -> Tensor:  # [params]
-        return self.bank.row(part, self.slot)
+        """A part; zero when it is first asked for."""
+        assert not self._away, "a row was used while it was away"
+        if part not in self._parts:
+            assert part in self.bank.parts, f"this bank keeps no {part.value}"
+            self._parts[part] = zero_vector(self.bank.row_size, self._device)
+        return self._parts[part]
 
     def views(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
         """A [stored rank, in] and B [out, stored rank]."""
-        return self.bank.views(part, self.slot, module)
+        key = (part, module)
+        if key not in self._views:
+            self._views[key] = self.bank.matrices(self.part(part), module)
+        return self._views[key]
+
+    def free(self, part: Part) -> None:
+        """Makes a part zero by giving its memory back."""
+        self._parts.pop(part, None)
+        self._views = {key: views for key, views in self._views.items() if key[0] is not part}
+
+    def leave(self) -> None:
+        """Gives all memory back; who calls this has copied what is needed of `held`."""
+        self._parts.clear()
+        self._views.clear()
+        self._away = True
+
+    def come_back(self, parts: Mapping[Part, Tensor]) -> None:
+        """Takes the parts that were kept, wherever they lie now; others are zero."""
+        self._parts = {part: vector.to(self._device) for part, vector in parts.items()}
+        self._away = False
 
     def load(self, part: Part, arrays: AdapterArrays) -> None:
         """Replaces a part. Names and shapes must be the adapter's own, values finite."""
@@ -135,7 +145,7 @@ class AdapterRow:
             (matrix, array)
             for module in self.modules
             for matrix, array in zip(
-                self._trimmed(part, module), _pair(arrays, module), strict=True
+                self._trim(*self.views(part, module)), _pair(arrays, module), strict=True
             )
         ]
         for matrix, array in checked:
@@ -146,23 +156,23 @@ class AdapterRow:
 
     def export(self, part: Part) -> dict[str, np.ndarray]:
         """Copies a part, padding removed, under PEFT's names."""
+        assert not self._away, "a row was used while it was away"
+        vector = self._parts.get(part)
+        if vector is None:
+            vector = torch.zeros(self.bank.row_size)
         arrays = {}
         for module in sorted(self.modules):
-            a, b = self._trimmed(part, module)
+            a, b = self._trim(*self.bank.matrices(vector, module))
             arrays[lora_a_name(module)] = a.to("cpu", copy=True).contiguous().numpy()
             arrays[lora_b_name(module)] = b.to("cpu", copy=True).contiguous().numpy()
         return arrays
 
     def parameter_count(self) -> int:
         """How many numbers the adapter has, padding not counted."""
-        return sum(
-            matrix.numel()
-            for module in self.modules
-            for matrix in self._trimmed(Part.WEIGHTS, module)
-        )
+        return self.bank.parameter_count(self.spec.rank, self.modules)
 
-    def _trimmed(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
-        a, b = self.views(part, module)
+    def _trim(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B without padding."""
         return a[: self.spec.rank], b[:, : self.spec.rank]
 
 
@@ -177,8 +187,15 @@ class AdapterBank:
         self._device = device
         self._classes: dict[int, RankBank] = {}
 
+    def rank_class(self, rank: int) -> RankBank:
+        """The class in which adapters of a rank are stored."""
+        stored = stored_rank(rank)
+        if stored not in self._classes:
+            self._classes[stored] = RankBank(stored, self._shapes, self._parts)
+        return self._classes[stored]
+
     def add(self, spec: AdapterSpec) -> AdapterRow:
-        """A zero row for an adapter."""
+        """A row for an adapter, zero in every part."""
         unknown = sorted(set(spec.modules) - set(self._shapes))
         if unknown:
             raise InvalidRequest(
@@ -186,16 +203,21 @@ class AdapterBank:
                 "another model",
                 module=unknown[0],
             )
-        stored_rank = -(-spec.rank // RANK_STEP) * RANK_STEP
-        if stored_rank not in self._classes:
-            self._classes[stored_rank] = RankBank(
-                stored_rank, self._shapes, self._parts, self._device
-            )
-        bank = self._classes[stored_rank]
-        return AdapterRow(spec, bank, bank.allocate(), frozenset(spec.modules))
+        return AdapterRow(spec, self.rank_class(spec.rank), self._device)
 
     def remove(self, row: AdapterRow) -> None:
-        row.bank.release(row.slot)
+        """Gives the row's memory back."""
+        row.leave()
+
+
+def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
+    """Zeros. On a CPU in pages of their own, which the system gets back with the tensor: the heap
+    keeps what lies between other blocks, and rows that come and go leave holes in it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, device=device)
+    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

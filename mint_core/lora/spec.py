@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEFAULT_ALPHA = 32.0
+RANK_STEP = 8  # ranks are stored as multiples of it
 
 # Adapter weights on their way between processes: PEFT's tensor names to float32 arrays, such as
 # "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" [rank, in] and
@@ -43,6 +44,11 @@ class AdapterSpec:
     @property
     def scale(self) -> float:
         return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+
+def stored_rank(rank: int) -> int:
+    """The rank under which an adapter lies in memory."""
+    return -(-rank // RANK_STEP) * RANK_STEP
 
 
 def lora_a_name(module: str) -> str:

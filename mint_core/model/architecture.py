@@ -3,7 +3,9 @@
 A probe (loading.py) compares logits; here is what shows only beyond a probe's length.
 """
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -59,12 +61,29 @@ def context_length(model: nn.Module) -> int:
     config: Any = model.config
     longest = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        longest = min(longest, int(rope["original_max_position_embeddings"]))
+    # Either one set of parameters, or one for each kind of layer.
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") == "longrope":
+            longest = min(longest, int(parameters["original_max_position_embeddings"]))
     return longest
+
+
+@contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Turns what a model's own code raises into a refusal by name."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        raise unsupported(model, f"it fails on a probe: {first_line(error)}") from error
 
 
 def unsupported(model: nn.Module, why: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"the base model's architecture {type(model).__name__} is not supported: {why}"
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for one line."""
+    text = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
+    return text.removesuffix(".") or type(error).__name__

@@ -77,7 +77,8 @@ class PackedAttention:
     ) -> Tensor:
         parts = _cut(query, key, value, group)
         longest = max(stop - start for start, stop in itertools.pairwise(group))
-        if longest >= LONG_DOCUMENT_TOKENS:
+        windowed = scores.sliding_window is not None and scores.sliding_window < longest
+        if longest >= LONG_DOCUMENT_TOKENS and not windowed:
             return long_causal_attention(*parts, scores)
         if group not in self._on_device:
             bounds = [bound - group[0] for bound in group]
@@ -143,7 +144,11 @@ def _attend(
             f"the base model's attention ({type(module).__name__}) uses attention sinks, which are "
             "not supported; serve a model without them"
         )
-    assert attention_batch is not None, "the model must be called with attention_batch="
+    if attention_batch is None:
+        raise FailedPrecondition(
+            f"the base model's attention ({type(module).__name__}) is not told where documents "
+            "begin, so they cannot be packed; serve another model"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index: int = module.layer_idx  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Causal attention of one sequence, or of several short ones at once on an accelerator."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-SOFTCAP_QUERIES = 512  # computed at once where scores are soft-capped, which no fused kernel does
+BLOCK_BYTES = 64 * 1024**2  # of the scores of one block of queries, in float32
+MOST_BLOCK_QUERIES = 512
 _PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -36,21 +38,62 @@ def causal_attention(
     value: Tensor,  # [key heads, keys, value size]
     scores: Scores,
 ) -> Tensor:  # [heads, queries, value size]
-    """Attention of one sequence whose last `queries` positions ask."""
-    if scores.softcap is not None:
-        return _softcapped(query, key, value, scores, scores.softcap)
+    """Attention of one sequence whose last `queries` positions ask.
+
+    Under autograd it keeps what is linear in the sequence: where there is a mask or a cap, blocks
+    of queries are computed one by one, and again in backward.
+    """
     queries, keys = query.shape[1], key.shape[1]
-    window = scores.sliding_window
-    windowed = window is not None and keys > window
-    mask = None
-    if windowed or 1 < queries < keys:
-        mask = _mask(queries, keys, window if windowed else None, query.device)
+    window = scores.sliding_window if scores.sliding_window and scores.sliding_window < keys else 0
+    if queries == 1 and window:
+        key, value = key[:, -window:], value[:, -window:]
+    if scores.softcap is None and (queries == 1 or (queries == keys and not window)):
+        return _fused(query, key, value, None, scores)
+    outputs = []
+    for block in _blocks(query, key, value, scores, window):
+        if torch.is_grad_enabled():
+            outputs.append(
+                checkpoint(_block, *block, scores, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            outputs.append(_block(*block, scores))
+    return torch.cat(outputs, dim=1)
+
+
+def _blocks(
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores, window: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, and the keys and values that they see; the queries are the last of the keys."""
+    heads, queries, _ = query.shape
+    before = key.shape[1] - queries
+    size = max(16, min(MOST_BLOCK_QUERIES, BLOCK_BYTES // (4 * heads * key.shape[1])))
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        seen = slice(max(0, before + start - window + 1) if window else 0, before + stop)
+        yield query[:, start:stop], key[:, seen], value[:, seen]
+
+
+def _block(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    mask = _mask(query.shape[1], key.shape[1], scores.sliding_window, query.device)
+    if scores.softcap is None:
+        return _fused(query, key, value, mask, scores)
+    heads, queries, _ = query.shape
+    grouped = query.reshape(key.shape[0], -1, *query.shape[1:])  # [key heads, group, queries, size]
+    products = grouped @ key[:, None].transpose(-1, -2) * scores.scaling
+    capped = (products / scores.softcap).tanh() * scores.softcap
+    weights = capped.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return (weights.to(query.dtype) @ value[:, None]).reshape(heads, queries, -1)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+) -> Tensor:
     return functional.scaled_dot_product_attention(
         query[None],
         key[None],
         value[None],
         attn_mask=mask,
-        is_causal=mask is None and queries > 1,
+        is_causal=mask is None and query.shape[1] > 1,
         scale=scores.scaling,
         enable_gqa=query.shape[0] != key.shape[0],
     )[0]
@@ -99,43 +142,6 @@ def _mask(
     seen = torch.arange(keys, device=device)[None]
     mask = seen <= at
     return mask if window is None else mask & (seen > at - window)
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, scores: Scores, softcap: float
-) -> Tensor:
-    """Block of queries after block; where there are several, backward computes each again, so that
-    [queries, keys] is never kept.
-    """
-    queries, keys = query.shape[1], key.shape[1]
-    outputs = []
-    for start in range(0, queries, SOFTCAP_QUERIES):
-        stop = min(start + SOFTCAP_QUERIES, queries)
-        last = keys - queries + stop
-        first = 0
-        if scores.sliding_window is not None:
-            first = max(0, last - (stop - start) - scores.sliding_window + 1)
-        block = (query[:, start:stop], key[:, first:last], value[:, first:last], scores, softcap)
-        if queries > SOFTCAP_QUERIES and torch.is_grad_enabled():
-            output = checkpoint(
-                _softcapped_block, *block, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            output = _softcapped_block(*block)
-        outputs.append(output)
-    return torch.cat(outputs, dim=1)
-
-
-def _softcapped_block(
-    query: Tensor, key: Tensor, value: Tensor, scores: Scores, softcap: float
-) -> Tensor:
-    heads, queries, _ = query.shape
-    grouped = query.reshape(key.shape[0], -1, *query.shape[1:])  # [key heads, group, queries, size]
-    products = grouped @ key[:, None].transpose(-1, -2) * scores.scaling
-    capped = (products / softcap).tanh() * softcap
-    mask = _mask(queries, key.shape[1], scores.sliding_window, query.device)
-    weights = capped.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
-    return (weights.to(query.dtype) @ value[:, None]).reshape(heads, queries, -1)
 
 
 def varlen_fits(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> bool:

@@ -77,7 +77,7 @@ class Head:
         self._linear = linear
         self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
-        self._chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
+        self.chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
 
     def logits(self, hidden: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Logits of the pieces' rows, piece after piece, [rows, V] float32. For few rows: it does
@@ -88,6 +88,16 @@ class Head:
             _append(chunk, number, piece, slice(0, len(piece.rows)))
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
+
+    @torch.no_grad()
+    def likeliest(self, hidden: Tensor, piece: Piece, k: int) -> tuple[Tensor, Tensor]:
+        """Ids and logprobs of the k likeliest tokens of each row, [n, k], bit for bit as `logprobs`
+        scores them. For few rows, as `logits`.
+        """
+        z = self.logits(hidden, [piece])
+        top = z.topk(k, dim=1)
+        largest, _, totals = _powers(z)
+        return top.indices, top.values - largest[:, None] - totals.log()[:, None]
 
     @torch.no_grad()
     def logprobs(
@@ -139,9 +149,7 @@ class Head:
         wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
         bend = None if self._softcap is None else 1 - (z / self._softcap).square()
         at_target = z.gather(1, wanted[:, None])[:, 0]
-        largest = z.amax(1)
-        powers = z.sub_(largest[:, None]).exp_()
-        totals = powers.sum(1)
+        largest, powers, totals = _powers(z)
         logprobs = at_target - largest - totals.log()
         return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
 
@@ -198,15 +206,22 @@ class Head:
         """Cuts each piece by its own length alone, then fills chunks."""
         chunk: list[_Cut] = []
         for number, piece in enumerate(pieces):
-            for start in range(0, len(piece.rows), self._chunk_rows):
-                place = slice(start, min(start + self._chunk_rows, len(piece.rows)))
+            for start in range(0, len(piece.rows), self.chunk_rows):
+                place = slice(start, min(start + self.chunk_rows, len(piece.rows)))
                 filled = chunk[-1].part.stop if chunk else 0
-                if chunk and filled + place.stop - start > self._chunk_rows:
+                if chunk and filled + place.stop - start > self.chunk_rows:
                     yield chunk
                     chunk = []
                 _append(chunk, number, piece, place)
         if chunk:
             yield chunk
+
+
+def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row, [rows], exp(z - largest), [rows, V], and its sums. Overwrites z."""
+    largest = z.amax(1)
+    powers = z.sub_(largest[:, None]).exp_()
+    return largest, powers, powers.sum(1)
 
 
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:

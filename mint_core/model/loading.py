@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,14 @@ from mint_core.model.architecture import (
     check_architecture,
     check_windows,
     context_length,
+    first_line,
+    refusing,
     unsupported,
 )
 from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.head import Head, Piece
+from mint_core.model.recompute import Recomputation, install_recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class LoadedBase:
     model: nn.Module
     head: Head
     context: LoraContext
+    recomputation: Recomputation
     shapes: dict[str, LinearShape]
     description: ModelDescription
     device: torch.device
@@ -103,24 +106,27 @@ def load_base(
         model, eos_token_ids = _read(folder, place, kind)
     except _UNREADABLE as error:
         raise FailedPrecondition(
-            f"the base model {base_model!r} cannot be loaded: {_first_line(error)}; give the "
+            f"the base model {base_model!r} cannot be loaded: {first_line(error)}; give the "
             f"folder of a causal LM that transformers {transformers.__version__} knows, whole"
         ) from error
     shapes = linear_shapes(model)
     _check_shapes(base_model, shapes)
     check_architecture(model)
-    expected = _own_logits(model)
+    with refusing(model):
+        expected = _own_logits(model)
     fingerprint = _fingerprint(model)
     context = LoraContext()
     install(model, context)
     register()
-    _set_attention(model)
+    with refusing(model):
+        model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
     linear = model.get_submodule(HEAD)
     assert isinstance(linear, MultiLoraLinear)
     base = LoadedBase(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
+        recomputation=install_recomputation(model),
         shapes=shapes,
         description=ModelDescription(
             name=name
@@ -159,19 +165,6 @@ def _read(
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
     model = model.to(device).eval().requires_grad_(False)
     return model, _eos_token_ids(model, folder)
-
-
-def _set_attention(model: nn.Module) -> None:
-    try:
-        model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
-    except (ValueError, ImportError) as error:
-        raise unsupported(model, _first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception of a library says, short enough for one line."""
-    text = textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
-    return text.removesuffix(".") or type(error).__name__
 
 
 def _device(device: str) -> torch.device:
@@ -319,7 +312,8 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     positions = torch.arange(n, device=base.device)
     whole = Segment(0, 2 * n)
     probe = _Probe([0, n, 2 * n])
-    hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
+    with refusing(base.model):
+        hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
     check_windows(base.model, probe.windows)
     logits = base.head.logits(hidden, [Piece(whole, positions + n)])
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)

@@ -50,6 +50,7 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
+        self._before_stop: list[Callable[[], None]] = []
 
     def add(
         self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str
@@ -57,6 +58,10 @@ class RpcServer:
         """Adds a servicer by its generated function and the service's full name."""
         adder(servicer, self._server)
         self._services.append(name)
+
+    def before_stop(self, end_streams: Callable[[], None]) -> None:
+        """Has streams without an end of their own ended first: they would use up the grace."""
+        self._before_stop.append(end_streams)
 
     async def start(self) -> int:
         """Listens, NOT_SERVING, and returns the port. Refuses an address that cannot be bound."""
@@ -87,4 +92,6 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, gives those under way `grace_s` to end, and cancels the rest."""
         await self._health.enter_graceful_shutdown()
+        for end_streams in self._before_stop:
+            end_streams()
         await self._server.stop(grace_s)

@@ -1,5 +1,6 @@
 """What Prometheus sees of a service."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import psutil
@@ -31,10 +32,11 @@ class Engine(Protocol):
 
 
 class Metrics:
-    """The metrics of one service. `queue_depth` and `tokens` are for the service to move."""
+    """The metrics of one service, which moves `queue_depth` and counters of its own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
         ProcessCollector(namespace="mint_front", registry=self._registry)
         self.calls = Counter(
             "mint_calls", "Calls ended", ["method", "code"], registry=self._registry
@@ -49,7 +51,17 @@ class Metrics:
         self.queue_depth = Gauge(
             "mint_queue_depth", "Calls accepted and not answered", registry=self._registry
         )
-        self.tokens = Counter("mint_tokens", "Tokens computed", ["kind"], registry=self._registry)
+
+    def counter(self, name: str, help: str, labels: Sequence[str] = ()) -> Counter:
+        """Makes a counter; its name gets `_total` at the end."""
+        return Counter(name, help, labels, registry=self._registry)
+
+    def gauge(self, name: str, help: str, read: Callable[[], float], **labels: str) -> None:
+        """Reports what `read` says whenever the metrics are read, under fixed labels."""
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, help, list(labels), registry=self._registry)
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set_function(read)
 
     def call_ended(self, method: str, code: str, seconds: float) -> None:
         self.calls.labels(method, code).inc()
@@ -66,7 +78,7 @@ class Metrics:
                 lambda: _resident_bytes(engine.pid),
             ),
         ):
-            Gauge(name, help, registry=self._registry).set_function(read)
+            self.gauge(name, help, read)
 
     def serve(self, address: str) -> int:
         """Answers HTTP on HOST:PORT from a thread of its own, and returns the port."""

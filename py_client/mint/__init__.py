@@ -8,6 +8,7 @@ training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
 
 from mint import types
 from mint._version import __version__
+from mint._watch import RunWatch
 from mint.errors import (
     APIConnectionError,
     APIError,
@@ -76,6 +77,7 @@ __all__ = [
     "PermissionDeniedError",
     "RateLimitError",
     "RequestFailedError",
+    "RunWatch",
     "SampleFuture",
     "SampleResponse",
     "SampledSequence",

@@ -19,20 +19,25 @@ def off_loop(
 
     @functools.wraps(method)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        future: APIFuture[T] = APIFuture()
-
-        def run() -> None:
-            try:
-                value = method(self, *args, **kwargs)
-            except BaseException as error:
-                future.fail(error)
-            else:
-                future.succeed(value)
-
-        threading.Thread(target=run, name=f"mint-{method.__name__}", daemon=True).start()
-        return await future
+        return await on_thread(functools.partial(method, self, *args, **kwargs), method.__name__)
 
     return call
+
+
+def on_thread(function: Callable[[], T], name: str) -> APIFuture[T]:
+    """Runs a function that blocks on a daemon thread of its own."""
+    future: APIFuture[T] = APIFuture()
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as error:
+            future.fail(error)
+        else:
+            future.succeed(value)
+
+    threading.Thread(target=run, name=f"mint-{name}", daemon=True).start()
+    return future
 
 
 def awaited(

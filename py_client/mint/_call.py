@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 5.0
-_LONGEST_S = 3600.0  # for work that ends with its connection
+LONGEST_S = 3600.0  # for work that ends with its connection
 _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
@@ -57,7 +57,7 @@ class Call(Generic[Q, R]):
         self._method = method
         self._ended = ended
         self._attaches = attaches
-        self._attempt_s = connection.settings.attempt_s if attaches else _LONGEST_S
+        self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
         self._rpc: Any = None
         self._cancelled = False
         self._backoffs = 0
@@ -88,7 +88,7 @@ class Call(Generic[Q, R]):
             return
         try:
             rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
-        except ValueError as error:
+        except Exception as error:
             self._not_sent(error)
             return
         self._rpc = rpc
@@ -104,7 +104,7 @@ class Call(Generic[Q, R]):
             )
         except grpc.RpcError as error:
             self._attempt_failed(failure_of(error))
-        except ValueError as error:
+        except Exception as error:
             self._not_sent(error)
         else:
             self._answered(answer)
@@ -119,9 +119,11 @@ class Call(Generic[Q, R]):
         self._connection.heard()
         self._ended(answer)
 
-    def _not_sent(self, error: ValueError) -> None:
-        """The channel is closed, or headers are not legal."""
-        self._fail(Failure(_Code.CANCELLED, str(error)))
+    def _not_sent(self, error: Exception) -> None:
+        """The channel is closed, or headers are not legal; anything else is a fault of ours, for
+        which nobody must wait in vain.
+        """
+        self._fail(Failure(_Code.CANCELLED, str(error) or repr(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
         delay_s = self._delay_s(failure)
@@ -140,7 +142,7 @@ class Call(Generic[Q, R]):
         """Seconds until the call is sent again; None: it is not."""
         if self._cancelled or self._connection.closed:
             return None
-        if self._is_silence(failure):
+        if is_silence(self._connection, failure):
             return self._delay_after_silence_s(failure)
         self._connection.heard()
         self._silent_since = None
@@ -151,14 +153,6 @@ class Call(Generic[Q, R]):
         if failure.code is _Code.RESOURCE_EXHAUSTED and failure.retry_after_s is not None:
             return max(failure.retry_after_s, _FIRST_BACKOFF_S)
         return None
-
-    def _is_silence(self, failure: Failure) -> bool:
-        """Whether nothing tells that the server is there. While it is, it answers the channel's
-        pings, and a call that takes long ends its attempt by the deadline."""
-        if failure.code is _Code.DEADLINE_EXCEEDED:
-            return not self._connection.contacted
-        broken = failure.code is _Code.INTERNAL and "RST_STREAM" in failure.message
-        return broken or failure.code in (_Code.UNAVAILABLE, _Code.CANCELLED)
 
     def _delay_after_silence_s(self, failure: Failure) -> float | None:
         if failure.reason:  # a server that is there and cannot work yet
@@ -171,9 +165,23 @@ class Call(Generic[Q, R]):
         return delay_s if time.monotonic() + delay_s < ends else None
 
     def _backoff_s(self) -> float:
-        longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0**self._backoffs)
         self._backoffs += 1
-        return longest * random.uniform(0.5, 1.0)
+        return backoff_s(self._backoffs)
+
+
+def is_silence(connection: Connection, failure: Failure) -> bool:
+    """Whether nothing tells that the server is there. While it is, it answers the channel's
+    pings, and a call that takes long ends its attempt by the deadline."""
+    if failure.code is _Code.DEADLINE_EXCEEDED:
+        return not connection.contacted
+    broken = failure.code is _Code.INTERNAL and "RST_STREAM" in failure.message
+    return broken or failure.code in (_Code.UNAVAILABLE, _Code.CANCELLED)
+
+
+def backoff_s(attempt: int) -> float:
+    """How long to wait after a number of attempts, from 1, that came to nothing."""
+    longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (attempt - 1))
+    return longest * random.uniform(0.5, 1.0)
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:

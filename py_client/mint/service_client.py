@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,7 @@ from mint._connection import Settings
 from mint._environment import DEFAULT_BASE_URL, read_environment
 from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._servers import Servers
+from mint._watch import RunWatch
 from mint.errors import InvalidInputError
 from mint.sampling_client import SamplingClient, refuse_retry_config
 from mint.training_client import TrainingClient
@@ -66,12 +68,16 @@ class ServiceClient:
         alpha: float = 32.0,
         use_rslora: bool = False,
         target_modules: Sequence[str] | None = None,
+        isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run with a fresh adapter.
 
         `base_model` left out: MINT_BASE_MODEL, else Qwen/Qwen3-0.6B if served, else the one that
         is. `rank` left out: MINT_LORA_RANK, else 16. `target_modules` names modules as PEFT does
-        and stands instead of the `train_*` switches.
+        and stands instead of the `train_*` switches. `isolated` runs share no pass with others and
+        use deterministic algorithms: slower, and bitwise repeatable on a GPU too. `retention` is
+        how long the run is kept after its last call; left out, as long as the server keeps runs.
         """
         config = types.LoraConfig(
             rank=self._environment.lora_rank if rank is None else rank,
@@ -84,21 +90,36 @@ class ServiceClient:
             target_modules=[] if target_modules is None else target_modules,  # type: ignore[arg-type]
         )
         request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=self._base_model(base_model), lora_config=config.to_proto()
+            base_model=self._base_model(base_model),
+            lora_config=config.to_proto(),
         )
-        return self._create(request, user_metadata)
+        return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state(
-        self, path: str, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer."""
-        return self._create_from(path, user_metadata, with_optimizer=False)
+        source = trainer_pb2.CheckpointSource(path=text(path, "path"))
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        isolated: bool = False,
+        retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
-        return self._create_from(path, user_metadata, with_optimizer=True)
+        source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
+        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        return self._create(request, user_metadata, isolated, retention)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:
         """Takes a run over; the client that used it before cannot use it any more.
@@ -147,6 +168,11 @@ class ServiceClient:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
         delete_run(self._servers.trainer, training_run_id, delete_checkpoints)
 
+    def watch_training_run(self, training_run_id: str) -> RunWatch:
+        """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
+        self._servers.capabilities(self._servers.trainer)
+        return RunWatch(self._servers.trainer, text(training_run_id, "training_run_id"))
+
     def close(self) -> None:
         """Closes the connections, also those of the clients made here. Calls without an answer
         fail; training calls that the server has accepted run on there."""
@@ -180,24 +206,28 @@ class ServiceClient:
         """The name to ask for; empty: what the server prefers."""
         return text(base_model or self._environment.base_model, "base_model")
 
-    def _create_from(
-        self, path: str, user_metadata: Mapping[str, str] | None, *, with_optimizer: bool
-    ) -> TrainingClient:
-        source = trainer_pb2.CheckpointSource(
-            path=text(path, "path"), with_optimizer=with_optimizer
-        )
-        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
-        return self._create(request, user_metadata)
-
     def _create(
         self,
         request: trainer_pb2.CreateTrainingRunRequest,
         user_metadata: Mapping[str, str] | None,
+        isolated: bool,
+        retention: timedelta | None,
     ) -> TrainingClient:
+        request.isolated = isolated
+        if retention is not None:
+            request.retention.FromTimedelta(_positive(retention, "retention"))
         self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
         return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+
+
+def _positive(duration: timedelta, field: str) -> timedelta:
+    if not isinstance(duration, timedelta) or duration <= timedelta(0):
+        raise InvalidInputError(
+            f"`{field}` is {duration!r}; give a positive datetime.timedelta", field=field
+        )
+    return duration
 
 
 def _timeout(timeout: float | None) -> float:

@@ -14,6 +14,7 @@ from mint._call import ask
 from mint._losses import set_loss
 from mint._run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._runs import open_run_again
+from mint._watch import RunWatch
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mint.sampling_client import SamplingClient, refuse_retry_config
@@ -188,6 +189,12 @@ class TrainingClient:
         """Returns a client of the revision at `model_path` that is now the newest."""
         refuse_retry_config(retry_config)
         return self._servers.create_sampling_client(model_path, None)
+
+    def watch(self) -> RunWatch:
+        """What happens to the run, as it happens: its state, its place in the queue, and how each
+        call ends, with its metrics. For `for` or `async for`; leave it with `close` or `with`.
+        """
+        return RunWatch(self._trainer, self.training_run_id)
 
     def get_info(self) -> types.GetInfoResponse:
         """What this client trains, as the server sees it now."""

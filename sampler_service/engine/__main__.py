@@ -38,7 +38,7 @@ def main() -> None:
     except Exception as error:
         pipe.fail(0, error)
         return
-    pipe.send(Hello(engine.description, engine.max_batch_tokens))
+    pipe.send(Hello(engine.description, engine.max_batch_tokens, engine.adapter_ranks))
     _serve(pipe, engine)
 
 

@@ -2,10 +2,16 @@
 
 from collections.abc import Mapping
 
+import psutil
+import torch
+
 from mint_core.errors import MintError
 from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
+from mint_core.lora.spec import stored_rank
 from mint_core.model.loading import LoadedBase
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent, DropAdapter, LoadAdapter
+
+MEMORY_SHARE = 0.2  # of what is free after loading
 
 
 class Adapters:
@@ -42,3 +48,16 @@ class Adapters:
                 f"the engine does not hold `{revision_path}`; send the call again",
                 revision_path=revision_path,
             )
+
+
+def affordable_ranks(base: LoadedBase, memory_bytes: int) -> int:
+    """The largest sum of stored ranks that memory for adapters holds; one adapter always fits."""
+    if not memory_bytes:
+        free = (
+            torch.cuda.mem_get_info(base.device)[0]
+            if base.device.type == "cuda"
+            else psutil.virtual_memory().available
+        )
+        memory_bytes = int(MEMORY_SHARE * free)
+    rank_bytes = 4 * sum(shape.in_features + shape.out_features for shape in base.shapes.values())
+    return max(memory_bytes // rank_bytes, stored_rank(base.description.max_lora_rank))

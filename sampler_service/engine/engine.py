@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.model.loading import LoadedBase, load_base
-from sampler_service.engine.adapters import Adapters
+from sampler_service.engine.adapters import Adapters, affordable_ranks
 from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
@@ -53,6 +53,7 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         shapes = layer_shapes(base)
+        self.adapter_ranks = affordable_ranks(base, config.adapter_memory_bytes)
         blocks = _blocks(config, base, affordable_tokens(shapes, base.device))
         self.description = _within(base.description, blocks * BLOCK_TOKENS)
         least = config.max_running_samples + CHUNK_TOKENS

@@ -41,8 +41,7 @@ def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> tuple[Tensor, Tens
     """The k likeliest tokens of each row and their logprobs, both [rows, k]."""
     ids, values = [], []
     for rows in piece.rows.split(TOP_ROWS):
-        logits = head.logits(hidden, [Piece(piece.segment, rows)])
-        top = logits.topk(k, dim=1)
-        ids.append(top.indices)
-        values.append(top.values - logits.logsumexp(1, keepdim=True))
+        top_ids, top_logprobs = head.likeliest(hidden, Piece(piece.segment, rows), k)
+        ids.append(top_ids)
+        values.append(top_logprobs)
     return torch.cat(ids), torch.cat(values)

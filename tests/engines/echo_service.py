@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 
+from mint_core.access import KeyRing
 from mint_core.engine_pipe import ModelDescription
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
@@ -43,7 +44,7 @@ def main() -> int:
         EchoServiceConfig, sys.argv[1:], program="echo_service", summary="Serves an echo."
     )
 
-    def build(metrics: Metrics) -> EchoService:
+    def build(metrics: Metrics, keys: KeyRing | None) -> EchoService:
         return EchoService(config)
 
     return run_service(config, "trainer", build)

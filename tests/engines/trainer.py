@@ -31,27 +31,29 @@ REFUSED_RATE = 13.0  # learning rate of a step that is refused
 def main() -> None:
     pipe, _ = connect()
     pipe.send(Hello(MODEL, MAX_BATCH_TOKENS))
-    plans = 0
+    plans = jobs = 0
     while (call := pipe.receive()) is not None:
+        jobs += isinstance(call.job, Plan | StepRows)
         if isinstance(call.job, Plan):
             plans += 1
             if any(tile.sequence == DIE for tile in call.job.tiles):
                 os._exit(3)
             if any(tile.sequence == WAIT for tile in call.job.tiles):
                 pipe.send(Reply(pipe.receive().number, None))
-        pipe.send(Reply(call.number, answer(call.job, plans)))
+        pipe.send(Reply(call.number, answer(call.job, plans, jobs)))
 
 
-def answer(job: object, plans: int) -> object:
+def answer(job: object, plans: int, jobs: int) -> object:
+    """`jobs` counts plans and optimizer steps; a step tells it as its norm."""
     match job:
         case Plan(tiles):
-            return tuple(tile_result(tile, plans) for tile in tiles)
+            return tuple(tile_result(tile, plans, jobs) for tile in tiles)
         case StepRows(steps):
             error = FailedPrecondition("no")
             return tuple(
                 StepResult(
                     step=len(steps),
-                    grad_norm=1.0,
+                    grad_norm=float(jobs),
                     error=error if step.adam_params.learning_rate == REFUSED_RATE else None,
                 )
                 for step in steps
@@ -62,9 +64,9 @@ def answer(job: object, plans: int) -> object:
     return None
 
 
-def tile_result(tile: Tile, plans: int) -> TileResult:
+def tile_result(tile: Tile, plans: int, jobs: int) -> TileResult:
     logprobs = tuple(document.tokens.astype(np.float32) for document in tile.documents)
-    return TileResult(logprobs=logprobs, metrics={"plan:max": plans})
+    return TileResult(logprobs=logprobs, metrics={"plan:max": plans, "job:max": jobs})
 
 
 if __name__ == "__main__":

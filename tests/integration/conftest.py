@@ -1,6 +1,7 @@
-"""A real trainer, called over the bare stubs."""
+"""A real trainer, called over the bare stubs; and servers without an engine."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from mint_core.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
+from tests.hosted import Served, serving
 from tests.servers import RunningService, running_trainer
 from tests.trainer_rpc import RawRun, create
 
@@ -66,3 +68,15 @@ def trainer_stub(trainer: RunningService) -> Iterator[trainer_pb2_grpc.TrainerSe
 def run(trainer_stub: trainer_pb2_grpc.TrainerServiceStub) -> RawRun:
     """A new run of rank 4."""
     return create(trainer_stub)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving() as host:
+        yield host
+
+
+@pytest.fixture
+def call_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, logger="mint.calls"):
+        yield caplog

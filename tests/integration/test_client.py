@@ -1,6 +1,7 @@
 """The client's verbs against real services: names of all kinds, runs as a user manages them."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
@@ -24,6 +25,42 @@ def run(service: mint.ServiceClient) -> mint.TrainingClient:
 def logprobs(run: mint.TrainingClient) -> list[float]:
     output = run.forward(batch()).result(LIMIT_S)
     return [float(value) for value in output.loss_fn_outputs[0]["logprobs"].tolist()]
+
+
+def test_a_run_is_kept_as_long_as_it_was_asked_for(service: mint.ServiceClient) -> None:
+    assert "retention" in service.get_server_capabilities().features
+    run = service.create_lora_training_client(rank=8, retention=timedelta(hours=1))
+    path = run.save_state("kept").result(LIMIT_S).path
+    service.create_training_client_from_state(path, retention=timedelta(seconds=90))
+    too_long = timedelta(days=10**5)  # the server refuses it, so it has read it
+    with pytest.raises(mint.APIError, match="`retention` is"):
+        service.create_lora_training_client(retention=too_long)
+    with pytest.raises(mint.APIError, match="`retention` is"):
+        service.create_training_client_from_state(path, retention=too_long)
+
+    for wrong in (timedelta(0), 5):
+        with pytest.raises(mint.InvalidInputError, match="positive datetime"):
+            service.create_lora_training_client(retention=wrong)  # type: ignore[arg-type]
+
+
+def test_an_isolated_run_says_so_and_computes_the_same(
+    service: mint.ServiceClient, run: mint.TrainingClient
+) -> None:
+    assert "isolated" in service.get_server_capabilities().features
+    isolated = service.create_lora_training_client(rank=8, seed=1, isolated=True)
+    for each in (run, isolated):
+        each.forward_backward(batch())
+        each.optim_step(types.AdamParams(learning_rate=1e-2)).result(LIMIT_S)
+    assert logprobs(isolated) == logprobs(run)
+    path = isolated.save_state("isolated").result(LIMIT_S).path
+    for make in (
+        service.create_training_client_from_state,
+        service.create_training_client_from_state_with_optimizer,
+    ):
+        continued = make(path, isolated=True)
+        assert service.get_training_run(continued.training_run_id).isolated
+    assert service.get_training_run(isolated.training_run_id).isolated
+    assert not service.get_training_run(run.training_run_id).isolated
 
 
 async def test_a_loop_of_async_names(service: mint.ServiceClient) -> None:

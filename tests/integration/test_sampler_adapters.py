@@ -10,7 +10,18 @@ from mint_core.access import make_key
 from mint_core.lora.bank import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
-from tests.samplers import DEADLINE_S, Sampler, connected, refusal, sample_request, tokens_of
+from tests.engines_in_process import random_arrays
+from tests.samplers import (
+    DEADLINE_S,
+    HEAD,
+    HIDDEN,
+    VOCABULARY,
+    Sampler,
+    connected,
+    refusal,
+    sample_request,
+    tokens_of,
+)
 from tests.servers import running_sampler
 
 
@@ -47,6 +58,32 @@ def test_more_adapters_than_places_take_turns(sampler: Sampler) -> None:
         for path in paths * 3
     ]
     assert [tokens_of(call.result()) for call in calls] == first * 3
+
+
+def test_adapters_that_do_not_fit_in_memory_together_take_turns(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    flags = {"base_model_name": "tiny", "adapter_memory_mib": 1, "max_lora_rank": 64}
+    with (
+        running_sampler(qwen3_folder, tmp_path, **flags) as service,
+        connected(service, tmp_path) as sampler,
+    ):
+        spec = AdapterSpec(rank=64, alpha=32, use_rslora=False, seed=0, modules=(HEAD,))
+        arrays = initial_arrays(spec, {HEAD: LinearShape(HIDDEN, VOCABULARY)})
+        paths = [  # of which memory holds 99 ranks
+            sampler.publish(f"r-{seed}", seed=seed, spec=spec, weights=random_arrays(arrays, seed))
+            for seed in range(3)
+        ]
+        paths += [sampler.publish(f"r-small-{seed}", seed=seed) for seed in range(3)]
+        first = [tokens_of(sampler.sample(model_path=path)) for path in paths]
+        assert len(set(map(str, first))) > 3
+        calls = [
+            sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
+            for path in paths * 3
+        ]
+        assert [tokens_of(call.result()) for call in calls] == first * 3
+        log = service.log_text()
+    assert log.count("adapter loaded path=mint://r-") - log.count("adapter dropped") <= 4
 
 
 def test_a_name_means_its_newest_revision_and_a_revision_stays(sampler: Sampler) -> None:

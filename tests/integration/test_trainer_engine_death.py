@@ -55,8 +55,7 @@ def test_a_killed_engine_is_reported_and_replaced(
     kill_engine(service, signal.SIGSTOP)
     under_way = run.start(run.forward_backward(*[datum([3, 4, 5])] * 3))
     queued = run.start(run.optim_step())
-    while run.describe().next_sequence < 5:  # until both are accepted
-        pass
+    run.wait_until_accepted(4)
 
     kill_engine(service)
 

@@ -92,8 +92,7 @@ def test_a_gap_is_aborted_naming_the_missing_number(run: RawRun) -> None:
 def test_a_call_goes_on_when_its_connection_drops(run: RawRun) -> None:
     request = run.forward_backward(*[datum(list(range(3, 200)))] * 20)
     sent = run.start(request)
-    while run.describe().next_sequence == 1:  # until it has been accepted
-        pass
+    run.wait_until_accepted(1)
     sent.cancel()
 
     assert len(run.send(request).outputs) == 20
@@ -147,8 +146,7 @@ def open_run(run: RawRun, request_id: str = "") -> trainer_pb2.OpenTrainingRunRe
 def test_opening_takes_a_run_over(run: RawRun) -> None:
     run.send(run.forward_backward())
     early = run.start(run.forward_backward(sequence=9))
-    while run.describe().next_sequence == 1:
-        pass
+    run.wait_until_accepted(1)
 
     opened = open_run(run)
 
@@ -164,20 +162,19 @@ def test_opening_takes_a_run_over(run: RawRun) -> None:
 
 
 def test_opening_waits_for_accepted_calls(run: RawRun) -> None:
-    run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
-    while run.describe().next_sequence == 1:
-        pass
+    under_way = run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
+    run.wait_until_accepted(1)
 
     opened = open_run(run)
 
     assert opened.gradient_pending
     assert opened.backward_count == 1
+    assert len(under_way.result().outputs) == 20
 
 
 def test_openings_at_the_same_time_give_different_epochs(run: RawRun) -> None:
-    run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
-    while run.describe().next_sequence == 1:
-        pass
+    under_way = run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
+    run.wait_until_accepted(1)
     open_async = run.stub.OpenTrainingRun.future
 
     answers = [
@@ -188,6 +185,7 @@ def test_openings_at_the_same_time_give_different_epochs(run: RawRun) -> None:
     ]
 
     assert sorted(answer.result().writer_epoch for answer in answers) == [2, 3, 4]
+    assert len(under_way.result().outputs) == 20
 
 
 def test_the_same_open_twice_is_one(run: RawRun) -> None:

@@ -4,7 +4,6 @@ import uuid
 
 import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
 from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 from tests.integration.conftest import KeyedTrainer
@@ -187,9 +186,6 @@ def test_what_is_still_to_come_says_so(run: RawRun, trainer: RunningService) -> 
         pb2 = checkpoint_pb2
         path = {"path": "mint://run-1/weights/a"}
         answers = [
-            lambda: run.stub.CreateTrainingRun(create_request(isolated=True)),
-            lambda: run.stub.CreateTrainingRun(create_request(retention=Duration(seconds=9))),
-            lambda: list(run.stub.WatchTrainingRun(trainer_pb2.WatchTrainingRunRequest())),
             lambda: checkpoints.ListCheckpoints(pb2.ListCheckpointsRequest()),
             lambda: checkpoints.GetCheckpoint(pb2.GetCheckpointRequest(**path)),
             lambda: checkpoints.UpdateCheckpoint(pb2.UpdateCheckpointRequest(**path)),

@@ -1,6 +1,7 @@
 """A run's numbers do not depend on who else is in the pass: bitwise on CPU (design section 11)."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.attention import PackedAttention
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
-from trainer_service.engine.engine import Engine
+from tests.models import tiny_gemma2, tiny_gemma3, tiny_mistral, tiny_phi3
+from trainer_service.engine.engine import Engine, _deterministic
 from trainer_service.jobs import (
     AdamParams,
     Cispo,
@@ -83,6 +85,24 @@ def test_five_runs_fused_equal_each_alone(engine: Engine) -> None:
         assert equal(alone.export(), fused[i].export()), request
 
 
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_gemma2, tiny_gemma3, tiny_phi3])
+def test_windows_caps_and_fused_projections_know_no_neighbours(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    engine = make_engine(make(tmp_path))
+    runs = [EngineRun(engine, f"run{i}", REQUESTS[i], random=i) for i in range(3)]
+    tiles = [run.tile(make_documents(i, (3, 40)), LOSSES[i]) for i, run in enumerate(runs)]
+    fused = run_plan(engine, *tiles)
+    for run in runs:
+        run.step(AdamParams())
+    for i, (tile, together) in enumerate(zip(tiles, fused, strict=True)):
+        alone = EngineRun(engine, f"alone{i}", REQUESTS[i], random=i)
+        result = alone.compute(dataclasses.replace(tile, training_run_id=alone.name))
+        assert result.metrics == together.metrics
+        alone.step(AdamParams())
+        assert equal(alone.export(), runs[i].export())
+
+
 def test_a_forward_only_tile_changes_no_gradient_and_gets_the_same_logprobs(
     engine: Engine,
 ) -> None:
@@ -99,6 +119,29 @@ def test_a_forward_only_tile_changes_no_gradient_and_gets_the_same_logprobs(
     assert all(np.array_equal(a, b) for a, b in zip(fused[0].logprobs, alone.logprobs, strict=True))
     assert watched.step(AdamParams()).grad_norm == 0.0
     assert equal(watched.export(), before)
+
+
+def test_an_isolated_pass_has_the_same_bits_and_leaves_torch_as_it_was(engine: Engine) -> None:
+    documents = make_documents(9, (12, 3))
+    exports = []
+    for isolated in (False, True):
+        run = EngineRun(engine, f"isolated{isolated}", REQUESTS[1], random=1)
+        run.compute(run.tile(documents, CrossEntropy(), isolated=isolated))
+        run.step(AdamParams())
+        exports.append(run.export())
+    assert equal(*exports)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_algorithms_end_with_the_pass_however_it_ends() -> None:
+    @_deterministic(True)
+    def fail() -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_neighbour_full_of_nan_touches_nobody(engine: Engine) -> None:

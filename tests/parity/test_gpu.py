@@ -9,7 +9,7 @@ import torch
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, make_documents, make_engine
-from trainer_service.jobs import AdamParams, CrossEntropy
+from trainer_service.jobs import AdamParams, CrossEntropy, RowArrays
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,3 +33,49 @@ def test_gpu_gradients_and_steps_are_near_the_cpus(
     for cpu, gpu in (gradients, exports):
         for name, expected in cpu.items():
             assert np.linalg.norm(gpu[name] - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def test_an_isolated_run_repeats_bitwise_beside_whatever_else_runs(qwen3_folder: Path) -> None:
+    engine = make_engine(qwen3_folder, device="cuda", dtype="bfloat16")
+    exports: list[RowArrays] = []
+    for attempt in range(2):
+        run = EngineRun(engine, f"run{attempt}", LoraRequest(rank=8, seed=1), random=2)
+        other = EngineRun(engine, f"other{attempt}", LoraRequest(rank=16, seed=2), random=3)
+        for step in range(3):
+            documents = make_documents(step, (40 + attempt, 1200))
+            other.compute(other.tile(documents, CrossEntropy()))
+            run.compute(
+                run.tile(make_documents(step, (300, 17, 1100)), CrossEntropy(), isolated=True)
+            )
+            run.step(AdamParams(learning_rate=1e-2))
+        exports.append(run.export())
+    for name, expected in exports[0].weights.items():
+        assert np.array_equal(exports[1].weights[name], expected)
+
+
+def test_rows_that_leave_the_gpu_come_back_as_they_were(qwen3_folder: Path) -> None:
+    """Through host memory, which holds two of the rows, and files. Has not run yet."""
+    names = [f"r{i}" for i in range(5)]
+    part_bytes = 4 * 8 * 2624
+    ends: list[list[RowArrays]] = []
+    for limit in (0, 4 * part_bytes):
+        engine = make_engine(
+            qwen3_folder,
+            device="cuda",
+            dtype="float32",
+            row_memory_bytes=limit,
+            host_row_memory_bytes=2 * 4 * part_bytes,
+        )
+        runs = [EngineRun(engine, n, LoraRequest(rank=8, seed=1), random=2) for n in names]
+        for step in range(3):  # one run at a time: what shares a pass differs in the last bits
+            for run in runs:
+                run.compute(run.tile(make_documents(step, (9, 4)), CrossEntropy()))
+            for run in runs:
+                run.step(AdamParams(learning_rate=1e-3))
+        counts = engine.row_counts()
+        assert (counts.host, counts.disk) == ((2, 2) if limit else (0, 0))
+        ends.append([run.export() for run in runs])
+    for ours, theirs in zip(*ends, strict=True):
+        for name, expected in theirs.weights.items():
+            # The kernels themselves may add in another order from one run to the next.
+            np.testing.assert_allclose(ours.weights[name], expected, rtol=1e-5, atol=1e-6)

@@ -87,7 +87,7 @@ def test_chunked_scores_and_gradients_equal_full_ones(
     weighted: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(base.head, "_chunk_rows", chunk_rows)
+    monkeypatch.setattr(base.head, "chunk_rows", chunk_rows)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
     upstream = [torch.linspace(-1, 2, len(t)) for t in targets]
@@ -136,7 +136,7 @@ def test_where_no_loss_has_a_slope_there_is_no_gradient(
 def test_a_segments_scores_do_not_depend_on_its_neighbours(
     base: LoadedBase, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base.head, "_chunk_rows", 16)
+    monkeypatch.setattr(base.head, "chunk_rows", 16)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
     together = base.head.logprobs(hidden, pieces, targets)

@@ -4,7 +4,7 @@ gone.
 
 import logging
 
-from mint_core.engine_pipe import EnginePipe, Hello, Reply, connect
+from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import EngineConfig
 
@@ -16,20 +16,24 @@ def main() -> None:
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     try:
-        engine = Engine(config)
+        engine = Engine(config, progress=lambda: pipe.send(Heartbeat()))
     except Exception as error:
         pipe.fail(0, error)
         return
-    pipe.send(Hello(engine.base.description, engine.max_batch_tokens))
+    pipe.send(Hello(engine.description, engine.max_batch_tokens))
     _serve(pipe, engine)
 
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
+    told = None
     while (call := pipe.receive()) is not None:
         try:
             pipe.send(Reply(call.number, engine.run(call.job)))
         except Exception as error:
             pipe.fail(call.number, error)
+        if (counts := engine.row_counts()) != told:
+            pipe.send(Report(counts))
+            told = counts
 
 
 if __name__ == "__main__":

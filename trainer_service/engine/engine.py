@@ -1,20 +1,32 @@
 """The engine: rows of adapters on one base model, and the jobs done on them."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import EngineFault, InvalidRequest, MintError
-from mint_core.lora.bank import TRAINING_PARTS, AdapterRow, Part
+from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_row
 from trainer_service.engine.packing import pack
+from trainer_service.engine.row_files import RowFiles
+from trainer_service.engine.rows import (
+    Rows,
+    Span,
+    Want,
+    device_limit_bytes,
+    host_limit_bytes,
+)
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.jobs import (
     ClearGradient,
@@ -25,35 +37,30 @@ from trainer_service.jobs import (
     LoadRow,
     Plan,
     RowArrays,
+    RowCounts,
     RowDescription,
     StepResult,
     StepRow,
     StepRows,
+    Tile,
     TileResult,
 )
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.25  # of what is free after loading, for the activations of one pass
-LEAST_BATCH_TOKENS = 256
-# A pass is what a small request of another run waits for at most, and a CPU's matrix products are
-# at full speed long before an accelerator's.
-MOST_BATCH_TOKENS_CPU = 1024
-MOST_BATCH_TOKENS = 16_384
-
-
-@dataclass(slots=True)
-class TrainedRow:
-    """A run's row and how many steps it has taken."""
-
-    row: AdapterRow
-    step: int = 0
+MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
 
 
 class Engine:
     """Holds the rows of all runs. One thread; `run` does one job at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[], None] = lambda: None,  # called now and then during long jobs
+    ) -> None:
+        # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.base: LoadedBase = load_base(
             config.base_model,
             name=config.base_model_name,
@@ -63,8 +70,17 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
-        self._rows: dict[str, TrainedRow] = {}
-        self.max_batch_tokens = config.max_batch_tokens or affordable_tokens(self.base)
+        device = self.base.device
+        self._rows = Rows(
+            config.row_memory_bytes or device_limit_bytes(device),
+            host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
+            files=RowFiles(Path(config.row_folder)),
+            progress=progress,
+        )
+        memory = measure(self.base, config.max_lora_rank)
+        self.lengths = lengths(memory, budget_bytes(device), device.type)
+        self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
+        self.description = _within(self.base.description, self.lengths.document_tokens)
         self._handlers: Mapping[type, Callable[[Any], object]] = {
             Plan: self._plan,
             StepRows: self._step,
@@ -79,11 +95,37 @@ class Engine:
         """Does a job and returns its answer; see trainer_service.jobs."""
         return self._handlers[type(job)](job)
 
+    def row_counts(self) -> RowCounts:
+        return self._rows.counts()
+
     def _plan(self, plan: Plan) -> tuple[TileResult, ...]:
-        rows = {tile.training_run_id: self._rows[tile.training_run_id].row for tile in plan.tiles}
-        packed = pack(plan.tiles, rows, self.base.device)
+        wants = [
+            Want(tile.training_run_id, frozenset({Part.GRADIENT} if tile.backward else ()))
+            for tile in plan.tiles
+        ]
+        results: list[TileResult] = []
+        for span in self._rows.page_in(wants):
+            results += self._span(plan.tiles[span.start : span.stop], span)
+        return tuple(results)
+
+    def _span(self, tiles: Sequence[Tile], span: Span) -> list[TileResult]:
+        """A pass over those tiles whose rows are on the device."""
+        present = [tile for tile in tiles if tile.training_run_id not in span.refused]
+        passed = iter(self._pass(present) if present else ())
+        refused = {run: TileResult(error=error) for run, error in span.refused.items()}
+        return [refused.get(tile.training_run_id) or next(passed) for tile in tiles]
+
+    def _pass(self, tiles: Sequence[Tile]) -> tuple[TileResult, ...]:
+        rows = {}
+        for tile in tiles:
+            trained = self._rows[tile.training_run_id]
+            trained.gradient_pending |= tile.backward
+            rows[tile.training_run_id] = trained.row
+        packed = pack(tiles, rows, self.base.device)
+        self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
         try:
-            return run_pass(self.base, packed)
+            with _deterministic(any(tile.isolated for tile in tiles)):
+                return run_pass(self.base, packed)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -92,29 +134,36 @@ class Engine:
                 f"the engine ran out of memory on a batch of {len(packed.tokens)} tokens; "
                 "send shorter sequences, or start the trainer with a smaller --max-batch-tokens"
             )
-            return tuple(TileResult(error=fault) for _ in plan.tiles)
+            return tuple(TileResult(error=fault) for _ in tiles)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
-        return tuple(self._step_one(step) for step in job.steps)
+        wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
+        results = []
+        for span in self._rows.page_in(wants):
+            for step in job.steps[span.start : span.stop]:
+                results.append(self._step_one(step, span.refused.get(step.training_run_id)))
+        return tuple(results)
 
-    def _step_one(self, job: StepRow) -> StepResult:
+    def _step_one(self, job: StepRow, refusal: MintError | None) -> StepResult:
         trained = self._rows[job.training_run_id]
+        if refusal is not None:
+            trained.clear_gradient()
+            return StepResult(step=trained.step, grad_norm=0.0, error=refusal)
         result = step_row(trained.row, trained.step, job.adam_params)
         trained.step = result.step
+        trained.gradient_pending = False
         return result
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec = self._resolve(job.request)
-        row = self._bank.add(spec)
-        trained = TrainedRow(row)
+        trained = self._rows.add(job.training_run_id, self._bank.add(spec))
         try:
             start = job.start or RowArrays(weights=initial_arrays(spec, self.base.shapes))
-            _fill(trained, start)
+            self._fill(job.training_run_id, start)
         except MintError:
-            self._bank.remove(row)
+            self._rows.remove(job.training_run_id)
             raise
-        self._rows[job.training_run_id] = trained
-        return RowDescription(spec=spec, trainable_parameter_count=row.parameter_count())
+        return RowDescription(spec=spec, trainable_parameter_count=trained.row.parameter_count())
 
     def _resolve(self, request: LoraRequest | AdapterSpec) -> AdapterSpec:
         if isinstance(request, AdapterSpec):
@@ -122,15 +171,13 @@ class Engine:
         return resolve(request, self.base.description.linear_modules)
 
     def _drop(self, job: DropRow) -> None:
-        trained = self._rows.pop(job.training_run_id, None)
-        if trained is not None:
-            self._bank.remove(trained.row)
+        self._rows.remove(job.training_run_id)
 
     def _clear(self, job: ClearGradient) -> None:
-        self._rows[job.training_run_id].row.part(Part.GRADIENT).zero_()
+        self._rows[job.training_run_id].clear_gradient()
 
     def _export(self, job: ExportRow) -> RowArrays:
-        trained = self._rows[job.training_run_id]
+        trained = self._rows.here(job.training_run_id)
         weights = trained.row.export(Part.WEIGHTS)
         if not job.with_optimizer:
             return RowArrays(weights=weights, step=trained.step)
@@ -142,48 +189,50 @@ class Engine:
         )
 
     def _load(self, job: LoadRow) -> None:
-        trained = self._rows[job.training_run_id]
-        trained.row.part(Part.GRADIENT).zero_()
-        _fill(trained, job.start)
+        # First: the front counts on it whatever becomes of the load.
+        self._rows[job.training_run_id].clear_gradient()
+        self._fill(job.training_run_id, job.start)
+
+    def _fill(self, training_run_id: str, start: RowArrays) -> None:
+        if (start.exp_avg is None) != (start.exp_avg_sq is None):
+            raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
+        trained = self._rows.here(training_run_id, *(MOMENTS if start.exp_avg else ()))
+        row = trained.row
+        row.load(Part.WEIGHTS, start.weights)
+        if start.exp_avg is None or start.exp_avg_sq is None:
+            for part in MOMENTS:
+                row.free(part)
+            trained.step = 0
+        else:
+            row.load(Part.EXP_AVG, start.exp_avg)
+            row.load(Part.EXP_AVG_SQ, start.exp_avg_sq)
+            trained.step = start.step
 
 
-def _fill(trained: TrainedRow, start: RowArrays) -> None:
-    row = trained.row
-    if (start.exp_avg is None) != (start.exp_avg_sq is None):
-        raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
-    row.load(Part.WEIGHTS, start.weights)
-    if start.exp_avg is None or start.exp_avg_sq is None:
-        row.part(Part.EXP_AVG).zero_()
-        row.part(Part.EXP_AVG_SQ).zero_()
-        trained.step = 0
-    else:
-        row.load(Part.EXP_AVG, start.exp_avg)
-        row.load(Part.EXP_AVG_SQ, start.exp_avg_sq)
-        trained.step = start.step
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Lets torch run deterministic algorithms alone; an operation that has none raises."""
+    # It would fill memory that is written anyway, to make reads of what was never written repeat.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _within(model: ModelDescription, document_tokens: int) -> ModelDescription:
+    """The model with the context that memory holds."""
+    if document_tokens >= model.context_length:
+        return model
+    logger.warning(
+        "memory holds %d tokens of one sequence, the model's context is %d",
+        document_tokens,
+        model.context_length,
+    )
+    return replace(model, context_length=document_tokens, memory_bound=True)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed. The CPU's allocator has no exception class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def affordable_tokens(base: LoadedBase) -> int:
-    """How many tokens one pass may hold: a share of free memory over what a token's activations
-    take.
-
-    Per layer a pass keeps about six hidden-size vectors and the inputs and outputs of each linear
-    layer. Rounded down to a power of two: requests are cut by it, and should be cut alike after a
-    restart that finds a little more or less memory free.
-    """
-    hidden_size: int = base.model.config.hidden_size  # type: ignore[union-attr,assignment]
-    layers: int = base.model.config.num_hidden_layers  # type: ignore[union-attr,assignment]
-    linear = sum(s.in_features + s.out_features for n, s in base.shapes.items() if n != "lm_head")
-    per_token_bytes = (layers * 6 * hidden_size + linear) * base.dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info(base.device)[0]
-        if base.device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    affordable = max(LEAST_BATCH_TOKENS, int(MEMORY_SHARE * free / per_token_bytes))
-    most = MOST_BATCH_TOKENS_CPU if base.device.type == "cpu" else MOST_BATCH_TOKENS
-    return min(most, 1 << (affordable.bit_length() - 1))

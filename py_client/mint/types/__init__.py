@@ -24,6 +24,7 @@ from mint.types.responses import (
     SupportedModel,
     TrainingRun,
 )
+from mint.types.run_events import CallOutcome, QueueProgress, RunEvent
 from mint.types.samples import SampledSequence, SampleResponse, StopReason, Topk
 from mint.types.tensor_data import TensorData, TensorDtype
 
@@ -32,6 +33,7 @@ ModelID = str
 
 __all__ = [
     "AdamParams",
+    "CallOutcome",
     "Datum",
     "DiscardGradientResponse",
     "EncodedTextChunk",
@@ -50,6 +52,8 @@ __all__ = [
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "QueueProgress",
+    "RunEvent",
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",

@@ -116,6 +116,7 @@ class TrainingRun:
     state_message: str
     trainable_parameter_count: int
     trained_modules: list[str]
+    isolated: bool
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
@@ -125,8 +126,8 @@ class TrainingRun:
             base_fingerprint=message.base_fingerprint,
             lora_config=LoraConfig.from_proto(message.lora_config),
             metadata=dict(message.metadata),
-            create_time=_time(message.create_time),
-            update_time=_time(message.update_time),
+            create_time=time_of(message.create_time),
+            update_time=time_of(message.update_time),
             step=message.step,
             next_sequence=message.next_sequence,
             gradient_pending=message.gradient_pending,
@@ -134,6 +135,7 @@ class TrainingRun:
             state_message=message.state_message,
             trainable_parameter_count=message.trainable_parameter_count,
             trained_modules=list(message.trained_modules),
+            isolated=message.isolated,
         )
 
     @property
@@ -260,7 +262,7 @@ class GetServerCapabilitiesResponse:
         )
 
 
-def _time(stamp: Timestamp) -> datetime:
+def time_of(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(tzinfo=UTC)
 
 

@@ -63,6 +63,10 @@ class Script:
     executed: list[tuple[int, str]] = field(default_factory=list)  # (sequence, method), in order
     requests: dict[int, Any] = field(default_factory=dict)
     opened: int = 0
+    # Streams of WatchTrainingRun: events, then a fault or None (it ends); the last one stays open.
+    watches: list[tuple[list[Any], Fault | None]] = field(default_factory=list)
+    watched: int = 0
+    watch_left: threading.Event = field(default_factory=threading.Event)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -101,6 +105,20 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     def GetTrainingRun(self, request: Any, context: Any) -> Any:
         run = self._run("base", {}, types_pb2.LoraConfig(rank=16))
         return trainer_pb2.GetTrainingRunResponse(training_run=run)
+
+    def WatchTrainingRun(self, request: Any, context: Any) -> Iterator[Any]:
+        script = self._script
+        assert request.training_run_id == RUN
+        script.watched += 1
+        if not script.watches:
+            context.add_callback(script.watch_left.set)
+            yield trainer_pb2.WatchTrainingRunResponse(queue_progress={"waiting_calls": 99})
+            script.watch_left.wait(WAIT_S)
+            return
+        events, fault = script.watches.pop(0)
+        yield from events
+        if fault is not None:
+            refuse(context, fault)
 
     def Forward(self, request: Any, context: Any) -> Any:
         return self._serve(request, context, "Forward", trainer_pb2.ForwardResponse)
@@ -257,6 +275,7 @@ def running(
         for gate in script.gates.values():
             gate.set()
         sampler.cancelled.set()
+        script.watch_left.set()
         server.stop(0).wait(WAIT_S)
 
 

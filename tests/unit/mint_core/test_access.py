@@ -88,11 +88,46 @@ def test_a_broken_or_missing_file_keeps_the_keys_and_is_logged_once(
     assert ring.tenant_of(bob) == "bob"
 
 
-@pytest.mark.parametrize("text", ["abc alice", "0" * 64, "0" * 64 + " al/ice", "G" * 64 + " alice"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "abc alice",
+        "0" * 64,
+        "0" * 64 + " al/ice",
+        "G" * 64 + " alice",
+        *("0" * 64 + f" alice {weight}" for weight in ("x", "0", "-1", "nan", "1e1", "101", "1 1")),
+    ],
+)
 def test_a_bad_line_is_named_at_start(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# keys\n{text}\n")
     with pytest.raises(FailedPrecondition, match="bad line 2; a line is"):
+        KeyRing(file)
+
+
+def test_a_number_after_the_tenant_is_its_weight(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    keys = [make_key(tenant, file) for tenant in ("alice", "alice", "bob")]
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1] + " 2.5", lines[2]]))
+    ring = KeyRing(file)
+
+    assert [ring.tenant_of(key) for key in keys] == ["alice", "alice", "bob"]
+    assert [ring.weight_of(tenant) for tenant in ("alice", "bob", "nobody")] == [2.5, 1, 1]
+
+    make_key("alice", file)  # the weight stays, and the file is read again
+    file.write_text(file.read_text().replace(" 2.5", " 0.5"))
+    assert ring.tenant_of(keys[0]) == "alice"
+    assert ring.weight_of("alice") == 0.5
+
+
+def test_two_weights_of_a_tenant_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{'0' * 64} alice 2\n{'1' * 64} alice 2\n")
+    assert KeyRing(file).weight_of("alice") == 2
+
+    file.write_text(f"{'0' * 64} alice 2\n{'1' * 64} alice 3\n")
+    with pytest.raises(FailedPrecondition, match="tenant alice another weight in line 2"):
         KeyRing(file)
 
 

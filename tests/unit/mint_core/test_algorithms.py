@@ -36,7 +36,7 @@ class Case:
     def _row(self, rank: int, generator: torch.Generator) -> AdapterRow:
         spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=(MODULE,))
         row = self.bank.add(spec)
-        for matrix in row._trimmed(Part.WEIGHTS, MODULE):
+        for matrix in row._trim(*row.views(Part.WEIGHTS, MODULE)):
             matrix.copy_(torch.randn(matrix.shape, generator=generator))
         return row
 

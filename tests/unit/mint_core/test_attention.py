@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mint_core.model.attention import LONG_DOCUMENT_TOKENS, PackedAttention, group_documents
-from mint_core.model.attention_kernels import SOFTCAP_QUERIES, Scores, causal_attention
+from mint_core.model.attention_kernels import (
+    MOST_BLOCK_QUERIES,
+    Scores,
+    causal_attention,
+    long_causal_attention,
+    varlen_attention,
+)
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 KINDS = [
@@ -69,10 +75,10 @@ def test_neighbours_of_one_length_are_each_what_it_is_alone(scores: Scores) -> N
             assert torch.equal(ours[:, start:stop], theirs)
 
 
-@pytest.mark.parametrize("scores", KINDS[2:], ids=str)
-def test_softcapped_blocks_and_their_gradients_are_the_formula(scores: Scores) -> None:
-    parts = [part.requires_grad_() for part in projections(SOFTCAP_QUERIES + 90)]
-    upstream = torch.randn(HEADS, SOFTCAP_QUERIES + 90, SIZE)
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_blocks_of_queries_and_their_gradients_are_the_formula(scores: Scores) -> None:
+    parts = [part.requires_grad_() for part in projections(MOST_BLOCK_QUERIES + 90)]
+    upstream = torch.randn(HEADS, MOST_BLOCK_QUERIES + 90, SIZE)
     gradients = [
         torch.autograd.grad((function(*parts, scores) * upstream).sum(), parts)
         for function in (causal_attention, by_the_book)
@@ -100,6 +106,23 @@ def test_groups_hold_every_document_once_and_long_ones_alone(
     assert [s for g in groups for s in itertools.pairwise(g)] == list(itertools.pairwise(bounds))
     for group in groups:
         assert len(group) == 2 or all(b - a < long_tokens for a, b in itertools.pairwise(group))
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+def test_a_long_document_gets_the_same_from_whatever_kernel_is_preferred(scores: Scores) -> None:
+    parts = projections(40)
+    assert torch.equal(long_causal_attention(*parts, scores), causal_attention(*parts, scores))
+
+
+@pytest.mark.parametrize("scores", KINDS[:2], ids=str)
+def test_the_kernel_for_many_documents_takes_what_it_is_given(scores: Scores) -> None:
+    """Shapes alone: on the meta device nothing is computed."""
+    parts = [part.to("meta", torch.bfloat16).requires_grad_() for part in projections(40)]
+    bounds = torch.tensor([0, 10, 40], dtype=torch.int32, device="meta")
+    output = varlen_attention(*parts, bounds, 30, scores)
+    output.sum().backward()
+    assert output.shape == parts[0].shape
+    assert [part.grad is not None for part in parts] == [True] * 3
 
 
 @pytest.mark.gpu

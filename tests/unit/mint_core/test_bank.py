@@ -1,4 +1,4 @@
-"""Rows of the adapter bank: padding, growth, what may be loaded."""
+"""Rows of the adapter bank: padding, memory, what may be loaded."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def make_arrays(spec: AdapterSpec, seed: int) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def test_what_was_loaded_is_exported_though_the_bank_grew_meanwhile() -> None:
+def test_what_was_loaded_is_exported_whatever_the_rank() -> None:
     bank = make_bank()
     specs = [make_spec(rank) for rank in (1, 8, 3, 8, 5, 8, 128)]
     arrays = [make_arrays(spec, seed) for seed, spec in enumerate(specs)]
@@ -45,15 +45,41 @@ def test_what_was_loaded_is_exported_though_the_bank_grew_meanwhile() -> None:
         assert all(np.array_equal(exported[name], array[name]) for name in array)
 
 
-def test_a_slot_taken_again_is_zero_in_every_part() -> None:
-    bank = make_bank()
-    row = bank.add(make_spec(8))
+def test_a_part_takes_memory_from_its_first_use_until_it_is_freed() -> None:
+    row = make_bank().add(make_spec(8))
+    assert not row.held
     for part in TRAINING_PARTS:
-        row.part(part).fill_(3.0)
-    bank.remove(row)
-    again = bank.add(make_spec(8))
-    assert again.slot == row.slot
-    assert all(not again.part(part).any() for part in TRAINING_PARTS)
+        assert not row.part(part).any()
+        row.views(part, "lm_head")[0].fill_(3.0)
+    assert set(row.held) == set(TRAINING_PARTS)
+    row.free(Part.EXP_AVG)
+    assert Part.EXP_AVG not in row.held
+    assert not row.views(Part.EXP_AVG, "lm_head")[0].any()
+    assert row.views(Part.WEIGHTS, "lm_head")[0].all()
+
+
+def test_a_part_that_takes_no_memory_is_exported_as_zeros() -> None:
+    row = make_bank().add(make_spec(3))
+    exported = row.export(Part.EXP_AVG)
+    assert {name: array.shape for name, array in exported.items()} == {
+        name: array.shape for name, array in make_arrays(row.spec, 0).items()
+    }
+    assert not any(array.any() for array in exported.values())
+    assert not row.held
+
+
+def test_a_row_that_comes_back_is_what_left() -> None:
+    bank = make_bank()
+    row = bank.add(make_spec(5))
+    arrays = make_arrays(row.spec, 1)
+    row.load(Part.WEIGHTS, arrays)
+    kept = {part: vector.clone() for part, vector in row.held.items()}
+    row.leave()
+    with pytest.raises(AssertionError, match="away"):
+        row.views(Part.WEIGHTS, "lm_head")
+    row.come_back(kept)
+    exported = row.export(Part.WEIGHTS)
+    assert all(np.array_equal(exported[name], arrays[name]) for name in arrays)
 
 
 def test_only_the_adapters_own_modules_are_counted_and_exported() -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import CohereConfig, GPT2Config, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import (
+    CohereConfig,
+    GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    StableLmConfig,
+)
 
 from mint_core.errors import FailedPrecondition
 from mint_core.model.architecture import check_architecture, check_windows, context_length
@@ -102,6 +110,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
             r"Qwen3MoeForCausalLM .* \(Qwen3Moe\w+\) has weights but is no nn\.Linear",
         ),
         (GPT2Config, r"no linear layers that LoRA can train"),
+        (StableLmConfig, r"attention \(StableLmAttention\) is not told where documents begin"),
+        (GPTJConfig, r"GPTJForCausalLM is not supported: it fails on a probe: The size of tensor"),
         (CohereConfig, r"CohereForCausalLM is not supported: packed logits differ from its own"),
     ],
 )
@@ -145,5 +155,8 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
 def test_rotary_frequencies_that_a_long_neighbour_would_change_bound_the_context() -> None:
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     model = model_with(max_position_embeddings=131_072, rope_parameters=longrope)
+    assert context_length(model) == 4096
+    by_layer = {"sliding_attention": {"rope_type": "default"}, "full_attention": longrope}
+    model = model_with(max_position_embeddings=131_072, rope_parameters=by_layer)
     assert context_length(model) == 4096
     assert context_length(model_with(max_position_embeddings=131_072)) == 131_072

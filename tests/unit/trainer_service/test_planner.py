@@ -14,8 +14,10 @@ from trainer_service.planner import Planner, cut, tile_tokens
 BUDGET = 64
 
 
-def tiles(run: str, sequence: int, *lengths: int, budget: int = BUDGET) -> tuple[Tile, ...]:
-    return cut(call(sequence, run=run), compute(*lengths), budget)
+def tiles(
+    run: str, sequence: int, *lengths: int, budget: int = BUDGET, isolated: bool = False
+) -> tuple[Tile, ...]:
+    return cut(call(sequence, run=run), compute(*lengths), budget, isolated=isolated)
 
 
 def plans(planner: Planner) -> list[Plan]:
@@ -70,6 +72,22 @@ def test_a_document_above_the_budget_has_a_plan_of_its_own() -> None:
     assert [tile_tokens(tile) for plan in plans(planner) for tile in plan.tiles] == [100, 4]
 
 
+def test_an_isolated_run_shares_no_plan() -> None:
+    planner = Planner(BUDGET)
+    planner.add("x", tiles("a", 1, 8))
+    planner.add("x", tiles("alone", 1, 8, 30, isolated=True))
+    planner.add("y", tiles("b", 1, 8))
+    planner.add("x", tiles("alone", 2, 8, isolated=True))
+    planner.add("x", tiles("a", 2, 8))
+
+    made = [[(tile.training_run_id, tile.sequence) for tile in p.tiles] for p in plans(planner)]
+
+    assert all(len(plan) == 1 for plan in made if ("alone", 1) in plan or ("alone", 2) in plan)
+    order = [place for plan in made for place in plan]
+    assert [place for place in order if place[0] == "alone"] == [*[("alone", 1)] * 2, ("alone", 2)]
+    assert {place for place in order if place[0] != "alone"} == {("a", 1), ("a", 2), ("b", 1)}
+
+
 Calls = list[tuple[int, int, list[int]]]  # tenant, run of the tenant, lengths
 CALLS = st.lists(
     st.tuples(
@@ -86,7 +104,7 @@ def test_plans_keep_the_budget_and_the_order_and_lose_nothing(calls: Calls, budg
     added = defaultdict(list)
     for sequence, (tenant, run, lengths) in enumerate(calls, start=1):
         name = f"{tenant}-{run}"
-        cuts = tiles(name, sequence, *lengths, budget=budget)
+        cuts = tiles(name, sequence, *lengths, budget=budget, isolated=run == 2)
         planner.add(str(tenant), cuts)
         added[name] += [(tile.sequence, tile.index) for tile in cuts]
 
@@ -94,6 +112,7 @@ def test_plans_keep_the_budget_and_the_order_and_lose_nothing(calls: Calls, budg
 
     done = defaultdict(list)
     for plan in made:
+        assert len(plan.tiles) == 1 or not any(tile.isolated for tile in plan.tiles)
         assert len(plan.tiles) == 1 or sum(map(tile_tokens, plan.tiles)) <= budget
         for tile in plan.tiles:
             done[tile.training_run_id].append((tile.sequence, tile.index))

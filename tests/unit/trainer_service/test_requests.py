@@ -95,12 +95,15 @@ def test_another_base_model_is_not_found() -> None:
     assert create(base_model="tiny").source == create().source
 
 
-@pytest.mark.parametrize("options", [{"isolated": True}, {"retention": Duration(seconds=60)}])
-def test_what_is_still_to_come_says_so(options: dict[str, Any]) -> None:
-    with pytest.raises(Unimplemented) as caught:
-        create(**options)
+def test_a_run_is_isolated_only_on_request() -> None:
+    assert create(isolated=True).isolated
+    assert not create().isolated
 
-    assert next(iter(options)) in caught.value.message
+
+def test_a_run_may_be_kept_longer_or_shorter_than_others() -> None:
+    assert create().retention_s is None
+    assert create(retention=Duration(seconds=60)).retention_s == 60
+    assert refusal(retention=Duration(seconds=-1)).field == "retention"
 
 
 def checkpoint(path: str, with_optimizer: bool = False) -> dict[str, Any]:

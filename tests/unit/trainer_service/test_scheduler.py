@@ -1,7 +1,7 @@
 """How work reaches the engine, with a real engine process that has no model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -16,19 +16,21 @@ from tests.unit.trainer_service.calls import call, compute, step
 from trainer_service.errors import TrainingRunLost
 from trainer_service.jobs import ClearGradient, CreateRow, Tile, TileResult
 from trainer_service.planner import cut
-from trainer_service.scheduler import Scheduler
+from trainer_service.scheduler import Forecast, Scheduler
+from trainer_service.usage import Usage
 
 LIMIT_S = 30.0
 
 
 @asynccontextmanager
-async def scheduling() -> AsyncIterator[Scheduler]:
+async def scheduling(weights: Mapping[str, float] | None = None) -> AsyncIterator[Scheduler]:
     engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
 
     def lose(why: str) -> None:
         scheduler.lose(why)
 
-    scheduler = Scheduler(engine, Metrics())
+    weight_of = weights.__getitem__ if weights else lambda tenant: 1.0
+    scheduler = Scheduler(engine, Usage(Metrics()), weight_of)
     async with asyncio.timeout(LIMIT_S):
         scheduler.welcome(await engine.start())
         try:
@@ -89,16 +91,56 @@ async def test_a_large_call_takes_several_plans_and_keeps_its_order() -> None:
 
 async def test_steps_of_many_runs_go_together() -> None:
     async with scheduling() as scheduler:
-        results = await asyncio.gather(*(scheduler.step(step(run)) for run in ("a", "b", "c")))
+        results = await asyncio.gather(*(scheduler.step("x", step(run)) for run in ("a", "b", "c")))
 
         assert [result.step for result in results] == [3, 3, 3]  # steps of the job, says the engine
+
+
+async def test_tenants_share_a_plan_as_their_weights_say() -> None:
+    async with scheduling({"ann": 3.0, "bob": 1.0}) as scheduler:
+        plans = await asyncio.gather(
+            *(
+                scheduler.compute(tenant, tiles(tenant, sequence, 8))
+                for tenant in ("bob", "ann")
+                for sequence in range(1, 13)
+            )
+        )
+
+        bobs, anns = ([plan_of(each)[0] for each in part] for part in (plans[:12], plans[12:]))
+        assert (anns.count(1), bobs.count(1)) == (6, 2)  # eight tiles fill a plan
+
+
+async def test_a_forecast_counts_what_the_engine_has_and_what_comes_first() -> None:
+    async with scheduling() as scheduler:
+        before = scheduler.forecast("x", "b")
+        first = await busy(scheduler, WAIT)  # 4 tokens
+        waiting = [
+            asyncio.create_task(scheduler.compute("x", tiles(run, 1, 8))) for run in ("a", "b")
+        ]
+        await asyncio.sleep(0)
+        while_unknown = scheduler.forecast("x", "b")
+        await scheduler.row(ClearGradient("first"))
+        await asyncio.gather(first, *waiting)
+
+        assert before == Forecast(0, 0.0)
+        assert while_unknown == Forecast(4 + 8, None)
+        assert scheduler.predict_s("x", "b", 100) == 0.0  # nothing waits
+        second = await busy(scheduler, WAIT)
+        third = asyncio.create_task(scheduler.compute("x", tiles("b", 2, 8)))
+        await asyncio.sleep(0)
+        known = scheduler.forecast("x", "b")
+        assert known.tokens_ahead == 4
+        assert known.wait_s is not None
+        assert scheduler.predict_s("x", "b", 8) > 0
+        await scheduler.row(ClearGradient("first"))
+        await asyncio.gather(second, third)
 
 
 async def test_a_refused_step_is_refused_alone() -> None:
     async with scheduling() as scheduler:
         results = await asyncio.gather(
-            scheduler.step(step("a")),
-            scheduler.step(step("b", learning_rate=REFUSED_RATE)),
+            scheduler.step("x", step("a")),
+            scheduler.step("x", step("b", learning_rate=REFUSED_RATE)),
             return_exceptions=True,
         )
 
@@ -114,7 +156,7 @@ async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
         first = await busy(scheduler, DIE)
         waiting = [
             asyncio.create_task(scheduler.compute("x", tiles("a", 1, 60, 60))),
-            asyncio.create_task(scheduler.step(step("b"))),
+            asyncio.create_task(scheduler.step("x", step("b"))),
         ]
 
         with pytest.raises(EngineFault):
@@ -128,7 +170,8 @@ async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
 
 
 async def test_there_is_no_model_before_the_engine_was_up() -> None:
-    scheduler = Scheduler(EngineProcess("tests.engines.trainer", "no settings"), Metrics())
+    engine = EngineProcess("tests.engines.trainer", "no settings")
+    scheduler = Scheduler(engine, Usage(Metrics()), lambda tenant: 1.0)
 
     assert scheduler.description is None
     with pytest.raises(Unavailable, match="still being loaded"):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence as Seq
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from trainer_service.calls import Call, Computed, Discarded, Refused
 from trainer_service.errors import (
     AnswerAcknowledged,
     AnswersUnacknowledged,
+    QueueFull,
     SequenceGap,
     SequenceReused,
     TooManyCallsInFlight,
     WriterFenced,
 )
-from trainer_service.sequencing import Sequence, SequenceLimits
+from trainer_service.sequencing import Arrival, Sequence, SequenceLimits
 
 
 class Recorder:
@@ -271,3 +273,80 @@ async def test_an_epoch_that_was_never_given_uses_up_nothing() -> None:
 
     assert caught.value.field == "writer_epoch"
     assert recorder.sequence.next_sequence == 1
+
+
+class Bounded(Recorder):
+    """Accepts no call while two are under way, as a tenant's full queue does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence = Sequence(self.accepted.append, SequenceLimits(), self.refusal)
+
+    def refusal(self, calls_before: int) -> QueueFull | None:
+        if self.sequence.in_flight < 2:
+            return None
+        return QueueFull(
+            calls=2, tokens=0, max_calls=2, max_tokens=1, retry_after_s=1.0 + calls_before
+        )
+
+
+async def test_a_full_queue_refuses_a_number_and_all_above_it_and_uses_none_up() -> None:
+    bounded = Bounded()
+    early = bounded.sequence.arrive(call(4))  # while there is room
+    for number in (1, 2):
+        bounded.sequence.arrive(call(number))
+
+    for number, wait_s in ((3, 1.0), (4, 2.0), (7, 5.0)):
+        with pytest.raises(QueueFull) as caught:
+            bounded.sequence.arrive(call(number))
+        assert caught.value.retry_after_s == wait_s  # those above come later
+    with pytest.raises(QueueFull) as caught:
+        await early.outcome
+    assert caught.value.retry_after_s == 2.0
+    assert bounded.sequence.next_sequence == 3
+
+    bounded.answer(1)
+    above = bounded.sequence.arrive(call(4))  # there is room, but 3 comes first
+    bounded.sequence.arrive(call(3))
+    assert bounded.numbers == [1, 2, 3]
+    with pytest.raises(QueueFull):
+        await above.outcome
+    bounded.answer(2)
+    bounded.sequence.arrive(call(4))
+    assert bounded.numbers == [1, 2, 3, 4]
+
+
+async def test_a_repeat_is_answered_though_the_queue_is_full() -> None:
+    bounded = Bounded()
+    bounded.sequence.arrive(call(1))
+    bounded.answer(1)
+    for number in (2, 3):
+        bounded.sequence.arrive(call(number))
+
+    assert await bounded.sequence.arrive(call(1)).outcome == Discarded(True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6))
+def test_calls_that_are_refused_and_sent_again_act_once_and_in_order(seed: int) -> None:
+    random = Random(seed)
+
+    async def run() -> None:
+        bounded = Bounded()
+        waiting: dict[int, Arrival | None] = dict.fromkeys(range(1, 13))
+        done = 0
+        while done < 12:
+            number = random.choice([n for n in waiting if n > done])
+            arrival = waiting[number]
+            if arrival is None or (arrival.outcome.done() and arrival.outcome.exception()):
+                try:
+                    waiting[number] = bounded.sequence.arrive(call(number))
+                except QueueFull:
+                    waiting[number] = None
+            if bounded.accepted[done:] and random.random() < 0.3:
+                done += 1
+                bounded.answer(done)
+        assert bounded.numbers == list(range(1, 13))
+        assert all(a is None or not a.outcome.exception() for a in waiting.values())
+
+    asyncio.run(run())

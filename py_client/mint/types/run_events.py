@@ -1,0 +1,77 @@
+"""What watching a run tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import grpc
+
+from mint.types.responses import TrainingRun, time_of
+from mintrpc.v1 import trainer_pb2
+
+_CODES: Mapping[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}  # by number
+
+
+@dataclass(frozen=True, slots=True)
+class QueueProgress:
+    """What of a run waits. Tokens and seconds are those until its next data are computed."""
+
+    waiting_calls: int
+    tokens_ahead: int  # of other runs
+    estimated_wait_s: float | None  # None: the server cannot tell yet
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.QueueProgress) -> "QueueProgress":
+        wait = message.estimated_wait
+        wait_s = wait.ToTimedelta().total_seconds() if message.HasField("estimated_wait") else None
+        return cls(message.waiting_calls, message.tokens_ahead, wait_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallOutcome:
+    """How a call of the run ended. `missed_outcomes` just before it were not told: the reader was
+    slow."""
+
+    sequence: int
+    method: str  # such as "OptimStep"
+    step: int  # of the run, by then
+    code: str  # "OK", or such as "INVALID_ARGUMENT"
+    metrics: dict[str, float]
+    missed_outcomes: int
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.CallOutcome) -> "CallOutcome":
+        return cls(
+            sequence=message.sequence,
+            method=message.method,
+            step=message.step,
+            code=_CODES.get(message.code, "UNKNOWN"),
+            metrics=dict(message.metrics),
+            missed_outcomes=message.missed_outcomes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """One thing that happened to a run: one of the three, the others are None."""
+
+    event_time: datetime
+    training_run: TrainingRun | None = None
+    queue_progress: QueueProgress | None = None
+    call_outcome: CallOutcome | None = None
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.WatchTrainingRunResponse) -> "RunEvent | None":
+        """None: an event that this client does not know."""
+        event_time = time_of(message.event_time)
+        match message.WhichOneof("event"):
+            case "training_run":
+                run = TrainingRun.from_proto(message.training_run)
+                return cls(event_time=event_time, training_run=run)
+            case "queue_progress":
+                progress = QueueProgress.from_proto(message.queue_progress)
+                return cls(event_time=event_time, queue_progress=progress)
+            case "call_outcome":
+                outcome = CallOutcome.from_proto(message.call_outcome)
+                return cls(event_time=event_time, call_outcome=outcome)
+        return None

@@ -1,0 +1,97 @@
+"""The trainer's front with a real engine process that has no model."""
+
+import asyncio
+import itertools
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint_store import CheckpointStore
+from mint_core.engine_process import EngineProcess
+from mint_core.lora.spec import LoraRequest
+from mint_core.rpc.metrics import Metrics
+from tests.unit.trainer_service.calls import call, compute
+from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.calls import Call, Outcome, Step
+from trainer_service.checkpoints import Checkpoints
+from trainer_service.jobs import AdamParams
+from trainer_service.requests import CreateRun, DeleteRun, Identity
+from trainer_service.runs import Runs
+from trainer_service.scheduler import Scheduler
+from trainer_service.sequencing import SequenceLimits
+from trainer_service.usage import Usage
+
+LIMIT_S = 30.0
+TENANT = "ann"
+
+
+@dataclass
+class Front:
+    """Runs of one tenant, made by number."""
+
+    runs: Runs
+    engine: EngineProcess
+    metrics: Metrics
+    now_s: float = 0.0  # what the clock of retention times says
+    _ids: Iterator[int] = field(default_factory=itertools.count)
+
+    def identity(self) -> Identity:
+        return Identity(str(next(self._ids)), b"")
+
+    async def create(self, retention_s: float | None = None) -> str:
+        request = CreateRun(
+            identity=self.identity(),
+            source=LoraRequest(rank=1),
+            metadata={},
+            isolated=False,
+            retention_s=retention_s,
+        )
+        return (await self.runs.create(TENANT, request)).origin.training_run_id
+
+    async def delete(self, run: str) -> None:
+        request = DeleteRun(training_run_id=run, identity=self.identity(), delete_checkpoints=False)
+        await self.runs.delete(TENANT, request)
+
+    def submit(self, made: Call) -> asyncio.Task[Outcome]:
+        return asyncio.create_task(self.runs.submit(TENANT, made))
+
+
+def backward(run: str, sequence: int, lengths: Sequence[int]) -> Call:
+    return call(sequence, run=run, work=compute(*lengths))
+
+
+def optim_step(run: str, sequence: int) -> Call:
+    work = Step(adam_params=AdamParams(), backward_count=None)
+    return call(sequence, run=run, method="OptimStep", work=work)
+
+
+@asynccontextmanager
+async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[Front]:
+    engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
+    metrics = Metrics()
+    scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
+    limits = BacklogLimits(calls=1000, tokens=1_000_000)
+    backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
+    runs = Runs(
+        scheduler,
+        Checkpoints(CheckpointStore(store)),
+        metrics,
+        SequenceLimits(),
+        backlogs,
+        retention_s=retention_s,
+        clock=lambda: front.now_s,
+    )
+    front = Front(runs, engine, metrics)
+
+    def lose(why: str) -> None:
+        runs.lose(why)
+
+    async with asyncio.timeout(LIMIT_S):
+        scheduler.welcome(await engine.start())
+        try:
+            yield front
+        finally:
+            await runs.stop()
+            await engine.close()

@@ -1,0 +1,62 @@
+"""Files of rows: whole or not there, and gone when nobody needs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mint_core.errors import EngineFault, FailedPrecondition
+from mint_core.lora.bank import Part
+from trainer_service.engine.row_files import RowFiles
+
+PARTS = {Part.WEIGHTS: torch.arange(5.0), Part.EXP_AVG: torch.full((5,), -0.0)}
+CHILD = "import sys; from pathlib import Path; from trainer_service.engine.row_files import *; "
+
+
+def test_what_was_put_is_got_until_it_is_dropped(tmp_path: Path) -> None:
+    files = RowFiles(tmp_path)
+    files.put("a", PARTS)
+    files.put("b", {Part.WEIGHTS: torch.ones(3)})
+
+    got = files.get("a", 5)
+
+    assert got.keys() == PARTS.keys()
+    for part, vector in PARTS.items():
+        assert torch.equal(got[part].view(torch.int32), vector.view(torch.int32))
+    files.drop("a")
+    files.drop("never put")
+    assert len(files) == 1
+    assert len(list(tmp_path.glob("*/*"))) == 1
+
+
+def test_a_file_that_was_cut_short_is_no_row(tmp_path: Path) -> None:
+    files = RowFiles(tmp_path)
+    files.put("a", PARTS)
+    (path,) = tmp_path.glob("*/*")
+    path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(EngineFault, match="shorter than it was written"):
+        files.get("a", 5)
+
+
+def test_the_files_of_a_process_that_is_gone_are_removed_and_those_of_another_stay(
+    tmp_path: Path,
+) -> None:
+    alive = RowFiles(tmp_path)
+    alive.put("a", PARTS)
+    kill = "import os; files = RowFiles(Path(sys.argv[1])); files._path('x').touch(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", CHILD + kill, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+
+    RowFiles(tmp_path)
+
+    assert len(alive.get("a", 5)) == 2
+    assert not list(tmp_path.glob("*/x.row"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FailedPrecondition, match=r"`row_folder` .* cannot be used"):
+        RowFiles(tmp_path / "file" / "rows")
