@@ -2,15 +2,19 @@
 run at a time; and what do more runs cost at the same number of tokens? Rank 16, one thread.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from benchmarks.comparison import Row, faster, in_turn, report, share
-from benchmarks.workloads import InProcess, arithmetic, random_documents, smollm2_engine
-from tests.engines_in_process import make_engine
-from tests.models import VOCABULARY_SIZE, tiny_qwen3
+from benchmarks.workloads import (
+    InProcess,
+    arithmetic,
+    random_documents,
+    small_engine,
+    smollm2_engine,
+    tiny_engine,
+)
+from tests.models import VOCABULARY_SIZE
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import Document
 
@@ -43,7 +47,7 @@ def fused(
     return faster(name, times["together"], times["in turn"], target)
 
 
-def curve(engine: Engine, calls: int) -> list[Row]:
+def curve(name: str, engine: Engine, calls: int) -> list[Row]:
     """The same documents, dealt out to 1, 2, 4, ... runs; ours over the time of one run."""
     documents = random_documents(
         [CURVE_LENGTH] * (CURVE_TOKENS // CURVE_LENGTH), vocabulary_size=VOCABULARY_SIZE
@@ -57,7 +61,7 @@ def curve(engine: Engine, calls: int) -> list[Row]:
     times = in_turn({str(count): partial(train, count) for count in CURVE}, ROUNDS)
     return [
         share(
-            f"{count} runs, {CURVE_TOKENS} tokens in all",
+            f"{count} runs, {CURVE_TOKENS} tokens in all, {name}",
             times[str(count)],
             times["1"],
             FLAT if count <= FLAT_RUNS else None,
@@ -68,11 +72,11 @@ def curve(engine: Engine, calls: int) -> list[Row]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        small = make_engine(tiny_qwen3(Path(folder)))
+    tiny = tiny_engine()
     short = [random_documents([n], vocabulary_size=VOCABULARY_SIZE, seed=n) for n in SHORT]
-    rows = [fused("8 runs x 1 short document, tiny model", small, short, 3.0, 10)]
-    rows += curve(small, 3)
+    rows = [fused("8 runs x 1 short document, tiny model", tiny, short, 3.0, 10)]
+    rows += curve("tiny model", tiny, 3)
+    rows += curve("small model", small_engine(), 1)
     large = smollm2_engine()
     examples = arithmetic(4 * RUNS)
     fours = [examples[i::RUNS] for i in range(RUNS)]

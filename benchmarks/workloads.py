@@ -1,14 +1,17 @@
 """What the benchmarks train on: seeded documents, and the engine that trains on them in process."""
 
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from tests.engines_in_process import make_engine
+from tests.models import tiny_qwen3
 from trainer_service.calls import Call, Compute, Place
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
@@ -61,6 +64,23 @@ def arithmetic(count: int, *, seed: int = 0) -> tuple[Document, ...]:
 def smollm2_engine() -> Engine:
     """One thread, float32, everything else as served."""
     return make_engine(SMOLLM2, base_model_name="SmolLM2-135M-Instruct")
+
+
+def tiny_engine() -> Engine:
+    """The tests' model of 2 layers and width 64: what counts is calls."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make_engine(tiny_qwen3(Path(folder)))
+
+
+def small_engine() -> Engine:
+    """A model of 4 layers and width 256: small, but one that computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Qwen3Config.from_pretrained(tiny_qwen3(Path(folder)))
+        config.num_hidden_layers, config.layer_types = 4, 2 * config.layer_types
+        config.hidden_size, config.intermediate_size, config.head_dim = 256, 768, 64
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        return make_engine(Path(folder))
 
 
 class InProcess:
