@@ -5,6 +5,7 @@ Losses are pure functions of each token's logprob. So the head asks for their sl
 as soon as it has a chunk's logprobs, and goes back through the rows where a slope is not 0.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,21 +77,23 @@ def _at(inputs: LossInputs, places: Tensor | slice) -> LossInputs:
 
 def _result(tile: _Scored) -> TileResult:
     packed = tile.packed
-    none = packed.inputs.weights.new_zeros(0)
-    logprobs = torch.cat([none, *tile.logprobs]).cpu().numpy()
-    losses = torch.cat([none, *tile.losses])
-    bounds = np.cumsum(_scored_counts(packed))[:-1]
+    weighted = [np.count_nonzero(document.weights) for document in packed.tile.documents]
+    counts = weighted if packed.tile.weighted_only else packed.lengths
+    logprobs = _joined(tile.logprobs).cpu().numpy()
     return TileResult(
-        logprobs=tuple(part.copy() for part in np.split(logprobs, bounds)),
+        logprobs=tuple(
+            logprobs[end - count : end].copy()
+            for end, count in zip(itertools.accumulate(counts), counts, strict=True)
+        ),
         metrics={
-            "loss:sum": losses.double().sum().item(),
+            "loss:sum": _joined(tile.losses).double().sum().item(),
             "tokens:sum": float(sum(packed.lengths)),
-            "weighted_tokens:sum": float((packed.inputs.weights != 0).sum().item()),
+            "weighted_tokens:sum": float(sum(weighted)),
         },
     )
 
 
-def _scored_counts(tile: PackedTile) -> list[int]:
-    if not tile.tile.weighted_only:
-        return list(tile.lengths)
-    return [int((document.weights != 0).sum()) for document in tile.tile.documents]
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.zeros(0)
