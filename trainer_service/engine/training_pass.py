@@ -77,8 +77,8 @@ def _at(inputs: LossInputs, places: Tensor | slice) -> LossInputs:
 
 def _result(tile: _Scored) -> TileResult:
     packed = tile.packed
-    weighted = [np.count_nonzero(document.weights) for document in packed.tile.documents]
-    counts = weighted if packed.tile.weighted_only else packed.lengths
+    weighted = [int(np.count_nonzero(d.weights)) for d in packed.tile.documents]
+    counts = weighted if packed.tile.weighted_only else list(packed.lengths)
     logprobs = _joined(tile.logprobs).cpu().numpy()
     return TileResult(
         logprobs=tuple(
