@@ -26,8 +26,8 @@ from trainer_service.calls import (
     Stepped,
 )
 from trainer_service.checkpoints import Checkpoints
-from trainer_service.jobs import ClearGradient, ExportRow, LoadRow, StepRow, TileResult
-from trainer_service.planner import cut, tile_tokens
+from trainer_service.jobs import ClearGradient, ExportRow, LoadRow, StepRow, TileResult, tile_tokens
+from trainer_service.planner import cut
 from trainer_service.run import Run
 from trainer_service.scheduler import Scheduler
 from trainer_service.turns import Turn

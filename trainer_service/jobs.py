@@ -83,6 +83,10 @@ class Tile:
     isolated: bool = False  # whether it has a plan of its own, run by deterministic algorithms
 
 
+def tile_tokens(tile: Tile) -> int:
+    return sum(len(document.tokens) for document in tile.documents)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One pass of the engine, tiles of any runs. Answer: `tuple[TileResult, ...]` in the same

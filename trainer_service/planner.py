@@ -4,14 +4,13 @@ Tenants share by deficit round robin in tokens, as their weights say, and so do 
 tenant, all alike. A run's tiles keep their order.
 """
 
-import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
 
 from trainer_service.calls import Call, Compute
 from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
+from trainer_service.round_robin import Ring, RunQueue, alike
 
 # A round gives each tenant a plan's tokens by this number: with small turns, a small request passes
 # those that are about as small and not the large ones.
@@ -19,13 +18,9 @@ _ROUNDS_PER_PLAN = 8
 # A tile takes a plan's tokens by this number, so that no call fills a pass alone. Quarters instead
 # of halves cost a run that is alone 1 % (8 documents of 128 tokens on SmolLM2).
 _TILES_PER_PLAN = 4
-# A tenant that is alone just now, and was not a few plans ago, gets passes of one tile: the others
-# are probably about to call again, and wait for the one under way.
+# Who had work a few plans ago and has none is probably about to call again, and then waits for the
+# pass under way: meanwhile nobody gets more of a pass than one tile or an equal part.
 _RECENT_PLANS = 4
-
-
-def tile_tokens(tile: Tile) -> int:
-    return sum(len(document.tokens) for document in tile.documents)
 
 
 def cut(
@@ -68,140 +63,52 @@ def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[D
     yield tuple(group)
 
 
-class _Queue(Protocol):
-    """Tiles in the order in which they are to run."""
-
-    @property
-    def tokens(self) -> int:
-        """Of all tiles."""
-        ...
-
-    def head_tokens(self) -> int:
-        """Tokens of the next tile; 0 if there is none. Stays the same until `pop`."""
-        ...
-
-    def pop(self) -> Tile: ...
-
-
-class _RunQueue:
-    """First come, first served."""
-
-    def __init__(self) -> None:
-        self._tiles: deque[tuple[Tile, int]] = deque()  # with its tokens, which are asked for often
-        self.tokens = 0
-
-    def add(self, tile: Tile) -> None:
-        tokens = tile_tokens(tile)
-        self._tiles.append((tile, tokens))
-        self.tokens += tokens
-
-    def head_tokens(self) -> int:
-        return self._tiles[0][1] if self._tiles else 0
-
-    def pop(self) -> Tile:
-        tile, tokens = self._tiles.popleft()
-        self.tokens -= tokens
-        return tile
-
-
-Q = TypeVar("Q", bound=_Queue)
-
-
 @dataclass(slots=True)
-class _Share(Generic[Q]):
-    queue: Q
-    deficit: float = 0.0  # tokens that it may still take in this round
+class _Portions:
+    """What each may have, and has, of the plan that is being formed."""
+
+    most_tokens: int
+    taken: Counter[str] = field(default_factory=Counter)
+
+    def fits(self, key: str, tokens: int) -> bool:
+        return self.taken[key] + tokens <= self.most_tokens
+
+    def take(self, key: str, tokens: int) -> None:
+        self.taken[key] += tokens
 
 
-def _alike(key: str) -> float:
-    return 1.0
+class _Recent:
+    """Who had work when the last plans were formed."""
 
+    def __init__(self, max_batch_tokens: int) -> None:
+        self._max_batch_tokens = max_batch_tokens
+        self._plans: deque[frozenset[str]] = deque(maxlen=_RECENT_PLANS)
 
-class _Ring(Generic[Q]):
-    """Deficit round robin (Shreedhar and Varghese 1995) over queues, or over rings."""
-
-    def __init__(
-        self, quantum: int, make: Callable[[], Q], weight_of: Callable[[str], float] = _alike
-    ) -> None:
-        self._quantum = quantum  # tokens that a queue of weight 1 may take per round
-        self._make = make
-        self._weight_of = weight_of
-        self._shares: dict[str, _Share[Q]] = {}  # those with tiles, in the round's order
-
-    @property
-    def tokens(self) -> int:
-        return sum(share.queue.tokens for share in self._shares.values())
-
-    def queue(self, key: str) -> Q:
-        """The queue of a key; the caller puts something into it at once."""
-        if key not in self._shares:
-            self._shares[key] = _Share(self._make())
-        return self._shares[key].queue
-
-    def find(self, key: str) -> Q | None:
-        """The queue of a key, if there is something in it."""
-        share = self._shares.get(key)
-        return share.queue if share else None
-
-    def ahead(self, key: str, own_tokens: int) -> int:
-        """About how many tokens the other queues take before that of `key` has taken
-        `own_tokens`: right to one tile of each of them.
-        """
-        share = self._shares[key]
-        missing = own_tokens - share.deficit
-        rounds = max(0, math.ceil(missing / (self._quantum * self._weight_of(key))))
-        total = 0.0
-        turns = rounds + 1  # of those before `key` in the round; those behind it get one less
-        for other, rival in self._shares.items():
-            if other == key:
-                turns -= 1
-            elif turns:
-                quanta = (turns - 1) * self._quantum * self._weight_of(other)
-                total += min(rival.queue.tokens, rival.deficit + quanta)
-        return int(total)
-
-    def head_tokens(self) -> int:
-        if not self._shares:
-            return 0
-        key = self._next()
-        return self._shares[key].queue.head_tokens()
-
-    def keys(self) -> frozenset[str]:
-        """Whose queues have something in them."""
-        return frozenset(self._shares)
-
-    def pop(self) -> Tile:
-        key = self._next()
-        share = self._shares[key]
-        share.deficit -= share.queue.head_tokens()
-        tile = share.queue.pop()
-        if not share.queue.head_tokens():
-            del self._shares[key]  # an idle queue saves nothing up
-        return tile
-
-    def _next(self) -> str:
-        """Whose turn it is; the same until `pop`, since the first in the round can then pay."""
-        while True:
-            key, share = next(iter(self._shares.items()))
-            if share.deficit >= share.queue.head_tokens():
-                return key
-            share.deficit += self._quantum * self._weight_of(key)
-            self._shares[key] = self._shares.pop(key)  # to the end of the round
+    def portions(self, waiting: frozenset[str]) -> _Portions:
+        """Of the next plan, for which those in `waiting` have tiles."""
+        lately = waiting.union(*self._plans)
+        if waiting:
+            self._plans.append(waiting)
+        if lately == waiting:
+            return _Portions(self._max_batch_tokens)
+        equal_part = self._max_batch_tokens // len(lately)
+        return _Portions(max(_most_tile_tokens(self._max_batch_tokens), equal_part))
 
 
 class Planner:
     """Tiles and steps that are ready. A plan is formed when the engine is idle, from all of it."""
 
-    def __init__(self, max_batch_tokens: int, weight_of: Callable[[str], float] = _alike) -> None:
+    def __init__(self, max_batch_tokens: int, weight_of: Callable[[str], float] = alike) -> None:
         """`weight_of` a tenant: how many times the tokens of a tenant of weight 1 it gets."""
         self.max_batch_tokens = max_batch_tokens
         quantum = max(1, max_batch_tokens // _ROUNDS_PER_PLAN)
-        self._tenants: _Ring[_Ring[_RunQueue]] = _Ring(
-            quantum, lambda: _Ring(quantum, _RunQueue), weight_of
+        self._tenants: Ring[Ring[RunQueue]] = Ring(
+            quantum, lambda: Ring(quantum, RunQueue), weight_of
         )
         self._steps: list[StepRow] = []
         self._isolated: Tile | None = None  # met while a plan was filled; it has the next one
-        self._recent: deque[frozenset[str]] = deque(maxlen=_RECENT_PLANS)  # who had tiles, by plan
+        self._recent_tenants = _Recent(max_batch_tokens)
+        self._recent_runs = _Recent(max_batch_tokens)
 
     def add(self, tenant: str, tiles: Sequence[Tile]) -> None:
         """Queues the tiles of one call behind those of its run."""
@@ -243,10 +150,17 @@ class Planner:
             tile, self._isolated = self._isolated, None
             return Plan((tile,))
         tiles: list[Tile] = []
-        room = self._room()
+        room = self.max_batch_tokens
+        of_tenants = self._recent_tenants.portions(self._tenants.keys())
+        of_runs = self._recent_runs.portions(self._runs())
         while tokens := self._tenants.head_tokens():
-            if tiles and tokens > room:
+            tenant, runs = self._tenants.head()
+            run, _ = runs.head()
+            fits = of_tenants.fits(tenant, tokens) and of_runs.fits(run, tokens)
+            if tiles and not (tokens <= room and fits):
                 break
+            of_tenants.take(tenant, tokens)
+            of_runs.take(run, tokens)
             tile = self._tenants.pop()
             if tile.isolated:
                 if not tiles:
@@ -257,12 +171,6 @@ class Planner:
             room -= tokens
         return Plan(tuple(tiles)) if tiles else None
 
-    def _room(self) -> int:
-        """Most tokens of the plan to be formed, unless a single tile has more."""
-        waiting = self._tenants.keys()
-        lately = frozenset().union(*self._recent)
-        if waiting:
-            self._recent.append(waiting)
-        if len(waiting) == 1 and lately - waiting:
-            return _most_tile_tokens(self.max_batch_tokens)
-        return self.max_batch_tokens
+    def _runs(self) -> frozenset[str]:
+        """The runs that have tiles queued."""
+        return frozenset().union(*(runs.keys() for runs in self._tenants.queues()))

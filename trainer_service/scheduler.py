@@ -21,8 +21,9 @@ from trainer_service.jobs import (
     StepRows,
     Tile,
     TileResult,
+    tile_tokens,
 )
-from trainer_service.planner import Planner, tile_tokens
+from trainer_service.planner import Planner
 from trainer_service.usage import Usage
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mint_core.rpc.metrics import Metrics
-from trainer_service.jobs import Plan, StepResult, TileResult
-from trainer_service.planner import tile_tokens
+from trainer_service.jobs import Plan, StepResult, TileResult, tile_tokens
 
 
 class Usage:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.trainer_service.calls import call, compute, step
-from trainer_service.jobs import Plan, StepRows, Tile
-from trainer_service.planner import Planner, cut, tile_tokens
+from trainer_service.jobs import Plan, StepRows, Tile, tile_tokens
+from trainer_service.planner import Planner, cut
 
 BUDGET = 64
 
@@ -54,15 +54,17 @@ def test_documents_of_different_runs_share_a_plan() -> None:
     assert {tile.training_run_id for tile in plan.tiles} == {"a", "b", "c"}
 
 
-def test_a_tenant_that_was_not_alone_lately_gets_short_passes() -> None:
+def test_while_others_are_about_to_call_again_nobody_fills_a_pass() -> None:
     planner = Planner(BUDGET)
     planner.add("large", tiles("a", 1, *[16] * 40))
-    planner.add("small", tiles("b", 1, 8))
+    for tenant in "bcdefgh":
+        planner.add(tenant, tiles(tenant, 1, 4))
 
     sizes = [sum(map(tile_tokens, plan.tiles)) for plan in plans(planner)]
 
-    assert sizes == [56, 16, 16, 16, 16, *[64] * 8, 16]
-    assert sum(sizes) == 40 * 16 + 8
+    # All of them, then for four plans no more than a tile, and at last whole passes.
+    assert sizes == [60, 16, 16, 16, 16, *[64] * 8, 32]
+    assert sum(sizes) == 40 * 16 + 7 * 4
 
 
 def test_ready_steps_go_together_and_first() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.jobs import Plan, Tile
-from trainer_service.planner import Planner, cut, tile_tokens
+from trainer_service.jobs import Plan, Tile, tile_tokens
+from trainer_service.planner import Planner, cut
 
 
 @dataclass(frozen=True)
