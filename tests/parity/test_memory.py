@@ -110,7 +110,7 @@ def test_little_memory_bounds_the_context_that_the_server_names(
     assert engine.base.description.context_length == 4096
     assert engine.description.context_length == engine.lengths.document_tokens < 4096
     assert engine.description.memory_bound
-    assert engine.max_batch_tokens <= engine.lengths.kept_tokens < 4096
+    assert engine.max_batch_tokens <= engine.lengths.kept_tokens < engine.lengths.document_tokens
 
 
 def test_memory_that_holds_no_token_is_refused_at_start() -> None:
