@@ -23,8 +23,8 @@ _SIGNS_OF_LIFE = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
-# A burst of calls waits in gRPC until the event loop takes them in. Of more than 1,000 it would drop
-# some, of more than 3,000 all, and those older than 30 s, with CANCELLED and without a word. How
+# A burst of calls waits in gRPC until the event loop takes them in. By default gRPC cancels some of
+# more than 1,000, all of more than 3,000, and those that have waited for 30 s, without a word. How
 # much is accepted is for the services to say.
 _BURSTS = (
     ("grpc.server.max_pending_requests", 100_000),
