@@ -12,12 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mintrpc.v1 import sampler_pb2
 from tests.models import CONTEXT_LENGTH
 from tests.samplers import (
-    DEADLINE_S,
     PROMPT,
     Sampler,
     connected,
     refusal,
-    sample_request,
     tokens_of,
 )
 from tests.servers import running_sampler
@@ -151,9 +149,3 @@ def test_bad_fields_and_missing_features_are_refused(sampler: Sampler) -> None:
     code, message, _ = refusal(lambda: sampler.sample(params={"min_p": 0.1}))
     assert code == grpc.StatusCode.UNIMPLEMENTED
     assert "min_p" in message
-    stream = sampler_pb2.StreamSampleRequest(sample=sample_request())
-    code, message, info = refusal(
-        lambda: list(sampler.stub.StreamSample(stream, timeout=DEADLINE_S))
-    )
-    assert code == grpc.StatusCode.UNIMPLEMENTED
-    assert info.metadata["feature"] == "stream_sample"
