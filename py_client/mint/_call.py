@@ -78,6 +78,9 @@ class Call(Generic[Q, R]):
         return False
 
     def _send(self) -> None:
+        if self._cancelled:  # while it waited to be sent again
+            self._fail(Failure(_Code.CANCELLED, "cancelled"))
+            return
         self.before_attempt()
         self._sent = time.monotonic()
         connection = self._connection

@@ -221,6 +221,7 @@ class Sampler(sampler_pb2_grpc.SamplerServiceServicer):
         self.streams: list[tuple[list[Any], Fault | None]] = []
         self.started = threading.Event()
         self.cancelled = threading.Event()
+        self.refused = threading.Event()
         self.fail_first: Fault | None = None
 
     def StreamSample(self, request: Any, context: Any) -> Iterator[Any]:
@@ -247,6 +248,7 @@ class Sampler(sampler_pb2_grpc.SamplerServiceServicer):
     def Sample(self, request: Any, context: Any) -> Any:
         self._note(request)
         if self.fail_first and len(self.requests) == 1:
+            self.refused.set()
             refuse(context, self.fail_first)
         if request.sampling_params.max_tokens == 13:
             context.add_callback(self.cancelled.set)
