@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sampler_service.jobs import Choice
 
-FIRST_RANKS = (64, 1024)
+FIRST_RANKS = (64, 1024, 8192)
 
 
 def narrows(choice: Choice, vocabulary_size: int) -> bool:
