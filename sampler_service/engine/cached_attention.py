@@ -67,9 +67,7 @@ class CachedAttention:
     ) -> Tensor:
         self._progress()
         padded = len(self._real) < query.shape[1]
-        own_key, own_value = (
-            (key[:, self._real], value[:, self._real]) if padded else (key, value)
-        )
+        own_key, own_value = (key[:, self._real], value[:, self._real]) if padded else (key, value)
         self._cache.write(layer_index, self._slots, own_key, own_value)
         make = query.new_zeros if padded else query.new_empty
         output = make(query.shape[1], query.shape[0], value.shape[2])  # [T, heads, size]
