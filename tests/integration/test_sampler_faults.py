@@ -155,7 +155,7 @@ def test_a_killed_engine_fails_its_calls_and_the_next_one_serves(
         assert code == grpc.StatusCode.INTERNAL
         assert info.reason == "ENGINE_FAULT"
     # Waits for the new engine, to which the adapter is loaded again without a word.
-    assert sampler.sample(model_path=path) == expected
+    assert sampler.sample(model_path=path).sequences == expected.sequences
     assert engine_of(sampler).pid != engine.pid
 
 
@@ -168,5 +168,5 @@ def test_calls_around_a_death_end_one_way_or_the_other(sampler: Sampler) -> None
         for _ in range(4)
     ]
     for answer in answers:  # sent before or after the front noticed
-        assert answer.exception() is not None or answer.result() == expected
-    assert sampler.sample(model_path=path) == expected
+        assert answer.exception() is not None or answer.result().sequences == expected.sequences
+    assert sampler.sample(model_path=path).sequences == expected.sequences
