@@ -74,6 +74,8 @@ class Traffic:
         blocks: int = POOL_BLOCKS,
         max_running: int = MAX_RUNNING,
         batch_tokens: int = BATCH_TOKENS,
+        *,
+        checked: bool = True,  # whether the memory is looked at, which takes its time
     ) -> None:
         self.pool = BlockPool(blocks)
         self.max_running = max_running
@@ -81,7 +83,7 @@ class Traffic:
         self.scheduler = Scheduler(
             self.pool, max_running=max_running, max_batch_tokens=batch_tokens
         )
-        self.memory = Memory()
+        self.memory = Memory() if checked else None
         self.samples: dict[tuple[int, int], Sample] = {}  # that have not ended
         self.uncomputed: set[int] = set()  # requests whose prompt must be computed whole
         self.ended: list[list[int]] = []  # prompt and continuation of each sample
@@ -122,7 +124,8 @@ class Traffic:
             assert self.pool.free == self.pool.size
             return None
         self._check(step)
-        self.memory.run(step)
+        if self.memory:
+            self.memory.run(step)
         tokens: dict[TokenSequence, int] = {}
         ended = set()
         for span in step.spans:
