@@ -156,7 +156,7 @@ class Scheduler:
             return False
         self._pool.hold(found)
         sequence.blocks = [*found, *(self._pool.take() for _ in range(needed))]
-        sequence.cached = min(len(found) * BLOCK_TOKENS, len(sequence) - 1)
+        sequence.cached = len(found) * BLOCK_TOKENS
         sequence.paid = max(sequence.paid, sequence.cached)
         if sequence.hit_tokens is None:
             sequence.hit_tokens = sequence.cached
