@@ -156,7 +156,7 @@ class Scheduler:
             return False
         self._pool.hold(found)
         sequence.blocks = [*found, *(self._pool.take() for _ in range(needed))]
-        sequence.cached = len(found) * BLOCK_TOKENS
+        sequence.cached = min(len(found) * BLOCK_TOKENS, len(sequence) - 1)
         sequence.paid = max(sequence.paid, sequence.cached)
         if sequence.hit_tokens is None:
             sequence.hit_tokens = sequence.cached
@@ -236,8 +236,9 @@ class Scheduler:
         does not fit beside those before it comes first in a later pass.
         """
         turns = [
-            (tenant.served_tokens, number, tenant, iter([s for s in tenant.running if s.missing]))
+            (tenant.served_tokens, number, tenant, iter(computing))
             for number, tenant in enumerate(self._tenants)
+            if (computing := [s for s in tenant.running if not s.decodes])
         ]
         heapq.heapify(turns)
         while turns and budget:

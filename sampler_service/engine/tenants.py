@@ -41,10 +41,12 @@ class Tenant:
         """Whether it wants more than the next token of each that runs."""
         return bool(self.ready or self.fresh) or not all(s.decodes for s in self.running)
 
-    def next(self, with_fresh: bool) -> TokenSequence | None:
-        """Whose turn it is to get a place."""
-        lines = (self.ready, self.fresh) if with_fresh else (self.ready,)
-        return min((line[0] for line in lines if line), key=age, default=None)
+    def next(self, with_fresh: bool) -> TokenSequence:
+        """Whose turn it is to get a place, of those that want one."""
+        if not self.ready:
+            return self.fresh[0]
+        overtakes = with_fresh and self.fresh and self.fresh[0].age < self.ready[0].age
+        return self.fresh[0] if overtakes else self.ready[0]
 
     def youngest(self) -> TokenSequence | None:
         """The first to give its blocks back."""
@@ -90,16 +92,22 @@ class Tenants:
 
     def next(self, with_fresh: bool) -> TokenSequence | None:
         """Whose turn it is to get a place. Each that runs is about to get a token."""
-        turns = [(t, s) for t in self if (s := t.next(with_fresh)) is not None]
-        if not turns:
-            return None
-        return min(turns, key=lambda turn: (_after_this_pass(turn[0]), turn[1].age))[1]
+        least: TokenSequence | None = None
+        least_tokens = 0
+        for tenant in self:
+            if tenant.ready or (with_fresh and tenant.fresh):
+                tokens = tenant.served_tokens + len(tenant.running)
+                if least is None or tokens <= least_tokens:
+                    sequence = tenant.next(with_fresh)
+                    if least is None or (tokens, sequence.age) < (least_tokens, least.age):
+                        least, least_tokens = sequence, tokens
+        return least
 
     def first_to_yield(self, sequence: TokenSequence) -> TokenSequence | None:
         """Who gives a place to this one: the youngest of the tenant with the most places, if that
         has still no fewer than the other then.
         """
-        most = max(self, key=lambda tenant: len(tenant.running))
+        most = max(self, key=_num_running)
         if len(most.running) - 1 <= len(self.of(sequence).running):
             return None
         return most.running[-1]
@@ -114,5 +122,5 @@ class Tenants:
         return max(holders, key=self.precedence)
 
 
-def _after_this_pass(tenant: Tenant) -> int:
-    return tenant.served_tokens + len(tenant.running)
+def _num_running(tenant: Tenant) -> int:
+    return len(tenant.running)

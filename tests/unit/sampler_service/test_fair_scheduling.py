@@ -24,7 +24,9 @@ class Clock(Traffic):
         self.tenants: dict[int, str] = {}
         self.came: dict[int, int] = {}
         self.first_token: dict[int, int] = {}  # after so many tokens
-        self.served: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()  # tokens computed
+        self.gained: Counter[str] = Counter()  # less those computed again
+        self._reached: dict[tuple[int, int], int] = {}  # tokens of each sequence
         self._ids = count(10)
 
     def ask(self, tenant: str, prompt: int, max_tokens: int, num_samples: int = 1) -> int:
@@ -39,6 +41,9 @@ class Clock(Traffic):
             tokens = span.stop - span.start
             self.now += tokens
             self.served[span.sequence.tenant] += tokens
+            reached = max(span.start, self._reached.get(span.sequence.age, 0))
+            self.gained[span.sequence.tenant] += max(0, span.stop - reached)
+            self._reached[span.sequence.age] = max(span.stop, reached)
         for span in step.spans if step else ():
             if span.decodes:
                 self.first_token.setdefault(span.sequence.request_id, self.now)
@@ -131,15 +136,29 @@ def test_who_wanted_nothing_has_saved_nothing() -> None:
     assert gained["b"] <= 1.5 * gained["a"]
 
 
+def test_a_newcomer_gets_no_more_than_those_who_were_there() -> None:
+    clock = Clock()
+    for _ in range(200):
+        clock.ask("a", 30, 40)
+        clock.tick()
+    before = clock.served["a"]
+    for _ in range(60):
+        clock.ask("a", 30, 40)
+        clock.ask("b", 30, 40)
+        clock.tick()
+    assert clock.served["b"] <= 1.5 * (clock.served["a"] - before)
+
+
 def test_what_is_computed_again_is_not_charged() -> None:
-    """A tenant whose sequences were sent away is not behind for it."""
-    clock = Clock(blocks=60, max_running=4)
-    for tenant in ("a", "b"):
-        for _ in range(6):
-            clock.ask(tenant, 10 * BLOCK_TOKENS, 10 * BLOCK_TOKENS)
-    while clock.tick():
-        pass
-    assert sum(clock.computed.values()) >= 12 * (20 * BLOCK_TOKENS - 1)
+    """Else those whose long sequences give way would be behind for it, and give way again."""
+    clock = Clock(blocks=60, max_running=8)
+    for _ in range(400):
+        for tenant, max_tokens in (("long", 200), ("short", 5)):
+            while clock.uncomputed_prompts(tenant) < 5:
+                clock.ask(tenant, 100, max_tokens)
+        clock.tick()
+    assert clock.served["long"] > 1.2 * clock.gained["long"], "none has given way"
+    assert clock.gained["short"] <= 1.2 * clock.gained["long"]
 
 
 @settings(max_examples=10, deadline=None)
