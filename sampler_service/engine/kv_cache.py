@@ -78,6 +78,10 @@ class KvCache:
             for index, shape in shapes.items()
         }
 
+    def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, as they lie."""
+        return self._layers[layer_index]
+
     def copy(self, source: int, target: int) -> None:
         """Copies a block in every layer."""
         for layer in self._layers.values():
