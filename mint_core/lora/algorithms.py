@@ -198,8 +198,7 @@ class Concat:
         pairs = [adapter_weights(s, module, x.dtype) for s in adapted.segments]
         a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
         rows = adapted.covered
-        h = torch.where(adapted.own, x[rows] @ a.T, 0.0)  # [covered, R]
-        y[rows].addmm_(h * adapted.scales, b.T)
+        add_side_by_side(x[rows], y[rows], (a, b.T), adapted.own, adapted.scales)
         return ()
 
     def backward(
@@ -210,6 +209,21 @@ class Concat:
         module: str,
     ) -> None:
         raise AssertionError("chosen for passes without backward alone")
+
+
+def add_side_by_side(
+    x: Tensor,  # [rows, in]
+    y: Tensor,  # [rows, out]; added to
+    weights: tuple[Tensor, Tensor],  # A [R, in] and B, transposed, [R, out]: finite
+    own: Tensor,  # [rows, R] whether a column belongs to a row's adapter
+    scales: Tensor,  # of rows [rows, 1] or of columns [R]
+) -> None:
+    """Applies adapters that lie one after the other. What others' columns make of a row is cut out,
+    not multiplied by 0: it may be infinite.
+    """
+    a, b = weights
+    h = torch.where(own, (x @ a.T) * scales, 0.0)  # [rows, R]
+    y.addmm_(h, b)
 
 
 LOOP, GROUPED, CONCAT = Loop(), Grouped(), Concat()

@@ -1,5 +1,7 @@
 """Linear layers that apply many adapters at once: each to its own rows of a packed stream."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mint_core.lora.algorithms import Adapted, Algorithm, choose
+from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.segments import (
     MIN_ROWS,
     Segment,
@@ -33,6 +36,7 @@ class LoraContext:
 
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
+        self._columns: ActiveColumns | None = None
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
 
     @property
@@ -43,6 +47,21 @@ class LoraContext:
     def segments(self, segments: tuple[Segment, ...]) -> None:
         self._segments = segments
         self._adapted.clear()
+
+    @property
+    def columns(self) -> ActiveColumns | None:
+        """What is applied in the place of segments."""
+        return self._columns
+
+    @contextmanager
+    def applying(self, columns: ActiveColumns | None) -> Iterator[None]:
+        """For passes whose rows are in any order; None: the base model alone."""
+        self.segments = ()
+        self._columns = columns
+        try:
+            yield
+        finally:
+            self._columns = None
 
     def adapted(self, module: str, like: Tensor) -> Adapted | None:
         """The segments that adapt a module; None if none does."""
@@ -71,9 +90,12 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         flat = x.reshape(-1, self.in_features)
+        columns = self._context.columns
         adapted = self._context.adapted(self.name, flat)
         if adapted is None:
             y = functional.linear(flat, self.weight, self.bias)
+            if columns is not None:
+                columns.add(flat, y, self.name)
         else:
             algorithm = choose(adapted, torch.is_grad_enabled())
             trained = self._trained if adapted.accumulates else None
