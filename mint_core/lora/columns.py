@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import add_side_by_side
-from mint_core.lora.bank import AdapterRow, LinearShape, Part
+from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.groups import ModuleGroup
 
 NOBODY = -1  # owner of the rows that no adapter touches
 _FREE = -2  # owner of the columns that hold no adapter
@@ -21,18 +21,22 @@ LEAST_COLUMNS = 64  # of a pass with adapters
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActiveColumns:
-    """What the layers apply in a pass: R columns."""
+    """What the layers apply in a pass: R columns of the bank."""
 
     own: Tensor  # [rows, R] whether a column belongs to a row's adapter
     scales: Tensor  # [R]
-    a: Mapping[str, Tensor]  # by module, [at least R, in]
+    a: Mapping[str, Tensor]  # by first module of the group, [at least R, modules, in]
     b: Mapping[str, Tensor]  # by module, [at least R, out]
 
-    def add(self, x: Tensor, y: Tensor, module: str) -> None:
-        """Adds to y [rows, out] what the adapters of the rows make of x [rows, in]."""
+    def add(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
+        """Adds to y [rows, width] what the adapters of the rows make of x [rows, in]."""
         columns = self.own.shape[1]
-        a, b = self.a[module][:columns], self.b[module][:columns]
-        add_side_by_side(x, y, (a, b), self.own, self.scales)
+        a = self.a[group.modules[0]][:columns].flatten(0, 1)
+        h = (x @ a.T).unflatten(1, (columns, -1)) * self.scales[:, None]  # [rows, R, modules]
+        for member, (module, place) in enumerate(zip(group.modules, group.columns, strict=True)):
+            # Cut out, not multiplied by 0: what others' columns make of a row may be infinite.
+            own = torch.where(self.own, h[:, :, member], 0.0)
+            y[:, place].addmm_(own, self.b[module][:columns])
 
 
 class ColumnBank:
@@ -40,19 +44,24 @@ class ColumnBank:
 
     def __init__(
         self,
-        shapes: Mapping[str, LinearShape],
+        groups: Sequence[ModuleGroup],
         size: int,  # columns
         device: torch.device,
         dtype: torch.dtype,  # that the base computes in
     ) -> None:
-        def zeros(features: int) -> Tensor:
-            return torch.zeros(size, features, device=device, dtype=dtype)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(size, *shape, device=device, dtype=dtype)
 
+        self._groups = groups
         self._size = size
-        self._a = {module: zeros(shape.in_features) for module, shape in shapes.items()}
-        self._b = {module: zeros(shape.out_features) for module, shape in shapes.items()}
+        self._a = {g.modules[0]: zeros(len(g.modules), g.in_features) for g in groups}
+        self._b = {
+            module: zeros(out_features)
+            for group in groups
+            for module, out_features in zip(group.modules, group.out_features, strict=True)
+        }
         self._owners = torch.full((size,), _FREE, device=device)
-        self._scales = torch.zeros(size, device=device, dtype=dtype)
+        self._scales = zeros()
         self._starts: dict[AdapterRow, int] = {}  # first column of each hot adapter
         # How many columns a pass may have: for each of these there is a graph.
         doubled = (LEAST_COLUMNS << power for power in range(size.bit_length()))
@@ -124,10 +133,11 @@ class ColumnBank:
         # finite A is all NaN and B is 0: its own rows get NaN, and nobody else's.
         finite = row.part(Part.WEIGHTS).to(self._scales.dtype).isfinite().all()
         columns = slice(start, _stop(row, start))
-        for module in self._a:
-            a, b = row.views(Part.WEIGHTS, module)
-            self._a[module][columns] = torch.where(finite, a, torch.nan)
-            self._b[module][columns] = torch.where(finite, b.t(), 0.0)
+        for group in self._groups:
+            for member, module in enumerate(group.modules):
+                a, b = row.views(Part.WEIGHTS, module)
+                self._a[group.modules[0]][columns, member] = torch.where(finite, a, torch.nan)
+                self._b[module][columns] = torch.where(finite, b.t(), 0.0)
 
 
 def _gap(places: Mapping[AdapterRow, int], columns: int) -> int:

@@ -85,7 +85,7 @@ class Decoder:
         self._cache = cache
         self._attend = attend or _attention_of(base.device)
         self._rows = DecodeRows(most_rows, most_blocks, scratch_block, base)
-        self._columns = ColumnBank(base.shapes, columns, base.device, base.dtype)
+        self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
         self._sizes = (*_powers_of_two(below=most_rows), most_rows)
@@ -118,7 +118,7 @@ class Decoder:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
         rows = self._rows
         active = self._columns.active(rows.owners[:size], columns) if columns else None
-        with self._base.context.applying(active):
+        with self._base.context.side_by_side(active):
             hidden = self._base.hidden(
                 rows.tokens[:size], rows.positions[:size], (), self._attention(size)
             )

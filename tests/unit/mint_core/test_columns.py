@@ -8,23 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterBank, AdapterRow, LinearShape, Part
+from mint_core.lora.bank import SAMPLING_PARTS, AdapterBank, AdapterRow, Part
 from mint_core.lora.columns import LEAST_COLUMNS, ColumnBank
+from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.spec import AdapterSpec
 
-SHAPES = {"a": LinearShape(12, 20), "b": LinearShape(20, 6)}
+TOGETHER = ModuleGroup(("a", "b", "c"), 12, (20, 6, 10))
+ALONE = ModuleGroup(("d",), 20, (8,))
+GROUPS = (TOGETHER, ALONE)
+TRAINED = (("a", "b", "c", "d"), ("a", "c"), ("d",))
 RANKS = (8, 3, 32, 64, 16, 40, 8, 100)
 SIZE = 200
 CPU = torch.device("cpu")
 
 
 def make_rows() -> list[AdapterRow]:
-    """Adapters of several ranks; every other one trains one of the modules alone."""
+    """Adapters of several ranks, which train all of the modules or some."""
     generator = torch.Generator().manual_seed(1)
-    bank = AdapterBank(SHAPES, SAMPLING_PARTS, CPU)
+    bank = AdapterBank(GROUPS, SAMPLING_PARTS, CPU)
     rows = []
     for i, rank in enumerate(RANKS):
-        modules = ("a", "b")[: 1 + i % 2]
+        modules = TRAINED[i % len(TRAINED)]
         row = bank.add(AdapterSpec(rank=rank, alpha=i, use_rslora=False, seed=0, modules=modules))
         for module in modules:
             for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
@@ -33,25 +37,30 @@ def make_rows() -> list[AdapterRow]:
     return rows
 
 
-def make_columns(size: int = SIZE) -> ColumnBank:
-    return ColumnBank(SHAPES, size, CPU, torch.float32)
+def make_columns() -> ColumnBank:
+    return ColumnBank(GROUPS, SIZE, CPU, torch.float32)
 
 
-def one_by_one(x: Tensor, owners: Sequence[AdapterRow | None], module: str) -> Tensor:
-    y = torch.zeros(len(x), SHAPES[module].out_features)
+def one_by_one(x: Tensor, owners: Sequence[AdapterRow | None], group: ModuleGroup) -> Tensor:
+    y = torch.zeros(len(x), group.width)
     for i, row in enumerate(owners):
-        if row is not None:
-            a, b = row.views(Part.WEIGHTS, module)
-            y[i] = row.spec.scale * (b @ (a @ x[i]))
+        for module, columns in zip(group.modules, group.columns, strict=True):
+            if row is not None:
+                a, b = row.views(Part.WEIGHTS, module)
+                y[i, columns] = row.spec.scale * (b @ (a @ x[i]))
     return y
 
 
 def apply(
-    bank: ColumnBank, x: Tensor, owners: Sequence[AdapterRow | None], columns: int, module: str
+    bank: ColumnBank,
+    x: Tensor,
+    owners: Sequence[AdapterRow | None],
+    columns: int,
+    group: ModuleGroup,
 ) -> Tensor:
-    y = torch.zeros(len(x), SHAPES[module].out_features)
+    y = torch.zeros(len(x), group.width)
     numbers = torch.tensor([bank.owner(row) for row in owners])
-    bank.active(numbers, columns).add(x, y, module)
+    bank.active(numbers, columns).add(x, y, group)
     return y
 
 
@@ -61,10 +70,10 @@ def check(bank: ColumnBank, rows: Sequence[AdapterRow], seed: int = 0) -> int | 
     if columns:
         owners = [*rows, None, *rows[::-1]]
         generator = torch.Generator().manual_seed(seed)
-        for module, shape in SHAPES.items():
-            x = torch.randn(len(owners), shape.in_features, generator=generator)
-            ours = apply(bank, x, owners, columns, module)
-            torch.testing.assert_close(ours, one_by_one(x, owners, module), rtol=1e-4, atol=1e-4)
+        for group in GROUPS:
+            x = torch.randn(len(owners), group.in_features, generator=generator)
+            ours = apply(bank, x, owners, columns, group)
+            torch.testing.assert_close(ours, one_by_one(x, owners, group), rtol=1e-4, atol=1e-4)
     return columns
 
 
@@ -105,19 +114,19 @@ def test_an_adapter_that_stays_hot_is_not_copied_again() -> None:
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-@pytest.mark.parametrize("module", SHAPES)
+@pytest.mark.parametrize("group", GROUPS)
 def test_an_adapter_that_is_not_finite_reaches_its_own_rows_alone(
-    broken: float, module: str
+    broken: float, group: ModuleGroup
 ) -> None:
     rows, bank = make_rows(), make_columns()
     rows[1].part(Part.WEIGHTS)[-1] = broken  # the last of a B
     columns = bank.admit(rows[:3])
     assert columns
     owners = [rows[0], rows[1], None, rows[2]]
-    x = torch.ones(4, SHAPES[module].in_features)
-    ours = apply(bank, x, owners, columns, module)
+    x = torch.ones(4, group.in_features)
+    ours = apply(bank, x, owners, columns, group)
     assert ours[1].isnan().all()
-    torch.testing.assert_close(ours[[0, 2, 3]], one_by_one(x, owners, module)[[0, 2, 3]])
+    torch.testing.assert_close(ours[[0, 2, 3]], one_by_one(x, owners, group)[[0, 2, 3]])
 
 
 def test_what_others_columns_make_of_a_row_is_cut_out_even_if_infinite() -> None:
@@ -126,6 +135,6 @@ def test_what_others_columns_make_of_a_row_is_cut_out_even_if_infinite() -> None
     columns = bank.admit(rows[:3])
     assert columns
     owners = [rows[0], None, rows[2]]
-    x = torch.full((3, SHAPES["a"].in_features), 2.0)
-    ours = apply(bank, x, owners, columns, "a")
-    torch.testing.assert_close(ours, one_by_one(x, owners, "a"))
+    x = torch.full((3, TOGETHER.in_features), 2.0)
+    ours = apply(bank, x, owners, columns, TOGETHER)
+    torch.testing.assert_close(ours, one_by_one(x, owners, TOGETHER))
