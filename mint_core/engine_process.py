@@ -131,13 +131,13 @@ class _Waiter:
     silence_limit_s: float
     on_part: Callable[[Any], None] | None
 
-    def take(self, number: int, part: object) -> None:
+    def take(self, part: object) -> None:
         if self.future.done():
             return  # the caller has left
-        assert self.on_part is not None, f"call {number} is answered in parts, and nobody asked"
         try:
+            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
             self.on_part(part)
-        except Exception as error:  # the caller's own
+        except Exception as error:  # the caller's own, and nobody else's
             self.future.set_exception(error)
 
 
@@ -263,7 +263,7 @@ class EngineProcess:
         match message:
             case Part(number, value):
                 if waiter := self._waiting.get(number):
-                    waiter.take(number, value)
+                    waiter.take(value)
             case Hello():
                 assert self._attempt is not None
                 self._attempt.set_result(message)

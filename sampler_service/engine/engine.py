@@ -167,8 +167,10 @@ class Engine:
         """Scores the prompts that want it."""
         for placed in computed.placed:
             sequence = placed.span.sequence
+            if sequence.index != PROMPT:
+                continue
             generation = self._generations[sequence.request_id]
-            if sequence.index != PROMPT or not generation.wants_scores:
+            if not generation.wants_scores:
                 continue
             top_k = generation.job.topk_prompt_logprobs
             scores = score_span(self.base.head, computed, placed, top_k)

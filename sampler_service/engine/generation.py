@@ -15,17 +15,16 @@ class OpenContinuation:
     """A sample in the making."""
 
     watch: StopWatch
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    model_logprobs: list[float] = field(default_factory=list)
+    drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token and its logprobs
     stop_reason: StopReason | None = None
 
     def close(self) -> Continuation:
         assert self.stop_reason is not None
+        tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
         return Continuation(
-            tokens=np.array(self.tokens, np.int64),
-            logprobs=np.array(self.logprobs, np.float32),
-            model_logprobs=np.array(self.model_logprobs, np.float32),
+            tokens=np.array(tokens, np.int64),
+            logprobs=np.array(logprobs, np.float32),
+            model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
         )
 
@@ -67,9 +66,7 @@ class Generation:
         """Takes a drawn token and says why the sample ends with it, or None if it goes on."""
         continuation = self._samples[sample]
         if not self.job.stream:  # which gives each away as it comes
-            continuation.tokens.append(token)
-            continuation.logprobs.append(logprob)
-            continuation.model_logprobs.append(model_logprob)
+            continuation.drawn.append((token, logprob, model_logprob))
         reason = continuation.watch.read(token)
         if reason is not None:
             continuation.stop_reason = reason

@@ -12,6 +12,8 @@ from operator import attrgetter
 
 from sampler_service.engine.sequences import TokenSequence
 
+TURN_TOKENS = 256  # after which a tenant leaves its only place to one that has none
+
 Line = list[TokenSequence]  # oldest first
 age = attrgetter("age")
 
@@ -105,12 +107,18 @@ class Tenants:
 
     def first_to_yield(self, sequence: TokenSequence) -> TokenSequence | None:
         """Who gives a place to this one: the youngest of the tenant with the most places, if that
-        has still no fewer than the other then.
+        has still no fewer than the other then; and where there are more tenants than places, that
+        of the tenant that has had the most.
         """
+        mine = self.of(sequence)
         most = max(self, key=_num_running)
-        if len(most.running) - 1 <= len(self.of(sequence).running):
-            return None
-        return most.running[-1]
+        if len(most.running) - 1 > len(mine.running):
+            return most.running[-1]
+        if not mine.running:
+            most = max((tenant for tenant in self if tenant.running), key=_served_tokens)
+            if most.served_tokens - mine.served_tokens >= TURN_TOKENS:
+                return most.running[-1]
+        return None
 
     def precedence(self, sequence: TokenSequence) -> tuple[int, tuple[int, int]]:
         """In which order blocks are given out, least first, and taken back, largest first."""
@@ -124,3 +132,7 @@ class Tenants:
 
 def _num_running(tenant: Tenant) -> int:
     return len(tenant.running)
+
+
+def _served_tokens(tenant: Tenant) -> int:
+    return tenant.served_tokens

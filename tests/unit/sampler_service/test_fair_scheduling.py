@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampler_service.engine.blocks import BLOCK_TOKENS
+from sampler_service.engine.tenants import TURN_TOKENS
 from sampler_service.jobs import CHUNK_TOKENS
 from tests.unit.sampler_service.scheduler_traffic import Traffic
 
@@ -104,6 +105,16 @@ def test_one_more_request_starts_at_once_beside_a_flood() -> None:
 # for a place only, another may have the rest of each pass.)
 prompts = st.tuples(st.integers(150, 700), st.just(1))
 chatter = st.tuples(st.integers(1, 16), st.integers(20, 60))
+
+
+def test_more_tenants_than_places_take_turns() -> None:
+    clock = Clock(max_running=2)
+    tenants = [f"t{i}" for i in range(7)]
+    for tenant in tenants:
+        clock.ask(tenant, 10, 2000)
+    while clock.tick():
+        served = [clock.served[tenant] for tenant in tenants]
+        assert max(served) - min(served) <= 2 * TURN_TOKENS
 
 
 @settings(max_examples=20, deadline=None)
