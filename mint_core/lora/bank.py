@@ -13,12 +13,14 @@ import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
+from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
@@ -74,6 +76,16 @@ class RankBank:
             # twice as long.
             row[middle:stop].view(rank, shape.out_features).t(),
         )
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """What `matrices` does, for those who have no bank."""
+        row = torch.empty(self.row_size, device="meta")
+        places = {}
+        for module in self._shapes:
+            a, b = self.matrices(row, module)
+            places[module] = (_place(a), _place(b))
+        return RowLayout.of(self.row_size, places)
 
     def parameter_count(self, rank: int, modules: Iterable[str]) -> int:
         """How many numbers an adapter has, padding not counted."""
@@ -218,6 +230,12 @@ def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
         return torch.zeros(size, device=device)
     pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.float32)
+
+
+def _place(view: Tensor) -> Matrix:
+    """Where a matrix lies in the row of which it is a view."""
+    rows, columns = view.shape
+    return Matrix(int(view.storage_offset()), (rows, columns), (view.stride(0), view.stride(1)))
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,175 @@
+"""A trainer's snapshots in memory: where samplers of the same host find them at once."""
+
+import errno
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from checkpoint_store.errors import CheckpointDamaged
+from checkpoint_store.manifest import Manifest
+from checkpoint_store.paths import SAMPLER_WEIGHTS, CheckpointPath
+from checkpoint_store.row_file import RowFile, describe_row, open_row
+from checkpoint_store.snapshot_folder import OWNER_PREFIX, is_private, place_of
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.row_layout import RowLayout
+from mint_core.owned_folder import OwnedFolder
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION_BYTES = 64 * 1024  # of a row file, beside its numbers: about what it takes
+
+
+@dataclass(slots=True)
+class _Held:
+    """A row in memory."""
+
+    size_bytes: int
+    stored: bool  # whether the store has it too
+    kept: bool = True  # whether it stays when the store has it
+
+
+class SnapshotMemory:
+    """Row files up to a limit. To make room the oldest go that the store has too, then those that
+    could not be stored. Calls block briefly; safe from any thread.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: dict[CheckpointPath, _Held] = {}  # the oldest first
+        self._drafts: dict[Path, int] = {}  # with their sizes
+        self._given_up: dict[CheckpointPath, None] = {}
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_private(folder):
+                raise PermissionError(errno.EPERM, "others than this user can enter it")
+            self._owned = OwnedFolder(folder, OWNER_PREFIX, rescue=self._rescue)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"`snapshot_memory_folder` {folder} cannot be used: {error.strerror}; remove "
+                "it, or choose another for trainer and sampler"
+            ) from error
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is here."""
+        return sum(held.size_bytes for held in self._held.values()) + sum(self._drafts.values())
+
+    def unstored(self) -> list[CheckpointPath]:
+        """Rows that a trainer that is gone has left behind and not stored."""
+        return [revision for revision, held in self._held.items() if not held.stored]
+
+    def draft(self, numbers_bytes: int) -> Path | None:
+        """A file to write a row's numbers to; None if there is no room now."""
+        size_bytes = numbers_bytes + _DESCRIPTION_BYTES
+        with self._lock:
+            for revision in self._dispensable():
+                if self.size_bytes + size_bytes <= self._limit_bytes:
+                    break
+                self._remove(revision)
+            if self.size_bytes + size_bytes > self._limit_bytes:
+                return None
+            draft = self._owned.path / f"draft-{uuid4().hex}"
+            self._drafts[draft] = size_bytes
+        return draft
+
+    def discard(self, draft: Path) -> None:
+        """Removes a draft of which nothing became."""
+        with self._lock:
+            del self._drafts[draft]
+        draft.unlink(missing_ok=True)
+
+    def place(self, draft: Path, manifest: Manifest, layout: RowLayout, *, stored: bool) -> None:
+        """Shows a row, whose numbers a draft has, to samplers."""
+        describe_row(draft, manifest, layout)
+        size_bytes = draft.stat().st_size
+        file = self._owned.path / place_of(manifest.revision_path)
+        with self._lock:
+            file.parent.mkdir(exist_ok=True)
+            draft.rename(file)
+            del self._drafts[draft]
+            self._held[manifest.revision_path] = _Held(size_bytes, stored)
+
+    def open(self, revision: CheckpointPath) -> RowFile:
+        """A row that is here."""
+        return open_row(self._owned.path / place_of(revision), str(revision))
+
+    def has(self, revision: CheckpointPath) -> bool:
+        return revision in self._held
+
+    def stored(self, revision: CheckpointPath) -> None:
+        """Notes that the store has a row too."""
+        with self._lock:
+            self._given_up.pop(revision, None)
+            held = self._held.get(revision)
+            if held is None:
+                return
+            held.stored = True
+            if not held.kept:
+                self._remove(revision)
+
+    def give_up(self, revision: CheckpointPath) -> None:
+        """Notes that a row could not be stored: it stays while there is room."""
+        with self._lock:
+            self._given_up[revision] = None
+
+    def release(self, revision: CheckpointPath) -> None:
+        """Removes a row, if it is here, as soon as the store has it."""
+        with self._lock:
+            held = self._held.get(revision)
+            if held is not None and held.stored:
+                self._remove(revision)
+            elif held is not None:
+                held.kept = False
+
+    def remove_run(self, training_run_id: str) -> None:
+        """Removes a run's rows, stored or not."""
+        with self._lock:
+            for revision in [r for r in self._held if r.training_run_id == training_run_id]:
+                self._remove(revision)
+
+    def close(self) -> None:
+        """Removes everything; what the store lacks is left to the next trainer."""
+        with self._lock:
+            for revision in [r for r, held in self._held.items() if held.stored]:
+                self._remove(revision)
+            if self._held:
+                self._owned.release()
+                return
+        self._owned.remove()
+
+    def _dispensable(self) -> list[CheckpointPath]:
+        """What may go, in that order."""
+        stored = [revision for revision, held in self._held.items() if held.stored]
+        return stored + [revision for revision in self._given_up if revision in self._held]
+
+    def _remove(self, revision: CheckpointPath) -> None:
+        del self._held[revision]
+        self._given_up.pop(revision, None)
+        file = self._owned.path / place_of(revision)
+        file.unlink(missing_ok=True)
+        if not any(file.parent.iterdir()):
+            file.parent.rmdir()
+
+    def _rescue(self, abandoned: Path, ours: Path) -> None:
+        """Takes over what a trainer that is gone may not have stored."""
+        for row in _unnamed_rows(abandoned):
+            file = ours / place_of(row.manifest.revision_path)
+            file.parent.mkdir(exist_ok=True)
+            row.path.rename(file)
+            held = _Held(row.size_bytes, stored=False, kept=False)
+            self._held[row.manifest.revision_path] = held
+
+
+def _unnamed_rows(folder: Path) -> Iterator[RowFile]:
+    for file in folder.glob("*/*@*"):
+        try:
+            row = open_row(file, f"mint://{file.parent.name}/{SAMPLER_WEIGHTS}/{file.name}")
+        except CheckpointDamaged as error:
+            logger.warning("%s", error)
+            continue
+        if not row.manifest.named:
+            yield row

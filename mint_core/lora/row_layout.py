@@ -1,0 +1,75 @@
+"""How an adapter's numbers lie in a row of the bank, told without torch: a row can then be read
+where no bank is, and a bank can tell rows that lie as its own from others.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A part of a row that is read as a matrix. All in numbers, not in bytes."""
+
+    offset: int
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+
+    def of(self, row: Floats) -> Floats:
+        """The matrix, as a view of [params]. Raises ValueError if it exceeds the row."""
+        strides = (row.itemsize * self.strides[0], row.itemsize * self.strides[1])
+        return np.ndarray(self.shape, row.dtype, row.data, row.itemsize * self.offset, strides)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A and B, [stored rank, in] and [out, stored rank], of every module of a base model."""
+
+    encoded: bytes  # JSON; equal where rows lie alike
+
+    @classmethod
+    def of(cls, size: int, modules: Mapping[str, tuple[Matrix, Matrix]]) -> "RowLayout":
+        """Of rows [size]."""
+        content = {
+            name: [[m.offset, *m.shape, *m.strides] for m in matrices]
+            for name, matrices in modules.items()
+        }
+        encoded = json.dumps({"size": size, "modules": content}, sort_keys=True)
+        return cls(encoded.encode())
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Numbers of a row."""
+        return self._content[0]
+
+    def matrices(self, row: Floats, spec: AdapterSpec) -> dict[str, Floats]:
+        """An adapter's A and B by PEFT's names, padding left out, as views of [params]."""
+        named = {}
+        for module in spec.modules:
+            a, b = (matrix.of(row) for matrix in self._content[1][module])
+            named[lora_a_name(module)] = a[: spec.rank]
+            named[lora_b_name(module)] = b[:, : spec.rank]
+        return named
+
+    @cached_property
+    def _content(self) -> tuple[int, Mapping[str, tuple[Matrix, Matrix]]]:
+        content = json.loads(self.encoded)
+        size: int = content["size"]
+        return size, {n: (_matrix(*a), _matrix(*b)) for n, (a, b) in content["modules"].items()}
+
+
+def _matrix(offset: int, rows: int, columns: int, row: int, column: int) -> Matrix:
+    return Matrix(offset, (rows, columns), (row, column))
