@@ -72,10 +72,13 @@ class StoreLayout:
             shutil.rmtree(folder, ignore_errors=True)
 
     def clear_staging(self, *, older_than: datetime) -> None:
-        for name in _entries(self.staging):
-            entry = self.staging / name
-            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) < older_than:
+        for entry in self.staging.iterdir() if self.staging.is_dir() else ():
+            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) >= older_than:
+                continue
+            if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> list[str]:

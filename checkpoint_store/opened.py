@@ -13,6 +13,7 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
+from checkpoint_store.revisions import renew_lease
 from checkpoint_store.row_file import RowFile
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.spec import AdapterArrays
@@ -25,6 +26,10 @@ class OpenCheckpoint:
     manifest: Manifest
     folder: Path  # opens with `PeftModel.from_pretrained`; absent while a snapshot is not stored
     row: RowFile | None = None  # the same weights in memory
+
+    def note_use(self) -> None:
+        """Keeps the revision for another while."""
+        renew_lease(self.folder)
 
     @property
     def has_optimizer(self) -> bool:

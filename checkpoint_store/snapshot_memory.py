@@ -2,11 +2,15 @@
 
 import errno
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
+
+import psutil
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
@@ -19,6 +23,7 @@ from mint_core.owned_folder import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
+MEMORY_SHARE = 0.1  # of what is free, where no limit is given
 _DESCRIPTION_BYTES = 64 * 1024  # of a row file, beside its numbers: about what it takes
 
 
@@ -36,17 +41,15 @@ class SnapshotMemory:
     could not be stored. Calls block briefly; safe from any thread.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int = 0) -> None:
+        """With `limit_bytes` 0, the limit is a share of free memory."""
         self._held: dict[CheckpointPath, _Held] = {}  # the oldest first
         self._drafts: dict[Path, int] = {}  # with their sizes
         self._given_up: dict[CheckpointPath, None] = {}
         self._lock = threading.Lock()
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not is_private(folder):
-                raise PermissionError(errno.EPERM, "others than this user can enter it")
-            self._owned = OwnedFolder(folder, OWNER_PREFIX, rescue=self._rescue)
+            self._owned = self._own(folder)
+            self._limit_bytes = limit_bytes or _affordable_bytes(folder)
         except OSError as error:
             raise FailedPrecondition(
                 f"`snapshot_memory_folder` {folder} cannot be used: {error.strerror}; remove "
@@ -66,20 +69,25 @@ class SnapshotMemory:
         """A file to write a row's numbers to; None if there is no room now."""
         size_bytes = numbers_bytes + _DESCRIPTION_BYTES
         with self._lock:
+            victims = []
+            room_bytes = self._limit_bytes - self.size_bytes
             for revision in self._dispensable():
-                if self.size_bytes + size_bytes <= self._limit_bytes:
+                if room_bytes >= size_bytes:
                     break
-                self._remove(revision)
-            if self.size_bytes + size_bytes > self._limit_bytes:
+                victims.append(revision)
+                room_bytes += self._held[revision].size_bytes
+            if room_bytes < size_bytes:
                 return None
+            for revision in victims:
+                self._remove(revision)
             draft = self._owned.path / f"draft-{uuid4().hex}"
             self._drafts[draft] = size_bytes
         return draft
 
     def discard(self, draft: Path) -> None:
-        """Removes a draft of which nothing became."""
+        """Removes a draft, unless it was placed."""
         with self._lock:
-            del self._drafts[draft]
+            self._drafts.pop(draft, None)
         draft.unlink(missing_ok=True)
 
     def place(self, draft: Path, manifest: Manifest, layout: RowLayout, *, stored: bool) -> None:
@@ -140,6 +148,16 @@ class SnapshotMemory:
                 self._owned.release()
                 return
         self._owned.remove()
+        with suppress(OSError):  # another trainer has its part there
+            self._owned.path.parent.rmdir()
+
+    def _own(self, folder: Path) -> OwnedFolder:
+        while True:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_private(folder):
+                raise PermissionError(errno.EPERM, "others than this user can enter it")
+            with suppress(FileNotFoundError):  # the last who was there has just removed it
+                return OwnedFolder(folder, OWNER_PREFIX, rescue=self._rescue)
 
     def _dispensable(self) -> list[CheckpointPath]:
         """What may go, in that order."""
@@ -147,8 +165,11 @@ class SnapshotMemory:
         return stored + [revision for revision in self._given_up if revision in self._held]
 
     def _remove(self, revision: CheckpointPath) -> None:
-        del self._held[revision]
-        self._given_up.pop(revision, None)
+        held = self._held.pop(revision)
+        if revision in self._given_up:
+            del self._given_up[revision]
+            if not held.stored:
+                logger.error("snapshot %s is lost: others needed its memory", revision)
         file = self._owned.path / place_of(revision)
         file.unlink(missing_ok=True)
         if not any(file.parent.iterdir()):
@@ -162,6 +183,11 @@ class SnapshotMemory:
             row.path.rename(file)
             held = _Held(row.size_bytes, stored=False, kept=False)
             self._held[row.manifest.revision_path] = held
+
+
+def _affordable_bytes(folder: Path) -> int:
+    free_bytes = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
+    return int(MEMORY_SHARE * free_bytes)
 
 
 def _unnamed_rows(folder: Path) -> Iterator[RowFile]:

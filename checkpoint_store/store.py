@@ -96,25 +96,39 @@ class CheckpointStore:
             metadata=metadata,
             expire_time=expire_time,
         )
+        return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
+
+    def publish_as(
+        self,
+        manifest: Manifest,
+        weights: AdapterArrays,
+        exp_avg: AdapterArrays | None = None,
+        exp_avg_sq: AdapterArrays | None = None,
+        *,
+        overwrite: bool = True,
+    ) -> Published:
+        """As `publish`, of what `new_manifest` has described."""
         assert (exp_avg is None) == (exp_avg_sq is None), "one moment without the other"
         for arrays in (weights, exp_avg, exp_avg_sq):
             if arrays is not None:
-                adapter_files.check_arrays(str(manifest.path), spec, arrays)
-        with self._staging() as staging:
-            adapter_files.write_adapter(staging, spec, base_model, weights)
-            if exp_avg is not None and exp_avg_sq is not None:
-                adapter_files.write_moments(staging, exp_avg, exp_avg_sq)
-            return self._place(staging, manifest, overwrite)
-
-    def publish_row(self, row: RowFile) -> Published:
-        """Saves a snapshot that lies in memory, under its own revision."""
-        manifest, weights = row.manifest, row.weights()
-        adapter_files.check_arrays(str(manifest.path), manifest.spec, weights)
+                adapter_files.check_arrays(str(manifest.path), manifest.spec, arrays)
         with self._staging() as staging:
             adapter_files.write_adapter(staging, manifest.spec, manifest.base_model, weights)
-            published = self._place(staging, manifest, overwrite=True)
-        revisions.recant(self._layout.name_folder(manifest.path))
+            if exp_avg is not None and exp_avg_sq is not None:
+                adapter_files.write_moments(staging, exp_avg, exp_avg_sq)
+            published = self._place(staging, manifest, overwrite)
+        if not manifest.named:
+            self.recant(manifest.path)
         return published
+
+    def draft(self) -> Path:
+        """Where to write a row's numbers to, on the store's file system."""
+        revisions.make_folder(self._layout.staging)
+        return self._layout.staging / f"{uuid4().hex}.row"
+
+    def has(self, revision: CheckpointPath) -> bool:
+        """Whether a revision is stored, whoever's it is."""
+        return any(self._layout.newest_first(revision))
 
     def announce(self, snapshot: Manifest) -> None:
         """Says that a snapshot will be stored, to those who cannot see it in memory."""
@@ -155,7 +169,7 @@ class CheckpointStore:
     def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """As `find`, and verifies every file unless memory has the revision. Notes its use."""
         found = self.find(path, tenant=tenant, kind=kind)
-        revisions.renew_lease(found.folder)
+        found.note_use()
         if found.row is None:
             self.verify(found)
         return found
@@ -173,8 +187,7 @@ class CheckpointStore:
 
     def renew(self, path: str, *, tenant: str) -> None:
         """Notes that a revision is still in use, so that it is kept for another while."""
-        manifest = self.describe(path, tenant=tenant)
-        revisions.renew_lease(self._layout.revision_folder(manifest.revision_path))
+        self.find(path, tenant=tenant).note_use()
 
     def list(
         self,

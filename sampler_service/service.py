@@ -5,7 +5,7 @@ import logging
 import time
 from asyncio import CancelledError
 
-from checkpoint_store import CheckpointStore
+from checkpoint_store import CheckpointStore, SnapshotFolder, snapshot_folder
 from mint_core.engine_pipe import ModelDescription
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.caller import caller, note
@@ -13,10 +13,12 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import sampler_pb2_grpc
+from sampler_service.adapter_rows import AdapterRows
 from sampler_service.adapters import Adapters
 from sampler_service.config import SamplerConfig
 from sampler_service.jobs import Abort, AdapterAbsent, Generate, Generated
 from sampler_service.requests import Sampling
+from sampler_service.row_files import RowFiles
 from sampler_service.servicer import SamplerServicer
 
 logger = logging.getLogger(__name__)
@@ -31,9 +33,8 @@ class SamplerService:
         self.engine = EngineProcess(
             "sampler_service.engine", config.engine_config(), on_death=self._engine_died
         )
-        self._adapters = Adapters(
-            CheckpointStore(config.store), self.engine, capacity=config.max_adapters
-        )
+        self._rows = _adapter_rows(config, self.engine)
+        self._adapters = Adapters(self._rows, self.engine, capacity=config.max_adapters)
         self._metrics = metrics
         self._tokens = metrics.counter("mint_tokens", "Tokens computed", ["kind"])
         self._model: ModelDescription | None = None
@@ -53,6 +54,7 @@ class SamplerService:
 
     async def stop(self) -> None:
         await self.engine.close()
+        self._rows.close()
 
     async def model(self) -> ModelDescription:
         """What is served; waits for the engine's first start."""
@@ -66,7 +68,7 @@ class SamplerService:
                     try:
                         generated = await self._run(sampling, revision)
                     except AdapterAbsent:
-                        self._adapters.forget(revision)  # the engine is a new one: load it again
+                        await self._adapters.settled(revision)
                         continue
                 self._count(sampling, generated)
                 return generated, revision
@@ -100,3 +102,11 @@ class SamplerService:
 
     def _engine_died(self, why: str) -> None:
         self._adapters.engine_died()
+
+
+def _adapter_rows(config: SamplerConfig, engine: EngineProcess) -> AdapterRows:
+    folder = snapshot_folder(config.snapshot_memory_folder, config.store)
+    store = CheckpointStore(config.store, SnapshotFolder(folder) if folder else None)
+    limit_bytes = config.row_folder_mib * 2**20
+    files = RowFiles(config.row_folder or config.store / ".rows", limit_bytes)
+    return AdapterRows(store, files, engine)

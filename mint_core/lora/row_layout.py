@@ -2,7 +2,6 @@
 where no bank is, and a bank can tell rows that lie as its own from others.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
+from mint_core.errors import InvalidRequest
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 
 Floats = NDArray[np.float32]
 
@@ -46,10 +46,6 @@ class RowLayout:
         encoded = json.dumps({"size": size, "modules": content}, sort_keys=True)
         return cls(encoded.encode())
 
-    @cached_property
-    def digest(self) -> str:
-        return hashlib.sha256(self.encoded).hexdigest()
-
     @property
     def size(self) -> int:
         """Numbers of a row."""
@@ -57,12 +53,33 @@ class RowLayout:
 
     def matrices(self, row: Floats, spec: AdapterSpec) -> dict[str, Floats]:
         """An adapter's A and B by PEFT's names, padding left out, as views of [params]."""
+        places = self._content[1]
         named = {}
         for module in spec.modules:
-            a, b = (matrix.of(row) for matrix in self._content[1][module])
+            if module not in places:
+                raise InvalidRequest(
+                    f"the base model has no linear layer `{module}`; the adapter belongs to "
+                    "another model",
+                    module=module,
+                )
+            a, b = (matrix.of(row) for matrix in places[module])
             named[lora_a_name(module)] = a[: spec.rank]
             named[lora_b_name(module)] = b[:, : spec.rank]
         return named
+
+    def row(self, spec: AdapterSpec, arrays: AdapterArrays) -> Floats:  # [params]
+        """A row of an adapter's arrays, which must be of its modules and rank."""
+        row = np.zeros(self.size, np.float32)
+        for name, matrix in self.matrices(row, spec).items():
+            array = arrays[name]
+            if array.shape != matrix.shape:
+                raise InvalidRequest(
+                    f"`{name}` has shape {list(array.shape)} but its layer needs "
+                    f"{list(matrix.shape)}",
+                    tensor=name,
+                )
+            matrix[...] = array
+        return row
 
     @cached_property
     def _content(self) -> tuple[int, Mapping[str, tuple[Matrix, Matrix]]]:

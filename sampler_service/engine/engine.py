@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
+from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
 from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
@@ -23,6 +24,7 @@ from sampler_service.engine.stop import Vocabulary
 from sampler_service.jobs import (
     CHUNK_TOKENS,
     Abort,
+    DescribeRows,
     DropAdapter,
     EngineConfig,
     Generate,
@@ -33,7 +35,7 @@ from sampler_service.jobs import (
 logger = logging.getLogger(__name__)
 
 # The number of a call, and what it is told.
-Answer = tuple[int, Generated | MintError | None]
+Answer = tuple[int, Generated | RowLayout | MintError | None]
 
 
 class Engine:
@@ -59,7 +61,7 @@ class Engine:
         least = config.max_running_samples + CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = Adapters(base)
+        self.adapters = Adapters(base, config.host_adapter_memory_bytes)
         self._runner = Runner(base, KvCache(shapes, blocks, base.device), progress)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
         self._scheduler = Scheduler(
@@ -80,6 +82,8 @@ class Engine:
                 return self._generate(number, job)
             case LoadAdapter():
                 self.adapters.load(job)
+            case DescribeRows(rank):
+                return number, self.adapters.layout(rank)
             case DropAdapter():
                 self.adapters.drop(job)
             case Abort(request_id):
