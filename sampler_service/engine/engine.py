@@ -17,8 +17,9 @@ from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.prompt_scores import score_span
+from sampler_service.engine.randomness import Draw
 from sampler_service.engine.runner import Computed, Runner
-from sampler_service.engine.sampling import Draw, draw_tokens
+from sampler_service.engine.sampling import draw_tokens
 from sampler_service.engine.scheduler import PROMPT, Scheduler, TokenSequence
 from sampler_service.engine.stop import Vocabulary
 from sampler_service.jobs import (

@@ -1,6 +1,6 @@
-"""Keys and values of what was computed, in blocks, and attention over them."""
+"""Keys and values of what was computed, in blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mint_core.lora.layers import MIN_ROWS, Segment
 from mint_core.model.attention import PackedAttention
-from mint_core.model.attention_kernels import Scores, causal_attention
+from mint_core.model.attention_kernels import Scores
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.blocks import BLOCK_TOKENS
 
@@ -64,25 +64,36 @@ def affordable_tokens(shapes: dict[int, LayerShape], device: torch.device) -> in
 class KvCache:
     """The keys and values of every layer, [blocks, block tokens, heads, head size].
 
-    On a CPU the system gives a block memory when it is first written.
+    All is finite at any time but for what a broken adapter computed: whoever starts a block clears
+    it first, so that what is read and masked in one pass with others' tokens does them no harm. On
+    a CPU the system gives a block memory when it is first written.
     """
 
     def __init__(self, shapes: dict[int, LayerShape], blocks: int, device: torch.device) -> None:
-        def empty(shape: LayerShape, size: int) -> Tensor:
-            return torch.empty(
+        def zeros(shape: LayerShape, size: int) -> Tensor:
+            return torch.zeros(
                 (blocks, BLOCK_TOKENS, shape.heads, size), dtype=shape.dtype, device=device
             )
 
         self._layers = {
-            index: (empty(shape, shape.key_size), empty(shape, shape.value_size))
+            index: (zeros(shape, shape.key_size), zeros(shape, shape.value_size))
             for index, shape in shapes.items()
         }
+        # Where blocks are gathered: fresh memory for it would be paged in for every layer.
+        self._rooms: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
-    def copy(self, source: int, target: int) -> None:
-        """Copies a block in every layer."""
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks in every layer, (from, to), in order."""
         for layer in self._layers.values():
             for part in layer:
-                part[target] = part[source]
+                for source, target in pairs:
+                    part[target] = part[source]
+
+    def clear(self, blocks: Tensor) -> None:  # [blocks]
+        """Fills blocks with zeros in every layer."""
+        for layer in self._layers.values():
+            for part in layer:
+                part.index_fill_(0, blocks, 0.0)
 
     def write(
         self,
@@ -92,57 +103,24 @@ class KvCache:
         value: Tensor,  # [heads, rows, head size]
     ) -> None:
         for part, rows in zip(self._layers[layer_index], (key, value), strict=True):
-            part.flatten(0, 1)[slots] = rows.transpose(0, 1)
+            part.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
 
-    def read(self, layer_index: int, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `tokens` keys and values of a sequence, each [heads, tokens, head size]."""
-        key, value = self._layers[layer_index]
-        return _sequence(key, blocks, tokens), _sequence(value, blocks, tokens)
+    def read(self, layer_index: int, blocks: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """The keys and values of `count` sequences of as many blocks each, whose numbers `blocks`
+        [count * blocks] holds one after the other; each [count, heads, tokens, head size]. They are
+        good until the next read.
+        """
+        key, value = (
+            self._gather(place, part, blocks)
+            .view(count, -1, *part.shape[2:])  # [count, tokens, heads, head size]
+            .transpose(1, 2)
+            for place, part in enumerate(self._layers[layer_index])
+        )
+        return key, value
 
-
-def _sequence(part: Tensor, blocks: Tensor, tokens: int) -> Tensor:  # [heads, tokens, head size]
-    return part[blocks].flatten(0, 1)[:tokens].transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CachedRows:
-    """Rows of the stream that continue one sequence, whose earlier tokens are in the cache."""
-
-    start: int  # in the stream
-    stop: int
-    blocks: Tensor  # [blocks] of the sequence
-    tokens: int  # of the sequence, these rows included
-
-
-class CachedAttention:
-    """Each sequence attends to its own cache, which its new rows enter first.
-
-    Sequences are computed one by one: what a sequence gets does not depend on the others.
-    """
-
-    def __init__(
-        self,
-        cache: KvCache,
-        sequences: Sequence[CachedRows],
-        real: Tensor,  # [rows] places in the stream that are not padding
-        slots: Tensor,  # [rows] where their keys and values go
-        progress: Callable[[], None],  # called in every layer
-    ) -> None:
-        self._cache = cache
-        self._sequences = sequences
-        self._real = real
-        self._slots = slots
-        self._progress = progress
-
-    def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> Tensor:
-        self._progress()
-        self._cache.write(layer_index, self._slots, key[:, self._real], value[:, self._real])
-        output = query.new_zeros((*query.shape[:2], value.shape[2]))
-        for rows in self._sequences:
-            keys, values = self._cache.read(layer_index, rows.blocks, rows.tokens)
-            output[:, rows.start : rows.stop] = causal_attention(
-                query[:, rows.start : rows.stop], keys, values, scores
-            )
-        return output
+    def _gather(self, place: int, part: Tensor, blocks: Tensor) -> Tensor:
+        name = place, part.shape[1:], part.dtype
+        room = self._rooms.get(name)
+        if room is None or len(room) < len(blocks):
+            room = self._rooms[name] = part.new_empty(2 * len(blocks), *part.shape[1:])
+        return torch.index_select(part, 0, blocks, out=room[: len(blocks)])

@@ -10,8 +10,8 @@ from mint_core.lora.bank import AdapterRow
 from mint_core.lora.layers import MIN_ROWS, Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from sampler_service.engine.blocks import BLOCK_TOKENS
-from sampler_service.engine.kv_cache import CachedAttention, CachedRows, KvCache
+from sampler_service.engine.cached_attention import CachedAttention, CachedRows
+from sampler_service.engine.kv_cache import KvCache
 from sampler_service.engine.scheduler import Span, Step, TokenSequence
 
 
@@ -26,6 +26,9 @@ class Placed:
     @property
     def stop(self) -> int:
         return self.start + self.span.stop - self.span.start
+
+    def cached(self) -> CachedRows:
+        return CachedRows(self.start, self.stop, self.span.sequence.blocks, self.span.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,42 +49,29 @@ class Runner:
 
     def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
         """Computes the step's tokens and puts their keys and values into the cache."""
-        for source, target in step.copies:
-            self._cache.copy(source, target)
+        self._cache.copy(step.copies)
         placed, segments = place(step.spans, adapters)
-        rows = segments[-1].stop
-        tokens = torch.zeros(rows, dtype=torch.int64)
-        positions = torch.zeros(rows, dtype=torch.int64)
+        tokens = [0] * segments[-1].stop
+        positions = [0] * segments[-1].stop
         for p in placed:
             start, stop = p.span.start, p.span.stop
-            tokens[p.start : p.stop] = torch.tensor(p.span.sequence.tokens(start, stop))
-            positions[p.start : p.stop] = torch.arange(start, stop)
+            tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
+            positions[p.start : p.stop] = range(start, stop)
+        attention = CachedAttention(
+            self._cache,
+            self._base.device,
+            decoding=[p.cached() for p in placed if p.span.stop - p.span.start == 1],
+            chunks=[p.cached() for p in placed if p.span.stop - p.span.start > 1],
+            progress=self._progress,
+        )
+        device = self._base.device
         hidden = self._base.hidden(
-            tokens.to(self._base.device),
-            positions.to(self._base.device),
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
             segments,
-            self._attention(placed),
+            attention,
         )
         return Computed(hidden, placed)
-
-    def _attention(self, placed: Sequence[Placed]) -> CachedAttention:
-        device = self._base.device
-        sequences, real, slots = [], [], []
-        for p in placed:
-            blocks = torch.tensor(p.span.sequence.blocks)
-            at = torch.arange(p.span.start, p.span.stop)
-            slots.append(blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS)
-            real.append(torch.arange(p.start, p.stop))
-            # Blocks beyond the span's end may hold anything; they are not read.
-            used = blocks[: -(-p.span.stop // BLOCK_TOKENS)].to(device)
-            sequences.append(CachedRows(p.start, p.stop, used, p.span.stop))
-        return CachedAttention(
-            self._cache,
-            sequences,
-            torch.cat(real).to(device),
-            torch.cat(slots).to(device),
-            self._progress,
-        )
 
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sampler_service.engine.sampling import Draw, draw_tokens, philox, uniforms
+from sampler_service.engine.narrowing import draw_narrowed
+from sampler_service.engine.randomness import Draw, philox, uniforms
+from sampler_service.engine.sampling import draw_tokens
 from sampler_service.jobs import Choice
 
 VOCABULARY = 12
@@ -124,6 +126,35 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
 def test_ties_of_top_k_leave_exactly_k_tokens() -> None:
     draws = [Draw(Choice(seed=1, top_k=3), i, 0) for i in range(200)]
     assert set(draw_tokens(torch.zeros(200, 10), draws).tokens) == {0, 1, 2}
+
+
+SCORES = st.lists(st.integers(0, 12), min_size=2, max_size=40)
+
+
+@given(SCORES, st.integers(-1, 45), st.floats(0.01, 1.0), st.floats(1e-6, 1 - 1e-6))
+def test_few_ranks_draw_what_all_ranks_draw(
+    steps: list[int], k: int, share: float, uniform: float
+) -> None:
+    """Whole steps, so that many scores are equal."""
+    scores = -torch.tensor([steps], dtype=torch.float32) / 3
+    scores -= scores.max()
+    choice = Choice(seed=0, top_k=k or 1, top_p=share)
+    totals = scores.double().exp().sum(1)
+    drawn = [
+        draw_narrowed(scores, totals, [choice], torch.tensor([uniform]).double(), ranks).item()
+        for ranks in ([], [1, 2, 4, 8, 16], [5])
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_logits_far_apart_are_drawn_by_their_probabilities() -> None:
+    """Over more than one stretch of the vocabulary, most of it as good as impossible."""
+    many = torch.full((1, 5000), -200.0)
+    many[0, [3, 255, 256, 4999]] = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    draws = [Draw(Choice(seed=1), i, 0) for i in range(4000)]
+    drawn = draw_tokens(many.expand(4000, -1), draws).tokens
+    shares = [float((drawn == token).mean()) for token in (3, 255, 256, 4999)]
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.03)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 1023), st.integers(0, 2**31))

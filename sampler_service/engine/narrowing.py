@@ -1,0 +1,91 @@
+"""Draws from what top-k and top-p leave of a distribution: top-k first, then top-p of what is left.
+
+Tokens are ranked from the likeliest on, of equal ones the smaller id first. Mostly the first few
+dozens settle a row; where they do not, more ranks are asked for, and at last all of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sampler_service.jobs import Choice
+
+FIRST_RANKS = (64, 1024, 8192)
+
+
+def narrows(choice: Choice, vocabulary_size: int) -> bool:
+    """Whether a choice leaves tokens out."""
+    return 0 < choice.top_k < vocabulary_size or choice.top_p < 1
+
+
+def draw_narrowed(
+    scores: Tensor,  # [n, V], logarithms of unnormalized probabilities, at most 0
+    totals: Tensor,  # [n] float64, the sums of exp(score)
+    choices: Sequence[Choice],
+    uniform: Tensor,  # [n] float64 in (0, 1)
+    first_ranks: Sequence[int] = FIRST_RANKS,
+) -> Tensor:  # [n] tokens
+    """One token for each row."""
+    n, vocabulary = scores.shape
+    device = scores.device
+    top_k = torch.tensor([c.top_k if c.top_k > 0 else vocabulary for c in choices], device=device)
+    top_p = torch.tensor([c.top_p for c in choices], dtype=torch.float64, device=device)
+    tokens = torch.empty(n, dtype=torch.int64, device=device)
+    left = torch.arange(n, device=device)
+    for ranks in [*(r for r in first_ranks if r < vocabulary), vocabulary]:
+        values, ids = _ranked(scores[left], ranks)
+        # Of what top-k leaves: all of it, or what the ranks at hand will tell, or not known yet.
+        whole = torch.where(top_k[left] < vocabulary, torch.inf, totals[left])
+        kept = _kept(values, whole, top_k[left], top_p[left])
+        # Equal scores at the last rank may go on beyond it, and their order is then not known.
+        last_kept = values.gather(1, kept[:, None] - 1)[:, 0]
+        settled = last_kept > values[:, -1]
+        if ranks == vocabulary:
+            settled = torch.ones_like(settled)
+        done = left[settled]
+        tokens[done] = _draw(values[settled], ids[settled], kept[settled], uniform[done])
+        left = left[~settled]
+        if not len(left):
+            break
+    return tokens
+
+
+def _ranked(scores: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """The largest scores of each row and their tokens, both [n, ranks]."""
+    if ranks == scores.shape[1]:
+        return scores.sort(dim=1, descending=True, stable=True)
+    values, ids = scores.topk(ranks, dim=1)  # which leaves the order of equal ones open
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _kept(values: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:  # [n], from 1
+    """How many ranks stay; all of them where more might."""
+    ranks = values.shape[1]
+    rank = torch.arange(ranks, device=values.device)
+    cumulated = torch.where(rank < top_k[:, None], values.double().exp(), 0.0).cumsum(1)
+    whole = torch.where(top_k <= ranks, cumulated[:, -1], whole)
+    before = cumulated.roll(1, 1)
+    before[:, 0] = 0
+    # A token stays while those before it do not reach top-p; with top-p 1 all stay, however sums
+    # round.
+    reached = (before >= (top_p * whole)[:, None]) & (top_p < 1)[:, None]
+    stays = ~reached & (rank < top_k[:, None])
+    return stays.sum(1).clamp(min=1)
+
+
+def _draw(values: Tensor, ids: Tensor, kept: Tensor, uniform: Tensor) -> Tensor:  # [n] tokens
+    rank = torch.arange(values.shape[1], device=values.device)
+    cumulated = torch.where(rank < kept[:, None], values.double().exp(), 0.0).cumsum(1)
+    return ids.gather(1, first_above(cumulated, uniform[:, None] * cumulated[:, -1:]))[:, 0]
+
+
+def first_above(cumulated: Tensor, threshold: Tensor) -> Tensor:  # [n, many], [n, 1] -> [n, 1]
+    """The first place whose cumulated sum exceeds the threshold, which rounding may have taken to
+    the whole sum or beyond: then the last that adds to it.
+    """
+    total = cumulated[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(cumulated, torch.minimum(threshold, below_total), right=True)
