@@ -191,8 +191,9 @@ class Handoff:
 
     def _store_snapshot(self, revision: CheckpointPath) -> None:
         assert self._memory is not None
+        row = self._memory.open(revision)
+        self._memory.prepare(4 * row.layout.size)
         if not self._store.has(revision):
-            row = self._memory.open(revision)
             self._store.publish_as(row.manifest, row.weights())
         self._memory.stored(revision)
 
