@@ -1,12 +1,18 @@
-"""Linear layers that apply many adapters at once: each to its own rows of a packed stream."""
+"""Linear layers that apply many adapters at once: each to its own rows of a packed stream. Layers
+of one group are computed when the first of them is called.
+"""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mint_core.lora.algorithms import Adapted, Algorithm, choose
+from mint_core.lora.algorithms import Adapted, Algorithm, Gradients, choose
+from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import (
     MIN_ROWS,
     Segment,
@@ -17,6 +23,7 @@ from mint_core.lora.segments import (
 
 __all__ = [
     "MIN_ROWS",
+    "LinearGroup",
     "LoraContext",
     "LoraLinearFunction",
     "MultiLoraLinear",
@@ -34,19 +41,23 @@ class LoraContext:
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
+        self.waiting: Waiting | None = None  # of the group computed last
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self._segments
-
-    @segments.setter
-    def segments(self, segments: tuple[Segment, ...]) -> None:
+    @contextmanager
+    def applying(self, segments: tuple[Segment, ...]) -> Iterator[None]:
+        """Around a pass over a stream of these segments. They stay until the next one's: what is
+        recomputed in backward applies them again.
+        """
         self._segments = segments
         self._adapted.clear()
+        try:
+            yield
+        finally:
+            self.waiting = None  # a pass that was cut short may have left some
 
-    def adapted(self, module: str, like: Tensor) -> Adapted | None:
-        """The segments that adapt a module; None if none does."""
-        segments = tuple(s for s in self._segments if s.row is not None and module in s.row.modules)
+    def adapted(self, group: ModuleGroup, like: Tensor) -> Adapted | None:
+        """The segments that adapt a group; None if none does."""
+        segments = tuple(s for s in self._segments if s.row is not None and s.row.trains(group))
         if not segments:
             return None
         if segments not in self._adapted:
@@ -54,35 +65,83 @@ class LoraContext:
         return self._adapted[segments]
 
 
-class MultiLoraLinear(nn.Module):
-    """A frozen nn.Linear plus, for each segment of the stream, its adapter's B A."""
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """Outputs of a group that its other layers have not asked for yet."""
 
-    def __init__(self, name: str, base: nn.Linear, context: LoraContext) -> None:
-        super().__init__()
-        self.name = name
-        self.weight = base.weight
-        self.bias = base.bias
-        self.in_features = base.in_features
-        self.out_features = base.out_features
+    group: "LinearGroup"
+    x: Tensor  # that they must be asked for with
+    outputs: dict[int, Tensor]  # by place in the group
+
+    def has(self, group: "LinearGroup", member: int, x: Tensor) -> bool:
+        return self.group is group and self.x is x and member in self.outputs
+
+
+class LinearGroup:
+    """Frozen nn.Linears of one input, their weights side by side, plus, for each segment of the
+    stream, its adapter's B A of each.
+    """
+
+    def __init__(
+        self, group: ModuleGroup, linears: Sequence[nn.Linear], context: LoraContext
+    ) -> None:
+        self.group = group
+        self.weight = _side_by_side([linear.weight for linear in linears])  # [W, in]
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
+        self.weights = self.weight.split(group.out_features)
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
         # autograd where there is something to train, so that it goes back no further than that.
-        self._trained = torch.zeros((), device=base.weight.device, requires_grad=True)
+        self._trained = torch.zeros((), device=self.weight.device, requires_grad=True)
+
+    def output(self, member: int, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        """One layer's; the others' wait for their call with the same tensor."""
+        if len(self.weights) == 1:
+            (output,) = self._outputs(x)
+        else:
+            waiting = self._context.waiting
+            if waiting is None or not waiting.has(self, member, x):
+                waiting = Waiting(self, x, dict(enumerate(self._outputs(x))))
+            output = waiting.outputs.pop(member)
+            # None at the end, so that nothing holds the pass when it is over.
+            self._context.waiting = waiting if waiting.outputs else None
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    def _outputs(self, x: Tensor) -> Sequence[Tensor]:  # [..., in] -> of each layer, [T, out]
+        flat = x.reshape(-1, self.group.in_features)
+        adapted = self._context.adapted(self.group, flat)
+        algorithm = choose(adapted, torch.is_grad_enabled()) if adapted else None
+        trained = self._trained if adapted and adapted.accumulates else None
+        outputs: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, self, adapted, algorithm, trained
+        )
+        return outputs
+
+
+class MultiLoraLinear(nn.Module):
+    """A layer of a group."""
+
+    def __init__(self, name: str, group: LinearGroup, member: int) -> None:
+        super().__init__()
+        self.name = name
+        # A view of the group's.
+        self.weight = nn.Parameter(group.weights[member], requires_grad=False)
+        columns = group.group.columns[member]
+        self.bias = (
+            None if group.bias is None else nn.Parameter(group.bias[columns], requires_grad=False)
+        )
+        self.in_features = group.group.in_features
+        self.out_features = group.group.out_features[member]
+        self._group = group
+        self._member = member
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        flat = x.reshape(-1, self.in_features)
-        adapted = self._context.adapted(self.name, flat)
-        if adapted is None:
-            y = functional.linear(flat, self.weight, self.bias)
-        else:
-            algorithm = choose(adapted, torch.is_grad_enabled())
-            trained = self._trained if adapted.accumulates else None
-            y = LoraLinearFunction.apply(flat, self, adapted, algorithm, trained)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._group.output(self._member, x)
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b, and each segment's adapter on top.
+    """y = x W^T + b of each layer of a group, and each segment's adapters on top.
 
     Backward adds dA and dB straight to the rows' gradients, segment after segment: the sum of one
     adapter does not depend on its neighbours.
@@ -92,30 +151,45 @@ class LoraLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        layer: MultiLoraLinear,
-        adapted: Adapted,
-        algorithm: Algorithm,
+        linears: LinearGroup,
+        adapted: Adapted | None,
+        algorithm: Algorithm | None,
         trained: Tensor | None,
-    ) -> Tensor:
-        y = functional.linear(x, layer.weight, layer.bias)
-        ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, layer.name))
-        ctx.layer, ctx.adapted, ctx.algorithm = layer, adapted, algorithm
-        return y
+    ) -> tuple[Tensor, ...]:
+        y = functional.linear(x, linears.weight, linears.bias)
+        if adapted is not None and algorithm is not None:
+            ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, linears.group))
+        ctx.linears, ctx.adapted, ctx.algorithm = linears, adapted, algorithm
+        if len(linears.weights) == 1:
+            return (y,)
+        return y.split_with_sizes(linears.group.out_features, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x, *saved = ctx.saved_tensors
-        dy = gradients[0].contiguous()
-        dx = dy @ ctx.layer.weight if ctx.needs_input_grad[0] else None
-        ctx.algorithm.backward((x, dy, dx), saved, ctx.adapted, ctx.layer.name)
+        linears: LinearGroup = ctx.linears
+        dys = [gradient.contiguous() for gradient in gradients]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dys[0] @ linears.weights[0]
+            for dy, weight in zip(dys[1:], linears.weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+        if ctx.adapted is not None:
+            x, *saved = ctx.saved_tensors
+            ctx.algorithm.backward(Gradients(x, dys, dx), saved, ctx.adapted, linears.group)
         return dx, None, None, None, None
 
 
-def install(model: nn.Module, context: LoraContext) -> None:
-    """Puts a MultiLoraLinear in the place of every nn.Linear."""
-    linears = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    ]
-    for name, module in linears:
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, MultiLoraLinear(name, module, context))
+def install(model: nn.Module, context: LoraContext, groups: Sequence[ModuleGroup]) -> None:
+    """Puts a MultiLoraLinear in the place of every nn.Linear. The groups hold them all."""
+    for group in groups:
+        layers = [model.get_submodule(name) for name in group.modules]
+        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        together = LinearGroup(group, linears, context)
+        for member, name in enumerate(group.modules):
+            parent_name, _, child = name.rpartition(".")
+            layer = MultiLoraLinear(name, together, member)
+            setattr(model.get_submodule(parent_name), child, layer)
+
+
+def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0].detach() if len(matrices) == 1 else torch.cat([m.detach() for m in matrices])

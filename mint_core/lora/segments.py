@@ -47,26 +47,20 @@ def adapter_backward(
     dy: Tensor,  # [n, out]
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
+    assert segment.row is not None
     a, b = adapter_weights(segment, module, x.dtype)
+    factor = scale(segment)
     dh = dy @ b  # [n, r], but for the factor
     if segment.accumulate:
-        add_gradient(segment, module, (x, h, dy, dh))
-    return (dh @ a).mul_(scale(segment))
+        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+        add_product(grad_a, dh.t(), x, factor)
+        add_product(grad_b, dy.t(), h, factor)
+    return (dh @ a).mul_(factor)
 
 
-def add_gradient(
-    segment: Segment, module: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, r], dy [n, out] and
-    dy B [n, r].
-    """
-    assert segment.row is not None
-    x, h, dy, dh = tensors
-    grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-    factor = scale(segment)
-    if grad_a.dtype == x.dtype:
-        grad_a.addmm_(dh.t(), x, alpha=factor)
-        grad_b.addmm_(dy.t(), h, alpha=factor)
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Adds factor times left @ right, which may be of a shorter type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=factor)
     else:
-        grad_a.add_(dh.t() @ x, alpha=factor)
-        grad_b.add_(dy.t() @ h, alpha=factor)
+        total.add_(left @ right, alpha=factor)

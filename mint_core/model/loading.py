@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.bank import AdapterBank, LinearShape, Part
+from mint_core.lora.bank import AdapterBank, Part
+from mint_core.lora.groups import LinearShape, ModuleGroup, complete, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model.architecture import (
@@ -55,12 +56,13 @@ class LoadedBase:
     context: LoraContext
     recomputation: Recomputation
     shapes: dict[str, LinearShape]
+    groups: tuple[ModuleGroup, ...]  # of all linear layers, those that read one tensor together
     description: ModelDescription
     device: torch.device
     dtype: torch.dtype
 
     def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
-        return AdapterBank(self.shapes, parts, self.device)
+        return AdapterBank(self.groups, parts, self.device)
 
     def hidden(
         self,
@@ -72,14 +74,14 @@ class LoadedBase:
         """The last hidden state of a packed stream. In grad mode its backward trains the rows of
         segments that accumulate; it needs none if they adapt no layer below the head.
         """
-        self.context.segments = segments
         embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
-        output = self.model.base_model(  # type: ignore[operator]
-            inputs_embeds=embedded,
-            position_ids=positions[None],
-            use_cache=False,
-            attention_batch=attention,
-        )
+        with self.context.applying(segments):
+            output = self.model.base_model(  # type: ignore[operator]
+                inputs_embeds=embedded,
+                position_ids=positions[None],
+                use_cache=False,
+                attention_batch=attention,
+            )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
@@ -112,11 +114,12 @@ def load_base(
     shapes = linear_shapes(model)
     _check_shapes(base_model, shapes)
     check_architecture(model)
-    with refusing(model):
+    with refusing(model), watching(model) as reads:
         expected = _own_logits(model)
+    groups = complete(shapes, reads.together())
     fingerprint = _fingerprint(model)
     context = LoraContext()
-    install(model, context)
+    install(model, context, groups)
     register()
     with refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
@@ -128,6 +131,7 @@ def load_base(
         context=context,
         recomputation=install_recomputation(model),
         shapes=shapes,
+        groups=groups,
         description=ModelDescription(
             name=name
             or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),

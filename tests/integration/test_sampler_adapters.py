@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from mint_core.access import make_key
-from mint_core.lora.bank import LinearShape
+from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
 from tests.engines_in_process import random_arrays
