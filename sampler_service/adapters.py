@@ -152,11 +152,15 @@ class Adapters:
         """Gives places to those whose turn it is."""
         for held in [h for h in self._held.values() if h.idle and (h.closing or h.failed)]:
             self._drop(held)
-        while (wish := self._next()) and self._make_room(wish.ranks):
+        self._grant()
+        self._close_for_overdue()
+        self._grant()  # to those whose adapter need not go after all
+
+    def _grant(self) -> None:
+        while (wish := self._next()) and self._make_room(wish):
             del self._wishes[wish.revision_path]
             self._turns[wish.tenant] = next(self._numbers)
             wish.granted.set_result(self._place(wish))
-        self._look_after_waiting()
 
     def _next(self) -> _Wish | None:
         """The wish to be granted next: tenants take turns, and each has its own in order."""
@@ -168,8 +172,8 @@ class Adapters:
         held = self._held.get(wish.revision_path)
         return held is not None and (held.closing or held.failed)
 
-    def _make_room(self, ranks: int) -> bool:
-        while not self._fits(ranks):
+    def _make_room(self, wish: _Wish) -> bool:
+        while wish.revision_path not in self._held and not self._fits(wish.ranks):
             idle = next((h for h in self._held.values() if h.idle), None)
             if idle is None:
                 return False
@@ -220,12 +224,16 @@ class Adapters:
         if self._held.get(held.revision_path) is held:
             self._advance()
 
-    def _look_after_waiting(self) -> None:
+    def _close_for_overdue(self) -> None:
         """Has as many adapters go as those need who have waited for too long."""
         if self._alarm is not None:
             self._alarm.cancel()
         now = time.monotonic()
-        waiting = [w for w in self._wishes.values() if w.row is not None]
+        waiting = [
+            w
+            for w in self._wishes.values()
+            if w.row is not None and w.revision_path not in self._held
+        ]
         overdue = [w for w in waiting if now - w.ready_s >= PATIENCE_S]
         places = len(self._held) + len(overdue) - self._capacity
         ranks = self._ranks + sum(wish.ranks for wish in overdue) - self._most_ranks

@@ -44,6 +44,7 @@ class Handoff:
         # could not be, which are tried again when another could.
         self._waiting = deque(memory.unstored() if memory else ())
         self._failed: list[CheckpointPath] = []
+        self._current: CheckpointPath | None = None  # which is being written
         self._writing = asyncio.Lock()  # held while the store is written to in the background
         self._writer: asyncio.Task[None] | None = None
         # Is told what is wrong with a run's snapshots; empty: nothing any more.
@@ -52,7 +53,7 @@ class Handoff:
     @property
     def unstored(self) -> int:
         """Snapshots that are in memory alone."""
-        return len(self._waiting) + len(self._failed)
+        return len(self._waiting) + len(self._failed) + (self._current is not None)
 
     def start(self) -> None:
         """Stores what another trainer has left behind."""
@@ -181,13 +182,15 @@ class Handoff:
             async with self._writing:
                 if not self._waiting:
                     return  # a run was deleted meanwhile
-                revision = self._waiting.popleft()
+                revision = self._current = self._waiting.popleft()
                 try:
                     await asyncio.to_thread(self._store_snapshot, revision)
                 except Exception as error:
                     self._note_failure(revision, error)
                 else:
                     self._note_success(revision)
+                finally:
+                    self._current = None
 
     def _store_snapshot(self, revision: CheckpointPath) -> None:
         assert self._memory is not None
