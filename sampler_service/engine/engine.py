@@ -13,7 +13,8 @@ from mint_core.errors import FailedPrecondition, MintError
 from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.prompt_scores import score_span
@@ -63,7 +64,19 @@ class Engine:
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
         self.adapters = Adapters(base, config.host_adapter_memory_bytes)
-        self._runner = Runner(base, KvCache(shapes, blocks, base.device), progress)
+        cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
+        decoder = (
+            Decoder(
+                base,
+                cache,
+                most_rows=config.max_running_samples,
+                most_blocks=blocks_for(self.description.context_length),
+                scratch_block=blocks,
+            )
+            if base.device.type == "cuda"
+            else None
+        )
+        self._runner = Runner(base, cache, progress, decoder)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
         self._scheduler = Scheduler(
             BlockPool(blocks),
