@@ -1,9 +1,9 @@
 """Do a thousand adapters slow the sampler down, of which it holds 64? SmolLM2, rank 4 on all linear
 layers and the head, over gRPC, one thread.
 
-Requests, 32 at a time, ask for one adapter after the other. With more than 64 of them each has to be
-fetched: from the store the first time, from a row file later. Output tokens per CPU second of the
-sampler, front and engine.
+Requests, 32 at a time, ask for one adapter after the other. With more than 64 of them each has to
+be fetched: from the store the first time, from a row file later. Output tokens per CPU second of
+the sampler, front and engine.
 """
 
 import argparse
