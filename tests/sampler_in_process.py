@@ -22,6 +22,7 @@ from sampler_service.jobs import (
     Generate,
     Generated,
     LoadAdapter,
+    SamplePart,
     Stops,
 )
 from tests.engines_in_process import random_arrays
@@ -51,6 +52,7 @@ class SamplerEngine:
         self.arrays: dict[str, AdapterArrays] = {}  # of the loaded adapters
         self._numbers = itertools.count(1)
         self._answers: dict[int, Generated | MintError | None] = {}
+        self.parts: dict[int, list[SamplePart]] = {}  # by number of the call
 
     def load(self, path: str, request: LoraRequest, *, random: int) -> None:
         """Loads an adapter with random weights, neither A nor B zero."""
@@ -81,6 +83,9 @@ class SamplerEngine:
         stops: Stops = ENDLESS,
         prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        tenant: str = "",
+        stream: bool = False,
+        start_by_s: float | None = None,
         **choice: object,
     ) -> int:
         """Sends a request and returns its number."""
@@ -95,17 +100,28 @@ class SamplerEngine:
             stops=stops,
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            tenant=tenant,
+            stream=stream,
+            start_by_s=start_by_s,
         )
         answer = self.engine.accept(number, job)
         if answer is not None:
-            self._answers[number] = answer[1]
+            self._take(*answer)
         return number
 
     def abort(self, number: int) -> None:
         self.engine.accept(0, Abort(number))
 
     def step(self) -> None:
-        self._answers.update(self.engine.step())
+        for answer in self.engine.step():
+            self._take(*answer)
+
+    def _take(self, number: int, value: SamplePart | Generated | MintError | None) -> None:
+        if isinstance(value, SamplePart):
+            assert number not in self._answers, "parts come before the answer"
+            self.parts.setdefault(number, []).append(value)
+        else:
+            self._answers[number] = value
 
     def drain(self) -> None:
         while self.engine.busy:
