@@ -1,6 +1,7 @@
 """What the sampler can be told."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mint_core.service_config import ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS, EngineConfig
@@ -20,6 +21,21 @@ class SamplerConfig(ServiceConfig):
         0,
         "memory for adapters, in MiB, at least for one of the largest rank; others wait in the "
         "store; 0: computed from free memory",
+    )
+    host_adapter_memory_mib: int = option(
+        0,
+        "memory of the host, in MiB, for adapters that make room for others on a GPU; 0: computed "
+        "from free memory",
+    )
+    row_folder: Path | None = option(
+        None,
+        "folder, on a local disk, for copies of adapters in the form that the engine maps; what is "
+        "in it is of no use to a later process and is removed by it; empty: `.rows` in the store",
+    )
+    row_folder_mib: int = option(
+        0,
+        "most space, in MiB, that these copies take; others are made again from the store; 0: "
+        "computed from free space",
     )
     max_running_samples: int = option(64, "most continuations that generate at the same time")
     max_batch_tokens: int = option(
@@ -51,6 +67,8 @@ class SamplerConfig(ServiceConfig):
         ServiceConfig.__post_init__(self)
         for name, least in (
             ("adapter_memory_mib", 0),
+            ("host_adapter_memory_mib", 0),
+            ("row_folder_mib", 0),
             ("max_adapters", 1),
             ("max_running_samples", 1),
             ("queue_samples", 1),
@@ -83,5 +101,6 @@ class SamplerConfig(ServiceConfig):
             max_batch_tokens=self.max_batch_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
             adapter_memory_bytes=self.adapter_memory_mib * 2**20,
+            host_adapter_memory_bytes=self.host_adapter_memory_mib * 2**20,
             log_level=self.log_level,
         )

@@ -101,7 +101,7 @@ class Execution:
                 except AdapterAbsent:
                     if parts and parts.tokens:
                         raise
-                    self._adapters.forget(revision)  # the engine is a new one: load it again
+                    await self._adapters.settled(revision)
                     continue
             self._tokens.labels("prompt").inc(len(sampling.prompt))
             self._tokens.labels("prompt_cached").inc(generated.prompt_cache_hit_tokens)

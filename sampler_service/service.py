@@ -1,6 +1,6 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
-from checkpoint_store import CheckpointStore
+from checkpoint_store import CheckpointStore, SnapshotFolder, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_pipe import ModelDescription
 from mint_core.engine_process import EngineProcess
@@ -8,9 +8,11 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import sampler_pb2_grpc
+from sampler_service.adapter_rows import AdapterRows
 from sampler_service.adapters import Adapters
 from sampler_service.config import SamplerConfig
 from sampler_service.execution import Execution
+from sampler_service.row_files import RowFiles
 from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
@@ -25,9 +27,8 @@ class SamplerService:
         self.engine = EngineProcess(
             "sampler_service.engine", config.engine_config(), on_death=self._engine_died
         )
-        self._adapters = Adapters(
-            CheckpointStore(config.store), self.engine, capacity=config.max_adapters
-        )
+        self._rows = _adapter_rows(config, self.engine)
+        self._adapters = Adapters(self._rows, self.engine, capacity=config.max_adapters)
         share = Load(count=config.queue_samples, tokens=config.queue_tokens)
         self._execution = Execution(
             self.engine,
@@ -54,6 +55,7 @@ class SamplerService:
 
     async def stop(self) -> None:
         await self.engine.close()
+        self._rows.close()
 
     async def _model(self) -> ModelDescription:
         """What is served; waits for the engine's first start."""
@@ -61,3 +63,11 @@ class SamplerService:
 
     def _engine_died(self, why: str) -> None:
         self._adapters.engine_died()
+
+
+def _adapter_rows(config: SamplerConfig, engine: EngineProcess) -> AdapterRows:
+    folder = snapshot_folder(config.snapshot_memory_folder, config.store)
+    store = CheckpointStore(config.store, SnapshotFolder(folder) if folder else None)
+    limit_bytes = config.row_folder_mib * 2**20
+    files = RowFiles(config.row_folder or config.store / ".rows", limit_bytes)
+    return AdapterRows(store, files, engine)

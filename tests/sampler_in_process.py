@@ -1,14 +1,17 @@
 """The sampler's engine in the test's own process."""
 
 import itertools
+import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint_store import Manifest, describe_row, parse_path
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow
-from mint_core.lora.spec import AdapterArrays, LoraRequest
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from sampler_service.engine.engine import Engine
 from sampler_service.jobs import (
@@ -55,7 +58,16 @@ class SamplerEngine:
         """Loads an adapter with random weights, neither A nor B zero."""
         spec = resolve(request, self.model.linear_modules)
         arrays = random_arrays(initial_arrays(spec, self.engine.base.shapes), random)
-        self.engine.accept(0, LoadAdapter(revision_path=path, spec=spec, weights=arrays))
+        self.load_arrays(path, spec, arrays)
+
+    def load_arrays(self, path: str, spec: AdapterSpec, arrays: AdapterArrays) -> None:
+        """Loads an adapter as it is."""
+        with tempfile.TemporaryDirectory() as folder:  # a row stays when its file is gone
+            file = Path(folder, "row")
+            layout = self.engine.adapters.layout(spec.rank)
+            file.write_bytes(layout.row(spec, arrays).data)
+            describe_row(file, manifest_of(path, spec), layout)
+            self.engine.accept(0, LoadAdapter(path, str(file)))
         self.arrays[path] = arrays
 
     def row(self, path: str) -> AdapterRow:
@@ -127,3 +139,20 @@ class SamplerEngine:
 
     def generate(self, prompt: Sequence[int], **wishes: object) -> Generated:
         return self.answer(self.submit(prompt, **wishes))  # type: ignore[arg-type]
+
+
+def manifest_of(revision_path: str, spec: AdapterSpec) -> Manifest:
+    path = parse_path(revision_path)
+    assert path.revision is not None
+    return Manifest(
+        tenant="default",
+        training_run_id=path.training_run_id,
+        kind=path.kind,
+        name=path.name,
+        revision=path.revision,
+        base_model="tiny",
+        base_fingerprint="f",
+        spec=spec,
+        step=1,
+        create_time=datetime.now(UTC),
+    )

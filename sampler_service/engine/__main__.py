@@ -5,11 +5,12 @@ gone.
 import logging
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from mint_core.engine_pipe import EnginePipe, Failure, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from sampler_service.engine.engine import Answer, Engine
-from sampler_service.jobs import EngineConfig, Generated, SamplePart
+from sampler_service.jobs import EngineConfig, SamplePart
 
 HEARTBEAT_S = 1.0
 
@@ -71,9 +72,7 @@ def _messages(answers: Iterable[Answer]) -> list[Part | Reply | Failure]:
     return [_message(number, value) for number, value in answers if number]
 
 
-def _message(
-    number: int, value: SamplePart | Generated | MintError | None
-) -> Part | Reply | Failure:
+def _message(number: int, value: Any) -> Part | Reply | Failure:
     match value:
         case SamplePart():
             return Part(number, value)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
+from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
 from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
@@ -29,6 +30,7 @@ from sampler_service.engine.stop import Vocabulary
 from sampler_service.jobs import (
     CHUNK_TOKENS,
     Abort,
+    DescribeRows,
     DropAdapter,
     EngineConfig,
     Generate,
@@ -41,7 +43,7 @@ from sampler_service.jobs import (
 logger = logging.getLogger(__name__)
 
 # The number of a call, and what it is told: a part of its answer, or all that is left of it.
-Answer = tuple[int, SamplePart | Generated | MintError | None]
+Answer = tuple[int, SamplePart | Generated | RowLayout | MintError | None]
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class Engine:
         least = config.max_running_samples + CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = Adapters(base)
+        self.adapters = Adapters(base, config.host_adapter_memory_bytes)
         cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
         decoder = (
             Decoder(
@@ -113,6 +115,8 @@ class Engine:
                 return self._generate(number, job)
             case LoadAdapter():
                 self.adapters.load(job)
+            case DescribeRows(rank):
+                return number, self.adapters.layout(rank)
             case DropAdapter():
                 self.adapters.drop(job)
             case Abort(request_id):

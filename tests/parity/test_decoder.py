@@ -15,7 +15,7 @@ from mint_core.lora.spec import LoraRequest
 from sampler_service.engine.blocks import blocks_for
 from sampler_service.engine.decoder import Decoder, reads_lengths
 from sampler_service.engine.paged_attention import DecodeAttention
-from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, LoadAdapter
+from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.models import (
     VOCABULARY_SIZE,
     tiny_gemma2,
@@ -155,7 +155,7 @@ def test_an_adapter_that_is_broken_fails_its_own_requests_alone(
     bad = "mint://r-9/sampler_weights/bad@1"
     spec = sampler.row(ALL).spec
     huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
-    sampler.engine.accept(0, LoadAdapter(revision_path=bad, spec=spec, weights=huge))
+    sampler.load_arrays(bad, spec, huge)
     if np.isnan(weights):  # what is loaded is checked; this got there by another way
         sampler.row(bad).part("weights").fill_(torch.nan)  # type: ignore[arg-type]
     prompt = random_tokens(4, 30)

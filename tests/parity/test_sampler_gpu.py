@@ -10,7 +10,7 @@ import torch
 
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
-from sampler_service.jobs import BASE_MODEL, Generated
+from sampler_service.jobs import BASE_MODEL, DropAdapter, Generated
 from tests.engines_in_process import make_engine, score
 from tests.models import VOCABULARY_SIZE
 from tests.sampler_in_process import SamplerEngine
@@ -19,7 +19,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
 ]
-REQUESTS = {f"adapter-{rank}": LoraRequest(rank=rank) for rank in (3, 8, 16)}
+RANK_3, RANK_8, RANK_16 = (f"mint://run/sampler_weights/rank-{rank}@1" for rank in (3, 8, 16))
+REQUESTS = {
+    RANK_3: LoraRequest(rank=3),
+    RANK_8: LoraRequest(rank=8),
+    RANK_16: LoraRequest(rank=16),
+}
 ADAPTERS = (BASE_MODEL, *REQUESTS)
 
 
@@ -91,10 +96,22 @@ def test_bfloat16_logprobs_are_near_the_trainers(adapter: str, qwen3_folder: Pat
 def test_a_broken_adapter_leaves_recorded_neighbours_alone(qwen3_folder: Path) -> None:
     sampler = make_sampler(qwen3_folder, "cuda", "bfloat16")
     prompt = list(range(3, 40))
-    expected = sampler.generate(prompt, adapter="adapter-8", seed=1)
-    sampler.row("adapter-16").part(Part.WEIGHTS).fill_(torch.nan)
-    sampler.submit(prompt, adapter="adapter-16")
-    number = sampler.submit(prompt, adapter="adapter-8", seed=1)
+    expected = sampler.generate(prompt, adapter=RANK_8, seed=1)
+    sampler.row(RANK_16).part(Part.WEIGHTS).fill_(torch.nan)
+    sampler.submit(prompt, adapter=RANK_16)
+    number = sampler.submit(prompt, adapter=RANK_8, seed=1)
     (ours,), (theirs,) = sampler.answer(number).continuations, expected.continuations
     assert ours.tokens.tolist() == theirs.tokens.tolist()
     np.testing.assert_allclose(ours.model_logprobs, theirs.model_logprobs, atol=2e-2)
+
+
+def test_an_adapter_comes_back_from_host_memory_as_it_was(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder, "cuda", "float32")
+    adapters = sampler.engine.adapters
+    before = sampler.row(RANK_8).part(Part.WEIGHTS).cpu()
+    spec, arrays = sampler.row(RANK_8).spec, sampler.arrays[RANK_8]
+    adapters.drop(DropAdapter(RANK_8))
+    assert RANK_8 in adapters._host
+    assert adapters._host.get(RANK_8).is_pinned()
+    sampler.load_arrays(RANK_8, spec, arrays)
+    assert torch.equal(sampler.row(RANK_8).part(Part.WEIGHTS).cpu(), before)

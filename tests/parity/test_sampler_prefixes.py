@@ -24,7 +24,6 @@ from sampler_service.jobs import (
     Continuation,
     DropAdapter,
     Generated,
-    LoadAdapter,
     SamplePart,
     StopReason,
     Stops,
@@ -241,7 +240,7 @@ def test_a_stream_of_broken_weights_tells_no_token(qwen3_folder: Path) -> None:
     bad = "mint://r-9/sampler_weights/bad@1"
     huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
     spec = sampler.row(ALL).spec
-    sampler.engine.accept(0, LoadAdapter(revision_path=bad, spec=spec, weights=huge))
+    sampler.load_arrays(bad, spec, huge)
     number = sampler.submit(random_tokens(4, 30), adapter=bad, stream=True)
     with pytest.raises(FailedPrecondition, match="are not finite"):
         sampler.answer(number)

@@ -19,6 +19,7 @@ def origin(tenant: str, run: str) -> RunOrigin:
         base_fingerprint="f",
         spec=AdapterSpec(rank=1, alpha=1.0, use_rslora=False, seed=1, modules=("lm_head",)),
         trainable_parameter_count=1,
+        row_bytes=4,
         create_time=datetime.now(UTC),
         isolated=False,
     )
