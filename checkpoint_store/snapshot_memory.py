@@ -152,6 +152,8 @@ class SnapshotMemory:
     def close(self) -> None:
         """Removes everything; what the store lacks is left to the next trainer."""
         with self._lock:
+            for draft in self._drafts:
+                draft.unlink(missing_ok=True)
             for revision in [r for r, held in self._held.items() if held.stored]:
                 self._remove(revision)
             if self._held:
