@@ -30,15 +30,36 @@ class SamplerConfig(ServiceConfig):
         "most tokens whose keys and values are kept; no context is longer; 0: what memory holds",
     )
 
+    queue_samples: int = option(
+        8192,
+        "most continuations of one tenant (without `keys`: of all callers) that are accepted and "
+        "not finished; more are told to come again, which clients do by themselves. All tenants "
+        "together have 4 times as many",
+    )
+    queue_tokens: int = option(
+        16_000_000,
+        "the same in tokens of their prompts: a request is accepted while fewer than these are, of "
+        "whatever size it is",
+    )
+    max_wait_s: float = option(
+        0.0,
+        "longest wait for the first pass, in seconds; a request whose turn does not come in it is "
+        "ended with an error. 0: it waits for as long as its caller does",
+    )
+
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
         for name, least in (
             ("adapter_memory_mib", 0),
             ("max_adapters", 1),
             ("max_running_samples", 1),
+            ("queue_samples", 1),
+            ("queue_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.max_wait_s < float("inf"):
+            raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
 
         for name, least in (
             ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),

@@ -5,12 +5,13 @@ from functools import partial
 
 from checkpoint_store import CheckpointStore
 from mint_core.access import KeyRing
+from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
-from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.backlog import Backlogs
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
@@ -49,7 +50,7 @@ class TrainerService:
             metrics,
             SequenceLimits(gap_s=config.gap_s),
             Backlogs(
-                BacklogLimits(calls=config.queue_calls, tokens=config.queue_tokens),
+                Load(count=config.queue_calls, tokens=config.queue_tokens),
                 per_run=keys is None,
                 predict=self._scheduler.predict_s,
             ),
