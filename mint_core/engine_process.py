@@ -1,7 +1,7 @@
 """The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
 
 The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
-were with it fail with `EngineFault`, `on_death` is told, and a new process starts; calls made
+were with it fail with `EngineDied`, `on_death` is told, and a new process starts; calls made
 meanwhile wait for it.
 """
 
@@ -30,7 +30,7 @@ from mint_core.engine_pipe import (
     Reply,
     Report,
 )
-from mint_core.errors import EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ class EngineProcess:
         self._restart: asyncio.TimerHandle | None = None
         self._restart_delay_s = RESTART_DELAY_S
         self.restarts = 0
+        self.closed = False
         self.changed = asyncio.Event()  # set when `ready` changes, for one reader who clears it
 
     @property
@@ -218,6 +219,7 @@ class EngineProcess:
 
     async def close(self) -> None:
         """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
+        self.closed = True
         if self._restart:
             self._restart.cancel()
         if self._watchdog:
@@ -297,7 +299,7 @@ class EngineProcess:
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self._on_death(why)
-            self._fail_waiting(EngineFault(f"{why}; another is starting"))
+            self._fail_waiting(EngineDied(f"{why}; another is starting"))
         elif self.restarts == 0 and not self._restart:
             self._fail_attempt(cause or EngineFault(f"{why} while it started; its log says why"))
             return  # start() raises it

@@ -144,8 +144,11 @@ def _note(call: Call) -> None:
     """Adds to the log line what only a call that acted has."""
     if call.tokens:
         note(tokens=call.tokens)
-    if call.timing.wait_s is not None:
-        note(wait_s=call.timing.wait_s, run_s=call.timing.run_s)
+    course = call.course
+    if course.wait_s is not None:
+        note(wait_s=course.wait_s, run_s=course.run_s)
+    if course.deaths:
+        note(engine_deaths=course.deaths)
 
 
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):

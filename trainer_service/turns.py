@@ -42,6 +42,11 @@ class Turns:
         self._advance()
         return turn
 
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is taken or waited for."""
+        return bool(self._running or self._waiting)
+
     def give_back(self, turn: Turn) -> None:
         if turn in self._running:
             self._running.remove(turn)

@@ -6,6 +6,7 @@ import logging
 
 from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.snapshots import RowCopy, SnapshotWriter
 from trainer_service.jobs import EngineConfig
 
 
@@ -26,9 +27,14 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
+    writer = SnapshotWriter(pipe)
     while (call := pipe.receive()) is not None:
         try:
-            pipe.send(Reply(call.number, engine.run(call.job)))
+            answer = engine.run(call.job)
+            if isinstance(answer, RowCopy):
+                writer.put(call.number, answer)
+            else:
+                pipe.send(Reply(call.number, answer))
         except Exception as error:
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:

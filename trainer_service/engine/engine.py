@@ -16,6 +16,7 @@ from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_row
 from trainer_service.engine.packing import pack
@@ -27,7 +28,9 @@ from trainer_service.engine.rows import (
     device_limit_bytes,
     host_limit_bytes,
 )
+from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row
 from trainer_service.engine.training_pass import run_pass
+from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -36,15 +39,19 @@ from trainer_service.jobs import (
     ExportRow,
     LoadRow,
     Plan,
+    RestoredRow,
+    RestoreRow,
     RowArrays,
     RowCounts,
     RowDescription,
+    SnapshotRow,
     StepResult,
     StepRow,
     StepRows,
     Tile,
     TileResult,
 )
+from trainer_service.snapshot_files import SnapshotDamaged, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +96,8 @@ class Engine:
             ClearGradient: self._clear,
             ExportRow: self._export,
             LoadRow: self._load,
+            SnapshotRow: self._snapshot,
+            RestoreRow: self._restore,
         }
 
     def run(self, job: object) -> object:
@@ -152,7 +161,7 @@ class Engine:
         result = step_row(trained.row, trained.step, job.adam_params)
         trained.step = result.step
         trained.gradient_pending = False
-        return result
+        return replace(result, weight_digest=digest(trained.row.part(Part.WEIGHTS)))
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec = self._resolve(job.request)
@@ -192,6 +201,26 @@ class Engine:
         # First: the front counts on it whatever becomes of the load.
         self._rows[job.training_run_id].clear_gradient()
         self._fill(job.training_run_id, job.start)
+
+    def _snapshot(self, job: SnapshotRow) -> RowCopy:
+        return copy_row(job, self._rows.here(job.training_run_id), self.base)
+
+    def _restore(self, job: RestoreRow) -> RestoredRow:
+        path, name = Path(job.path), job.training_run_id
+        try:
+            header = read_header(path)
+            trained = self._rows.add(name, self._bank.add(job.spec))
+            self._rows.here(name, *map(Part, header.digests))
+            read_row(path, trained.row, header)
+        except SnapshotDamaged as error:
+            self._rows.remove(name)
+            raise StateDamaged(name, error.message) from error
+        except MintError:
+            self._rows.remove(name)
+            raise
+        trained.step = int(header.about["step"])
+        trained.gradient_pending = header.about["gradient_pending"] == "1"
+        return RestoredRow(difference(header, self.base))
 
     def _fill(self, training_run_id: str, start: RowArrays) -> None:
         if (start.exp_avg is None) != (start.exp_avg_sq is None):

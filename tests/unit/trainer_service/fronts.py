@@ -16,6 +16,7 @@ from tests.unit.trainer_service.calls import call, compute
 from trainer_service.backlog import BacklogLimits, Backlogs
 from trainer_service.calls import Call, Outcome, Step
 from trainer_service.checkpoints import Checkpoints
+from trainer_service.durability import Durability
 from trainer_service.jobs import AdamParams
 from trainer_service.requests import CreateRun, DeleteRun, Identity
 from trainer_service.runs import Runs
@@ -69,9 +70,12 @@ def optim_step(run: str, sequence: int) -> Call:
 
 @asynccontextmanager
 async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[Front]:
-    engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
+    engine = EngineProcess(
+        "tests.engines.trainer", "no settings", on_death=lambda why: scheduler.lose(why)
+    )
     metrics = Metrics()
     scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
+    durability = Durability(store / ".state", scheduler, metrics, snapshot_s=60.0)
     limits = BacklogLimits(calls=1000, tokens=1_000_000)
     backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
     runs = Runs(
@@ -80,18 +84,19 @@ async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[
         metrics,
         SequenceLimits(),
         backlogs,
+        durability,
         retention_s=retention_s,
         clock=lambda: front.now_s,
     )
     front = Front(runs, engine, metrics)
 
-    def lose(why: str) -> None:
-        runs.lose(why)
-
     async with asyncio.timeout(LIMIT_S):
         scheduler.welcome(await engine.start())
+        durability.start(runs.all)
+        runs.resume()
         try:
             yield front
         finally:
             await runs.stop()
+            await durability.stop()
             await engine.close()

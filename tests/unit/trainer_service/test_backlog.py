@@ -20,6 +20,7 @@ def origin(tenant: str, run: str) -> RunOrigin:
         trainable_parameter_count=1,
         create_time=datetime.now(UTC),
         isolated=False,
+        tile_tokens=16,
     )
 
 
