@@ -54,12 +54,14 @@ class CheckpointStore:
         exp_avg_sq: AdapterArrays | None = None,
         step: int,
         metadata: Mapping[str, str] | None = None,
+        sequence: int = 0,
         overwrite: bool = True,
         expire_time: datetime | None = None,
     ) -> Published:
         """Saves the next revision of a name, or an unnamed snapshot. Readers see all or nothing.
 
-        Without `overwrite`, a name that exists is AlreadyExists.
+        Without `overwrite`, a name that exists is AlreadyExists. With a `sequence`, to save it once
+        more under the same name changes nothing: a crash may have hidden that it was saved.
         """
         manifest = Manifest(
             tenant=tenant,
@@ -75,6 +77,7 @@ class CheckpointStore:
             expire_time=expire_time,
             unused_limit_s=retention.UNUSED_LIMIT_S if name is None else None,
             metadata=dict(metadata or {}),
+            sequence=sequence,
         )
         assert (exp_avg is None) == (exp_avg_sq is None), "one moment without the other"
         for arrays in (weights, exp_avg, exp_avg_sq):
@@ -171,6 +174,10 @@ class CheckpointStore:
 
     def _place(self, staging: Path, manifest: Manifest, overwrite: bool) -> Published:
         path = manifest.path
+        held = self._layout.revisions_of(path) if manifest.sequence else ()
+        for earlier in held:
+            if earlier.sequence == manifest.sequence:
+                return Published(str(path), str(earlier.revision_path))
 
         def prepare(revision: int) -> None:
             now = datetime.now(UTC)

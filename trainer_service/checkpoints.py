@@ -119,9 +119,9 @@ class Checkpoints:
         return Opened(checkpoint, load.with_optimizer)
 
     async def publish(
-        self, origin: RunOrigin, arrays: RowArrays, save: Save | SaveForSampler
+        self, origin: RunOrigin, arrays: RowArrays, save: Save | SaveForSampler, sequence: int
     ) -> Published:
-        """Publishes training state, or an adapter for samplers."""
+        """Publishes training state, or an adapter for samplers; the same call's once."""
         state = isinstance(save, Save)
         return await asyncio.to_thread(
             self._store.publish,
@@ -137,6 +137,7 @@ class Checkpoints:
             exp_avg_sq=arrays.exp_avg_sq,
             step=arrays.step,
             metadata=save.metadata,
+            sequence=sequence,
             overwrite=save.overwrite if isinstance(save, Save) else True,
             expire_time=_expire_time(save.ttl_s),
         )

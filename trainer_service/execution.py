@@ -181,7 +181,7 @@ class Execution:
             case Discard():
                 return _Done(await self._discard(run))
             case Save() | SaveForSampler() as save:
-                return _Done(await self._save(run, save))
+                return _Done(await self._save(run, call, save))
             case Load() as load:
                 return await self._load(run, call, load)
 
@@ -216,12 +216,12 @@ class Execution:
             await self._scheduler.row(ClearGradient(run.id), run.presence.life)
         return Discarded(run.gradient.pending)
 
-    async def _save(self, run: Run, save: Save | SaveForSampler) -> Saved:
+    async def _save(self, run: Run, call: Call, save: Save | SaveForSampler) -> Saved:
         state = isinstance(save, Save)
         arrays = await self._scheduler.row(
             ExportRow(run.id, with_optimizer=state), run.presence.life
         )
-        published = await self._checkpoints.publish(run.origin, arrays, save)
+        published = await self._checkpoints.publish(run.origin, arrays, save, call.place.sequence)
         return Saved(
             path=published.path,
             revision_path=published.revision_path,

@@ -32,6 +32,10 @@ class Presence:
         """Calls that wait for the row."""
         return len(self._parked)
 
+    def parked_before(self, sequence: int) -> bool:
+        """Whether an earlier call still waits, or has not gone on yet."""
+        return any(parked < sequence for parked in self._parked)
+
     async def park(self, sequence: int) -> None:
         """Waits until the row is there again. Raises why it cannot be."""
         future = asyncio.get_running_loop().create_future()
@@ -39,18 +43,25 @@ class Presence:
         try:
             await future
         finally:
-            self._parked.pop(sequence, None)
+            del self._parked[sequence]
+            if not self.restoring:
+                self._wake_next()
 
     def wake(self, error: MintError | None = None) -> None:
-        """Lets the calls go on in their order, or fails them."""
+        """Lets the calls go on, each when the one before it has, or fails them all."""
         self.restoring = False
-        for _, future in sorted(self._parked.items()):
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
+        if error is None:
+            self._wake_next()
+            return
+        for future in self._parked.values():
+            if not future.done():
                 future.set_exception(copy.copy(error))
+
+    def _wake_next(self) -> None:
+        if self._parked:
+            future = self._parked[min(self._parked)]
+            if not future.done():
+                future.set_result(None)
 
     def leave(self) -> None:
         """Notes that the row is not what it should be, so that it must be restored."""

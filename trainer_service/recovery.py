@@ -48,7 +48,7 @@ class Recovery:
         of before had done for one of them cannot come to count any more.
         """
         presence = run.presence
-        while presence.life != self._scheduler.life:
+        while presence.life != self._scheduler.life or presence.parked_before(sequence):
             self.consider(run, parking=1)
             await presence.park(sequence)
 
@@ -56,7 +56,8 @@ class Recovery:
         """Has the run's row restored if calls wait for it, and all that have their turn do."""
         presence = run.presence
         waiting = presence.parked + parking
-        if presence.restoring or not waiting or waiting < presence.executing:
+        there = presence.life == self._scheduler.life
+        if there or presence.restoring or not waiting or waiting < presence.executing:
             return
         presence.restoring = True
         if not self._wanted:

@@ -193,6 +193,8 @@ class Runs:
             async with asyncio.timeout(limit_s - (time.monotonic() - started_s)):
                 idle = [run for run in self._runs.values() if not run.turns.busy]
                 await self._durability.snapshots.cover_all(idle)
+                await self._ledger.flush()
+        self._abandon(self._draining)
 
     async def stop(self) -> None:
         await self._execution.stop()

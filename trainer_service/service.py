@@ -75,6 +75,7 @@ class TrainerService:
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
+        server.drain_by(self._drain)
         server.before_stop(self._runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
@@ -113,7 +114,7 @@ class TrainerService:
         counts: RowCounts | None = self.engine.report
         return float(getattr(counts, place, 0))
 
-    async def drain(self) -> None:
+    async def _drain(self) -> None:
         """Brings what is under way to an end, within its time."""
         await self._runs.drain(self._drain_s)
 

@@ -106,6 +106,8 @@ class Journal:
 
     async def flush(self) -> None:
         """Waits until all that was written before is on disk. Raises JournalFailed."""
+        if not self._thread.is_alive():
+            return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.write(then=lambda: _settle(done, None))
         await self._or_failure(done)
