@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,11 +17,23 @@ from tests.servers import arguments
 LIMIT_S = 60.0
 
 
+Environment = Mapping[str, str]
+
+
+def dying_at(point: str) -> Environment:
+    """Has a process end at a point; see mint_core.fault_points."""
+    return {"MINT_FAULT_POINT": point}
+
+
 class Supervised:
-    """`faults` are those of the first starts, one each; see mint_core.fault_points."""
+    """`environments` are what the first starts have in theirs beside the usual, one each."""
 
     def __init__(
-        self, module: str, flags: dict[str, object], folder: Path, faults: Sequence[str] = ()
+        self,
+        module: str,
+        flags: dict[str, object],
+        folder: Path,
+        environments: Sequence[Environment] = (),
     ) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
         self.log = folder / "log"
@@ -33,7 +45,7 @@ class Supervised:
             module,
             *arguments({**flags, "address": self.address, "metrics_address": ""}),
         ]
-        self._faults = list(faults)
+        self._environments = list(environments)
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
@@ -48,11 +60,11 @@ class Supervised:
         """Has the front end by itself, and waits until another is started."""
         self._end(signal.SIGTERM)
 
-    def kill_engine(self) -> None:
-        """Kills the engine that is up or starts, if there is one."""
+    def kill_engine(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to the engine that is up or starts, if there is one."""
         assert self._process is not None
         for engine in psutil.Process(self._process.pid).children():
-            engine.kill()
+            engine.send_signal(number)
 
     def await_start(self, number: int) -> None:
         with self._changed:
@@ -76,10 +88,11 @@ class Supervised:
     def _keep(self) -> None:
         with self.log.open("ab") as log:
             while not self._stopping:
-                fault = self._faults.pop(0) if self._faults else ""
-                environment = {**os.environ, "MINT_FAULT_POINT": fault}
+                more = self._environments.pop(0) if self._environments else {}
                 with self._changed:
-                    self._process = subprocess.Popen(self._command, stderr=log, env=environment)
+                    self._process = subprocess.Popen(
+                        self._command, stderr=log, env={**os.environ, **more}
+                    )
                     self.starts += 1
                     self._changed.notify_all()
                 self.exits.append(self._process.wait())
@@ -87,15 +100,24 @@ class Supervised:
 
 @contextmanager
 def supervised(
-    module: str, folder: Path, faults: Sequence[str] = (), **flags: object
+    module: str, folder: Path, environments: Sequence[Environment] = (), **flags: object
 ) -> Iterator[Supervised]:
     """Runs a trainer's module with flags; what it wrote is in `folder`/log."""
     flags.setdefault("store", folder / "store")
-    service = Supervised(module, flags, folder, faults)
+    service = Supervised(module, flags, folder, environments)
     try:
         yield service
     finally:
         service.stop()
+
+
+def summing(
+    folder: Path, *environments: Environment, **flags: object
+) -> AbstractContextManager[Supervised]:
+    """A trainer on the engine of sums: see tests.engines.rows."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    return supervised("tests.engines.rows_service", folder, environments, base_model=model, **flags)
 
 
 def _free_port() -> int:

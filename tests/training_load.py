@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from mint import types
 
 LIMIT_S = 120.0
 Answers = list[Any]
-Watch = Callable[[int], None]  # told how many answers there are by now
+Watch = Callable[[int, int], None]  # told of a user, and how many answers it has
 
 
 def batch(seed: int, vocabulary_size: int, lengths: Sequence[int]) -> list[types.Datum]:
@@ -31,7 +32,7 @@ def batch(seed: int, vocabulary_size: int, lengths: Sequence[int]) -> list[types
 class Recorder:
     """Collects answers; a refusal is one too."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Callable[[int], None]) -> None:
         self.answers: Answers = []
         self._watch = watch
         self._futures: list[Any] = []
@@ -55,7 +56,7 @@ def train(
 ) -> tuple[Answers, str]:
     """One user's script. Returns all answers and the path of the final state."""
     run = service.create_lora_training_client(rank=2 + number, seed=number)
-    recorder = Recorder(watch)
+    recorder = Recorder(partial(watch, number))
     adam = types.AdamParams(learning_rate=0.01 * (number + 1))
 
     def data(seed: int, *lengths: int) -> list[types.Datum]:
@@ -88,7 +89,7 @@ def train_all(
     count: int,
     steps: int,
     vocabulary_size: int,
-    watch: Watch = lambda answers: None,
+    watch: Watch = lambda user, answers: None,
 ) -> list[tuple[Answers, str]]:
     """Several users at once. `watch` is called on their threads."""
     with mint.ServiceClient(base_url=address) as service, ThreadPoolExecutor(count) as users:

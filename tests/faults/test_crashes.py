@@ -4,23 +4,25 @@ The engine is one of sums without a model, so that the processes start fast; eve
 real. Whatever dies, all answers and the final weights are those of a server on which nothing died.
 """
 
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from checkpoint_store import CheckpointStore
 from tests.engines.echo_jobs import MODEL
-from tests.supervised import Supervised, supervised
+from tests.supervised import Supervised, dying_at, summing
 from tests.training_load import Answers, Watch, train_all
 
 USERS, STEPS = 4, 8
-SERVICE = "tests.engines.rows_service"
 Outcome = list[tuple[Answers, dict[str, Any]]]
 
 
-def run_load(service: Supervised, folder: Path, watch: Watch = lambda answers: None) -> Outcome:
+def run_load(
+    service: Supervised, folder: Path, watch: Watch = lambda user, answers: None
+) -> Outcome:
     """What each user was answered, and the final state."""
     store = CheckpointStore(folder / "store")
     found = []
@@ -53,11 +55,9 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
     return differing
 
 
-def serving(folder: Path, *faults: str, **flags: object) -> Any:
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    settings: dict[str, object] = {"base_model": model, "snapshot_s": 0.02, **flags}
-    return supervised(SERVICE, folder, faults, **settings)
+def serving(folder: Path, *points: str) -> AbstractContextManager[Supervised]:
+    """Dies at the points, one at each start."""
+    return summing(folder, *map(dying_at, points), snapshot_s=0.02)
 
 
 FRONT_POINTS = (
@@ -100,3 +100,22 @@ def test_an_engine_that_dies_anywhere_loses_and_repeats_nothing(
         assert differences(run_load(service, tmp_path), expected) == []
         assert service.starts == 1
         assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_at_any_time_lose_and_repeat_nothing(
+    seed: int, tmp_path: Path, expected: Outcome
+) -> None:
+    """Front and engine in turn, also while one restores what the other has left."""
+    random = Random(seed)
+    with serving(tmp_path) as service:
+        kills = [service.kill, service.kill_engine, service.restart] * 2
+        random.shuffle(kills)
+        whens = dict(zip(random.sample(range(3, 30), len(kills)), kills, strict=True))
+
+        def kill(user: int, answers: int) -> None:
+            if user == 0 and answers in whens:
+                whens.pop(answers)()
+
+        assert differences(run_load(service, tmp_path, kill), expected) == []
+        assert len(whens) <= 2  # those that were due after the last answer
