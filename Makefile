@@ -13,11 +13,12 @@ MODEL ?= $(EMBEDDED)
 MODEL_NAME ?=
 STORE ?= .store
 KEYS ?= keys.txt
+STATE ?= $(STORE)/.state
 BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-sampler bench-vllm bench-resident clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key state quickstart format check baseline test soak bench bench-trainer bench-sampler bench-vllm bench-resident clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +59,10 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 
 key: install  ## Makes a key: TENANT=name KEYS=file
 	$(BIN)/python -m mint_core.access $(TENANT) $(KEYS)
+
+DO ?= inspect
+state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'
+	$(BIN)/python -m trainer_service.state $(STATE) $(DO)
 
 quickstart: install model  ## Starts both services, trains on products, samples, stops
 	$(BIN)/python examples/quickstart_local.py

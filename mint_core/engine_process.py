@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 1800.0  # loading a large base from a cold disk
 EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
-RESTART_DELAY_S = 1.0  # doubled after each start that failed
+RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
 WATCH_INTERVAL_S = 0.5
 
@@ -307,7 +307,7 @@ class EngineProcess:
             why = cause.message if cause else why
             self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))
             self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
-        logger.error("%s; starting another in %.0f s", why, self._restart_delay_s)
+        logger.error("%s; starting another in %g s", why, self._restart_delay_s)
         loop = asyncio.get_running_loop()
         self._attempt = loop.create_future()
         self._restart = loop.call_later(self._restart_delay_s, self._respawn)

@@ -40,6 +40,8 @@ from trainer_service.jobs import (
 )
 from trainer_service.requests import canonical, parse_load, payload_hash, run_id
 
+LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
+
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
 

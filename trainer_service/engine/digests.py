@@ -8,9 +8,12 @@ SHA-256 12.9.
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from trainer_service.snapshot_files import Header, read
 
 _BLOCK = 1 << 15  # words: what is multiplied stays in a core's cache
 _BETWEEN = 0x9E3779B97F4A7C15  # odd; makes the order of blocks count
@@ -25,6 +28,15 @@ def digest(vector: Tensor) -> int:  # [params] float32 -> 0 .. 2^64 - 1
     for each in torch.stack(sums).tolist():  # at once: a GPU is waited for only here
         total = (total * _BETWEEN + each) & _MASK
     return total
+
+
+def damaged_parts(path: Path, header: Header) -> list[str]:
+    """The vectors of a row's file that are not what was written."""
+    return [
+        part
+        for part, vector in read(path, header).items()
+        if digest(torch.from_numpy(vector)) != header.digests[part]
+    ]
 
 
 def _product(block: Tensor, factors: Tensor) -> Tensor:  # [n], [n] -> []

@@ -1,14 +1,17 @@
 """What the front tells its journal, and asks of it: runs and calls in, records out."""
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Call, Course, Method, Outcome, Place, Stepped, Work
+from trainer_service.errors import StateDamaged
 from trainer_service.jobs import Tile
 from trainer_service.journal import codec, records
 from trainer_service.journal.records import (
@@ -23,6 +26,7 @@ from trainer_service.journal.records import (
 from trainer_service.journal.writer import Journal, Statement
 from trainer_service.requests import Identity
 from trainer_service.run import Run, RunOrigin, RunView
+from trainer_service.sequenced_requests import LARGE_BYTES
 from trainer_service.sequencing import PastNumber
 
 
@@ -275,11 +279,14 @@ class Ledger:
         return codec.decode_origin(origin).spec
 
     async def work(self, run: int, sequence: int, model: ModelDescription) -> Work:
-        """What a past call of a run, given by number, asked for."""
-        method, payload = await self._journal.read(
-            lambda db: records.load_payload(db, run, sequence)
-        )
-        return codec.decode_request(_method(method), payload, model)
+        """What a past call of a run, given by number, asked for. Raises StateDamaged."""
+        found = await self._journal.read(lambda db: records.find_payload(db, run, sequence))
+        if found is None:
+            raise StateDamaged(f"number {run}", f"the journal lacks what call {sequence} asked for")
+        decode = partial(codec.decode_request, _method(found.method), found.payload, model)
+        if len(found.payload) < LARGE_BYTES:
+            return decode()
+        return await asyncio.to_thread(decode)  # it would hold up other calls
 
     def _state(self, run: Run) -> Statement:
         number, state = run.origin.number, run.state()

@@ -79,6 +79,15 @@ class PastCall:
     digest: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What was sent with a call; see codec.py."""
+
+    method: str
+    payload_hash: bytes
+    payload: bytes
+
+
 def key(run: int, sequence: int) -> int:
     """A call's id."""
     return run << _SEQUENCE_BITS | sequence
@@ -393,13 +402,14 @@ def load_plans(db: sqlite3.Connection, calls: Sequence[int]) -> dict[int, list[T
     return found
 
 
-def load_payload(db: sqlite3.Connection, run: int, sequence: int) -> tuple[str, bytes]:
-    """The method of a call, and what was sent with it."""
-    method, payload = db.execute(
-        "SELECT c.method, p.payload FROM calls c JOIN payloads p ON p.id = c.id WHERE c.id = ?",
+def find_payload(db: sqlite3.Connection, run: int, sequence: int) -> Payload | None:
+    """What was sent with a call, if it is still there."""
+    found = db.execute(
+        "SELECT c.method, c.hash, p.payload FROM calls c JOIN payloads p ON p.id = c.id"
+        " WHERE c.id = ?",
         (key(run, sequence),),
     ).fetchone()
-    return method, payload
+    return Payload(*found) if found else None
 
 
 def next_plan(db: sqlite3.Connection) -> int:
