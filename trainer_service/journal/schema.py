@@ -120,7 +120,8 @@ def open_database(folder: Path) -> sqlite3.Connection:
         database = _open(folder)
         flush_folder(folder)
     except sqlite3.Error as error:
-        why = f"holds a journal that cannot be used ({error}); "
+        problem = " ".join(str(error).split())
+        why = f"holds a journal that cannot be used ({problem}); "
         remedy = "restore it from a backup, or choose another folder to start without its runs"
         raise StateRefused(folder, why + remedy) from error
     return database

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 LINGER_S = 0.1  # how long a write waits that nobody waits for
 RETRY_S = 1.0  # after a full disk
 IDLE_S = 0.2  # without a write, after which the log is brought into the database
+MOST_PAGES_FREED = 2000  # at a time
 LONGEST_LOG_BYTES = 32 * 1024 * 1024  # after which it is even while there are writes
 
 T = TypeVar("T")
@@ -251,7 +252,8 @@ class Journal:
     def _empty_log(self) -> None:
         """Brings the log into the database, so that it starts anew, and gives free pages back."""
         try:
-            self.database.execute("PRAGMA incremental_vacuum(2000)").fetchall()
+            # `execute` would free one page.
+            self.database.executescript(f"PRAGMA incremental_vacuum({MOST_PAGES_FREED})")
             self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.OperationalError as error:
             if not _disk_full(error):
