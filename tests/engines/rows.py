@@ -169,7 +169,8 @@ def digest(vector: Floats) -> int:
 
 def main() -> None:
     pipe, config = connect()
-    model = replace(MODEL, folder=config.base_model, name="rows", max_lora_rank=128)
+    folder = getattr(config, "base_model", ".")
+    model = replace(MODEL, folder=folder, name="rows", max_lora_rank=128)
     pipe.send(Hello(model, MAX_BATCH_TOKENS))
     Rows(pipe).serve()
 
