@@ -2,6 +2,7 @@
 of one group are computed when the first of them is called.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,28 @@ class Waiting:
         return self.group is group and self.x is x and member in self.outputs
 
 
+class Cut:
+    """The layers of a group in neighbourhoods, whose outputs are one tensor each."""
+
+    def __init__(self, group: ModuleGroup, counts: Sequence[int]) -> None:
+        sizes = iter(group.out_features)
+        self._layers = [tuple(itertools.islice(sizes, count)) for count in counts]
+        self._widths = [sum(part) for part in self._layers]
+
+    def parts(self, wide: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Cuts what has the group's width in a dimension."""
+        return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, dim)
+
+    def layers(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Cuts the parts, each [T, width], into those of each layer."""
+        if len(self._widths) == sum(map(len, self._layers)):
+            return list(parts)
+        cut = [
+            part.split_with_sizes(sizes, 1) for part, sizes in zip(parts, self._layers, strict=True)
+        ]
+        return [layer for layers in cut for layer in layers]
+
+
 class LinearGroup:
     """Frozen nn.Linears of one input, their weights side by side, plus, for each segment of the
     stream, its adapter's B A of each.
@@ -90,6 +113,7 @@ class LinearGroup:
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
         self.weights = self.weight.split(group.out_features)
+        self._each = Cut(group, [1] * len(linears))
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
         # autograd where there is something to train, so that it goes back no further than that.
@@ -98,23 +122,30 @@ class LinearGroup:
     def output(self, member: int, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """One layer's; the others' wait for their call with the same tensor."""
         if len(self.weights) == 1:
-            (output,) = self._outputs(x)
+            (output,) = self.outputs(x)
         else:
             waiting = self._context.waiting
             if waiting is None or not waiting.has(self, member, x):
-                waiting = Waiting(self, x, dict(enumerate(self._outputs(x))))
+                waiting = Waiting(self, x, dict(enumerate(self.outputs(x))))
             output = waiting.outputs.pop(member)
             # None at the end, so that nothing holds the pass when it is over.
             self._context.waiting = waiting if waiting.outputs else None
         return output.view(*x.shape[:-1], output.shape[-1])
 
-    def _outputs(self, x: Tensor) -> Sequence[Tensor]:  # [..., in] -> of each layer, [T, out]
+    def outputs(self, x: Tensor, cut: Cut | None = None) -> Sequence[Tensor]:
+        """[..., in] -> of each layer, [T, out]; or of several side by side, as the cut has it."""
+        cut = cut or self._each
         flat = x.reshape(-1, self.group.in_features)
         adapted = self._context.adapted(self.group, flat)
-        algorithm = choose(adapted, torch.is_grad_enabled()) if adapted else None
+        if not torch.is_grad_enabled():
+            y = functional.linear(flat, self.weight, self.bias)
+            if adapted is not None:
+                choose(adapted, backward=False).forward(flat, y, adapted, self.group)
+            return cut.parts(y, 1)
+        algorithm = choose(adapted, backward=True) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
         outputs: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, self, adapted, algorithm, trained
+            flat, self, (adapted, algorithm), cut, trained
         )
         return outputs
 
@@ -133,11 +164,11 @@ class MultiLoraLinear(nn.Module):
         )
         self.in_features = group.group.in_features
         self.out_features = group.group.out_features[member]
-        self._group = group
+        self.together = group
         self._member = member
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return self._group.output(self._member, x)
+        return self.together.output(self._member, x)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -152,30 +183,32 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         linears: LinearGroup,
-        adapted: Adapted | None,
-        algorithm: Algorithm | None,
+        applied: tuple[Adapted | None, Algorithm | None],
+        cut: Cut,
         trained: Tensor | None,
     ) -> tuple[Tensor, ...]:
         y = functional.linear(x, linears.weight, linears.bias)
+        adapted, algorithm = applied
         if adapted is not None and algorithm is not None:
             ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, linears.group))
-        ctx.linears, ctx.adapted, ctx.algorithm = linears, adapted, algorithm
-        if len(linears.weights) == 1:
-            return (y,)
-        return y.split_with_sizes(linears.group.out_features, 1)
+        ctx.linears, ctx.applied, ctx.cut = linears, applied, cut
+        return cut.parts(y, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         linears: LinearGroup = ctx.linears
+        adapted, algorithm = ctx.applied
         dys = [gradient.contiguous() for gradient in gradients]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dys[0] @ linears.weights[0]
-            for dy, weight in zip(dys[1:], linears.weights[1:], strict=True):
+            weights = ctx.cut.parts(linears.weight, 0)
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
-        if ctx.adapted is not None:
+        if adapted is not None:
             x, *saved = ctx.saved_tensors
-            ctx.algorithm.backward(Gradients(x, dys, dx), saved, ctx.adapted, linears.group)
+            tensors = Gradients(x, ctx.cut.layers(dys), dx)
+            algorithm.backward(tensors, saved, adapted, linears.group)
         return dx, None, None, None, None
 
 

@@ -61,13 +61,13 @@ class PackedAttention:
     def _attend_stacks(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Neighbours of one length are computed in one call, where that changes no bit."""
         stacks = list(_stacks(self._bounds, scores))
+        if len(stacks) == 1:
+            return _attend_stack(query, key, value, stacks[0][1], scores)
         # One split each, since the gradient of a slice is a tensor as large as the stream.
         sizes = [length * count for length, count in stacks]
         queries, keys, values = (whole.split(sizes, dim=1) for whole in (query, key, value))
         outputs = [
-            causal_attention(q, k, v, scores)
-            if count == 1
-            else stacked_causal_attention(q, k, v, scores, count)
+            _attend_stack(q, k, v, count, scores)
             for (_, count), q, k, v in zip(stacks, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
@@ -88,6 +88,12 @@ class PackedAttention:
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
         return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
+
+
+def _attend_stack(q: Tensor, k: Tensor, v: Tensor, count: int, scores: Scores) -> Tensor:
+    if count == 1:
+        return causal_attention(q, k, v, scores)
+    return stacked_causal_attention(q, k, v, scores, count)
 
 
 def _stacks(bounds: Sequence[int], scores: Scores) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -37,6 +37,7 @@ from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAtt
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.head import Head, Piece
 from mint_core.model.recompute import Recomputation, install_recomputation
+from mint_core.model.shortcuts import install_shortcuts, watching_modules
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def load_base(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
-        recomputation=install_recomputation(model),
+        recomputation=Recomputation(0),
         shapes=shapes,
         groups=groups,
         description=ModelDescription(
@@ -151,7 +152,8 @@ def load_base(
         dtype=kind,
     )
     _check_packed_path(base, expected)
-    return base
+    _take_shortcuts(base)
+    return replace(base, recomputation=install_recomputation(model))
 
 
 def _read(
@@ -297,12 +299,12 @@ class _Probe(PackedAttention):
 
     def __init__(self, bounds: list[int]) -> None:
         super().__init__(bounds)
-        self.windows: dict[int, int | None] = {}
+        self.scores: dict[int, Scores] = {}
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        self.windows[layer_index] = scores.sliding_window
+        self.scores[layer_index] = scores
         return super().attend(layer_index, query, key, value, scores)
 
 
@@ -318,7 +320,7 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     probe = _Probe([0, n, 2 * n])
     with refusing(base.model):
         hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
-    check_windows(base.model, probe.windows)
+    check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
     logits = base.head.logits(hidden, [Piece(whole, positions + n)])
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
@@ -326,3 +328,19 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
             base.model, f"packed logits differ from its own by {difference.item():.1e}"
         )
     logger.info("packed logits agree with the model's own to %.1e", difference.item())
+
+
+@torch.no_grad()
+def _take_shortcuts(base: LoadedBase) -> None:
+    """Lets modules compute in direct forms where those give the same: at the context's end, where
+    also what depends on the position shows.
+    """
+    if base.dtype != torch.float32:
+        return  # shorter types round between steps, which direct forms do not repeat
+    tokens = _probe(base.model)
+    n = len(tokens)
+    probe = _Probe([0, n])
+    positions = torch.arange(n, device=base.device) + context_length(base.model) - n
+    with watching_modules(base.model) as calls:
+        base.hidden(tokens, positions, (Segment(0, n),), probe)
+    install_shortcuts(calls, probe.scores)
