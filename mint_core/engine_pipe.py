@@ -10,9 +10,10 @@ import logging
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from mint_core.errors import EngineFault, MintError
 
@@ -25,6 +26,15 @@ class Call:
     job: Any
 
 
+class Part(NamedTuple):
+    """A part of the answer to a call, before its `Reply`. One goes out for every token that is
+    streamed, and a named tuple is pickled in half a dataclass's time.
+    """
+
+    number: int
+    value: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     number: int
@@ -35,6 +45,13 @@ class Reply:
 class Failure:
     number: int  # 0: the engine could not start
     error: MintError
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Messages in order. Together they cost one write, and wake the front's loop once."""
+
+    messages: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +90,7 @@ class Hello:
     model: ModelDescription
     max_batch_tokens: int = 0  # trainer: most tokens of one pass
     adapter_ranks: int = 0  # sampler: largest sum of the stored ranks of adapters in memory
+    kv_cache_tokens: int = 0  # sampler: whose keys and values fit in memory at the same time
 
 
 class EnginePipe:
@@ -93,6 +111,10 @@ class EnginePipe:
 
     def send(self, message: object) -> None:
         self._connection.send(message)
+
+    def send_all(self, messages: Sequence[object]) -> None:
+        if messages:
+            self.send(messages[0] if len(messages) == 1 else Bundle(tuple(messages)))
 
     def fail(self, number: int, error: Exception) -> None:
         """Sends a domain error as it is, and anything else as our bug."""

@@ -16,10 +16,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mint_core.engine_pipe import Call, Failure, Heartbeat, Hello, Reply, Report
+from mint_core.engine_pipe import (
+    Bundle,
+    Call,
+    Failure,
+    Heartbeat,
+    Hello,
+    Part,
+    Reply,
+    Report,
+)
 from mint_core.errors import EngineFault, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -35,7 +46,12 @@ class _Child:
     """One engine process. Two threads feed its pipe: a full one must not stop the event loop."""
 
     def __init__(
-        self, module: str, config: object, deliver: Callable[[Any], None], ended: Callable[[], None]
+        self,
+        module: str,
+        config: object,
+        *,
+        deliver: Callable[["_Child", Any], None],
+        ended: Callable[["_Child"], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -87,7 +103,7 @@ class _Child:
     def _read(self) -> None:
         try:
             while True:
-                self._deliver(self._connection.recv())
+                self._deliver(self, self._connection.recv())
         except (EOFError, OSError):
             pass
         except Exception:
@@ -97,7 +113,7 @@ class _Child:
         self._outbox.put(None)
         self._writer.join()
         self._connection.close()
-        self._ended()
+        self._ended(self)
 
     def _await_end(self) -> None:
         try:
@@ -105,6 +121,24 @@ class _Child:
         except subprocess.TimeoutExpired:
             self._process.kill()  # a process without its pipe is of no use
             self._process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """Who waits for an answer."""
+
+    future: asyncio.Future[Any]
+    silence_limit_s: float
+    on_part: Callable[[Any], None] | None
+
+    def take(self, part: object) -> None:
+        if self.future.done():
+            return  # the caller has left
+        try:
+            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
+            self.on_part(part)
+        except Exception as error:  # the caller's own, and nobody else's
+            self.future.set_exception(error)
 
 
 class EngineProcess:
@@ -121,7 +155,7 @@ class EngineProcess:
         self._config = config
         self._on_death = on_death
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, tuple[asyncio.Future[Any], float]] = {}
+        self._waiting: dict[int, _Waiter] = {}
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
@@ -158,8 +192,17 @@ class EngineProcess:
         assert self._attempt is not None, "start() comes first"
         return await asyncio.shield(self._attempt)
 
-    async def call(self, job: object, *, silence_limit_s: float = 60.0) -> Any:
-        """Runs a job in the engine, which is killed if it says nothing for `silence_limit_s`."""
+    async def call(
+        self,
+        job: object,
+        *,
+        silence_limit_s: float = 60.0,
+        on_part: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Runs a job in the engine, which is killed if it says nothing for `silence_limit_s`.
+        `on_part` is called with each part of the answer as it comes, in the engine's order and
+        before this returns; what it raises, this raises.
+        """
         while not self.ready:
             await self.hello()
         assert self._child is not None
@@ -167,7 +210,7 @@ class EngineProcess:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not self._waiting:
             self._last_word = time.monotonic()
-        self._waiting[number] = (future, silence_limit_s)
+        self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
         self._child.send(Call(number, job))
         try:
             return await future
@@ -202,19 +245,25 @@ class EngineProcess:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(callback, *args)
 
-        child = _Child(
+        self._child = _Child(
             self._module,
             self._config,
-            deliver=lambda message: post(self._receive, child, message),
-            ended=lambda: post(self._bury, child),
+            deliver=partial(post, self._receive),
+            ended=partial(post, self._bury),
         )
-        self._child = child
 
     def _receive(self, child: _Child, message: object) -> None:
         if child is not self._child:
             return
         self._last_word = time.monotonic()
+        for each in message.messages if isinstance(message, Bundle) else (message,):
+            self._handle(child, each)
+
+    def _handle(self, child: _Child, message: object) -> None:
         match message:
+            case Part(number, value):
+                if waiter := self._waiting.get(number):
+                    waiter.take(value)
             case Hello():
                 assert self._attempt is not None
                 self._attempt.set_result(message)
@@ -235,13 +284,13 @@ class EngineProcess:
                 raise AssertionError(f"unknown message {message!r}")
 
     def _settle(self, number: int, value: object, error: MintError | None) -> None:
-        future, _ = self._waiting.get(number, (None, 0.0))
-        if future is None or future.done():
+        waiter = self._waiting.get(number)
+        if waiter is None or waiter.future.done():
             return  # its caller has left
         if error is None:
-            future.set_result(value)
+            waiter.future.set_result(value)
         else:
-            future.set_exception(error)
+            waiter.future.set_exception(error)
 
     def _bury(self, child: _Child) -> None:
         if child is not self._child:
@@ -278,16 +327,17 @@ class EngineProcess:
         self._attempt.exception()  # retrieved: nobody need wait for it
 
     def _fail_waiting(self, error: MintError) -> None:
-        for future, _ in self._waiting.values():
-            if not future.done():
-                future.set_exception(error)
+        for waiter in self._waiting.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if self._child is None or self._why_killed:
                 continue
-            limit_s = max((limit_s for _, limit_s in self._waiting.values()), default=float("inf"))
+            limits_s = (waiter.silence_limit_s for waiter in self._waiting.values())
+            limit_s = max(limits_s, default=float("inf"))
             if not self.ready:
                 limit_s = START_LIMIT_S
             silent_s = time.monotonic() - self._last_word

@@ -1,4 +1,5 @@
 """What the sampler's front and engine say to each other: frozen dataclasses of numpy arrays.
+Adapters go as names of row files.
 
 The engine keeps adapters by revision path and generates with what it is told; which adapters it
 keeps, who may use them and whether a request is legal are the front's to decide.
@@ -6,12 +7,12 @@ keeps, who may use them and whether a request is legal are the front's to decide
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mint_core.errors import EngineFault
-from mint_core.lora.spec import AdapterArrays, AdapterSpec
+from mint_core.errors import EngineFault, ResourceExhausted
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -28,6 +29,22 @@ class AdapterAbsent(EngineFault):
     reason = "ADAPTER_ABSENT"
 
 
+class WaitedTooLong(ResourceExhausted):
+    """The request's turn did not come before its `start_by_s`. Final: it carries no hint to try
+    again, since its caller set or accepted the limit.
+    """
+
+    reason = "WAITED_TOO_LONG"
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(
+            f"the request waited {waited_s:.1f} s for its first pass and `max_wait_s` of the "
+            "sampler allows no more; send fewer at the same time, or start the sampler with a "
+            "larger --max-wait-s",
+            waited_s=f"{waited_s:.1f}",
+        )
+
+
 class StopReason(Enum):
     """Why a continuation ended."""
 
@@ -35,13 +52,27 @@ class StopReason(Enum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class RowUnusable(EngineFault):
+    """The row file is gone, damaged, or lies otherwise than this engine's rows do."""
+
+    reason = "ROW_UNUSABLE"
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Puts an adapter into the bank; one that is there already stays. Answer: None."""
+    """Puts an adapter into the bank; one that is there already stays. Raises RowUnusable. Answer:
+    None.
+    """
 
     revision_path: str
-    spec: AdapterSpec
-    weights: AdapterArrays
+    file: str  # a row file
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeRows:
+    """Asks how the rows of adapters of a rank lie in the bank. Answer: `RowLayout`."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +104,10 @@ class Stops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Continues a prompt, or with `num_samples` 0 only scores it. Answer: `Generated`."""
+    """Continues a prompt, or with `num_samples` 0 only scores it. Answer: `Generated`; with
+    `stream`, a `SamplePart` for each sample after each pass, and then a `Generated` without
+    continuations.
+    """
 
     request_id: int  # by which `Abort` names it
     adapter: str  # revision path of a loaded adapter, or BASE_MODEL
@@ -84,6 +118,9 @@ class Generate:
     stops: Stops = field(default_factory=Stops)
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    tenant: str = ""  # tenants share passes and places equally
+    stream: bool = False
+    start_by_s: float | None = None  # time.monotonic() by which its first pass must have begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +140,22 @@ class Continuation:
     stop_reason: StopReason
 
 
+@dataclass(frozen=True, slots=True)
+class SamplePart:
+    """New tokens of one sample. Plain numbers, since an array of one costs more to send."""
+
+    index: int  # of the sample
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # as in `Continuation`
+    model_logprobs: tuple[float, ...]
+    stop_reason: StopReason | None  # None: more will come
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One is sent per token: this takes half the time of a dataclass's own way.
+        fields = (self.index, self.tokens, self.logprobs, self.model_logprobs, self.stop_reason)
+        return SamplePart, fields
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogprobs:
     """The likeliest tokens of consecutive positions, likeliest first."""
@@ -116,6 +169,7 @@ class Generated:
     """What came of a `Generate`."""
 
     continuations: tuple[Continuation, ...]
+    prompt_cache_hit_tokens: int = 0  # of the prompt, that were not computed again
     prompt_logprobs: Floats | None = None  # [prompt - 1]: of each token but the first
     topk_prompt_logprobs: TopLogprobs | None = None  # of the same positions
 
@@ -134,4 +188,5 @@ class EngineConfig:
     max_batch_tokens: int  # of one pass; 0: computed from free memory
     kv_cache_tokens: int  # 0: computed from free memory
     adapter_memory_bytes: int  # 0: computed from free memory
+    host_adapter_memory_bytes: int = 0  # of adapters in host memory beside a GPU; 0: computed
     log_level: str = "INFO"

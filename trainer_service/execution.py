@@ -149,13 +149,16 @@ class Execution:
         return pending
 
     async def _save(self, run: Run, save: Save | SaveForSampler) -> Saved:
-        state = isinstance(save, Save)
-        arrays = await self._scheduler.row(ExportRow(run.id, with_optimizer=state))
-        published = await self._checkpoints.publish(run.origin, arrays, save)
+        if isinstance(save, Save):
+            arrays = await self._scheduler.row(ExportRow(run.id, with_optimizer=True))
+            published = await self._checkpoints.publish_state(run.origin, arrays, save)
+        else:
+            write = self._scheduler.row
+            published = await self._checkpoints.publish_adapter(run.origin, save, write)
         return Saved(
             path=published.path,
             revision_path=published.revision_path,
-            step=arrays.step,
+            step=published.manifest.step,
             gradient_pending=run.gradient.pending,
         )
 

@@ -101,7 +101,7 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         next_sequence=view.next_sequence,
         gradient_pending=view.gradient_pending,
         state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
-        state_message=f"weights lost: {view.lost}" if view.lost else "",
+        state_message=f"weights lost: {view.lost}" if view.lost else view.trouble,
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,

@@ -27,6 +27,7 @@ class RunOrigin:
     base_fingerprint: str
     spec: AdapterSpec
     trainable_parameter_count: int
+    row_bytes: int  # of the weights as they lie in memory
     create_time: datetime
     isolated: bool
 
@@ -44,6 +45,7 @@ class RunView:
     gradient_pending: bool
     backward_count: int
     lost: str  # why; empty while the run can be used
+    trouble: str  # what else is wrong; empty: nothing
 
 
 class Watcher(Protocol):
@@ -79,6 +81,7 @@ class Run:
         self.turns = Turns()
         self.watchers: set[Watcher] = set()
         self.sequence = Sequence(lambda call: accept(self, call), limits, partial(refusal, origin))
+        self.trouble = ""
         self._lost = ""
         self._deleted = False
 
@@ -141,4 +144,5 @@ class Run:
             gradient_pending=self.gradient.pending,
             backward_count=self.gradient.backward_count,
             lost=self._lost,
+            trouble=self.trouble,
         )

@@ -62,6 +62,7 @@ class Runs:
         self._runs: dict[str, Run] = {}  # oldest first
         self._numbers = itertools.count(1)
         scheduler.on_progress = self._stir_watchers
+        checkpoints.handoff.on_trouble = self._note_trouble
 
     async def submit(self, tenant: str, call: Call) -> Outcome:
         """Brings a sequenced call to its run and returns its outcome, or raises it."""
@@ -150,6 +151,11 @@ class Runs:
         for run in self._runs.values():
             run.stir_watchers()
 
+    def _note_trouble(self, training_run_id: str, trouble: str) -> None:
+        if run := self._runs.get(training_run_id):
+            run.trouble = trouble
+            run.stir_watchers()
+
     def _find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
@@ -200,6 +206,7 @@ class Runs:
             base_fingerprint=model.fingerprint,
             spec=description.spec,
             trainable_parameter_count=description.trainable_parameter_count,
+            row_bytes=description.row_bytes,
             create_time=datetime.now(UTC),
             isolated=isolated,
         )

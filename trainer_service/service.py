@@ -1,16 +1,18 @@
 """The trainer, put together."""
 
 import asyncio
+import logging
 from functools import partial
 
-from checkpoint_store import CheckpointStore
+from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, snapshot_folder
 from mint_core.access import KeyRing
+from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
-from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.backlog import Backlogs
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
@@ -19,6 +21,8 @@ from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.servicer import CheckpointServicer, TrainerServicer
 from trainer_service.usage import Usage
+
+logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
@@ -41,7 +45,7 @@ class TrainerService:
         )
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
-        self._checkpoints = Checkpoints(CheckpointStore(config.store))
+        self._checkpoints = _checkpoints(config)
         self._sweeping: list[asyncio.Task[None]] = []
         self._runs = Runs(
             self._scheduler,
@@ -49,7 +53,7 @@ class TrainerService:
             metrics,
             SequenceLimits(gap_s=config.gap_s),
             Backlogs(
-                BacklogLimits(calls=config.queue_calls, tokens=config.queue_tokens),
+                Load(count=config.queue_calls, tokens=config.queue_tokens),
                 per_run=keys is None,
                 predict=self._scheduler.predict_s,
             ),
@@ -62,6 +66,11 @@ class TrainerService:
                 partial(self._rows_in, place),
                 place=place,
             )
+        metrics.gauge(
+            "mint_unstored_snapshots",
+            "Snapshots in memory that the store does not have yet",
+            lambda: self._checkpoints.handoff.unstored,
+        )
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
@@ -90,6 +99,7 @@ class TrainerService:
     async def start(self) -> None:
         """Starts the engine. Raises what keeps it from loading."""
         self._scheduler.welcome(await self.engine.start())
+        self._checkpoints.handoff.start()
         self._sweeping = [
             asyncio.create_task(self._checkpoints.keep_swept()),
             asyncio.create_task(self._runs.keep_expiring()),
@@ -104,3 +114,13 @@ class TrainerService:
             sweeping.cancel()
         await self._runs.stop()
         await self.engine.close()
+        await self._checkpoints.handoff.stop()
+
+
+def _checkpoints(config: TrainerConfig) -> Checkpoints:
+    folder = snapshot_folder(config.snapshot_memory_folder, config.store)
+    if folder is None:
+        logger.info("no shared memory here: snapshots go through the store")
+        return Checkpoints(CheckpointStore(config.store))
+    memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
+    return Checkpoints(CheckpointStore(config.store, SnapshotFolder(folder)), memory)

@@ -14,6 +14,7 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from mint_core.errors import InvalidRequest
 from mint_core.lora.groups import LinearShape, ModuleGroup
+from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
@@ -103,6 +105,16 @@ class RankBank:
             self._a(row, modules[0], len(modules)),
             tuple(self._b_t(row, module) for module in modules),
         )
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """What `matrices` does, for those who have no bank."""
+        row = torch.empty(self.row_size, device="meta")
+        places = {}
+        for module in self._shapes:
+            a, b = self.matrices(row, module)
+            places[module] = (_matrix(a), _matrix(b))
+        return RowLayout.of(self.row_size, places)
 
     def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [count r, in]
         width, start = self._shapes[first].in_features, self._offsets[first][0]
@@ -274,6 +286,12 @@ def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
         return torch.zeros(size, device=device)
     pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.float32)
+
+
+def _matrix(view: Tensor) -> Matrix:
+    """Where a matrix lies in the row of which it is a view."""
+    rows, columns = view.shape
+    return Matrix(int(view.storage_offset()), (rows, columns), (view.stride(0), view.stride(1)))
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

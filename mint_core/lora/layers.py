@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mint_core.lora.algorithms import Adapted, Algorithm, Gradients, choose
+from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import (
     MIN_ROWS,
@@ -42,6 +43,7 @@ class LoraContext:
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
+        self.columns: ActiveColumns | None = None  # applied in the place of segments
         self.waiting: Waiting | None = None  # of the group computed last
 
     @contextmanager
@@ -55,6 +57,17 @@ class LoraContext:
             yield
         finally:
             self.waiting = None  # a pass that was cut short may have left some
+
+    @contextmanager
+    def side_by_side(self, columns: ActiveColumns | None) -> Iterator[None]:
+        """Around a pass without segments, whose rows are in any order: what these columns hold is
+        applied, or the base model alone.
+        """
+        self.columns = columns
+        try:
+            yield
+        finally:
+            self.columns = None
 
     def adapted(self, group: ModuleGroup, like: Tensor) -> Adapted | None:
         """The segments that adapt a group; None if none does."""
@@ -136,6 +149,10 @@ class LinearGroup:
         """[..., in] -> of each layer, [T, out]; or of several side by side, as the cut has it."""
         cut = cut or self._each
         flat = x.reshape(-1, self.group.in_features)
+        if self._context.columns is not None:
+            y = functional.linear(flat, self.weight, self.bias)
+            self._context.columns.add(flat, y, self.group)
+            return y.split_with_sizes(self.group.out_features, 1)
         adapted = self._context.adapted(self.group, flat)
         if not torch.is_grad_enabled():
             y = functional.linear(flat, self.weight, self.bias)

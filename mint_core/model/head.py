@@ -89,6 +89,10 @@ class Head:
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
 
+    def all_logits(self, hidden: Tensor) -> Tensor:  # [rows, d] -> [rows, V] float32
+        """Logits of every row, with what the layers' context applies. For few rows, as `logits`."""
+        return self._capped(self._linear(hidden))
+
     @torch.no_grad()
     def likeliest(self, hidden: Tensor, piece: Piece, k: int) -> tuple[Tensor, Tensor]:
         """Ids and logprobs of the k likeliest tokens of each row, [n, k], bit for bit as `logprobs`
@@ -197,10 +201,11 @@ class Head:
                 h = x[cut.part] @ a.T
                 z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
             shrunk.append(h)
+        return self._capped(z), shrunk
+
+    def _capped(self, z: Tensor) -> Tensor:  # [rows, V] -> [rows, V] float32
         z = z.float()
-        if self._softcap is not None:
-            z = (z / self._softcap).tanh_().mul_(self._softcap)
-        return z, shrunk
+        return z if self._softcap is None else (z / self._softcap).tanh_().mul_(self._softcap)
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[_Cut]]:
         """Cuts each piece by its own length alone, then fills chunks."""

@@ -6,9 +6,19 @@ import signal
 import sys
 import time
 
-from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, connect
+from mint_core.engine_pipe import Call, EnginePipe, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import InvalidRequest
-from tests.engines.echo_jobs import MODEL, Bug, Crash, Echo, EchoConfig, Hang, Job, Refuse, Work
+from tests.engines.echo_jobs import (
+    MODEL,
+    Bug,
+    Count,
+    Crash,
+    Echo,
+    EchoConfig,
+    Hang,
+    Refuse,
+    Work,
+)
 
 
 def main() -> None:
@@ -21,7 +31,7 @@ def main() -> None:
     pipe.send(Hello(dataclasses.replace(MODEL, folder=config.folder)))
     while (call := pipe.receive()) is not None:
         try:
-            answer = run(call.job, pipe)
+            answer = run(call, pipe)
         except Exception as error:
             pipe.fail(call.number, error)
         else:
@@ -38,8 +48,8 @@ def why_not(config: EchoConfig) -> str:
     return config.refusal if starts in config.failing_starts else ""
 
 
-def run(job: Job, pipe: EnginePipe) -> str:
-    match job:
+def run(call: Call, pipe: EnginePipe) -> str:
+    match call.job:
         case Echo(text):
             return text
         case Refuse(text):
@@ -54,6 +64,10 @@ def run(job: Job, pipe: EnginePipe) -> str:
             for _ in range(heartbeats):
                 time.sleep(interval_s)
                 pipe.send(Heartbeat())
+        case Count(parts, bundle):
+            for at in range(0, parts, bundle):
+                stop = min(at + bundle, parts)
+                pipe.send_all([Part(call.number, number) for number in range(at, stop)])
     return "done"
 
 

@@ -71,4 +71,12 @@ class Work:
     interval_s: float
 
 
-Job = Echo | Refuse | Bug | Crash | Hang | Work
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Sends the numbers below `parts` one by one, bundled `bundle` at a time. Answer: "done"."""
+
+    parts: int
+    bundle: int = 1
+
+
+Job = Echo | Refuse | Bug | Crash | Hang | Work | Count

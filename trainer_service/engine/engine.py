@@ -20,6 +20,7 @@ from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
+from trainer_service.engine.row_writing import write_row
 from trainer_service.engine.rows import (
     Rows,
     Span,
@@ -44,6 +45,8 @@ from trainer_service.jobs import (
     StepRows,
     Tile,
     TileResult,
+    WriteRow,
+    WrittenRow,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ class Engine:
             DropRow: self._drop,
             ClearGradient: self._clear,
             ExportRow: self._export,
+            WriteRow: self._write,
             LoadRow: self._load,
         }
 
@@ -178,7 +182,11 @@ class Engine:
         except MintError:
             self._rows.remove(job.training_run_id)
             raise
-        return RowDescription(spec=spec, trainable_parameter_count=trained.row.parameter_count())
+        return RowDescription(
+            spec=spec,
+            trainable_parameter_count=trained.row.parameter_count(),
+            row_bytes=trained.row.bank.part_bytes,
+        )
 
     def _resolve(self, request: LoraRequest | AdapterSpec) -> AdapterSpec:
         if isinstance(request, AdapterSpec):
@@ -202,6 +210,11 @@ class Engine:
             exp_avg_sq=trained.row.export(Part.EXP_AVG_SQ),
             step=trained.step,
         )
+
+    def _write(self, job: WriteRow) -> WrittenRow:
+        trained = self._rows.here(job.training_run_id)
+        write_row(trained.row, Path(job.file), job.path)
+        return WrittenRow(trained.row.bank.layout, trained.step)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.

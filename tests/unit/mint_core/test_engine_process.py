@@ -13,7 +13,17 @@ import pytest
 from mint_core import engine_process
 from mint_core.engine_process import EngineProcess
 from mint_core.errors import EngineFault, InvalidRequest, Unavailable
-from tests.engines.echo_jobs import MODEL, Bug, Crash, Echo, EchoConfig, Hang, Refuse, Work
+from tests.engines.echo_jobs import (
+    MODEL,
+    Bug,
+    Count,
+    Crash,
+    Echo,
+    EchoConfig,
+    Hang,
+    Refuse,
+    Work,
+)
 
 LIMIT_S = 30.0  # no test waits longer
 
@@ -54,6 +64,43 @@ async def test_calls_are_answered_each_with_its_own() -> None:
         answers = await asyncio.gather(*(engine.call(Echo(str(n))) for n in range(100)))
 
     assert answers == [str(n) for n in range(100)]
+
+
+@pytest.mark.parametrize("bundle", [1, 7])
+async def test_parts_come_in_order_before_the_answer(bundle: int) -> None:
+    async with running() as engine:
+        seen: list[list[object]] = [[] for _ in range(5)]
+        calls = [engine.call(Count(100, bundle), on_part=parts.append) for parts in seen]
+        for parts, call in zip(seen, [asyncio.create_task(call) for call in calls], strict=True):
+            assert await call == "done"
+            assert parts == list(range(100))
+
+
+async def test_what_on_part_raises_the_call_raises() -> None:
+    def refuse(part: object) -> None:
+        raise InvalidRequest(f"no {part}")
+
+    async with running() as engine:
+        with pytest.raises(InvalidRequest, match="no 0"):
+            await engine.call(Count(3, bundle=3), on_part=refuse)
+        assert await engine.call(Echo("still there")) == "still there"
+
+
+async def test_parts_that_nobody_asked_for_fail_their_call_alone() -> None:
+    async with running() as engine:
+        with pytest.raises(AssertionError, match="nobody asked"):
+            await engine.call(Count(3, bundle=3))
+        assert await engine.call(Echo("still there")) == "still there"
+
+
+async def test_a_caller_that_left_gets_no_parts() -> None:
+    async with running() as engine:
+        seen: list[object] = []
+        call = asyncio.create_task(engine.call(Count(10, bundle=3), on_part=seen.append))
+        await asyncio.sleep(0)
+        call.cancel()
+        assert await engine.call(Echo("next")) == "next"
+        assert not seen
 
 
 async def test_a_large_job_does_not_block_the_loop() -> None:
