@@ -108,9 +108,9 @@ class Algorithm(Protocol):
     """Applies the adapters to a group of modules."""
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
-        """Adds to y [T, W]; returns what backward needs beside x [T, in]."""
+        """Adds to y of each module, [T, out]; returns what backward needs beside x [T, in]."""
         ...
 
     def backward(
@@ -135,9 +135,9 @@ class Loop:
     """Segment after segment. What a segment gets depends on its own rows alone, bit for bit."""
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
-        outputs = [adapted.parts(part) for part in y.split_with_sizes(group.out_features, 1)]
+        outputs = [adapted.parts(part) for part in y]
         shrunk = []
         streams = zip(adapted.factors, adapted.weights(group), adapted.parts(x), strict=True)
         for i, (factor, own, rows) in enumerate(streams):
@@ -198,12 +198,14 @@ class Grouped:
     """
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
         a, b = _stacked(adapted, group)
         rows, ends = adapted.covered, adapted.ends
         h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
-        y[rows] += functional.grouped_mm(h, b.transpose(1, 2), offs=ends)
+        wide = functional.grouped_mm(h, b.transpose(1, 2), offs=ends)  # [covered, W]
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows] += wide[:, columns]
         return (h,)
 
     def backward(
@@ -235,14 +237,16 @@ class Concat:
     """
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
         all_own = adapted.weights(group)
         a = torch.cat([own.a for own in all_own])
         b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
         rows = adapted.covered
         h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
-        y[rows].addmm_(h * adapted.scales, b.T)
+        h *= adapted.scales
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows].addmm_(h, b[columns].T)
         return ()
 
     def backward(

@@ -94,14 +94,20 @@ class Waiting:
 class Cut:
     """The layers of a group in neighbourhoods, whose outputs are one tensor each."""
 
-    def __init__(self, group: ModuleGroup, counts: Sequence[int]) -> None:
-        sizes = iter(group.out_features)
+    def __init__(self, linears: "LinearGroup", counts: Sequence[int]) -> None:
+        sizes = iter(linears.group.out_features)
         self._layers = [tuple(itertools.islice(sizes, count)) for count in counts]
         self._widths = [sum(part) for part in self._layers]
+        self.weights = linears.weight.split_with_sizes(self._widths)  # each [width, in]
+        self.biases: Sequence[Tensor | None] = (
+            [None] * len(self._widths)
+            if linears.bias is None
+            else linears.bias.split_with_sizes(self._widths)
+        )
 
-    def parts(self, wide: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """Cuts what has the group's width in a dimension."""
-        return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, dim)
+    def parts(self, wide: Tensor) -> tuple[Tensor, ...]:
+        """[T, width of the group] -> of each neighbourhood, [T, width]."""
+        return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, 1)
 
     def layers(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Cuts the parts, each [T, width], into those of each layer."""
@@ -125,16 +131,19 @@ class LinearGroup:
         self.weight = _side_by_side([linear.weight for linear in linears])  # [W, in]
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
-        self.weights = self.weight.split(group.out_features)
-        self._each = Cut(group, [1] * len(linears))
+        self.each = self.cut([1] * len(linears))
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
         # autograd where there is something to train, so that it goes back no further than that.
         self._trained = torch.zeros((), device=self.weight.device, requires_grad=True)
 
+    def cut(self, counts: Sequence[int]) -> Cut:
+        """For outputs of so many layers together each."""
+        return Cut(self, counts)
+
     def output(self, member: int, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """One layer's; the others' wait for their call with the same tensor."""
-        if len(self.weights) == 1:
+        if len(self.group.modules) == 1:
             (output,) = self.outputs(x)
         else:
             waiting = self._context.waiting
@@ -147,24 +156,32 @@ class LinearGroup:
 
     def outputs(self, x: Tensor, cut: Cut | None = None) -> Sequence[Tensor]:
         """[..., in] -> of each layer, [T, out]; or of several side by side, as the cut has it."""
-        cut = cut or self._each
+        cut = cut or self.each
         flat = x.reshape(-1, self.group.in_features)
         if self._context.columns is not None:
             y = functional.linear(flat, self.weight, self.bias)
             self._context.columns.add(flat, y, self.group)
-            return y.split_with_sizes(self.group.out_features, 1)
+            return cut.parts(y)
         adapted = self._context.adapted(self.group, flat)
         if not torch.is_grad_enabled():
-            y = functional.linear(flat, self.weight, self.bias)
+            outputs = self.base(flat, cut)
             if adapted is not None:
-                choose(adapted, backward=False).forward(flat, y, adapted, self.group)
-            return cut.parts(y, 1)
-        algorithm = choose(adapted, backward=True) if adapted else None
+                algorithm = choose(adapted, backward=False)
+                algorithm.forward(flat, cut.layers(outputs), adapted, self.group)
+            return outputs
+        chosen = choose(adapted, backward=True) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
-        outputs: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, self, (adapted, algorithm), cut, trained
+        results: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, self, (adapted, chosen), cut, trained
         )
-        return outputs
+        return results
+
+    def base(self, x: Tensor, cut: Cut) -> tuple[Tensor, ...]:
+        """[T, in] -> of each part of the cut, [T, width], without adapters."""
+        if x.device.type == "cpu":  # calls are cheap, and what follows reads dense outputs faster
+            products = zip(cut.weights, cut.biases, strict=True)
+            return tuple(functional.linear(x, weight, bias) for weight, bias in products)
+        return cut.parts(functional.linear(x, self.weight, self.bias))
 
 
 class MultiLoraLinear(nn.Module):
@@ -174,11 +191,9 @@ class MultiLoraLinear(nn.Module):
         super().__init__()
         self.name = name
         # A view of the group's.
-        self.weight = nn.Parameter(group.weights[member], requires_grad=False)
-        columns = group.group.columns[member]
-        self.bias = (
-            None if group.bias is None else nn.Parameter(group.bias[columns], requires_grad=False)
-        )
+        self.weight = nn.Parameter(group.each.weights[member], requires_grad=False)
+        bias = group.each.biases[member]
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features = group.group.in_features
         self.out_features = group.group.out_features[member]
         self.together = group
@@ -204,12 +219,13 @@ class LoraLinearFunction(torch.autograd.Function):
         cut: Cut,
         trained: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y = functional.linear(x, linears.weight, linears.bias)
+        outputs = linears.base(x, cut)
         adapted, algorithm = applied
         if adapted is not None and algorithm is not None:
-            ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, linears.group))
+            saved = algorithm.forward(x, cut.layers(outputs), adapted, linears.group)
+            ctx.save_for_backward(x, *saved)
         ctx.linears, ctx.applied, ctx.cut = linears, applied, cut
-        return cut.parts(y, 1)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -218,7 +234,7 @@ class LoraLinearFunction(torch.autograd.Function):
         dys = [gradient.contiguous() for gradient in gradients]
         dx = None
         if ctx.needs_input_grad[0]:
-            weights = ctx.cut.parts(linears.weight, 0)
+            weights = ctx.cut.weights
             dx = dys[0] @ weights[0]
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mint_core.lora.layers import Cut, LinearGroup, MultiLoraLinear
+from mint_core.lora.layers import LinearGroup, MultiLoraLinear
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.attention_kernels import Scores
 
@@ -126,8 +126,7 @@ def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 def _swapped(heads: Tensor) -> Tensor:
     """The halves of each head exchanged."""
-    halves: Tensor = heads.unflatten(-1, (2, -1))
-    return halves.flip(-2).flatten(-2)
+    return heads.roll(heads.shape[-1] // 2, -1)
 
 
 class Attention:
@@ -138,7 +137,7 @@ class Attention:
     ) -> None:
         self._group = _group_of(module, "q_proj", "k_proj", "v_proj")
         self._out = _group_of(module, "o_proj")
-        self._cut = Cut(self._group.group, (2, 1))  # what is turned, and values
+        self._cut = self._group.cut((2, 1))  # what is turned, and values
         self._head_size: int = module.head_dim
         widths = self._group.group.out_features
         self._heads = [width // module.head_dim for width in widths[:2]]
