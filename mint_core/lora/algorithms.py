@@ -63,11 +63,15 @@ class Adapted:
         """The scale of each segment."""
         return [scale(segment) for segment in self.segments]
 
-    def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+    def parts(self, stream: Tensor) -> Sequence[Tensor]:  # [T, ...] -> per segment, [n, ...]
         if len(self.segments) == 1:
-            return [stream[self.covered]]
+            only = self.segments[0]
+            whole = only.start == 0 and only.stop == stream.shape[0]
+            return (stream,) if whole else (stream[self.covered],)
         # One split: a pass over many short segments is mostly calls.
         parts = stream[self.covered].split_with_sizes(self._sizes)
+        if len(parts) == len(self.segments):
+            return parts
         return [part for part, own in zip(parts, self.stretches, strict=True) if own.row]
 
     @cached_property

@@ -15,12 +15,13 @@ from torch.nn import functional
 from mint_core.lora.algorithms import Adapted, Algorithm, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup
+from mint_core.lora.lanes import Lanes, RowProducts
+from mint_core.lora.packed import PackedLinear
 from mint_core.lora.segments import (
     MIN_ROWS,
     Segment,
     adapter_backward,
-    adapter_weights,
-    scale,
+    adapter_forward,
 )
 
 __all__ = [
@@ -31,9 +32,8 @@ __all__ = [
     "MultiLoraLinear",
     "Segment",
     "adapter_backward",
-    "adapter_weights",
+    "adapter_forward",
     "install",
-    "scale",
 ]
 
 
@@ -45,14 +45,18 @@ class LoraContext:
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
         self.columns: ActiveColumns | None = None  # applied in the place of segments
         self.waiting: Waiting | None = None  # of the group computed last
+        self.lanes: Lanes | None = None  # without, no segment may be rowwise
+        self.products: list[RowProducts] = []  # of segments that are
 
     @contextmanager
     def applying(self, segments: tuple[Segment, ...]) -> Iterator[None]:
         """Around a pass over a stream of these segments. They stay until the next one's: what is
         recomputed in backward applies them again.
         """
-        self._segments = segments
+        self._segments = tuple(s for s in segments if not s.rowwise)
         self._adapted.clear()
+        self.products = self.lanes.of(segments) if self.lanes else []
+        assert self.lanes or len(self._segments) == len(segments), "rowwise: weights not packed"
         try:
             yield
         finally:
@@ -98,7 +102,9 @@ class Cut:
         sizes = iter(linears.group.out_features)
         self._layers = [tuple(itertools.islice(sizes, count)) for count in counts]
         self._widths = [sum(part) for part in self._layers]
-        self.weights = linears.weight.split_with_sizes(self._widths)  # each [width, in]
+        self._each = all(len(part) == 1 for part in self._layers)
+        # Of each neighbourhood, [width, in]; none once they are packed.
+        self.weights: Sequence[Tensor] = linears.weight.split_with_sizes(self._widths)
         self.biases: Sequence[Tensor | None] = (
             [None] * len(self._widths)
             if linears.bias is None
@@ -109,12 +115,13 @@ class Cut:
         """[T, width of the group] -> of each neighbourhood, [T, width]."""
         return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, 1)
 
-    def layers(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def layers(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Cuts the parts, each [T, width], into those of each layer."""
-        if len(self._widths) == sum(map(len, self._layers)):
-            return list(parts)
+        if self._each:
+            return parts
         cut = [
-            part.split_with_sizes(sizes, 1) for part, sizes in zip(parts, self._layers, strict=True)
+            part.split_with_sizes(sizes, 1) if len(sizes) > 1 else (part,)
+            for part, sizes in zip(parts, self._layers, strict=True)
         ]
         return [layer for layers in cut for layer in layers]
 
@@ -131,7 +138,10 @@ class LinearGroup:
         self.weight = _side_by_side([linear.weight for linear in linears])  # [W, in]
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
+        self._cuts: dict[tuple[int, ...], Cut] = {}
         self.each = self.cut([1] * len(linears))
+        self._packed: PackedLinear | None = None
+        self.layers: list[MultiLoraLinear] = []
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
         # autograd where there is something to train, so that it goes back no further than that.
@@ -139,7 +149,7 @@ class LinearGroup:
 
     def cut(self, counts: Sequence[int]) -> Cut:
         """For outputs of so many layers together each."""
-        return Cut(self, counts)
+        return self._cuts.setdefault(tuple(counts), Cut(self, counts))
 
     def output(self, member: int, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """One layer's; the others' wait for their call with the same tensor."""
@@ -159,15 +169,18 @@ class LinearGroup:
         cut = cut or self.each
         flat = x.reshape(-1, self.group.in_features)
         if self._context.columns is not None:
-            y = functional.linear(flat, self.weight, self.bias)
+            y = self._wide(flat)
             self._context.columns.add(flat, y, self.group)
             return cut.parts(y)
         adapted = self._context.adapted(self.group, flat)
         if not torch.is_grad_enabled():
             outputs = self.base(flat, cut)
-            if adapted is not None:
-                algorithm = choose(adapted, backward=False)
-                algorithm.forward(flat, cut.layers(outputs), adapted, self.group)
+            if adapted is not None or self._context.products:
+                layers = cut.layers(outputs)
+                if adapted is not None:
+                    choose(adapted, backward=False).forward(flat, layers, adapted, self.group)
+                for product in self._context.products:
+                    product.add(flat, layers, self.group)
             return outputs
         chosen = choose(adapted, backward=True) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
@@ -178,10 +191,25 @@ class LinearGroup:
 
     def base(self, x: Tensor, cut: Cut) -> tuple[Tensor, ...]:
         """[T, in] -> of each part of the cut, [T, width], without adapters."""
-        if x.device.type == "cpu":  # calls are cheap, and what follows reads dense outputs faster
+        if x.device.type == "cpu" and self._packed is None:
+            # Calls are cheap, and what follows reads dense outputs faster.
             products = zip(cut.weights, cut.biases, strict=True)
             return tuple(functional.linear(x, weight, bias) for weight, bias in products)
-        return cut.parts(functional.linear(x, self.weight, self.bias))
+        return cut.parts(self._wide(x))
+
+    def _wide(self, x: Tensor) -> Tensor:  # [T, in] -> [T, W]
+        if self._packed is not None:
+            return self._packed(x)
+        return functional.linear(x, self.weight, self.bias)
+
+    def pack(self, packed: PackedLinear) -> None:
+        """From now on computes with packed weights alone, for passes without backward."""
+        self._packed = packed
+        self.weight = self.weight.new_empty(0)
+        for cut in self._cuts.values():
+            cut.weights = cut.biases = ()
+        for layer in self.layers:
+            layer.weight = nn.Parameter(self.weight, requires_grad=False)
 
 
 class MultiLoraLinear(nn.Module):
@@ -198,6 +226,7 @@ class MultiLoraLinear(nn.Module):
         self.out_features = group.group.out_features[member]
         self.together = group
         self._member = member
+        group.layers.append(self)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return self.together.output(self._member, x)
@@ -245,16 +274,21 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def install(model: nn.Module, context: LoraContext, groups: Sequence[ModuleGroup]) -> None:
+def install(
+    model: nn.Module, context: LoraContext, groups: Sequence[ModuleGroup]
+) -> list[LinearGroup]:
     """Puts a MultiLoraLinear in the place of every nn.Linear. The groups hold them all."""
+    installed = []
     for group in groups:
         layers = [model.get_submodule(name) for name in group.modules]
         linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         together = LinearGroup(group, linears, context)
+        installed.append(together)
         for member, name in enumerate(group.modules):
             parent_name, _, child = name.rpartition(".")
             layer = MultiLoraLinear(name, together, member)
             setattr(model.get_submodule(parent_name), child, layer)
+    return installed
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@ tensor.
 
 Rows are scored in chunks, and each chunk's gradient is reduced before the next chunk is scored: the
 logits are computed once. A row's numbers do not depend on the rows beside it: an adapter's rows are
-cut by themselves alone, and every matmul has at least MIN_ROWS rows.
+cut by themselves alone, and every matmul has at least MIN_ROWS rows, or is of packed weights.
 
 n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size.
 """
@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mint_core.lora.layers import (
     MIN_ROWS,
     MultiLoraLinear,
     Segment,
     adapter_backward,
-    adapter_weights,
-    scale,
+    adapter_forward,
 )
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
@@ -48,7 +46,8 @@ class _Cut:
     number: int  # of the piece
     place: slice  # in the piece
     segment: Segment
-    rows: Tensor  # [n, at least MIN_ROWS] positions in the stream, the first repeated to fill up
+    # [n, at least MIN_ROWS unless rowwise] positions in the stream, the first repeated to fill up
+    rows: Tensor
     part: slice  # of the chunk
 
     @property
@@ -87,6 +86,8 @@ class Head:
         for number, piece in enumerate(pieces):
             _append(chunk, number, piece, slice(0, len(piece.rows)))
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
+        if all(len(cut.rows) == cut.count for cut in chunk):
+            return z
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
 
     def all_logits(self, hidden: Tensor) -> Tensor:  # [rows, d] -> [rows, V] float32
@@ -192,14 +193,13 @@ class Head:
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
-        z = functional.linear(x, self._linear.weight, self._linear.bias)
+        linears = self._linear.together
+        (z,) = linears.base(x, linears.each)
         shrunk: list[Tensor | None] = []
         for cut in chunk:
             h = None
             if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
-                a, b = adapter_weights(cut.segment, self._linear.name, x.dtype)
-                h = x[cut.part] @ a.T
-                z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
+                h = adapter_forward(cut.segment, self._linear.name, x[cut.part], z[cut.part])
             shrunk.append(h)
         return self._capped(z), shrunk
 
@@ -232,7 +232,7 @@ def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     rows = piece.rows[place]
     missing = MIN_ROWS - len(rows)
-    if missing > 0:
+    if missing > 0 and not piece.segment.rowwise:
         rows = torch.cat([rows, rows[:1].expand(missing)])
     start = chunk[-1].part.stop if chunk else 0
     chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))

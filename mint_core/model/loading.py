@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.bank import AdapterBank, Part
-from mint_core.lora.groups import LinearShape, ModuleGroup, complete, watching
+from mint_core.lora.groups import LinearShape, complete, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model.architecture import (
@@ -33,11 +32,15 @@ from mint_core.model.architecture import (
     refusing,
     unsupported,
 )
-from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
+from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.base import LoadedBase
 from mint_core.model.head import Head, Piece
+from mint_core.model.inference import pack
 from mint_core.model.recompute import Recomputation, install_recomputation
 from mint_core.model.shortcuts import install_shortcuts, watching_modules
+
+__all__ = ["LoadedBase", "load_base"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,45 +51,6 @@ _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safeten
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedBase:
-    """A frozen base model ready to run packed streams with many adapters."""
-
-    model: nn.Module
-    head: Head
-    context: LoraContext
-    recomputation: Recomputation
-    shapes: dict[str, LinearShape]
-    groups: tuple[ModuleGroup, ...]  # of all linear layers, those that read one tensor together
-    description: ModelDescription
-    device: torch.device
-    dtype: torch.dtype
-
-    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
-        return AdapterBank(self.groups, parts, self.device)
-
-    def hidden(
-        self,
-        tokens: Tensor,  # [tokens]
-        positions: Tensor,  # [tokens], from 0 in each document
-        segments: tuple[Segment, ...],  # covering the stream
-        attention: AttentionBatch,
-    ) -> Tensor:  # [tokens, hidden size]
-        """The last hidden state of a packed stream. In grad mode its backward trains the rows of
-        segments that accumulate; it needs none if they adapt no layer below the head.
-        """
-        embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
-        with self.context.applying(segments):
-            output = self.model.base_model(  # type: ignore[operator]
-                inputs_embeds=embedded,
-                position_ids=positions[None],
-                use_cache=False,
-                attention_batch=attention,
-            )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
-
-
 def load_base(
     base_model: str,
     *,
@@ -95,8 +59,11 @@ def load_base(
     dtype: str = "auto",
     threads: int = 1,
     max_lora_rank: int = 128,
+    inference: bool = False,
 ) -> LoadedBase:
     """Loads a folder or a hub id and serves it as `name` (default: hub id, or the folder's name).
+
+    For inference alone, weights are packed where that makes few rows cheaper.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
@@ -120,7 +87,7 @@ def load_base(
     groups = complete(shapes, reads.together())
     fingerprint = _fingerprint(model)
     context = LoraContext()
-    install(model, context, groups)
+    linears = install(model, context, groups)
     register()
     with refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
@@ -153,6 +120,8 @@ def load_base(
     )
     _check_packed_path(base, expected)
     _take_shortcuts(base)
+    if inference:
+        return replace(base, min_rows=pack(base, linears))
     return replace(base, recomputation=install_recomputation(model))
 
 

@@ -155,7 +155,7 @@ class Attention:
         **_: Any,  # what attention functions are handed besides, such as position ids
     ) -> tuple[Tensor, None]:
         parts = self._group.outputs(hidden_states, self._cut)
-        heads, values = (part.view(len(part), -1, self._head_size) for part in parts)
+        heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
         if self._norm is not None:
             heads = self._norm(heads)
         heads = self._rotation(heads, *position_embeddings).transpose(0, 1)  # [h, T, s]
