@@ -25,7 +25,7 @@ from mint_core.lora.bank import AdapterRow
 from mint_core.lora.spec import LoraRequest
 from sampler_service.engine.decoder import Decoded, Decoder
 from sampler_service.engine.kv_cache import layer_shapes
-from sampler_service.engine.scheduler import Span
+from sampler_service.engine.sequences import Span
 from sampler_service.jobs import BASE_MODEL
 from tests.engines_in_process import make_engine, score
 from tests.models import write_tokenizer

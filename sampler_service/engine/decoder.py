@@ -24,7 +24,7 @@ from mint_core.model.loading import LoadedBase
 from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
 from sampler_service.engine.kv_cache import KvCache
 from sampler_service.engine.paged_attention import DecodeAttention, PagedAttention, plain_attention
-from sampler_service.engine.scheduler import Span, TokenSequence
+from sampler_service.engine.sequences import Span, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -253,7 +253,8 @@ def _within(model: ModelDescription, cache_tokens: int) -> ModelDescription:
     """The model with the context that the cache holds."""
     context_length = min(model.context_length, cache_tokens)
     logger.info("kv cache tokens=%d context_length=%d", cache_tokens, context_length)
-    return dataclasses.replace(model, context_length=context_length)
+    bound = model.memory_bound or context_length < model.context_length
+    return dataclasses.replace(model, context_length=context_length, memory_bound=bound)
 
 
 def _not_finite(adapter: str) -> MintError:

@@ -13,7 +13,7 @@ from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cached_attention import CachedAttention, CachedRows
 from sampler_service.engine.decoder import Decoded, Decoder
 from sampler_service.engine.kv_cache import KvCache
-from sampler_service.engine.scheduler import Span, Step, TokenSequence
+from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)

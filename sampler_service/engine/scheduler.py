@@ -23,8 +23,6 @@ from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
 from sampler_service.engine.tenants import Line, Tenants, move
 from sampler_service.jobs import CHUNK_TOKENS
 
-__all__ = ["PROMPT", "Scheduler", "Span", "Step", "TokenSequence"]
-
 
 @dataclass(slots=True, eq=False)
 class _Request:

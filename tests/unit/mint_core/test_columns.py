@@ -77,7 +77,7 @@ def check(bank: ColumnBank, rows: Sequence[AdapterRow], seed: int = 0) -> int | 
     return columns
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from(range(len(RANKS))), unique=True), max_size=12))
 def test_rows_get_their_own_adapters_whoever_came_before(batches: list[list[int]]) -> None:
     rows, bank = make_rows(), make_columns()

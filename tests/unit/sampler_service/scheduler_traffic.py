@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
-from sampler_service.engine.scheduler import PROMPT, Scheduler, Step, TokenSequence
+from sampler_service.engine.scheduler import Scheduler
+from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
 from sampler_service.jobs import CHUNK_TOKENS
 
 MAX_RUNNING = 4

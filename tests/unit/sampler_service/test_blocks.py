@@ -104,7 +104,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.find(key) == block
 
 
-PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

@@ -117,7 +117,7 @@ def test_more_tenants_than_places_take_turns() -> None:
         assert max(served) - min(served) <= 2 * TURN_TOKENS
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.tuples(prompts, prompts) | st.tuples(chatter, chatter))
 def test_tenants_that_always_wait_get_as_much(
     wishes: tuple[tuple[int, int], tuple[int, int]],
@@ -172,7 +172,7 @@ def test_what_is_computed_again_is_not_charged() -> None:
     assert clock.gained["short"] <= 1.2 * clock.gained["long"]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.data())
 def test_the_oldest_of_each_tenant_ends_while_others_flood(data: st.DataObject) -> None:
     clock = Clock(blocks=40, max_running=4)
