@@ -142,13 +142,14 @@ class Loop:
         self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
         outputs = [adapted.parts(part) for part in y]
-        shrunk = []
+        shrunk: list[Tensor] = []  # of each segment, of each module, x A^T [n, r]
         streams = zip(adapted.factors, adapted.weights(group), adapted.parts(x), strict=True)
         for i, (factor, own, rows) in enumerate(streams):
             h = rows.mm(own.a_t)  # [n, m r]
-            for member, part, b_t in zip(own.members, _ranks(h, own), own.b_t, strict=True):
+            parts = (h,) if len(own.ranks) == 1 else h.split_with_sizes(own.ranks, 1)
+            for member, part, b_t in zip(own.members, parts, own.b_t, strict=True):
                 outputs[member][i].addmm_(part, b_t, alpha=factor)
-            shrunk.append(h)
+            shrunk += parts
         return tuple(shrunk)
 
     def backward(
@@ -156,44 +157,31 @@ class Loop:
     ) -> None:
         x, dys = adapted.parts(tensors.x), [adapted.parts(dy) for dy in tensors.dy]
         dx = None if tensors.dx is None else adapted.parts(tensors.dx)
-        for i, own in enumerate(adapted.weights(group)):
+        shrunk = iter(saved)
+        for i, (segment, own) in enumerate(
+            zip(adapted.segments, adapted.weights(group), strict=True)
+        ):
+            factor = adapted.factors[i]
             dy = [dys[member][i] for member in own.members]
+            parts = [next(shrunk) for _ in dy]
             dh = _shrink_back(dy, own)
             if dx is not None:
-                dx[i].addmm_(dh, own.a, alpha=adapted.factors[i])
-            if adapted.segments[i].accumulate:
-                _add_gradient(adapted.segments[i], group, (x[i], saved[i], dy, dh))
-
-
-def _ranks(h: Tensor, own: GroupMatrices) -> Sequence[Tensor]:
-    """[n, m r] -> of each module, [n, r]."""
-    return (h,) if len(own.members) == 1 else h.split_with_sizes(own.ranks, 1)
+                dx[i].addmm_(dh, own.a, alpha=factor)
+            if segment.accumulate and segment.row is not None:
+                gradient = segment.row.group(Part.GRADIENT, group)
+                add_product(gradient.a, dh.t(), x[i], factor)
+                for grad_b_t, h, own_dy in zip(gradient.b_t, parts, dy, strict=True):
+                    add_product(grad_b_t, h.t(), own_dy, factor)
 
 
 def _shrink_back(dy: Sequence[Tensor], own: GroupMatrices) -> Tensor:  # [n, m r]
     """dy B of each module, but for the factor."""
     if len(dy) == 1:
         return dy[0].mm(own.b[0])
-    dh = dy[0].new_empty(len(dy[0]), len(own.a))
+    dh = dy[0].new_empty(dy[0].shape[0], own.a.shape[0])
     for part, own_dy, b in zip(dh.split_with_sizes(own.ranks, 1), dy, own.b, strict=True):
         torch.mm(own_dy, b, out=part)
     return dh
-
-
-def _add_gradient(
-    segment: Segment,
-    group: ModuleGroup,
-    tensors: tuple[Tensor, Tensor, Sequence[Tensor], Tensor],
-) -> None:
-    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, m r], of each module dy
-    [n, out], and all dy B [n, m r].
-    """
-    assert segment.row is not None
-    x, h, dy, dh = tensors
-    own, factor = segment.row.group(Part.GRADIENT, group), scale(segment)
-    add_product(own.a, dh.t(), x, factor)
-    for grad_b_t, part, own_dy in zip(own.b_t, _ranks(h, own), dy, strict=True):
-        add_product(grad_b_t, part.t(), own_dy, factor)
 
 
 class Grouped:
