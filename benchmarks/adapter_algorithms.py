@@ -1,7 +1,8 @@
 """Which way to apply adapters is the fastest? Each against the loop over segments, in turn.
 
-One linear layer's adapters alone, forward and backward (concatenation: forward, which is all that
-it does), without the layer's own product. The choice is in mint_core/lora/algorithms.py.
+The adapters of one group of linear layers alone, forward and backward (concatenation: forward,
+which is all that it does), without the layers' own product. The choice is in
+mint_core/lora/algorithms.py.
 """
 
 import json
@@ -11,40 +12,49 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, LinearShape, Part
+from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, Gradients
+from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
+from mint_core.lora.groups import LinearShape, ModuleGroup, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
 
-MODULE = "linear"
-SHAPES = (LinearShape(64, 128), LinearShape(576, 576), LinearShape(576, 1536))
+# Of one layer, of narrow ones as q, k and v, and of two wide ones as gate and up.
+GROUPS = tuple(
+    complete(
+        {str(i): LinearShape(width, out) for i, out in enumerate(outs)},
+        [tuple(map(str, range(len(outs))))],
+    )[0]
+    for width, outs in ((64, (128,)), (576, (576, 192, 192)), (576, (1536, 1536)))
+)
 CASES = ((1, 8), (1, 256), (8, 8), (8, 256), (32, 32))  # adapters, and rows of each
 RANKS = (8, 16, 64)
 ROUNDS, LEAST_S = 15, 0.003  # and how long one reading takes at least
 Row = dict[str, object]
 
 
-def make_adapted(shape: LinearShape, adapters: int, rows: int, rank: int) -> Adapted:
-    bank = AdapterBank({MODULE: shape}, TRAINING_PARTS, torch.device("cpu"))
-    spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=(MODULE,))
+def make_adapted(group: ModuleGroup, adapters: int, rows: int, rank: int) -> Adapted:
+    bank = AdapterBank((group,), TRAINING_PARTS, torch.device("cpu"))
+    spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=group.modules)
     segments = []
     for i in range(adapters):
         row = bank.add(spec)
         row.part(Part.WEIGHTS).normal_()
         segments.append(Segment(i * rows, (i + 1) * rows, row, accumulate=True))
-    return Adapted(tuple(segments), adapters * rows, torch.device("cpu"), torch.float32)
+    return Adapted(tuple(segments), torch.device("cpu"), torch.float32)
 
 
 def make_pass(
-    shape: LinearShape, adapted: Adapted, algorithm: Algorithm, backward: bool
+    group: ModuleGroup, adapted: Adapted, algorithm: Algorithm, backward: bool
 ) -> Callable[[], None]:
-    x, dx = torch.randn(2, adapted.rows, shape.in_features)
-    y, dy = torch.randn(2, adapted.rows, shape.out_features)
+    rows = adapted.covered.stop
+    x, dx = torch.randn(2, rows, group.in_features)
+    y, dy = torch.randn(2, rows, group.width)
+    gradients = Gradients(x, dy.split(group.out_features, dim=1), dx)
 
     def run() -> None:
-        saved = algorithm.forward(x, y, adapted, MODULE)
+        saved = algorithm.forward(x, y.split(group.out_features, 1), adapted, group)
         if backward:
-            algorithm.backward((x, dy, dx), saved, adapted, MODULE)
+            algorithm.backward(gradients, saved, adapted, group)
 
     return run
 
@@ -57,12 +67,12 @@ def elapsed_s(run: Callable[[], None], repeats: int) -> float:
 
 
 def measure(adapters: int, rows: int, rank: int) -> list[Row]:
-    """Medians over the loop's, the least and the most of all shapes."""
+    """Medians over the loop's, the least and the most of all groups."""
     ratios = []
-    for shape in SHAPES:
-        adapted = make_adapted(shape, adapters, rows, rank)
+    for group in GROUPS:
+        adapted = make_adapted(group, adapters, rows, rank)
         kinds = ((LOOP, True), (GROUPED, True), (LOOP, False), (CONCAT, False))
-        runs = [make_pass(shape, adapted, *kind) for kind in kinds]
+        runs = [make_pass(group, adapted, *kind) for kind in kinds]
         elapsed_s(runs[0], 1)
         repeats = max(1, int(LEAST_S / elapsed_s(runs[0], 1)))
         times = [[elapsed_s(run, repeats) for run in runs] for _ in range(ROUNDS)]
@@ -83,7 +93,7 @@ def measure(adapters: int, rows: int, rank: int) -> list[Row]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = [row for rank in RANKS for case in CASES for row in measure(*case, rank)]
-    print("time over the loop's: least and most of the shapes")
+    print("time over the loop's: least and most of the groups")
     print(*(f"{row['name']:55} {row['least']:6} {row['most']:6}" for row in rows), sep="\n")
     print(*map(json.dumps, rows), sep="\n")
 

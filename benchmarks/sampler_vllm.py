@@ -1,5 +1,5 @@
-"""How fast is the sampler beside vLLM on a CPU? The same requests at once, one adapter of rank 16 on
-attention and MLP, SmolLM2, float32, one thread each, in turn. `make bench-vllm` makes vLLM's
+"""How fast is the sampler beside vLLM on a CPU? The same requests at once, one adapter of rank 16
+on attention and MLP, SmolLM2, float32, one thread each, in turn. `make bench-vllm` makes vLLM's
 environment; VLLM_PYTHON names its interpreter.
 """
 

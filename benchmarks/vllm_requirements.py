@@ -1,5 +1,5 @@
-"""Prints what vLLM's CPU build needs to run text models, less what would bring another torch. Run in
-its own environment, where it is installed without its dependencies.
+"""Prints what vLLM's CPU build needs to run text models, less what would bring another torch. Run
+in its own environment, where it is installed without its dependencies.
 """
 
 import re

@@ -40,7 +40,7 @@ def main() -> None:
     ]
     prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
     lora = LoRARequest("bench", 1, adapter)
-    for line in sys.stdin:
+    for _ in sys.stdin:
         started_cpu, started = time.process_time(), time.perf_counter()
         outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
         # Whichever is less, so that threads which wait by spinning do not count.

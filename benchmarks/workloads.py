@@ -75,12 +75,16 @@ def tiny_engine() -> Engine:
 def small_engine() -> Engine:
     """A model of 4 layers and width 256: small, but one that computes."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Qwen3Config.from_pretrained(tiny_qwen3(Path(folder)))
-        config.num_hidden_layers, config.layer_types = 4, 2 * config.layer_types
-        config.hidden_size, config.intermediate_size, config.head_dim = 256, 768, 64
-        torch.manual_seed(0)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
-        return make_engine(Path(folder))
+        return make_engine(make_small_model(Path(folder)))
+
+
+def make_small_model(folder: Path) -> Path:
+    config = Qwen3Config.from_pretrained(tiny_qwen3(folder))
+    config.num_hidden_layers, config.layer_types = 4, 2 * config.layer_types
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 768, 64
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 class InProcess:

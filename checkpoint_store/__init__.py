@@ -11,7 +11,10 @@ from checkpoint_store.paths import (
     check_name,
     parse_path,
 )
-from checkpoint_store.store import CheckpointStore, Published
+from checkpoint_store.row_file import RowFile, describe_row, map_numbers, open_row
+from checkpoint_store.snapshot_folder import SnapshotFolder, snapshot_folder
+from checkpoint_store.snapshot_memory import SnapshotMemory
+from checkpoint_store.store import CheckpointStore, Published, new_manifest
 
 __all__ = [
     "SAMPLER_WEIGHTS",
@@ -24,7 +27,15 @@ __all__ = [
     "Manifest",
     "OpenCheckpoint",
     "Published",
+    "RowFile",
+    "SnapshotFolder",
+    "SnapshotMemory",
     "WeightsNotFinite",
     "check_name",
+    "describe_row",
+    "map_numbers",
+    "new_manifest",
+    "open_row",
     "parse_path",
+    "snapshot_folder",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry
@@ -103,10 +103,20 @@ def verify_file(path: str, file: Path, entry: FileEntry) -> None:
 
 
 def _save(file: Path, arrays: AdapterArrays) -> None:
-    # safetensors writes an array's memory, whatever its strides are.
-    plain = {name: np.ascontiguousarray(array, dtype="<f4") for name, array in arrays.items()}
-    # Its own file writer would make files that only this user can read.
-    file.write_bytes(save(plain, metadata={"format": "pt"}))
+    """Writes a safetensors file array by array. The library's writers would hold the interpreter
+    for all of it, in a front that has others to serve.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, array in arrays.items():
+        start, stop = stop, stop + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            opened.write(np.ascontiguousarray(array, "<f4").data)
 
 
 def _with_prefix(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:

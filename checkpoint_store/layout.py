@@ -4,7 +4,6 @@ What is being written lies in `<root>/.staging/`.
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,8 +15,6 @@ from checkpoint_store.manifest import Manifest
 from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointPath
 
 logger = logging.getLogger(__name__)
-
-_GENERATED_NAME = re.compile(r"snapshot-[0-9a-f]{32}")
 
 
 class StoreLayout:
@@ -63,18 +60,25 @@ class StoreLayout:
         for name in self.names(training_run_id):
             yield from self.revisions_of(name)
 
-    def tidy(self, path: CheckpointPath) -> None:
-        """Removes what dead revisions of a name left behind."""
+    def tidy(self, path: CheckpointPath, *, announced_after: datetime) -> None:
+        """Removes what dead revisions of a name left behind, and a snapshot's folder in which
+        nothing has come of what was announced earlier than that.
+        """
         folder = self.name_folder(path)
         revisions.clear_tombstones(folder)
-        if _GENERATED_NAME.fullmatch(path.name) and revisions.all_dead(folder):
+        if path.unnamed and (
+            revisions.all_dead(folder) or revisions.never_came(folder, announced_after)
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
     def clear_staging(self, *, older_than: datetime) -> None:
-        for name in _entries(self.staging):
-            entry = self.staging / name
-            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) < older_than:
+        for entry in self.staging.iterdir() if self.staging.is_dir() else ():
+            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) >= older_than:
+                continue
+            if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> list[str]:

@@ -13,16 +13,23 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
+from checkpoint_store.revisions import renew_lease
+from checkpoint_store.row_file import RowFile
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.spec import AdapterArrays
 
 
 @dataclass(frozen=True, slots=True)
 class OpenCheckpoint:
-    """A revision whose files have been verified. Arrays have PEFT's tensor names."""
+    """A revision, whose files `CheckpointStore.open` has verified. Arrays have PEFT's names."""
 
     manifest: Manifest
-    folder: Path  # opens with `PeftModel.from_pretrained`
+    folder: Path  # opens with `PeftModel.from_pretrained`; absent while a snapshot is not stored
+    row: RowFile | None = None  # the same weights in memory
+
+    def note_use(self) -> None:
+        """Keeps the revision for another while."""
+        renew_lease(self.folder)
 
     @property
     def has_optimizer(self) -> bool:
@@ -30,7 +37,7 @@ class OpenCheckpoint:
 
     def weights(self) -> dict[str, Floats]:
         with self._found():
-            weights = read_weights(self.folder)
+            weights = self.row.weights() if self.row else read_weights(self.folder)
         self._check(weights)
         return weights
 

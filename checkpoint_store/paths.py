@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from typing import Literal
+from uuid import uuid4
 
 from mint_core.errors import InvalidRequest
 
@@ -22,6 +23,7 @@ _PATH = re.compile(
     r"(?:@(?P<revision>[1-9][0-9]{0,17}))?",
     re.ASCII,
 )
+_GENERATED_NAME = re.compile(r"snapshot-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class CheckpointPath:
     def __str__(self) -> str:
         suffix = "" if self.revision is None else f"@{self.revision}"
         return f"mint://{self.training_run_id}/{self.kind}/{self.name}{suffix}"
+
+    @property
+    def unnamed(self) -> bool:
+        """Whether the name was generated, for a snapshot of which there is one revision."""
+        return _GENERATED_NAME.fullmatch(self.name) is not None
 
     def at(self, revision: int | None) -> "CheckpointPath":
         return CheckpointPath(self.training_run_id, self.kind, self.name, revision)
@@ -75,3 +82,18 @@ def check_name(name: str, *, field: str = "name") -> str:
             name=name,
         )
     return name
+
+
+def check_new_name(name: str) -> str:
+    """Returns a name that a checkpoint may be given, or refuses it."""
+    if _GENERATED_NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"`name` {name!r} has the form of those that unnamed snapshots get; choose another",
+            field="name",
+            name=name,
+        )
+    return check_name(name)
+
+
+def generated_name() -> str:
+    return f"snapshot-{uuid4().hex}"

@@ -2,7 +2,8 @@
 
 - A named revision with a TTL: until its `expire_time`; the newest without one: until deleted.
 - A revision that a newer one of its name has followed: 24 h after its last use.
-- An unnamed snapshot: 24 h after its last use, or until its `expire_time` if that is later.
+- An unnamed snapshot: 24 h after its last use, or until its `expire_time` if that is later. Its
+  copy in memory, if there is one, goes at its `expire_time`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ UNUSED_LIMIT_S = 24 * 3600
 def past_expiry(manifest: Manifest, now: datetime) -> bool:
     """Whether a named revision's time is over: readers no longer find it, swept or not."""
     return manifest.named and manifest.expire_time is not None and manifest.expire_time <= now
+
+
+def past_memory(manifest: Manifest, now: datetime) -> bool:
+    """Whether the copy in memory is no longer to be used; its time does not end the stored one."""
+    return manifest.expire_time is not None and manifest.expire_time <= now
 
 
 def removable(

@@ -6,6 +6,7 @@ need be, so no number is given twice. Renaming onto a folder that is not empty f
 two writers of one name, on one host or two, get two numbers.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 _LEASE_FILE = "last_used"  # its modification time counts
 _TOMBSTONE_FILE = "deleted"
+_ANNOUNCEMENT_FILE = "announced"  # in the name's folder; holds the tenant
 
 
 def live_revisions(folder: Path) -> list[int]:
@@ -36,6 +38,7 @@ def place(staging: Path, folder: Path, prepare: Callable[[int], None]) -> int:
     `prepare` learns the number beforehand, again if another writer was quicker.
     """
     make_folder(folder)
+    flush_folder(folder.parent)  # an announcement may have made the folder, and not on disk
     while True:
         revision = max(_numbers(folder), default=0) + 1
         prepare(revision)
@@ -95,10 +98,47 @@ def clear_tombstones(folder: Path) -> None:
             bury(folder / str(number))
 
 
+def announce(folder: Path, tenant: str) -> None:
+    """Says that the first revision of a name is on its way. Lost in a crash of the machine, which
+    is of no harm: so is the revision.
+    """
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    draft = folder / f".{_ANNOUNCEMENT_FILE}"
+    draft.write_text(tenant)
+    draft.rename(folder / _ANNOUNCEMENT_FILE)
+
+
+def announced(folder: Path) -> str | None:
+    """For which tenant a first revision is on its way; None: nobody has said so."""
+    try:
+        return (folder / _ANNOUNCEMENT_FILE).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def recant(folder: Path) -> None:
+    """Takes an announcement back, and the name with it if there is nothing else of it."""
+    with contextlib.suppress(OSError):  # it has a revision, or never was
+        (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def never_came(folder: Path, since: datetime) -> bool:
+    """Whether a first revision was announced before that and has not come."""
+    try:
+        announced_at = (folder / _ANNOUNCEMENT_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return not _numbers(folder) and datetime.fromtimestamp(announced_at, UTC) < since
+
+
 def renew_lease(folder: Path) -> None:
     """Notes that the revision is in use now, as far as this host may write there."""
     try:
         (folder / _LEASE_FILE).touch()
+    except FileNotFoundError:
+        pass  # deleted meanwhile, or not stored yet
     except OSError as error:
         logger.warning("cannot note the use of %s: %s", folder, error)
 

@@ -18,7 +18,17 @@ from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout
 from checkpoint_store.manifest import Manifest, encode_manifest
 from checkpoint_store.opened import OpenCheckpoint
-from checkpoint_store.paths import CheckpointKind, check_name, parse_path
+from checkpoint_store.paths import (
+    SAMPLER_WEIGHTS,
+    CheckpointKind,
+    CheckpointPath,
+    check_name,
+    check_new_name,
+    generated_name,
+    parse_path,
+)
+from checkpoint_store.row_file import RowFile
+from checkpoint_store.snapshot_folder import SnapshotFolder
 from mint_core.errors import AlreadyExists, CheckpointNotFound, ResourceExhausted
 from mint_core.lora.spec import AdapterArrays, AdapterSpec
 
@@ -29,15 +39,28 @@ _STAGING_LIMIT = timedelta(days=1)  # no publish takes so long: its writer is de
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    path: str  # means the newest revision of the name
-    revision_path: str  # means this revision for good
+    """What a publish made."""
+
+    manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        """Means the newest revision of the name."""
+        return str(self.manifest.path)
+
+    @property
+    def revision_path(self) -> str:
+        """Means this revision for good."""
+        return str(self.manifest.revision_path)
 
 
 class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, snapshots: SnapshotFolder | None = None) -> None:
+        """With `snapshots`, those of this host are found there too, stored yet or not."""
         self._layout = StoreLayout(root)
+        self._snapshots = snapshots
 
     def publish(
         self,
@@ -63,64 +86,111 @@ class CheckpointStore:
         Without `overwrite`, a name that exists is AlreadyExists. With a `sequence`, to save it once
         more under the same name changes nothing: a crash may have hidden that it was saved.
         """
-        manifest = Manifest(
-            tenant=tenant,
-            training_run_id=check_name(training_run_id, field="training_run_id"),
+        manifest = new_manifest(
+            training_run_id=training_run_id,
             kind=kind,
-            name=f"snapshot-{uuid4().hex}" if name is None else check_name(name),
-            revision=1,
+            name=name,
+            tenant=tenant,
             base_model=base_model,
             base_fingerprint=base_fingerprint,
             spec=spec,
             step=step,
-            create_time=datetime.now(UTC),
+            metadata=metadata,
             expire_time=expire_time,
-            unused_limit_s=retention.UNUSED_LIMIT_S if name is None else None,
-            metadata=dict(metadata or {}),
             sequence=sequence,
         )
+        return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
+
+    def publish_as(
+        self,
+        manifest: Manifest,
+        weights: AdapterArrays,
+        exp_avg: AdapterArrays | None = None,
+        exp_avg_sq: AdapterArrays | None = None,
+        *,
+        overwrite: bool = True,
+    ) -> Published:
+        """As `publish`, of what `new_manifest` has described."""
         assert (exp_avg is None) == (exp_avg_sq is None), "one moment without the other"
         for arrays in (weights, exp_avg, exp_avg_sq):
             if arrays is not None:
-                adapter_files.check_arrays(str(manifest.path), spec, arrays)
+                adapter_files.check_arrays(str(manifest.path), manifest.spec, arrays)
         with self._staging() as staging:
-            adapter_files.write_adapter(staging, spec, base_model, weights)
+            adapter_files.write_adapter(staging, manifest.spec, manifest.base_model, weights)
             if exp_avg is not None and exp_avg_sq is not None:
                 adapter_files.write_moments(staging, exp_avg, exp_avg_sq)
-            files = adapter_files.flush_files(staging)
-            return self._place(staging, replace(manifest, files=files), overwrite)
+            published = self._place(staging, manifest, overwrite)
+        if not manifest.named:
+            self.recant(manifest.path)
+        return published
+
+    def draft(self) -> Path:
+        """Where to write a row's numbers to, on the store's file system."""
+        revisions.make_folder(self._layout.staging)
+        return self._layout.staging / f"{uuid4().hex}.row"
+
+    def has(self, revision: CheckpointPath) -> bool:
+        """Whether a revision is stored, whoever's it is."""
+        return any(self._layout.newest_first(revision))
+
+    def announce(self, snapshot: Manifest) -> None:
+        """Says that a snapshot will be stored, to those who cannot see it in memory."""
+        revisions.announce(self._layout.name_folder(snapshot.path), snapshot.tenant)
+
+    def recant(self, snapshot: CheckpointPath) -> None:
+        """Takes back that a snapshot will be stored."""
+        revisions.recant(self._layout.name_folder(snapshot))
+
+    def announced(self, path: str, *, tenant: str) -> bool:
+        """Whether a snapshot of the tenant's is about to be stored."""
+        return revisions.announced(self._layout.name_folder(parse_path(path))) == tenant
 
     def describe(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> Manifest:
         """The manifest of the revision that `path` means now; with `kind`, only of that kind."""
-        asked = parse_path(path, kind=kind)
-        now = datetime.now(UTC)
-        for manifest in self._layout.newest_first(asked):
-            if manifest.tenant == tenant and not retention.past_expiry(manifest, now):
-                return manifest
-        raise CheckpointNotFound(path)
+        return self.find(path, tenant=tenant, kind=kind).manifest
 
     def resolve(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> str:
         """The path of the revision that `path` means now."""
         return str(self.describe(path, tenant=tenant, kind=kind).revision_path)
 
-    def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
-        """Verifies every file of the revision that `path` means now, and notes its use."""
-        manifest = self.describe(path, tenant=tenant, kind=kind)
-        folder = self._layout.revision_folder(manifest.revision_path)
-        revisions.renew_lease(folder)
-        for name, entry in manifest.files.items():
+    def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
+        """The revision that `path` means now, in memory if it is there; its files unverified."""
+        asked = parse_path(path, kind=kind)
+        row, damage = self._row(asked.at(asked.revision or 1)) if asked.unnamed else (None, None)
+        if row is not None:
+            if row.manifest.tenant != tenant:
+                raise CheckpointNotFound(path)
+            manifest = row.manifest
+        else:
             try:
-                adapter_files.verify_file(str(manifest.revision_path), folder / name, entry)
+                manifest = self._stored(asked, tenant)
+            except CheckpointNotFound:
+                raise damage or CheckpointNotFound(path) from None
+            row = self._row_of(manifest)
+        return OpenCheckpoint(manifest, self._layout.revision_folder(manifest.revision_path), row)
+
+    def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
+        """As `find`, and verifies every file unless memory has the revision. Notes its use."""
+        found = self.find(path, tenant=tenant, kind=kind)
+        found.note_use()
+        if found.row is None:
+            self.verify(found)
+        return found
+
+    def verify(self, found: OpenCheckpoint) -> None:
+        """Refuses files that are not those which were published."""
+        path = str(found.manifest.revision_path)
+        for name, entry in found.manifest.files.items():
+            try:
+                adapter_files.verify_file(path, found.folder / name, entry)
             except CheckpointDamaged:
-                if not (folder / revisions.MANIFEST_FILE).exists():  # deleted meanwhile
+                if not (found.folder / revisions.MANIFEST_FILE).exists():  # deleted meanwhile
                     raise CheckpointNotFound(path) from None
                 raise
-        return OpenCheckpoint(manifest, folder)
 
     def renew(self, path: str, *, tenant: str) -> None:
         """Notes that a revision is still in use, so that it is kept for another while."""
-        manifest = self.describe(path, tenant=tenant)
-        revisions.renew_lease(self._layout.revision_folder(manifest.revision_path))
+        self.find(path, tenant=tenant).note_use()
 
     def list(
         self,
@@ -168,16 +238,47 @@ class CheckpointStore:
             for number in retention.removable_of_name(held, now):
                 revisions.bury(self._layout.revision_folder(name.at(number)))
                 removed += 1
-            self._layout.tidy(name)
+            self._layout.tidy(name, announced_after=now - _STAGING_LIMIT)
         self._layout.clear_staging(older_than=now - _STAGING_LIMIT)
         return removed
 
+    def _stored(self, asked: CheckpointPath, tenant: str) -> Manifest:
+        now = datetime.now(UTC)
+        for manifest in self._layout.newest_first(asked):
+            if manifest.tenant == tenant and not retention.past_expiry(manifest, now):
+                return manifest
+        raise CheckpointNotFound(str(asked))
+
+    def _row_of(self, manifest: Manifest) -> RowFile | None:
+        """A stored revision in memory."""
+        if manifest.kind != SAMPLER_WEIGHTS:
+            return None
+        row, _ = self._row(manifest.revision_path)
+        if row is None or row.manifest.create_time != manifest.create_time:
+            return None  # a store that was made anew numbers from 1 again
+        return row
+
+    def _row(
+        self, revision: CheckpointPath
+    ) -> tuple[RowFile, None] | tuple[None, CheckpointDamaged | None]:
+        """A revision in memory, or what is wrong with it."""
+        if self._snapshots is None:
+            return None, None
+        try:
+            row = self._snapshots.find(revision)
+        except CheckpointDamaged as error:
+            logger.warning("%s", error)
+            return None, error
+        if row is None or retention.past_memory(row.manifest, datetime.now(UTC)):
+            return None, None
+        return row, None
+
     def _place(self, staging: Path, manifest: Manifest, overwrite: bool) -> Published:
         path = manifest.path
-        held = self._layout.revisions_of(path) if manifest.sequence else ()
-        for earlier in held:
+        for earlier in self._layout.revisions_of(path) if manifest.sequence else ():
             if earlier.sequence == manifest.sequence:
-                return Published(str(path), str(earlier.revision_path))
+                return Published(earlier)
+        described = replace(manifest, files=adapter_files.flush_files(staging))
 
         def prepare(revision: int) -> None:
             now = datetime.now(UTC)
@@ -187,12 +288,12 @@ class CheckpointStore:
                     f"checkpoint `{path}` exists; choose another `name` or set `overwrite`",
                     path=path,
                 )
-            encoded = encode_manifest(replace(manifest, revision=revision))
+            encoded = encode_manifest(replace(described, revision=revision))
             revisions.write_durably(staging / revisions.MANIFEST_FILE, encoded)
             revisions.flush_folder(staging)
 
         revision = revisions.place(staging, self._layout.name_folder(path), prepare)
-        return Published(str(path), str(path.at(revision)))
+        return Published(replace(described, revision=revision))
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -210,3 +311,36 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def new_manifest(
+    *,
+    training_run_id: str,
+    kind: CheckpointKind,
+    name: str | None,
+    tenant: str,
+    base_model: str,
+    base_fingerprint: str,
+    spec: AdapterSpec,
+    step: int,
+    metadata: Mapping[str, str] | None = None,
+    sequence: int = 0,
+    expire_time: datetime | None = None,
+) -> Manifest:
+    """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
+    return Manifest(
+        tenant=tenant,
+        training_run_id=check_name(training_run_id, field="training_run_id"),
+        kind=kind,
+        name=generated_name() if name is None else check_new_name(name),
+        revision=1,
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        spec=spec,
+        step=step,
+        create_time=datetime.now(UTC),
+        expire_time=expire_time,
+        unused_limit_s=retention.UNUSED_LIMIT_S if name is None else None,
+        metadata=dict(metadata or {}),
+        sequence=sequence,
+    )

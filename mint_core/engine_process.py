@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -45,7 +46,12 @@ class _Child:
     """One engine process. Two threads feed its pipe: a full one must not stop the event loop."""
 
     def __init__(
-        self, module: str, config: object, deliver: Callable[[Any], None], ended: Callable[[], None]
+        self,
+        module: str,
+        config: object,
+        *,
+        deliver: Callable[["_Child", Any], None],
+        ended: Callable[["_Child"], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -97,7 +103,7 @@ class _Child:
     def _read(self) -> None:
         try:
             while True:
-                self._deliver(self._connection.recv())
+                self._deliver(self, self._connection.recv())
         except (EOFError, OSError):
             pass
         except Exception:
@@ -107,7 +113,7 @@ class _Child:
         self._outbox.put(None)
         self._writer.join()
         self._connection.close()
-        self._ended()
+        self._ended(self)
 
     def _await_end(self) -> None:
         try:
@@ -125,13 +131,13 @@ class _Waiter:
     silence_limit_s: float
     on_part: Callable[[Any], None] | None
 
-    def take(self, number: int, part: object) -> None:
+    def take(self, part: object) -> None:
         if self.future.done():
             return  # the caller has left
-        assert self.on_part is not None, f"call {number} is answered in parts, and nobody asked"
         try:
+            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
             self.on_part(part)
-        except Exception as error:  # the caller's own
+        except Exception as error:  # the caller's own, and nobody else's
             self.future.set_exception(error)
 
 
@@ -241,13 +247,12 @@ class EngineProcess:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(callback, *args)
 
-        child = _Child(
+        self._child = _Child(
             self._module,
             self._config,
-            deliver=lambda message: post(self._receive, child, message),
-            ended=lambda: post(self._bury, child),
+            deliver=partial(post, self._receive),
+            ended=partial(post, self._bury),
         )
-        self._child = child
 
     def _receive(self, child: _Child, message: object) -> None:
         if child is not self._child:
@@ -260,7 +265,7 @@ class EngineProcess:
         match message:
             case Part(number, value):
                 if waiter := self._waiting.get(number):
-                    waiter.take(number, value)
+                    waiter.take(value)
             case Hello():
                 assert self._attempt is not None
                 self._attempt.set_result(message)

@@ -36,6 +36,12 @@ class ServiceConfig:
     store: Path = option(
         Path(".store"), "folder of the checkpoint store, the same for trainer and sampler"
     )
+    snapshot_memory_folder: Path | None = option(
+        None,
+        "folder in memory (a tmpfs) in which the trainer hands snapshots to samplers of its host, "
+        "the same for both; this user alone may enter it. Empty: one in /dev/shm, by the store's "
+        "path",
+    )
     address: str = option("127.0.0.1:0", "HOST:PORT to listen on; port 0: one that is free")
     metrics_address: str = option(
         "127.0.0.1:0", "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none"

@@ -1,6 +1,7 @@
 """What the sampler can be told."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mint_core.service_config import ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS, EngineConfig
@@ -21,6 +22,21 @@ class SamplerConfig(ServiceConfig):
         "memory for adapters, in MiB, at least for one of the largest rank; others wait in the "
         "store; 0: computed from free memory",
     )
+    host_adapter_memory_mib: int = option(
+        0,
+        "memory of the host, in MiB, for adapters that make room for others on a GPU; 0: computed "
+        "from free memory",
+    )
+    row_folder: Path | None = option(
+        None,
+        "folder, on a local disk, for copies of adapters in the form that the engine maps; what is "
+        "in it is of no use to a later process and is removed by it; empty: `.rows` in the store",
+    )
+    row_folder_mib: int = option(
+        0,
+        "most space, in MiB, that these copies take; others are made again from the store; 0: "
+        "computed from free space",
+    )
     max_running_samples: int = option(64, "most continuations that generate at the same time")
     max_batch_tokens: int = option(
         0, "most tokens of one pass; 0: one piece of a prompt beside all continuations"
@@ -30,15 +46,38 @@ class SamplerConfig(ServiceConfig):
         "most tokens whose keys and values are kept; no context is longer; 0: what memory holds",
     )
 
+    queue_samples: int = option(
+        8192,
+        "most continuations of one tenant (without `keys`: of all callers) that are accepted and "
+        "not finished; more are told to come again, which clients do by themselves. All tenants "
+        "together have 4 times as many",
+    )
+    queue_tokens: int = option(
+        16_000_000,
+        "the same in tokens of their prompts: a request is accepted while fewer than these are, of "
+        "whatever size it is",
+    )
+    max_wait_s: float = option(
+        0.0,
+        "longest wait for the first pass, in seconds; a request whose turn does not come in it is "
+        "ended with an error. 0: it waits for as long as its caller does",
+    )
+
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
         for name, least in (
             ("adapter_memory_mib", 0),
+            ("host_adapter_memory_mib", 0),
+            ("row_folder_mib", 0),
             ("max_adapters", 1),
             ("max_running_samples", 1),
+            ("queue_samples", 1),
+            ("queue_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.max_wait_s < float("inf"):
+            raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
 
         for name, least in (
             ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
@@ -62,5 +101,6 @@ class SamplerConfig(ServiceConfig):
             max_batch_tokens=self.max_batch_tokens,
             kv_cache_tokens=self.kv_cache_tokens,
             adapter_memory_bytes=self.adapter_memory_mib * 2**20,
+            host_adapter_memory_bytes=self.host_adapter_memory_mib * 2**20,
             log_level=self.log_level,
         )

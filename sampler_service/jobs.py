@@ -1,4 +1,5 @@
 """What the sampler's front and engine say to each other: frozen dataclasses of numpy arrays.
+Adapters go as names of row files.
 
 The engine keeps adapters by revision path and generates with what it is told; which adapters it
 keeps, who may use them and whether a request is legal are the front's to decide.
@@ -12,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint_core.errors import EngineFault, ResourceExhausted
-from mint_core.lora.spec import AdapterArrays, AdapterSpec
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
@@ -52,13 +52,27 @@ class StopReason(Enum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class RowUnusable(EngineFault):
+    """The row file is gone, damaged, or lies otherwise than this engine's rows do."""
+
+    reason = "ROW_UNUSABLE"
+
+
+@dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Puts an adapter into the bank; one that is there already stays. Answer: None."""
+    """Puts an adapter into the bank; one that is there already stays. Raises RowUnusable. Answer:
+    None.
+    """
 
     revision_path: str
-    spec: AdapterSpec
-    weights: AdapterArrays
+    file: str  # a row file
+
+
+@dataclass(frozen=True, slots=True)
+class DescribeRows:
+    """Asks how the rows of adapters of a rank lie in the bank. Answer: `RowLayout`."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,4 +188,5 @@ class EngineConfig:
     max_batch_tokens: int  # of one pass; 0: computed from free memory
     kv_cache_tokens: int  # 0: computed from free memory
     adapter_memory_bytes: int  # 0: computed from free memory
+    host_adapter_memory_bytes: int = 0  # of adapters in host memory beside a GPU; 0: computed
     log_level: str = "INFO"

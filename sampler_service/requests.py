@@ -60,6 +60,20 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
     )
 
 
+def parse_stream_sample(
+    request: sampler_pb2.StreamSampleRequest, model: ModelDescription
+) -> Sampling:
+    """As `parse_sample`, whose field names it keeps."""
+    for name in ("include_prompt_logprobs", "topk_prompt_logprobs"):
+        if getattr(request.sample, name):
+            raise InvalidRequest(
+                f"`{name}` cannot be asked for in a stream, which holds new tokens alone; leave it "
+                "out, or call `Sample`",
+                field=name,
+            )
+    return parse_sample(request.sample, model)
+
+
 def parse_compute_logprobs(
     request: sampler_pb2.ComputeLogprobsRequest, model: ModelDescription
 ) -> Sampling:
@@ -84,8 +98,7 @@ def parse_prompt(prompt: types_pb2.ModelInput, model: ModelDescription) -> Token
         raise InvalidRequest("`prompt` is empty; it needs at least one token", field="prompt")
     if len(tokens) > model.context_length:
         raise InvalidRequest(
-            f"`prompt` has {len(tokens)} tokens but the context holds {model.context_length}; "
-            "shorten it",
+            f"`prompt` has {len(tokens)} tokens but {_context_holds(model)}; shorten it",
             field="prompt",
             prompt_tokens=len(tokens),
             context_length=model.context_length,
@@ -152,13 +165,21 @@ def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDes
     _within(wanted, name, 1)
     if wanted > rest:
         raise InvalidRequest(
-            f"`prompt` has {prompt} tokens and `{name}` is {wanted}, but the context holds "
-            f"{model.context_length}; shorten the prompt or ask for fewer tokens",
+            f"`prompt` has {prompt} tokens and `{name}` is {wanted}, but {_context_holds(model)}; "
+            "shorten the prompt or ask for fewer tokens",
             field=name,
             prompt_tokens=prompt,
+            max_tokens=wanted,
             context_length=model.context_length,
         )
     return wanted
+
+
+def _context_holds(model: ModelDescription) -> str:
+    holds = f"the context holds {model.context_length}"
+    if model.memory_bound:
+        holds += ", for so many keys and values fit in the server's memory (see --kv-cache-tokens)"
+    return holds
 
 
 def _choice(params: sampler_pb2.SamplingParams) -> Choice:

@@ -3,9 +3,10 @@
 import math
 
 from mintrpc.v1 import sampler_pb2
-from sampler_service.jobs import Continuation, Generated, StopReason, TopLogprobs
+from sampler_service.jobs import Continuation, Generated, SamplePart, StopReason, TopLogprobs
 
 _STOP_REASONS = {
+    None: sampler_pb2.STOP_REASON_UNSPECIFIED,
     StopReason.STOP: sampler_pb2.STOP_REASON_STOP,
     StopReason.LENGTH: sampler_pb2.STOP_REASON_LENGTH,
 }
@@ -19,6 +20,21 @@ def sample_response(
         prompt_logprobs=_prompt_logprobs(generated),
         topk_prompt_logprobs=_topk(generated.topk_prompt_logprobs),
         seed=seed,
+        prompt_cache_hit_tokens=generated.prompt_cache_hit_tokens,
+    )
+
+
+def stream_sample_response(
+    part: SamplePart, seed: int, revision_path: str
+) -> sampler_pb2.StreamSampleResponse:
+    return sampler_pb2.StreamSampleResponse(
+        index=part.index,
+        tokens=part.tokens,
+        logprobs=part.logprobs,
+        model_logprobs=part.model_logprobs,
+        stop_reason=_STOP_REASONS[part.stop_reason],
+        seed=seed,
+        revision_path=revision_path,
     )
 
 

@@ -1,52 +1,65 @@
 """SamplerService's methods: parse, call, reply."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from mint_core.engine_pipe import ModelDescription
-from mint_core.errors import Unimplemented
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
-from sampler_service.jobs import Generated
-from sampler_service.requests import Sampling, parse_compute_logprobs, parse_sample
-from sampler_service.responses import compute_logprobs_response, sample_response
+from sampler_service.jobs import Generated, SamplePart
+from sampler_service.requests import (
+    Sampling,
+    parse_compute_logprobs,
+    parse_sample,
+    parse_stream_sample,
+)
+from sampler_service.responses import (
+    compute_logprobs_response,
+    sample_response,
+    stream_sample_response,
+)
 
 
 class Sampler(Protocol):
-    """What the servicer calls."""
+    """What the servicer calls. Both say which revision answers."""
 
-    async def model(self) -> ModelDescription: ...
+    async def generate(self, sampling: Sampling) -> tuple[Generated, str]: ...
 
-    async def generate(self, sampling: Sampling) -> tuple[Generated, str]:
-        """The answer, and the revision path that made it."""
+    def stream(self, sampling: Sampling) -> AsyncGenerator[tuple[SamplePart, str], None]: ...
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     """A call that its caller leaves is cancelled, and so is its work in the engine."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: Callable[[], Awaitable[ModelDescription]],
+        sampler: Sampler,
+    ) -> None:
+        self._model = model
         self._sampler = sampler
 
     async def Sample(
         self, request: sampler_pb2.SampleRequest, context: Any
     ) -> sampler_pb2.SampleResponse:
         """See sampler.proto."""
-        sampling = parse_sample(request, await self._sampler.model())
+        sampling = parse_sample(request, await self._model())
         generated, revision_path = await self._sampler.generate(sampling)
         return sample_response(generated, sampling.choice.seed, revision_path)
 
     async def StreamSample(
         self, request: sampler_pb2.StreamSampleRequest, context: Any
-    ) -> AsyncIterator[sampler_pb2.StreamSampleResponse]:
+    ) -> AsyncGenerator[sampler_pb2.StreamSampleResponse, None]:
         """See sampler.proto."""
-        raise Unimplemented(
-            "`StreamSample` is not served by this version; call `Sample`", feature="stream_sample"
-        )
-        yield  # makes it a generator
+        sampling = parse_stream_sample(request, await self._model())
+        async with aclosing(self._sampler.stream(sampling)) as parts:
+            async for part, revision_path in parts:
+                yield stream_sample_response(part, sampling.choice.seed, revision_path)
 
     async def ComputeLogprobs(
         self, request: sampler_pb2.ComputeLogprobsRequest, context: Any
     ) -> sampler_pb2.ComputeLogprobsResponse:
         """See sampler.proto."""
-        sampling = parse_compute_logprobs(request, await self._sampler.model())
+        sampling = parse_compute_logprobs(request, await self._model())
         generated, revision_path = await self._sampler.generate(sampling)
         return compute_logprobs_response(generated, revision_path)

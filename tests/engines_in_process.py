@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from tests.models import VOCABULARY_SIZE
@@ -11,7 +12,9 @@ from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
     AdamParams,
     CreateRow,
+    CrossEntropy,
     Document,
+    DropRow,
     EngineConfig,
     ExportRow,
     LoadRow,
@@ -25,6 +28,8 @@ from trainer_service.jobs import (
     Tile,
     TileResult,
 )
+
+NO_ADAPTER = LoraRequest(rank=8)  # B is zero until it is trained
 
 
 def make_engine(
@@ -125,6 +130,33 @@ class EngineRun:
         arrays = self.engine.run(ExportRow(self.name, with_optimizer))
         assert isinstance(arrays, RowArrays)
         return arrays
+
+
+def score(
+    engine: Engine,
+    tokens: Sequence[int],
+    spec: AdapterSpec | LoraRequest = NO_ADAPTER,
+    weights: AdapterArrays | None = None,  # of the adapter
+) -> NDArray[np.float32]:
+    """Logprobs of all tokens but the first, in a new run of the trainer."""
+    start = None if weights is None else RowArrays(weights=weights)
+    engine.run(CreateRow(training_run_id="scored", request=spec, start=start))
+    stream = np.array(tokens)
+    document = Document(
+        tokens=stream[:-1], targets=stream[1:], weights=np.ones(len(stream) - 1, np.float32)
+    )
+    tile = Tile(
+        training_run_id="scored",
+        sequence=1,
+        index=0,
+        documents=(document,),
+        loss=CrossEntropy(),
+        backward=False,
+        weighted_only=False,
+    )
+    (logprobs,) = run_plan(engine, tile)[0].logprobs
+    engine.run(DropRow("scored"))
+    return logprobs
 
 
 def run_plan(engine: Engine, *tiles: Tile) -> tuple[TileResult, ...]:

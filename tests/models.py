@@ -121,11 +121,11 @@ def _make(folder: Path, config: PretrainedConfig, seed: int) -> Path:
                 parameter.normal_(0.0, 0.02)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,14 +1,17 @@
 """The sampler's engine in the test's own process."""
 
 import itertools
+import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint_store import Manifest, describe_row, parse_path
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow
-from mint_core.lora.spec import AdapterArrays, LoraRequest
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from sampler_service.engine.engine import Engine
 from sampler_service.jobs import (
@@ -19,6 +22,7 @@ from sampler_service.jobs import (
     Generate,
     Generated,
     LoadAdapter,
+    SamplePart,
     Stops,
 )
 from tests.engines_in_process import random_arrays
@@ -48,12 +52,22 @@ class SamplerEngine:
         self.arrays: dict[str, AdapterArrays] = {}  # of the loaded adapters
         self._numbers = itertools.count(1)
         self._answers: dict[int, Generated | MintError | None] = {}
+        self.parts: dict[int, list[SamplePart]] = {}  # by number of the call
 
     def load(self, path: str, request: LoraRequest, *, random: int) -> None:
         """Loads an adapter with random weights, neither A nor B zero."""
         spec = resolve(request, self.model.linear_modules)
         arrays = random_arrays(initial_arrays(spec, self.engine.base.shapes), random)
-        self.engine.accept(0, LoadAdapter(revision_path=path, spec=spec, weights=arrays))
+        self.load_arrays(path, spec, arrays)
+
+    def load_arrays(self, path: str, spec: AdapterSpec, arrays: AdapterArrays) -> None:
+        """Loads an adapter as it is."""
+        with tempfile.TemporaryDirectory() as folder:  # a row stays when its file is gone
+            file = Path(folder, "row")
+            layout = self.engine.adapters.layout(spec.rank)
+            file.write_bytes(layout.row(spec, arrays).data)
+            describe_row(file, manifest_of(path, spec), layout)
+            self.engine.accept(0, LoadAdapter(path, str(file)))
         self.arrays[path] = arrays
 
     def row(self, path: str) -> AdapterRow:
@@ -69,6 +83,9 @@ class SamplerEngine:
         stops: Stops = ENDLESS,
         prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        tenant: str = "",
+        stream: bool = False,
+        start_by_s: float | None = None,
         **choice: object,
     ) -> int:
         """Sends a request and returns its number."""
@@ -83,17 +100,28 @@ class SamplerEngine:
             stops=stops,
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            tenant=tenant,
+            stream=stream,
+            start_by_s=start_by_s,
         )
         answer = self.engine.accept(number, job)
         if answer is not None:
-            self._answers[number] = answer[1]
+            self._take(*answer)
         return number
 
     def abort(self, number: int) -> None:
         self.engine.accept(0, Abort(number))
 
     def step(self) -> None:
-        self._answers.update(self.engine.step())
+        for answer in self.engine.step():
+            self._take(*answer)
+
+    def _take(self, number: int, value: SamplePart | Generated | MintError | None) -> None:
+        if isinstance(value, SamplePart):
+            assert number not in self._answers, "parts come before the answer"
+            self.parts.setdefault(number, []).append(value)
+        else:
+            self._answers[number] = value
 
     def drain(self) -> None:
         while self.engine.busy:
@@ -111,3 +139,20 @@ class SamplerEngine:
 
     def generate(self, prompt: Sequence[int], **wishes: object) -> Generated:
         return self.answer(self.submit(prompt, **wishes))  # type: ignore[arg-type]
+
+
+def manifest_of(revision_path: str, spec: AdapterSpec) -> Manifest:
+    path = parse_path(revision_path)
+    assert path.revision is not None
+    return Manifest(
+        tenant="default",
+        training_run_id=path.training_run_id,
+        kind=path.kind,
+        name=path.name,
+        revision=path.revision,
+        base_model="tiny",
+        base_fingerprint="f",
+        spec=spec,
+        step=1,
+        create_time=datetime.now(UTC),
+    )

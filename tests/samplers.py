@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore
-from mint_core.lora.bank import LinearShape
+from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
 from mintrpc.v1 import model_pb2, model_pb2_grpc, sampler_pb2, sampler_pb2_grpc, types_pb2

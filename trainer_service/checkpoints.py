@@ -8,11 +8,18 @@ import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, CheckpointStore, OpenCheckpoint, Published
+from checkpoint_store import (
+    WEIGHTS,
+    CheckpointStore,
+    OpenCheckpoint,
+    Published,
+    SnapshotMemory,
+)
 from mint_core.engine_pipe import ModelDescription
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Load, Save, SaveForSampler
 from trainer_service.errors import CheckpointMismatch
+from trainer_service.handoff import Handoff, Write
 from trainer_service.jobs import RowArrays
 from trainer_service.run import RunOrigin
 
@@ -99,8 +106,9 @@ SWEEP_INTERVAL_S = 3600.0
 class Checkpoints:
     """The store, for the runs of this trainer."""
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: CheckpointStore, memory: SnapshotMemory | None = None) -> None:
         self._store = store
+        self.handoff = Handoff(store, memory)
 
     async def keep_swept(self) -> None:
         """Removes what has expired, now and then, until cancelled."""
@@ -118,15 +126,14 @@ class Checkpoints:
         checkpoint = await asyncio.to_thread(self._store.open, load.path, tenant=tenant, kind=kind)
         return Opened(checkpoint, load.with_optimizer)
 
-    async def publish(
-        self, origin: RunOrigin, arrays: RowArrays, save: Save | SaveForSampler, sequence: int
+    async def publish_state(
+        self, origin: RunOrigin, arrays: RowArrays, save: Save, sequence: int
     ) -> Published:
-        """Publishes training state, or an adapter for samplers; the same call's once."""
-        state = isinstance(save, Save)
+        """Publishes training state; that of the same call once."""
         return await asyncio.to_thread(
             self._store.publish,
             training_run_id=origin.training_run_id,
-            kind=WEIGHTS if state else SAMPLER_WEIGHTS,
+            kind=WEIGHTS,
             name=save.name,
             tenant=origin.tenant,
             base_model=origin.base_model,
@@ -138,15 +145,22 @@ class Checkpoints:
             step=arrays.step,
             metadata=save.metadata,
             sequence=sequence,
-            overwrite=save.overwrite if isinstance(save, Save) else True,
+            overwrite=save.overwrite,
             expire_time=_expire_time(save.ttl_s),
+        )
+
+    async def publish_adapter(
+        self, origin: RunOrigin, save: SaveForSampler, sequence: int, write: Write
+    ) -> Published:
+        """Publishes an adapter for samplers; `write` has the engine write its row."""
+        expire_time = _expire_time(save.ttl_s)
+        return await self.handoff.publish(
+            origin, save, write, sequence=sequence, expire_time=expire_time
         )
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
-        await asyncio.to_thread(
-            self._store.delete_run, origin.training_run_id, tenant=origin.tenant, named=named
-        )
+        await self.handoff.delete_run(origin, named=named)
 
 
 def _expire_time(ttl_s: float | None) -> datetime | None:

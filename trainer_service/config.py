@@ -38,6 +38,11 @@ class TrainerConfig(ServiceConfig):
         "folder, on a local disk, for the runs that fit in no memory; what is in it is of no use "
         "to a later process and is removed by it; empty: `.rows` in the store",
     )
+    snapshot_memory_mib: int = option(
+        0,
+        "most memory, in MiB, that `snapshot_memory_folder` takes; the oldest snapshots go first, "
+        "and are then read from the store; 0: computed from free memory",
+    )
     retention_days: float = option(
         7.0,
         "how long a training run is kept that nobody calls, unless it was created with another "
@@ -76,8 +81,13 @@ class TrainerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        limits = ("max_batch_tokens", "row_memory_mib", "host_row_memory_mib", "state_quota_gib")
-        for name in limits:
+        for name in (
+            "max_batch_tokens",
+            "row_memory_mib",
+            "host_row_memory_mib",
+            "snapshot_memory_mib",
+            "state_quota_gib",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         for name in ("gap_s", "retention_days", "snapshot_s", "drain_s"):

@@ -1,5 +1,7 @@
 """What the trainer's front refuses, each with a reason of its own."""
 
+from pathlib import Path
+
 from mint_core.errors import (
     Aborted,
     AlreadyExists,
@@ -204,3 +206,16 @@ class CheckpointMismatch(FailedPrecondition):
     """The checkpoint belongs to another base model or shape of adapter."""
 
     reason = "CHECKPOINT_MISMATCH"
+
+
+class RowNotWritten(ResourceExhausted):
+    """The weights could not be put where they can be published from."""
+
+    reason = "ROW_NOT_WRITTEN"
+
+    def __init__(self, path: str, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"the weights for `{path}` cannot be written to {folder}: {error.strerror}; free space "
+            "there, then save again",
+            path=path,
+        )

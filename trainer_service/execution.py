@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mint_core.errors import EngineDied, EngineFault, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
@@ -217,15 +218,17 @@ class Execution:
         return Discarded(run.gradient.pending)
 
     async def _save(self, run: Run, call: Call, save: Save | SaveForSampler) -> Saved:
-        state = isinstance(save, Save)
-        arrays = await self._scheduler.row(
-            ExportRow(run.id, with_optimizer=state), run.presence.life
-        )
-        published = await self._checkpoints.publish(run.origin, arrays, save, call.place.sequence)
+        row = partial(self._scheduler.row, life=run.presence.life)
+        sequence = call.place.sequence
+        if isinstance(save, Save):
+            arrays = await row(ExportRow(run.id, with_optimizer=True))
+            published = await self._checkpoints.publish_state(run.origin, arrays, save, sequence)
+        else:
+            published = await self._checkpoints.publish_adapter(run.origin, save, sequence, row)
         return Saved(
             path=published.path,
             revision_path=published.revision_path,
-            step=arrays.step,
+            step=published.manifest.step,
             gradient_pending=run.gradient.pending,
         )
 

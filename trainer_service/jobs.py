@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint_core.errors import MintError
+from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 
 Floats = NDArray[np.float32]
@@ -120,6 +121,7 @@ class CreateRow:
 class RowDescription:
     spec: AdapterSpec
     trainable_parameter_count: int
+    row_bytes: int  # of its weights as `WriteRow` writes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,23 @@ class ExportRow:
 
     training_run_id: str
     with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRow:
+    """Writes the weights to a file as they lie in memory. Raises WeightsNotFinite, and
+    RowNotWritten if the file cannot be. Answer: `WrittenRow`.
+    """
+
+    training_run_id: str
+    file: str
+    path: str  # of the checkpoint that is being made, for errors
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRow:
+    layout: RowLayout
+    step: int
 
 
 @dataclass(frozen=True, slots=True)

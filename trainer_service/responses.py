@@ -85,6 +85,12 @@ def load_state_response(outcome: Outcome) -> trainer_pb2.LoadStateResponse:
     )
 
 
+def _state_message(view: RunView) -> str:
+    if view.lost:
+        return f"weights lost: {view.lost}"
+    return "; ".join(filter(None, (view.trouble, view.inexact_note)))
+
+
 def run_message(view: RunView) -> trainer_pb2.TrainingRun:
     origin = view.origin
     states = trainer_pb2.TrainingRun
@@ -100,7 +106,7 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         next_sequence=view.next_sequence,
         gradient_pending=view.gradient_pending,
         state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
-        state_message=f"weights lost: {view.lost}" if view.lost else view.inexact_note,
+        state_message=_state_message(view),
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,

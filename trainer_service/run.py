@@ -30,6 +30,7 @@ class RunOrigin:
     base_fingerprint: str
     spec: AdapterSpec
     trainable_parameter_count: int
+    row_bytes: int  # of the weights as they lie in memory
     create_time: datetime
     isolated: bool
     tile_tokens: int  # at which its calls are cut, whatever memory a later engine finds
@@ -61,6 +62,7 @@ class RunView:
     gradient_pending: bool
     backward_count: int
     lost: str  # why; empty while the run can be used
+    trouble: str  # what else is wrong; empty: nothing
     inexact_replays: int = 0
     inexact_note: str = ""
 
@@ -122,6 +124,7 @@ class Run:
         self.inexact_replays = state.inexact_replays
         self.inexact_note = state.inexact_note
         self.ended = 0  # sequence of the last call that has an outcome
+        self.trouble = ""
         self._lost = ""
         self._deleted = False
 
@@ -222,6 +225,7 @@ class Run:
             gradient_pending=self.gradient.pending,
             backward_count=self.gradient.backward_count,
             lost=self._lost,
+            trouble=self.trouble,
             inexact_replays=self.inexact_replays,
             inexact_note=self.inexact_note,
         )

@@ -72,6 +72,7 @@ class Runs:
         )
         scheduler.on_progress = self._stir_watchers
         scheduler.on_pass = self._note_pass
+        checkpoints.handoff.on_trouble = self._note_trouble
         durability.journal.on_failure = self._abandon
         self._unanswered = self._recall()
         self._numbers = itertools.count(self._ledger.next_number())
@@ -229,6 +230,11 @@ class Runs:
         for run in self._runs.values():
             run.stir_watchers()
 
+    def _note_trouble(self, training_run_id: str, trouble: str) -> None:
+        if run := self._runs.get(training_run_id):
+            run.trouble = trouble
+            run.stir_watchers()
+
     def _find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
@@ -279,6 +285,7 @@ class Runs:
             base_fingerprint=model.fingerprint,
             spec=description.spec,
             trainable_parameter_count=description.trainable_parameter_count,
+            row_bytes=description.row_bytes,
             create_time=datetime.now(UTC),
             isolated=request.isolated,
             tile_tokens=most_tile_tokens(self._scheduler.max_batch_tokens),

@@ -1,16 +1,18 @@
 """The trainer, put together."""
 
 import asyncio
+import logging
 from functools import partial
 
-from checkpoint_store import CheckpointStore
+from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, snapshot_folder
 from mint_core.access import KeyRing
+from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
-from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.backlog import Backlogs
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
 from trainer_service.durability import Durability
@@ -20,6 +22,8 @@ from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.servicer import CheckpointServicer, TrainerServicer
 from trainer_service.usage import Usage
+
+logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
@@ -42,7 +46,7 @@ class TrainerService:
         )
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
-        self._checkpoints = Checkpoints(CheckpointStore(config.store))
+        self._checkpoints = _checkpoints(config)
         self._sweeping: list[asyncio.Task[None]] = []
         self._drain_s = config.drain_s
         self._durability = Durability(
@@ -58,7 +62,7 @@ class TrainerService:
             metrics,
             SequenceLimits(gap_s=config.gap_s),
             Backlogs(
-                BacklogLimits(calls=config.queue_calls, tokens=config.queue_tokens),
+                Load(count=config.queue_calls, tokens=config.queue_tokens),
                 per_run=keys is None,
                 predict=self._scheduler.predict_s,
             ),
@@ -72,6 +76,11 @@ class TrainerService:
                 partial(self._rows_in, place),
                 place=place,
             )
+        metrics.gauge(
+            "mint_unstored_snapshots",
+            "Snapshots in memory that the store does not have yet",
+            lambda: self._checkpoints.handoff.unstored,
+        )
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
@@ -104,6 +113,7 @@ class TrainerService:
         self._durability.ledger.check_base(hello.model)
         self._durability.start(self._runs.all)
         self._scheduler.welcome(hello)
+        self._checkpoints.handoff.start()
         self._runs.resume()
         self._sweeping = [
             asyncio.create_task(self._checkpoints.keep_swept()),
@@ -124,3 +134,13 @@ class TrainerService:
         await self._runs.stop()
         await self._durability.stop()
         await self.engine.close()
+        await self._checkpoints.handoff.stop()
+
+
+def _checkpoints(config: TrainerConfig) -> Checkpoints:
+    folder = snapshot_folder(config.snapshot_memory_folder, config.store)
+    if folder is None:
+        logger.info("no shared memory here: snapshots go through the store")
+        return Checkpoints(CheckpointStore(config.store))
+    memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
+    return Checkpoints(CheckpointStore(config.store, SnapshotFolder(folder)), memory)

@@ -136,5 +136,5 @@ class Watch:
         self.stir()
 
 
-def _state(view: RunView) -> tuple[str, Mapping[str, str], int]:
-    return view.lost, view.metadata, view.inexact_replays
+def _state(view: RunView) -> tuple[str, str, Mapping[str, str], int]:
+    return view.lost, view.trouble, view.metadata, view.inexact_replays

@@ -2,13 +2,15 @@
 
     y[segment] += scale * (x[segment] A^T) B^T
 
-and back: dx[segment] += scale * dy[segment] B A, dA and dB into the row's gradient. The loop over
-segments is the oracle of the others.
+and back: dx[segment] += scale * dy[segment] B A, dA and dB into the row's gradient; for all modules
+of a group at once: their A's are one matrix, their B's go each from its ranks to its columns. The
+loop over segments is the oracle of the others.
 
-T: rows of the stream. G: groups. r: stored rank. R: sum of stored ranks.
+T: rows of the stream. n: of a segment. S: stretches. r: stored rank. m: modules of a group.
+R: sum of all ranks. W: sum of the modules' columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora.bank import Part
-from mint_core.lora.segments import Segment, adapter_weights, add_gradient, scale
+from mint_core.lora.bank import GroupMatrices, Part
+from mint_core.lora.groups import ModuleGroup
+from mint_core.lora.segments import Segment, add_product, scale
 
 CONCAT_RANKS = 512  # most columns side by side: beyond, what is cut out costs more than launches
 CONCAT_ROWS = 256
@@ -26,14 +29,14 @@ CONCAT_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """The segments of a pass that adapt a module, in the stream's order; all have a row. Modules
+    """The segments of a pass that adapt a group, in the stream's order; all have a row. Groups
     that the same adapters train share one, and with it the tensors that describe it.
     """
 
     segments: tuple[Segment, ...]
     device: torch.device
     dtype: torch.dtype  # that the base computes in
-    _weights: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _weights: dict[str, list[GroupMatrices]] = field(default_factory=dict)
 
     @cached_property
     def accumulates(self) -> bool:
@@ -46,146 +49,177 @@ class Adapted:
         return slice(self.segments[0].start, self.segments[-1].stop)
 
     @cached_property
-    def groups(self) -> tuple[Segment, ...]:
+    def stretches(self) -> tuple[Segment, ...]:
         """The segments, and between them what no adapter touches."""
-        groups: list[Segment] = []
+        stretches: list[Segment] = []
         for segment in self.segments:
-            if groups and groups[-1].stop < segment.start:
-                groups.append(Segment(groups[-1].stop, segment.start))
-            groups.append(segment)
-        return tuple(groups)
+            if stretches and stretches[-1].stop < segment.start:
+                stretches.append(Segment(stretches[-1].stop, segment.start))
+            stretches.append(segment)
+        return tuple(stretches)
 
     @cached_property
     def factors(self) -> list[float]:
         """The scale of each segment."""
         return [scale(segment) for segment in self.segments]
 
-    def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+    def parts(self, stream: Tensor) -> Sequence[Tensor]:  # [T, ...] -> per segment, [n, ...]
         if len(self.segments) == 1:
-            return [stream[self.covered]]
+            only = self.segments[0]
+            whole = only.start == 0 and only.stop == stream.shape[0]
+            return (stream,) if whole else (stream[self.covered],)
         # One split: a pass over many short segments is mostly calls.
         parts = stream[self.covered].split_with_sizes(self._sizes)
-        return [part for part, group in zip(parts, self.groups, strict=True) if group.row]
+        if len(parts) == len(self.segments):
+            return parts
+        return [part for part, own in zip(parts, self.stretches, strict=True) if own.row]
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [group.stop - group.start for group in self.groups]
+        return [stretch.stop - stretch.start for stretch in self.stretches]
 
-    def weights(self, module: str) -> list[tuple[Tensor, Tensor]]:
-        """A [r, in] and B [out, r] of each segment."""
-        if module not in self._weights:
-            self._weights[module] = [
-                adapter_weights(segment, module, self.dtype) for segment in self.segments
+    def weights(self, group: ModuleGroup) -> list[GroupMatrices]:
+        """A and B of each segment in the type that the base computes in."""
+        name = group.modules[0]
+        if name not in self._weights:
+            self._weights[name] = [
+                segment.row.group(Part.WEIGHTS, group).to(self.dtype)
+                for segment in self.segments
+                if segment.row
             ]
-        return self._weights[module]
+        return self._weights[name]
 
     @cached_property
-    def ends(self) -> Tensor:  # [G] int32, where each group ends in the covered rows
-        ends = [group.stop - self.covered.start for group in self.groups]
+    def ends(self) -> Tensor:  # [S] int32, where each stretch ends in the covered rows
+        ends = [stretch.stop - self.covered.start for stretch in self.stretches]
         return torch.tensor(ends, dtype=torch.int32, device=self.device)
 
     @cached_property
     def scales(self) -> Tensor:  # [covered, 1]
-        per_group = [scale(group) if group.row else 0.0 for group in self.groups]
-        lengths = torch.tensor([group.stop - group.start for group in self.groups])
-        scales = torch.tensor(per_group, dtype=self.dtype).repeat_interleave(lengths)
+        each = [scale(stretch) if stretch.row else 0.0 for stretch in self.stretches]
+        scales = torch.tensor(each, dtype=self.dtype).repeat_interleave(torch.tensor(self._sizes))
         return scales[:, None].to(self.device)
 
-    @cached_property
-    def own(self) -> Tensor:  # [covered, R], which columns belong to a row's own adapter
-        owners = [(i, _rank(s)) for i, s in enumerate(self.groups) if s.row]
-        columns = torch.cat([torch.full((rank,), i) for i, rank in owners])
-        lengths = torch.tensor([group.stop - group.start for group in self.groups])
-        rows = torch.arange(len(self.groups)).repeat_interleave(lengths)
+    def own(self, ranks: Sequence[int]) -> Tensor:  # [covered, R]
+        """Which columns belong to a row's own adapter, from how many each segment's has."""
+        owners = [i for i, stretch in enumerate(self.stretches) if stretch.row]
+        columns = torch.tensor(owners).repeat_interleave(torch.tensor(ranks))
+        rows = torch.arange(len(self.stretches)).repeat_interleave(torch.tensor(self._sizes))
         return (rows[:, None] == columns).to(self.device)
 
 
 class Algorithm(Protocol):
-    """Applies the adapters to one module."""
+    """Applies the adapters to a group of modules."""
 
-    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
-        """Adds to y [T, out]; returns what backward needs beside x [T, in]."""
+    def forward(
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> tuple[Tensor, ...]:
+        """Adds to y of each module, [T, out]; returns what backward needs beside x [T, in]."""
         ...
 
     def backward(
-        self,
-        tensors: tuple[
-            Tensor, Tensor, Tensor | None
-        ],  # x [T, in], dy [T, out], dx [T, in] if asked for
-        saved: Sequence[Tensor],  # as forward returned them
-        adapted: Adapted,
-        module: str,
+        self, tensors: "Gradients", saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
-        """Adds to dx and to the gradients of rows that accumulate."""
+        """Adds to dx and to the gradients of rows that accumulate. `saved`: as forward returned
+        it.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What backward reads, and where it adds to."""
+
+    x: Tensor  # [T, in]
+    dy: Sequence[Tensor]  # of each module of the group, [T, out]
+    dx: Tensor | None  # [T, in] if asked for
 
 
 class Loop:
     """Segment after segment. What a segment gets depends on its own rows alone, bit for bit."""
 
-    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
-        shrunk = []
-        streams = (adapted.factors, adapted.weights(module), adapted.parts(x), adapted.parts(y))
-        for factor, (a, b), own_x, own_y in zip(*streams, strict=True):
-            h = own_x.mm(a.t())  # [n, r]
-            own_y.addmm_(h, b.t(), alpha=factor)
-            shrunk.append(h)
+    def forward(
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> tuple[Tensor, ...]:
+        outputs = [adapted.parts(part) for part in y]
+        shrunk: list[Tensor] = []  # of each segment, of each module, x A^T [n, r]
+        streams = zip(adapted.factors, adapted.weights(group), adapted.parts(x), strict=True)
+        for i, (factor, own, rows) in enumerate(streams):
+            h = rows.mm(own.a_t)  # [n, m r]
+            parts = (h,) if len(own.ranks) == 1 else h.split_with_sizes(own.ranks, 1)
+            for member, part, b_t in zip(own.members, parts, own.b_t, strict=True):
+                outputs[member][i].addmm_(part, b_t, alpha=factor)
+            shrunk += parts
         return tuple(shrunk)
 
     def backward(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        saved: Sequence[Tensor],
-        adapted: Adapted,
-        module: str,
+        self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
-        x, dy = map(adapted.parts, tensors[:2])
-        dx = None if tensors[2] is None else adapted.parts(tensors[2])
-        streams = zip(adapted.segments, adapted.weights(module), saved, strict=True)
-        for i, (segment, (a, b), h) in enumerate(streams):
-            dh = dy[i].mm(b)  # [n, r], but for the factor
+        x, dys = adapted.parts(tensors.x), [adapted.parts(dy) for dy in tensors.dy]
+        dx = None if tensors.dx is None else adapted.parts(tensors.dx)
+        shrunk = iter(saved)
+        for i, (segment, own) in enumerate(
+            zip(adapted.segments, adapted.weights(group), strict=True)
+        ):
+            factor = adapted.factors[i]
+            dy = [dys[member][i] for member in own.members]
+            parts = [next(shrunk) for _ in dy]
+            dh = _shrink_back(dy, own)
             if dx is not None:
-                dx[i].addmm_(dh, a, alpha=adapted.factors[i])
-            if segment.accumulate:
-                add_gradient(segment, module, (x[i], h, dy[i], dh))
+                dx[i].addmm_(dh, own.a, alpha=factor)
+            if segment.accumulate and segment.row is not None:
+                gradient = segment.row.group(Part.GRADIENT, group)
+                add_product(gradient.a, dh.t(), x[i], factor)
+                for grad_b_t, h, own_dy in zip(gradient.b_t, parts, dy, strict=True):
+                    add_product(grad_b_t, h.t(), own_dy, factor)
+
+
+def _shrink_back(dy: Sequence[Tensor], own: GroupMatrices) -> Tensor:  # [n, m r]
+    """dy B of each module, but for the factor."""
+    if len(dy) == 1:
+        return dy[0].mm(own.b[0])
+    dh = dy[0].new_empty(dy[0].shape[0], own.a.shape[0])
+    for part, own_dy, b in zip(dh.split_with_sizes(own.ranks, 1), dy, own.b, strict=True):
+        torch.mm(own_dy, b, out=part)
+    return dh
 
 
 class Grouped:
     """A grouped matrix product for all adapters: A and B are copied side by side, padded to the
-    largest rank among them. Each group is reduced by itself, so nobody's NaN reaches another.
+    largest rank among them. Each stretch is reduced by itself, so nobody's NaN reaches another.
     """
 
-    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
-        a, b = _stacked(adapted, module)
+    def forward(
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> tuple[Tensor, ...]:
+        a, b = _stacked(adapted, group)
         rows, ends = adapted.covered, adapted.ends
         h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
-        y[rows] += functional.grouped_mm(h, b.transpose(1, 2), offs=ends)
+        wide = functional.grouped_mm(h, b.transpose(1, 2), offs=ends)  # [covered, W]
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows] += wide[:, columns]
         return (h,)
 
     def backward(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        saved: Sequence[Tensor],
-        adapted: Adapted,
-        module: str,
+        self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
         rows, ends = adapted.covered, adapted.ends
-        x, dy = (part[rows] for part in tensors[:2])
+        x, dy = tensors.x[rows], torch.cat([part[rows] for part in tensors.dy], dim=1)
         (h,) = saved
-        a, b = _stacked(adapted, module)
+        a, b = _stacked(adapted, group)
         dh = functional.grouped_mm(dy, b, offs=ends) * adapted.scales
-        if tensors[2] is not None:
-            tensors[2][rows] += functional.grouped_mm(dh, a, offs=ends)
+        if tensors.dx is not None:
+            tensors.dx[rows] += functional.grouped_mm(dh, a, offs=ends)
         if not adapted.accumulates:
             return
-        grads_a = functional.grouped_mm(dh.T, x, offs=ends)  # [G, r, in]
-        grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [G, out, r]
-        for group, grad_a, grad_b in zip(adapted.groups, grads_a, grads_b, strict=True):
-            if group.accumulate:
-                assert group.row is not None
-                row_a, row_b = group.row.views(Part.GRADIENT, module)
-                row_a += grad_a[: _rank(group)]
-                row_b += grad_b[:, : _rank(group)]
+        grads_a = functional.grouped_mm(dh.T, x, offs=ends)  # [S, m r, in]
+        grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [S, W, m r]
+        for stretch, grad_a, grad_b in zip(adapted.stretches, grads_a, grads_b, strict=True):
+            if stretch.row and stretch.accumulate:
+                own = stretch.row.group(Part.GRADIENT, group)
+                own.a.add_(grad_a[: len(own.a)])
+                for columns, ranks, own_b in _blocks(own, group):
+                    own_b.add_(grad_b[columns, ranks])
 
 
 class Concat:
@@ -194,20 +228,21 @@ class Concat:
     would reach everybody.
     """
 
-    def forward(self, x: Tensor, y: Tensor, adapted: Adapted, module: str) -> tuple[Tensor, ...]:
-        pairs = [adapter_weights(s, module, x.dtype) for s in adapted.segments]
-        a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+    def forward(
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> tuple[Tensor, ...]:
+        all_own = adapted.weights(group)
+        a = torch.cat([own.a for own in all_own])
+        b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
         rows = adapted.covered
-        h = torch.where(adapted.own, x[rows] @ a.T, 0.0)  # [covered, R]
-        y[rows].addmm_(h * adapted.scales, b.T)
+        h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
+        h *= adapted.scales
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows].addmm_(h, b[columns].T)
         return ()
 
     def backward(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        saved: Sequence[Tensor],
-        adapted: Adapted,
-        module: str,
+        self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
         raise AssertionError("chosen for passes without backward alone")
 
@@ -239,23 +274,33 @@ def choose(adapted: Adapted, backward: bool) -> Algorithm:
 
 def _is_small(adapted: Adapted) -> bool:
     rows = adapted.covered.stop - adapted.covered.start
-    return rows <= CONCAT_ROWS and sum(map(_rank, adapted.segments)) <= CONCAT_RANKS
+    ranks = sum(segment.row.bank.stored_rank for segment in adapted.segments if segment.row)
+    return rows <= CONCAT_ROWS and ranks <= CONCAT_RANKS
 
 
-def _rank(segment: Segment) -> int:
-    assert segment.row is not None
-    return segment.row.bank.stored_rank
-
-
-def _stacked(adapted: Adapted, module: str) -> tuple[Tensor, Tensor]:
-    """A [G, r, in] and B [G, out, r] of the groups; zeros where no adapter is."""
-    first_a, first_b = adapter_weights(adapted.segments[0], module, adapted.dtype)
-    groups, rank = adapted.groups, max(map(_rank, adapted.segments))
-    a = first_a.new_zeros(len(groups), rank, first_a.shape[1])
-    b = first_b.new_zeros(len(groups), first_b.shape[0], rank)
-    for i, group in enumerate(groups):
-        if group.row:
-            own_a, own_b = group.row.views(Part.WEIGHTS, module)
-            a[i, : _rank(group)] = own_a
-            b[i, :, : _rank(group)] = own_b
+def _stacked(adapted: Adapted, group: ModuleGroup) -> tuple[Tensor, Tensor]:
+    """A [S, m r, in] and B [S, W, m r] of the stretches; zeros where no adapter is."""
+    all_own = adapted.weights(group)
+    count, ranks = len(adapted.stretches), max(len(own.a) for own in all_own)
+    a = all_own[0].a.new_zeros(count, ranks, group.in_features)
+    b = a.new_zeros(count, group.width, ranks)
+    adapted_stretches = (i for i, stretch in enumerate(adapted.stretches) if stretch.row)
+    for i, own in zip(adapted_stretches, all_own, strict=True):
+        a[i, : len(own.a)] = own.a
+        b[i, :, : len(own.a)] = _block_diagonal(own, group)
     return a, b
+
+
+def _block_diagonal(own: GroupMatrices, group: ModuleGroup) -> Tensor:  # [W, m r]
+    """All B as one matrix: it takes each module's ranks to that module's columns."""
+    b = own.a.new_zeros(group.width, len(own.a))
+    for columns, ranks, own_b in _blocks(own, group):
+        b[columns, ranks] = own_b
+    return b
+
+
+def _blocks(own: GroupMatrices, group: ModuleGroup) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Each module's columns of [W], its ranks of [m r], and its B [out, r]."""
+    for i, (member, own_b) in enumerate(zip(own.members, own.b, strict=True)):
+        rank = own.ranks[i]
+        yield group.columns[member], slice(i * rank, (i + 1) * rank), own_b

@@ -1,24 +1,28 @@
 """Where adapters live: one row per adapter, in as many parts as its bank keeps of it.
 
 A part is a vector [params] that holds A [rank, in] and B, transposed, [rank, out], of every linear
-layer that LoRA can train, one after the other. Ranks are padded to a multiple of 8, and a module
-that an adapter does not train stays zero; the padding contributes exact zeros everywhere, gradients
-and Adam included. Publishing, loading, stepping, moving elsewhere are operations on a row.
+layer that LoRA can train: group after group, of each first all A, so that they are one matrix, then
+all B. Ranks are padded to a multiple of 8, and a module that an adapter does not train stays zero;
+the padding contributes exact zeros everywhere, gradients and Adam included. Publishing, loading,
+stepping, moving elsewhere are operations on a row.
 
 A part takes memory from its first use until it is freed. Rows are not slots of one matrix: that
 would have to be copied to grow, could not shrink, and would hold moments of runs without a step.
 """
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
+from mint_core.lora.groups import LinearShape, ModuleGroup
+from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
@@ -35,28 +39,54 @@ TRAINING_PARTS = tuple(Part)
 SAMPLING_PARTS = (Part.WEIGHTS,)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """Of an nn.Linear."""
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupMatrices:
+    """A and B of the modules of a group, from the first to the last that an adapter trains: one
+    between them that it does not is zero.
+    """
 
-    in_features: int
-    out_features: int
+    members: range  # places in the group
+    ranks: list[int]  # r of each
+    a: Tensor  # [k r, in], one below the other
+    a_t: Tensor  # [in, k r]
+    b: tuple[Tensor, ...]  # each [out, r]
+    b_t: tuple[Tensor, ...]  # each [r, out]
+
+    def to(self, dtype: torch.dtype) -> "GroupMatrices":
+        """The same, or a copy in another type."""
+        if self.a.dtype == dtype:
+            return self
+        return _matrices(self.members, self.a.to(dtype), tuple(b_t.to(dtype) for b_t in self.b_t))
+
+
+def _matrices(members: range, a: Tensor, b_t: tuple[Tensor, ...]) -> GroupMatrices:
+    ranks = [matrix.shape[-2] for matrix in b_t]
+    return GroupMatrices(members, ranks, a, a.mT, tuple(matrix.mT for matrix in b_t), b_t)
 
 
 class RankBank:
     """How the rows of one rank class are laid out."""
 
     def __init__(
-        self, stored_rank: int, shapes: Mapping[str, LinearShape], parts: tuple[Part, ...]
+        self, stored_rank: int, groups: Sequence[ModuleGroup], parts: tuple[Part, ...]
     ) -> None:
         self.stored_rank = stored_rank
         self.parts = parts
-        self._shapes = shapes
-        self._offsets: dict[str, int] = {}
+        self._shapes: dict[str, LinearShape] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}  # of A and of B
         self.row_size = 0
-        for module, shape in shapes.items():
-            self._offsets[module] = self.row_size
-            self.row_size += stored_rank * (shape.in_features + shape.out_features)
+        for group in groups:
+            self._place(group)
+
+    def _place(self, group: ModuleGroup) -> None:
+        at_a = self.row_size
+        at_b = at_a + self.stored_rank * group.in_features * len(group.modules)
+        for module, out_features in zip(group.modules, group.out_features, strict=True):
+            self._shapes[module] = LinearShape(group.in_features, out_features)
+            self._offsets[module] = at_a, at_b
+            at_a += self.stored_rank * group.in_features
+            at_b += self.stored_rank * out_features
+        self.row_size = at_b
 
     @property
     def part_bytes(self) -> int:
@@ -65,15 +95,35 @@ class RankBank:
 
     def matrices(self, row: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """A [stored rank, in] and B [out, stored rank] of a module, as views of [params]."""
-        shape, rank, start = self._shapes[module], self.stored_rank, self._offsets[module]
-        middle = start + rank * shape.in_features
-        stop = middle + rank * shape.out_features
-        return (
-            row[start:middle].view(rank, shape.in_features),
-            # Stored the other way round: products with 8 columns of the inner side take CPUs about
-            # twice as long.
-            row[middle:stop].view(rank, shape.out_features).t(),
+        return self._a(row, module, 1), self._b_t(row, module).mT
+
+    def group_matrices(self, row: Tensor, group: ModuleGroup, members: range) -> GroupMatrices:
+        """Of neighbours in a group, as views of [params], or of several rows, [rows, params]."""
+        modules = [group.modules[member] for member in members]
+        return _matrices(
+            members,
+            self._a(row, modules[0], len(modules)),
+            tuple(self._b_t(row, module) for module in modules),
         )
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """What `matrices` does, for those who have no bank."""
+        row = torch.empty(self.row_size, device="meta")
+        places = {}
+        for module in self._shapes:
+            a, b = self.matrices(row, module)
+            places[module] = (_matrix(a), _matrix(b))
+        return RowLayout.of(self.row_size, places)
+
+    def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [..., count r, in]
+        width, start = self._shapes[first].in_features, self._offsets[first][0]
+        return _matrix_at(row, start, count * self.stored_rank, width)
+
+    def _b_t(self, row: Tensor, module: str) -> Tensor:  # [..., r, out]
+        # This way round: products with 8 columns of the inner side take CPUs about twice as long.
+        width, start = self._shapes[module].out_features, self._offsets[module][1]
+        return _matrix_at(row, start, self.stored_rank, width)
 
     def parameter_count(self, rank: int, modules: Iterable[str]) -> int:
         """How many numbers an adapter has, padding not counted."""
@@ -91,7 +141,9 @@ class AdapterRow:
         self._device = device
         self._parts: dict[Part, Tensor] = {}
         self._views: dict[tuple[Part, str], tuple[Tensor, Tensor]] = {}
+        self._groups: dict[tuple[Part, str], GroupMatrices] = {}
         self._away = False
+        self.version = 0  # changes when weights are loaded
 
     @property
     def held(self) -> Mapping[Part, Tensor]:
@@ -113,15 +165,30 @@ class AdapterRow:
             self._views[key] = self.bank.matrices(self.part(part), module)
         return self._views[key]
 
+    def trains(self, group: ModuleGroup) -> bool:
+        """Whether the adapter has a module in the group."""
+        return not self.modules.isdisjoint(group.modules)
+
+    def group(self, part: Part, group: ModuleGroup) -> GroupMatrices:
+        """A and B of a group of which the adapter trains something."""
+        key = (part, group.modules[0])
+        if key not in self._groups:
+            places = [i for i, module in enumerate(group.modules) if module in self.modules]
+            members = range(places[0], places[-1] + 1)
+            self._groups[key] = self.bank.group_matrices(self.part(part), group, members)
+        return self._groups[key]
+
     def free(self, part: Part) -> None:
         """Makes a part zero by giving its memory back."""
         self._parts.pop(part, None)
         self._views = {key: views for key, views in self._views.items() if key[0] is not part}
+        self._groups = {key: views for key, views in self._groups.items() if key[0] is not part}
 
     def leave(self) -> None:
         """Gives all memory back; who calls this has copied what is needed of `held`."""
         self._parts.clear()
         self._views.clear()
+        self._groups.clear()
         self._away = True
 
     def come_back(self, parts: Mapping[Part, Tensor]) -> None:
@@ -150,6 +217,7 @@ class AdapterRow:
         ]
         for matrix, array in checked:
             _check(matrix, array)
+        self.version += 1
         self.part(part).zero_()
         for matrix, array in checked:
             matrix.copy_(torch.from_numpy(np.array(array, dtype=np.float32)))
@@ -180,9 +248,10 @@ class AdapterBank:
     """All rank classes of one engine."""
 
     def __init__(
-        self, shapes: Mapping[str, LinearShape], parts: tuple[Part, ...], device: torch.device
+        self, groups: Sequence[ModuleGroup], parts: tuple[Part, ...], device: torch.device
     ) -> None:
-        self._shapes = shapes
+        self._groups = groups
+        self._modules = {module for group in groups for module in group.modules}
         self._parts = parts
         self._device = device
         self._classes: dict[int, RankBank] = {}
@@ -191,12 +260,12 @@ class AdapterBank:
         """The class in which adapters of a rank are stored."""
         stored = stored_rank(rank)
         if stored not in self._classes:
-            self._classes[stored] = RankBank(stored, self._shapes, self._parts)
+            self._classes[stored] = RankBank(stored, self._groups, self._parts)
         return self._classes[stored]
 
     def add(self, spec: AdapterSpec) -> AdapterRow:
         """A row for an adapter, zero in every part."""
-        unknown = sorted(set(spec.modules) - set(self._shapes))
+        unknown = sorted(set(spec.modules) - self._modules)
         if unknown:
             raise InvalidRequest(
                 f"the base model has no linear layer `{unknown[0]}`; the adapter belongs to "
@@ -210,6 +279,10 @@ class AdapterBank:
         row.leave()
 
 
+def _matrix_at(row: Tensor, start: int, rows: int, columns: int) -> Tensor:
+    return row[..., start : start + rows * columns].view(*row.shape[:-1], rows, columns)
+
+
 def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
     """Zeros. On a CPU in pages of their own, which the system gets back with the tensor: the heap
     keeps what lies between other blocks, and rows that come and go leave holes in it.
@@ -218,6 +291,12 @@ def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
         return torch.zeros(size, device=device)
     pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.float32)
+
+
+def _matrix(view: Tensor) -> Matrix:
+    """Where a matrix lies in the row of which it is a view."""
+    rows, columns = view.shape
+    return Matrix(int(view.storage_offset()), (rows, columns), (view.stride(0), view.stride(1)))
 
 
 def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:

@@ -18,9 +18,12 @@ class Segment:
     """Consecutive rows of the stream that share an adapter."""
 
     start: int
-    stop: int  # at least start + MIN_ROWS
+    stop: int  # at least start + MIN_ROWS, or rowwise
     row: AdapterRow | None = None  # None: the base model alone
     accumulate: bool = False  # whether backward adds to the row's gradient
+    # Whether the adapter is applied to one row at a time: then rows may be fewer, and none's bits
+    # depend on how many they are. For few, and for passes without backward.
+    rowwise: bool = False
 
     @property
     def rows(self) -> slice:
@@ -39,6 +42,23 @@ def scale(segment: Segment) -> float:
     return segment.row.spec.scale
 
 
+def adapter_forward(
+    segment: Segment,
+    module: str,
+    x: Tensor,  # [n, in]
+    y: Tensor,  # [n, out], added to
+) -> Tensor:  # [n, r], x A^T
+    """Adds what the adapter makes of a segment's rows."""
+    a, b = adapter_weights(segment, module, x.dtype)
+    if segment.rowwise:
+        h = one_by_one(x, a.t())
+        y.add_(one_by_one(h * scale(segment), b.t()))
+    else:
+        h = x @ a.t()
+        y.addmm_(h, b.t(), alpha=scale(segment))
+    return h
+
+
 def adapter_backward(
     segment: Segment,
     module: str,
@@ -47,26 +67,28 @@ def adapter_backward(
     dy: Tensor,  # [n, out]
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
+    assert segment.row is not None
     a, b = adapter_weights(segment, module, x.dtype)
+    factor = scale(segment)
     dh = dy @ b  # [n, r], but for the factor
     if segment.accumulate:
-        add_gradient(segment, module, (x, h, dy, dh))
-    return (dh @ a).mul_(scale(segment))
+        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
+        add_product(grad_a, dh.t(), x, factor)
+        add_product(grad_b, dy.t(), h, factor)
+    return (dh @ a).mul_(factor)
 
 
-def add_gradient(
-    segment: Segment, module: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, r], dy [n, out] and
-    dy B [n, r].
-    """
-    assert segment.row is not None
-    x, h, dy, dh = tensors
-    grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-    factor = scale(segment)
-    if grad_a.dtype == x.dtype:
-        grad_a.addmm_(dh.t(), x, alpha=factor)
-        grad_b.addmm_(dy.t(), h, alpha=factor)
+def one_by_one(rows: Tensor, matrix: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
+    """The product, each row as if it were alone."""
+    count = rows.shape[0]
+    if count == 1:
+        return rows.mm(matrix)
+    return torch.bmm(rows[:, None], matrix.expand(count, -1, -1))[:, 0]
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Adds factor times left @ right, which may be of a shorter type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=factor)
     else:
-        grad_a.add_(dh.t() @ x, alpha=factor)
-        grad_b.add_(dy.t() @ h, alpha=factor)
+        total.add_(left @ right, alpha=factor)

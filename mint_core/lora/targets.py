@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.bank import LinearShape
+from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 
 HEAD = "lm_head"  # name of the output head in every causal LM that transformers gives one

@@ -23,6 +23,14 @@ _SIGNS_OF_LIFE = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+# A burst of calls waits in gRPC until the event loop takes them in. By default gRPC cancels some of
+# more than 1,000, all of more than 3,000, and those that have waited for 30 s, without a word. How
+# much is accepted is for the services to say.
+_BURSTS = (
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
+    ("grpc.server_max_unrequested_time_in_server", 600),  # seconds
+)
 
 
 class RpcServer:
@@ -46,6 +54,7 @@ class RpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),  # a port in use is refused instead of shared
                 *_SIGNS_OF_LIFE,
+                *_BURSTS,
             ],
         )
         self._health = health.aio.HealthServicer()

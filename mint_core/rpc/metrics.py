@@ -41,12 +41,8 @@ class Metrics:
         self.calls = Counter(
             "mint_calls", "Calls ended", ["method", "code"], registry=self._registry
         )
-        self.call_seconds = Histogram(
-            "mint_call_seconds",
-            "Time from arrival to answer",
-            ["method"],
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.call_seconds = self.histogram(
+            "mint_call_seconds", "Time from arrival to answer", ["method"]
         )
         self.queue_depth = Gauge(
             "mint_queue_depth", "Calls accepted and not answered", registry=self._registry
@@ -55,6 +51,10 @@ class Metrics:
     def counter(self, name: str, help: str, labels: Sequence[str] = ()) -> Counter:
         """Makes a counter; its name gets `_total` at the end."""
         return Counter(name, help, labels, registry=self._registry)
+
+    def histogram(self, name: str, help: str, labels: Sequence[str] = ()) -> Histogram:
+        """Makes a histogram of seconds."""
+        return Histogram(name, help, labels, buckets=_SECONDS, registry=self._registry)
 
     def gauge(self, name: str, help: str, read: Callable[[], float], **labels: str) -> None:
         """Reports what `read` says whenever the metrics are read, under fixed labels."""

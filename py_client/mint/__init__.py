@@ -7,6 +7,7 @@ training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
 """
 
 from mint import types
+from mint._sample_stream import SampleStream
 from mint._version import __version__
 from mint._watch import RunWatch
 from mint.errors import (
@@ -43,6 +44,7 @@ from mint.types import (
     ModelInputChunk,
     OptimStepResponse,
     SampledSequence,
+    SamplePart,
     SampleResponse,
     SamplingParams,
     StopReason,
@@ -79,7 +81,9 @@ __all__ = [
     "RequestFailedError",
     "RunWatch",
     "SampleFuture",
+    "SamplePart",
     "SampleResponse",
+    "SampleStream",
     "SampledSequence",
     "SamplingClient",
     "SamplingParams",

@@ -1,15 +1,18 @@
 """The `*_async` names of methods, of three kinds, each made from the plain one."""
 
 import functools
-import threading
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from mint._callers import Callers
 from mint.futures import APIFuture
 
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
+
+_waiters = Callers(most=sys.maxsize)  # as many as wait at the same time
 
 
 def off_loop(
@@ -19,13 +22,13 @@ def off_loop(
 
     @functools.wraps(method)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await on_thread(functools.partial(method, self, *args, **kwargs), method.__name__)
+        return await on_thread(functools.partial(method, self, *args, **kwargs))
 
     return call
 
 
-def on_thread(function: Callable[[], T], name: str) -> APIFuture[T]:
-    """Runs a function that blocks on a daemon thread of its own."""
+def on_thread(function: Callable[[], T]) -> APIFuture[T]:
+    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
     future: APIFuture[T] = APIFuture()
 
     def run() -> None:
@@ -36,7 +39,7 @@ def on_thread(function: Callable[[], T], name: str) -> APIFuture[T]:
         else:
             future.succeed(value)
 
-    threading.Thread(target=run, name=f"mint-{name}", daemon=True).start()
+    _waiters.take(run)
     return future
 
 

@@ -1,6 +1,5 @@
 """One call, sent again until it has an answer."""
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from mint._callers import callers
 from mint._connection import Connection
 from mint._failures import Failure, failure_of
 from mint._scheduler import scheduler
+from mint._silence import Silence, asked_to_wait_s, is_silence
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 
@@ -21,9 +21,8 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
-_FIRST_BACKOFF_S = 0.05
-_MAX_BACKOFF_S = 5.0
 LONGEST_S = 3600.0  # for work that ends with its connection
+_STREAM_RETRY_S = 0.5
 _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
@@ -60,8 +59,7 @@ class Call(Generic[Q, R]):
         self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
         self._rpc: Any = None
         self._cancelled = False
-        self._backoffs = 0
-        self._silent_since: float | None = None
+        self._silence = Silence(connection)
 
     def start(self) -> None:
         self._send()
@@ -80,6 +78,9 @@ class Call(Generic[Q, R]):
         return False
 
     def _send(self) -> None:
+        if self._cancelled:  # while it waited to be sent again
+            self._fail(Failure(_Code.CANCELLED, "cancelled"))
+            return
         self.before_attempt()
         self._sent = time.monotonic()
         connection = self._connection
@@ -133,9 +134,7 @@ class Call(Generic[Q, R]):
             scheduler.call_later(delay_s, self._send)
 
     def _fail(self, failure: Failure) -> None:
-        silence_s = 0.0
-        if self._silent_since is not None and not failure.reason:
-            silence_s = time.monotonic() - self._silent_since
+        silence_s = self._silence.lasted_s(failure)
         self._ended(Refusal(failure, self._connection.error(failure, silence_s=silence_s)))
 
     def _delay_s(self, failure: Failure) -> float | None:
@@ -143,45 +142,14 @@ class Call(Generic[Q, R]):
         if self._cancelled or self._connection.closed:
             return None
         if is_silence(self._connection, failure):
-            return self._delay_after_silence_s(failure)
+            return self._silence.delay_s(failure, self._sent)
         self._connection.heard()
-        self._silent_since = None
+        self._silence.end()
         if failure.code is _Code.DEADLINE_EXCEEDED:
             return 0.0 if self._attaches else None
         if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
-            return self._backoff_s()
-        if failure.code is _Code.RESOURCE_EXHAUSTED and failure.retry_after_s is not None:
-            return max(failure.retry_after_s, _FIRST_BACKOFF_S)
-        return None
-
-    def _delay_after_silence_s(self, failure: Failure) -> float | None:
-        if failure.reason:  # a server that is there and cannot work yet
-            self._connection.reached()
-        if self._silent_since is None:
-            self._silent_since, self._backoffs = self._sent, 0
-        self._connection.silent(self._silent_since, failure.message)
-        delay_s = self._backoff_s()
-        ends = self._silent_since + self._connection.patience_s
-        return delay_s if time.monotonic() + delay_s < ends else None
-
-    def _backoff_s(self) -> float:
-        self._backoffs += 1
-        return backoff_s(self._backoffs)
-
-
-def is_silence(connection: Connection, failure: Failure) -> bool:
-    """Whether nothing tells that the server is there. While it is, it answers the channel's
-    pings, and a call that takes long ends its attempt by the deadline."""
-    if failure.code is _Code.DEADLINE_EXCEEDED:
-        return not connection.contacted
-    broken = failure.code is _Code.INTERNAL and "RST_STREAM" in failure.message
-    return broken or failure.code in (_Code.UNAVAILABLE, _Code.CANCELLED)
-
-
-def backoff_s(attempt: int) -> float:
-    """How long to wait after a number of attempts, from 1, that came to nothing."""
-    longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (attempt - 1))
-    return longest * random.uniform(0.5, 1.0)
+            return self._silence.backoff_s()
+        return asked_to_wait_s(failure)
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
@@ -232,7 +200,7 @@ def read_stream(
         if silence_s > connection.patience_s or connection.closed:
             raise connection.error(failure, silence_s=silence_s) from None
         connection.silent(since, failure.message)
-        time.sleep(_FIRST_BACKOFF_S * 10)
+        time.sleep(_STREAM_RETRY_S)
 
 
 def ask(

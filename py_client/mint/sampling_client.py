@@ -9,6 +9,7 @@ from mint import types
 from mint._async_names import awaited, off_loop
 from mint._call import Call, ask, check_size, settle
 from mint._connection import Connection
+from mint._sample_stream import SampleStream
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import CancellableFuture, SampleFuture
 from mint.types.params import integer, text
@@ -49,22 +50,28 @@ class SamplingClient:
     ) -> SampleFuture:
         """Continuations of `prompt`. Without a seed one is drawn here, so that a call that is sent
         again draws the same tokens; the answer says which."""
-        params = _checked_params(sampling_params).to_proto()
-        if not params.HasField("seed"):
-            params.seed = secrets.randbits(_SEED_BITS)
-        request = sampler_pb2.SampleRequest(
-            model_path=self._revision_path,
-            base_model=self._base_model,
-            prompt=_checked_prompt(prompt).to_proto(),
-            num_samples=_checked_count(num_samples),
-            sampling_params=params,
-            include_prompt_logprobs=include_prompt_logprobs,
-            topk_prompt_logprobs=integer(topk_prompt_logprobs, "topk_prompt_logprobs"),
-        )
+        request = self._request(prompt, num_samples, sampling_params)
+        request.include_prompt_logprobs = include_prompt_logprobs
+        request.topk_prompt_logprobs = integer(topk_prompt_logprobs, "topk_prompt_logprobs")
         convert = partial(_samples, num_samples)
         future = SampleFuture()
         self._submit(self._sampler.sampler.Sample, request, convert, future)
         return future
+
+    def sample_stream(
+        self,
+        prompt: types.ModelInput,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
+    ) -> SampleStream:
+        """Continuations of `prompt`, token by token, the same that `sample` gives for the seed.
+
+        for part in client.sample_stream(prompt, 2, types.SamplingParams(max_tokens=64)):
+            print(part.index, tokenizer.decode(part.tokens), part.stop_reason)
+        """
+        request = self._request(prompt, num_samples, sampling_params)
+        check_size(self._sampler, request, "prompt")
+        return SampleStream(self._sampler, request)
 
     def compute_logprobs(self, prompt: types.ModelInput) -> CancellableFuture[list[float | None]]:
         """The logprob of each token of `prompt` given those before it; None for the first."""
@@ -90,6 +97,23 @@ class SamplingClient:
     compute_logprobs_async = awaited(compute_logprobs)
     get_base_model_async = off_loop(get_base_model)
     get_tokenizer_async = off_loop(get_tokenizer)
+
+    def _request(
+        self,
+        prompt: types.ModelInput,
+        num_samples: int,
+        sampling_params: types.SamplingParams | None,
+    ) -> sampler_pb2.SampleRequest:
+        params = _checked_params(sampling_params).to_proto()
+        if not params.HasField("seed"):
+            params.seed = secrets.randbits(_SEED_BITS)
+        return sampler_pb2.SampleRequest(
+            model_path=self._revision_path,
+            base_model=self._base_model,
+            prompt=_checked_prompt(prompt).to_proto(),
+            num_samples=_checked_count(num_samples),
+            sampling_params=params,
+        )
 
     def _submit(
         self, method: Any, request: Any, convert: Callable[[Any], T], future: CancellableFuture[T]

@@ -4,11 +4,13 @@ gone.
 
 import logging
 import time
+from collections.abc import Iterable
+from typing import Any
 
-from mint_core.engine_pipe import EnginePipe, Failure, Heartbeat, Hello, Reply, connect
+from mint_core.engine_pipe import EnginePipe, Failure, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from sampler_service.engine.engine import Answer, Engine
-from sampler_service.jobs import EngineConfig
+from sampler_service.jobs import EngineConfig, SamplePart
 
 HEARTBEAT_S = 1.0
 
@@ -38,7 +40,14 @@ def main() -> None:
     except Exception as error:
         pipe.fail(0, error)
         return
-    pipe.send(Hello(engine.description, engine.max_batch_tokens, engine.adapter_ranks))
+    pipe.send(
+        Hello(
+            engine.description,
+            engine.max_batch_tokens,
+            engine.adapter_ranks,
+            engine.kv_cache_tokens,
+        )
+    )
     _serve(pipe, engine)
 
 
@@ -49,20 +58,27 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
             if call is None:
                 return
             try:
-                _answer(pipe, engine.accept(call.number, call.job))
+                answer = engine.accept(call.number, call.job)
+                if answer is not None:
+                    pipe.send_all(_messages([answer]))
             except Exception as error:
                 pipe.fail(call.number, error)
         # An exception in a pass is our bug or the device's end: the front starts another engine.
-        for answer in engine.step():
-            _answer(pipe, answer)
+        pipe.send_all(_messages(engine.step()))
 
 
-def _answer(pipe: EnginePipe, answer: Answer | None) -> None:
-    if answer is None:
-        return
-    number, value = answer
-    if number:
-        pipe.send(Failure(number, value) if isinstance(value, MintError) else Reply(number, value))
+def _messages(answers: Iterable[Answer]) -> list[Part | Reply | Failure]:
+    """What the front is sent; nothing where it wants no answer."""
+    return [_message(number, value) for number, value in answers if number]
+
+
+def _message(number: int, value: Any) -> Part | Reply | Failure:
+    match value:
+        case SamplePart():
+            return Part(number, value)
+        case MintError():
+            return Failure(number, value)
+    return Reply(number, value)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The engine: requests in, one pass at a time over all that run, answers out."""
 
 import dataclasses
+import heapq
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,31 +13,48 @@ from transformers import AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
+from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.prompt_scores import score_span
 from sampler_service.engine.randomness import Draw
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.sampling import draw_tokens
-from sampler_service.engine.scheduler import PROMPT, Scheduler, TokenSequence
+from sampler_service.engine.scheduler import Scheduler
+from sampler_service.engine.sequences import PROMPT, TokenSequence
 from sampler_service.engine.stop import Vocabulary
 from sampler_service.jobs import (
     CHUNK_TOKENS,
     Abort,
+    DescribeRows,
     DropAdapter,
     EngineConfig,
     Generate,
     Generated,
     LoadAdapter,
+    SamplePart,
+    WaitedTooLong,
 )
 
 logger = logging.getLogger(__name__)
 
-# The number of a call, and what it is told.
-Answer = tuple[int, Generated | MintError | None]
+# The number of a call, and what it is told: a part of its answer, or all that is left of it.
+Answer = tuple[int, SamplePart | Generated | RowLayout | MintError | None]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What came of a pass."""
+
+    tokens: dict[TokenSequence, int] = field(default_factory=dict)  # that were drawn
+    ended: dict[TokenSequence, Generation] = field(default_factory=dict)
+    scored: list[Generation] = field(default_factory=list)  # to the end
+    parts: list[tuple[Generation, SamplePart]] = field(default_factory=list)
+    failed: dict[int, Generation] = field(default_factory=dict)  # by request id: not finite
 
 
 class Engine:
@@ -56,12 +76,25 @@ class Engine:
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(base, config.adapter_memory_bytes)
         blocks = _blocks(config, base, affordable_tokens(shapes, base.device))
-        self.description = _within(base.description, blocks * BLOCK_TOKENS)
+        self.kv_cache_tokens = blocks * BLOCK_TOKENS
+        self.description = _within(base.description, self.kv_cache_tokens)
         least = config.max_running_samples + CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = Adapters(base)
-        self._runner = Runner(base, KvCache(shapes, blocks, base.device), progress)
+        self.adapters = Adapters(base, config.host_adapter_memory_bytes)
+        cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
+        decoder = (
+            Decoder(
+                base,
+                cache,
+                most_rows=config.max_running_samples,
+                most_blocks=blocks_for(self.description.context_length),
+                scratch_block=blocks,
+            )
+            if base.device.type == "cuda"
+            else None
+        )
+        self._runner = Runner(base, cache, progress, decoder)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
         self._scheduler = Scheduler(
             BlockPool(blocks),
@@ -69,6 +102,7 @@ class Engine:
             max_batch_tokens=self.max_batch_tokens,
         )
         self._generations: dict[int, Generation] = {}  # by request id
+        self._start_by: list[tuple[float, int]] = []  # heap of times and request ids
 
     @property
     def busy(self) -> bool:
@@ -81,6 +115,8 @@ class Engine:
                 return self._generate(number, job)
             case LoadAdapter():
                 self.adapters.load(job)
+            case DescribeRows(rank):
+                return number, self.adapters.layout(rank)
             case DropAdapter():
                 self.adapters.drop(job)
             case Abort(request_id):
@@ -91,18 +127,18 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """Computes one pass and returns the answers that it completed."""
+        """Computes one pass and returns what is to be told after it, in order."""
+        late = list(self._refuse_late())
         step = self._scheduler.schedule()
         if step is None:
-            return []
+            return late
         computed = self._runner.run(step, self.adapters.rows)
-        failed = set(self._score(computed))
-        tokens: dict[TokenSequence, int] = {}
-        ended: set[TokenSequence] = set()
+        outcome = _Outcome()
+        self._score(computed, outcome)
         if any(span.decodes for span in step.spans):
-            failed.update(self._draw(computed, tokens, ended))
-        self._scheduler.update(step, tokens, ended)
-        return [*self._fail(failed), *self._finish({s.sequence.request_id for s in step.spans})]
+            self._draw(computed, outcome)
+        self._scheduler.update(step, outcome.tokens, outcome.ended)
+        return [*late, *self._tell(outcome)]
 
     def _generate(self, number: int, job: Generate) -> Answer | None:
         self.adapters.check(job.adapter)
@@ -110,53 +146,83 @@ class Engine:
         if generation.done:
             return number, generation.result()
         self._generations[job.request_id] = generation
-        self._scheduler.add(job.request_id, job.prompt.tolist(), job.adapter, job.num_samples)
+        if job.start_by_s is not None:
+            heapq.heappush(self._start_by, (job.start_by_s, job.request_id))
+        self._scheduler.add(
+            job.request_id,
+            job.prompt.tolist(),
+            job.adapter,
+            job.num_samples,
+            tenant=job.tenant,
+            reuses=not generation.wants_scores,
+        )
         return None
 
-    def _score(self, computed: Computed) -> Iterator[int]:
-        """Scores the prompts that want it and yields the requests whose scores are not finite."""
+    def _refuse_late(self) -> Iterator[Answer]:
+        """Forgets the requests whose turn has not come in time."""
+        while self._start_by and self._start_by[0][0] <= time.monotonic():
+            _, request_id = heapq.heappop(self._start_by)
+            generation = self._generations.get(request_id)
+            if generation is not None and not self._scheduler.begun(request_id):
+                self._forget(request_id)
+                yield generation.number, WaitedTooLong(generation.age_s)
+
+    def _score(self, computed: Computed, outcome: _Outcome) -> None:
+        """Scores the prompts that want it."""
         for placed in computed.placed:
             sequence = placed.span.sequence
+            if sequence.index != PROMPT:
+                continue
             generation = self._generations[sequence.request_id]
-            if sequence.index != PROMPT or not generation.wants_scores:
+            if not generation.wants_scores:
                 continue
             top_k = generation.job.topk_prompt_logprobs
             scores = score_span(self.base.head, computed, placed, top_k)
             generation.add_scores(placed.span.start, scores)
             if not np.isfinite(scores.logprobs).all():
-                yield sequence.request_id
+                outcome.failed[sequence.request_id] = generation
+            outcome.scored.append(generation)
 
-    def _draw(
-        self, computed: Computed, tokens: dict[TokenSequence, int], ended: set[TokenSequence]
-    ) -> Iterator[int]:
-        """Draws a token for each sample and yields the requests whose logits are not finite."""
+    def _draw(self, computed: Computed, outcome: _Outcome) -> None:
+        """Draws a token for each sample."""
         logits, sequences = self._runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
         drawn = draw_tokens(
             logits,
             [
-                Draw(g.job.choice, s.index, g.position(s.index))
+                Draw(g.job.choice, s.index, len(s.generated))
                 for g, s in zip(generations, sequences, strict=True)
             ],
         )
-        for row, (generation, sequence) in enumerate(zip(generations, sequences, strict=True)):
-            tokens[sequence] = token = int(drawn.tokens[row])
-            logprob, model_logprob = drawn.logprobs[row], drawn.model_logprobs[row]
-            if generation.add_token(sequence.index, token, logprob, model_logprob):
-                ended.add(sequence)
-            if not drawn.finite[row]:
-                yield sequence.request_id
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
+        outcome.tokens = dict(zip(sequences, tokens, strict=True))
+        for sequence, generation, token, logprob, model_logprob in zip(
+            sequences, generations, tokens, logprobs, drawn.model_logprobs.tolist(), strict=True
+        ):
+            reason = generation.add_token(sequence.index, token, logprob, model_logprob)
+            if reason is not None:
+                outcome.ended[sequence] = generation
+            if generation.job.stream:
+                part = SamplePart(sequence.index, (token,), (logprob,), (model_logprob,), reason)
+                outcome.parts.append((generation, part))
+        for row in np.flatnonzero(~drawn.finite).tolist():
+            outcome.failed[sequences[row].request_id] = generations[row]
 
-    def _fail(self, request_ids: set[int]) -> Iterator[Answer]:
-        for request_id in request_ids:
-            generation = self._generations[request_id]
+    def _tell(self, outcome: _Outcome) -> Iterator[Answer]:
+        for request_id, generation in outcome.failed.items():
             self._forget(request_id)
             yield generation.number, _not_finite(generation.job.adapter)
+        for generation, part in outcome.parts:
+            if generation.job.request_id in self._generations:
+                yield generation.number, part
+        for sequence, generation in outcome.ended.items():
+            generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
+        yield from self._finish([*outcome.scored, *outcome.ended.values()])
 
-    def _finish(self, request_ids: set[int]) -> Iterator[Answer]:
-        for request_id in request_ids:
-            generation = self._generations.get(request_id)
-            if generation is not None and generation.done:
+    def _finish(self, generations: Iterable[Generation]) -> Iterator[Answer]:
+        for generation in generations:
+            request_id = generation.job.request_id
+            if generation.done and request_id in self._generations:
                 del self._generations[request_id]
                 yield generation.number, generation.result()
 
@@ -187,7 +253,8 @@ def _within(model: ModelDescription, cache_tokens: int) -> ModelDescription:
     """The model with the context that the cache holds."""
     context_length = min(model.context_length, cache_tokens)
     logger.info("kv cache tokens=%d context_length=%d", cache_tokens, context_length)
-    return dataclasses.replace(model, context_length=context_length)
+    bound = model.memory_bound or context_length < model.context_length
+    return dataclasses.replace(model, context_length=context_length, memory_bound=bound)
 
 
 def _not_finite(adapter: str) -> MintError:

@@ -1,5 +1,6 @@
 """One request on its way through the engine: what it has so far and when it is done."""
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,23 +15,16 @@ class OpenContinuation:
     """A sample in the making."""
 
     watch: StopWatch
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    model_logprobs: list[float] = field(default_factory=list)
+    drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token and its logprobs
     stop_reason: StopReason | None = None
-
-    def add(self, token: int, logprob: float, model_logprob: float) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.model_logprobs.append(model_logprob)
-        self.stop_reason = self.watch.read(token)
 
     def close(self) -> Continuation:
         assert self.stop_reason is not None
+        tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
         return Continuation(
-            tokens=np.array(self.tokens, np.int64),
-            logprobs=np.array(self.logprobs, np.float32),
-            model_logprobs=np.array(self.model_logprobs, np.float32),
+            tokens=np.array(tokens, np.int64),
+            logprobs=np.array(logprobs, np.float32),
+            model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
         )
 
@@ -41,6 +35,8 @@ class Generation:
     def __init__(self, number: int, job: Generate, vocabulary: Vocabulary) -> None:
         self.number = number  # of the call that waits for it
         self.job = job
+        self.prompt_cache_hit_tokens = 0
+        self._accepted_s = time.monotonic()
         self._samples = [
             OpenContinuation(StopWatch(job.stops, job.max_tokens, vocabulary))
             for _ in range(job.num_samples)
@@ -48,9 +44,9 @@ class Generation:
         self._open = job.num_samples
         scored = len(job.prompt) - 1  # the first token has no logprob
         self._unscored = scored if self.wants_scores else 0
-        self._logprobs = np.empty(scored, np.float32)
-        self._top_ids = np.empty((scored, job.topk_prompt_logprobs), np.int64)
-        self._top_logprobs = np.empty((scored, job.topk_prompt_logprobs), np.float32)
+        self._logprobs = np.empty(self._unscored, np.float32)
+        self._top_ids = np.empty((self._unscored, job.topk_prompt_logprobs), np.int64)
+        self._top_logprobs = np.empty((self._unscored, job.topk_prompt_logprobs), np.float32)
 
     @property
     def wants_scores(self) -> bool:
@@ -60,17 +56,22 @@ class Generation:
     def done(self) -> bool:
         return not self._open and self._unscored <= 0
 
-    def position(self, sample: int) -> int:
-        """Which token of its continuation the sample draws next."""
-        return len(self._samples[sample].tokens)
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._accepted_s
 
-    def add_token(self, sample: int, token: int, logprob: float, model_logprob: float) -> bool:
-        """Takes a drawn token and says whether the sample ends with it."""
+    def add_token(
+        self, sample: int, token: int, logprob: float, model_logprob: float
+    ) -> StopReason | None:
+        """Takes a drawn token and says why the sample ends with it, or None if it goes on."""
         continuation = self._samples[sample]
-        continuation.add(token, logprob, model_logprob)
-        ends = continuation.stop_reason is not None
-        self._open -= ends
-        return ends
+        if not self.job.stream:  # which gives each away as it comes
+            continuation.drawn.append((token, logprob, model_logprob))
+        reason = continuation.watch.read(token)
+        if reason is not None:
+            continuation.stop_reason = reason
+            self._open -= 1
+        return reason
 
     def add_scores(self, start: int, scores: SpanScores) -> None:
         """Takes the scores that follow position `start`. A prompt that was sent away starts again
@@ -85,8 +86,10 @@ class Generation:
 
     def result(self) -> Generated:
         top = TopLogprobs(token_ids=self._top_ids, logprobs=self._top_logprobs)
+        samples = () if self.job.stream else self._samples
         return Generated(
-            continuations=tuple(sample.close() for sample in self._samples),
+            continuations=tuple(sample.close() for sample in samples),
+            prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
             prompt_logprobs=self._logprobs if self.job.prompt_logprobs else None,
             topk_prompt_logprobs=top if self.job.topk_prompt_logprobs else None,
         )

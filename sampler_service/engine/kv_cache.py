@@ -82,6 +82,10 @@ class KvCache:
         # Where blocks are gathered: fresh memory for it would be paged in for every layer.
         self._rooms: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
+    def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, as they lie."""
+        return self._layers[layer_index]
+
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks in every layer, (from, to), in order."""
         for layer in self._layers.values():

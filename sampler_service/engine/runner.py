@@ -1,7 +1,7 @@
 """Computes one step: lays its spans side by side, sorted by adapter, and runs the model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from mint_core.lora.layers import MIN_ROWS, Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cached_attention import CachedAttention, CachedRows
+from sampler_service.engine.decoder import Decoded, Decoder
 from sampler_service.engine.kv_cache import KvCache
-from sampler_service.engine.scheduler import Span, Step, TokenSequence
+from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,20 +38,38 @@ class Computed:
 
     hidden: Tensor  # [rows, d]
     placed: tuple[Placed, ...]
+    decoded: Decoded | None = None  # by the decoder: these spans are not among the placed
 
 
 class Runner:
     """Runs steps over the base model and the adapters of the bank."""
 
-    def __init__(self, base: LoadedBase, cache: KvCache, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        cache: KvCache,
+        progress: Callable[[], None],
+        decoder: Decoder | None = None,  # for spans that decode
+    ) -> None:
         self._base = base
         self._cache = cache
         self._progress = progress
+        self._decoder = decoder
 
     def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
         """Computes the step's tokens and puts their keys and values into the cache."""
         self._cache.copy(step.copies)
-        placed, segments = place(step.spans, adapters)
+        if self._decoder is None or not any(span.decodes for span in step.spans):
+            return self._run(step.spans, adapters)
+        decoded = self._decoder.run([span for span in step.spans if span.decodes], adapters)
+        self._progress()
+        rest = [span for span in step.spans if not span.decodes]
+        if not rest:
+            return Computed(decoded.logits.new_empty(0), (), decoded)
+        return replace(self._run(rest, adapters), decoded=decoded)
+
+    def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
+        placed, segments = place(spans, adapters)
         tokens = [0] * segments[-1].stop
         positions = [0] * segments[-1].stop
         for p in placed:
@@ -75,6 +94,8 @@ class Runner:
 
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""
+        if computed.decoded is not None:
+            return computed.decoded.logits, computed.decoded.sequences
         pieces: list[Piece] = []
         sequences: list[TokenSequence] = []
         by_segment: dict[Segment, list[Placed]] = {}

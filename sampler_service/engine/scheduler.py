@@ -4,112 +4,92 @@ A request's prompt is computed once, all but its last token; then its samples fo
 its blocks, and each computes the prompt's last token by itself. So every generated token, the first
 one included, comes from a row of its own, which does not depend on how the prompt was computed.
 
-Prompts are cut at multiples of CHUNK_TOKENS, whatever else runs: what a request computes does not
-depend on its neighbours. When blocks run out, the youngest sequence gives its own back and is
-computed again later; the oldest always goes on, so all end.
+Each pass computes the next token of all that decode, and pieces of prompts as far as its budget
+goes. Prompts are cut at multiples of CHUNK_TOKENS, whatever else runs: what a request computes does
+not depend on its neighbours, but for beginnings that it finds in the cache.
+
+The tenant that has had the least comes first, and of its sequences the oldest. Places to run in are
+shared between tenants; who must leave one keeps its blocks. When blocks run out, the last in that
+order gives its own back and is computed again later; the first always goes on, so all end.
 """
 
-import bisect
+import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, first_key
+from sampler_service.engine.prefixes import Prefixes
+from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
+from sampler_service.engine.tenants import Line, Tenants, move
 from sampler_service.jobs import CHUNK_TOKENS
-
-PROMPT = -1  # index of the sequence that a request's samples fork from
 
 
 @dataclass(slots=True, eq=False)
-class TokenSequence:
-    """A prompt, or a prompt with what one sample has generated."""
-
-    request_id: int
-    index: int  # which sample, or PROMPT
-    adapter: str
-    prompt: list[int]  # shared by the samples
-    generated: list[int] = field(default_factory=list)
-    cached: int = 0  # so many tokens have their keys and values in `blocks`
-    blocks: list[int] = field(default_factory=list)
-    running: bool = False
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """Requests are numbered as they come; less is older."""
-        return self.request_id, self.index
-
-    @property
-    def missing(self) -> int:
-        """Tokens to compute before the last one."""
-        return len(self) - 1 - self.cached
-
-    @property
-    def decodes(self) -> bool:
-        """Whether only the last token is to be computed, and the next one drawn."""
-        return self.index != PROMPT and not self.missing
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        n = len(self.prompt)
-        return self.prompt[start:stop] + self.generated[max(start - n, 0) : max(stop - n, 0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens of a sequence to compute now."""
-
-    sequence: TokenSequence
-    start: int
-    stop: int
-    decodes: bool  # one token, whose successor is drawn
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One pass. `copies` of blocks (from, to) come before everything else, in order."""
-
-    spans: tuple[Span, ...]
-    copies: tuple[tuple[int, int], ...] = ()
+class _Request:
+    num_samples: int
+    sequences: set[TokenSequence] = field(default_factory=set)  # that have not ended
+    begun: bool = False  # whether it has had a pass
 
 
 class Scheduler:
-    """Waiting and running sequences, each list in order of age."""
+    """Orders the sequences of all requests."""
 
     def __init__(self, pool: BlockPool, *, max_running: int, max_batch_tokens: int) -> None:
         assert max_batch_tokens >= max_running + CHUNK_TOKENS, "a chunk must fit beside all decodes"
         self._pool = pool
+        self._prefixes = Prefixes(pool)
+        self._tenants = Tenants()
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: list[TokenSequence] = []
-        self._running: list[TokenSequence] = []
-        self._num_samples: dict[int, int] = {}  # of requests whose prompt is not computed yet
+        self._num_running = 0
+        self._requests: dict[int, _Request] = {}
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._requests)
 
-    def add(self, request_id: int, prompt: list[int], adapter: str, num_samples: int) -> None:
+    def begun(self, request_id: int) -> bool:
+        """Whether the request has had a pass."""
+        return self._requests[request_id].begun
+
+    def add(
+        self,
+        request_id: int,
+        prompt: list[int],
+        adapter: str,
+        num_samples: int,
+        *,
+        tenant: str = "",
+        reuses: bool = True,  # whether what is cached serves; not where positions are scored
+    ) -> None:
         """Takes a request in. Ids rise; prompt and continuation fit in the pool."""
         assert blocks_for(len(prompt)) <= self._pool.size
-        self._num_samples[request_id] = num_samples
-        sequence = TokenSequence(request_id, PROMPT, adapter, prompt)
+        self._tenants.want(tenant)
+        self._requests[request_id] = _Request(num_samples)
+        sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reuses)
+        sequence.keys.append(first_key(tenant, adapter))
+        self._enter(sequence)
         if sequence.missing:
-            self._wait(sequence)
+            move(sequence, self._tenants.of(sequence).fresh)
         else:
             self._fork(sequence)
 
     def schedule(self) -> Step | None:
         """The next pass, or None if nothing is to be done."""
-        self._admit()
-        spans: list[Span] = []
         copies: list[tuple[int, int]] = []
-        for sequence in [s for s in self._running if s.decodes]:
-            # Making room for an older one may have sent this one away.
-            if sequence.running and self._make_room(sequence, copies):
-                spans.append(Span(sequence, sequence.cached, sequence.cached + 1, True))
-        spans.extend(self._chunks(self._max_batch_tokens - len(spans)))
-        assert spans or not self.busy, "the oldest sequence can always go on"
+        self._admit()
+        self._make_room(copies)
+        if not self._num_running:  # who ran has given its blocks to those before it: they run now
+            self._admit()
+            self._make_room(copies)
+        spans: list[Span] = []
+        for tenant in self._tenants:
+            decoding = [s for s in tenant.running if s.decodes]
+            spans += [Span(s, s.cached, s.cached + 1, True) for s in decoding]
+            tenant.served_tokens += len(decoding)
+        spans += self._chunks(self._max_batch_tokens - len(spans))
+        self._tenants.note_reached()
+        assert spans or not self.busy, "the first sequence can always go on"
         return Step(tuple(spans), tuple(copies)) if spans else None
 
     def update(
@@ -124,95 +104,193 @@ class Scheduler:
             sequence.cached = span.stop
             if span.decodes:
                 sequence.generated.append(tokens[sequence])
+                if not span.stop % BLOCK_TOKENS:
+                    self._prefixes.keep(sequence, span.start)
                 if sequence in ended:
-                    self._leave(sequence)
-                    self._pool.release(sequence.blocks)
-            elif sequence.index == PROMPT and not sequence.missing:
-                self._leave(sequence)
-                self._fork(sequence)
+                    self._end(sequence)
+            else:
+                self._let_on(self._prefixes.keep(sequence, span.start))
+                if not sequence.missing:
+                    self._have_computed(sequence)
 
     def abort(self, request_id: int) -> None:
         """Forgets a request, if it is there."""
-        for sequence in [s for s in self._everyone() if s.request_id == request_id]:
-            self._leave(sequence)
-            self._pool.release(sequence.blocks)
-        self._num_samples.pop(request_id, None)
+        request = self._requests.get(request_id)
+        for sequence in list(request.sequences) if request else ():
+            self._end(sequence)
 
     def _admit(self) -> None:
-        """Moves from waiting to running in order of age: nobody overtakes."""
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            needed = blocks_for(len(sequence) - 1) - len(sequence.blocks)
-            # Each one that runs may want a block soon; better to wait than to send it away. With
-            # none running there is room: who was sent away was the youngest to hold blocks.
-            reserve = len(self._running) + 1 if self._running else 0
-            if self._pool.free < needed + reserve:
+        """Gives places and blocks to those whose turn it is."""
+        with_fresh = True
+        while sequence := self._tenants.next(with_fresh):
+            full = self._num_running == self._max_running
+            if full and self._tenants.first_to_yield(sequence) is None:
                 return
-            sequence.blocks.extend(self._pool.take() for _ in range(needed))
-            self._leave(sequence)
-            sequence.running = True
-            bisect.insort(self._running, sequence, key=_age)
+            fresh = sequence.line is self._tenants.of(sequence).fresh
+            if fresh and not self._begin(sequence):
+                # Nobody overtakes it to the blocks, but those who have theirs may go on.
+                with_fresh = False
+            elif not fresh:
+                if self._pool.free < self._reserve:
+                    return
+                self._run(sequence)
 
-    def _chunks(self, budget: int) -> Iterator[Span]:
-        for sequence in self._running:
-            if sequence.decodes:
-                continue
-            start = sequence.cached
-            tokens = min(CHUNK_TOKENS - start % CHUNK_TOKENS, sequence.missing)
-            if tokens > budget:
-                return
-            budget -= tokens
-            yield Span(sequence, start, start + tokens, False)
+    @property
+    def _reserve(self) -> int:
+        """Each one that runs may want a block soon; better to wait than to send it away. With none
+        running there is room: all blocks are free but those of sequences that want only a place.
+        """
+        return self._num_running + 1 if self._num_running else 0
 
-    def _make_room(self, sequence: TokenSequence, copies: list[tuple[int, int]]) -> bool:
-        """Gives the sequence a block of its own for its next token, or sends it away."""
-        blocks, at = sequence.blocks, sequence.cached // BLOCK_TOKENS
-        while at == len(blocks) or self._pool.shared(blocks[at]):
-            if self._pool.free:
-                self._replace(blocks, at, copies)
-                return True
-            holders = [s for s in self._everyone() if s.blocks or s is sequence]
-            victim = max(holders, key=_age)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
+    def _begin(self, sequence: TokenSequence) -> bool:
+        """Gives blocks to a fresh sequence, unless it had better wait. False: there are none."""
+        keys = sequence.keys_before_last(0) if sequence.reuses else []
+        found = self._prefixes.find(keys)
+        if (line := self._prefixes.awaited(keys[len(found) :])) is not None:
+            move(sequence, line)
+            return True
+        needed = blocks_for(len(sequence) - 1) - len(found)
+        if self._pool.free - self._pool.count_free(found) < needed + self._reserve:
+            return False
+        self._pool.hold(found)
+        sequence.blocks = [*found, *(self._pool.take() for _ in range(needed))]
+        sequence.cached = min(len(found) * BLOCK_TOKENS, len(sequence) - 1)
+        sequence.paid = max(sequence.paid, sequence.cached)
+        if sequence.hit_tokens is None:
+            sequence.hit_tokens = sequence.cached
+        if sequence.index == PROMPT and not sequence.missing:
+            self._fork(sequence)
+        else:
+            self._run(sequence)
         return True
 
-    def _replace(self, blocks: list[int], at: int, copies: list[tuple[int, int]]) -> None:
-        new = self._pool.take()
+    def _run(self, sequence: TokenSequence) -> None:
+        """Gives a place to a sequence that has its blocks."""
+        if self._num_running == self._max_running:
+            loser = self._tenants.first_to_yield(sequence)
+            assert loser is not None, "a place is asked for when there is one"
+            self._put(loser, self._tenants.of(loser).ready)
+        self._put(sequence, self._tenants.of(sequence).running)
+        sequence.decodes = sequence.index != PROMPT and not sequence.missing
+        if sequence.missing:
+            self._prefixes.begin(sequence)
+
+    def _put(self, sequence: TokenSequence, line: Line | None) -> None:
+        """Moves it from line to line, and so to and from a place."""
+        running = self._tenants.of(sequence).running
+        if sequence.line is running:
+            self._num_running -= 1
+            if sequence.missing:
+                self._let_on(self._prefixes.stop(sequence))
+        move(sequence, line)
+        self._num_running += line is running
+
+    def _let_on(self, waited: list[TokenSequence]) -> None:
+        """Puts those in line again who waited for what another was computing."""
+        for sequence in waited:
+            move(sequence, self._tenants.of(sequence).fresh)
+
+    def _make_room(self, copies: list[tuple[int, int]]) -> None:
+        """Gives each that decodes a place of its own for its next token, or sends it away."""
+        needy = [s for t in self._tenants for s in t.running if s.decodes and s.cached >= s.room]
+        if len(needy) > self._pool.free:
+            needy.sort(key=self._tenants.precedence)
+        for sequence in needy:
+            while sequence.decodes and not self._has_room(sequence, copies):
+                # It may be the sequence itself, but never one that comes before it.
+                self._preempt(self._tenants.last_holder())
+
+    def _has_room(self, sequence: TokenSequence, copies: list[tuple[int, int]]) -> bool:
+        """Gives it a place if a block is free or its last one is its own."""
+        pool, blocks = self._pool, sequence.blocks
+        at, place = divmod(sequence.cached, BLOCK_TOKENS)
         if at == len(blocks):
-            blocks.append(new)
-        else:
-            copies.append((blocks[at], new))
-            self._pool.release([blocks[at]])
-            blocks[at] = new
+            if not pool.free:
+                return False
+            blocks.append(pool.take())
+        elif pool.shared(blocks[at]) or pool.keeps_from(blocks[at], place):
+            if pool.free:
+                new = pool.take()
+                copies.append((blocks[at], new))
+                pool.release([blocks[at]])
+                blocks[at] = new
+            elif pool.shared(blocks[at]):
+                return False
+            else:
+                pool.forget(blocks[at])
+        sequence.room = (at + 1) * BLOCK_TOKENS
+        self._requests[sequence.request_id].begun = True
+        return True
 
     def _preempt(self, victim: TokenSequence) -> None:
         """Takes its blocks; it waits and is computed again."""
+        self._put(victim, self._tenants.of(victim).fresh)
         self._pool.release(victim.blocks)
-        victim.blocks, victim.cached = [], 0
-        self._leave(victim)
-        self._wait(victim)
+        victim.paid = max(victim.paid, victim.cached)
+        victim.blocks, victim.cached, victim.room, victim.decodes = [], 0, 0, False
+
+    def _chunks(self, budget: int) -> Iterator[Span]:
+        """Pieces of prompts: the next one of the tenant that has had least, again and again. What
+        does not fit beside those before it comes first in a later pass.
+        """
+        turns = [
+            (tenant.served_tokens, number, tenant, iter(computing))
+            for number, tenant in enumerate(self._tenants)
+            if (computing := [s for s in tenant.running if not s.decodes])
+        ]
+        heapq.heapify(turns)
+        while turns and budget:
+            _, number, tenant, sequences = heapq.heappop(turns)
+            sequence = next(sequences, None)
+            if sequence is None:
+                continue
+            start = sequence.cached
+            stop = start + min(CHUNK_TOKENS - start % CHUNK_TOKENS, sequence.missing)
+            if stop - start <= budget:
+                budget -= stop - start
+                tenant.served_tokens += max(0, stop - max(start, sequence.paid))
+                sequence.paid = max(stop, sequence.paid)
+                self._requests[sequence.request_id].begun = True
+                yield Span(sequence, start, stop, False)
+            heapq.heappush(turns, (tenant.served_tokens, number, tenant, sequences))
+
+    def _have_computed(self, sequence: TokenSequence) -> None:
+        """Goes on with one that lacks nothing but its last token."""
+        if sequence.index == PROMPT:
+            self._fork(sequence)
+        else:
+            sequence.decodes = True
 
     def _fork(self, prompt: TokenSequence) -> None:
         """Puts the samples of a computed prompt in line, sharing its blocks."""
-        for index in range(self._num_samples.pop(prompt.request_id)):
-            sample = TokenSequence(prompt.request_id, index, prompt.adapter, prompt.prompt)
-            sample.cached, sample.blocks = prompt.cached, list(prompt.blocks)
-            self._pool.share(sample.blocks)
-            self._wait(sample)
-        self._pool.release(prompt.blocks)
+        for index in range(self._requests[prompt.request_id].num_samples):
+            sample = TokenSequence(
+                prompt.request_id,
+                index,
+                prompt.adapter,
+                prompt.prompt,
+                prompt.tenant,
+                keys=list(prompt.keys),
+                cached=prompt.cached,
+                blocks=list(prompt.blocks),
+                paid=prompt.paid,
+                hit_tokens=prompt.hit_tokens,
+            )
+            self._pool.hold(sample.blocks)
+            self._enter(sample)
+            move(sample, self._tenants.of(sample).ready)
+        self._end(prompt)
 
-    def _wait(self, sequence: TokenSequence) -> None:
-        bisect.insort(self._waiting, sequence, key=_age)
+    def _enter(self, sequence: TokenSequence) -> None:
+        self._requests[sequence.request_id].sequences.add(sequence)
+        self._tenants.enter(sequence)
 
-    def _leave(self, sequence: TokenSequence) -> None:
-        (self._running if sequence.running else self._waiting).remove(sequence)
-        sequence.running = False
-
-    def _everyone(self) -> list[TokenSequence]:
-        return self._running + self._waiting
-
-
-def _age(sequence: TokenSequence) -> tuple[int, int]:
-    return sequence.age
+    def _end(self, sequence: TokenSequence) -> None:
+        """Forgets a sequence and gives its blocks back."""
+        self._put(sequence, None)
+        self._tenants.leave(sequence)
+        self._pool.release(sequence.blocks)
+        request = self._requests[sequence.request_id]
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            del self._requests[sequence.request_id]

@@ -75,13 +75,11 @@ class StopWatch:
     def read(self, token_id: int) -> StopReason | None:
         """Why the continuation ends with this token, or None if it goes on."""
         self._left -= 1
-        if token_id in self._token_ids or self._completes_text(token_id):
+        if token_id in self._token_ids or (self._texts and self._completes_text(token_id)):
             return StopReason.STOP
         return None if self._left else StopReason.LENGTH
 
     def _completes_text(self, token_id: int) -> bool:
-        if not self._texts:
-            return False
         seen = self._tail + self._vocabulary.bytes_of(token_id)
         self._tail = seen[-(self._longest - 1) :] if self._longest > 1 else b""
         return any(text in seen for text in self._texts)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mint_core.engine_pipe import Hello, Part, Reply, connect
 from mint_core.fault_points import fault_point
+from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
 from trainer_service import snapshot_files
@@ -38,11 +39,16 @@ from trainer_service.jobs import (
     StepRows,
     Tile,
     TileResult,
+    WriteRow,
+    WrittenRow,
 )
 
 MODULE = "lm_head"
 WIDTH = 16
 MAX_BATCH_TOKENS = 64
+LAYOUT = RowLayout.of(
+    2 * WIDTH, {MODULE: (Matrix(0, (1, WIDTH), (WIDTH, 1)), Matrix(WIDTH, (WIDTH, 1), (1, 1)))}
+)
 POISON = 13  # a token
 DIFFERENT = "MINT_TEST_OTHER_BITS"  # set in an engine's environment, its steps differ in a bit
 
@@ -71,6 +77,7 @@ class Rows:
             DropRow: lambda job: self._rows.pop(job.training_run_id, None) and None,
             ClearGradient: self._clear,
             ExportRow: self._export,
+            WriteRow: self._write,
             LoadRow: self._load,
             SnapshotRow: self._snapshot,
             RestoreRow: self._restore,
@@ -115,7 +122,7 @@ class Rows:
         self._rows[job.training_run_id] = Row(spec, weights)
         if job.start is not None:
             self._fill(job.training_run_id, job.start)
-        return RowDescription(spec=spec, trainable_parameter_count=WIDTH)
+        return RowDescription(spec=spec, trainable_parameter_count=WIDTH, row_bytes=4 * LAYOUT.size)
 
     def _clear(self, job: ClearGradient) -> None:
         self._rows[job.training_run_id].gradient[:] = 0
@@ -125,6 +132,11 @@ class Rows:
         weights = arrays(row.weights)
         moments = arrays(np.zeros(WIDTH, np.float32)) if job.with_optimizer else None
         return RowArrays(weights=weights, exp_avg=moments, exp_avg_sq=moments, step=row.step)
+
+    def _write(self, job: WriteRow) -> WrittenRow:
+        row = self._rows[job.training_run_id]
+        LAYOUT.row(row.spec, arrays(row.weights)).tofile(job.file)
+        return WrittenRow(LAYOUT, row.step)
 
     def _load(self, job: LoadRow) -> None:
         self._clear(ClearGradient(job.training_run_id))

@@ -60,7 +60,7 @@ def answer(job: object, plans: int, jobs: int) -> object:
             )
         case CreateRow():
             spec = AdapterSpec(rank=1, alpha=1.0, use_rslora=False, seed=1, modules=("lm_head",))
-            return RowDescription(spec=spec, trainable_parameter_count=1)
+            return RowDescription(spec=spec, trainable_parameter_count=1, row_bytes=4)
     return None
 
 

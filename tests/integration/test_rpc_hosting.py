@@ -185,3 +185,12 @@ async def test_a_call_may_wait_long_while_its_client_asks_for_signs_of_life(
         await stream.read()
         with pytest.raises(TimeoutError):  # and no GOAWAY for too many pings
             await asyncio.wait_for(stream.read(), 5.0)
+
+
+async def test_a_burst_of_calls_waits_while_the_loop_is_busy(served: Served) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{served.port}") as channel:
+        stub = trainer_pb2_grpc.TrainerServiceStub(channel)
+        # Sent without leaving the loop free: more than gRPC keeps by default.
+        calls = [stub.GetTrainingRun.future(RUN) for _ in range(4000)]
+        answers = await asyncio.to_thread(lambda: [call.result(LIMIT_S) for call in calls])
+    assert {answer.training_run.training_run_id for answer in answers} == {"default"}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
-from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, LoadAdapter, Stops
+from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, Stops
 from tests.engines_in_process import make_engine, run_plan
 from tests.models import (
     VOCABULARY_SIZE,
@@ -221,7 +221,7 @@ def test_an_adapter_that_overflows_fails_its_own_requests_alone(qwen3_folder: Pa
     bad = "mint://r-9/sampler_weights/bad@1"
     spec = sampler.row(ALL).spec
     huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
-    sampler.engine.accept(0, LoadAdapter(revision_path=bad, spec=spec, weights=huge))
+    sampler.load_arrays(bad, spec, huge)
     prompt = random_tokens(4, 30)
     expected = sampler.generate(prompt, adapter=ALL, seed=1)
     culprit = sampler.submit(prompt, adapter=bad, num_samples=2)

@@ -18,9 +18,10 @@ from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import step_row
+from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
+from trainer_service.engine.row_writing import write_row
 from trainer_service.engine.rows import (
     Rows,
     Span,
@@ -50,6 +51,8 @@ from trainer_service.jobs import (
     StepRows,
     Tile,
     TileResult,
+    WriteRow,
+    WrittenRow,
 )
 from trainer_service.snapshot_files import SnapshotDamaged, read_header
 
@@ -95,6 +98,7 @@ class Engine:
             DropRow: self._drop,
             ClearGradient: self._clear,
             ExportRow: self._export,
+            WriteRow: self._write,
             LoadRow: self._load,
             SnapshotRow: self._snapshot,
             RestoreRow: self._restore,
@@ -147,21 +151,39 @@ class Engine:
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
         wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
-        results = []
+        results: list[StepResult] = []
         for span in self._rows.page_in(wants):
-            for step in job.steps[span.start : span.stop]:
-                results.append(self._step_one(step, span.refused.get(step.training_run_id)))
+            results += self._step_span(job.steps[span.start : span.stop], span)
         return tuple(results)
 
-    def _step_one(self, job: StepRow, refusal: MintError | None) -> StepResult:
-        trained = self._rows[job.training_run_id]
-        if refusal is not None:
-            trained.clear_gradient()
-            return StepResult(step=trained.step, grad_norm=0.0, error=refusal)
-        result = step_row(trained.row, trained.step, job.adam_params)
-        trained.step = result.step
-        trained.gradient_pending = False
-        return replace(result, weight_digest=digest(trained.row.part(Part.WEIGHTS)))
+    def _step_span(self, jobs: Sequence[StepRow], span: Span) -> list[StepResult]:
+        """Steps of those whose rows are on the device."""
+        assert len({job.training_run_id for job in jobs}) == len(jobs), "two steps of one run"
+        rows = [self._rows[job.training_run_id] for job in jobs]
+        stepped = iter(
+            step_rows(
+                [
+                    RowStep(trained.row, trained.step, job.adam_params)
+                    for trained, job in zip(rows, jobs, strict=True)
+                    if job.training_run_id not in span.refused
+                ]
+            )
+        )
+        results = []
+        for trained, job in zip(rows, jobs, strict=True):
+            error = span.refused.get(job.training_run_id)
+            if error is None:
+                result = next(stepped)
+                if result.error is None:
+                    weights = trained.row.part(Part.WEIGHTS)
+                    result = replace(result, weight_digest=digest(weights))
+                trained.gradient_pending = False
+            else:
+                result = StepResult(step=trained.step, grad_norm=0.0, error=error)
+                trained.clear_gradient()
+            trained.step = result.step
+            results.append(result)
+        return results
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec = self._resolve(job.request)
@@ -172,7 +194,11 @@ class Engine:
         except MintError:
             self._rows.remove(job.training_run_id)
             raise
-        return RowDescription(spec=spec, trainable_parameter_count=trained.row.parameter_count())
+        return RowDescription(
+            spec=spec,
+            trainable_parameter_count=trained.row.parameter_count(),
+            row_bytes=trained.row.bank.part_bytes,
+        )
 
     def _resolve(self, request: LoraRequest | AdapterSpec) -> AdapterSpec:
         if isinstance(request, AdapterSpec):
@@ -196,6 +222,11 @@ class Engine:
             exp_avg_sq=trained.row.export(Part.EXP_AVG_SQ),
             step=trained.step,
         )
+
+    def _write(self, job: WriteRow) -> WrittenRow:
+        trained = self._rows.here(job.training_run_id)
+        write_row(trained.row, Path(job.file), job.path)
+        return WrittenRow(trained.row.bank.layout, trained.step)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.

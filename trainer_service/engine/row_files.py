@@ -4,13 +4,9 @@ The files are of no use without the engine that wrote them: each engine has a fo
 locked while it lives, and removes those whose engines are gone.
 """
 
-import fcntl
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from mint_core.errors import EngineFault, FailedPrecondition, ResourceExhausted
 from mint_core.lora.bank import Part, zero_vector
+from mint_core.owned_folder import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +33,7 @@ class RowFiles:
     def __init__(self, parent: Path) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with _locked(parent):
-                _remove_abandoned(parent)
-                self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-                self._lock = _lock(self._folder)
+            self._folder = OwnedFolder(parent, _PREFIX).path
         except OSError as error:
             raise FailedPrecondition(
                 f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
@@ -100,36 +94,3 @@ def _read_whole(descriptor: int, buffer: memoryview) -> None:
         if not count:
             raise OSError("the file is shorter than it was written")
         buffer = buffer[count:]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int:
-    """Locks a folder until the descriptor is closed, at the latest by the end of the process.
-    Raises BlockingIOError if another holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for folder in parent.glob(f"{_PREFIX}*"):
-        try:
-            descriptor = _lock(folder)
-        except BlockingIOError:
-            continue  # its engine lives
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)

@@ -25,7 +25,7 @@ from mint.types.responses import (
     TrainingRun,
 )
 from mint.types.run_events import CallOutcome, QueueProgress, RunEvent
-from mint.types.samples import SampledSequence, SampleResponse, StopReason, Topk
+from mint.types.samples import SampledSequence, SamplePart, SampleResponse, StopReason, Topk
 from mint.types.tensor_data import TensorData, TensorDtype
 
 ForwardBackwardResult = ForwardBackwardOutput
@@ -54,6 +54,7 @@ __all__ = [
     "OptimStepResponse",
     "QueueProgress",
     "RunEvent",
+    "SamplePart",
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",

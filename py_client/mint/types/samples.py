@@ -33,17 +33,35 @@ class SampledSequence:
 
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampledSequence) -> "SampledSequence":
-        if message.stop_reason not in _STOP_REASONS:
-            raise APIResponseValidationError(
-                f"a sequence ended for reason {message.stop_reason}, unknown to this client"
-            )
         return cls(
             tokens=list(message.tokens),
             logprobs=list(message.logprobs),
-            stop_reason=_STOP_REASONS[message.stop_reason],
+            stop_reason=_stop_reason(message.stop_reason),
             model_logprobs=list(message.model_logprobs),
             revision_path=message.revision_path,
             topk_logprobs=[_topk(entry) for entry in message.topk_logprobs] or None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePart:
+    """The next tokens of one continuation; the last part of each has its stop reason."""
+
+    index: int  # which continuation, from 0
+    tokens: list[int]
+    logprobs: list[float]  # as in SampledSequence, and so are the next
+    model_logprobs: list[float]
+    stop_reason: StopReason | None = None
+
+    @classmethod
+    def from_proto(cls, message: sampler_pb2.StreamSampleResponse) -> "SamplePart":
+        ended = message.stop_reason != sampler_pb2.STOP_REASON_UNSPECIFIED
+        return cls(
+            index=message.index,
+            tokens=list(message.tokens),
+            logprobs=list(message.logprobs),
+            model_logprobs=list(message.model_logprobs),
+            stop_reason=_stop_reason(message.stop_reason) if ended else None,
         )
 
 
@@ -72,6 +90,14 @@ class SampleResponse:
 def optional_logprobs(values: Iterable[float]) -> list[float | None]:
     """Logprobs with None where there is none, which the wire writes as NaN."""
     return [None if math.isnan(value) else value for value in values]
+
+
+def _stop_reason(reason: int) -> StopReason:
+    if reason not in _STOP_REASONS:
+        raise APIResponseValidationError(
+            f"a sequence ended for reason {reason}, unknown to this client"
+        )
+    return _STOP_REASONS[reason]
 
 
 def _topk(message: sampler_pb2.TopkLogprobs) -> Topk:

@@ -4,6 +4,7 @@ It keeps the contract's order and repeats, computes nothing, and fails attempts 
 """
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,13 +216,39 @@ class Sampler(sampler_pb2_grpc.SamplerServiceServicer):
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
+        self.arrived_s: list[float] = []  # when each request came
+        # Streams of StreamSample: messages, then a fault or None (it ends); later ones stay open.
+        self.streams: list[tuple[list[Any], Fault | None]] = []
         self.started = threading.Event()
         self.cancelled = threading.Event()
+        self.refused = threading.Event()
         self.fail_first: Fault | None = None
 
-    def Sample(self, request: Any, context: Any) -> Any:
+    def StreamSample(self, request: Any, context: Any) -> Iterator[Any]:
+        self._note(request)
+        messages, fault = self.streams.pop(0) if self.streams else ([], None)
+        for message in messages:
+            message.seed = message.seed or request.sample.sampling_params.seed
+            message.revision_path = request.sample.model_path
+            yield message
+        if fault is not None:
+            refuse(context, fault)
+        if not messages:
+            context.add_callback(self.cancelled.set)
+            self.started.set()
+            yield sampler_pb2.StreamSampleResponse(
+                tokens=[1], seed=request.sample.sampling_params.seed
+            )
+            self.cancelled.wait(WAIT_S)
+
+    def _note(self, request: Any) -> None:
         self.requests.append(request)
+        self.arrived_s.append(time.monotonic())
+
+    def Sample(self, request: Any, context: Any) -> Any:
+        self._note(request)
         if self.fail_first and len(self.requests) == 1:
+            self.refused.set()
             refuse(context, self.fail_first)
         if request.sampling_params.max_tokens == 13:
             context.add_callback(self.cancelled.set)

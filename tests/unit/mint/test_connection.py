@@ -2,12 +2,14 @@
 
 import logging
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 import mint
+from mint._scheduler import scheduler
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Code, Fault, Server, running
 
@@ -117,6 +119,46 @@ def test_a_sample_is_sent_again_with_the_same_seed(
     first, second = server.sampler.requests
     assert first == second
     assert response.seed == first.sampling_params.seed
+
+
+def test_a_sample_that_a_full_server_refuses_comes_again_when_it_was_told_to(
+    server: Server, sampling: mint.SamplingClient
+) -> None:
+    server.sampler.fail_first = Fault(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_after_s=0.4)
+
+    response = sampling.sample(mint.ModelInput.from_ints([1])).result(LIMIT_S)
+
+    first, second = server.sampler.requests
+    assert first == second
+    assert response.seed == first.sampling_params.seed
+    assert server.sampler.arrived_s[1] - server.sampler.arrived_s[0] > 0.35
+
+
+def test_a_sample_cancelled_while_it_waits_to_come_again_is_not_sent(
+    server: Server, sampling: mint.SamplingClient
+) -> None:
+    server.sampler.fail_first = Fault(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_after_s=0.5)
+    prompt = mint.ModelInput.from_ints([1])
+    refused = sampling.sample(prompt)
+    assert server.sampler.refused.wait(LIMIT_S)
+
+    assert refused.cancel()
+    later = threading.Event()
+    scheduler.call_later(1.0, later.set)
+    assert later.wait(LIMIT_S)
+    assert len(server.sampler.requests) == 1
+
+
+def test_a_sample_that_waited_for_too_long_is_an_error(
+    server: Server, sampling: mint.SamplingClient
+) -> None:
+    server.sampler.fail_first = Fault(Code.RESOURCE_EXHAUSTED, "WAITED_TOO_LONG")
+
+    with pytest.raises(mint.RateLimitError) as caught:
+        sampling.sample(mint.ModelInput.from_ints([1])).result(LIMIT_S)
+
+    assert caught.value.reason == "WAITED_TOO_LONG"
+    assert len(server.sampler.requests) == 1
 
 
 def test_a_sampling_client_is_pinned_to_the_revision_of_its_creation(

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, choose
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, LinearShape, Part
+from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, Gradients, choose
+from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
 
-MODULE = "m"
-SHAPE = LinearShape(48, 32)
+SHAPES = {"q": LinearShape(48, 32), "k": LinearShape(48, 16), "v": LinearShape(48, 16)}
+(GROUP,) = complete(SHAPES, [("q", "k", "v")])
 RANKS = (8, 3, 32, 8, 16)
+TRAINED = (("q", "k", "v"), ("q", "v"), ("k",), ("k", "v"), ("q", "k", "v"))
 # Between the third and the fourth lie rows of the base model alone.
 PLACES = [(0, 9), (9, 14), (14, 60), (70, 74), (74, 90)]
 ROWS = 96
@@ -22,22 +24,23 @@ class Case:
 
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.bank = AdapterBank({MODULE: SHAPE}, TRAINING_PARTS, torch.device(device))
-        self.rows = [self._row(rank, generator) for rank in RANKS]
+        self.bank = AdapterBank((GROUP,), TRAINING_PARTS, torch.device(device))
+        self.rows = [self._row(*kind, generator) for kind in zip(RANKS, TRAINED, strict=True)]
         self.segments = tuple(
             Segment(start, stop, row, accumulate=i != 1)
             for i, ((start, stop), row) in enumerate(zip(PLACES, self.rows, strict=True))
         )
-        sizes = (SHAPE.in_features, SHAPE.out_features, SHAPE.out_features, SHAPE.in_features)
+        sizes = (48, GROUP.width, GROUP.width, 48)
         self.x, self.y, self.dy, self.dx = (
             torch.randn(ROWS, size, generator=generator).to(device, dtype) for size in sizes
         )
 
-    def _row(self, rank: int, generator: torch.Generator) -> AdapterRow:
-        spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=(MODULE,))
+    def _row(self, rank: int, modules: tuple[str, ...], generator: torch.Generator) -> AdapterRow:
+        spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=modules)
         row = self.bank.add(spec)
-        for matrix in row._trim(*row.views(Part.WEIGHTS, MODULE)):
-            matrix.copy_(torch.randn(matrix.shape, generator=generator))
+        for module in modules:
+            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+                matrix.copy_(torch.randn(matrix.shape, generator=generator))
         return row
 
     def adapted(self, segments: tuple[Segment, ...] = ()) -> Adapted:
@@ -51,10 +54,13 @@ class Case:
 
     def forward(self, algorithm: Algorithm, *, backward: bool = False) -> Tensor:
         adapted = self.adapted()
-        saved = algorithm.forward(self.x, self.y, adapted, MODULE)
+        saved = algorithm.forward(self.x, self.y.split(GROUP.out_features, 1), adapted, GROUP)
         if backward:
-            algorithm.backward((self.x, self.dy, self.dx), saved, adapted, MODULE)
+            algorithm.backward(self.gradients(), saved, adapted, GROUP)
         return self.y
+
+    def gradients(self) -> Gradients:
+        return Gradients(self.x, self.dy.split(GROUP.out_features, dim=1), self.dx)
 
 
 def test_grouped_products_equal_the_loop() -> None:
@@ -72,8 +78,8 @@ def test_the_loop_is_each_segment_alone_bitwise() -> None:
     alone = Case()
     for segment in alone.segments:
         adapted = alone.adapted((segment,))
-        saved = LOOP.forward(alone.x, alone.y, adapted, MODULE)
-        LOOP.backward((alone.x, alone.dy, alone.dx), saved, adapted, MODULE)
+        saved = LOOP.forward(alone.x, alone.y.split(GROUP.out_features, 1), adapted, GROUP)
+        LOOP.backward(alone.gradients(), saved, adapted, GROUP)
     gradients = [row.part(Part.GRADIENT) for row in alone.rows]
     for ours, expected in zip(together, (alone.y, alone.dx, *gradients), strict=True):
         assert torch.equal(ours, expected)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, LinearShape, Part
+from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
+from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
 
 SHAPES = {"a.q_proj": LinearShape(6, 10), "lm_head": LinearShape(6, 20)}
@@ -17,7 +18,7 @@ def make_spec(rank: int, *modules: str) -> AdapterSpec:
 
 
 def make_bank() -> AdapterBank:
-    return AdapterBank(SHAPES, TRAINING_PARTS, torch.device("cpu"))
+    return AdapterBank(complete(SHAPES), TRAINING_PARTS, torch.device("cpu"))
 
 
 def make_arrays(spec: AdapterSpec, seed: int) -> dict[str, np.ndarray]:

@@ -86,6 +86,13 @@ async def test_what_on_part_raises_the_call_raises() -> None:
         assert await engine.call(Echo("still there")) == "still there"
 
 
+async def test_parts_that_nobody_asked_for_fail_their_call_alone() -> None:
+    async with running() as engine:
+        with pytest.raises(AssertionError, match="nobody asked"):
+            await engine.call(Count(3, bundle=3))
+        assert await engine.call(Echo("still there")) == "still there"
+
+
 async def test_a_caller_that_left_gets_no_parts() -> None:
     async with running() as engine:
         seen: list[object] = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.bank import LinearShape
+from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from mint_core.lora.targets import initial_arrays, resolve
 

@@ -18,6 +18,10 @@ def test_the_defaults_are_legal() -> None:
         ({"max_running_samples": 0}, "`max_running_samples` must be at least 1"),
         ({"max_batch_tokens": 520}, "`max_batch_tokens` must be at least 576, or 0"),
         ({"kv_cache_tokens": -1}, "`kv_cache_tokens` must be at least 512, or 0"),
+        ({"queue_samples": 0}, "`queue_samples` must be at least 1"),
+        ({"queue_tokens": 0}, "`queue_tokens` must be at least 1"),
+        ({"max_wait_s": -1.0}, "`max_wait_s` must be 0 or positive, got -1.0"),
+        ({"max_wait_s": float("inf")}, "`max_wait_s` must be 0 or positive"),
         ({"address": "0.0.0.0:1"}, "needs `keys`"),
     ],
 )

@@ -1,6 +1,7 @@
 """Requests that can never work are refused by the field's name, and others are filled in."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,11 @@ from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, MintError, Unimplemented
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.jobs import Choice
-from sampler_service.requests import parse_compute_logprobs, parse_sample
+from sampler_service.requests import (
+    parse_compute_logprobs,
+    parse_sample,
+    parse_stream_sample,
+)
 
 MODEL = ModelDescription(
     name="tiny",
@@ -193,6 +198,32 @@ def test_logprobs_are_checked_like_samples() -> None:
         spoil()
         with pytest.raises(InvalidRequest):
             parse_compute_logprobs(request, MODEL)
+
+
+def test_a_context_that_memory_bounds_says_so() -> None:
+    model = replace(MODEL, memory_bound=True)
+    for request in (sample((1,) * 17), sample(max_tokens=14)):
+        with pytest.raises(InvalidRequest, match="kv-cache-tokens") as caught:
+            parse_sample(request, model)
+        assert caught.value.metadata["context_length"] == "16"
+
+
+def test_a_stream_is_parsed_like_a_sample() -> None:
+    request = sample(num_samples=4, max_tokens=9, temperature=0.5, seed=3)
+    stream = sampler_pb2.StreamSampleRequest(sample=request)
+    parsed, expected = parse_stream_sample(stream, MODEL), parse_sample(request, MODEL)
+    assert parsed.prompt.tolist() == expected.prompt.tolist()
+    assert replace(parsed, prompt=expected.prompt) == expected
+    with pytest.raises(InvalidRequest, match="`prompt` is empty"):
+        parse_stream_sample(sampler_pb2.StreamSampleRequest(), MODEL)
+
+
+@pytest.mark.parametrize("fields", [{"include_prompt_logprobs": True}, {"topk_prompt_logprobs": 2}])
+def test_a_stream_cannot_hold_prompt_logprobs(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest, match="call `Sample`") as caught:
+        parse_stream_sample(sampler_pb2.StreamSampleRequest(sample=sample(**fields)), MODEL)
+    (name,) = fields
+    assert caught.value.field == name
 
 
 INT32 = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 20)

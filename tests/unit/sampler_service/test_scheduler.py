@@ -1,121 +1,37 @@
 """The scheduler under arbitrary traffic: budgets kept, blocks neither lost nor mixed, all end."""
 
-from dataclasses import dataclass, field
+import random
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from sampler_service.engine.scheduler import (
-    PROMPT,
-    Scheduler,
-    Step,
-    TokenSequence,
-)
+from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.scheduler import Scheduler
 from sampler_service.jobs import CHUNK_TOKENS
+from tests.unit.sampler_service.scheduler_traffic import CONTEXT, LETTERS, Traffic
 
-MAX_RUNNING = 4
-BATCH_TOKENS = CHUNK_TOKENS + 100
-POOL_BLOCKS = 40
-CONTEXT = POOL_BLOCKS * BLOCK_TOKENS
-
-
-@dataclass
-class Memory:
-    """What a cache would hold: the token that was written to each place. All tokens differ, so one
-    stands for all that came before it too.
-    """
-
-    places: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def run(self, step: Step) -> None:
-        for source, target in step.copies:
-            for place in range(BLOCK_TOKENS):
-                self.places[target, place] = self.places.get((source, place), 0)
-        for span in step.spans:
-            for at, token in enumerate(span.sequence.tokens(span.start, span.stop), span.start):
-                self.places[self._place(span.sequence, at)] = token
-        for span in step.spans:  # after all writes: nobody wrote into what another reads
-            tokens = span.sequence.tokens(0, span.stop)
-            # The first of each block and all of the last, which is where blocks are shared.
-            for at in {*range(0, span.stop, BLOCK_TOKENS), *range(span.stop)[-BLOCK_TOKENS:]}:
-                assert self.places[self._place(span.sequence, at)] == tokens[at]
-
-    def _place(self, sequence: TokenSequence, at: int) -> tuple[int, int]:
-        return sequence.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS
+_letters = random.Random(1)
+TEXTS = [_letters.choices(range(LETTERS), k=CONTEXT) for _ in range(2)]  # that prompts begin with
+LONGEST = 60  # tokens of a continuation
 
 
-class Traffic:
-    """Requests with their lengths, and an engine that draws the number of the draw."""
+def own_prompts() -> "count[int]":
+    """Tokens that no other prompt begins with."""
+    return count(LETTERS)
 
-    def __init__(self, blocks: int = POOL_BLOCKS) -> None:
-        self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(
-            self.pool, max_running=MAX_RUNNING, max_batch_tokens=BATCH_TOKENS
-        )
-        self.memory = Memory()
-        self.left: dict[tuple[int, int], int] = {}  # tokens to come, by request and sample
-        self.unscored: set[int] = set()
-        self._requests = 0
-        self._drawn = 0
 
-    def add(self, prompt: int, num_samples: int, max_tokens: int) -> int:
-        self._requests += 1
-        request_id = self._requests
-        self.left.update({(request_id, i): max_tokens for i in range(num_samples)})
-        if prompt > 1:
-            self.unscored.add(request_id)
-        tokens = [request_id * 10_000 + at for at in range(prompt)]
-        self.scheduler.add(request_id, tokens, "", num_samples)
-        return request_id
+def own(tokens: "count[int]", n: int) -> list[int]:
+    return [next(tokens), *[0] * (n - 1)]
 
-    def abort(self, request_id: int) -> None:
-        self.scheduler.abort(request_id)
-        self.left = {key: left for key, left in self.left.items() if key[0] != request_id}
-        self.unscored.discard(request_id)
 
-    def step(self) -> Step | None:
-        step = self.scheduler.schedule()
-        if step is None:
-            assert not self.left
-            assert not self.unscored
-            return None
-        self._check(step)
-        self.memory.run(step)
-        tokens: dict[TokenSequence, int] = {}
-        ended = set()
-        for span in step.spans:
-            sequence = span.sequence
-            if span.decodes:
-                self._drawn += 1
-                tokens[sequence] = -self._drawn
-                self.left[sequence.age] -= 1
-                if not self.left[sequence.age]:
-                    del self.left[sequence.age]
-                    ended.add(sequence)
-            elif sequence.index == PROMPT and span.stop == len(sequence) - 1:
-                self.unscored.discard(sequence.request_id)
-        self.scheduler.update(step, tokens, ended)
-        return step
-
-    def _check(self, step: Step) -> None:
-        sequences = [span.sequence for span in step.spans]
-        assert len(set(sequences)) == len(sequences) <= MAX_RUNNING
-        assert sum(span.stop - span.start for span in step.spans) <= BATCH_TOKENS
-        for span in step.spans:
-            assert span.start == span.sequence.cached
-            assert span.decodes == (span.stop == len(span.sequence) and span.start == span.stop - 1)
-            if not span.decodes:  # cut by the sequence's own length alone
-                end = len(span.sequence) - 1
-                assert span.stop == min(end, (span.start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
-
-    def drain(self) -> None:
-        # Every pass computes a token of the oldest sequence, or a piece of its prompt.
-        while self.step():
-            pass
-        assert self.pool.free == self.pool.size
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    """Beginnings of a few texts, going on in different ways."""
+    text = draw(st.sampled_from(TEXTS))[: draw(st.integers(1, CONTEXT - 1))]
+    return (text + draw(st.lists(st.integers(0, LETTERS - 1), max_size=20)))[: CONTEXT - 1]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -126,17 +42,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.traffic = Traffic()
 
     @rule(
-        prompt=st.integers(1, CONTEXT - 1),
+        prompt=prompts(),
         num_samples=st.integers(0, 6),
-        max_tokens=st.integers(1, 60),
+        max_tokens=st.integers(1, LONGEST),
+        tenant=st.sampled_from("abcdef"),  # more than places
+        adapter=st.sampled_from(["", "x"]),
+        reuses=st.booleans(),
     )
-    def add(self, prompt: int, num_samples: int, max_tokens: int) -> None:
-        self.traffic.add(prompt, num_samples, min(max_tokens, CONTEXT - prompt))
+    def add(
+        self,
+        prompt: list[int],
+        num_samples: int,
+        max_tokens: int,
+        tenant: str,
+        adapter: str,
+        reuses: bool,
+    ) -> None:
+        self.traffic.add(
+            prompt,
+            num_samples,
+            min(max_tokens, CONTEXT - len(prompt)),
+            adapter=adapter,
+            tenant=tenant,
+            reuses=reuses,
+        )
 
-    @precondition(lambda self: self.traffic.left)
+    @precondition(lambda self: self.traffic.ended)
+    @rule(data=st.data(), rest=st.lists(st.integers(0, LETTERS - 1), min_size=1, max_size=20))
+    def go_on_with_what_was_generated(self, data: st.DataObject, rest: list[int]) -> None:
+        before = data.draw(st.sampled_from(self.traffic.ended))
+        self.traffic.add([*before, *rest][: CONTEXT - 1], tenant="a")
+
+    @precondition(lambda self: self.traffic.samples)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        requests = sorted({request_id for request_id, _ in self.traffic.left})
+        requests = sorted({request_id for request_id, _ in self.traffic.samples})
         self.traffic.abort(data.draw(st.sampled_from(requests)))
 
     @rule(steps=st.integers(1, 30))
@@ -161,19 +101,90 @@ TestScheduler = SchedulerMachine.TestCase
 
 @given(st.integers(1, CONTEXT - 1), st.integers(1, 8))
 def test_a_prompt_is_computed_once_for_all_its_samples(prompt: int, num_samples: int) -> None:
-    traffic = Traffic(blocks=10 * POOL_BLOCKS)
-    traffic.add(prompt, num_samples, 1)
-    computed = 0
-    while step := traffic.step():
-        computed += sum(span.stop - span.start for span in step.spans)
-    assert computed == prompt - 1 + num_samples
+    traffic = Traffic(blocks=1000)
+    request_id = traffic.add(TEXTS[0][:prompt], num_samples)
+    traffic.drain()
+    assert traffic.computed[request_id] == prompt - 1 + num_samples
+
+
+@given(st.integers(1, CONTEXT - 1), st.integers(1, 8))
+def test_a_prompt_is_computed_once_for_requests_that_come_together(
+    prompt: int, num_requests: int
+) -> None:
+    traffic = Traffic(blocks=1000)
+    for _ in range(num_requests):
+        traffic.add(TEXTS[0][:prompt])
+    traffic.drain()
+    assert sum(traffic.computed.values()) == prompt - 1 + num_requests
+
+
+@given(st.integers(1, CONTEXT - 30), st.integers(0, 20), st.integers(1, 5))
+def test_what_follows_a_known_beginning_alone_is_computed(
+    prompt: int, rest: int, max_tokens: int
+) -> None:
+    traffic = Traffic(blocks=1000)
+    traffic.add(TEXTS[0][:prompt], 1, max_tokens)
+    traffic.drain()
+    (known,) = traffic.ended
+    request_id = traffic.add([*known, *TEXTS[1][:rest]])
+    traffic.drain()
+    # What was drawn last was never computed; of the rest, the full blocks are there. But where
+    # nothing was added, a prompt ends where one before it may have ended.
+    cached = (len(known) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert traffic.computed[request_id] == len(known) + rest - cached
+
+
+def test_a_prompt_whose_positions_are_scored_is_computed_whole() -> None:
+    traffic = Traffic()
+    for _ in range(2):
+        request_id = traffic.add(TEXTS[0][:100], reuses=False)
+        traffic.drain()
+        assert traffic.computed[request_id] == 100
+    request_id = traffic.add(TEXTS[0][:100])
+    traffic.drain()
+    assert traffic.computed[request_id] == 1
+
+
+@pytest.mark.parametrize("other", [{"adapter": "x"}, {"tenant": "b"}])
+def test_nothing_is_found_under_another_adapter_or_tenant(other: dict[str, str]) -> None:
+    traffic = Traffic()
+    traffic.add(TEXTS[0][:100])
+    traffic.drain()
+    request_id = traffic.add(TEXTS[0][:100], **other)  # type: ignore[arg-type]
+    traffic.drain()
+    assert traffic.computed[request_id] == 100
+
+
+def test_who_waits_for_anothers_prompt_goes_on_when_that_is_aborted() -> None:
+    traffic = Traffic()
+    first = traffic.add(TEXTS[0])
+    second = traffic.add(TEXTS[0])
+    step = traffic.step()
+    assert step is not None
+    assert [span.sequence.request_id for span in step.spans] == [first]
+    traffic.abort(first)
+    traffic.drain()
+    assert traffic.computed[second] == len(TEXTS[0]) - CHUNK_TOKENS  # a piece was there
+
+
+def test_the_longest_unused_is_forgotten_first() -> None:
+    traffic = Traffic(blocks=20)
+    tokens = own_prompts()
+    prompts = [own(tokens, 6 * BLOCK_TOKENS) for _ in range(4)]
+    for prompt in (*prompts[:3], prompts[0], prompts[3]):
+        traffic.add(prompt)
+        traffic.drain()
+    again = [traffic.add(prompts[i]) for i in (0, 3, 1)]
+    traffic.drain()
+    assert [traffic.computed[i] for i in again] == [1, 1, 6 * BLOCK_TOKENS]
 
 
 def test_nobody_overtakes() -> None:
     traffic = Traffic()
-    first = traffic.add(CONTEXT - 60, 1, 60)
-    second = traffic.add(CONTEXT - 60, 1, 60)
-    third = traffic.add(5, 1, 5)
+    tokens = own_prompts()
+    first = traffic.add(own(tokens, CONTEXT - 60), 1, 60)
+    second = traffic.add(own(tokens, CONTEXT - 60), 1, 60)
+    third = traffic.add(own(tokens, 5), 1, 5)
     seen: list[int] = []
     while step := traffic.step():
         seen.extend(s.sequence.request_id for s in step.spans if s.sequence.request_id not in seen)
@@ -182,21 +193,38 @@ def test_nobody_overtakes() -> None:
 
 def test_the_youngest_gives_way_and_is_computed_again() -> None:
     traffic = Traffic(blocks=8)
-    for _ in range(2):
-        traffic.add(BLOCK_TOKENS, 1, 6 * BLOCK_TOKENS)
-    computed: dict[int, int] = {1: 0, 2: 0}
-    while step := traffic.step():
-        for span in step.spans:
-            computed[span.sequence.request_id] += span.stop - span.start
+    tokens = own_prompts()
+    first, second = (traffic.add(own(tokens, 16), 1, 6 * BLOCK_TOKENS) for _ in range(2))
+    traffic.drain()
     needed = BLOCK_TOKENS - 1 + 6 * BLOCK_TOKENS
-    assert computed[1] == needed
-    assert computed[2] > needed
-    assert traffic.pool.free == traffic.pool.size
+    assert traffic.computed[first] == needed
+    assert traffic.computed[second] > needed
+
+
+def test_long_prompts_do_not_keep_others_from_their_next_tokens() -> None:
+    traffic = Traffic(blocks=1000)
+    tokens = own_prompts()
+    talker = traffic.add(own(tokens, 5), 1, 20)
+    traffic.step()
+    for _ in range(5):
+        traffic.add(own(tokens, CONTEXT - 1))
+    for _ in range(20):
+        step = traffic.step()
+        assert step is not None
+        assert step.spans[0].sequence.request_id == talker
+        assert step.spans[0].decodes
+
+
+def test_a_sequence_that_fills_the_cache_alone_can_go_on() -> None:
+    traffic = Traffic()
+    for _ in range(2):  # the second finds its own beginning, which it must write behind
+        traffic.add(TEXTS[0][: CONTEXT - 100], 1, 100)
+        traffic.drain()
 
 
 def test_an_abort_frees_its_blocks_at_once() -> None:
     traffic = Traffic()
-    request_id = traffic.add(500, 5, 50)
+    request_id = traffic.add(TEXTS[0][:500], 5, 50)
     for _ in range(4):
         traffic.step()
     assert traffic.pool.free < traffic.pool.size
@@ -205,11 +233,17 @@ def test_an_abort_frees_its_blocks_at_once() -> None:
     assert not traffic.scheduler.busy
 
 
+def test_a_request_has_begun_when_it_has_a_pass() -> None:
+    traffic = Traffic()
+    tokens = own_prompts()
+    first = traffic.add(own(tokens, CONTEXT - 60), 1, 60)
+    second = traffic.add(own(tokens, CONTEXT - 60), 1, 60)
+    assert not traffic.scheduler.begun(first)
+    traffic.step()
+    assert traffic.scheduler.begun(first)
+    assert not traffic.scheduler.begun(second)
+
+
 def test_a_budget_without_room_for_a_chunk_is_refused() -> None:
     with pytest.raises(AssertionError, match="beside all decodes"):
         Scheduler(BlockPool(1), max_running=1, max_batch_tokens=CHUNK_TOKENS)
-
-
-@given(st.integers(0, 10_000))
-def test_blocks_hold_their_tokens(tokens: int) -> None:
-    assert 0 <= blocks_for(tokens) * BLOCK_TOKENS - tokens < BLOCK_TOKENS

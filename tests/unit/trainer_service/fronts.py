@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint_store import CheckpointStore
+from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Outcome, Step
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.durability import Durability
@@ -90,7 +91,7 @@ async def fronting(
     metrics, clock = Metrics(), SetClock()
     scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
     durability = Durability(store / ".state", scheduler, metrics, snapshot_s=snapshot_s)
-    limits = BacklogLimits(calls=1000, tokens=1_000_000)
+    limits = Load(count=1000, tokens=1_000_000)
     backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
     runs = Runs(
         scheduler,

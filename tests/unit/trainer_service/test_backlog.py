@@ -2,9 +2,10 @@
 
 from datetime import UTC, datetime
 
+from mint_core.backlog import Load
 from mint_core.lora.spec import AdapterSpec
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.backlog import BacklogLimits, Backlogs
+from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call
 from trainer_service.run import RunOrigin
 
@@ -18,6 +19,7 @@ def origin(tenant: str, run: str) -> RunOrigin:
         base_fingerprint="f",
         spec=AdapterSpec(rank=1, alpha=1.0, use_rslora=False, seed=1, modules=("lm_head",)),
         trainable_parameter_count=1,
+        row_bytes=4,
         create_time=datetime.now(UTC),
         isolated=False,
         tile_tokens=16,
@@ -37,9 +39,7 @@ class Asked:
     def __init__(self, *, per_run: bool = False, wait_s: float = 2.0) -> None:
         self.asked: list[tuple[str, str | None, int]] = []
         self.wait_s = wait_s
-        self.backlogs = Backlogs(
-            BacklogLimits(calls=3, tokens=100), per_run=per_run, predict=self.predict
-        )
+        self.backlogs = Backlogs(Load(count=3, tokens=100), per_run=per_run, predict=self.predict)
 
     def predict(self, tenant: str, run: str | None, tokens: int) -> float:
         self.asked.append((tenant, run, tokens))

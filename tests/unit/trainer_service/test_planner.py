@@ -112,7 +112,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(CALLS, st.integers(1, 128))
 def test_plans_keep_the_budget_and_the_order_and_lose_nothing(calls: Calls, budget: int) -> None:
     planner = Planner(budget)

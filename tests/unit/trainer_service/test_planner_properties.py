@@ -83,7 +83,7 @@ def tokens_of(plan: Plan) -> int:
     return sum(map(tile_tokens, plan.tiles))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(HISTORIES, BUDGETS, WEIGHTS)
 def test_plans_keep_the_budget_and_every_document_is_in_one_in_order(
     steps: list[Arrival | None], budget: int, weights: dict[str, float]
@@ -106,7 +106,7 @@ def test_plans_keep_the_budget_and_every_document_is_in_one_in_order(
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(HISTORIES, st.integers(8, 128), WEIGHTS)
 def test_no_run_waits_longer_than_its_rivals_shares(
     steps: list[Arrival | None], budget: int, weights: dict[str, float]
@@ -155,7 +155,7 @@ def test_no_run_waits_longer_than_its_rivals_shares(
     assert not history.plan()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), st.integers(16, 128), WEIGHTS)
 def test_tenants_with_work_share_as_their_weights_say(
     data: st.DataObject, budget: int, weights: dict[str, float]
@@ -196,7 +196,7 @@ BURSTS = st.lists(
 ).map(lambda bursts: [step for burst in bursts for step in burst])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(HISTORIES | BURSTS, BUDGETS, WEIGHTS)
 def test_tokens_ahead_are_those_that_then_come_first(
     steps: list[Arrival | None], budget: int, weights: dict[str, float]

@@ -29,7 +29,7 @@ DATA = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.builds(
         trainer_pb2.ForwardBackwardRequest,
@@ -53,7 +53,7 @@ def test_no_batch_crashes(request: trainer_pb2.ForwardBackwardRequest) -> None:
             assert np.isfinite(document.weights).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.builds(
         types_pb2.AdamParams,

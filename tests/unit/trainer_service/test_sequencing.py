@@ -49,7 +49,7 @@ async def test_calls_are_accepted_in_order_whatever_order_they_arrive_in() -> No
     assert recorder.numbers == [1, 2, 3, 4, 5]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.permutations(range(1, 9)), st.lists(st.integers(1, 8), max_size=6))
 def test_every_number_acts_once(order: Seq[int], repeats: Seq[int]) -> None:
     async def run() -> None:
@@ -330,7 +330,7 @@ async def test_a_repeat_is_answered_though_the_queue_is_full() -> None:
     assert await bounded.sequence.arrive(call(1)).outcome == Discarded(True)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6))
 def test_calls_that_are_refused_and_sent_again_act_once_and_in_order(seed: int) -> None:
     random = Random(seed)

@@ -39,6 +39,7 @@ ORIGIN = RunOrigin(
     base_fingerprint="f",
     spec=AdapterSpec(rank=4, alpha=8.0, use_rslora=True, seed=2**62, modules=("a.q", "lm_head")),
     trainable_parameter_count=12,
+    row_bytes=48,
     create_time=datetime(2026, 11, 26, 1, 2, 3, 456, UTC),
     isolated=True,
     tile_tokens=16,
@@ -144,6 +145,9 @@ def test_runs_and_their_views_come_back() -> None:
         gradient_pending=True,
         backward_count=1,
         lost="",
+        trouble="a disk is full",
+        inexact_replays=2,
+        inexact_note="other bits",
     )
 
     assert codec.decode_origin(codec.encode_origin(ORIGIN)) == ORIGIN

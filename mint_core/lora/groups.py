@@ -1,0 +1,116 @@
+"""Which linear layers read the same tensor and so are computed together, such as q, k and v."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Of an nn.Linear."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleGroup:
+    """Linear layers of one input, in the order in which the model calls them; often one alone."""
+
+    modules: tuple[str, ...]  # full names
+    in_features: int
+    out_features: tuple[int, ...]  # of each
+
+    @property
+    def width(self) -> int:
+        """Columns of all outputs side by side."""
+        return sum(self.out_features)
+
+    @property
+    def columns(self) -> list[slice]:
+        """Each module's."""
+        ends = itertools.accumulate(self.out_features)
+        return [slice(end - size, end) for end, size in zip(ends, self.out_features, strict=True)]
+
+
+def complete(
+    shapes: Mapping[str, LinearShape], together: Iterable[tuple[str, ...]] = ()
+) -> tuple[ModuleGroup, ...]:
+    """Every linear layer in one group: those named together, the others alone."""
+    named = {modules[0]: modules for modules in together}
+    others = {module for modules in named.values() for module in modules[1:]}
+    return tuple(
+        ModuleGroup(
+            modules,
+            shapes[module].in_features,
+            tuple(shapes[member].out_features for member in modules),
+        )
+        for module in shapes
+        if module not in others
+        for modules in [named.get(module, (module,))]
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """Of a linear layer. Holds its tensors, so that no other gets their identity."""
+
+    module: str
+    input: Tensor
+    input_version: int
+    output: Tensor
+    output_version: int
+    kind: tuple[object, ...]  # what a layer must share with another to be computed with it
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        parent = self.module.rpartition(".")[0]
+        return parent, id(self.input), self.input_version, self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What the linear layers of a model read in a pass."""
+
+    calls: list[_Call] = field(default_factory=list)
+
+    def together(self) -> list[tuple[str, ...]]:
+        """Siblings called one after the other with the same tensor, each once in the pass. A layer
+        whose output the model then changes in place stays alone: parts of one tensor must not be.
+        """
+        names = [call.module for call in self.calls]
+        fit = [
+            call
+            for call in self.calls
+            if names.count(call.module) == 1 and call.output._version == call.output_version
+        ]
+        runs = [[c.module for c in run] for _, run in itertools.groupby(fit, lambda c: c.key)]
+        return [tuple(run) for run in runs if len(run) > 1]
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Reads]:
+    """Notes the calls of every nn.Linear meanwhile."""
+    reads = Reads()
+
+    def note(name: str, module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight = module.weight
+        kind = (weight.dtype, weight.device, module.bias is None)
+        x = inputs[0]
+        reads.calls.append(_Call(name, x, x._version, output, output._version, kind))
+
+    hooks = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield reads
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,75 @@
+"""Folders that belong to one process: locked while it lives, and removed by the next one when it is
+gone, however it ended.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class OwnedFolder:
+    """A new folder in `parent`, and the end of those whose owners are gone. Raises OSError."""
+
+    def __init__(
+        self,
+        parent: Path,
+        prefix: str,
+        *,
+        rescue: Callable[[Path, Path], None] = lambda abandoned, ours: None,
+    ) -> None:
+        """`rescue` may take files out of an abandoned folder into this one before it is removed."""
+        with _locked(parent):
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = _lock(self.path)
+            for folder in _abandoned(parent, prefix):
+                rescue(folder, self.path)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Leaves the folder to the next process that looks."""
+        os.close(self._lock)
+
+
+def _abandoned(parent: Path, prefix: str) -> Iterator[Path]:
+    """The folders whose owners are gone, each locked while it is dealt with."""
+    for folder in parent.glob(f"{prefix}*"):
+        try:
+            descriptor = _lock(folder)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # its owner lives, or has just removed it
+        try:
+            yield folder
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Locks a folder until the descriptor is closed, at the latest by the end of the process.
+    Raises BlockingIOError if another holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,193 @@
+"""Decoding on an accelerator: passes in which each sequence computes its last token.
+
+Such a pass is thousands of small kernels, and launching them one by one takes longer than they
+run. So it is recorded, in a CUDA graph, for each number of rows that is a power of two, and
+replayed over tensors that stay where they are; rows that are missing are filled up. Elsewhere the
+same code runs without being recorded.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mint_core.lora.algorithms import CONCAT_RANKS
+from mint_core.lora.bank import AdapterRow
+from mint_core.lora.columns import NOBODY, ColumnBank
+from mint_core.lora.segments import Segment
+from mint_core.model.head import Piece
+from mint_core.model.loading import LoadedBase
+from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
+from sampler_service.engine.kv_cache import KvCache
+from sampler_service.engine.paged_attention import DecodeAttention, PagedAttention, plain_attention
+from sampler_service.engine.sequences import Span, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """A computed pass. Its logits are overwritten by the next one."""
+
+    logits: Tensor  # [n, V] float32
+    sequences: list[TokenSequence]  # whose each row is
+
+
+class DecodeRows:
+    """What a pass reads, in tensors that stay where they are."""
+
+    def __init__(self, most: int, most_blocks: int, scratch_block: int, base: LoadedBase) -> None:
+        self._scratch_block = scratch_block
+        self._numbers = torch.zeros(5, most, dtype=torch.int64, device=base.device)
+        self.tokens, self.positions, self.slots, self.lengths, self.owners = self._numbers
+        self.table = torch.zeros(most, most_blocks, dtype=torch.int32, device=base.device)
+
+    def fill(self, spans: Sequence[Span], owners: Sequence[int], size: int) -> None:
+        """Takes rows in, and fills up to `size` with rows that read and write the scratch block."""
+        scratch, missing = self._scratch_block, size - len(spans)
+        rows = [_row(span, owner) for span, owner in zip(spans, owners, strict=True)]
+        rows += [(0, 0, scratch * BLOCK_TOKENS, 1, NOBODY)] * missing
+        self._numbers[:, :size] = torch.tensor(rows).T.to(self._numbers.device)
+        # Of the table only what is read is sent: a sequence's blocks beyond its length are not.
+        blocks = [span.sequence.blocks[: blocks_for(span.stop)] for span in spans]
+        longest = max(map(len, blocks))
+        table = [own + [scratch] * (longest - len(own)) for own in blocks]
+        table += [[scratch] * longest] * missing
+        self.table[:size, :longest] = torch.tensor(table, dtype=torch.int32).to(self.table.device)
+
+
+def _row(span: Span, owner: int) -> tuple[int, int, int, int, int]:
+    sequence, position = span.sequence, span.start
+    (token,) = sequence.tokens(position, span.stop)
+    slot = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+    return token, position, slot, span.stop, owner
+
+
+class Decoder:
+    """Computes the spans of a step that decode."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        cache: KvCache,
+        *,
+        most_rows: int,
+        most_blocks: int,  # of a sequence
+        scratch_block: int,  # of the cache; nobody else's
+        columns: int = CONCAT_RANKS,
+        attend: DecodeAttention | None = None,  # None: what is best on the base's device
+    ) -> None:
+        if base.device.type == "cuda":  # Triton launches on the current device
+            torch.cuda.set_device(next(base.model.parameters()).device)
+        self._base = base
+        self._cache = cache
+        self._attend = attend or _attention_of(base.device)
+        self._rows = DecodeRows(most_rows, most_blocks, scratch_block, base)
+        self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
+        vocabulary_size = base.description.vocabulary_size
+        self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
+        self._sizes = (*_powers_of_two(below=most_rows), most_rows)
+        self._passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
+        recorded = base.device.type == "cuda" and not reads_lengths(base.model.config)
+        self._recorder = Recorder(base.device) if recorded else None
+
+    def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Decoded:
+        """Computes the tokens of spans that decode, at least one."""
+        spans = sorted(spans, key=lambda span: span.sequence.adapter)
+        rows = [adapters.get(span.sequence.adapter) for span in spans]
+        columns = self._columns.admit([row for row in dict.fromkeys(rows) if row is not None])
+        if columns is None:
+            logits = self._run_grouped(spans, rows)
+        else:
+            size = next(size for size in self._sizes if size >= len(spans))
+            self._rows.fill(spans, [self._columns.owner(row) for row in rows], size)
+            self._pass(size, columns)()
+            logits = self._logits[: len(spans)]
+        return Decoded(logits, [span.sequence for span in spans])
+
+    def _pass(self, size: int, columns: int) -> Callable[[], None]:
+        key = (size, columns)
+        if key not in self._passes:
+            compute = partial(self._compute, size, columns)
+            self._passes[key] = self._recorder.record(compute) if self._recorder else compute
+        return self._passes[key]
+
+    def _compute(self, size: int, columns: int) -> None:
+        """Reads and writes tensors that stay where they are. Nothing is read on the host."""
+        rows = self._rows
+        active = self._columns.active(rows.owners[:size], columns) if columns else None
+        with self._base.context.side_by_side(active):
+            hidden = self._base.hidden(
+                rows.tokens[:size], rows.positions[:size], (), self._attention(size)
+            )
+            self._logits[:size] = self._base.head.all_logits(hidden)
+
+    def _run_grouped(self, spans: Sequence[Span], rows: Sequence[AdapterRow | None]) -> Tensor:
+        """A pass over more adapters than there are columns: an adapter's rows side by side."""
+        self._rows.fill(spans, [NOBODY] * len(spans), len(spans))
+        segments: list[Segment] = []
+        for row, group in itertools.groupby(rows):
+            start = segments[-1].stop if segments else 0
+            segments.append(Segment(start, start + len(list(group)), row))
+        hidden = self._base.hidden(
+            self._rows.tokens[: len(spans)],
+            self._rows.positions[: len(spans)],
+            tuple(segments),
+            self._attention(len(spans)),
+        )
+        places = torch.arange(len(spans), device=hidden.device)
+        return self._base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])
+
+    def _attention(self, size: int) -> PagedAttention:
+        rows = self._rows
+        return PagedAttention(
+            self._cache, self._attend, rows.slots[:size], rows.table[:size], rows.lengths[:size]
+        )
+
+
+class Recorder:
+    """Makes CUDA graphs. They share their memory: of all of them one runs at a time, and what it
+    leaves is read before the next one runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Runs once what has no arguments and no result, records it, and returns its replay."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            compute()  # kernels are compiled, and libraries set up, before anything is recorded
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            compute()
+        return graph.replay
+
+
+def reads_lengths(config: Any) -> bool:
+    """Whether a model of this configuration reads on the host how long the longest sequence is, as
+    rotary embeddings of some kinds do. What it does then cannot be recorded.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Either one set of parameters, or one for each kind of layer.
+    sets = (rope, *(value for value in rope.values() if isinstance(value, dict)))
+    kinds = {str(parameters.get("rope_type")) for parameters in sets}
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def _attention_of(device: torch.device) -> DecodeAttention:
+    if device.type != "cuda":
+        return plain_attention
+    from sampler_service.engine.paged_kernels import paged_attention  # Triton is not everywhere
+
+    return paged_attention
+
+
+def _powers_of_two(below: int) -> list[int]:
+    return [1 << power for power in range(below.bit_length()) if 1 << power < below]

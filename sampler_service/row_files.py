@@ -1,0 +1,94 @@
+"""Row files of this sampler's own, for adapters that came from the store in another form."""
+
+import errno
+import hashlib
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+from checkpoint_store import Manifest, describe_row
+from mint_core.errors import FailedPrecondition, ResourceExhausted
+from mint_core.lora.row_layout import Floats, RowLayout
+from mint_core.owned_folder import OwnedFolder
+
+logger = logging.getLogger(__name__)
+
+DISK_SHARE = 0.2  # of what is free, where no limit is given
+_PREFIX = "sampler-"
+
+
+class RowFiles:
+    """Files up to a limit; those asked for least recently go first. The system keeps in memory what
+    is in use. The folder ends with the process. Safe from any thread.
+    """
+
+    def __init__(self, parent: Path, limit_bytes: int = 0) -> None:
+        """With `limit_bytes` 0, the limit is a share of the free space."""
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._owned = OwnedFolder(parent, _PREFIX)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
+            ) from error
+        self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
+        self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
+        self._lock = threading.Lock()
+
+    def get(self, revision_path: str) -> Path | None:
+        """The file of a revision, if it is here."""
+        with self._lock:
+            size_bytes = self._sizes.pop(revision_path, None)
+            if size_bytes is None:
+                return None
+            self._sizes[revision_path] = size_bytes
+        return self._file(revision_path)
+
+    def put(self, manifest: Manifest, layout: RowLayout, row: Floats) -> Path:
+        """Makes the file of a revision. Raises ResourceExhausted."""
+        revision_path = str(manifest.revision_path)
+        file = self._file(revision_path)
+        draft = file.with_suffix(".draft")  # nobody else makes the same one
+        while True:
+            try:
+                draft.write_bytes(row.data)
+                describe_row(draft, manifest, layout)
+                break
+            except OSError as error:
+                draft.unlink(missing_ok=True)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._drop_oldest():
+                    raise ResourceExhausted(
+                        f"adapter `{revision_path}` cannot be written to `row_folder`: "
+                        f"{error.strerror}; free disk space, or choose another folder"
+                    ) from error
+        size_bytes = draft.stat().st_size
+        draft.rename(file)
+        with self._lock:
+            self._sizes[revision_path] = size_bytes
+        while sum(self._sizes.values()) > self._limit_bytes and len(self._sizes) > 1:
+            self._drop_oldest()
+        return file
+
+    def drop(self, revision_path: str) -> None:
+        """Removes a file, if it is here. Who has mapped it keeps it."""
+        with self._lock:
+            if self._sizes.pop(revision_path, None) is not None:
+                self._file(revision_path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._owned.remove()
+
+    def _drop_oldest(self) -> bool:
+        """Whether there was one to remove."""
+        with self._lock:
+            oldest = next(iter(self._sizes), None)
+            if oldest is None:
+                return False
+            del self._sizes[oldest]
+            self._file(oldest).unlink(missing_ok=True)
+            return True
+
+    def _file(self, revision_path: str) -> Path:
+        name = hashlib.sha256(revision_path.encode()).hexdigest()[:32]
+        return self._owned.path / f"{name}.row"

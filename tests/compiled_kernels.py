@@ -1,0 +1,65 @@
+"""Compiles the Triton kernels for GPUs, down to machine code, on a machine that needs none:
+
+    python -m tests.compiled_kernels
+
+It must run without TRITON_INTERPRET, so in a process of its own.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mint_core.model.attention_kernels import Scores
+from sampler_service.engine.blocks import BLOCK_TOKENS
+from sampler_service.engine.paged_kernels import attend_split, combine_splits, constants
+
+# (compute capability, dtype, its name in Triton, head size, heads, key heads, scores)
+CASES = (
+    (90, torch.bfloat16, "bf16", 128, 16, 8, Scores(0.1)),  # Qwen3
+    (90, torch.float32, "fp32", 96, 32, 32, Scores(0.1)),  # Phi-3
+    (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
+)
+_TENSORS = {"table": "*i32", "lengths": "*i64", "partial": "*fp32", "weight": "*fp32"}
+_SCALARS = {"scaling": "fp32", "softcap": "fp32"}
+
+
+def shared_bytes(kernel: Any, constexprs: dict[str, int], dtype: str, target: GPUTarget) -> int:
+    """Compiles a kernel and returns the shared memory that a program takes."""
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in ("query", "key", "value", "output"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = _TENSORS.get(name) or _SCALARS.get(name, "i32")
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name != "window")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    options = {"num_warps": 4, "num_stages": 2}
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.asm["cubin"]
+    return int(compiled.metadata.shared)
+
+
+def main() -> int:
+    most = 0
+    for capability, dtype, name, size, heads, key_heads, scores in CASES:
+        query = torch.empty(1, heads, size, dtype=dtype)
+        cache = torch.empty(1, BLOCK_TOKENS, key_heads, size, dtype=dtype)
+        sets = constants(query, cache, cache, scores)
+        for kernel, constexprs in zip((attend_split, combine_splits), sets, strict=True):
+            target = GPUTarget("cuda", capability, 32)
+            most = max(most, shared_bytes(kernel, constexprs, name, target))
+    return 0 if most <= 96 * 1024 else 1  # at least one program fits on every GPU of those kinds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The Triton kernels as tests run them: on a GPU where there is one, else on the CPU through
+Triton's interpreter, as conftest.py asks. Import this first; without Triton the tests are skipped.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch(tensor: object, scope: Any) -> None:
+    """Triton 3.6 makes a Python number of an array in a way that numpy refuses since 2.4."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch

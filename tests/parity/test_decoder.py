@@ -1,0 +1,196 @@
+"""Decoding over static tensors, as it is recorded in CUDA graphs, against the sampler's ordinary
+passes. Here it runs without being recorded, in plain torch and in interpreted kernels.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.spec import LoraRequest
+from sampler_service.engine.blocks import blocks_for
+from sampler_service.engine.decoder import Decoder, reads_lengths
+from sampler_service.engine.paged_attention import DecodeAttention
+from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
+from tests.models import (
+    VOCABULARY_SIZE,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_phi3,
+    tiny_qwen3,
+)
+from tests.sampler_in_process import SamplerEngine
+
+TOLERANCE = 1e-5
+REQUESTS = {
+    "mint://r-1/sampler_weights/all@1": LoraRequest(rank=8),
+    "mint://r-2/sampler_weights/attn@1": LoraRequest(
+        rank=3, train_mlp=False, train_unembed=False, alpha=16
+    ),
+    "mint://r-3/sampler_weights/head@7": LoraRequest(
+        rank=16, train_mlp=False, train_attn=False, use_rslora=True
+    ),
+}
+ADAPTERS = (BASE_MODEL, *REQUESTS)
+ALL = ADAPTERS[1]
+
+
+def make_sampler(folder: Path) -> SamplerEngine:
+    sampler = SamplerEngine(folder)
+    for seed, (path, request) in enumerate(REQUESTS.items()):
+        sampler.load(path, request, random=seed)
+    return sampler
+
+
+def decoding(
+    sampler: SamplerEngine, *, columns: int = 128, attend: DecodeAttention | None = None
+) -> Decoder:
+    """Gives the sampler the decoder that it has on a GPU."""
+    runner = sampler.engine._runner
+    runner._decoder = decoder = Decoder(
+        sampler.engine.base,
+        runner._cache,
+        most_rows=16,
+        most_blocks=blocks_for(sampler.model.context_length),
+        scratch_block=len(runner._cache.layer(0)[0]) - 1,
+        columns=columns,
+        attend=attend,
+    )
+    return decoder
+
+
+def random_tokens(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCABULARY_SIZE, n).tolist()
+
+
+def generate(sampler: SamplerEngine, max_tokens: int = 12) -> list[Generated]:
+    """Requests of different lengths for different adapters, of which each comes a step later."""
+    numbers = []
+    for i, length in enumerate([1, 2, 15, 16, 17, 100, CHUNK_TOKENS + 40, 33]):
+        numbers.append(
+            sampler.submit(
+                random_tokens(i, length),
+                adapter=ADAPTERS[i % len(ADAPTERS)],
+                num_samples=1 + i % 3,
+                max_tokens=max_tokens + i,
+                seed=i,
+                temperature=(1.0, 0.7, 0.0)[i % 3],
+                prompt_logprobs=i % 2 == 0,
+            )
+        )
+        sampler.step()
+    return [sampler.answer(number) for number in numbers]
+
+
+def assert_near(ours: list[Generated], theirs: list[Generated]) -> None:
+    for left, right in zip(ours, theirs, strict=True):
+        for a, b in zip(left.continuations, right.continuations, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=TOLERANCE)
+            np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=TOLERANCE)
+        if left.prompt_logprobs is not None:
+            np.testing.assert_allclose(left.prompt_logprobs, right.prompt_logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma2, tiny_gemma3, tiny_phi3])
+def test_filled_up_batches_of_many_adapters_equal_ordinary_passes(
+    make: object, tmp_path: Path
+) -> None:
+    sampler = make_sampler(make(tmp_path))  # type: ignore[operator]
+    expected = generate(sampler)
+    decoder = decoding(sampler)
+
+    assert_near(generate(sampler), expected)
+
+    assert len({size for size, _ in decoder._passes}) > 2  # of 1, 2, 4, 8 and 16 rows
+    assert {columns for _, columns in decoder._passes} == {0, 64}
+
+
+def test_more_adapters_than_columns_are_computed_in_groups(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
+    expected = generate(sampler)
+    decoding(sampler, columns=8)
+    assert_near(generate(sampler), expected)
+
+
+def test_decoding_in_the_kernels_equals_ordinary_passes(qwen3_folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("test_sampler_gpu.py does this with compiled ones")
+    pytest.importorskip("tests.interpreted_kernels")
+    from sampler_service.engine.paged_kernels import paged_attention
+
+    sampler = make_sampler(qwen3_folder)
+    wishes = [
+        {"prompt": random_tokens(i, 60 * i + 1), "adapter": adapter, "max_tokens": 3}
+        for i, adapter in enumerate(ADAPTERS)
+    ]
+    expected = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    decoding(sampler, attend=paged_attention)
+    numbers = [sampler.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+    assert_near([sampler.answer(number) for number in numbers], expected)
+
+
+def test_rows_that_fill_up_touch_the_scratch_block_alone(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
+    decoding(sampler)
+    key, value = sampler.engine._runner._cache.layer(0)
+    # Three samples of which each continues the prompt's second block, in the end in its own.
+    sampler.submit(random_tokens(1, 20), num_samples=3, max_tokens=9)
+    before = key.clone(), value.clone()
+    sampler.drain()
+    for part, old in zip((key, value), before, strict=True):
+        written = (part != old).flatten(1).any(1).nonzero()[:, 0].tolist()
+        assert written == [0, 1, 2, 3, len(part) - 1]
+
+
+@pytest.mark.parametrize("weights", [1e30, np.nan])
+def test_an_adapter_that_is_broken_fails_its_own_requests_alone(
+    qwen3_folder: Path, weights: float
+) -> None:
+    sampler = make_sampler(qwen3_folder)
+    bad = "mint://r-9/sampler_weights/bad@1"
+    spec = sampler.row(ALL).spec
+    huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
+    sampler.load_arrays(bad, spec, huge)
+    if np.isnan(weights):  # what is loaded is checked; this got there by another way
+        sampler.row(bad).part("weights").fill_(torch.nan)  # type: ignore[arg-type]
+    prompt = random_tokens(4, 30)
+    expected = sampler.generate(prompt, adapter=ALL, seed=1)
+    decoding(sampler)
+    culprit = sampler.submit(prompt, adapter=bad, num_samples=2)
+    neighbour = sampler.submit(prompt, adapter=ALL, seed=1)
+    with pytest.raises(FailedPrecondition, match="are not finite"):
+        sampler.answer(culprit)
+    assert_near([sampler.answer(neighbour)], [expected])
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma2, tiny_phi3])
+def test_no_pass_reads_tensors_on_the_host(make: object, tmp_path: Path) -> None:
+    """What is recorded is replayed with other values: nothing may follow from those it saw."""
+    sampler = make_sampler(make(tmp_path))  # type: ignore[operator]
+    decoder = decoding(sampler)
+    generate(sampler, max_tokens=2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        for size, columns in decoder._passes:
+            decoder._compute(size, columns)
+        with pytest.raises(DataDependentOutputException):
+            decoder._logits.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("rope", "reads"),
+    [
+        (None, False),
+        ({"rope_type": "default", "rope_theta": 1e6}, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {}}, True),
+    ],
+)
+def test_models_that_read_lengths_on_the_host_are_not_recorded(
+    rope: dict[str, object] | None, reads: bool
+) -> None:
+    assert reads_lengths(SimpleNamespace(rope_parameters=rope)) == reads

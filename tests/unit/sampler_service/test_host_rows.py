@@ -1,0 +1,27 @@
+"""Rows in host memory beside a GPU: bounded, and those used lately stay."""
+
+import torch
+
+from sampler_service.engine.adapters import HostRows
+
+
+def row(value: float) -> torch.Tensor:
+    return torch.full((4,), value)  # 16 bytes
+
+
+def test_those_used_lately_stay() -> None:
+    rows = HostRows(48)
+    for i, name in enumerate("abc"):
+        rows.put(name, row(float(i)))
+    assert rows.get("a")[0] == 0
+    rows.put("d", row(3.0))
+    assert [name in rows for name in "abcd"] == [True, False, True, True]
+    assert rows.size_bytes == 48
+
+
+def test_a_row_that_exceeds_the_limit_alone_moves_nobody() -> None:
+    rows = HostRows(32)
+    rows.put("a", row(0.0))
+    rows.put("b", torch.zeros(9))
+    assert "a" in rows
+    assert "b" not in rows

@@ -1,0 +1,107 @@
+"""Parts on their way to a reader who may be slower than the engine."""
+
+import asyncio
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mint_core.errors import EngineFault
+from sampler_service.jobs import SamplePart, StopReason
+from sampler_service.parts import PartBuffer
+
+LIMIT_S = 10.0
+
+
+def part(index: int, tokens: list[int], stop_reason: StopReason | None = None) -> SamplePart:
+    logprobs = tuple(float(np.float32(-0.1 * token)) for token in tokens)
+    model_logprobs = tuple(2 * logprob for logprob in logprobs)
+    return SamplePart(index, tuple(tokens), logprobs, model_logprobs, stop_reason)
+
+
+async def ended(parts: PartBuffer, error: Exception | None = None) -> None:
+    async def work() -> None:
+        if error:
+            raise error
+
+    task = asyncio.create_task(work())
+    await asyncio.wait([task])
+    parts.end_with(task)
+
+
+async def test_a_reader_that_keeps_up_gets_each_part() -> None:
+    parts, sent = PartBuffer(), [part(0, [1]), part(1, [2]), part(0, [3], StopReason.STOP)]
+    for each in sent:
+        parts.put(each)
+        assert await anext(parts) == each
+    await ended(parts)
+    assert [each async for each in parts] == []
+    assert parts.tokens == 3
+
+
+async def test_parts_that_wait_become_one_per_continuation() -> None:
+    parts = PartBuffer()
+    for each in (part(1, [5]), part(0, [1]), part(1, [6, 7]), part(0, [], StopReason.LENGTH)):
+        parts.put(each)
+    await ended(parts)
+    assert [each async for each in parts] == [
+        part(1, [5, 6, 7]),
+        part(0, [1], StopReason.LENGTH),
+    ]
+
+
+async def test_an_error_comes_after_what_is_there() -> None:
+    parts = PartBuffer()
+    parts.put(part(0, [1]))
+    await ended(parts, EngineFault("it died"))
+    assert await anext(parts) == part(0, [1])
+    with pytest.raises(EngineFault, match="it died"):
+        await anext(parts)
+
+
+async def test_a_waiting_reader_is_woken() -> None:
+    parts = PartBuffer()
+    reader = asyncio.ensure_future(anext(parts))
+    await asyncio.sleep(0)
+    parts.put(part(0, [1]))
+    assert await asyncio.wait_for(reader, LIMIT_S) == part(0, [1])
+    reader = asyncio.ensure_future(anext(parts, None))
+    await asyncio.sleep(0)
+    await ended(parts)
+    assert await asyncio.wait_for(reader, LIMIT_S) is None
+
+
+async def test_any_pace_gives_the_same_tokens() -> None:
+    chance = random.Random(0)
+    for _ in range(50):
+        parts, sent, read = PartBuffer(), [[0], [0], [0]], [[0], [0], [0]]
+
+        async def write(parts: PartBuffer = parts, sent: list[list[int]] = sent) -> None:
+            for token in range(1, 60):
+                index = chance.randrange(3)
+                sent[index].append(token)
+                parts.put(part(index, [token]))
+                if chance.random() < 0.3:
+                    await asyncio.sleep(0)
+
+        task = asyncio.create_task(write())
+        task.add_done_callback(parts.end_with)
+        async for each in parts:
+            read[each.index].extend(each.tokens)
+            assert each == part(each.index, list(each.tokens))
+            for _ in range(chance.randrange(3)):
+                await asyncio.sleep(0)
+        assert read == sent
+
+
+async def test_what_waits_takes_little_memory() -> None:
+    parts = PartBuffer()
+    tracemalloc.start()
+    try:
+        for token in range(100_000):
+            parts.put(part(token % 4, [token]))
+        used_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used_bytes < 20 * 100_000
