@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoint_store.revisions import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition, MintError
-from trainer_service.journal import records
+from trainer_service.journal import queries, records
 from trainer_service.journal.codec import decode_origin
 from trainer_service.journal.schema import DATABASE, MIGRATIONS, SNAPSHOTS, StateRefused
 from trainer_service.state_check import problems
@@ -40,25 +40,25 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
 def inspect(folder: Path) -> list[str]:
     """What the folder holds, in lines."""
     with reading(folder) as database:
-        server = records.load_server(database)
+        server = queries.load_server(database)
         lines = [
             f"base model {server.get('base_model', 'unknown')}"
             f" {server.get('base_fingerprint', '')}".rstrip(),
             f"journal    {(folder / DATABASE).stat().st_size / 2**20:.1f} MiB",
-            f"requests   {len(list(records.load_requests(database)))} remembered",
+            f"requests   {len(list(queries.load_requests(database)))} remembered",
             "run, tenant, step, calls accepted, in the snapshot, to be done again, unanswered,"
             " snapshot MiB",
         ]
-        lines += [_run_line(database, record) for record in records.load_runs(database)]
+        lines += [_run_line(database, record) for record in queries.load_runs(database)]
     return lines
 
 
 def _run_line(database: sqlite3.Connection, record: records.RunRecord) -> str:
     origin = decode_origin(record.origin)
-    calls = list(records.load_calls(database, record.number, record.state.acknowledged))
+    calls = list(queries.load_calls(database, record.number, record.state.acknowledged))
     accepted = max([call.sequence for call in calls], default=record.state.acknowledged)
-    snapshot = records.load_snapshot(database, record.number)
-    again = len(records.load_past(database, record.number, record.covered))
+    snapshot = queries.load_snapshot(database, record.number)
+    again = len(queries.load_past(database, record.number, record.covered))
     unanswered = sum(call.payload is not None for call in calls)
     size_bytes = snapshot.size_bytes if snapshot else 0
     return (

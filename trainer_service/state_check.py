@@ -11,7 +11,7 @@ from mint_core.errors import MintError
 from mintrpc.v1 import trainer_pb2
 from trainer_service import snapshot_files
 from trainer_service.calls import Method
-from trainer_service.journal import codec, records
+from trainer_service.journal import codec, queries, records
 from trainer_service.journal.records import Effect, PastCall, TileRecord
 from trainer_service.replay_order import Pass, replay_order
 from trainer_service.requests import payload_hash
@@ -23,7 +23,7 @@ def problems(database: sqlite3.Connection, snapshots: Path) -> Iterator[str]:
     for (found,) in database.execute("PRAGMA integrity_check"):
         if found != "ok":
             yield f"the database is damaged: {found}"
-    for record in list(records.load_runs(database)):
+    for record in list(queries.load_runs(database)):
         run = codec.decode_origin(record.origin).training_run_id
         for problem in _of_run(database, record, snapshots):
             yield f"{run}: {problem}"
@@ -32,12 +32,12 @@ def problems(database: sqlite3.Connection, snapshots: Path) -> Iterator[str]:
 def _of_run(
     database: sqlite3.Connection, record: records.RunRecord, snapshots: Path
 ) -> Iterator[str]:
-    if snapshot := records.load_snapshot(database, record.number):
+    if snapshot := queries.load_snapshot(database, record.number):
         yield from _of_snapshot(snapshots / snapshot.file, snapshot.size_bytes)
     yield from _of_calls(database, record)
-    past = records.load_past(database, record.number, record.covered)
+    past = queries.load_past(database, record.number, record.covered)
     adding = [records.key(record.number, c.sequence) for c in past if c.effect is Effect.ADD]
-    plans = records.load_plans(database, adding)
+    plans = queries.load_plans(database, adding)
     wanted = [
         tile
         for item in replay_order({record.number: past}, plans)
@@ -65,7 +65,7 @@ def _of_snapshot(path: Path, size_bytes: int) -> Iterator[str]:
 
 def _of_calls(database: sqlite3.Connection, record: records.RunRecord) -> Iterator[str]:
     expected = record.state.acknowledged + 1
-    for call in records.load_calls(database, record.number, record.state.acknowledged):
+    for call in queries.load_calls(database, record.number, record.state.acknowledged):
         if call.sequence != expected:
             yield f"call {expected} is missing"
         expected = call.sequence + 1
@@ -89,7 +89,7 @@ def _of_past(
     """What is wrong with a call that would be done again."""
     if call.effect is Effect.CLEAR:
         return
-    found = records.find_payload(database, run, call.sequence)
+    found = queries.find_payload(database, run, call.sequence)
     if found is None:
         yield f"the request of call {call.sequence} is missing"
         return

@@ -13,7 +13,7 @@ from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Call, Course, Method, Outcome, Place, Stepped, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import Tile
-from trainer_service.journal import codec, records
+from trainer_service.journal import changes, codec, queries, records
 from trainer_service.journal.records import (
     CallRecord,
     Effect,
@@ -91,7 +91,7 @@ class Ledger:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._plans = records.next_plan(journal.database)
+        self._plans = queries.next_plan(journal.database)
         self._numbers: dict[str, int] = {}  # by run
         # Where a row's numbers may depend on who shares a pass, those who shared it are kept too.
         self.shared_plans = False
@@ -107,10 +107,10 @@ class Ledger:
     def check_base(self, model: ModelDescription) -> None:
         """Refuses a journal of another base model; a new one is this one's from now on."""
         database = self._journal.database
-        found = records.load_server(database)
+        found = queries.load_server(database)
         if "base_fingerprint" not in found:
             values = {"base_model": model.name, "base_fingerprint": model.fingerprint}
-            records.note_server(database, values)
+            changes.note_server(database, values)
         elif found["base_fingerprint"] != model.fingerprint:
             raise FailedPrecondition(
                 f"`state` holds runs of base model {found['base_model']} with fingerprint "
@@ -120,20 +120,20 @@ class Ledger:
 
     def next_number(self) -> int:
         """For a new run."""
-        return records.next_number(self._journal.database)
+        return queries.next_number(self._journal.database)
 
     def load_runs(self) -> Iterator[PastRun]:
         """All runs, oldest first; before the journal starts."""
         database = self._journal.database
-        for record in records.load_runs(database):
-            snapshot = records.load_snapshot(database, record.number)
-            calls = records.load_calls(database, record.number, record.state.acknowledged)
+        for record in queries.load_runs(database):
+            snapshot = queries.load_snapshot(database, record.number)
+            calls = queries.load_calls(database, record.number, record.state.acknowledged)
             origin = codec.decode_origin(record.origin)
             yield PastRun(record, origin, list(calls), snapshot.file if snapshot else None)
 
     def load_requests(self) -> Iterator[tuple[str, Identity, float, RunView | None]]:
         """The requests that are remembered and their answers, oldest first."""
-        for found in records.load_requests(self._journal.database):
+        for found in queries.load_requests(self._journal.database):
             identity = Identity(found.request_id, found.payload_hash)
             yield found.tenant, identity, found.time_s, codec.decode_view(found.answer)
 
@@ -154,7 +154,7 @@ class Ledger:
             covered=0,
             dirty=False,
         )
-        statements: list[Statement] = [lambda db: records.add_run(db, record, run.id)]
+        statements: list[Statement] = [lambda db: changes.add_run(db, record, run.id)]
         if snapshot is not None:
             statements.append(self._cover(run, snapshot))
         self._journal.write(*statements, self._remember(run, identity, view))
@@ -169,7 +169,7 @@ class Ledger:
     def updated(self, run: Run, identity: Identity, view: RunView) -> None:
         number, metadata = run.origin.number, run.metadata
         self._journal.write(
-            lambda db: records.set_metadata(db, number, metadata),
+            lambda db: changes.set_metadata(db, number, metadata),
             self._state(run),
             self._remember(run, identity, view),
         )
@@ -179,7 +179,7 @@ class Ledger:
         number, shared = run.origin.number, self.shared_plans
         self._numbers.pop(run.id, None)
         statements: list[Statement] = [
-            lambda db: records.remove_run(db, number, shared_plans=shared)
+            lambda db: changes.remove_run(db, number, shared_plans=shared)
         ]
         if identity is not None:
             statements.append(self._remember(run, identity, None))
@@ -189,7 +189,7 @@ class Ledger:
         place, method = call.place, call.method
         key = records.key(run.origin.number, place.sequence)
         self._journal.write(
-            lambda db: records.accept(
+            lambda db: changes.accept(
                 db, key, method, place.payload_hash, codec.encode_request(call)
             )
         )
@@ -208,7 +208,7 @@ class Ledger:
         method, effect = call.method, effect_of(call, outcome)
         digest = outcome.weight_digest if isinstance(outcome, Stepped) else None
         # Encoded on the journal's thread: answers may be large.
-        end: Statement = lambda db: records.end(  # noqa: E731
+        end: Statement = lambda db: changes.end(  # noqa: E731
             db, key, effect, digest, codec.encode_outcome(method, outcome)
         )
         cover = [self._cover(run, snapshot)] if snapshot else []
@@ -217,11 +217,11 @@ class Ledger:
     def died(self, run: Run, call: Call) -> None:
         """Notes that an engine died with a call."""
         key = records.key(run.origin.number, call.place.sequence)
-        self._journal.write(lambda db: records.die(db, key))
+        self._journal.write(lambda db: changes.die(db, key))
 
     def acknowledged(self, run: Run, before: int, upto: int) -> None:
         number = run.origin.number
-        self._journal.write(lambda db: records.acknowledge(db, number, before, upto))
+        self._journal.write(lambda db: changes.acknowledge(db, number, before, upto))
 
     def passed(self, tiles: Sequence[Tile]) -> None:
         """Notes a pass of which something will be needed if rows are to be restored."""
@@ -239,7 +239,7 @@ class Ledger:
         if not any(tile.backward for tile in tiles):
             return
         plan, self._plans = self._plans, self._plans + 1
-        self._journal.write(lambda db: records.add_plan(db, plan, noted))
+        self._journal.write(lambda db: changes.add_plan(db, plan, noted))
 
     def covered(self, run: Run, snapshot: SnapshotRecord, then: Callable[[], None]) -> None:
         """Notes a snapshot, which replaces the one before it; `then` that is of no use."""
@@ -251,7 +251,7 @@ class Ledger:
 
     def forget_requests(self, older_than_s: float) -> None:
         before_s = time.time() - older_than_s
-        self._journal.write(lambda db: records.forget_requests(db, before_s))
+        self._journal.write(lambda db: changes.forget_requests(db, before_s))
 
     async def pasts(self, runs: Sequence[Run]) -> Pasts:
         """What it takes to restore rows, by run, and the plans of which they have tiles."""
@@ -261,26 +261,26 @@ class Ledger:
             pasts = {}
             adding = []
             for name, number in numbers.items():
-                snapshot = records.load_snapshot(db, number)
-                calls = records.load_past(db, number, snapshot.sequence if snapshot else 0)
+                snapshot = queries.load_snapshot(db, number)
+                calls = queries.load_past(db, number, snapshot.sequence if snapshot else 0)
                 pasts[name] = Past(snapshot, calls)
                 adding += [
                     records.key(number, call.sequence)
                     for call in calls
                     if call.effect is Effect.ADD
                 ]
-            return pasts, records.load_plans(db, adding)
+            return pasts, queries.load_plans(db, adding)
 
         return await self._journal.read(read)
 
     async def spec(self, run: int) -> AdapterSpec:
         """The adapter of a run, given by number, that may be deleted."""
-        origin = await self._journal.read(lambda db: records.load_origin(db, run))
+        origin = await self._journal.read(lambda db: queries.load_origin(db, run))
         return codec.decode_origin(origin).spec
 
     async def work(self, run: int, sequence: int, model: ModelDescription) -> Work:
         """What a past call of a run, given by number, asked for. Raises StateDamaged."""
-        found = await self._journal.read(lambda db: records.find_payload(db, run, sequence))
+        found = await self._journal.read(lambda db: queries.find_payload(db, run, sequence))
         if found is None:
             raise StateDamaged(f"number {run}", f"the journal lacks what call {sequence} asked for")
         decode = partial(codec.decode_request, _method(found.method), found.payload, model)
@@ -290,11 +290,11 @@ class Ledger:
 
     def _state(self, run: Run) -> Statement:
         number, state = run.origin.number, run.state()
-        return lambda db: records.set_state(db, number, state)
+        return lambda db: changes.set_state(db, number, state)
 
     def _cover(self, run: Run, snapshot: SnapshotRecord) -> Statement:
         number, shared = run.origin.number, self.shared_plans
-        return lambda db: records.cover(db, number, snapshot, shared_plans=shared)
+        return lambda db: changes.cover(db, number, snapshot, shared_plans=shared)
 
     def _remember(self, run: Run, identity: Identity, view: RunView | None) -> Statement:
         request = RequestRecord(
@@ -304,7 +304,7 @@ class Ledger:
             answer=codec.encode_view(view),
             time_s=time.time(),
         )
-        return lambda db: records.add_request(db, request)
+        return lambda db: changes.add_request(db, request)
 
 
 def effect_of(call: Call, outcome: Outcome) -> Effect:
