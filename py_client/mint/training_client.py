@@ -38,6 +38,8 @@ class TrainingClient:
     A call that has been made runs, whether or not anybody waits for it. Made by `ServiceClient`.
     """
 
+    training_run: types.TrainingRun  # as it was opened
+
     def __init__(self, servers: "Servers", opened: Opened) -> None:
         self._servers = servers
         self._trainer = servers.trainer
