@@ -112,9 +112,9 @@ class Runner:
 def place(
     spans: Sequence[Span], adapters: Mapping[str, AdapterRow], min_rows: int
 ) -> tuple[tuple[Placed, ...], tuple[Segment, ...]]:
-    """Lays spans side by side, an adapter's together. Spans of one token and longer ones are segments
-    of their own where the first may be rowwise; the others are followed by padding up to MIN_ROWS,
-    since a matmul with fewer rows computes other last bits.
+    """Lays spans side by side, an adapter's together. Spans of one token are segments of their own
+    where these may be rowwise; others are followed by padding up to MIN_ROWS, since a matmul with
+    fewer rows computes other last bits.
     """
     groups: dict[tuple[bool, str], list[Span]] = {}
     for span in sorted(spans, key=lambda s: s.sequence.adapter):
