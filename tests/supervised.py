@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -62,9 +62,27 @@ class Supervised:
 
     def kill_engine(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the engine that is up or starts, if there is one."""
+        for engine in self.engines():
+            with suppress(psutil.NoSuchProcess):
+                engine.send_signal(number)
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine that is up or starts, if there is one."""
         assert self._process is not None
-        for engine in psutil.Process(self._process.pid).children():
-            engine.send_signal(number)
+        try:
+            return psutil.Process(self._process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+    def start_next_with(self, environment: Environment) -> None:
+        """Has the next start have more in its environment."""
+        self._environments.append(environment)
+
+    @property
+    def pid(self) -> int:
+        """Of the front that was started last."""
+        assert self._process is not None
+        return self._process.pid
 
     def await_start(self, number: int) -> None:
         with self._changed:

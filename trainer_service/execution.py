@@ -155,7 +155,8 @@ class Execution:
         return _Done(
             EngineFault(
                 f"{call.course.deaths} engines ended while they worked on this call, the last of "
-                f"them on nothing else ({death.message}); it is not tried again",
+                f"them on nothing else ({death.message}); it is not tried again: the server's log "
+                "says why, and if memory was short, shorter sequences or fewer per call may do",
                 engine_deaths=call.course.deaths,
             )
         )

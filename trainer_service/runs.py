@@ -215,7 +215,7 @@ class Runs:
             raise error
 
     def _abandon(self, error: MintError) -> None:
-        """Sends all callers away: the journal has failed."""
+        """Sends all callers away: nothing more will be answered."""
         for run in self._runs.values():
             run.sequence.abandon(error)
 

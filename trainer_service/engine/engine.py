@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mint_core.engine_pipe import ModelDescription
-from mint_core.errors import EngineFault, InvalidRequest, MintError
+from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
@@ -136,18 +136,8 @@ class Engine:
             rows[tile.training_run_id] = trained.row
         packed = pack(tiles, rows, self.base.device)
         self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
-        try:
-            with _deterministic(any(tile.isolated for tile in tiles)):
-                return run_pass(self.base, packed)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            logger.exception("a pass of %d tokens failed", len(packed.tokens))
-            fault = EngineFault(
-                f"the engine ran out of memory on a batch of {len(packed.tokens)} tokens; "
-                "send shorter sequences, or start the trainer with a smaller --max-batch-tokens"
-            )
-            return tuple(TileResult(error=fault) for _ in tiles)
+        with _deterministic(any(tile.isolated for tile in tiles)):
+            return run_pass(self.base, packed)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
         wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
@@ -291,8 +281,3 @@ def _within(model: ModelDescription, document_tokens: int) -> ModelDescription:
         model.context_length,
     )
     return replace(model, context_length=document_tokens, memory_bound=True)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. The CPU's allocator has no exception class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
