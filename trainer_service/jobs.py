@@ -44,18 +44,40 @@ class Dro:
     beta: float
 
 
-Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro
+@dataclass(frozen=True, slots=True)
+class Gspo:
+    """Ppo on the ratio of whole sequences; the thresholds are the paper's."""
+
+    clip_low_threshold: float = 1 - 3e-4
+    clip_high_threshold: float = 1 + 4e-4
+
+
+Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro | Gspo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One datum, checked. All arrays are [n]."""
+    """One datum, checked. All arrays are [n], but where k targets stand at each position."""
 
     tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    weights: Floats  # 1 where the caller gave none
+    targets: NDArray[np.int64]  # [n] or [n, k]
+    weights: Floats  # as `targets`; 1 where the caller gave none
     logprobs: Floats | None = None  # as sampled
     advantages: Floats | None = None
+    ratio_mask: Floats | None = None  # 1 where a token counts in its sequence's ratio, else 0
+    clip_low: Floats | None = None
+    clip_high: Floats | None = None
+
+    @property
+    def weighted(self) -> NDArray[np.bool_]:  # [n]
+        """Where there is a weight other than 0."""
+        wide: NDArray[np.bool_] = self.weights.reshape(len(self.tokens), -1) != 0
+        return np.asarray(wide.any(axis=1))
+
+    @property
+    def width(self) -> tuple[int, ...]:
+        """(k,), or () for one target at each position."""
+        return self.targets.shape[1:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

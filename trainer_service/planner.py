@@ -55,7 +55,8 @@ def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[D
     group: list[Document] = []
     tokens = 0
     for document in documents:
-        if group and tokens + len(document.tokens) > most_tokens:
+        grown = tokens + len(document.tokens)
+        if group and (grown > most_tokens or document.width != group[-1].width):
             yield tuple(group)
             group, tokens = [], 0
         group.append(document)

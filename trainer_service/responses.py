@@ -153,7 +153,7 @@ def _fill(
     for logprobs in outcome.logprobs:
         tensor = response.outputs.add().logprobs
         tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
-        tensor.shape.append(len(logprobs))
+        tensor.shape.extend(logprobs.shape)
         tensor.values = np.ascontiguousarray(logprobs, "<f4").tobytes()
     response.metrics.update(outcome.metrics)
 

@@ -34,6 +34,7 @@ from trainer_service.jobs import (
     Cispo,
     CrossEntropy,
     Dro,
+    Gspo,
     ImportanceSampling,
     Loss,
     Ppo,
@@ -136,16 +137,20 @@ def parse_loss(request: ComputeRequest) -> Loss:
                     "`dro.beta` is missing; dro has no default for it", field="dro.beta"
                 )
             return Dro(fields.finite(request.dro.beta, "dro.beta"))
+        case "gspo":
+            return Gspo(*_thresholds(request.gspo, "gspo", Gspo()))
         case _:
             raise InvalidRequest(
                 "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
-                "`cispo`, `dro`",
+                "`cispo`, `dro`, `gspo`",
                 field="loss_fn",
             )
 
 
 def _thresholds(
-    given: types_pb2.Ppo | types_pb2.Cispo, where: str, default: Ppo | Cispo
+    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo,
+    where: str,
+    default: Ppo | Cispo | Gspo,
 ) -> tuple[float, float]:
     low, high = (
         fields.finite(getattr(given if given.HasField(name) else default, name), f"{where}.{name}")

@@ -25,7 +25,7 @@ from trainer_service.usage import Usage
 logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
-LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 FEATURES = ("watch_training_run", "isolated", "retention")
 
 

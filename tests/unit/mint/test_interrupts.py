@@ -4,7 +4,10 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+
+import pytest
 
 import mint
 from mint import types
@@ -18,9 +21,21 @@ def interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def forward(training: mint.TrainingClient, data: list[types.Datum]) -> None:
+    training.forward(data)
+
+
+def custom(training: mint.TrainingClient, data: list[types.Datum]) -> None:
+    training.forward_backward_custom(data, lambda data, logprobs: (logprobs[0].sum(), {}))
+
+
+@pytest.mark.parametrize("call", [forward, custom])
 def test_interrupted_calls_hold_no_later_one_up(
-    training: mint.TrainingClient, data: list[types.Datum]
+    training: mint.TrainingClient,
+    data: list[types.Datum],
+    call: Callable[[mint.TrainingClient, list[types.Datum]], None],
 ) -> None:
+    call(training, data)
     training.forward(data).result(LIMIT_S)
     delays = random.Random(0)
     interrupted = 0
@@ -29,7 +44,7 @@ def test_interrupted_calls_hold_no_later_one_up(
         for _ in range(TRIALS):
             try:
                 signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-6, LONGEST_S))
-                training.forward(data)
+                call(training, data)
                 time.sleep(LONGEST_S)  # the signal comes here at the latest
             except KeyboardInterrupt:
                 interrupted += 1
