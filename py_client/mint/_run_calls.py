@@ -1,5 +1,6 @@
 """The sequenced calls of one training run: their numbers, and what of them is on the wire."""
 
+import os
 import threading
 import time
 from collections import deque
@@ -55,6 +56,7 @@ class RunCalls:
     ) -> None:
         self._connection = connection
         self._training_run_id = opened.training_run.training_run_id
+        self._process = os.getpid()
         self._open_again = open_again
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
@@ -100,6 +102,11 @@ class RunCalls:
 
     def enqueue(self, *entries: "SequencedCall | Place") -> None:
         """Queues calls, all or none, behind those queued before them."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this TrainingClient belongs to the process from which this one was forked; take "
+                f"the run over by ServiceClient.open_training_run({self._training_run_id!r})"
+            )
         if self._working_thread == threading.get_ident():
             raise RuntimeError(
                 "a custom loss cannot call the run that it is computed for: that call would wait "

@@ -83,6 +83,10 @@ class Servers:
                 )
             return self._tokenizers[fingerprint]
 
+    @property
+    def closed(self) -> bool:
+        return self.trainer.closed
+
     def close(self) -> None:
         self.trainer.close()
         if self._sampler is not None:

@@ -47,6 +47,14 @@ class APIFuture(Future[T]):
             pass
         raise _no_answer_within(timeout)
 
+    def future(self) -> Future[T]:
+        """This future itself, which is a standard one."""
+        return self
+
+    async def coroutine(self) -> T:
+        """Awaits the outcome; for `asyncio.create_task`."""
+        return await self
+
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
             yield from self._wait().__await__()

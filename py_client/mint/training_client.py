@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -24,6 +24,10 @@ from mintrpc.v1 import trainer_pb2
 
 if TYPE_CHECKING:
     from mint._servers import Servers
+
+
+SamplingClientKind = Literal["snapshot", "inflight"]
+_INFLIGHT = "inflight"  # the name under which they are published if none is given
 
 
 class TrainingClient:
@@ -195,22 +199,34 @@ class TrainingClient:
         )
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, retry_config: None = None
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        *,
+        kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
-        """Publishes the weights and returns a client that samples from just these."""
+        """Publishes the weights and returns a client that samples from just these.
+
+        `kind="inflight"`: the client, and all of this kind and name that were made before, take
+        the newest weights that were published so, or by `save_weights_for_sampler` under that name.
+        A sample that has begun ends on the weights it began with; each sequence says which.
+        """
         refuse_retry_config(retry_config)
-        return self._servers.sampling_client_of(
-            self.save_weights_for_sampler(name).result().revision_path
-        )
+        saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
+        return self._servers.sampling_client_of(_sampled_path(saved, kind))
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, retry_config: None = None
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        *,
+        kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
         refuse_retry_config(retry_config)
-        saved = await self.save_weights_for_sampler(name)
+        saved = await self.save_weights_for_sampler(_published_name(name, kind))
         return await off_loop(type(self._servers).sampling_client_of)(
-            self._servers, saved.revision_path
+            self._servers, _sampled_path(saved, kind)
         )
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
@@ -239,6 +255,13 @@ class TrainingClient:
         """The base model's tokenizer, a Hugging Face one, from the server."""
         return self._servers.tokenizer(self._trainer, self.training_run.base_model)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a TrainingClient stays in its process: two would send different calls under the same "
+            f"number; elsewhere use ServiceClient.open_training_run({self.training_run_id!r}), "
+            "which takes the run over"
+        )
+
     forward_async = submitted(forward)
     forward_backward_async = submitted(forward_backward)
     forward_backward_custom_async = submitted(forward_backward_custom)
@@ -266,6 +289,18 @@ class TrainingClient:
             future: APIFuture[Any] = self._calls.submit(method, request, convert)
             future.add_done_callback(ended)
             return future
+
+
+def _published_name(name: str | None, kind: str) -> str | None:
+    if kind not in ("snapshot", "inflight"):
+        raise InvalidInputError(
+            f"`kind` is {kind!r}; it must be 'snapshot' or 'inflight'", field="kind"
+        )
+    return _INFLIGHT if name is None and kind == "inflight" else name
+
+
+def _sampled_path(saved: types.SaveWeightsForSamplerResponse, kind: str) -> str:
+    return saved.path if kind == "inflight" else saved.revision_path
 
 
 def _ttl(seconds: float | None) -> Duration | None:

@@ -104,6 +104,10 @@ def test_what_the_table_promises_is_there(row: Row) -> None:
     for parameter, default in zip(ours, defaults, strict=False):
         if default is not inspect.Parameter.empty:
             assert parameter.default == default, parameter.name
+    for argument, wanted in zip(promised.args.kwonlyargs, promised.args.kw_defaults, strict=True):
+        ours_too = inspect.signature(value).parameters[argument.arg]
+        assert wanted is not None
+        assert ours_too.default == ast.literal_eval(wanted), argument.arg
     needed = [p.name for p in ours[len(names) :] if p.default is p.empty]
     assert all(p.kind is p.VAR_KEYWORD for p in ours if p.name in needed)
 
@@ -138,7 +142,7 @@ def public(kind: Any) -> set[str]:
 
 def test_no_public_name_is_missing_from_the_tables() -> None:
     listed = {row.name for row in NAMES if row.state != "absent"}
-    wanted = {"mint.__version__" if name == "__version__" else name for name in mint.__all__}
+    wanted = {f"mint.{name}" if name.startswith("__") else name for name in mint.__all__}
     wanted |= {name if name in mint.__all__ else f"types.{name}" for name in types.__all__}
     for client in (*CLIENTS, "APIFuture", "ModelInput", "TensorData"):
         kind = getattr(mint, client, None)

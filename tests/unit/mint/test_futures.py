@@ -205,6 +205,7 @@ INTERRUPTED = """
 import signal, sys
 from mint.futures import APIFuture
 def stop(*_): raise InterruptedError("alarm")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.argv[1] == "SIGALRM":
     signal.signal(signal.SIGALRM, stop)
 print("waiting", flush=True)
