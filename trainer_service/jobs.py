@@ -99,11 +99,13 @@ class Tile:
     training_run_id: str
     sequence: int
     index: int  # place of the tile in its call, from 0
+    first: int = 0  # place of its first document in the call
     documents: tuple[Document, ...]
     loss: Loss
     backward: bool  # whether the gradient is added to the run's row
     weighted_only: bool  # whether logprobs at weight 0 are left out
     isolated: bool = False  # whether it has a plan of its own, run by deterministic algorithms
+    alone: bool = False  # whether it has a plan of its own, since engines have died with its call
 
 
 def tile_tokens(tile: Tile) -> int:
@@ -157,6 +159,7 @@ class StepRow:
 
     training_run_id: str
     adam_params: AdamParams
+    alone: bool = False  # as of a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,7 @@ class StepResult:
 
     step: int
     grad_norm: float  # before clipping
+    weight_digest: int = 0  # 64 bits of the weights after the step
     error: MintError | None = None
 
 
@@ -229,6 +233,43 @@ class LoadRow:
 
     training_run_id: str
     start: RowArrays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRow:
+    """Writes a row into a file, in the background. A part, `SnapshotCopied`, says that the row may
+    change again. Answer: `SnapshotWritten`.
+    """
+
+    training_run_id: str
+    sequence: int  # of the last call that is in it
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCopied:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWritten:
+    """The file is on disk, whole."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRow:
+    """Makes a row anew from a file of SnapshotRow. Answer: `RestoredRow`."""
+
+    training_run_id: str
+    spec: AdapterSpec
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredRow:
+    differs: str  # in which way this engine is another than the file's; empty: in none that counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

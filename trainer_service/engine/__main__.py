@@ -5,8 +5,10 @@ gone.
 import logging
 
 from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
+from mint_core.errors import MintError
 from trainer_service.engine.engine import Engine
-from trainer_service.jobs import EngineConfig
+from trainer_service.engine.snapshots import RowCopy, SnapshotWriter
+from trainer_service.jobs import EngineConfig, Plan, StepRows
 
 
 def main() -> None:
@@ -26,10 +28,19 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
+    writer = SnapshotWriter(pipe)
     while (call := pipe.receive()) is not None:
         try:
-            pipe.send(Reply(call.number, engine.run(call.job)))
+            answer = engine.run(call.job)
+            if isinstance(answer, RowCopy):
+                writer.put(call.number, answer)
+            else:
+                pipe.send(Reply(call.number, answer))
         except Exception as error:
+            if isinstance(call.job, Plan | StepRows) and not isinstance(error, MintError):
+                # Our bug, no memory, or the device's end: the front starts another engine, has
+                # the rest done again, and finds out whose doing it is.
+                raise
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:
             pipe.send(Report(counts))

@@ -123,6 +123,7 @@ class TrainingRun:
     trainable_parameter_count: int
     trained_modules: list[str]
     isolated: bool
+    inexact_replay_count: int = 0  # how often it was restored to other bits than before
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
@@ -142,6 +143,7 @@ class TrainingRun:
             trainable_parameter_count=message.trainable_parameter_count,
             trained_modules=list(message.trained_modules),
             isolated=message.isolated,
+            inexact_replay_count=message.inexact_replay_count,
         )
 
     @property

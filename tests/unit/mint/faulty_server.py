@@ -194,17 +194,19 @@ class Model(model_pb2_grpc.ModelServiceServicer):
         self.fingerprint = "ab12ab12ab12"
         self.role = model_pb2.SERVICE_ROLE_SAMPLER  # of both: tests sample from the same port
         self.sampler_address = ""
+        self.loading = 0  # so many answers tell of no model yet
 
     def GetServerCapabilities(self, request: Any, context: Any) -> Any:
         self.metadata.append(dict(context.invocation_metadata()))
         model = model_pb2.BaseModel(
             name="base", context_length=64, tokenizer_fingerprint=self.fingerprint
         )
+        self.loading, loading = max(self.loading - 1, 0), self.loading
         return model_pb2.GetServerCapabilitiesResponse(
             server_version="1",
             role=self.role,
             sampler_address=self.sampler_address,
-            base_models=[model],
+            base_models=[] if loading else [model],
             limits=model_pb2.Limits(
                 max_message_bytes=1 << 20, max_calls_in_flight_per_run=8, max_data_per_request=100
             ),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.trainer_service.calls import call, compute, document, step
 from trainer_service.calls import Compute
 from trainer_service.jobs import CrossEntropy, Plan, StepRows, Tile, tile_tokens
-from trainer_service.planner import Planner, cut
+from trainer_service.planner import Planner, cut, most_tile_tokens
 
 BUDGET = 64
 
@@ -20,7 +20,9 @@ BUDGET = 64
 def tiles(
     run: str, sequence: int, *lengths: int, budget: int = BUDGET, isolated: bool = False
 ) -> tuple[Tile, ...]:
-    return cut(call(sequence, run=run), compute(*lengths), budget, isolated=isolated)
+    return cut(
+        call(sequence, run=run), compute(*lengths), most_tile_tokens(budget), isolated=isolated
+    )
 
 
 def plans(planner: Planner) -> list[Plan]:
