@@ -9,6 +9,7 @@ import numpy as np
 
 import mint
 from mint import types
+from tests.answers import exact
 
 LIMIT_S = 120.0
 Answers = list[Any]
@@ -104,7 +105,7 @@ def _plain(answer: Any) -> Any:
     """What counts of an answer, in a form that compares."""
     if isinstance(answer, types.ForwardBackwardOutput):
         outputs = [output["logprobs"].to_numpy().tolist() for output in answer.loss_fn_outputs]
-        return outputs, dict(answer.metrics)
+        return outputs, exact(answer.metrics)
     if isinstance(answer, types.OptimStepResponse):
-        return dict(answer.metrics or {})
+        return exact(answer.metrics)
     return type(answer).__name__

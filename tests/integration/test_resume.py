@@ -56,10 +56,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(model: Path, store: Path) -> Iterator[mint.ServiceClient]:
-    """A trainer of its own, and a client of it."""
+def serving(model: Path, store: Path, state: str = "") -> Iterator[mint.ServiceClient]:
+    """A trainer of its own, and a client of it. Two on one store need states of their own."""
     with (
-        running_trainer(model, store, base_model_name="tiny") as trainer,
+        running_trainer(model, store, base_model_name="tiny", state=state) as trainer,
         mint.ServiceClient(base_url=trainer.address) as service,
     ):
         yield service
@@ -119,10 +119,14 @@ def test_resuming_without_the_optimizer_is_another_run(
 
 
 def test_a_second_server_on_the_same_store_resumes_too(
-    restarted: mint.ServiceClient, qwen3_folder: Path, store: Path, saved: tuple[str, Weights]
+    restarted: mint.ServiceClient,
+    qwen3_folder: Path,
+    store: Path,
+    saved: tuple[str, Weights],
+    tmp_path: Path,
 ) -> None:
     path, uninterrupted = saved
-    with serving(qwen3_folder, store) as second:
+    with serving(qwen3_folder, store, str(tmp_path / "state")) as second:
         run = second.create_training_client_from_state_with_optimizer(path, base_model="tiny")
         train(run, BEFORE, AFTER)
 
