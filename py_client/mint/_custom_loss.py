@@ -21,7 +21,7 @@ from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2, types_pb2
 
-# Of data and of a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as
+# Of data and a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as
 # nothing but _torch.py imports torch.
 CustomLoss = Callable[[list[types.Datum], list[Any]], tuple[Any, Mapping[str, float]]]
 Floats = NDArray[np.float32]
