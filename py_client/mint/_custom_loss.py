@@ -8,7 +8,7 @@ are minus those derivatives has just that gradient.
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,9 @@ from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2, types_pb2
 
-if TYPE_CHECKING:
-    import torch
-
-CustomLoss = Callable[
-    [list[types.Datum], "list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, float]]"
-]
+# Of data and a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as
+# nothing but _torch.py imports torch.
+CustomLoss = Callable[[list[types.Datum], list[Any]], tuple[Any, Mapping[str, float]]]
 Floats = NDArray[np.float32]
 _TARGETS, _WEIGHTS = "target_tokens", "weights"
 
