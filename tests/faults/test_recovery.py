@@ -17,10 +17,18 @@ import grpc
 import pytest
 
 from mintrpc.v1 import trainer_pb2
-from tests.engines.rows import DIFFERENT, POISON
+from tests.engines.rows import DIFFERENT, POISON, UNLUCKY, UNLUCKY_SEED
 from tests.resending import ADAM, insisting, resend, start_run, stub_of, train
 from tests.supervised import LIMIT_S, Supervised, summing
-from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create_request, datum, refused
+from tests.trainer_rpc import (
+    CALL_LIMIT_S,
+    RawRun,
+    create_request,
+    datum,
+    lora_config,
+    refused,
+)
+from trainer_service.recovery import MOST_DEATHS
 
 
 def journal(folder: Path, query: str) -> list[Any]:
@@ -195,6 +203,25 @@ def test_a_replay_that_differs_is_told_and_not_hidden(tmp_path: Path) -> None:
 
         resend(run, run.optim_step())
         assert run.describe().inexact_replay_count == 1
+
+
+def test_a_run_that_no_engine_can_restore_is_given_up_and_others_go_on(tmp_path: Path) -> None:
+    with summing(tmp_path) as service, stub_of(service) as stub:
+        unlucky = start_run(stub, lora_config=lora_config(seed=UNLUCKY_SEED))
+        run = start_run(stub)
+        train(unlucky, 1)
+        train(run, 1)
+
+        service.start_next_with({UNLUCKY: "1"})
+        service.restart()
+
+        resend(run, run.forward_backward())
+        assert unlucky.refused(unlucky.forward_backward()).reason == "TRAINING_RUN_LOST"
+        assert run.send(run.optim_step()).step == 2
+        assert service.log_text().count("engine ready") == 1 + 1 + MOST_DEATHS
+
+        service.restart()
+        assert resend(unlucky, unlucky.forward_backward()).outputs
 
 
 def test_a_rolling_restart_writes_rows_and_loses_nothing(tmp_path: Path) -> None:
