@@ -234,6 +234,10 @@ class Concat:
         all_own = adapted.weights(group)
         a = torch.cat([own.a for own in all_own])
         b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
+        # 0 times NaN is NaN, so a column of B that is not finite would reach all rows: it becomes
+        # 0, and its row of A NaN, which its own rows get and nobody else.
+        finite = b.isfinite().all(0)
+        a, b = torch.where(finite[:, None], a, torch.nan), torch.where(finite, b, 0.0)
         rows = adapted.covered
         h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
         h *= adapted.scales

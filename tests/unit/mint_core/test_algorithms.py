@@ -104,6 +104,17 @@ def test_a_neighbours_nan_stays_with_it(algorithm: Algorithm) -> None:
         assert i == 3 or torch.equal(ours, expected)
 
 
+def test_concatenation_keeps_a_neighbours_nan_with_it() -> None:
+    expected = Case().forward(LOOP)
+    case = Case()
+    case.rows[1].part(Part.WEIGHTS).fill_(torch.nan)
+    ours = case.forward(CONCAT)
+    # It trains q and v; what lies between is as good as trained.
+    assert ours[9:14].isnan().all()
+    ours[9:14] = expected[9:14]
+    assert (ours - expected).norm() <= 1e-6 * expected.norm()
+
+
 def test_concatenation_keeps_a_neighbours_overflow_with_it() -> None:
     """Adapters are finite; what they make of a row need not be."""
     case, expected = Case(), Case().forward(LOOP)
