@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora.bank import GroupMatrices, Part
+from mint_core.lora.bank import AdapterRow, GroupMatrices, Part
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, add_product, scale
 
@@ -37,6 +37,7 @@ class Adapted:
     device: torch.device
     dtype: torch.dtype  # that the base computes in
     _weights: dict[str, list[GroupMatrices]] = field(default_factory=dict)
+    _casts: dict[AdapterRow, Tensor] = field(default_factory=dict)  # [params]
 
     @cached_property
     def accumulates(self) -> bool:
@@ -83,11 +84,17 @@ class Adapted:
         name = group.modules[0]
         if name not in self._weights:
             self._weights[name] = [
-                segment.row.group(Part.WEIGHTS, group).to(self.dtype)
-                for segment in self.segments
-                if segment.row
+                self._weights_of(segment.row, group) for segment in self.segments if segment.row
             ]
         return self._weights[name]
+
+    def _weights_of(self, row: AdapterRow, group: ModuleGroup) -> GroupMatrices:
+        own = row.group(Part.WEIGHTS, group)
+        if own.a.dtype == self.dtype:
+            return own
+        if row not in self._casts:  # the whole row in one call, for all groups
+            self._casts[row] = row.part(Part.WEIGHTS).to(self.dtype)
+        return row.bank.group_matrices(self._casts[row], group, own.members)
 
     @cached_property
     def _rows(self) -> Tensor | None:  # [S, params]
