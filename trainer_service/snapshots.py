@@ -19,6 +19,7 @@ from trainer_service.journal.ledger import Ledger
 from trainer_service.journal.records import SnapshotRecord
 from trainer_service.run import Run
 from trainer_service.scheduler import Scheduler
+from trainer_service.snapshot_files import SnapshotFailed
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,17 @@ class Snapshots:
             self._spawn(self.cover(run))  # when backwards beside this one have ended too
 
     async def take(self, run: Run, sequence: int) -> SnapshotRecord:
-        """Writes the row as it is behind a call that has its turn, and waits until it is on disk.
-        What it is worth is for the caller to note.
+        """Writes the row as it is behind a call that has its turn, and waits until it is on disk,
+        and on a full one for room. What it is worth is for the caller to note.
         """
-        return await (await self._copy(run, sequence))
+        while True:
+            try:
+                return await (await self._copy(run, sequence))
+            except SnapshotFailed as failure:
+                if failure.retry_after_s is None:
+                    raise
+                logger.warning("run=%s waits for room on the state's disk", run.id)
+                await asyncio.sleep(failure.retry_after_s)
 
     def replaced(self, run: Run, snapshot: SnapshotRecord) -> None:
         """Removes a run's earlier file: the journal names this one."""
