@@ -22,15 +22,15 @@ from pathlib import Path
 # In the order of worth, with the seconds that each may take.
 PARTS = {
     "ceilings": 30,
-    "paged": 40,
+    "sampler": 90,
+    "trainer": 90,
     "adapters": 40,
-    "attention": 60,
-    "sampler": 100,
-    "trainer": 100,
-    "peft": 60,
+    "attention": 50,
+    "trainer_8b": 60,
+    "sampler_8b": 80,
+    "paged": 40,
     "head": 30,
-    "trainer_8b": 70,
-    "sampler_8b": 90,
+    "peft": 60,
 }
 STARTING_S = 60  # of a process, beside its first part
 
