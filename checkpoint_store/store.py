@@ -213,6 +213,7 @@ class CheckpointStore:
         asked = parse_path(path)
         found = [m for m in self._layout.newest_first(asked) if m.tenant == tenant]
         if not found:
+            revisions.settle_burials(self._layout.name_folder(asked))
             raise CheckpointNotFound(path)
         for manifest in found:
             revisions.bury(self._layout.revision_folder(manifest.revision_path))
@@ -222,6 +223,8 @@ class CheckpointStore:
         for manifest in self._layout.all_revisions(check_name(training_run_id)):
             if manifest.tenant == tenant and (named or not manifest.named):
                 revisions.bury(self._layout.revision_folder(manifest.revision_path))
+        for name in self._layout.names(training_run_id):
+            revisions.settle_burials(self._layout.name_folder(name))
 
     def sweep(self, *, now: datetime | None = None) -> int:
         """Removes what has expired and what dead writers left. Returns how many revisions went."""
@@ -277,6 +280,7 @@ class CheckpointStore:
         path = manifest.path
         for earlier in self._layout.revisions_of(path) if manifest.sequence else ():
             if earlier.sequence == manifest.sequence:
+                revisions.settle(self._layout.name_folder(path))
                 return Published(earlier)
         described = replace(manifest, files=adapter_files.flush_files(staging))
 
