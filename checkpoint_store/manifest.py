@@ -36,6 +36,7 @@ class Manifest:
     expire_time: datetime | None = None  # None: kept until deleted, or as `unused_limit_s` says
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
+    sequence: int = 0  # of the run's call that saved it; 0: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @property
@@ -81,6 +82,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "expire_time": manifest.expire_time and manifest.expire_time.isoformat(),
         "unused_limit_s": manifest.unused_limit_s,
         "metadata": dict(manifest.metadata),
+        "sequence": manifest.sequence,
         "files": {
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
@@ -124,6 +126,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         expire_time=expire_time and datetime.fromisoformat(expire_time),
         unused_limit_s=content["unused_limit_s"],
         metadata=content["metadata"],
+        sequence=content.get("sequence", 0),  # older manifests have none
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest, decode_manifest
 from checkpoint_store.paths import CheckpointPath
+from mint_core.fault_points import fault_point
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,28 @@ def place(staging: Path, folder: Path, prepare: Callable[[int], None]) -> int:
     `prepare` learns the number beforehand, again if another writer was quicker.
     """
     make_folder(folder)
-    flush_folder(folder.parent)  # an announcement may have made the folder, and not on disk
+    settle(folder)
     while True:
         revision = max(_numbers(folder), default=0) + 1
         prepare(revision)
+        fault_point("store:before-publish")
         try:
             staging.rename(folder / str(revision))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         else:
+            fault_point("store:after-publish")
             flush_folder(folder)
             return revision
+
+
+def settle(folder: Path) -> None:
+    """Brings to disk which revisions a name has. Processes see what others have placed before it
+    is there, and may not rely on it: those others may have been killed.
+    """
+    for above in (folder, *folder.parents[:3]):  # up to the root
+        flush_folder(above)
 
 
 def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
@@ -71,13 +82,23 @@ def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
 def bury(folder: Path) -> None:
     """Removes a revision's files. Its number stays taken.
 
-    The manifest goes first: killed half way, the revision is gone for readers all the same.
+    The manifest goes first, on disk too: killed half way, or when the power goes, the revision is
+    gone for readers all the same.
     """
     (folder / _TOMBSTONE_FILE).touch()
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    flush_folder(folder)
     for file in folder.iterdir():
         if file.name != _TOMBSTONE_FILE:
             file.unlink(missing_ok=True)
+
+
+def settle_burials(folder: Path) -> None:
+    """Brings to disk which revisions of a name are gone, whoever has buried them."""
+    for number in _numbers(folder):
+        if not (folder / str(number) / MANIFEST_FILE).exists():
+            with contextlib.suppress(FileNotFoundError):  # a sweep has just removed what was left
+                flush_folder(folder / str(number))
 
 
 def all_dead(folder: Path) -> bool:
@@ -105,8 +126,12 @@ def announce(folder: Path, tenant: str) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     draft = folder / f".{_ANNOUNCEMENT_FILE}"
-    draft.write_text(tenant)
-    draft.rename(folder / _ANNOUNCEMENT_FILE)
+    try:
+        draft.write_text(tenant)
+        draft.rename(folder / _ANNOUNCEMENT_FILE)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def announced(folder: Path) -> str | None:

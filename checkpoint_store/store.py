@@ -77,12 +77,14 @@ class CheckpointStore:
         exp_avg_sq: AdapterArrays | None = None,
         step: int,
         metadata: Mapping[str, str] | None = None,
+        sequence: int = 0,
         overwrite: bool = True,
         expire_time: datetime | None = None,
     ) -> Published:
         """Saves the next revision of a name, or an unnamed snapshot. Readers see all or nothing.
 
-        Without `overwrite`, a name that exists is AlreadyExists.
+        Without `overwrite`, a name that exists is AlreadyExists. With a `sequence`, to save it once
+        more under the same name changes nothing: a crash may have hidden that it was saved.
         """
         manifest = new_manifest(
             training_run_id=training_run_id,
@@ -95,6 +97,7 @@ class CheckpointStore:
             step=step,
             metadata=metadata,
             expire_time=expire_time,
+            sequence=sequence,
         )
         return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
 
@@ -210,6 +213,7 @@ class CheckpointStore:
         asked = parse_path(path)
         found = [m for m in self._layout.newest_first(asked) if m.tenant == tenant]
         if not found:
+            revisions.settle_burials(self._layout.name_folder(asked))
             raise CheckpointNotFound(path)
         for manifest in found:
             revisions.bury(self._layout.revision_folder(manifest.revision_path))
@@ -219,6 +223,8 @@ class CheckpointStore:
         for manifest in self._layout.all_revisions(check_name(training_run_id)):
             if manifest.tenant == tenant and (named or not manifest.named):
                 revisions.bury(self._layout.revision_folder(manifest.revision_path))
+        for name in self._layout.names(training_run_id):
+            revisions.settle_burials(self._layout.name_folder(name))
 
     def sweep(self, *, now: datetime | None = None) -> int:
         """Removes what has expired and what dead writers left. Returns how many revisions went."""
@@ -272,6 +278,10 @@ class CheckpointStore:
 
     def _place(self, staging: Path, manifest: Manifest, overwrite: bool) -> Published:
         path = manifest.path
+        for earlier in self._layout.revisions_of(path) if manifest.sequence else ():
+            if earlier.sequence == manifest.sequence:
+                revisions.settle(self._layout.name_folder(path))
+                return Published(earlier)
         described = replace(manifest, files=adapter_files.flush_files(staging))
 
         def prepare(revision: int) -> None:
@@ -318,6 +328,7 @@ def new_manifest(
     spec: AdapterSpec,
     step: int,
     metadata: Mapping[str, str] | None = None,
+    sequence: int = 0,
     expire_time: datetime | None = None,
 ) -> Manifest:
     """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
@@ -335,4 +346,5 @@ def new_manifest(
         expire_time=expire_time,
         unused_limit_s=retention.UNUSED_LIMIT_S if name is None else None,
         metadata=dict(metadata or {}),
+        sequence=sequence,
     )

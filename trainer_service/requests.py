@@ -64,10 +64,16 @@ class DeleteRun:
     delete_checkpoints: bool
 
 
-def payload_hash(request: Message) -> bytes:
-    """A digest of the parsed request, which does not depend on how its sender ordered the bytes."""
-    content = request.DESCRIPTOR.full_name.encode() + request.SerializeToString(deterministic=True)
-    return hashlib.sha256(content).digest()
+def canonical(request: Message) -> bytes:
+    """The parsed request as bytes, which do not depend on how its sender ordered them."""
+    return request.SerializeToString(deterministic=True)
+
+
+def payload_hash(request: Message, content: bytes) -> bytes:
+    """A digest of a request whose canonical bytes are `content`."""
+    digest = hashlib.sha256(request.DESCRIPTOR.full_name.encode())
+    digest.update(content)
+    return digest.digest()
 
 
 def parse_create(
@@ -209,4 +215,4 @@ def _check_served(base_model: str, model: ModelDescription) -> None:
 
 def _identity(request: Message) -> Identity:
     request_id: str = request.request_id  # type: ignore[attr-defined]
-    return Identity(fields.request_id(request_id), payload_hash(request))
+    return Identity(fields.request_id(request_id), payload_hash(request, canonical(request)))

@@ -9,8 +9,7 @@ from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service.calls import Computed, Discarded, Loaded, Outcome, Saved, Stepped
-from trainer_service.run import RunView
-from trainer_service.runs import RunPage
+from trainer_service.run import RunPage, RunView
 from trainer_service.watching import CallEnd, Event, QueueProgress
 
 
@@ -86,6 +85,12 @@ def load_state_response(outcome: Outcome) -> trainer_pb2.LoadStateResponse:
     )
 
 
+def _state_message(view: RunView) -> str:
+    if view.lost:
+        return f"weights lost: {view.lost}"
+    return "; ".join(filter(None, (view.trouble, view.inexact_note)))
+
+
 def run_message(view: RunView) -> trainer_pb2.TrainingRun:
     origin = view.origin
     states = trainer_pb2.TrainingRun
@@ -101,10 +106,11 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         next_sequence=view.next_sequence,
         gradient_pending=view.gradient_pending,
         state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
-        state_message=f"weights lost: {view.lost}" if view.lost else view.trouble,
+        state_message=_state_message(view),
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,
+        inexact_replay_count=view.inexact_replays,
     )
 
 
@@ -153,7 +159,7 @@ def _fill(
     for logprobs in outcome.logprobs:
         tensor = response.outputs.add().logprobs
         tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
-        tensor.shape.append(len(logprobs))
+        tensor.shape.extend(logprobs.shape)
         tensor.values = np.ascontiguousarray(logprobs, "<f4").tobytes()
     response.metrics.update(outcome.metrics)
 

@@ -3,9 +3,10 @@ tensor.
 
 Rows are scored in chunks, and each chunk's gradient is reduced before the next chunk is scored: the
 logits are computed once. A row's numbers do not depend on the rows beside it: an adapter's rows are
-cut by themselves alone, and every matmul has at least MIN_ROWS rows.
+cut by themselves alone, and every matmul has at least MIN_ROWS rows, or is of packed weights.
 
-n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size.
+n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size. A row may be scored for k
+targets at once: the logits are those of the row, whatever k is, and so is its softmax.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mint_core.lora.layers import (
     MIN_ROWS,
     MultiLoraLinear,
     Segment,
     adapter_backward,
-    adapter_weights,
-    scale,
+    adapter_forward,
 )
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
@@ -29,7 +28,8 @@ from mint_core.lora.layers import (
 CHUNK_BYTES_CPU = 32 * 1024**2
 CHUNK_BYTES = 256 * 1024**2
 
-# d loss / d logprob [n] of the rows of piece `number` at `place`, from their logprobs [n].
+# d loss / d logprob of the rows of piece `number` at `place`, from their logprobs; both are of the
+# shape of the targets, [n] or [n, k].
 Slope = Callable[[int, slice, Tensor], Tensor]
 
 
@@ -48,7 +48,8 @@ class _Cut:
     number: int  # of the piece
     place: slice  # in the piece
     segment: Segment
-    rows: Tensor  # [n, at least MIN_ROWS] positions in the stream, the first repeated to fill up
+    # [n, at least MIN_ROWS unless rowwise] positions in the stream, the first repeated to fill up
+    rows: Tensor
     part: slice  # of the chunk
 
     @property
@@ -65,8 +66,8 @@ class _Scored:
     shrunk: list[Tensor | None]  # per cut, x A^T [n, r]
     powers: Tensor  # [rows, V], exp(logit - the row's largest)
     totals: Tensor  # [rows], their sums
-    targets: Tensor  # [rows]
-    logprobs: Tensor  # [rows]
+    targets: Tensor  # [rows] or [rows, k]
+    logprobs: Tensor  # as `targets`
     bend: Tensor | None  # [rows, V], derivative of the soft cap
 
 
@@ -87,6 +88,8 @@ class Head:
         for number, piece in enumerate(pieces):
             _append(chunk, number, piece, slice(0, len(piece.rows)))
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
+        if all(len(cut.rows) == cut.count for cut in chunk):
+            return z
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
 
     def all_logits(self, hidden: Tensor) -> Tensor:  # [rows, d] -> [rows, V] float32
@@ -108,11 +111,11 @@ class Head:
         self,
         hidden: Tensor,  # [tokens, d]
         pieces: Sequence[Piece],
-        targets: Sequence[Tensor],  # per piece, [n]
-    ) -> list[Tensor]:  # per piece, [n] float32
-        """Natural logarithm of each row's target probability."""
-        results = [torch.empty(len(piece.rows), device=hidden.device) for piece in pieces]
-        for chunk in self._chunks(pieces):
+        targets: Sequence[Tensor],  # per piece, [n] or [n, k]
+    ) -> list[Tensor]:  # per piece, as its targets, float32
+        """Natural logarithm of the probability of each row's target, or of each of its k."""
+        results = [torch.empty(target.shape, device=hidden.device) for target in targets]
+        for chunk in self._chunks(pieces, targets):
             scored = self._score(hidden, chunk, targets)
             for cut in chunk:
                 results[cut.number][cut.place] = scored.logprobs[cut.part][: cut.count]
@@ -123,7 +126,7 @@ class Head:
         self,
         hidden: Tensor,  # [tokens, d]
         pieces: Sequence[Piece],
-        targets: Sequence[Tensor],  # per piece, [n]
+        targets: Sequence[Tensor],  # per piece, [n] or [n, k]
         slope: Slope,
     ) -> Tensor | None:  # [tokens, d]
         """d loss / d hidden, or None where no loss has a slope; adds the gradients of the head's
@@ -133,18 +136,17 @@ class Head:
         its logprob.
         """
         gradient = None
-        for chunk in self._chunks(pieces):
+        for chunk in self._chunks(pieces, targets):
             scored = self._score(hidden, chunk, targets)
             slopes = [
                 slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
                 for cut in chunk
             ]
-            steep = [
-                _steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)
-            ]
-            if any(len(rows) for rows in steep):
+            steep = None if _all_steep(slopes, chunk) else [_steep_places(s) for s in slopes]
+            if steep is None or any(len(places) for places, _ in steep):
                 gradient = torch.zeros_like(hidden) if gradient is None else gradient
-                self._reduce(scored, chunk, slopes, steep, gradient)
+                every = [(None, slope) for slope in slopes]
+                self._reduce(scored, chunk, steep or every, gradient)
         return gradient
 
     def _score(self, hidden: Tensor, chunk: Sequence[_Cut], targets: Sequence[Tensor]) -> _Scored:
@@ -152,54 +154,63 @@ class Head:
         z, shrunk = self._expand(x, chunk)
         wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
         bend = None if self._softcap is None else 1 - (z / self._softcap).square()
-        at_target = z.gather(1, wanted[:, None])[:, 0]
+        at_target = z.gather(1, _wide(wanted))
         largest, powers, totals = _powers(z)
-        logprobs = at_target - largest - totals.log()
+        logprobs = (at_target - largest[:, None] - totals.log()[:, None]).view(wanted.shape)
         return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
 
     def _reduce(
         self,
         scored: _Scored,
         chunk: Sequence[_Cut],
-        slopes: Sequence[Tensor],  # per cut, [n]
-        steep: Sequence[Tensor],  # per cut, places in the chunk
+        # Per cut, places in it and slopes, [m] or [m, k]; all cuts whole if no places are named.
+        steep: Sequence[tuple[Tensor | None, Tensor]],
         gradient: Tensor,  # [tokens, d]; rows are added to
     ) -> None:
-        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)) to the hidden
-        state and to the adapters. Overwrites the chunk's powers.
+        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)), summed over a
+        row's targets, to the hidden state and to the adapters. Overwrites the chunk's powers.
         """
-        chosen = torch.cat(list(steep))
-        upstream = torch.cat([_upstream(*pair) for pair in zip(slopes, steep, chunk, strict=True)])
-        powers, x = scored.powers, scored.x
-        if not torch.equal(chosen, torch.arange(len(powers), device=chosen.device)):
-            powers, x = powers[chosen], x[chosen]
-        z = powers.mul_(-(upstream / scored.totals[chosen])[:, None])
-        z.scatter_add_(1, scored.targets[chosen, None], upstream[:, None])
-        if scored.bend is not None:
-            z.mul_(scored.bend[chosen])
+        upstream = _wide(torch.cat([slopes for _, slopes in steep]))
+        powers, x, totals, targets, bend = (
+            scored.powers,
+            scored.x,
+            scored.totals,
+            scored.targets,
+            scored.bend,
+        )
+        pairs = list(zip(steep, chunk, strict=True))
+        named = [places + cut.part.start for (places, _), cut in pairs if places is not None]
+        if named:
+            chosen = torch.cat(named)
+            powers, x, totals, targets = (t[chosen] for t in (powers, x, totals, targets))
+            bend = None if bend is None else bend[chosen]
+        z = powers.mul_(-(_row_sums(upstream) / totals)[:, None])
+        z.scatter_add_(1, _wide(targets), upstream)
+        if bend is not None:
+            z.mul_(bend)
         dz = z.to(x.dtype)
         dx = dz @ self._linear.weight
         at = 0
-        for cut, rows, h in zip(chunk, steep, scored.shrunk, strict=True):
-            part, at = slice(at, at + len(rows)), at + len(rows)
-            if not len(rows):
-                continue
-            if h is not None:
-                dx[part] += adapter_backward(
-                    cut.segment, self._linear.name, x[part], h[rows - cut.part.start], dz[part]
+        streams = []
+        for ((places, slopes), cut), h in zip(pairs, scored.shrunk, strict=True):
+            part, at = slice(at, at + len(slopes)), at + len(slopes)
+            streams.append(cut.rows if places is None else cut.rows[places])
+            if h is not None and len(slopes):
+                own_h = h if places is None else h[places]
+                dx[part].add_(
+                    adapter_backward(cut.segment, self._linear.name, x[part], own_h, dz[part])
                 )
-            gradient.index_add_(0, cut.rows[rows - cut.part.start], dx[part])
+        gradient.index_add_(0, torch.cat(streams), dx)
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
-        z = functional.linear(x, self._linear.weight, self._linear.bias)
+        linears = self._linear.together
+        (z,) = linears.base(x, linears.each)
         shrunk: list[Tensor | None] = []
         for cut in chunk:
             h = None
             if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
-                a, b = adapter_weights(cut.segment, self._linear.name, x.dtype)
-                h = x[cut.part] @ a.T
-                z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
+                h = adapter_forward(cut.segment, self._linear.name, x[cut.part], z[cut.part])
             shrunk.append(h)
         return self._capped(z), shrunk
 
@@ -207,14 +218,17 @@ class Head:
         z = z.float()
         return z if self._softcap is None else (z / self._softcap).tanh_().mul_(self._softcap)
 
-    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[_Cut]]:
-        """Cuts each piece by its own length alone, then fills chunks."""
+    def _chunks(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> Iterator[list[_Cut]]:
+        """Cuts each piece by its own length alone, then fills chunks of rows with as many targets
+        each.
+        """
         chunk: list[_Cut] = []
         for number, piece in enumerate(pieces):
             for start in range(0, len(piece.rows), self.chunk_rows):
                 place = slice(start, min(start + self.chunk_rows, len(piece.rows)))
                 filled = chunk[-1].part.stop if chunk else 0
-                if chunk and filled + place.stop - start > self.chunk_rows:
+                full = filled + place.stop - start > self.chunk_rows
+                if chunk and (full or _width(targets, number) != _width(targets, chunk[-1].number)):
                     yield chunk
                     chunk = []
                 _append(chunk, number, piece, place)
@@ -232,28 +246,55 @@ def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     rows = piece.rows[place]
     missing = MIN_ROWS - len(rows)
-    if missing > 0:
+    if missing > 0 and not piece.segment.rowwise:
         rows = torch.cat([rows, rows[:1].expand(missing)])
     start = chunk[-1].part.stop if chunk else 0
     chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))
 
 
-def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n] -> [n, at least MIN_ROWS]
+def _wide(values: Tensor) -> Tensor:  # [n] or [n, k] -> [n, 1] or [n, k]
+    return values[:, None] if values.dim() == 1 else values
+
+
+def _width(targets: Sequence[Tensor], number: int) -> tuple[int, ...]:
+    return tuple(targets[number].shape[1:])
+
+
+def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]
+    """Column after column: a row's sum does not depend on how many rows there are."""
+    total = values[:, 0]
+    for column in range(1, values.shape[1]):
+        total = total + values[:, column]
+    return total
+
+
+def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n, ...] -> [n, at least MIN_ROWS, ...]
     missing = len(cut.rows) - len(targets)
-    return torch.cat([targets, targets[:1].expand(missing)]) if missing else targets
+    if not missing:
+        return targets
+    return torch.cat([targets, targets[:1].expand(missing, *targets.shape[1:])])
 
 
-def _steep_rows(slope: Tensor, cut: _Cut) -> Tensor:
-    """Places in the chunk where the loss has a slope, the first repeated to MIN_ROWS; or none."""
-    places: Tensor = torch.nonzero(slope)[:, 0] + cut.part.start
-    missing = MIN_ROWS - len(places)
-    if missing > 0 and len(places):
-        places = torch.cat([places, places[:1].expand(missing)])
-    return places
+def _all_steep(slopes: Sequence[Tensor], chunk: Sequence[_Cut]) -> bool:
+    """Whether the loss has a slope at every row of a chunk, and none only fills up."""
+    if not all(len(cut.rows) == cut.count for cut in chunk):
+        return False
+    return bool(_sloping(torch.cat(list(slopes))).all())
 
 
-def _upstream(slope: Tensor, steep: Tensor, cut: _Cut) -> Tensor:
-    """The slopes of the steep rows; 0 for those that fill up."""
-    upstream: Tensor = slope[steep - cut.part.start]
-    upstream[int((slope != 0).sum()) :] = 0.0
-    return upstream
+def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]; [n, k] -> [m], [m, k]
+    """Places in a cut where the loss has a slope, the first repeated to MIN_ROWS, and the slopes, 0
+    for what fills up; or none.
+    """
+    places: Tensor = torch.nonzero(_sloping(slope))[:, 0]
+    found = len(places)
+    if not 0 < found < MIN_ROWS:
+        return places, slope[places]
+    places = torch.cat([places, places[:1].expand(MIN_ROWS - found)])
+    upstream: Tensor = slope[places]
+    upstream[found:] = 0.0
+    return places, upstream
+
+
+def _sloping(slope: Tensor) -> Tensor:  # [n] or [n, k] -> [n]
+    return (_wide(slope) != 0).any(1)

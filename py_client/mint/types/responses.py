@@ -35,14 +35,20 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class OptimStepResponse:
-    """`step` counts the steps taken so far."""
+    """`step` counts the steps taken so far. Metrics: `grad_norm:mean`, the norm of the whole
+    gradient before clipping, the same as `unclipped_grad_l2:mean`, and `learning_rate:mean`, the
+    rate of this step.
+    """
 
     metrics: dict[str, float]
     step: int
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.OptimStepResponse) -> "OptimStepResponse":
-        return cls(dict(message.metrics), message.step)
+        metrics = dict(message.metrics)
+        if (norm := metrics.get("grad_norm:mean")) is not None:
+            metrics["unclipped_grad_l2:mean"] = norm  # as scripts for Tinker read it
+        return cls(metrics, message.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,7 @@ class TrainingRun:
     trainable_parameter_count: int
     trained_modules: list[str]
     isolated: bool
+    inexact_replay_count: int = 0  # how often it was restored to other bits than before
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
@@ -136,10 +143,12 @@ class TrainingRun:
             trainable_parameter_count=message.trainable_parameter_count,
             trained_modules=list(message.trained_modules),
             isolated=message.isolated,
+            inexact_replay_count=message.inexact_replay_count,
         )
 
     @property
     def lora_rank(self) -> int:
+        """Rank of its adapter."""
         return self.lora_config.rank
 
 
