@@ -149,11 +149,11 @@ class SamplingParams:
     end-of-sequence tokens. `stop=[]` without ids: only `max_tokens` ends a continuation.
     `max_tokens=None`: the rest of the context.
 
-    `min_p`, 0 to 1: of what top-k and top-p leave, tokens with less than this share of the likeliest
-    one's probability are left out. Penalties lower the logits of tokens that have occurred:
-    `repetition_penalty` divides positive logits (and multiplies others) of those in the prompt or
-    the continuation; `presence_penalty` is subtracted once, and `frequency_penalty` for each
-    occurrence, from those in the continuation. None of them changes a logprob.
+    `min_p`, 0 to 1: of what top-k and top-p leave, tokens with less than this share of the
+    likeliest one's probability are left out. Penalties lower the logits of tokens that have
+    occurred: `repetition_penalty` divides positive logits (and multiplies others) of those in the
+    prompt or the continuation; `presence_penalty` is subtracted once, and `frequency_penalty` for
+    each occurrence, from those in the continuation. None of them changes a logprob.
     """
 
     max_tokens: int | None = None
@@ -225,6 +225,10 @@ def integer(value: Any, field: str, *, bits: int = 32) -> int:
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
+    if stop is not None and not hasattr(stop, "__iter__"):
+        raise InvalidInputError(
+            f"`stop` is {stop!r}; give a text, or a list of texts or of token ids", field="stop"
+        )
     entries: list[Any] = [stop] if isinstance(stop, str) else [] if stop is None else list(stop)
     texts = [entry for entry in entries if isinstance(entry, str)]
     if "" in texts:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sampler_service.engine.narrowing import draw_narrowed
 from sampler_service.engine.penalties import Occurrences
@@ -194,6 +195,29 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
     assert drawn.finite.tolist() == [True, False, False]
     alone = draw_tokens(logits()[None], [Draw(Choice(seed=9), 0, 0)])
     assert drawn.tokens[0] == alone.tokens[0]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(seed=0, min_p=0.05),
+        Choice(seed=0, temperature=3.0, min_p=0.3),
+        Choice(seed=0, temperature=0.6, top_k=9, min_p=0.01),
+        Choice(seed=0, top_p=0.8, min_p=0.1),
+        Choice(seed=0, temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
+    ],
+)
+def test_what_is_left_is_what_the_warpers_of_transformers_leave(choice: Choice) -> None:
+    many = torch.from_numpy(np.random.default_rng(4).normal(0, 2, (1, 50))).float()
+    left = many / choice.temperature
+    if choice.top_k > 0:
+        left = TopKLogitsWarper(choice.top_k)(None, left)  # type: ignore[arg-type]
+    left = TopPLogitsWarper(choice.top_p)(None, left)  # type: ignore[arg-type]
+    left = MinPLogitsWarper(choice.min_p)(None, left)  # type: ignore[arg-type]
+    drawn = draw_tokens(many.expand(4000, -1), [Draw(choice, i, 0) for i in range(4000)])
+    likely = torch.nonzero(left[0].softmax(0) > 0.005)[:, 0].tolist()  # 4,000 draws meet these
+    assert set(likely) <= set(drawn.tokens.tolist())
+    assert left[0, drawn.tokens].isfinite().all()
 
 
 def test_ties_of_top_k_leave_exactly_k_tokens() -> None:
