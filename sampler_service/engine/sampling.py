@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
 from sampler_service.engine.narrowing import draw_narrowed, first_above, narrows, ranked
 from sampler_service.engine.penalties import penalize
 from sampler_service.engine.randomness import Draw, uniforms
 
-TOPK = MAX_TOPK_LOGPROBS  # which are looked for, however few are wanted: ties fall alike then
+# Likeliest tokens that are looked for, however few are wanted: ties fall alike then. The contract's
+# limit, which requests are held to.
+TOPK = 64
 CHUNK_BYTES = 64 * 1024**2  # of float32 powers
 # A token is looked for among the sums of so many neighbours first: that spares a running sum over
 # the vocabulary, in which each addition waits for the one before.

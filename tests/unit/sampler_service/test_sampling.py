@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
 from sampler_service.engine.narrowing import draw_narrowed
 from sampler_service.engine.penalties import Occurrences
 from sampler_service.engine.randomness import Draw, philox, uniforms
-from sampler_service.engine.sampling import draw_tokens
+from sampler_service.engine.sampling import TOPK, draw_tokens
 from sampler_service.jobs import Choice
 
 VOCABULARY = 12
@@ -185,6 +186,10 @@ def test_the_likeliest_tokens_are_the_models_whatever_is_drawn_from() -> None:
         np.testing.assert_allclose(drawn.top_logprobs[row], expected.values, atol=1e-6)
         place = drawn.top_ids[row].tolist().index(drawn.tokens[row])
         assert drawn.top_logprobs[row, place] == drawn.model_logprobs[row]
+
+
+def test_as_many_likeliest_tokens_are_looked_for_as_may_be_asked_for() -> None:
+    assert TOPK == MAX_TOPK_LOGPROBS
 
 
 def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
