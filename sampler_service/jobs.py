@@ -122,6 +122,10 @@ class Generate:
     stops: Stops = field(default_factory=Stops)
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    # [prompt - 1, k] token ids to score in place of each token but the first, -1: none
+    target_prompt_tokens: Tokens | None = None
+    scored_tokens: int | None = None  # of the prompt, its last ones; None: all but the first
+    topk_sample_logprobs: int = 0  # not in a stream
     tenant: str = ""  # tenants share passes and places equally
     stream: bool = False
     start_by_s: float | None = None  # time.monotonic() by which its first pass must have begun
@@ -142,6 +146,7 @@ class Continuation:
     logprobs: Floats  # at the requested temperature, before top-k and top-p; at 0 those at 1
     model_logprobs: Floats  # at temperature 1
     stop_reason: StopReason
+    topk_logprobs: "TopLogprobs | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +179,10 @@ class Generated:
 
     continuations: tuple[Continuation, ...]
     prompt_cache_hit_tokens: int = 0  # of the prompt, that were not computed again
-    prompt_logprobs: Floats | None = None  # [prompt - 1]: of each token but the first
-    topk_prompt_logprobs: TopLogprobs | None = None  # of the same positions
+    unscored_tokens: int = 1  # the prompt's first ones; what follows is of all others
+    prompt_logprobs: Floats | None = None  # [scored]
+    topk_prompt_logprobs: TopLogprobs | None = None
+    target_prompt_logprobs: Floats | None = None  # [scored, k], NaN where there is no target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

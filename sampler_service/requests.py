@@ -14,6 +14,9 @@ from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.jobs import Choice, Stops, Tokens
 
+PROMPT_SCORES = ("include_prompt_logprobs", "topk_prompt_logprobs", "target_prompt_logprobs")
+# A stream holds new tokens and their own logprobs alone.
+NOT_STREAMED = (*PROMPT_SCORES, "prompt_logprobs_last_n", "topk_sample_logprobs")
 LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
 
 
@@ -29,18 +32,14 @@ class Sampling:
     stops: Stops = field(default_factory=Stops)
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    target_prompt_tokens: Tokens | None = None  # [prompt - 1, k], -1: none
+    scored_tokens: int | None = None  # the prompt's last ones; None: all but the first
+    topk_sample_logprobs: int = 0
 
 
 def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) -> Sampling:
     """Refuses what can never work, then what this version lacks."""
     _check_base_model(request.base_model, model)
-    _refuse_missing(
-        {
-            "topk_sample_logprobs": bool(request.topk_sample_logprobs),
-            "target_prompt_logprobs": request.HasField("target_prompt_logprobs"),
-            "prompt_logprobs_last_n": bool(request.prompt_logprobs_last_n),
-        }
-    )
     params = request.sampling_params
     prompt = parse_prompt(request.prompt, model)
     return Sampling(
@@ -51,12 +50,10 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
         choice=_choice(params),
         stops=_stops(params, model),
         prompt_logprobs=request.include_prompt_logprobs,
-        topk_prompt_logprobs=_within(
-            request.topk_prompt_logprobs,
-            "topk_prompt_logprobs",
-            0,
-            min(MAX_TOPK_LOGPROBS, model.vocabulary_size),
-        ),
+        topk_prompt_logprobs=_topk(request.topk_prompt_logprobs, "topk_prompt_logprobs", model),
+        target_prompt_tokens=_targets(request, len(prompt), model),
+        scored_tokens=_scored_tokens(request),
+        topk_sample_logprobs=_topk(request.topk_sample_logprobs, "topk_sample_logprobs", model),
     )
 
 
@@ -64,11 +61,11 @@ def parse_stream_sample(
     request: sampler_pb2.StreamSampleRequest, model: ModelDescription
 ) -> Sampling:
     """As `parse_sample`, whose field names it keeps."""
-    for name in ("include_prompt_logprobs", "topk_prompt_logprobs"):
-        if getattr(request.sample, name):
+    for name in NOT_STREAMED:
+        if _is_set(request.sample, name):
             raise InvalidRequest(
-                f"`{name}` cannot be asked for in a stream, which holds new tokens alone; leave it "
-                "out, or call `Sample`",
+                f"`{name}` cannot be asked for in a stream, which holds new tokens and their own "
+                "logprobs alone; leave it out, or call `Sample`",
                 field=name,
             )
     return parse_sample(request.sample, model)
@@ -79,13 +76,70 @@ def parse_compute_logprobs(
 ) -> Sampling:
     """A request that only scores its prompt."""
     _check_base_model(request.base_model, model)
-    _refuse_missing({"prompt_logprobs_last_n": bool(request.prompt_logprobs_last_n)})
     return Sampling(
         model_path=_model_path(request.model_path),
         prompt=parse_prompt(request.prompt, model),
         choice=Choice(seed=0),
         prompt_logprobs=True,
+        scored_tokens=_last_n(request.prompt_logprobs_last_n),
     )
+
+
+def _scored_tokens(request: sampler_pb2.SampleRequest) -> int | None:
+    if request.prompt_logprobs_last_n and not any(_is_set(request, name) for name in PROMPT_SCORES):
+        wanted = " or ".join(f"`{name}`" for name in PROMPT_SCORES)
+        raise InvalidRequest(
+            f"`prompt_logprobs_last_n` is set but no logprobs of the prompt are asked for; ask for "
+            f"{wanted}, or leave it out",
+            field="prompt_logprobs_last_n",
+        )
+    return _last_n(request.prompt_logprobs_last_n)
+
+
+def _last_n(count: int) -> int | None:
+    return _within(count, "prompt_logprobs_last_n", 0) or None
+
+
+def _targets(
+    request: sampler_pb2.SampleRequest, prompt_tokens: int, model: ModelDescription
+) -> Tokens | None:  # [prompt - 1, k]
+    """Tokens to score in place of the prompt's."""
+    if not request.HasField("target_prompt_logprobs"):
+        return None
+    field, tensor = "target_prompt_logprobs", request.target_prompt_logprobs
+    if tensor.dtype != types_pb2.TENSOR_DTYPE_INT64:
+        raise InvalidRequest(
+            f"`{field}.dtype` must be TENSOR_DTYPE_INT64, for token ids", field=f"{field}.dtype"
+        )
+    shape = tuple(tensor.shape)
+    if len(shape) != 2 or shape[0] != prompt_tokens - 1 or shape[1] < 1:
+        raise InvalidRequest(
+            f"`{field}` has shape {list(shape)} but `prompt` has {prompt_tokens} tokens; give "
+            f"[{prompt_tokens - 1}, k] token ids, for each token but the first the k that are to "
+            "be scored in its place, -1 for none",
+            field=field,
+            shape=list(shape),
+            prompt_tokens=prompt_tokens,
+        )
+    if len(tensor.values) != 8 * shape[0] * shape[1]:
+        raise InvalidRequest(
+            f"`{field}.values` has {len(tensor.values)} bytes, which is not 8 times the product of "
+            f"shape {list(shape)}; send every value once",
+            field=f"{field}.values",
+            size_bytes=len(tensor.values),
+        )
+    ids = np.frombuffer(tensor.values, "<i8").astype(np.int64)
+    _check_token_ids(np.where(ids == -1, 0, ids), field, model)
+    return ids.reshape(shape)
+
+
+def _topk(count: int, field: str, model: ModelDescription) -> int:
+    return _within(count, field, 0, min(MAX_TOPK_LOGPROBS, model.vocabulary_size))
+
+
+def _is_set(request: sampler_pb2.SampleRequest, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return any(field.name == name for field, _ in request.ListFields())
 
 
 def parse_prompt(prompt: types_pb2.ModelInput, model: ModelDescription) -> Tokens:

@@ -2,7 +2,9 @@
 
 import math
 
-from mintrpc.v1 import sampler_pb2
+import numpy as np
+
+from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.jobs import Continuation, Generated, SamplePart, StopReason, TopLogprobs
 
 _STOP_REASONS = {
@@ -18,7 +20,8 @@ def sample_response(
     return sampler_pb2.SampleResponse(
         sequences=[_sequence(c, revision_path) for c in generated.continuations],
         prompt_logprobs=_prompt_logprobs(generated),
-        topk_prompt_logprobs=_topk(generated.topk_prompt_logprobs),
+        topk_prompt_logprobs=_prompt_topk(generated),
+        target_prompt_logprobs=_targets(generated),
         seed=seed,
         prompt_cache_hit_tokens=generated.prompt_cache_hit_tokens,
     )
@@ -53,23 +56,42 @@ def _sequence(continuation: Continuation, revision_path: str) -> sampler_pb2.Sam
         model_logprobs=continuation.model_logprobs.tolist(),
         stop_reason=_STOP_REASONS[continuation.stop_reason],
         revision_path=revision_path,
+        topk_logprobs=_topk(continuation.topk_logprobs),
     )
 
 
 def _prompt_logprobs(generated: Generated) -> list[float]:
-    """One entry per prompt token: the first has no logprob."""
+    """One entry per prompt token."""
     if generated.prompt_logprobs is None:
         return []
-    return [math.nan, *generated.prompt_logprobs.tolist()]
+    unscored = [math.nan] * generated.unscored_tokens
+    return [*unscored, *generated.prompt_logprobs.tolist()]
+
+
+def _prompt_topk(generated: Generated) -> list[sampler_pb2.TopkLogprobs]:
+    """One entry per prompt token."""
+    if generated.topk_prompt_logprobs is None:
+        return []
+    empty = [sampler_pb2.TopkLogprobs() for _ in range(generated.unscored_tokens)]
+    return empty + _topk(generated.topk_prompt_logprobs)
+
+
+def _targets(generated: Generated) -> types_pb2.TensorData | None:
+    """One row per prompt token but the first."""
+    scored = generated.target_prompt_logprobs
+    if scored is None:
+        return None
+    unscored = np.full((generated.unscored_tokens - 1, scored.shape[1]), np.nan, "<f4")
+    values = np.concatenate([unscored, scored.astype("<f4")])
+    return types_pb2.TensorData(
+        dtype=types_pb2.TENSOR_DTYPE_FLOAT32, shape=values.shape, values=values.tobytes()
+    )
 
 
 def _topk(top: TopLogprobs | None) -> list[sampler_pb2.TopkLogprobs]:
     if top is None:
         return []
     return [
-        sampler_pb2.TopkLogprobs(),
-        *(
-            sampler_pb2.TopkLogprobs(token_ids=ids, logprobs=logprobs)
-            for ids, logprobs in zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
-        ),
+        sampler_pb2.TopkLogprobs(token_ids=ids, logprobs=logprobs)
+        for ids, logprobs in zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
     ]

@@ -17,7 +17,15 @@ from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
-FEATURES = ("stream_sample", "prefix_cache", "min_p", "penalties")
+FEATURES = (
+    "stream_sample",
+    "prefix_cache",
+    "min_p",
+    "penalties",
+    "topk_sample_logprobs",
+    "target_prompt_logprobs",
+    "prompt_logprobs_last_n",
+)
 
 
 class SamplerService:

@@ -24,6 +24,7 @@ from sampler_service.jobs import (
     LoadAdapter,
     SamplePart,
     Stops,
+    Tokens,
 )
 from tests.engines_in_process import random_arrays
 
@@ -83,6 +84,9 @@ class SamplerEngine:
         stops: Stops = ENDLESS,
         prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_tokens: Tokens | None = None,
+        scored_tokens: int | None = None,
         tenant: str = "",
         stream: bool = False,
         start_by_s: float | None = None,
@@ -100,6 +104,9 @@ class SamplerEngine:
             stops=stops,
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_tokens=target_prompt_tokens,
+            scored_tokens=scored_tokens,
             tenant=tenant,
             stream=stream,
             start_by_s=start_by_s,

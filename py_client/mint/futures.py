@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mint.errors import APITimeoutError, MintError
-from mint.types import SampledSequence, SampleResponse, Topk
+from mint.types import SampledSequence, SampleResponse, TensorData, Topk
 
 T = TypeVar("T")
 
@@ -129,6 +129,11 @@ class SampleFuture(CancellableFuture[SampleResponse]):
     def topk_prompt_logprobs(self) -> list[Topk | None] | None:
         """As in `SampleResponse`."""
         return self.result().topk_prompt_logprobs
+
+    @property
+    def target_prompt_logprobs(self) -> TensorData | None:
+        """As in `SampleResponse`."""
+        return self.result().target_prompt_logprobs
 
     @property
     def seed(self) -> int:

@@ -49,12 +49,28 @@ class SamplingClient:
         sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        *,
+        prompt_logprobs_last_n: int | None = None,
     ) -> SampleFuture:
         """Continuations of `prompt`. Without a seed one is drawn here, so that a call that is sent
-        again draws the same tokens; the answer says which."""
+        again draws the same tokens; the answer says which.
+
+        All logprobs asked for here are natural logarithms, at temperature 1: of the prompt's
+        tokens, of the k likeliest tokens at each place of prompt or continuations, and of
+        `target_prompt_logprobs`, int64 `[prompt length - 1, k]`: row i holds token ids that might
+        follow tokens 0 to i, -1 for none. `prompt_logprobs_last_n` scores only so many tokens at
+        the prompt's end; what comes before them is then found in the cache if it was computed.
+        """
         request = self._request(prompt, num_samples, sampling_params)
         request.include_prompt_logprobs = include_prompt_logprobs
         request.topk_prompt_logprobs = integer(topk_prompt_logprobs, "topk_prompt_logprobs")
+        request.topk_sample_logprobs = integer(topk_sample_logprobs, "topk_sample_logprobs")
+        request.prompt_logprobs_last_n = _checked_last_n(prompt_logprobs_last_n)
+        if target_prompt_logprobs is not None:
+            targets = _checked_targets(target_prompt_logprobs)
+            request.target_prompt_logprobs.CopyFrom(targets.to_proto())
         convert = partial(_samples, num_samples)
         future = SampleFuture()
         self._submit(self._sampler.sampler.Sample, request, convert, future)
@@ -75,12 +91,17 @@ class SamplingClient:
         check_size(self._sampler, request, "prompt")
         return SampleStream(self._sampler, request)
 
-    def compute_logprobs(self, prompt: types.ModelInput) -> CancellableFuture[list[float | None]]:
-        """The logprob of each token of `prompt` given those before it; None for the first."""
+    def compute_logprobs(
+        self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> CancellableFuture[list[float | None]]:
+        """The logprob of each token of `prompt` given those before it; None for the first, and for
+        all but the last `prompt_logprobs_last_n` if that is set.
+        """
         request = sampler_pb2.ComputeLogprobsRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
             prompt=_checked_prompt(prompt).to_proto(),
+            prompt_logprobs_last_n=_checked_last_n(prompt_logprobs_last_n),
         )
         future: CancellableFuture[list[float | None]] = CancellableFuture()
         convert = partial(_logprobs, prompt.length)
@@ -202,6 +223,28 @@ def _checked_count(num_samples: int) -> int:
             f"`num_samples` is {num_samples}; it must be at least 1", field="num_samples"
         )
     return int(num_samples)
+
+
+def _checked_last_n(count: int | None) -> int:
+    if count is None:
+        return 0  # the contract's word for all
+    if integer(count, "prompt_logprobs_last_n") < 1:
+        raise InvalidInputError(
+            f"`prompt_logprobs_last_n` is {count}; it must be at least 1, or None for all tokens",
+            field="prompt_logprobs_last_n",
+        )
+    return int(count)
+
+
+def _checked_targets(targets: types.TensorData) -> types.TensorData:
+    if not isinstance(targets, types.TensorData) or targets.dtype != "int64":
+        kind = targets.dtype if isinstance(targets, types.TensorData) else type(targets).__name__
+        raise InvalidInputError(
+            f"`target_prompt_logprobs` is {kind}; give a TensorData of int64, "
+            "[prompt length - 1, k]",
+            field="target_prompt_logprobs",
+        )
+    return targets
 
 
 def _samples(num_samples: int, answer: sampler_pb2.SampleResponse) -> types.SampleResponse:

@@ -154,7 +154,7 @@ class Engine:
             job.adapter,
             job.num_samples,
             tenant=job.tenant,
-            reuses=not generation.wants_scores,
+            reusable=generation.first_scored if generation.wants_scores else None,
         )
         return None
 
@@ -174,11 +174,12 @@ class Engine:
             if sequence.index != PROMPT:
                 continue
             generation = self._generations[sequence.request_id]
-            if not generation.wants_scores:
+            first = generation.first_scored
+            if not generation.wants_scores or placed.span.stop <= first:
                 continue
-            top_k = generation.job.topk_prompt_logprobs
-            scores = score_span(self.base.head, computed, placed, top_k)
-            generation.add_scores(placed.span.start, scores)
+            scores = score_span(self.base.head, computed, placed, first, generation.job)
+            generation.add_scores(max(placed.span.start, first), scores)
+            generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
             if not np.isfinite(scores.logprobs).all():
                 outcome.failed[sequence.request_id] = generation
             outcome.scored.append(generation)
@@ -205,6 +206,11 @@ class Engine:
             if generation.job.stream:
                 part = SamplePart(sequence.index, (token,), (logprob,), (model_logprob,), reason)
                 outcome.parts.append((generation, part))
+        if drawn.top_ids.size:
+            for row, generation in enumerate(generations):
+                if k := generation.job.topk_sample_logprobs:
+                    ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
+                    generation.add_top(sequences[row].index, ids.copy(), values.copy())
         for row in np.flatnonzero(~drawn.finite).tolist():
             outcome.failed[sequences[row].request_id] = generations[row]
 

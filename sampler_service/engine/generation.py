@@ -9,7 +9,15 @@ from sampler_service.engine.penalties import Occurrences, penalizes
 from sampler_service.engine.prompt_scores import SpanScores
 from sampler_service.engine.randomness import Draw
 from sampler_service.engine.stop import StopWatch, Vocabulary
-from sampler_service.jobs import Continuation, Generate, Generated, StopReason, TopLogprobs
+from sampler_service.jobs import (
+    Continuation,
+    Floats,
+    Generate,
+    Generated,
+    StopReason,
+    Tokens,
+    TopLogprobs,
+)
 
 
 @dataclass(slots=True)
@@ -18,6 +26,8 @@ class OpenContinuation:
 
     watch: StopWatch
     drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token and its logprobs
+    # The likeliest tokens of each position and their logprobs, both [k], where they are wanted.
+    tops: list[tuple[Tokens, Floats]] = field(default_factory=list)
     stop_reason: StopReason | None = None
     occurrences: Occurrences | None = None  # if there are penalties, from its first draw on
 
@@ -29,7 +39,12 @@ class OpenContinuation:
             logprobs=np.array(logprobs, np.float32),
             model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
+            topk_logprobs=self._top() if self.tops else None,
         )
+
+    def _top(self) -> TopLogprobs:
+        ids, logprobs = zip(*self.tops, strict=True)
+        return TopLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
 
 
 class Generation:
@@ -47,15 +62,17 @@ class Generation:
         self._open = job.num_samples
         # Of the prompt, what the repetition penalty applies to.
         self._repeatable = job.prompt if job.choice.repetition_penalty != 1 else job.prompt[:0]
-        scored = len(job.prompt) - 1  # the first token has no logprob
+        most = len(job.prompt) - 1  # the first token has no logprob
+        scored = most if job.scored_tokens is None else min(job.scored_tokens, most)
+        self.first_scored = most - scored  # whose successor is the first with a score
         self._unscored = scored if self.wants_scores else 0
-        self._logprobs = np.empty(self._unscored, np.float32)
-        self._top_ids = np.empty((self._unscored, job.topk_prompt_logprobs), np.int64)
-        self._top_logprobs = np.empty((self._unscored, job.topk_prompt_logprobs), np.float32)
+        self._scores = SpanScores.empty(self._unscored, job)
 
     @property
     def wants_scores(self) -> bool:
-        return self.job.prompt_logprobs or self.job.topk_prompt_logprobs > 0
+        job = self.job
+        targeted = job.target_prompt_tokens is not None
+        return job.prompt_logprobs or job.topk_prompt_logprobs > 0 or targeted
 
     @property
     def done(self) -> bool:
@@ -70,7 +87,8 @@ class Generation:
         continuation, choice = self._samples[sample], self.job.choice
         if continuation.occurrences is None and penalizes(choice):
             continuation.occurrences = Occurrences(self._repeatable)
-        return Draw(choice, sample, position, continuation.occurrences)
+        topk = self.job.topk_sample_logprobs
+        return Draw(choice, sample, position, continuation.occurrences, topk=topk)
 
     def add_token(
         self, sample: int, token: int, logprob: float, model_logprob: float
@@ -88,23 +106,28 @@ class Generation:
             self._open -= 1
         return reason
 
+    def add_top(self, sample: int, ids: Tokens, logprobs: Floats) -> None:  # both [k]
+        """Takes the likeliest tokens where the sample's last token was drawn."""
+        self._samples[sample].tops.append((ids, logprobs))
+
     def add_scores(self, start: int, scores: SpanScores) -> None:
         """Takes the scores that follow position `start`. A prompt that was sent away starts again
-        from 0, and so do its scores.
+        from its first, and so do its scores.
         """
-        stop = start + len(scores.logprobs)
-        self._logprobs[start:stop] = scores.logprobs
-        if scores.top_ids is not None:
-            self._top_ids[start:stop] = scores.top_ids
-            self._top_logprobs[start:stop] = scores.top_logprobs
-        self._unscored = len(self._logprobs) - stop
+        at = start - self.first_scored
+        self._scores.put(at, scores)
+        self._unscored = len(self._scores.logprobs) - at - len(scores.logprobs)
 
     def result(self) -> Generated:
-        top = TopLogprobs(token_ids=self._top_ids, logprobs=self._top_logprobs)
+        job, scores = self.job, self._scores
+        top = TopLogprobs(token_ids=scores.top_ids, logprobs=scores.top_logprobs)
+        targeted = job.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
         return Generated(
             continuations=tuple(sample.close() for sample in samples),
             prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
-            prompt_logprobs=self._logprobs if self.job.prompt_logprobs else None,
-            topk_prompt_logprobs=top if self.job.topk_prompt_logprobs else None,
+            unscored_tokens=self.first_scored + 1,
+            prompt_logprobs=scores.logprobs if job.prompt_logprobs else None,
+            topk_prompt_logprobs=top if job.topk_prompt_logprobs else None,
+            target_prompt_logprobs=scores.targets if targeted else None,
         )

@@ -60,13 +60,13 @@ class Scheduler:
         num_samples: int,
         *,
         tenant: str = "",
-        reuses: bool = True,  # whether what is cached serves; not where positions are scored
+        reusable: int | None = None,  # tokens before any that is scored; None: none is
     ) -> None:
         """Takes a request in. Ids rise; prompt and continuation fit in the pool."""
         assert blocks_for(len(prompt)) <= self._pool.size
         self._tenants.want(tenant)
         self._requests[request_id] = _Request(num_samples)
-        sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reuses)
+        sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reusable)
         sequence.keys.append(first_key(tenant, adapter))
         self._enter(sequence)
         if sequence.missing:
@@ -144,7 +144,9 @@ class Scheduler:
 
     def _begin(self, sequence: TokenSequence) -> bool:
         """Gives blocks to a fresh sequence, unless it had better wait. False: there are none."""
-        keys = sequence.keys_before_last(0) if sequence.reuses else []
+        keys = sequence.keys_before_last(0)
+        if sequence.reusable is not None:
+            keys = keys[: sequence.reusable // BLOCK_TOKENS]
         found = self._prefixes.find(keys)
         if (line := self._prefixes.awaited(keys[len(found) :])) is not None:
             move(sequence, line)

@@ -18,7 +18,8 @@ class TokenSequence:
     adapter: str
     prompt: list[int]  # shared by the samples
     tenant: str = ""
-    reuses: bool = True  # whether blocks of others serve; not where its positions are scored
+    # Blocks of others serve for so many tokens, the following are scored; None: for all.
+    reusable: int | None = None
     keys: list[bytes] = field(default_factory=list)  # of what comes first, and of the full blocks
     generated: list[int] = field(default_factory=list)
     cached: int = 0  # so many tokens have their keys and values in `blocks`

@@ -3,6 +3,7 @@
 import asyncio
 from datetime import timedelta
 
+import numpy as np
 import pytest
 
 import mint
@@ -102,6 +103,8 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
         types.SamplingParams(max_tokens=1, temperature=0),
         include_prompt_logprobs=True,
         topk_prompt_logprobs=2,
+        topk_sample_logprobs=3,
+        target_prompt_logprobs=types.TensorData([[5, -1], [6, 7]]),
     ).result(LIMIT_S)
 
     assert response.prompt_logprobs is not None
@@ -110,6 +113,19 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
     assert response.prompt_logprobs[1:] == pytest.approx(logprobs(run)[:-1], abs=1e-5)
     assert response.topk_prompt_logprobs is not None
     assert [entry and len(entry) for entry in response.topk_prompt_logprobs] == [None, 2, 2]
+    assert response.target_prompt_logprobs is not None
+    assert np.isnan(response.target_prompt_logprobs.to_numpy()).tolist() == [
+        [False, True],
+        [False, False],
+    ]
+    assert response.sequences[0].topk_logprobs is not None
+    assert response.sequences[0].tokens[0] == response.sequences[0].topk_logprobs[0][0][0]
+    last = sampling.compute_logprobs(PROMPT, prompt_logprobs_last_n=1).result(LIMIT_S)
+    assert last == [None, None, response.prompt_logprobs[2]]
+    with pytest.raises(mint.BadRequestError, match="prompt_logprobs_last_n"):
+        sampling.compute_logprobs(PROMPT, 0)
+    with pytest.raises(mint.BadRequestError, match="target_prompt_logprobs"):
+        sampling.sample(PROMPT, target_prompt_logprobs=types.TensorData([[0.5], [0.5]]))
 
 
 def test_a_client_in_flight_follows_the_newest_weights_and_a_snapshot_does_not(

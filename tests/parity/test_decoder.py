@@ -79,6 +79,9 @@ def generate(sampler: SamplerEngine, max_tokens: int = 12) -> list[Generated]:
                 max_tokens=max_tokens + i,
                 seed=i,
                 temperature=(1.0, 0.7, 0.0)[i % 3],
+                min_p=(0.0, 0.05)[i % 2],
+                presence_penalty=(0.0, 0.0, 0.7)[i % 3],
+                topk_sample_logprobs=i % 2,
                 prompt_logprobs=i % 2 == 0,
             )
         )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
+from sampler_service.engine.blocks import BLOCK_TOKENS
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, Stops
 from tests.engines_in_process import make_engine, run_plan
 from tests.models import (
@@ -60,6 +61,10 @@ def assert_bitwise(left: Generated, right: Generated) -> None:
         assert a.logprobs.tobytes() == b.logprobs.tobytes()
         assert a.model_logprobs.tobytes() == b.model_logprobs.tobytes()
         assert a.stop_reason == b.stop_reason
+        if a.topk_logprobs is not None:
+            assert b.topk_logprobs is not None
+            assert a.topk_logprobs.token_ids.tolist() == b.topk_logprobs.token_ids.tolist()
+            assert a.topk_logprobs.logprobs.tobytes() == b.topk_logprobs.logprobs.tobytes()
     if left.prompt_logprobs is not None:
         assert right.prompt_logprobs is not None
         assert left.prompt_logprobs.tobytes() == right.prompt_logprobs.tobytes()
@@ -157,6 +162,7 @@ def test_a_busy_server_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) -> 
             "presence_penalty": (0.0, 1.5)[i // 2 % 2],
             "repetition_penalty": (1.0, 1.0, 1.2)[i % 3],
             "prompt_logprobs": i % 2 == 0,
+            "topk_sample_logprobs": i % 3,
         }
         for i, length in enumerate([1, 2, 5, 30, 64, 100, CHUNK_TOKENS + 90, 33])
     ]
@@ -228,6 +234,62 @@ def test_top_prompt_logprobs_are_the_likeliest_of_the_full_distribution(
     np.testing.assert_allclose(top.logprobs, by_id, atol=TOLERANCE)
     hit = top.token_ids == np.array(prompt[1:])[:, None]
     assert (top.logprobs[hit] == scores[hit.any(1)]).all()
+
+
+def test_targets_and_likeliest_tokens_are_those_of_the_full_distribution(
+    sampler: SamplerEngine, qwen3_folder: Path
+) -> None:
+    prompt = random_tokens(5, CHUNK_TOKENS + 30)
+    rng = np.random.default_rng(8)
+    targets = rng.integers(-1, VOCABULARY_SIZE, (len(prompt) - 1, 7))
+    generated = sampler.generate(
+        prompt,
+        max_tokens=6,
+        temperature=0.7,
+        topk_sample_logprobs=4,
+        target_prompt_tokens=targets,
+        prompt_logprobs=True,
+    )
+    (continuation,) = generated.continuations
+    model = AutoModelForCausalLM.from_pretrained(qwen3_folder, dtype=torch.float32)
+    whole = torch.tensor([[*prompt, *continuation.tokens.tolist()]])
+    with torch.no_grad():
+        logprobs = model(whole).logits[0, :-1].log_softmax(-1)
+    expected = logprobs[: len(targets)].gather(1, torch.from_numpy(targets).clamp(min=0)).numpy()
+    expected[targets < 0] = np.nan
+    np.testing.assert_allclose(generated.target_prompt_logprobs, expected, atol=TOLERANCE)
+    top = continuation.topk_logprobs
+    assert top is not None
+    likeliest = logprobs[len(prompt) - 1 :].topk(4, dim=1)
+    assert top.token_ids.tolist() == likeliest.indices.tolist()
+    np.testing.assert_allclose(top.logprobs, likeliest.values.numpy(), atol=TOLERANCE)
+    drawn = top.token_ids == continuation.tokens[:, None]
+    assert (top.logprobs[drawn] == continuation.model_logprobs[drawn.any(1)]).all()
+    plain = sampler.generate(prompt, max_tokens=6, temperature=0.7, prompt_logprobs=True)
+    assert_bitwise(plain, generated)
+
+
+@pytest.mark.parametrize("last", [1, 40, CHUNK_TOKENS + 20, 5000])
+def test_the_last_scores_are_those_of_scoring_all(last: int, qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
+    prompt = random_tokens(11, CHUNK_TOKENS + 100)
+    targets = np.random.default_rng(3).integers(-1, VOCABULARY_SIZE, (len(prompt) - 1, 2))
+    wishes = {"topk_prompt_logprobs": 3, "target_prompt_tokens": targets, "prompt_logprobs": True}
+    whole = sampler.generate(prompt, adapter=ALL, **wishes)
+    for _ in range(2):
+        few = sampler.generate(prompt, adapter=ALL, scored_tokens=last, **wishes)
+        n = min(last, len(prompt) - 1)
+        assert few.unscored_tokens == len(prompt) - n
+        assert few.prompt_cache_hit_tokens == (len(prompt) - 1 - n) // BLOCK_TOKENS * BLOCK_TOKENS
+        for left, right in zip(_scores(whole), _scores(few), strict=True):
+            np.testing.assert_allclose(left[-n:], right, atol=TOLERANCE)
+            assert len(right) == n
+
+
+def _scores(generated: Generated) -> tuple[object, ...]:
+    top = generated.topk_prompt_logprobs
+    assert top is not None
+    return generated.prompt_logprobs, top.logprobs, top.token_ids, generated.target_prompt_logprobs
 
 
 def test_scoring_alone_gives_the_scores_of_sampling(sampler: SamplerEngine) -> None:

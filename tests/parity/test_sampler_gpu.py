@@ -61,6 +61,23 @@ def test_float32_on_the_gpu_gives_the_cpus_tokens(qwen3_folder: Path) -> None:
     assert len(decoder._passes) >= 4
 
 
+def test_options_of_sampling_give_the_cpus_tokens(qwen3_folder: Path) -> None:
+    wishes = {
+        "min_p": 0.02,
+        "presence_penalty": 0.7,
+        "repetition_penalty": 1.2,
+        "topk_sample_logprobs": 3,
+    }
+    on_gpu = generate(make_sampler(qwen3_folder, "cuda", "float32"), **wishes)
+    expected = generate(make_sampler(qwen3_folder, "cpu", "float32"), **wishes)
+    for ours, theirs in zip(on_gpu, expected, strict=True):
+        (a,), (b,) = ours.continuations, theirs.continuations
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.topk_logprobs is not None
+        assert b.topk_logprobs is not None
+        np.testing.assert_allclose(a.topk_logprobs.logprobs, b.topk_logprobs.logprobs, atol=1e-4)
+
+
 def test_replayed_passes_equal_launched_ones_bitwise(qwen3_folder: Path) -> None:
     recorded = make_sampler(qwen3_folder, "cuda", "bfloat16")
     launched = make_sampler(qwen3_folder, "cuda", "bfloat16")

@@ -27,7 +27,14 @@ from mint.types.responses import (
     TrainingRun,
 )
 from mint.types.run_events import CallOutcome, QueueProgress, RunEvent
-from mint.types.samples import SampledSequence, SamplePart, SampleResponse, StopReason, Topk
+from mint.types.samples import (
+    SampledSequence,
+    SamplePart,
+    SampleResponse,
+    StopReason,
+    Topk,
+    TopkLogprobs,
+)
 from mint.types.tensor_data import TensorData, TensorDtype
 
 ForwardBackwardResult = ForwardBackwardOutput
@@ -69,5 +76,6 @@ __all__ = [
     "TensorData",
     "TensorDtype",
     "Topk",
+    "TopkLogprobs",
     "TrainingRun",
 ]

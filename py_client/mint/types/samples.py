@@ -1,15 +1,20 @@
 """What the sampler answers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mint.errors import APIResponseValidationError
+from mint.types.tensor_data import TensorData
 from mintrpc.v1 import sampler_pb2
 
 StopReason = Literal["length", "stop"]
 Topk = list[tuple[int, float]]  # (token id, logprob), likeliest first
+NO_LOGPROB = -99999.0  # as the SDK whose names these are writes it
 
 _STOP_REASONS: dict[int, StopReason] = {
     sampler_pb2.STOP_REASON_STOP: "stop",
@@ -18,10 +23,31 @@ _STOP_REASONS: dict[int, StopReason] = {
 
 
 @dataclass(frozen=True, slots=True)
+class TopkLogprobs:
+    """The likeliest tokens of each position, likeliest first, as arrays. Where there are none, ids
+    are 0 and logprobs NO_LOGPROB.
+    """
+
+    token_ids: NDArray[np.int32]  # [positions, k]
+    logprobs: NDArray[np.float32]  # [positions, k]
+
+    @classmethod
+    def of(cls, entries: Sequence[Topk | None]) -> "TopkLogprobs":
+        """Lists as arrays."""
+        shape = len(entries), max((len(entry) for entry in entries if entry), default=0)
+        arrays = np.zeros(shape, np.int32), np.full(shape, NO_LOGPROB, np.float32)
+        for row, entry in enumerate(entries):
+            if entry:
+                arrays[0][row], arrays[1][row] = zip(*entry, strict=True)
+        return cls(*arrays)
+
+
+@dataclass(frozen=True, slots=True)
 class SampledSequence:
     """One continuation, with the token that ended it.
 
     `logprobs` are at the requested temperature, `model_logprobs` at 1: what the trainer computes.
+    `topk_logprobs` has the likeliest tokens of each position, at 1, if they were asked for.
     """
 
     tokens: list[int]
@@ -30,6 +56,21 @@ class SampledSequence:
     model_logprobs: list[float] | None = None
     revision_path: str = ""  # of the adapter that made it; empty: the base model
     topk_logprobs: list[Topk] | None = None
+
+    @property
+    def tokens_np(self) -> NDArray[np.int32]:
+        """`tokens` as an array, [generated]."""
+        return np.array(self.tokens, np.int32)
+
+    @property
+    def logprobs_np(self) -> NDArray[np.float32] | None:
+        """`logprobs` as an array, [generated]."""
+        return None if self.logprobs is None else np.array(self.logprobs, np.float32)
+
+    @property
+    def topk_logprobs_np(self) -> TopkLogprobs | None:
+        """`topk_logprobs` as arrays, [generated, k]."""
+        return None if self.topk_logprobs is None else TopkLogprobs.of(self.topk_logprobs)
 
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampledSequence) -> "SampledSequence":
@@ -67,13 +108,33 @@ class SamplePart:
 
 @dataclass(frozen=True, slots=True)
 class SampleResponse:
-    """The continuations in order, and the seed that makes the same ones again."""
+    """The continuations in order, and the seed that makes the same ones again.
+
+    What was asked for of the prompt has an entry for each token, None for the first and for those
+    that `prompt_logprobs_last_n` left out. `target_prompt_logprobs` is float32, of the shape of the
+    targets, NaN where there is none or it was left out.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[Topk | None] | None = None
     seed: int = 0
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: TensorData | None = None
+
+    @property
+    def prompt_logprobs_np(self) -> NDArray[np.float32] | None:
+        """`prompt_logprobs` as an array, [prompt], NaN where there is none."""
+        if self.prompt_logprobs is None:
+            return None
+        values = [math.nan if value is None else value for value in self.prompt_logprobs]
+        return np.array(values, np.float32)
+
+    @property
+    def topk_prompt_logprobs_np(self) -> TopkLogprobs | None:
+        """`topk_prompt_logprobs` as arrays, [prompt, k]."""
+        top = self.topk_prompt_logprobs
+        return None if top is None else TopkLogprobs.of(top)
 
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampleResponse) -> "SampleResponse":
@@ -84,6 +145,11 @@ class SampleResponse:
             topk_prompt_logprobs=topk or None,
             seed=message.seed,
             prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
+            target_prompt_logprobs=(
+                TensorData.from_proto(message.target_prompt_logprobs)
+                if message.HasField("target_prompt_logprobs")
+                else None
+            ),
         )
 
 

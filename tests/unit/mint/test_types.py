@@ -244,7 +244,16 @@ def test_sampling_params_are_copied_with_changes() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_tokens": 1.5}, {"seed": True}, {"stop": ["a", 1]}, {"stop": ""}, {"seed": 2**63}],
+    [
+        {"max_tokens": 1.5},
+        {"seed": True},
+        {"stop": ["a", 1]},
+        {"stop": ""},
+        {"stop": 7},
+        {"seed": 2**63},
+        {"min_p": "0.1"},
+        {"presence_penalty": True},
+    ],
 )
 def test_bad_sampling_params_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(mint.BadRequestError, match=next(iter(options))):
@@ -276,10 +285,12 @@ def test_sample_response_is_plain() -> None:
                 logprobs=[-0.5, -1.0],
                 model_logprobs=[-0.25, -1.5],
                 stop_reason=sampler_pb2.STOP_REASON_LENGTH,
+                topk_logprobs=[topk, topk],
             )
         ],
         prompt_logprobs=[math.nan, -2.0],
         topk_prompt_logprobs=[sampler_pb2.TopkLogprobs(), topk],
+        target_prompt_logprobs=types.TensorData([[-1.0, math.nan]]).to_proto(),
         seed=9,
     )
 
@@ -291,4 +302,13 @@ def test_sample_response_is_plain() -> None:
     assert response.sequences[0].stop_reason == "length"
     assert response.prompt_logprobs == [None, -2.0]
     assert response.topk_prompt_logprobs == [None, [(4, -0.5), (5, -1.5)]]
+    assert response.target_prompt_logprobs == types.TensorData([[-1.0, math.nan]])
+    assert response.sequences[0].topk_logprobs == [[(4, -0.5), (5, -1.5)]] * 2
     assert optional_logprobs([math.nan]) == [None]
+
+    assert response.sequences[0].tokens_np.tolist() == [1, 2]
+    assert np.array_equal(response.prompt_logprobs_np, [math.nan, -2.0], equal_nan=True)  # type: ignore[arg-type]
+    arrays = response.topk_prompt_logprobs_np
+    assert arrays is not None
+    assert arrays.token_ids.tolist() == [[0, 0], [4, 5]]
+    assert arrays.logprobs.tolist() == [[-99999.0, -99999.0], [-0.5, -1.5]]

@@ -99,16 +99,16 @@ class Traffic:
         *,
         adapter: str = "",
         tenant: str = "",
-        reuses: bool = True,
+        reusable: int | None = None,
     ) -> int:
         self._requests += 1
         request_id = self._requests
         self.samples.update({(request_id, i): Sample(max_tokens) for i in range(num_samples)})
-        if len(prompt) > 1 and not reuses:
+        if len(prompt) > 1 and reusable is not None:
             self.uncomputed.add(request_id)
         self.computed[request_id] = 0
         self.scheduler.add(
-            request_id, list(prompt), adapter, num_samples, tenant=tenant, reuses=reuses
+            request_id, list(prompt), adapter, num_samples, tenant=tenant, reusable=reusable
         )
         return request_id
 

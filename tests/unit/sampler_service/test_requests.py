@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,12 @@ def sample(prompt: tuple[int, ...] = (5, 6, 7), **fields: object) -> sampler_pb2
     return request
 
 
+def targets(ids: object, dtype: str = "<i8") -> types_pb2.TensorData:
+    array = np.array(ids, dtype)
+    wire = types_pb2.TENSOR_DTYPE_INT64 if dtype == "<i8" else types_pb2.TENSOR_DTYPE_FLOAT32
+    return types_pb2.TensorData(dtype=wire, shape=array.shape, values=array.tobytes())
+
+
 def test_what_is_left_out_gets_its_default() -> None:
     parsed = parse_sample(sample(), MODEL)
     assert parsed.prompt.tolist() == [5, 6, 7]
@@ -66,6 +73,9 @@ def test_everything_that_is_set_arrives() -> None:
             num_samples=4,
             include_prompt_logprobs=True,
             topk_prompt_logprobs=5,
+            topk_sample_logprobs=6,
+            prompt_logprobs_last_n=2,
+            target_prompt_logprobs=targets([[8, -1], [9, 99]]),
             max_tokens=9,
             temperature=0.5,
             top_k=7,
@@ -95,6 +105,10 @@ def test_everything_that_is_set_arrives() -> None:
     assert parsed.stops.texts == ("a", "b")
     assert parsed.prompt_logprobs
     assert parsed.topk_prompt_logprobs == 5
+    assert parsed.topk_sample_logprobs == 6
+    assert parsed.scored_tokens == 2
+    assert parsed.target_prompt_tokens is not None
+    assert parsed.target_prompt_tokens.tolist() == [[8, -1], [9, 99]]
 
 
 def test_zero_is_a_seed_and_a_temperature() -> None:
@@ -127,6 +141,40 @@ def test_chunks_are_read_one_after_the_other() -> None:
         (sample(max_tokens=-5), "sampling_params.max_tokens", "is -5"),
         (sample(num_samples=-1), "num_samples", "0 to 1024"),
         (sample(num_samples=1025), "num_samples", "0 to 1024"),
+        (sample(topk_sample_logprobs=65), "topk_sample_logprobs", "0 to 64"),
+        (sample(prompt_logprobs_last_n=3), "prompt_logprobs_last_n", "leave it out"),
+        (
+            sample(prompt_logprobs_last_n=-1, include_prompt_logprobs=True),
+            "prompt_logprobs_last_n",
+            "at least 0",
+        ),
+        (
+            sample(target_prompt_logprobs=targets([[1], [2], [3]])),
+            "target_prompt_logprobs",
+            "[2, k]",
+        ),
+        (sample(target_prompt_logprobs=targets([1, 2])), "target_prompt_logprobs", "[2, k]"),
+        (sample(target_prompt_logprobs=targets([[], []])), "target_prompt_logprobs", "[2, k]"),
+        (
+            sample(target_prompt_logprobs=targets([[1], [100]])),
+            "target_prompt_logprobs[1]",
+            "is 100",
+        ),
+        (sample(target_prompt_logprobs=targets([[1], [-2]])), "target_prompt_logprobs[1]", "is -2"),
+        (
+            sample(target_prompt_logprobs=targets([[1], [2]], "<f4")),
+            "target_prompt_logprobs.dtype",
+            "INT64",
+        ),
+        (
+            sample(
+                target_prompt_logprobs=types_pb2.TensorData(
+                    dtype=types_pb2.TENSOR_DTYPE_INT64, shape=(2, 1), values=b"123"
+                )
+            ),
+            "target_prompt_logprobs.values",
+            "3 bytes",
+        ),
         (sample(min_p=1.1), "sampling_params.min_p", "0 to 1"),
         (sample(min_p=math.nan), "sampling_params.min_p", "is nan"),
         (sample(repetition_penalty=0.0), "sampling_params.repetition_penalty", "0.01 to 100"),
@@ -163,9 +211,6 @@ def test_bad_values_are_refused_by_field(
 @pytest.mark.parametrize(
     ("fields", "feature"),
     [
-        ({"topk_sample_logprobs": 1}, "topk_sample_logprobs"),
-        ({"target_prompt_logprobs": types_pb2.TensorData()}, "target_prompt_logprobs"),
-        ({"prompt_logprobs_last_n": 3}, "prompt_logprobs_last_n"),
         ({"regex": ""}, "regex"),
         ({"json_schema": "{}"}, "json_schema"),
     ],
@@ -232,11 +277,21 @@ def test_a_stream_is_parsed_like_a_sample() -> None:
         parse_stream_sample(sampler_pb2.StreamSampleRequest(), MODEL)
 
 
-@pytest.mark.parametrize("fields", [{"include_prompt_logprobs": True}, {"topk_prompt_logprobs": 2}])
-def test_a_stream_cannot_hold_prompt_logprobs(fields: dict[str, object]) -> None:
-    with pytest.raises(InvalidRequest, match="call `Sample`") as caught:
-        parse_stream_sample(sampler_pb2.StreamSampleRequest(sample=sample(**fields)), MODEL)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"include_prompt_logprobs": True},
+        {"topk_prompt_logprobs": 2},
+        {"topk_sample_logprobs": 2},
+        {"prompt_logprobs_last_n": 2},
+        {"target_prompt_logprobs": targets([[1], [2]])},
+    ],
+)
+def test_a_stream_refuses_what_its_parts_have_no_place_for(fields: dict[str, object]) -> None:
     (name,) = fields
+    request = sampler_pb2.StreamSampleRequest(sample=sample(**fields))
+    with pytest.raises(InvalidRequest, match=f"`{name}` cannot be asked for in a stream") as caught:
+        parse_stream_sample(request, MODEL)
     assert caught.value.field == name
 
 
@@ -252,7 +307,15 @@ FLOAT = st.floats() | st.sampled_from([0.0, 1.0])
             "model_path": st.text(max_size=9) | st.just(PATH),
             "num_samples": INT32,
             "topk_prompt_logprobs": INT32,
+            "topk_sample_logprobs": INT32,
+            "include_prompt_logprobs": st.booleans(),
             "prompt_logprobs_last_n": INT32,
+            "target_prompt_logprobs": st.builds(
+                types_pb2.TensorData,
+                dtype=st.sampled_from([0, 1, 2, 3]),
+                shape=st.lists(st.integers(-2, 20), max_size=3),
+                values=st.binary(max_size=40),
+            ),
             "max_tokens": INT32,
             "temperature": FLOAT,
             "top_k": INT32,

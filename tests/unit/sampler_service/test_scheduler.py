@@ -47,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, LONGEST),
         tenant=st.sampled_from("abcdef"),  # more than places
         adapter=st.sampled_from(["", "x"]),
-        reuses=st.booleans(),
+        reusable=st.none() | st.integers(0, CONTEXT),
     )
     def add(
         self,
@@ -56,7 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens: int,
         tenant: str,
         adapter: str,
-        reuses: bool,
+        reusable: int | None,
     ) -> None:
         self.traffic.add(
             prompt,
@@ -64,7 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             min(max_tokens, CONTEXT - len(prompt)),
             adapter=adapter,
             tenant=tenant,
-            reuses=reuses,
+            reusable=None if reusable is None else min(reusable, max(0, len(prompt) - 2)),
         )
 
     @precondition(lambda self: self.traffic.ended)
@@ -134,12 +134,16 @@ def test_what_follows_a_known_beginning_alone_is_computed(
     assert traffic.computed[request_id] == len(known) + rest - cached
 
 
-def test_a_prompt_whose_positions_are_scored_is_computed_whole() -> None:
+def test_a_prompt_is_computed_from_the_first_position_that_is_scored() -> None:
     traffic = Traffic()
     for _ in range(2):
-        request_id = traffic.add(TEXTS[0][:100], reuses=False)
+        request_id = traffic.add(TEXTS[0][:100], reusable=0)
         traffic.drain()
         assert traffic.computed[request_id] == 100
+    for reusable, found in ((BLOCK_TOKENS - 1, 0), (BLOCK_TOKENS, BLOCK_TOKENS), (98, 96)):
+        request_id = traffic.add(TEXTS[0][:100], reusable=reusable)
+        traffic.drain()
+        assert traffic.computed[request_id] == 100 - found
     request_id = traffic.add(TEXTS[0][:100])
     traffic.drain()
     assert traffic.computed[request_id] == 1
