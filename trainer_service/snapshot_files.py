@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint_store.revisions import flush_folder
+from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 
