@@ -18,7 +18,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -120,6 +120,9 @@ bench-vllm: install model $(VLLM)/.installed  ## Measures the sampler beside vLL
 
 bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py
+
+bench-client: install  ## Trains 50 runs and draws 500 samples at a time in one client, for ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.one_client
 
 bench-durability: install  ## Measures what the journal costs and how long recovery takes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.journal_cost

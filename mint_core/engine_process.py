@@ -61,6 +61,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C is for the front, which ends its engine
             )
+        self.started_s = time.monotonic()
         self._connection = Connection(ours.detach())
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outbox.put(config)
@@ -271,7 +272,8 @@ class EngineProcess:
                 self._attempt.set_result(message)
                 self._restart_delay_s = RESTART_DELAY_S
                 self.changed.set()
-                logger.info("engine ready pid=%d", child.pid)
+                start_s = self._last_word - child.started_s
+                logger.info("engine ready pid=%d start_s=%.2f", child.pid, start_s)
             case Reply(number, value):
                 self._settle(number, value, None)
             case Failure(0, error):

@@ -244,6 +244,7 @@ class SnapshotRow:
     training_run_id: str
     sequence: int  # of the last call that is in it
     path: str
+    optional: bool  # whether things go on without it, so that an engine that cannot does so too
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from mint_core.errors import MintError
 
+# With what of a replay an engine is busy: what it is, and the number of plan or call.
+Doing = tuple[str, int]
+
 
 class Presence:
     """Of one run's row. `life` is that of the engine that has it; see `Scheduler.life`."""
@@ -15,7 +18,7 @@ class Presence:
         self.life = 0  # no engine's
         self.restoring = False
         self.executing = 0  # calls that have their turn
-        self.deaths: dict[int, int] = {}  # of engines that replayed a plan, by plan
+        self.deaths: dict[Doing, int] = {}  # of engines that restored the row, by with what
         self._parked: dict[int, asyncio.Future[None]] = {}  # by sequence
 
     @contextmanager

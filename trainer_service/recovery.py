@@ -20,7 +20,7 @@ from trainer_service.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MOST_DEATHS = 3  # of engines that computed the same pass again, until its runs are given up
+MOST_DEATHS = 3  # of engines that did the same again, until its runs are given up
 
 
 class Recovery:
@@ -112,11 +112,11 @@ class Recovery:
 
 
 def _ending_engines(replay: Replay) -> list[Run]:
-    """The runs of a pass that has ended engine after engine."""
-    if replay.plan is None:
+    """The runs for which engine after engine has ended with the same work."""
+    doing = replay.doing
+    if doing is None:
         return []
-    deaths = [run.presence.deaths for run in replay.computing]
-    for each in deaths:
-        each[replay.plan] = each.get(replay.plan, 0) + 1
-    ending = any(each[replay.plan] >= MOST_DEATHS for each in deaths)
-    return list({run.id: run for run in replay.computing}.values()) if ending else []
+    runs = list({run.id: run for run in replay.runs_doing}.values())
+    for run in runs:
+        run.presence.deaths[doing] = run.presence.deaths.get(doing, 0) + 1
+    return runs if any(run.presence.deaths[doing] >= MOST_DEATHS for run in runs) else []

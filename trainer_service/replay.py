@@ -29,6 +29,7 @@ from trainer_service.jobs import (
 )
 from trainer_service.journal.ledger import Ledger, Past
 from trainer_service.journal.records import Effect, PastCall, TileRecord
+from trainer_service.presence import Doing
 from trainer_service.replay_order import Again, Finished, Incomplete, Pass, replay_order
 from trainer_service.run import Run
 from trainer_service.scheduler import Scheduler
@@ -57,14 +58,14 @@ class Replay:
         self._runs: dict[int, Run] = {}  # that are under way, by number
         self._computes: dict[tuple[int, int], Compute] = {}  # read lately
         self._differing: set[str] = set()
-        self.plan: int | None = None  # with which the engine is busy
-        self.computing: Sequence[Run] = ()  # whose tiles are wanted of it
+        self.doing: Doing | None = None  # with which the engine is busy
+        self.runs_doing: Sequence[Run] = ()  # for which it is
 
     async def restore(self, runs: Sequence[Run]) -> None:
         """Brings the rows of the runs where they were."""
         pasts, plans = await self._ledger.pasts(runs)
         for run in runs:
-            await self._attempt(run, self._begin(run, pasts[run.id]))
+            await self._attempt(run, ("begin", 0), self._begin(run, pasts[run.id]))
         calls = {number: pasts[run.id].calls for number, run in self._runs.items()}
         for item in replay_order(calls, plans):
             if isinstance(item, Pass):
@@ -75,7 +76,7 @@ class Replay:
     async def _do(self, run: Run, item: Again | Finished | Incomplete) -> None:
         match item:
             case Again(_, call):
-                await self._attempt(run, self._again(run, call))
+                await self._attempt(run, ("call", call.sequence), self._again(run, call))
             case Finished():
                 del self._runs[item.run]
                 self._done(run, None)
@@ -83,14 +84,16 @@ class Replay:
                 why = f"the journal lacks how its call {sequence} was computed"
                 self._give_up(run, StateDamaged(run.id, why))
 
-    async def _attempt(self, run: Run, work: Awaitable[None]) -> None:
+    async def _attempt(self, run: Run, doing: Doing, work: Awaitable[None]) -> None:
         """Goes on without a run that cannot be restored."""
+        self.doing, self.runs_doing = doing, [run]
         try:
             await work
         except EngineDied:
             raise
         except MintError as error:
             self._give_up(run, error)
+        self.doing = None
 
     def _give_up(self, run: Run, error: MintError) -> None:
         logger.error("run=%s cannot be restored: %s", run.id, error.message)
@@ -147,14 +150,15 @@ class Replay:
             return
         kept = item.tiles if self._ledger.shared_plans else wanted
         ghosts = sorted({tile.run for tile in kept if tile not in wanted})
+        self.doing = ("pass", item.plan)
+        self.runs_doing = [self._runs[tile.run] for tile in wanted]
         for number in ghosts:
             await self._make_ghost(number)
-        self.plan, self.computing = item.plan, [self._runs[tile.run] for tile in wanted]
         tiles = [await self._tile(tile, ghost=tile not in wanted) for tile in kept]
         started_s = time.monotonic()
         results = await self._scheduler.replay(Plan(tuple(tiles)), self._life)
         self._count(wanted, kept, tiles, results, time.monotonic() - started_s)
-        self.plan, self.computing = None, ()
+        self.doing = None
         for number in ghosts:
             await self._scheduler.row(DropRow(_ghost(number)), self._life)
 

@@ -75,6 +75,7 @@ class Runs:
         checkpoints.handoff.on_trouble = self._note_trouble
         durability.journal.on_failure = self._abandon
         self._unanswered = self._recall()
+        self._resumed = False  # whether they have taken their turns
         self._numbers = itertools.count(self._ledger.next_number())
 
     def _recall(self) -> list[tuple[Run, PastRun]]:
@@ -99,6 +100,7 @@ class Runs:
     def resume(self) -> None:
         """Goes on with the calls that were accepted before a restart, once there is a model."""
         unanswered, self._unanswered = self._unanswered, []
+        self._resumed = True
         for run, past in unanswered:
             for call in past.unanswered(run, self._scheduler.model):
                 self._execution.start(run, call)
@@ -214,6 +216,13 @@ class Runs:
         if error := self._draining or self._durability.journal.trouble():
             raise error
 
+    def _check_resumed(self) -> None:
+        """Raises if a run's accepted calls may not have their turns yet, before which nothing that
+        waits for them must come.
+        """
+        if not self._resumed:
+            raise Unavailable("the base model is still being loaded; send the call again")
+
     def _abandon(self, error: MintError) -> None:
         """Sends all callers away: nothing more will be answered."""
         for run in self._runs.values():
@@ -327,6 +336,7 @@ class Runs:
 
     async def _open(self, tenant: str, request: OpenRun) -> RunView:
         self._check_accepting()
+        self._check_resumed()
         run = self._find(tenant, request.training_run_id)
         run.check_usable()
         writer_epoch = run.sequence.open()
@@ -352,6 +362,7 @@ class Runs:
 
     async def _delete(self, tenant: str, request: DeleteRun) -> None:
         self._check_accepting()
+        self._check_resumed()
         run = self._find(tenant, request.training_run_id)
         await self._remove(run, request.identity, delete_checkpoints=request.delete_checkpoints)
 

@@ -4,6 +4,7 @@ The header tells what the row is, the digest of each vector and its own. No torc
 state folder can be read without it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint_core.durable_files import flush_folder
-from mint_core.errors import MintError
+from mint_core.errors import MintError, ResourceExhausted
 from mint_core.fault_points import fault_point
 
 FORMAT = "mint-row-1"
+RETRY_S = 1.0  # after a full disk
 _OWN_DIGEST = "header_digest"  # files of older versions lack it
 _CHUNK_BYTES = 32 * 1024 * 1024  # written and flushed at a time
 
@@ -29,6 +31,19 @@ class SnapshotDamaged(MintError):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"snapshot {path.name} {problem}", file=path.name)
+
+
+class SnapshotFailed(ResourceExhausted):
+    """The disk did not take it; the one before it is as good as ever."""
+
+    reason = "SNAPSHOT_FAILED"
+
+    def __init__(self, error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        super().__init__(
+            f"a row could not be written: {error.strerror}",
+            retry_after_s=RETRY_S if full else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +63,9 @@ def write(
     about: Mapping[str, str],
     progress: Callable[[], None] = lambda: None,  # called now and then
 ) -> int:
-    """Writes a file that appears under its name when it is whole and on disk. Returns its size."""
+    """Writes a file that appears under its name when it is whole and on disk. Returns its size.
+    Raises SnapshotFailed.
+    """
     draft = path.with_name(f".{path.name}.draft")
     try:
         with draft.open("wb") as file:
@@ -60,6 +77,8 @@ def write(
         draft.rename(path)
         fault_point("snapshot:after-rename")
         flush_folder(path.parent)
+    except OSError as error:
+        raise SnapshotFailed(error) from error
     finally:
         draft.unlink(missing_ok=True)
     return size_bytes

@@ -19,6 +19,7 @@ from trainer_service.journal.ledger import Ledger
 from trainer_service.journal.records import SnapshotRecord
 from trainer_service.run import Run
 from trainer_service.scheduler import Scheduler
+from trainer_service.snapshot_files import SnapshotFailed
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,17 @@ class Snapshots:
             self._spawn(self.cover(run))  # when backwards beside this one have ended too
 
     async def take(self, run: Run, sequence: int) -> SnapshotRecord:
-        """Writes the row as it is behind a call that has its turn, and waits until it is on disk.
-        What it is worth is for the caller to note.
+        """Writes the row as it is behind a call that has its turn, and waits until it is on disk,
+        and on a full one for room. What it is worth is for the caller to note.
         """
-        return await (await self._copy(run, sequence))
+        while True:
+            try:
+                return await (await self._copy(run, sequence, optional=False))
+            except SnapshotFailed as failure:
+                if failure.retry_after_s is None:
+                    raise
+                logger.warning("run=%s waits for room on the state's disk", run.id)
+                await asyncio.sleep(failure.retry_after_s)
 
     def replaced(self, run: Run, snapshot: SnapshotRecord) -> None:
         """Removes a run's earlier file: the journal names this one."""
@@ -134,26 +142,33 @@ class Snapshots:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _copy(self, run: Run, sequence: int | None = None) -> "asyncio.Task[SnapshotRecord]":
+    async def _copy(
+        self, run: Run, sequence: int | None = None, *, optional: bool = True
+    ) -> "asyncio.Task[SnapshotRecord]":
         """Returns as soon as the row may change again."""
         run.exposure = Exposure()
         copied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        writing = asyncio.create_task(self._write(run, sequence or run.ended, copied))
+        job = self._job(run, sequence or run.ended, optional=optional)
+        writing = asyncio.create_task(self._write(run, job, copied))
         self._tasks.add(writing)
         writing.add_done_callback(self._tasks.discard)
         either: set[asyncio.Future[Any]] = {copied, writing}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         return writing
 
+    def _job(self, run: Run, sequence: int, *, optional: bool) -> SnapshotRow:
+        path = self._folder / f"{run.id}-{sequence}.safetensors"
+        return SnapshotRow(
+            training_run_id=run.id, sequence=sequence, path=str(path), optional=optional
+        )
+
     async def _write(
-        self, run: Run, sequence: int, copied: "asyncio.Future[None]"
+        self, run: Run, job: SnapshotRow, copied: "asyncio.Future[None]"
     ) -> SnapshotRecord:
-        name = f"{run.id}-{sequence}.safetensors"
-        job = SnapshotRow(training_run_id=run.id, sequence=sequence, path=str(self._folder / name))
         written: SnapshotWritten = await self._scheduler.row(
             job, run.presence.life, on_part=lambda part: copied.set_result(None)
         )
-        return SnapshotRecord(sequence, name, written.size_bytes)
+        return SnapshotRecord(job.sequence, Path(job.path).name, written.size_bytes)
 
     async def _finish(
         self, run: Run, exposure: Exposure, writing: "asyncio.Task[SnapshotRecord]"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mint_core.engine_pipe import Hello, Part, Reply, connect
+from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
@@ -51,6 +52,8 @@ LAYOUT = RowLayout.of(
 )
 POISON = 13  # a token
 DIFFERENT = "MINT_TEST_OTHER_BITS"  # set in an engine's environment, its steps differ in a bit
+UNLUCKY = "MINT_TEST_UNLUCKY"  # set there, rows of UNLUCKY_SEED find no memory when restored
+UNLUCKY_SEED = 13
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Rows:
             self._number = call.number
             try:
                 answer = self._handlers[type(call.job)](call.job)
-            except Exception as error:
+            except MintError as error:
                 self._pipe.fail(call.number, error)
                 continue
             fault_point(f"engine:after-{type(call.job).__name__}")
@@ -156,6 +159,8 @@ class Rows:
         return SnapshotWritten(snapshot_files.write(Path(job.path), parts, digests, about))
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
+        if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
+            raise MemoryError
         header = snapshot_files.read_header(Path(job.path))
         parts = snapshot_files.read(Path(job.path), header)
         step = int(header.about["step"])

@@ -17,10 +17,18 @@ import grpc
 import pytest
 
 from mintrpc.v1 import trainer_pb2
-from tests.engines.rows import DIFFERENT, POISON
+from tests.engines.rows import DIFFERENT, POISON, UNLUCKY, UNLUCKY_SEED
 from tests.resending import ADAM, insisting, resend, start_run, stub_of, train
-from tests.supervised import LIMIT_S, summing
-from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create_request, datum, refused
+from tests.supervised import LIMIT_S, Supervised, summing
+from tests.trainer_rpc import (
+    CALL_LIMIT_S,
+    RawRun,
+    create_request,
+    datum,
+    lora_config,
+    refused,
+)
+from trainer_service.recovery import MOST_DEATHS
 
 
 def journal(folder: Path, query: str) -> list[Any]:
@@ -106,6 +114,38 @@ def test_what_was_accepted_is_done_though_its_sender_is_gone(tmp_path: Path) -> 
         assert run.send(run.forward()) == twin.send(twin.forward())
 
 
+def test_a_run_is_not_opened_or_deleted_before_its_accepted_calls_have_their_turns(
+    tmp_path: Path,
+) -> None:
+    with summing(tmp_path) as service, stub_of(service) as stub:
+        run = start_run(stub)
+        service.kill_engine(signal.SIGSTOP)
+        calls = [run.start(run.forward_backward()), run.start(run.optim_step(adam_params=ADAM))]
+        await_journal(tmp_path, "SELECT count(*) FROM payloads", [(2,)])
+        service.kill()
+        for call in calls:
+            call.cancel()
+        stop_engine(service)
+        insisting(run.describe)  # it answers
+
+        opening = trainer_pb2.OpenTrainingRunRequest(training_run_id=run.id, request_id="again")
+        assert refused(stub.OpenTrainingRun, opening).code is grpc.StatusCode.UNAVAILABLE
+        deletion = trainer_pb2.DeleteTrainingRunRequest(training_run_id=run.id, request_id="not")
+        assert refused(stub.DeleteTrainingRun, deletion).code is grpc.StatusCode.UNAVAILABLE
+
+        service.kill_engine(signal.SIGCONT)
+        opened = insisting(lambda: stub.OpenTrainingRun(opening, timeout=CALL_LIMIT_S))
+        assert (opened.next_sequence, opened.step) == (3, 1)
+
+
+def stop_engine(service: Supervised) -> None:
+    """Keeps the engine that starts from starting."""
+    deadline = time.monotonic() + LIMIT_S
+    while not service.engines():
+        assert time.monotonic() < deadline
+    service.kill_engine(signal.SIGSTOP)
+
+
 def test_a_call_that_kills_each_engine_is_found_and_its_neighbours_go_on(tmp_path: Path) -> None:
     with summing(tmp_path) as service, stub_of(service) as stub:
         poisoned, neighbour, twin = (start_run(stub) for _ in range(3))
@@ -163,6 +203,25 @@ def test_a_replay_that_differs_is_told_and_not_hidden(tmp_path: Path) -> None:
 
         resend(run, run.optim_step())
         assert run.describe().inexact_replay_count == 1
+
+
+def test_a_run_that_no_engine_can_restore_is_given_up_and_others_go_on(tmp_path: Path) -> None:
+    with summing(tmp_path) as service, stub_of(service) as stub:
+        unlucky = start_run(stub, lora_config=lora_config(seed=UNLUCKY_SEED))
+        run = start_run(stub)
+        train(unlucky, 1)
+        train(run, 1)
+
+        service.start_next_with({UNLUCKY: "1"})
+        service.restart()
+
+        resend(run, run.forward_backward())
+        assert unlucky.refused(unlucky.forward_backward()).reason == "TRAINING_RUN_LOST"
+        assert run.send(run.optim_step()).step == 2
+        assert service.log_text().count("engine ready") == 1 + 1 + MOST_DEATHS
+
+        service.restart()
+        assert resend(unlucky, unlucky.forward_backward()).outputs
 
 
 def test_a_rolling_restart_writes_rows_and_loses_nothing(tmp_path: Path) -> None:
@@ -250,6 +309,31 @@ def test_a_full_disk_stops_what_comes_in_until_there_is_room(tmp_path: Path) -> 
         assert resend(run, run.optim_step()).step == 2
         service.kill()
         assert resend(run, run.forward_backward()).outputs
+
+
+def test_a_load_waits_for_room_on_a_full_disk(tmp_path: Path) -> None:
+    state, store = tmp_path / "state", tmp_path / "elsewhere"
+    with (
+        small_disk(state),
+        summing(tmp_path, state=state, store=store) as service,
+        stub_of(service) as stub,
+    ):
+        run = start_run(stub)
+        train(run, 1)
+        saved = run.send(run.save_state(name="early"))
+        expected = run.send(run.forward())
+        train(run, 1)
+        filler = state / "filler"
+        fill(filler)
+
+        loading = run.start(run.load_state(path=saved.path))
+        with pytest.raises(grpc.FutureTimeoutError):
+            loading.result(2)
+        filler.unlink()
+
+        assert loading.result(CALL_LIMIT_S).revision_path == saved.revision_path
+        assert f"run={run.id} waits for room" in service.log_text()
+        assert run.send(run.forward()) == expected
 
 
 @contextmanager

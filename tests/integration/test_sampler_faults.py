@@ -150,7 +150,7 @@ def kill_at_work(sampler: Sampler) -> None:
         time.sleep(0.01)  # nothing tells of an engine's work
         with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # between two engines
             engine = engine_of(sampler)
-            if f"engine ready pid={engine.pid}\n" not in sampler.service.log_text():
+            if f"engine ready pid={engine.pid} " not in sampler.service.log_text():
                 continue
             started_s = engine.cpu_times().user
             while engine.cpu_times().user < started_s + 0.1:

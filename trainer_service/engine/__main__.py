@@ -8,7 +8,7 @@ from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, c
 from mint_core.errors import MintError
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.snapshots import RowCopy, SnapshotWriter
-from trainer_service.jobs import EngineConfig, Plan, StepRows
+from trainer_service.jobs import EngineConfig, SnapshotRow
 
 
 def main() -> None:
@@ -36,10 +36,12 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
                 writer.put(call.number, answer)
             else:
                 pipe.send(Reply(call.number, answer))
+        except MintError as refusal:
+            pipe.fail(call.number, refusal)
         except Exception as error:
-            if isinstance(call.job, Plan | StepRows) and not isinstance(error, MintError):
-                # Our bug, no memory, or the device's end: the front starts another engine, has
-                # the rest done again, and finds out whose doing it is.
+            # Our bug, no memory, or the device's end: the front starts another engine, has the
+            # rest done again, and finds out whose doing it is.
+            if not (isinstance(call.job, SnapshotRow) and call.job.optional):
                 raise
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mint_core.engine_pipe import EnginePipe, Heartbeat, Part, Reply
-from mint_core.errors import ResourceExhausted
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
@@ -21,12 +20,6 @@ from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
 from trainer_service.snapshot_files import Header, SnapshotDamaged
-
-
-class SnapshotFailed(ResourceExhausted):
-    """The disk did not take it; the one before it is as good as ever."""
-
-    reason = "SNAPSHOT_FAILED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +37,9 @@ class RowCopy:
             digests[part] = digest(vector)
             progress()
         arrays = {part: vector.numpy() for part, vector in self.parts.items()}
-        try:
-            size_bytes = snapshot_files.write(self.path, arrays, digests, self.about, progress)
-        except OSError as error:
-            raise SnapshotFailed(f"a row could not be written: {error.strerror}") from error
-        return SnapshotWritten(size_bytes)
+        return SnapshotWritten(
+            snapshot_files.write(self.path, arrays, digests, self.about, progress)
+        )
 
 
 def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy:

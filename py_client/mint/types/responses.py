@@ -148,6 +148,7 @@ class TrainingRun:
 
     @property
     def lora_rank(self) -> int:
+        """Rank of its adapter."""
         return self.lora_config.rank
 
 

@@ -81,10 +81,12 @@ class TensorData:
 
     @property
     def dtype(self) -> TensorDtype:
+        """The type on the wire."""
         return "float32" if self._array.dtype.kind == "f" else "int64"
 
     @property
     def shape(self) -> list[int]:
+        """Lengths of its dimensions."""
         return list(self._array.shape)
 
     def tolist(self) -> list[Any]:
