@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_store.revisions import flush_folder, make_folder
+from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition
 
 DATABASE = "journal.db"
