@@ -12,7 +12,8 @@ from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2
-from sampler_service.jobs import Choice, Stops, Tokens
+from sampler_service.constraints import parse_constraint
+from sampler_service.jobs import Choice, Constraint, Stops, Tokens
 
 LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
 
@@ -27,6 +28,7 @@ class Sampling:
     max_tokens: int = 0
     choice: Choice
     stops: Stops = field(default_factory=Stops)
+    constraint: Constraint | None = None
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
 
@@ -43,13 +45,15 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
     )
     params = request.sampling_params
     prompt = parse_prompt(request.prompt, model)
+    stops = _stops(params, model)
     return Sampling(
         model_path=_model_path(request.model_path),
         prompt=prompt,
         num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
         max_tokens=_max_tokens(params, len(prompt), model),
         choice=_choice(params),
-        stops=_stops(params, model),
+        stops=stops,
+        constraint=parse_constraint(params, stops),
         prompt_logprobs=request.include_prompt_logprobs,
         topk_prompt_logprobs=_within(
             request.topk_prompt_logprobs,
@@ -183,13 +187,6 @@ def _context_holds(model: ModelDescription) -> str:
 
 
 def _choice(params: sampler_pb2.SamplingParams) -> Choice:
-    _refuse_missing(
-        {
-            "regex": params.HasField("regex"),
-            "json_schema": params.HasField("json_schema"),
-        },
-        "sampling_params.",
-    )
     return Choice(
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
         temperature=_temperature(params.temperature) if params.HasField("temperature") else 1.0,

@@ -11,13 +11,20 @@ from mintrpc.v1 import sampler_pb2_grpc
 from sampler_service.adapter_rows import AdapterRows
 from sampler_service.adapters import Adapters
 from sampler_service.config import SamplerConfig
+from sampler_service.constraints import constraints_served
 from sampler_service.execution import Execution
 from sampler_service.row_files import RowFiles
 from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
-FEATURES = ("stream_sample", "prefix_cache", "min_p", "penalties")
+FEATURES = (
+    "stream_sample",
+    "prefix_cache",
+    "min_p",
+    "penalties",
+    *(("constraints",) if constraints_served() else ()),
+)
 
 
 class SamplerService:
