@@ -135,6 +135,7 @@ class Execution:
             max_tokens=sampling.max_tokens,
             choice=sampling.choice,
             stops=sampling.stops,
+            constraint=sampling.constraint,
             prompt_logprobs=sampling.prompt_logprobs,
             topk_prompt_logprobs=sampling.topk_prompt_logprobs,
             target_prompt_tokens=sampling.target_prompt_tokens,

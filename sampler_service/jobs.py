@@ -98,6 +98,15 @@ class Choice:
     frequency_penalty: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the text of a continuation must match."""
+
+    kind: str  # "regex" or "json_schema"
+    field: str  # of the request, as refusals name it
+    text: str  # a regular expression, or a schema in JSON
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stops:
     """What ends a continuation before `max_tokens`."""
@@ -120,6 +129,7 @@ class Generate:
     max_tokens: int  # of one continuation; prompt and continuation fit in the context
     choice: Choice
     stops: Stops = field(default_factory=Stops)
+    constraint: Constraint | None = None  # some stop token ends what matches
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     # [prompt - 1, k] token ids to score in place of each token but the first, -1: none

@@ -12,7 +12,8 @@ from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2
-from sampler_service.jobs import Choice, Stops, Tokens
+from sampler_service.constraints import parse_constraint
+from sampler_service.jobs import Choice, Constraint, Stops, Tokens
 
 PROMPT_SCORES = ("include_prompt_logprobs", "topk_prompt_logprobs", "target_prompt_logprobs")
 # A stream holds new tokens and their own logprobs alone.
@@ -30,6 +31,7 @@ class Sampling:
     max_tokens: int = 0
     choice: Choice
     stops: Stops = field(default_factory=Stops)
+    constraint: Constraint | None = None
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     target_prompt_tokens: Tokens | None = None  # [prompt - 1, k], -1: none
@@ -42,13 +44,15 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
     _check_base_model(request.base_model, model)
     params = request.sampling_params
     prompt = parse_prompt(request.prompt, model)
+    stops = _stops(params, model)
     return Sampling(
         model_path=_model_path(request.model_path),
         prompt=prompt,
         num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
         max_tokens=_max_tokens(params, len(prompt), model),
         choice=_choice(params),
-        stops=_stops(params, model),
+        stops=stops,
+        constraint=parse_constraint(params, stops),
         prompt_logprobs=request.include_prompt_logprobs,
         topk_prompt_logprobs=_topk(request.topk_prompt_logprobs, "topk_prompt_logprobs", model),
         target_prompt_tokens=_targets(request, len(prompt), model),
@@ -202,16 +206,6 @@ def _check_base_model(base_model: str, model: ModelDescription) -> None:
         raise BaseModelNotFound(base_model, model.name)
 
 
-def _refuse_missing(wanted: dict[str, bool], place: str = "") -> None:
-    """Refuses the features that are asked for and that this version lacks."""
-    for name in (name for name, asked in wanted.items() if asked):
-        raise Unimplemented(
-            f"`{place}{name}` is not served by this version; leave it out",
-            feature=name,
-            field=place + name,
-        )
-
-
 def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDescription) -> int:
     rest = model.context_length - prompt
     name = "sampling_params.max_tokens"
@@ -237,13 +231,6 @@ def _context_holds(model: ModelDescription) -> str:
 
 
 def _choice(params: sampler_pb2.SamplingParams) -> Choice:
-    _refuse_missing(
-        {
-            "regex": params.HasField("regex"),
-            "json_schema": params.HasField("json_schema"),
-        },
-        "sampling_params.",
-    )
     return Choice(
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
         temperature=_temperature(params.temperature) if params.HasField("temperature") else 1.0,

@@ -12,6 +12,7 @@ from mintrpc.v1 import sampler_pb2_grpc
 from sampler_service.adapter_rows import AdapterRows
 from sampler_service.adapters import Adapters
 from sampler_service.config import SamplerConfig
+from sampler_service.constraints import constraints_served
 from sampler_service.execution import Execution
 from sampler_service.row_files import RowFiles
 from sampler_service.servicer import SamplerServicer
@@ -26,6 +27,7 @@ FEATURES = (
     "topk_sample_logprobs",
     "target_prompt_logprobs",
     "prompt_logprobs_last_n",
+    *(("constraints",) if constraints_served() else ()),
 )
 
 

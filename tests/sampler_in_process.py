@@ -18,6 +18,7 @@ from sampler_service.jobs import (
     BASE_MODEL,
     Abort,
     Choice,
+    Constraint,
     EngineConfig,
     Generate,
     Generated,
@@ -82,6 +83,7 @@ class SamplerEngine:
         num_samples: int = 1,
         max_tokens: int = 8,
         stops: Stops = ENDLESS,
+        constraint: Constraint | None = None,
         prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
@@ -102,6 +104,7 @@ class SamplerEngine:
             max_tokens=max_tokens,
             choice=Choice(**{"seed": 0, **choice}),  # type: ignore[arg-type]
             stops=stops,
+            constraint=constraint,
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,

@@ -5,6 +5,7 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +18,12 @@ from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
 from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from sampler_service.engine.constraints import CompiledConstraint, Compiler
 from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.prompt_scores import score_span
+from sampler_service.engine.randomness import Draw
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.sampling import draw_tokens
 from sampler_service.engine.scheduler import Scheduler
@@ -41,6 +44,8 @@ from sampler_service.jobs import (
 
 logger = logging.getLogger(__name__)
 
+COMPILING_WAIT_S = 0.01  # between looks for new jobs, while nothing runs
+
 # The number of a call, and what it is told: a part of its answer, or all that is left of it.
 Answer = tuple[int, SamplePart | Generated | RowLayout | MintError | None]
 
@@ -53,7 +58,7 @@ class _Outcome:
     ended: dict[TokenSequence, Generation] = field(default_factory=dict)
     scored: list[Generation] = field(default_factory=list)  # to the end
     parts: list[tuple[Generation, SamplePart]] = field(default_factory=list)
-    failed: dict[int, Generation] = field(default_factory=dict)  # by request id: not finite
+    failed: dict[int, tuple[Generation, MintError]] = field(default_factory=dict)  # by request id
 
 
 class Engine:
@@ -101,18 +106,21 @@ class Engine:
             max_running=config.max_running_samples,
             max_batch_tokens=self.max_batch_tokens,
         )
+        self._compiler = Compiler(self._vocabulary, self.description.vocabulary_size)
+        # By request id: calls and jobs that start once their constraint is compiled.
+        self._compiling: dict[int, tuple[int, Generate, Future[CompiledConstraint]]] = {}
         self._generations: dict[int, Generation] = {}  # by request id
         self._start_by: list[tuple[float, int]] = []  # heap of times and request ids
 
     @property
     def busy(self) -> bool:
-        return self._scheduler.busy
+        return self._scheduler.busy or bool(self._compiling)
 
     def accept(self, number: int, job: object) -> Answer | None:
         """Takes a job in, and answers it if that needs no pass. Raises what it refuses."""
         match job:
             case Generate():
-                return self._generate(number, job)
+                return self._take(number, job)
             case LoadAdapter():
                 self.adapters.load(job)
             case DescribeRows(rank):
@@ -128,7 +136,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Answer]:
         """Computes one pass and returns what is to be told after it, in order."""
-        late = list(self._refuse_late())
+        late = [*self._begin_compiled(), *self._refuse_late()]
         step = self._scheduler.schedule()
         if step is None:
             return late
@@ -140,9 +148,34 @@ class Engine:
         self._scheduler.update(step, outcome.tokens, outcome.ended)
         return [*late, *self._tell(outcome)]
 
-    def _generate(self, number: int, job: Generate) -> Answer | None:
+    def _take(self, number: int, job: Generate) -> Answer | None:
         self.adapters.check(job.adapter)
-        generation = Generation(number, job, self._vocabulary)
+        if job.constraint is None:
+            return self._begin(number, job, None)
+        compiling = self._compiler.compile(job.constraint)
+        self._compiling[job.request_id] = number, job, compiling
+        return None
+
+    def _begin_compiled(self) -> Iterator[Answer]:
+        """Begins what waits for its constraint no longer, or refuses it."""
+        waiting = list(self._compiling.values())
+        if waiting and not self._scheduler.busy:  # nothing else is to be done
+            wait([compiling for *_, compiling in waiting], COMPILING_WAIT_S, FIRST_COMPLETED)
+        for number, job, compiling in waiting:
+            if not compiling.done():
+                continue
+            del self._compiling[job.request_id]
+            try:
+                answer = self._begin(number, job, compiling.result())
+            except MintError as refusal:
+                answer = number, refusal
+            if answer is not None:
+                yield answer
+
+    def _begin(
+        self, number: int, job: Generate, constraint: CompiledConstraint | None
+    ) -> Answer | None:
+        generation = Generation(number, job, self._vocabulary, constraint)
         if generation.done:
             return number, generation.result()
         self._generations[job.request_id] = generation
@@ -181,25 +214,23 @@ class Engine:
             generation.add_scores(max(placed.span.start, first), scores)
             generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
             if not np.isfinite(scores.logprobs).all():
-                outcome.failed[sequence.request_id] = generation
+                error = _not_finite(generation.job.adapter)
+                outcome.failed[sequence.request_id] = generation, error
             outcome.scored.append(generation)
 
     def _draw(self, computed: Computed, outcome: _Outcome) -> None:
         """Draws a token for each sample."""
         logits, sequences = self._runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
-        drawn = draw_tokens(
-            logits,
-            [
-                g.draw(s.index, len(s.generated))
-                for g, s in zip(generations, sequences, strict=True)
-            ],
-        )
+        draws = list(self._draws(sequences, generations, outcome))
+        drawn = draw_tokens(logits, draws)
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         outcome.tokens = dict(zip(sequences, tokens, strict=True))
         for sequence, generation, token, logprob, model_logprob in zip(
             sequences, generations, tokens, logprobs, drawn.model_logprobs.tolist(), strict=True
         ):
+            if sequence.request_id in outcome.failed:
+                continue
             reason = generation.add_token(sequence.index, token, logprob, model_logprob)
             if reason is not None:
                 outcome.ended[sequence] = generation
@@ -212,12 +243,26 @@ class Engine:
                     ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
                     generation.add_top(sequences[row].index, ids.copy(), values.copy())
         for row in np.flatnonzero(~drawn.finite).tolist():
-            outcome.failed[sequences[row].request_id] = generations[row]
+            generation = generations[row]
+            error = _not_finite(generation.job.adapter)
+            outcome.failed[sequences[row].request_id] = generation, error
+
+    def _draws(
+        self, sequences: list[TokenSequence], generations: list[Generation], outcome: _Outcome
+    ) -> Iterator[Draw]:
+        """What each sequence's token is drawn by; where a constraint leaves none, any will do."""
+        for sequence, generation in zip(sequences, generations, strict=True):
+            position = len(sequence.generated)
+            try:
+                yield generation.draw(sequence.index, position)
+            except MintError as error:
+                outcome.failed[sequence.request_id] = generation, error
+                yield Draw(generation.job.choice, sequence.index, position)
 
     def _tell(self, outcome: _Outcome) -> Iterator[Answer]:
-        for request_id, generation in outcome.failed.items():
+        for request_id, (generation, error) in outcome.failed.items():
             self._forget(request_id)
-            yield generation.number, _not_finite(generation.job.adapter)
+            yield generation.number, error
         for generation, part in outcome.parts:
             if generation.job.request_id in self._generations:
                 yield generation.number, part
@@ -233,6 +278,8 @@ class Engine:
                 yield generation.number, generation.result()
 
     def _forget(self, request_id: int) -> None:
+        if waiting := self._compiling.pop(request_id, None):
+            waiting[2].cancel()
         self._generations.pop(request_id, None)
         self._scheduler.abort(request_id)
 

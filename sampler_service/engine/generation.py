@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sampler_service.engine.constraints import CompiledConstraint, ConstrainedText
 from sampler_service.engine.penalties import Occurrences, penalizes
 from sampler_service.engine.prompt_scores import SpanScores
 from sampler_service.engine.randomness import Draw
@@ -30,6 +31,7 @@ class OpenContinuation:
     tops: list[tuple[Tokens, Floats]] = field(default_factory=list)
     stop_reason: StopReason | None = None
     occurrences: Occurrences | None = None  # if there are penalties, from its first draw on
+    constrained: ConstrainedText | None = None
 
     def close(self) -> Continuation:
         assert self.stop_reason is not None
@@ -50,7 +52,13 @@ class OpenContinuation:
 class Generation:
     """A `Generate` job in the making."""
 
-    def __init__(self, number: int, job: Generate, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        number: int,
+        job: Generate,
+        vocabulary: Vocabulary,
+        constraint: CompiledConstraint | None = None,  # the job's
+    ) -> None:
         self.number = number  # of the call that waits for it
         self.job = job
         self.prompt_cache_hit_tokens = 0
@@ -59,6 +67,7 @@ class Generation:
             OpenContinuation(StopWatch(job.stops, job.max_tokens, vocabulary))
             for _ in range(job.num_samples)
         ]
+        self._constraint = constraint
         self._open = job.num_samples
         # Of the prompt, what the repetition penalty applies to.
         self._repeatable = job.prompt if job.choice.repetition_penalty != 1 else job.prompt[:0]
@@ -83,12 +92,17 @@ class Generation:
         return time.monotonic() - self._accepted_s
 
     def draw(self, sample: int, position: int) -> Draw:
-        """What the sample's next token is drawn by."""
+        """What the sample's next token is drawn by. Raises InvalidRequest if the constraint leaves
+        none.
+        """
         continuation, choice = self._samples[sample], self.job.choice
         if continuation.occurrences is None and penalizes(choice):
             continuation.occurrences = Occurrences(self._repeatable)
+        if continuation.constrained is None and self._constraint is not None:
+            continuation.constrained = self._constraint.start(self.job.stops.token_ids)
+        allowed = continuation.constrained.allowed() if continuation.constrained else None
         topk = self.job.topk_sample_logprobs
-        return Draw(choice, sample, position, continuation.occurrences, topk=topk)
+        return Draw(choice, sample, position, continuation.occurrences, allowed, topk)
 
     def add_token(
         self, sample: int, token: int, logprob: float, model_logprob: float
@@ -102,8 +116,10 @@ class Generation:
         reason = continuation.watch.read(token)
         if reason is not None:
             continuation.stop_reason = reason
-            continuation.occurrences = None
+            continuation.occurrences = continuation.constrained = None
             self._open -= 1
+        elif continuation.constrained is not None:
+            continuation.constrained.add(token)
         return reason
 
     def add_top(self, sample: int, ids: Tokens, logprobs: Floats) -> None:  # both [k]

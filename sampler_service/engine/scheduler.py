@@ -62,7 +62,7 @@ class Scheduler:
         tenant: str = "",
         reusable: int | None = None,  # tokens before any that is scored; None: none is
     ) -> None:
-        """Takes a request in. Ids rise; prompt and continuation fit in the pool."""
+        """Takes a request in. Ids tell who came first; prompt and continuation fit in the pool."""
         assert blocks_for(len(prompt)) <= self._pool.size
         self._tenants.want(tenant)
         self._requests[request_id] = _Request(num_samples)

@@ -21,9 +21,10 @@ class Vocabulary:
         decoder = repr(tokenizer.backend_tokenizer.decoder)
         self._byte_level = "ByteLevel" in decoder
         self._byte_fallback = "ByteFallback" in decoder
-        self._added = {
-            int(i): str(token.content) for i, token in tokenizer.added_tokens_decoder.items()
-        }
+        added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {i: str(token.content) for i, token in added.items()}
+        # Which stand for no text of their own.
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         # Some decoders treat the first token of a text differently, so the others follow this one.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._known: dict[int, bytes] = {}

@@ -1,6 +1,8 @@
 """The client's verbs against real services: names of all kinds, runs as a user manages them."""
 
 import asyncio
+import json
+import re
 from datetime import timedelta
 
 import numpy as np
@@ -126,6 +128,25 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
         sampling.compute_logprobs(PROMPT, 0)
     with pytest.raises(mint.BadRequestError, match="target_prompt_logprobs"):
         sampling.sample(PROMPT, target_prompt_logprobs=types.TensorData([[0.5], [0.5]]))
+
+
+def test_samples_follow_a_regex_or_a_schema(run: mint.TrainingClient) -> None:
+    sampling = run.save_weights_and_get_sampling_client()
+    tokenizer = sampling.get_tokenizer()
+    regex = "[0-9]{3}-[a-c]{2}"
+    params = types.SamplingParams(max_tokens=60, seed=1, regex=regex)
+    sequences = sampling.sample(PROMPT, 3, params).result(LIMIT_S).sequences
+    assert {sequence.stop_reason for sequence in sequences} == {"stop"}
+    texts = [tokenizer.decode(sequence.tokens[:-1]) for sequence in sequences]
+    assert all(re.fullmatch(regex, text) for text in texts)
+    parts = list(sampling.sample_stream(PROMPT, 1, params))
+    assert [token for part in parts for token in part.tokens] == sequences[0].tokens
+
+    colours = types.SamplingParams(max_tokens=60, json_schema={"enum": ["red", "green"]})
+    (sequence,) = sampling.sample(PROMPT, 1, colours).result(LIMIT_S).sequences
+    assert json.loads(tokenizer.decode(sequence.tokens[:-1])) in ("red", "green")
+    with pytest.raises(mint.BadRequestError, match=r"sampling_params\.regex.*unclosed group"):
+        sampling.sample(PROMPT, 1, types.SamplingParams(regex="(")).result(LIMIT_S)
 
 
 def test_a_client_in_flight_follows_the_newest_weights_and_a_snapshot_does_not(

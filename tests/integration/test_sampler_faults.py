@@ -174,8 +174,11 @@ def test_calls_of_a_killed_engine_are_done_again_by_the_next(sampler: Sampler) -
     assert len({tuple(each.result().sequences[0].tokens) for each in waiting}) == 1
 
 
-def test_a_stream_goes_on_with_the_next_token_when_its_engine_is_killed(sampler: Sampler) -> None:
-    request = sample_request(params={"max_tokens": 1500})
+@pytest.mark.parametrize("how", [{}, {"regex": "(?:[a-z]{2} [0-9]+\\s){500}", "ignore_eos": False}])
+def test_a_stream_goes_on_with_the_next_token_when_its_engine_is_killed(
+    sampler: Sampler, how: dict[str, object]
+) -> None:
+    request = sample_request(params={"max_tokens": 1500, **how})
     (expected,) = tokens_of(sampler.stub.Sample(request, timeout=DEADLINE_S))
     stream = sampler.stub.StreamSample(
         sampler_pb2.StreamSampleRequest(sample=request), timeout=DEADLINE_S

@@ -1,6 +1,7 @@
 """What users set: the optimizer, the adapter, sampling."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ class SamplingParams:
     occurred: `repetition_penalty` divides positive logits (and multiplies others) of those in the
     prompt or the continuation; `presence_penalty` is subtracted once, and `frequency_penalty` for
     each occurrence, from those in the continuation. None of them changes a logprob.
+
+    `regex`, or `json_schema` (a mapping, or JSON as text), is what the whole text of a continuation
+    matches when a token ends it; `max_tokens` and stop texts may end it before. Regular expressions
+    are of Rust's syntax, without look-around and back references; what the server cannot follow in
+    a schema is refused. Logprobs stay those of all tokens.
     """
 
     max_tokens: int | None = None
@@ -167,6 +173,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    regex: str | None = None
+    json_schema: str | Mapping[str, Any] | None = None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> "SamplingParams":
         """A copy with the fields of `update` changed."""
@@ -177,6 +185,11 @@ class SamplingParams:
     def to_proto(self) -> sampler_pb2.SamplingParams:
         texts, ids = _stops(self.stop)
         ids += token_list(self.stop_token_ids or [], "stop_token_ids")
+        if self.regex is not None and self.json_schema is not None:
+            raise InvalidInputError(
+                "`regex` and `json_schema` are both set; a continuation can follow one of them",
+                field="regex",
+            )
         return sampler_pb2.SamplingParams(
             max_tokens=None if self.max_tokens is None else integer(self.max_tokens, "max_tokens"),
             temperature=number(self.temperature, "temperature"),
@@ -190,6 +203,8 @@ class SamplingParams:
             stop=texts,
             stop_token_ids=ids,
             ignore_eos=self.stop is not None and not texts and not ids,
+            regex=None if self.regex is None else text(self.regex, "regex"),
+            json_schema=None if self.json_schema is None else _schema(self.json_schema),
         )
 
 
@@ -222,6 +237,18 @@ def integer(value: Any, field: str, *, bits: int = 32) -> int:
     if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
         raise InvalidInputError(f"`{field}` is {whole}, beyond {bits} bits", field=field)
     return whole
+
+
+def _schema(schema: str | Mapping[str, Any]) -> str:
+    """A JSON schema as text."""
+    if not isinstance(schema, Mapping):
+        return text(schema, "json_schema")
+    try:
+        return json.dumps(dict(schema), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(
+            f"`json_schema` is not JSON: {error}", field="json_schema"
+        ) from None
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:

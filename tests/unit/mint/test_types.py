@@ -1,8 +1,10 @@
 """Values in and out: what is accepted, what is refused and how, round trips."""
 
 import copy
+import json
 import math
 import pickle
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -253,11 +255,24 @@ def test_sampling_params_are_copied_with_changes() -> None:
         {"seed": 2**63},
         {"min_p": "0.1"},
         {"presence_penalty": True},
+        {"regex": 5},
+        {"regex": "a", "json_schema": {}},
+        {"json_schema": ["a"]},
+        {"json_schema": {"const": math.nan}},
     ],
 )
 def test_bad_sampling_params_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(mint.BadRequestError, match=next(iter(options))):
         types.SamplingParams(**options).to_proto()
+
+
+def test_a_schema_is_a_mapping_or_text() -> None:
+    schema = {"type": "integer"}
+    for form in (schema, json.dumps(schema), MappingProxyType(schema)):
+        message = types.SamplingParams(json_schema=form).to_proto()
+        assert json.loads(message.json_schema) == schema
+    assert types.SamplingParams(regex="").to_proto().HasField("regex")  # for the server to refuse
+    assert types.SamplingParams().to_proto().WhichOneof("constraint") is None
 
 
 def test_lora_config_round_trip() -> None:

@@ -208,20 +208,7 @@ def test_bad_values_are_refused_by_field(
     assert f"`{field}" in caught.value.message or "prompt" in field
 
 
-@pytest.mark.parametrize(
-    ("fields", "feature"),
-    [
-        ({"regex": ""}, "regex"),
-        ({"json_schema": "{}"}, "json_schema"),
-    ],
-)
-def test_what_this_version_lacks_is_unimplemented(fields: dict[str, object], feature: str) -> None:
-    with pytest.raises(Unimplemented, match="leave it out") as caught:
-        parse_sample(sample(**fields), MODEL)
-    assert caught.value.metadata["feature"] == feature
-
-
-def test_neutral_values_of_missing_features_are_taken() -> None:
+def test_neutral_values_are_taken() -> None:
     parse_sample(
         sample(min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0),
         MODEL,

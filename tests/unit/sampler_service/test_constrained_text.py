@@ -1,0 +1,185 @@
+"""What may follow in a constrained text, against all matches written out."""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from mint_core.errors import InvalidRequest
+from sampler_service.engine.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.stop import Vocabulary
+from sampler_service.jobs import Constraint
+from tests.models import VOCABULARY_SIZE
+
+END = 2
+SIZE = VOCABULARY_SIZE + 7  # of the model: the tokenizer knows fewer
+TIMEOUT_S = 60.0
+ALPHABET = ("a", "b", "é", "/", '"', "\n", " ")
+LONGEST = 4  # characters of a match
+REGEXES = (
+    "ab|a{0,3}",
+    "(a|b){2}é?",
+    "[ab]é{1,2}/?",
+    '"[^"b]{0,2}"',
+    "^a(b|\n)/ ?$",
+    "(?i:AB)\\s|a\\\\?/",
+    "[^é]?é",
+)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(qwen3_folder: Path) -> Vocabulary:
+    return Vocabulary(AutoTokenizer.from_pretrained(qwen3_folder))
+
+
+@pytest.fixture(scope="module")
+def compiler(vocabulary: Vocabulary) -> Compiler:
+    return Compiler(vocabulary, SIZE)
+
+
+def compiled(compiler: Compiler, kind: str, text: object) -> CompiledConstraint:
+    text = text if isinstance(text, str) else json.dumps(text)
+    constraint = Constraint(kind, f"sampling_params.{kind}", text)
+    return compiler.compile(constraint).result(TIMEOUT_S)
+
+
+def matches_of(regex: str) -> set[bytes]:
+    texts = ("".join(t) for n in range(LONGEST + 1) for t in product(ALPHABET, repeat=n))
+    return {text.encode() for text in texts if re.fullmatch(regex, text)}
+
+
+def slow_allowed(vocabulary: Vocabulary, matches: set[bytes], so_far: bytes) -> set[int]:
+    """Tokens that leave the text the beginning of a match, in which nothing but ALPHABET may occur,
+    and the end where it is one.
+    """
+    beginnings = {match[:n] for match in matches for n in range(len(match) + 1)}
+    texts = {i: vocabulary.bytes_of(i) for i in range(SIZE) if i not in vocabulary.special_ids}
+    ends = {END} if so_far in matches else set()
+    return ends | {i for i, text in texts.items() if text and so_far + text in beginnings}
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_tokens_that_can_still_become_a_match_are_allowed_and_no_others(
+    compiler: Compiler, vocabulary: Vocabulary, regex: str
+) -> None:
+    matches = matches_of(regex)
+    # What may stand in a match and is not of ALPHABET is left out on both sides.
+    known = set("".join(ALPHABET).encode())
+    legible = {i for i in range(SIZE) if set(vocabulary.bytes_of(i)) <= known} | {END}
+    constraint = compiled(compiler, "regex", regex)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        text, so_far = constraint.start([END]), b""
+        for _ in range(2 * LONGEST + 1):
+            allowed = set(np.flatnonzero(text.allowed()).tolist()) & legible
+            assert allowed == slow_allowed(vocabulary, matches, so_far)
+            token = int(rng.choice(sorted(allowed)))
+            if token == END:
+                break
+            text.add(token)
+            so_far += vocabulary.bytes_of(token)
+        assert so_far in matches
+
+
+def test_texts_of_one_constraint_do_not_share_where_they_are(
+    compiler: Compiler, vocabulary: Vocabulary
+) -> None:
+    constraint = compiled(compiler, "regex", "ab")
+    a, b = (next(i for i in range(SIZE) if vocabulary.bytes_of(i) == text) for text in (b"a", b"b"))
+    ahead, behind = constraint.start([END]), constraint.start([END])
+    ahead.add(a)
+    assert ahead.allowed()[b]
+    assert not ahead.allowed()[a]
+    assert behind.allowed()[a]
+    assert not behind.allowed()[b]
+
+
+def test_all_that_may_end_a_text_may_do_so_where_it_matches_and_nowhere_else(
+    compiler: Compiler, vocabulary: Vocabulary
+) -> None:
+    a = next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"a")
+    ends = [END, a, SIZE - 1]
+    text = compiled(compiler, "regex", "ba?").start(ends)
+    assert not text.allowed()[ends].any()
+    text.add(next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"b"))
+    assert text.allowed()[ends].all()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["x", "y"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["name", "age", "kind", "tags"],
+    "additionalProperties": False,
+}
+
+
+def test_random_walks_through_a_schema_end_in_what_it_describes(
+    compiler: Compiler, vocabulary: Vocabulary
+) -> None:
+    constraint = compiled(compiler, "json_schema", SCHEMA)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        text, so_far = constraint.start([END]), b""
+        while not (allowed := text.allowed())[END]:
+            token = int(rng.choice(np.flatnonzero(allowed)))
+            text.add(token)
+            so_far += vocabulary.bytes_of(token)
+        value = json.loads(so_far)
+        assert list(value) == ["name", "age", "kind", "tags"]
+        assert len(value["name"]) <= 5
+        assert value["age"] in range(151)
+        assert value["kind"] in ("x", "y")
+        assert all(isinstance(tag, bool) for tag in value["tags"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "why"),
+    [
+        ("regex", "(", "unclosed group"),
+        ("regex", "a(?=b)", "look-around"),
+        ("regex", r"(a)\1", "backreferences are not supported"),
+        ("regex", "[^\\x00-\\x{10ffff}]", "cannot be followed"),
+        ("json_schema", False, "Unsatisfiable"),
+        ("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
+        ("json_schema", {"type": "strin"}, "Invalid type"),
+        ("json_schema", {"if": {}, "then": {}}, "Unimplemented keys"),
+        ("json_schema", [], "must be an object"),
+        ("json_schema", {"type": "string", "pattern": "("}, "unclosed group"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(
+    compiler: Compiler, kind: str, text: object, why: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        compiled(compiler, kind, text)
+    assert caught.value.metadata["field"] == f"sampling_params.{kind}"
+    assert "llguidance" not in str(caught.value)
+
+
+class Letters:
+    """A vocabulary that cannot spell everything."""
+
+    special_ids = frozenset({END})
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return b"ab!"[token_id : token_id + 1]
+
+
+def test_what_the_model_cannot_spell_is_refused_where_it_shows() -> None:
+    compiler = Compiler(Letters(), 3)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="no token of this model leads on"):
+        compiled(compiler, "regex", "c")
+    text = compiled(compiler, "regex", "ac").start([END])
+    assert np.flatnonzero(text.allowed()).tolist() == [0]
+    text.add(0)
+    with pytest.raises(InvalidRequest, match="no token of this model leads on"):
+        text.allowed()
