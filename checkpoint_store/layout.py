@@ -5,14 +5,14 @@ What is being written lies in `<root>/.staging/`.
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from checkpoint_store import revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointPath
+from checkpoint_store.paths import KINDS, CheckpointPath
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,19 @@ class StoreLayout:
                 logger.warning("%s", error)
         return found
 
-    def names(self, training_run_id: str | None = None) -> Iterator[CheckpointPath]:
-        """Every name of a run, or of all runs, those without revisions too."""
-        for run in [training_run_id] if training_run_id else _entries(self._root):
-            for kind in (WEIGHTS, SAMPLER_WEIGHTS):
+    def runs(self, prefix: str = "") -> list[str]:
+        """Ids of the runs that have had checkpoints."""
+        return [run for run in _entries(self._root) if run.startswith(prefix)]
+
+    def names(self, runs: Iterable[str]) -> Iterator[CheckpointPath]:
+        """Every name of the runs, those without revisions too."""
+        for run in runs:
+            for kind in KINDS.values():
                 for name in _entries(self._root / run / kind):
                     yield CheckpointPath(run, kind, name)
 
-    def all_revisions(self, training_run_id: str | None = None) -> Iterator[Manifest]:
-        for name in self.names(training_run_id):
+    def all_revisions(self, runs: Iterable[str]) -> Iterator[Manifest]:
+        for name in self.names(runs):
             yield from self.revisions_of(name)
 
     def tidy(self, path: CheckpointPath, *, announced_after: datetime) -> None:

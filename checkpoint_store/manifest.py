@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointKind, CheckpointPath
+from checkpoint_store.paths import KINDS, CheckpointKind, CheckpointPath
 from mint_core.lora.spec import AdapterSpec
 
 FORMAT_VERSION = 1
@@ -36,6 +36,9 @@ class Manifest:
     expire_time: datetime | None = None  # None: kept until deleted, or as `unused_limit_s` says
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""  # path, with revision, of what it is a copy of or was merged from
+    head_untied: bool = False  # of a merged model: whether its head was tied in the base model
+    request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @property
@@ -81,6 +84,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "expire_time": manifest.expire_time and manifest.expire_time.isoformat(),
         "unused_limit_s": manifest.unused_limit_s,
         "metadata": dict(manifest.metadata),
+        "source": manifest.source,
+        "head_untied": manifest.head_untied,
+        "request": manifest.request,
         "files": {
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
@@ -113,7 +119,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
     return Manifest(
         tenant=content["tenant"],
         training_run_id=content["training_run_id"],
-        kind=WEIGHTS if content["kind"] == WEIGHTS else SAMPLER_WEIGHTS,
+        kind=KINDS[content["kind"]],
         name=content["name"],
         revision=content["revision"],
         base_model=content["base_model"],
@@ -124,6 +130,9 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         expire_time=expire_time and datetime.fromisoformat(expire_time),
         unused_limit_s=content["unused_limit_s"],
         metadata=content["metadata"],
+        source=content.get("source", ""),  # older manifests lack it and the next two
+        head_untied=content.get("head_untied", False),
+        request=content.get("request", ""),
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
     )
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest, decode_manifest
@@ -68,12 +69,36 @@ def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
     return manifest
 
 
-def bury(folder: Path) -> None:
-    """Removes a revision's files. Its number stays taken.
+def rewrite_manifest(folder: Path, encoded: bytes) -> bool:
+    """Replaces the manifest of a revision. Returns whether the revision is still there."""
+    draft = folder / f".{MANIFEST_FILE}.{uuid4().hex}"
+    try:
+        write_durably(draft, encoded)
+        draft.rename(folder / MANIFEST_FILE)
+        flush_folder(folder)
+    except FileNotFoundError:
+        return False
+    if (folder / _TOMBSTONE_FILE).exists():  # it is being buried, maybe past its manifest
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def buried_by(folder: Path, request: str) -> int | None:
+    """The newest revision that a request has buried, or has begun to; None: it has not."""
+    if not request:
+        return None
+    numbers = [number for number in _numbers(folder) if _epitaph(folder / str(number)) == request]
+    return max(numbers, default=None)
+
+
+def bury(folder: Path, request: str = "") -> None:
+    """Removes a revision's files, in the name of a request. Its number stays taken.
 
     The manifest goes first: killed half way, the revision is gone for readers all the same.
     """
-    (folder / _TOMBSTONE_FILE).touch()
+    if not _epitaph(folder):
+        (folder / _TOMBSTONE_FILE).write_text(request)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     for file in folder.iterdir():
         if file.name != _TOMBSTONE_FILE:
@@ -174,6 +199,14 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _epitaph(folder: Path) -> str:
+    """Which request has buried a revision, if one has."""
+    try:
+        return (folder / _TOMBSTONE_FILE).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
 
 
 def _numbers(folder: Path) -> list[int]:
