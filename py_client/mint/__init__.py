@@ -30,11 +30,14 @@ from mint.errors import (
     UnprocessableEntityError,
 )
 from mint.futures import APIFuture, SampleFuture
+from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient
 from mint.service_client import ServiceClient
 from mint.training_client import TrainingClient
 from mint.types import (
     AdamParams,
+    Checkpoint,
+    CheckpointType,
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
@@ -43,6 +46,8 @@ from mint.types import (
     ModelInput,
     ModelInputChunk,
     OptimStepResponse,
+    ParsedCheckpointPath,
+    ParsedCheckpointTinkerPath,
     SampledSequence,
     SamplePart,
     SampleResponse,
@@ -63,6 +68,8 @@ __all__ = [
     "AdamParams",
     "AuthenticationError",
     "BadRequestError",
+    "Checkpoint",
+    "CheckpointType",
     "ConflictError",
     "Datum",
     "EncodedTextChunk",
@@ -76,9 +83,12 @@ __all__ = [
     "ModelInputChunk",
     "NotFoundError",
     "OptimStepResponse",
+    "ParsedCheckpointPath",
+    "ParsedCheckpointTinkerPath",
     "PermissionDeniedError",
     "RateLimitError",
     "RequestFailedError",
+    "RestClient",
     "RunWatch",
     "SampleFuture",
     "SamplePart",

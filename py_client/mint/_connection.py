@@ -13,7 +13,12 @@ from mint._address import Address
 from mint._failures import Failure, error_of
 from mint._version import __version__
 from mint.errors import APIError, InvalidInputError
-from mintrpc.v1 import model_pb2_grpc, sampler_pb2_grpc, trainer_pb2_grpc
+from mintrpc.v1 import (
+    checkpoint_pb2_grpc,
+    model_pb2_grpc,
+    sampler_pb2_grpc,
+    trainer_pb2_grpc,
+)
 
 logger = logging.getLogger("mint")
 
@@ -62,6 +67,7 @@ class Connection:
         self._channel = _channel(address)
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
         self.trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self.sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     @property

@@ -1,5 +1,16 @@
 """Values that go into calls and come out of them: plain, immutable, without protobuf."""
 
+from mint.types.checkpoints import (
+    Checkpoint,
+    CheckpointFile,
+    CheckpointsListResponse,
+    CheckpointType,
+    Cursor,
+    ExportResponse,
+    ParsedCheckpointPath,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
 from mint.types.datum import Datum
 from mint.types.model_input import (
     EncodedTextChunk,
@@ -19,6 +30,7 @@ from mint.types.responses import (
     LoadWeightsResponse,
     ModelData,
     OptimStepResponse,
+    RunKind,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     SupportedModel,
@@ -30,13 +42,20 @@ from mint.types.tensor_data import TensorData, TensorDtype
 
 ForwardBackwardResult = ForwardBackwardOutput
 ModelID = str
+ParsedCheckpointTinkerPath = ParsedCheckpointPath
 
 __all__ = [
     "AdamParams",
     "CallOutcome",
+    "Checkpoint",
+    "CheckpointFile",
+    "CheckpointType",
+    "CheckpointsListResponse",
+    "Cursor",
     "Datum",
     "DiscardGradientResponse",
     "EncodedTextChunk",
+    "ExportResponse",
     "ForwardBackwardOutput",
     "ForwardBackwardResult",
     "GetInfoResponse",
@@ -52,8 +71,11 @@ __all__ = [
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "ParsedCheckpointPath",
+    "ParsedCheckpointTinkerPath",
     "QueueProgress",
     "RunEvent",
+    "RunKind",
     "SamplePart",
     "SampleResponse",
     "SampledSequence",
@@ -66,4 +88,6 @@ __all__ = [
     "TensorDtype",
     "Topk",
     "TrainingRun",
+    "TrainingRunsResponse",
+    "WeightsInfoResponse",
 ]

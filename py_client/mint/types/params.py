@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
+
 from mint.errors import InvalidInputError
 from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
@@ -207,6 +209,19 @@ def integer(value: Any, field: str, *, bits: int = 32) -> int:
     if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
         raise InvalidInputError(f"`{field}` is {whole}, beyond {bits} bits", field=field)
     return whole
+
+
+def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
+    """How long something is kept; None: until it is deleted."""
+    if seconds is None:
+        return None
+    if not 0 < number(seconds, field) < float("inf"):
+        raise InvalidInputError(
+            f"`{field}` is {seconds}; give a positive number, or None to keep it", field=field
+        )
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
