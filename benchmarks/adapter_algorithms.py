@@ -52,7 +52,7 @@ def make_pass(
     gradients = Gradients(x, dy.split(group.out_features, dim=1), dx)
 
     def run() -> None:
-        saved = algorithm.forward(x, y, adapted, group)
+        saved = algorithm.forward(x, y.split(group.out_features, 1), adapted, group)
         if backward:
             algorithm.backward(gradients, saved, adapted, group)
 

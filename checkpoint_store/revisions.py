@@ -144,8 +144,8 @@ def announced(folder: Path) -> str | None:
 
 def recant(folder: Path) -> None:
     """Takes an announcement back, and the name with it if there is nothing else of it."""
-    (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it has a revision, or never was
+        (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
         folder.rmdir()
 
 

@@ -71,7 +71,7 @@ class SnapshotMemory:
         """A file to write a row's numbers to; None if there is no room now."""
         with self._lock:
             draft, self._spare = self._spare, None
-            if draft is not None and draft.stat().st_size == numbers_bytes:
+            if draft is not None and draft.exists() and draft.stat().st_size == numbers_bytes:
                 return draft
         if draft is not None:
             self.discard(draft)
@@ -164,6 +164,8 @@ class SnapshotMemory:
     def close(self) -> None:
         """Removes everything; what the store lacks is left to the next trainer."""
         with self._lock:
+            for draft in self._drafts:
+                draft.unlink(missing_ok=True)
             for revision in [r for r, held in self._held.items() if held.stored]:
                 self._remove(revision)
             if self._held:
@@ -211,8 +213,8 @@ class SnapshotMemory:
             if not held.stored:
                 logger.error("snapshot %s is lost: others needed its memory", revision)
         file = self._owned.path / place_of(revision)
-        file.unlink(missing_ok=True)
-        if not any(file.parent.iterdir()):
+        with suppress(OSError):  # others of the run are there, or somebody has cleared the memory
+            file.unlink()
             file.parent.rmdir()
 
     def _rescue(self, abandoned: Path, ours: Path) -> None:

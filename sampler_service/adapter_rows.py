@@ -76,6 +76,7 @@ class AdapterRows:
         self._engine = engine
         self._layouts: dict[int, RowLayout] = {}  # by stored rank
         self._known: dict[str, _Known] = {}  # by revision path
+        self._looks: dict[tuple[str, str], asyncio.Task[tuple[str, _Known]]] = {}
         self._conversions: dict[str, asyncio.Task[Row]] = {}
         self._threads = ThreadPoolExecutor(CONVERSIONS, "adapter-rows")
 
@@ -114,7 +115,21 @@ class AdapterRows:
         return known
 
     async def _look(self, path: str, tenant: str) -> tuple[str, _Known]:
-        """Asks the store, again for a while if the path is not there yet."""
+        """Asks the store. Requests that come together for a new revision share an answer."""
+        key = (path, tenant)
+        while True:
+            joined = key in self._looks
+            if not joined:
+                task = self._looks[key] = asyncio.create_task(self._await_path(path, tenant))
+                task.add_done_callback(lambda _: self._looks.pop(key))
+            try:
+                return await asyncio.shield(self._looks[key])
+            except CheckpointNotFound:
+                if not joined:
+                    raise  # otherwise the last look may have been before this request
+
+    async def _await_path(self, path: str, tenant: str) -> tuple[str, _Known]:
+        """Asks again for a while if the path is not there yet."""
         started_s = time.monotonic()
         while True:
             try:

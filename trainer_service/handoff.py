@@ -142,7 +142,10 @@ class Handoff:
         try:
             written = await write(_job(manifest, draft))
             manifest = replace(manifest, step=written.step)
-            await asyncio.to_thread(memory.place, draft, manifest, written.layout, stored=False)
+            try:
+                await asyncio.to_thread(memory.place, draft, manifest, written.layout, stored=False)
+            except OSError as error:
+                raise RowNotWritten(str(manifest.path), draft.parent, error) from error
         except BaseException:
             await announced
             await asyncio.to_thread(self._store.recant, manifest.path)

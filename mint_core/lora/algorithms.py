@@ -63,11 +63,15 @@ class Adapted:
         """The scale of each segment."""
         return [scale(segment) for segment in self.segments]
 
-    def parts(self, stream: Tensor) -> list[Tensor]:  # [T, ...] -> per segment, [n, ...]
+    def parts(self, stream: Tensor) -> Sequence[Tensor]:  # [T, ...] -> per segment, [n, ...]
         if len(self.segments) == 1:
-            return [stream[self.covered]]
+            only = self.segments[0]
+            whole = only.start == 0 and only.stop == stream.shape[0]
+            return (stream,) if whole else (stream[self.covered],)
         # One split: a pass over many short segments is mostly calls.
         parts = stream[self.covered].split_with_sizes(self._sizes)
+        if len(parts) == len(self.segments):
+            return parts
         return [part for part, own in zip(parts, self.stretches, strict=True) if own.row]
 
     @cached_property
@@ -108,9 +112,9 @@ class Algorithm(Protocol):
     """Applies the adapters to a group of modules."""
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
-        """Adds to y [T, W]; returns what backward needs beside x [T, in]."""
+        """Adds to y of each module, [T, out]; returns what backward needs beside x [T, in]."""
         ...
 
     def backward(
@@ -135,16 +139,17 @@ class Loop:
     """Segment after segment. What a segment gets depends on its own rows alone, bit for bit."""
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
-        outputs = [adapted.parts(part) for part in y.split_with_sizes(group.out_features, 1)]
-        shrunk = []
+        outputs = [adapted.parts(part) for part in y]
+        shrunk: list[Tensor] = []  # of each segment, of each module, x A^T [n, r]
         streams = zip(adapted.factors, adapted.weights(group), adapted.parts(x), strict=True)
         for i, (factor, own, rows) in enumerate(streams):
             h = rows.mm(own.a_t)  # [n, m r]
-            for member, part, b_t in zip(own.members, _ranks(h, own), own.b_t, strict=True):
+            parts = (h,) if len(own.ranks) == 1 else h.split_with_sizes(own.ranks, 1)
+            for member, part, b_t in zip(own.members, parts, own.b_t, strict=True):
                 outputs[member][i].addmm_(part, b_t, alpha=factor)
-            shrunk.append(h)
+            shrunk += parts
         return tuple(shrunk)
 
     def backward(
@@ -152,44 +157,31 @@ class Loop:
     ) -> None:
         x, dys = adapted.parts(tensors.x), [adapted.parts(dy) for dy in tensors.dy]
         dx = None if tensors.dx is None else adapted.parts(tensors.dx)
-        for i, own in enumerate(adapted.weights(group)):
+        shrunk = iter(saved)
+        for i, (segment, own) in enumerate(
+            zip(adapted.segments, adapted.weights(group), strict=True)
+        ):
+            factor = adapted.factors[i]
             dy = [dys[member][i] for member in own.members]
+            parts = [next(shrunk) for _ in dy]
             dh = _shrink_back(dy, own)
             if dx is not None:
-                dx[i].addmm_(dh, own.a, alpha=adapted.factors[i])
-            if adapted.segments[i].accumulate:
-                _add_gradient(adapted.segments[i], group, (x[i], saved[i], dy, dh))
-
-
-def _ranks(h: Tensor, own: GroupMatrices) -> Sequence[Tensor]:
-    """[n, m r] -> of each module, [n, r]."""
-    return (h,) if len(own.members) == 1 else h.split_with_sizes(own.ranks, 1)
+                dx[i].addmm_(dh, own.a, alpha=factor)
+            if segment.accumulate and segment.row is not None:
+                gradient = segment.row.group(Part.GRADIENT, group)
+                add_product(gradient.a, dh.t(), x[i], factor)
+                for grad_b_t, h, own_dy in zip(gradient.b_t, parts, dy, strict=True):
+                    add_product(grad_b_t, h.t(), own_dy, factor)
 
 
 def _shrink_back(dy: Sequence[Tensor], own: GroupMatrices) -> Tensor:  # [n, m r]
     """dy B of each module, but for the factor."""
     if len(dy) == 1:
         return dy[0].mm(own.b[0])
-    dh = dy[0].new_empty(len(dy[0]), len(own.a))
+    dh = dy[0].new_empty(dy[0].shape[0], own.a.shape[0])
     for part, own_dy, b in zip(dh.split_with_sizes(own.ranks, 1), dy, own.b, strict=True):
         torch.mm(own_dy, b, out=part)
     return dh
-
-
-def _add_gradient(
-    segment: Segment,
-    group: ModuleGroup,
-    tensors: tuple[Tensor, Tensor, Sequence[Tensor], Tensor],
-) -> None:
-    """Adds dA and dB to the row's gradient. `tensors`: x [n, in], h [n, m r], of each module dy
-    [n, out], and all dy B [n, m r].
-    """
-    assert segment.row is not None
-    x, h, dy, dh = tensors
-    own, factor = segment.row.group(Part.GRADIENT, group), scale(segment)
-    add_product(own.a, dh.t(), x, factor)
-    for grad_b_t, part, own_dy in zip(own.b_t, _ranks(h, own), dy, strict=True):
-        add_product(grad_b_t, part.t(), own_dy, factor)
 
 
 class Grouped:
@@ -198,12 +190,14 @@ class Grouped:
     """
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
         a, b = _stacked(adapted, group)
         rows, ends = adapted.covered, adapted.ends
         h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
-        y[rows] += functional.grouped_mm(h, b.transpose(1, 2), offs=ends)
+        wide = functional.grouped_mm(h, b.transpose(1, 2), offs=ends)  # [covered, W]
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows] += wide[:, columns]
         return (h,)
 
     def backward(
@@ -235,14 +229,16 @@ class Concat:
     """
 
     def forward(
-        self, x: Tensor, y: Tensor, adapted: Adapted, group: ModuleGroup
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
         all_own = adapted.weights(group)
         a = torch.cat([own.a for own in all_own])
         b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
         rows = adapted.covered
         h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
-        y[rows].addmm_(h * adapted.scales, b.T)
+        h *= adapted.scales
+        for part, columns in zip(y, group.columns, strict=True):
+            part[rows].addmm_(h, b[columns].T)
         return ()
 
     def backward(

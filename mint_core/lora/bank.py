@@ -60,8 +60,8 @@ class GroupMatrices:
 
 
 def _matrices(members: range, a: Tensor, b_t: tuple[Tensor, ...]) -> GroupMatrices:
-    ranks = [len(matrix) for matrix in b_t]
-    return GroupMatrices(members, ranks, a, a.t(), tuple(matrix.t() for matrix in b_t), b_t)
+    ranks = [matrix.shape[-2] for matrix in b_t]
+    return GroupMatrices(members, ranks, a, a.mT, tuple(matrix.mT for matrix in b_t), b_t)
 
 
 class RankBank:
@@ -95,10 +95,10 @@ class RankBank:
 
     def matrices(self, row: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """A [stored rank, in] and B [out, stored rank] of a module, as views of [params]."""
-        return self._a(row, module, 1), self._b_t(row, module).t()
+        return self._a(row, module, 1), self._b_t(row, module).mT
 
     def group_matrices(self, row: Tensor, group: ModuleGroup, members: range) -> GroupMatrices:
-        """Of neighbours in a group, as views of [params]."""
+        """Of neighbours in a group, as views of [params], or of several rows, [rows, params]."""
         modules = [group.modules[member] for member in members]
         return _matrices(
             members,
@@ -116,15 +116,14 @@ class RankBank:
             places[module] = (_matrix(a), _matrix(b))
         return RowLayout.of(self.row_size, places)
 
-    def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [count r, in]
+    def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [..., count r, in]
         width, start = self._shapes[first].in_features, self._offsets[first][0]
-        rank = count * self.stored_rank
-        return row[start : start + rank * width].view(rank, width)
+        return _matrix_at(row, start, count * self.stored_rank, width)
 
-    def _b_t(self, row: Tensor, module: str) -> Tensor:  # [r, out]
+    def _b_t(self, row: Tensor, module: str) -> Tensor:  # [..., r, out]
         # This way round: products with 8 columns of the inner side take CPUs about twice as long.
         width, start = self._shapes[module].out_features, self._offsets[module][1]
-        return row[start : start + self.stored_rank * width].view(self.stored_rank, width)
+        return _matrix_at(row, start, self.stored_rank, width)
 
     def parameter_count(self, rank: int, modules: Iterable[str]) -> int:
         """How many numbers an adapter has, padding not counted."""
@@ -144,6 +143,7 @@ class AdapterRow:
         self._views: dict[tuple[Part, str], tuple[Tensor, Tensor]] = {}
         self._groups: dict[tuple[Part, str], GroupMatrices] = {}
         self._away = False
+        self.version = 0  # changes when weights are loaded
 
     @property
     def held(self) -> Mapping[Part, Tensor]:
@@ -217,6 +217,7 @@ class AdapterRow:
         ]
         for matrix, array in checked:
             _check(matrix, array)
+        self.version += 1
         self.part(part).zero_()
         for matrix, array in checked:
             matrix.copy_(torch.from_numpy(np.array(array, dtype=np.float32)))
@@ -276,6 +277,10 @@ class AdapterBank:
     def remove(self, row: AdapterRow) -> None:
         """Gives the row's memory back."""
         row.leave()
+
+
+def _matrix_at(row: Tensor, start: int, rows: int, columns: int) -> Tensor:
+    return row[..., start : start + rows * columns].view(*row.shape[:-1], rows, columns)
 
 
 def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]

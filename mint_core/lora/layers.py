@@ -2,6 +2,7 @@
 of one group are computed when the first of them is called.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from torch.nn import functional
 from mint_core.lora.algorithms import Adapted, Algorithm, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup
+from mint_core.lora.lanes import Lanes, RowProducts
+from mint_core.lora.packed import PackedLinear
 from mint_core.lora.segments import (
     MIN_ROWS,
     Segment,
     adapter_backward,
-    adapter_weights,
-    scale,
+    adapter_forward,
 )
 
 __all__ = [
@@ -30,9 +32,8 @@ __all__ = [
     "MultiLoraLinear",
     "Segment",
     "adapter_backward",
-    "adapter_weights",
+    "adapter_forward",
     "install",
-    "scale",
 ]
 
 
@@ -44,14 +45,18 @@ class LoraContext:
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
         self.columns: ActiveColumns | None = None  # applied in the place of segments
         self.waiting: Waiting | None = None  # of the group computed last
+        self.lanes: Lanes | None = None  # without, no segment may be rowwise
+        self.products: list[RowProducts] = []  # of segments that are
 
     @contextmanager
     def applying(self, segments: tuple[Segment, ...]) -> Iterator[None]:
         """Around a pass over a stream of these segments. They stay until the next one's: what is
         recomputed in backward applies them again.
         """
-        self._segments = segments
+        self._segments = tuple(s for s in segments if not s.rowwise)
         self._adapted.clear()
+        self.products = self.lanes.of(segments) if self.lanes else []
+        assert self.lanes or len(self._segments) == len(segments), "rowwise: weights not packed"
         try:
             yield
         finally:
@@ -90,6 +95,37 @@ class Waiting:
         return self.group is group and self.x is x and member in self.outputs
 
 
+class Cut:
+    """The layers of a group in neighbourhoods, whose outputs are one tensor each."""
+
+    def __init__(self, linears: "LinearGroup", counts: Sequence[int]) -> None:
+        sizes = iter(linears.group.out_features)
+        self._layers = [tuple(itertools.islice(sizes, count)) for count in counts]
+        self._widths = [sum(part) for part in self._layers]
+        self._each = all(len(part) == 1 for part in self._layers)
+        # Of each neighbourhood, [width, in]; none once they are packed.
+        self.weights: Sequence[Tensor] = linears.weight.split_with_sizes(self._widths)
+        self.biases: Sequence[Tensor | None] = (
+            [None] * len(self._widths)
+            if linears.bias is None
+            else linears.bias.split_with_sizes(self._widths)
+        )
+
+    def parts(self, wide: Tensor) -> tuple[Tensor, ...]:
+        """[T, width of the group] -> of each neighbourhood, [T, width]."""
+        return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, 1)
+
+    def layers(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Cuts the parts, each [T, width], into those of each layer."""
+        if self._each:
+            return parts
+        cut = [
+            part.split_with_sizes(sizes, 1) if len(sizes) > 1 else (part,)
+            for part, sizes in zip(parts, self._layers, strict=True)
+        ]
+        return [layer for layers in cut for layer in layers]
+
+
 class LinearGroup:
     """Frozen nn.Linears of one input, their weights side by side, plus, for each segment of the
     stream, its adapter's B A of each.
@@ -102,38 +138,78 @@ class LinearGroup:
         self.weight = _side_by_side([linear.weight for linear in linears])  # [W, in]
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
-        self.weights = self.weight.split(group.out_features)
+        self._cuts: dict[tuple[int, ...], Cut] = {}
+        self.each = self.cut([1] * len(linears))
+        self._packed: PackedLinear | None = None
+        self.layers: list[MultiLoraLinear] = []
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
         # autograd where there is something to train, so that it goes back no further than that.
         self._trained = torch.zeros((), device=self.weight.device, requires_grad=True)
 
+    def cut(self, counts: Sequence[int]) -> Cut:
+        """For outputs of so many layers together each."""
+        return self._cuts.setdefault(tuple(counts), Cut(self, counts))
+
     def output(self, member: int, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """One layer's; the others' wait for their call with the same tensor."""
-        if len(self.weights) == 1:
-            (output,) = self._outputs(x)
+        if len(self.group.modules) == 1:
+            (output,) = self.outputs(x)
         else:
             waiting = self._context.waiting
             if waiting is None or not waiting.has(self, member, x):
-                waiting = Waiting(self, x, dict(enumerate(self._outputs(x))))
+                waiting = Waiting(self, x, dict(enumerate(self.outputs(x))))
             output = waiting.outputs.pop(member)
             # None at the end, so that nothing holds the pass when it is over.
             self._context.waiting = waiting if waiting.outputs else None
         return output.view(*x.shape[:-1], output.shape[-1])
 
-    def _outputs(self, x: Tensor) -> Sequence[Tensor]:  # [..., in] -> of each layer, [T, out]
+    def outputs(self, x: Tensor, cut: Cut | None = None) -> Sequence[Tensor]:
+        """[..., in] -> of each layer, [T, out]; or of several side by side, as the cut has it."""
+        cut = cut or self.each
         flat = x.reshape(-1, self.group.in_features)
         if self._context.columns is not None:
-            y = functional.linear(flat, self.weight, self.bias)
+            y = self._wide(flat)
             self._context.columns.add(flat, y, self.group)
-            return y.split_with_sizes(self.group.out_features, 1)
+            return cut.parts(y)
         adapted = self._context.adapted(self.group, flat)
-        algorithm = choose(adapted, torch.is_grad_enabled()) if adapted else None
+        if not torch.is_grad_enabled():
+            outputs = self.base(flat, cut)
+            if adapted is not None or self._context.products:
+                layers = cut.layers(outputs)
+                if adapted is not None:
+                    choose(adapted, backward=False).forward(flat, layers, adapted, self.group)
+                for product in self._context.products:
+                    product.add(flat, layers, self.group)
+            return outputs
+        chosen = choose(adapted, backward=True) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
-        outputs: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, self, adapted, algorithm, trained
+        results: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, self, (adapted, chosen), cut, trained
         )
-        return outputs
+        return results
+
+    def base(self, x: Tensor, cut: Cut) -> tuple[Tensor, ...]:
+        """[T, in] -> of each part of the cut, [T, width], without adapters."""
+        if x.device.type == "cpu" and self._packed is None:
+            # Calls are cheap, and what follows reads dense outputs faster.
+            products = zip(cut.weights, cut.biases, strict=True)
+            return tuple(functional.linear(x, weight, bias) for weight, bias in products)
+        return cut.parts(self._wide(x))
+
+    def _wide(self, x: Tensor) -> Tensor:  # [T, in] -> [T, W]
+        if self._packed is not None:
+            return self._packed(x)
+        return functional.linear(x, self.weight, self.bias)
+
+    def pack(self, packed: PackedLinear) -> None:
+        """From now on computes with packed weights alone, for passes without backward."""
+        self._packed = packed
+        self.weight = self.weight.new_empty(0)
+        for cut in self._cuts.values():
+            cut.weights = cut.biases = ()
+        for layer in self.layers:
+            layer.weight = nn.Parameter(self.weight, requires_grad=False)
 
 
 class MultiLoraLinear(nn.Module):
@@ -143,18 +219,17 @@ class MultiLoraLinear(nn.Module):
         super().__init__()
         self.name = name
         # A view of the group's.
-        self.weight = nn.Parameter(group.weights[member], requires_grad=False)
-        columns = group.group.columns[member]
-        self.bias = (
-            None if group.bias is None else nn.Parameter(group.bias[columns], requires_grad=False)
-        )
+        self.weight = nn.Parameter(group.each.weights[member], requires_grad=False)
+        bias = group.each.biases[member]
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features = group.group.in_features
         self.out_features = group.group.out_features[member]
-        self._group = group
+        self.together = group
         self._member = member
+        group.layers.append(self)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return self._group.output(self._member, x)
+        return self.together.output(self._member, x)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -169,43 +244,51 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         linears: LinearGroup,
-        adapted: Adapted | None,
-        algorithm: Algorithm | None,
+        applied: tuple[Adapted | None, Algorithm | None],
+        cut: Cut,
         trained: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y = functional.linear(x, linears.weight, linears.bias)
+        outputs = linears.base(x, cut)
+        adapted, algorithm = applied
         if adapted is not None and algorithm is not None:
-            ctx.save_for_backward(x, *algorithm.forward(x, y, adapted, linears.group))
-        ctx.linears, ctx.adapted, ctx.algorithm = linears, adapted, algorithm
-        if len(linears.weights) == 1:
-            return (y,)
-        return y.split_with_sizes(linears.group.out_features, 1)
+            saved = algorithm.forward(x, cut.layers(outputs), adapted, linears.group)
+            ctx.save_for_backward(x, *saved)
+        ctx.linears, ctx.applied, ctx.cut = linears, applied, cut
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         linears: LinearGroup = ctx.linears
+        adapted, algorithm = ctx.applied
         dys = [gradient.contiguous() for gradient in gradients]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dys[0] @ linears.weights[0]
-            for dy, weight in zip(dys[1:], linears.weights[1:], strict=True):
+            weights = ctx.cut.weights
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
-        if ctx.adapted is not None:
+        if adapted is not None:
             x, *saved = ctx.saved_tensors
-            ctx.algorithm.backward(Gradients(x, dys, dx), saved, ctx.adapted, linears.group)
+            tensors = Gradients(x, ctx.cut.layers(dys), dx)
+            algorithm.backward(tensors, saved, adapted, linears.group)
         return dx, None, None, None, None
 
 
-def install(model: nn.Module, context: LoraContext, groups: Sequence[ModuleGroup]) -> None:
+def install(
+    model: nn.Module, context: LoraContext, groups: Sequence[ModuleGroup]
+) -> list[LinearGroup]:
     """Puts a MultiLoraLinear in the place of every nn.Linear. The groups hold them all."""
+    installed = []
     for group in groups:
         layers = [model.get_submodule(name) for name in group.modules]
         linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         together = LinearGroup(group, linears, context)
+        installed.append(together)
         for member, name in enumerate(group.modules):
             parent_name, _, child = name.rpartition(".")
             layer = MultiLoraLinear(name, together, member)
             setattr(model.get_submodule(parent_name), child, layer)
+    return installed
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:

@@ -18,9 +18,12 @@ class Segment:
     """Consecutive rows of the stream that share an adapter."""
 
     start: int
-    stop: int  # at least start + MIN_ROWS
+    stop: int  # at least start + MIN_ROWS, or rowwise
     row: AdapterRow | None = None  # None: the base model alone
     accumulate: bool = False  # whether backward adds to the row's gradient
+    # Whether the adapter is applied to one row at a time: then rows may be fewer, and none's bits
+    # depend on how many they are. For few, and for passes without backward.
+    rowwise: bool = False
 
     @property
     def rows(self) -> slice:
@@ -37,6 +40,23 @@ def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[
 def scale(segment: Segment) -> float:
     assert segment.row is not None
     return segment.row.spec.scale
+
+
+def adapter_forward(
+    segment: Segment,
+    module: str,
+    x: Tensor,  # [n, in]
+    y: Tensor,  # [n, out], added to
+) -> Tensor:  # [n, r], x A^T
+    """Adds what the adapter makes of a segment's rows."""
+    a, b = adapter_weights(segment, module, x.dtype)
+    if segment.rowwise:
+        h = one_by_one(x, a.t())
+        y.add_(one_by_one(h * scale(segment), b.t()))
+    else:
+        h = x @ a.t()
+        y.addmm_(h, b.t(), alpha=scale(segment))
+    return h
 
 
 def adapter_backward(
@@ -56,6 +76,14 @@ def adapter_backward(
         add_product(grad_a, dh.t(), x, factor)
         add_product(grad_b, dy.t(), h, factor)
     return (dh @ a).mul_(factor)
+
+
+def one_by_one(rows: Tensor, matrix: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
+    """The product, each row as if it were alone."""
+    count = rows.shape[0]
+    if count == 1:
+        return rows.mm(matrix)
+    return torch.bmm(rows[:, None], matrix.expand(count, -1, -1))[:, 0]
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

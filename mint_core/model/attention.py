@@ -5,7 +5,7 @@ on to every layer.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,10 +18,10 @@ from mint_core.model.attention_kernels import (
     Scores,
     causal_attention,
     long_causal_attention,
-    stacked_causal_attention,
     varlen_attention,
     varlen_fits,
 )
+from mint_core.model.stacked_attention import Stacks
 
 REGISTERED_NAME = "mint_packed"
 # From here on a document is worth a call of its own on an accelerator: the launches no longer
@@ -49,28 +49,49 @@ class PackedAttention:
     def __init__(self, bounds: list[int]) -> None:
         self._bounds = bounds  # of the documents in the stream
         self._on_device: dict[tuple[int, ...], Tensor] = {}  # bounds of groups, from their start
+        self._runs: dict[int | None, list[_Run]] = {}  # by window
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        if not varlen_fits(query, key, value, scores):
-            return self._attend_stacks(query, key, value, scores)
-        outputs = [self._attend(query, key, value, group, scores) for group in self._groups]
-        return torch.cat(outputs, dim=1)
-
-    def _attend_stacks(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Neighbours of one length are computed in one call, where that changes no bit."""
-        stacks = list(_stacks(self._bounds, scores))
+        if varlen_fits(query, key, value, scores):
+            outputs = [self._attend(query, key, value, group, scores) for group in self._groups]
+            return torch.cat(outputs, dim=1)
+        stacks = (
+            query.device.type == "cpu" and scores.softcap is None and key.shape[2] == value.shape[2]
+        )
+        runs = self._runs_within(scores.sliding_window) if stacks else self._alone
+        if len(runs) == 1:
+            return runs[0].attend(query, key, value, scores)
         # One split each, since the gradient of a slice is a tensor as large as the stream.
-        sizes = [length * count for length, count in stacks]
+        sizes = [run.tokens for run in runs]
         queries, keys, values = (whole.split(sizes, dim=1) for whole in (query, key, value))
         outputs = [
-            causal_attention(q, k, v, scores)
-            if count == 1
-            else stacked_causal_attention(q, k, v, scores, count)
-            for (_, count), q, k, v in zip(stacks, queries, keys, values, strict=True)
+            run.attend(q, k, v, scores)
+            for run, q, k, v in zip(runs, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
+
+    def _runs_within(self, window: int | None) -> list["_Run"]:
+        """Neighbours that a window leaves whole together, others alone."""
+        if window not in self._runs:
+            runs = []
+            documents = itertools.pairwise(self._bounds)
+            for whole, same in itertools.groupby(
+                documents, lambda d: window is None or d[1] - d[0] <= window
+            ):
+                group = list(same)
+                if whole:
+                    bounds = [group[0][0], *(stop for _, stop in group)]
+                    runs.append(_Run([bound - bounds[0] for bound in bounds], stacks=True))
+                else:
+                    runs += [_Run([0, stop - start]) for start, stop in group]
+            self._runs[window] = runs
+        return self._runs[window]
+
+    @cached_property
+    def _alone(self) -> list["_Run"]:
+        return [_Run([0, stop - start]) for start, stop in itertools.pairwise(self._bounds)]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, group: tuple[int, ...], scores: Scores
@@ -90,17 +111,17 @@ class PackedAttention:
         return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
 
 
-def _stacks(bounds: Sequence[int], scores: Scores) -> Iterator[tuple[int, int]]:
-    """(tokens of each, how many) of neighbouring documents to compute in one call."""
-    lengths = (stop - start for start, stop in itertools.pairwise(bounds))
-    for length, same in itertools.groupby(lengths):
-        count = len(list(same))
-        if scores.softcap is None and not (
-            scores.sliding_window and scores.sliding_window < length
-        ):
-            yield length, count
-        else:
-            yield from [(length, 1)] * count
+class _Run:
+    """Neighbouring documents: a single one, or several in stacks."""
+
+    def __init__(self, bounds: list[int], *, stacks: bool = False) -> None:
+        self.tokens = bounds[-1]
+        self._stacks = Stacks(bounds) if stacks else None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        if self._stacks is None:
+            return causal_attention(query, key, value, scores)
+        return self._stacks.attend(query, key, value, scores.scaling)
 
 
 def _cut(

@@ -99,31 +99,6 @@ def _fused(
     )[0]
 
 
-def stacked_causal_attention(
-    query: Tensor,  # [heads, documents * tokens, head size]
-    key: Tensor,
-    value: Tensor,
-    scores: Scores,
-    documents: int,
-) -> Tensor:  # [heads, documents * tokens, head size]
-    """`causal_attention` of documents of one length side by side, without window and soft cap."""
-    output = functional.scaled_dot_product_attention(
-        _stack(query, documents),
-        _stack(key, documents),
-        _stack(value, documents),
-        is_causal=True,
-        scale=scores.scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return output.transpose(0, 1).flatten(1, 2)
-
-
-def _stack(side_by_side: Tensor, documents: int) -> Tensor:
-    """[heads, documents * tokens, size] -> [documents, heads, tokens, size]."""
-    heads, _, size = side_by_side.shape
-    return side_by_side.reshape(heads, documents, -1, size).transpose(0, 1)
-
-
 def long_causal_attention(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """`causal_attention` by the kernel that is best for one long document on an accelerator.
 

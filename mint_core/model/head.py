@@ -3,7 +3,7 @@ tensor.
 
 Rows are scored in chunks, and each chunk's gradient is reduced before the next chunk is scored: the
 logits are computed once. A row's numbers do not depend on the rows beside it: an adapter's rows are
-cut by themselves alone, and every matmul has at least MIN_ROWS rows.
+cut by themselves alone, and every matmul has at least MIN_ROWS rows, or is of packed weights.
 
 n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size.
 """
@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mint_core.lora.layers import (
     MIN_ROWS,
     MultiLoraLinear,
     Segment,
     adapter_backward,
-    adapter_weights,
-    scale,
+    adapter_forward,
 )
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
@@ -48,7 +46,8 @@ class _Cut:
     number: int  # of the piece
     place: slice  # in the piece
     segment: Segment
-    rows: Tensor  # [n, at least MIN_ROWS] positions in the stream, the first repeated to fill up
+    # [n, at least MIN_ROWS unless rowwise] positions in the stream, the first repeated to fill up
+    rows: Tensor
     part: slice  # of the chunk
 
     @property
@@ -87,6 +86,8 @@ class Head:
         for number, piece in enumerate(pieces):
             _append(chunk, number, piece, slice(0, len(piece.rows)))
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
+        if all(len(cut.rows) == cut.count for cut in chunk):
+            return z
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
 
     def all_logits(self, hidden: Tensor) -> Tensor:  # [rows, d] -> [rows, V] float32
@@ -139,12 +140,11 @@ class Head:
                 slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
                 for cut in chunk
             ]
-            steep = [
-                _steep_rows(upstream, cut) for upstream, cut in zip(slopes, chunk, strict=True)
-            ]
-            if any(len(rows) for rows in steep):
+            steep = None if _all_steep(slopes, chunk) else [_steep_places(s) for s in slopes]
+            if steep is None or any(len(places) for places, _ in steep):
                 gradient = torch.zeros_like(hidden) if gradient is None else gradient
-                self._reduce(scored, chunk, slopes, steep, gradient)
+                every = [(None, slope) for slope in slopes]
+                self._reduce(scored, chunk, steep or every, gradient)
         return gradient
 
     def _score(self, hidden: Tensor, chunk: Sequence[_Cut], targets: Sequence[Tensor]) -> _Scored:
@@ -161,45 +161,54 @@ class Head:
         self,
         scored: _Scored,
         chunk: Sequence[_Cut],
-        slopes: Sequence[Tensor],  # per cut, [n]
-        steep: Sequence[Tensor],  # per cut, places in the chunk
+        # Per cut, places in it and their slopes; all cuts whole if no places are named.
+        steep: Sequence[tuple[Tensor | None, Tensor]],
         gradient: Tensor,  # [tokens, d]; rows are added to
     ) -> None:
         """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)) to the hidden
         state and to the adapters. Overwrites the chunk's powers.
         """
-        chosen = torch.cat(list(steep))
-        upstream = torch.cat([_upstream(*pair) for pair in zip(slopes, steep, chunk, strict=True)])
-        powers, x = scored.powers, scored.x
-        if not torch.equal(chosen, torch.arange(len(powers), device=chosen.device)):
-            powers, x = powers[chosen], x[chosen]
-        z = powers.mul_(-(upstream / scored.totals[chosen])[:, None])
-        z.scatter_add_(1, scored.targets[chosen, None], upstream[:, None])
-        if scored.bend is not None:
-            z.mul_(scored.bend[chosen])
+        upstream = torch.cat([slopes for _, slopes in steep])
+        powers, x, totals, targets, bend = (
+            scored.powers,
+            scored.x,
+            scored.totals,
+            scored.targets,
+            scored.bend,
+        )
+        pairs = list(zip(steep, chunk, strict=True))
+        named = [places + cut.part.start for (places, _), cut in pairs if places is not None]
+        if named:
+            chosen = torch.cat(named)
+            powers, x, totals, targets = (t[chosen] for t in (powers, x, totals, targets))
+            bend = None if bend is None else bend[chosen]
+        z = powers.mul_(-(upstream / totals)[:, None])
+        z.scatter_add_(1, targets[:, None], upstream[:, None])
+        if bend is not None:
+            z.mul_(bend)
         dz = z.to(x.dtype)
         dx = dz @ self._linear.weight
         at = 0
-        for cut, rows, h in zip(chunk, steep, scored.shrunk, strict=True):
-            part, at = slice(at, at + len(rows)), at + len(rows)
-            if not len(rows):
-                continue
-            if h is not None:
-                dx[part] += adapter_backward(
-                    cut.segment, self._linear.name, x[part], h[rows - cut.part.start], dz[part]
+        streams = []
+        for ((places, slopes), cut), h in zip(pairs, scored.shrunk, strict=True):
+            part, at = slice(at, at + len(slopes)), at + len(slopes)
+            streams.append(cut.rows if places is None else cut.rows[places])
+            if h is not None and len(slopes):
+                own_h = h if places is None else h[places]
+                dx[part].add_(
+                    adapter_backward(cut.segment, self._linear.name, x[part], own_h, dz[part])
                 )
-            gradient.index_add_(0, cut.rows[rows - cut.part.start], dx[part])
+        gradient.index_add_(0, torch.cat(streams), dx)
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
-        z = functional.linear(x, self._linear.weight, self._linear.bias)
+        linears = self._linear.together
+        (z,) = linears.base(x, linears.each)
         shrunk: list[Tensor | None] = []
         for cut in chunk:
             h = None
             if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
-                a, b = adapter_weights(cut.segment, self._linear.name, x.dtype)
-                h = x[cut.part] @ a.T
-                z[cut.part].addmm_(h, b.T, alpha=scale(cut.segment))
+                h = adapter_forward(cut.segment, self._linear.name, x[cut.part], z[cut.part])
             shrunk.append(h)
         return self._capped(z), shrunk
 
@@ -232,7 +241,7 @@ def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     rows = piece.rows[place]
     missing = MIN_ROWS - len(rows)
-    if missing > 0:
+    if missing > 0 and not piece.segment.rowwise:
         rows = torch.cat([rows, rows[:1].expand(missing)])
     start = chunk[-1].part.stop if chunk else 0
     chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))
@@ -243,17 +252,22 @@ def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n] -> [n, at least MIN_RO
     return torch.cat([targets, targets[:1].expand(missing)]) if missing else targets
 
 
-def _steep_rows(slope: Tensor, cut: _Cut) -> Tensor:
-    """Places in the chunk where the loss has a slope, the first repeated to MIN_ROWS; or none."""
-    places: Tensor = torch.nonzero(slope)[:, 0] + cut.part.start
-    missing = MIN_ROWS - len(places)
-    if missing > 0 and len(places):
-        places = torch.cat([places, places[:1].expand(missing)])
-    return places
+def _all_steep(slopes: Sequence[Tensor], chunk: Sequence[_Cut]) -> bool:
+    """Whether the loss has a slope at every row of a chunk, and none only fills up."""
+    if not all(len(cut.rows) == cut.count for cut in chunk):
+        return False
+    return bool(torch.cat(list(slopes)).all())
 
 
-def _upstream(slope: Tensor, steep: Tensor, cut: _Cut) -> Tensor:
-    """The slopes of the steep rows; 0 for those that fill up."""
-    upstream: Tensor = slope[steep - cut.part.start]
-    upstream[int((slope != 0).sum()) :] = 0.0
-    return upstream
+def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]
+    """Places in a cut where the loss has a slope, the first repeated to MIN_ROWS, and the slopes, 0
+    for what fills up; or none.
+    """
+    places: Tensor = torch.nonzero(slope)[:, 0]
+    found = len(places)
+    if not 0 < found < MIN_ROWS:
+        return places, slope[places]
+    places = torch.cat([places, places[:1].expand(MIN_ROWS - found)])
+    upstream: Tensor = slope[places]
+    upstream[found:] = 0.0
+    return places, upstream

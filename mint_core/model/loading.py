@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.bank import AdapterBank, Part
-from mint_core.lora.groups import LinearShape, ModuleGroup, complete, watching
+from mint_core.lora.groups import LinearShape, complete, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model.architecture import (
@@ -33,10 +32,15 @@ from mint_core.model.architecture import (
     refusing,
     unsupported,
 )
-from mint_core.model.attention import REGISTERED_NAME, AttentionBatch, PackedAttention, register
+from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.base import LoadedBase
 from mint_core.model.head import Head, Piece
+from mint_core.model.inference import pack
 from mint_core.model.recompute import Recomputation, install_recomputation
+from mint_core.model.shortcuts import install_shortcuts, watching_modules
+
+__all__ = ["LoadedBase", "load_base"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,45 +51,6 @@ _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safeten
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedBase:
-    """A frozen base model ready to run packed streams with many adapters."""
-
-    model: nn.Module
-    head: Head
-    context: LoraContext
-    recomputation: Recomputation
-    shapes: dict[str, LinearShape]
-    groups: tuple[ModuleGroup, ...]  # of all linear layers, those that read one tensor together
-    description: ModelDescription
-    device: torch.device
-    dtype: torch.dtype
-
-    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
-        return AdapterBank(self.groups, parts, self.device)
-
-    def hidden(
-        self,
-        tokens: Tensor,  # [tokens]
-        positions: Tensor,  # [tokens], from 0 in each document
-        segments: tuple[Segment, ...],  # covering the stream
-        attention: AttentionBatch,
-    ) -> Tensor:  # [tokens, hidden size]
-        """The last hidden state of a packed stream. In grad mode its backward trains the rows of
-        segments that accumulate; it needs none if they adapt no layer below the head.
-        """
-        embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
-        with self.context.applying(segments):
-            output = self.model.base_model(  # type: ignore[operator]
-                inputs_embeds=embedded,
-                position_ids=positions[None],
-                use_cache=False,
-                attention_batch=attention,
-            )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
-
-
 def load_base(
     base_model: str,
     *,
@@ -94,8 +59,11 @@ def load_base(
     dtype: str = "auto",
     threads: int = 1,
     max_lora_rank: int = 128,
+    inference: bool = False,
 ) -> LoadedBase:
     """Loads a folder or a hub id and serves it as `name` (default: hub id, or the folder's name).
+
+    For inference alone, weights are packed where that makes few rows cheaper.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
@@ -119,7 +87,7 @@ def load_base(
     groups = complete(shapes, reads.together())
     fingerprint = _fingerprint(model)
     context = LoraContext()
-    install(model, context, groups)
+    linears = install(model, context, groups)
     register()
     with refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
@@ -129,7 +97,7 @@ def load_base(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
-        recomputation=install_recomputation(model),
+        recomputation=Recomputation(0),
         shapes=shapes,
         groups=groups,
         description=ModelDescription(
@@ -152,7 +120,10 @@ def load_base(
         dtype=kind,
     )
     _check_packed_path(base, expected)
-    return base
+    _take_shortcuts(base)
+    if inference:
+        return replace(base, min_rows=pack(base, linears))
+    return replace(base, recomputation=install_recomputation(model))
 
 
 def _read(
@@ -299,12 +270,12 @@ class _Probe(PackedAttention):
 
     def __init__(self, bounds: list[int]) -> None:
         super().__init__(bounds)
-        self.windows: dict[int, int | None] = {}
+        self.scores: dict[int, Scores] = {}
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        self.windows[layer_index] = scores.sliding_window
+        self.scores[layer_index] = scores
         return super().attend(layer_index, query, key, value, scores)
 
 
@@ -320,7 +291,7 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     probe = _Probe([0, n, 2 * n])
     with refusing(base.model):
         hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
-    check_windows(base.model, probe.windows)
+    check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
     logits = base.head.logits(hidden, [Piece(whole, positions + n)])
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
@@ -328,3 +299,19 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
             base.model, f"packed logits differ from its own by {difference.item():.1e}"
         )
     logger.info("packed logits agree with the model's own to %.1e", difference.item())
+
+
+@torch.no_grad()
+def _take_shortcuts(base: LoadedBase) -> None:
+    """Lets modules compute in direct forms where those give the same: at the context's end, where
+    also what depends on the position shows.
+    """
+    if base.dtype != torch.float32:
+        return  # shorter types round between steps, which direct forms do not repeat
+    tokens = _probe(base.model)
+    n = len(tokens)
+    probe = _Probe([0, n])
+    positions = torch.arange(n, device=base.device) + context_length(base.model) - n
+    with watching_modules(base.model) as calls:
+        base.hidden(tokens, positions, (Segment(0, n),), probe)
+    install_shortcuts(calls, probe.scores)

@@ -17,7 +17,7 @@ from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import step_row
+from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.row_writing import write_row
@@ -142,21 +142,36 @@ class Engine:
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
         wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
-        results = []
+        results: list[StepResult] = []
         for span in self._rows.page_in(wants):
-            for step in job.steps[span.start : span.stop]:
-                results.append(self._step_one(step, span.refused.get(step.training_run_id)))
+            results += self._step_span(job.steps[span.start : span.stop], span)
         return tuple(results)
 
-    def _step_one(self, job: StepRow, refusal: MintError | None) -> StepResult:
-        trained = self._rows[job.training_run_id]
-        if refusal is not None:
-            trained.clear_gradient()
-            return StepResult(step=trained.step, grad_norm=0.0, error=refusal)
-        result = step_row(trained.row, trained.step, job.adam_params)
-        trained.step = result.step
-        trained.gradient_pending = False
-        return result
+    def _step_span(self, jobs: Sequence[StepRow], span: Span) -> list[StepResult]:
+        """Steps of those whose rows are on the device."""
+        assert len({job.training_run_id for job in jobs}) == len(jobs), "two steps of one run"
+        rows = [self._rows[job.training_run_id] for job in jobs]
+        stepped = iter(
+            step_rows(
+                [
+                    RowStep(trained.row, trained.step, job.adam_params)
+                    for trained, job in zip(rows, jobs, strict=True)
+                    if job.training_run_id not in span.refused
+                ]
+            )
+        )
+        results = []
+        for trained, job in zip(rows, jobs, strict=True):
+            error = span.refused.get(job.training_run_id)
+            if error is None:
+                result = next(stepped)
+                trained.gradient_pending = False
+            else:
+                result = StepResult(step=trained.step, grad_norm=0.0, error=error)
+                trained.clear_gradient()
+            trained.step = result.step
+            results.append(result)
+        return results
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec = self._resolve(job.request)

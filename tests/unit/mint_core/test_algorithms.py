@@ -54,7 +54,7 @@ class Case:
 
     def forward(self, algorithm: Algorithm, *, backward: bool = False) -> Tensor:
         adapted = self.adapted()
-        saved = algorithm.forward(self.x, self.y, adapted, GROUP)
+        saved = algorithm.forward(self.x, self.y.split(GROUP.out_features, 1), adapted, GROUP)
         if backward:
             algorithm.backward(self.gradients(), saved, adapted, GROUP)
         return self.y
@@ -78,7 +78,7 @@ def test_the_loop_is_each_segment_alone_bitwise() -> None:
     alone = Case()
     for segment in alone.segments:
         adapted = alone.adapted((segment,))
-        saved = LOOP.forward(alone.x, alone.y, adapted, GROUP)
+        saved = LOOP.forward(alone.x, alone.y.split(GROUP.out_features, 1), adapted, GROUP)
         LOOP.backward(alone.gradients(), saved, adapted, GROUP)
     gradients = [row.part(Part.GRADIENT) for row in alone.rows]
     for ours, expected in zip(together, (alone.y, alone.dx, *gradients), strict=True):

@@ -16,6 +16,7 @@ from mint_core.model.attention_kernels import (
     long_causal_attention,
     varlen_attention,
 )
+from mint_core.model.stacked_attention import SHORT_TOKENS, filled_up
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 KINDS = [
@@ -59,8 +60,8 @@ def test_a_sequences_attention_is_the_formula(scores: Scores, queries: int, keys
 
 
 @pytest.mark.parametrize("scores", KINDS, ids=str)
-def test_neighbours_of_one_length_are_each_what_it_is_alone(scores: Scores) -> None:
-    lengths = [9, 9, 30, 30, 30, 1, 1, 9]
+def test_documents_in_stacks_and_their_gradients_are_each_alone_bitwise(scores: Scores) -> None:
+    lengths = [9, 9, 30, 150, 31, 30, 1, 1, 9, 300]
     bounds = [0, *itertools.accumulate(lengths)]
     parts = [part.requires_grad_() for part in projections(bounds[-1])]
     upstream = torch.randn(HEADS, bounds[-1], SIZE, generator=torch.Generator().manual_seed(1))
@@ -68,11 +69,42 @@ def test_neighbours_of_one_length_are_each_what_it_is_alone(scores: Scores) -> N
     gradients = torch.autograd.grad((packed * upstream).sum(), parts)
     for start, stop in itertools.pairwise(bounds):
         own = [part.detach()[:, start:stop].requires_grad_() for part in parts]
-        alone = causal_attention(*own, scores)
+        alone = PackedAttention([0, stop - start]).attend(0, *own, scores)
         assert torch.equal(packed[:, start:stop], alone)
         own_gradients = torch.autograd.grad((alone * upstream[:, start:stop]).sum(), own)
         for ours, theirs in zip(gradients, own_gradients, strict=True):
             assert torch.equal(ours[:, start:stop], theirs)
+
+
+@pytest.mark.parametrize("scores", KINDS, ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (9, 30, 3, 9), (130, 7, 260, 130), (16, 16)])
+def test_packed_documents_and_their_gradients_are_the_formula(
+    lengths: tuple[int, ...], scores: Scores
+) -> None:
+    bounds = [0, *itertools.accumulate(lengths)]
+    parts = [part.requires_grad_() for part in projections(bounds[-1])]
+    upstream = torch.randn(HEADS, bounds[-1], SIZE)
+    packed = PackedAttention(bounds).attend(0, *parts, scores)
+    with torch.no_grad():
+        assert torch.equal(PackedAttention(bounds).attend(0, *parts, scores), packed)
+    by_document = [
+        by_the_book(*(part[:, start:stop] for part in parts), scores)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    expected = torch.cat(by_document, dim=1)
+    assert (packed - expected).norm() <= 1e-6 * expected.norm()
+    gradients = torch.autograd.grad((packed * upstream).sum(), parts)
+    for ours, theirs in zip(
+        gradients, torch.autograd.grad((expected * upstream).sum(), parts), strict=True
+    ):
+        assert (ours - theirs).norm() <= 1e-6 * upstream.norm()
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=20))
+def test_a_document_is_filled_up_by_little(lengths: list[int]) -> None:
+    for tokens in lengths:
+        assert tokens <= filled_up(tokens) <= max(4, 3 * tokens // 2)
+        assert tokens <= SHORT_TOKENS or filled_up(tokens) == tokens
 
 
 @pytest.mark.parametrize("scores", KINDS, ids=str)
@@ -85,16 +117,6 @@ def test_blocks_of_queries_and_their_gradients_are_the_formula(scores: Scores) -
     ]
     for ours, expected in zip(*gradients, strict=True):
         assert (ours - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("scores", KINDS, ids=str)
-def test_packed_documents_are_each_alone_bitwise(scores: Scores) -> None:
-    bounds = [0, 5, 6, 40, 47]
-    parts = projections(bounds[-1])
-    packed = PackedAttention(bounds).attend(0, *parts, scores)  # type: ignore[call-arg]
-    for start, stop in itertools.pairwise(bounds):
-        alone = causal_attention(*(part[:, start:stop].clone() for part in parts), scores)  # type: ignore[call-arg]
-        assert torch.equal(packed[:, start:stop], alone)
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1), long_tokens=st.integers(1, 20))

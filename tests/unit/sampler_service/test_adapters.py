@@ -355,6 +355,22 @@ async def test_a_snapshot_that_another_host_has_announced_is_waited_for(
         assert await waiting == (str(manifest.revision_path),)
 
 
+async def test_requests_that_come_together_look_for_a_new_revision_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    find = CheckpointStore.find
+    monkeypatch.setattr(
+        CheckpointStore,
+        "find",
+        lambda store, path, **wanted: looks.append(path) or find(store, path, **wanted),
+    )
+    async with serving(tmp_path) as front:
+        path = str(remember(front.memory, snapshot()).revision_path)
+        await asyncio.gather(*(front.use(path) for _ in range(100)))
+    assert looks == [path]
+
+
 async def test_many_loads_go_on_at_the_same_time(tmp_path: Path) -> None:
     async with serving(tmp_path, capacity=64) as front:
         paths: Sequence[str] = [front.publish() for _ in range(64)]

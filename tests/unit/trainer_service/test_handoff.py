@@ -46,7 +46,10 @@ class Trainer:
         self.written.append(job)
         if self.error is not None and "draft-" in job.file:
             raise self.error
-        await asyncio.to_thread(write_numbers, Path(job.file), len(self.written))
+        try:
+            await asyncio.to_thread(write_numbers, Path(job.file), len(self.written))
+        except OSError as error:
+            raise RowNotWritten(job.path, Path(job.file), error) from error
         return WrittenRow(LAYOUT, len(self.written))
 
     async def publish(self, name: str | None = None, ttl_s: float | None = None) -> Published:
@@ -198,6 +201,18 @@ async def test_memory_that_others_have_filled_sends_it_through_the_store(tmp_pat
         assert trainer.stored(published)
         assert len(trainer.written) == 2
         assert isinstance(trainer.error, ResourceExhausted)
+
+
+async def test_memory_that_was_cleared_sends_it_through_the_store(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        first = await trainer.publish()
+        while not trainer.stored(first):
+            await asyncio.sleep(0)
+        shutil.rmtree(trainer.folder)  # as a system may do when its user logs out
+        for _ in range(2):
+            assert trainer.stored(await trainer.publish())
+        assert trainer.here.open(first.path, tenant="ann").row is None
+        await trainer.handoff.delete_run(RUN, named=True)
 
 
 async def test_an_engine_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

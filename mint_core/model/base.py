@@ -1,0 +1,56 @@
+"""A base model as loading.py makes it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mint_core.engine_pipe import ModelDescription
+from mint_core.lora.bank import AdapterBank, Part
+from mint_core.lora.groups import LinearShape, ModuleGroup
+from mint_core.lora.layers import MIN_ROWS, LoraContext, Segment
+from mint_core.model.attention import AttentionBatch
+from mint_core.model.head import Head
+from mint_core.model.recompute import Recomputation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A frozen base model ready to run packed streams with many adapters."""
+
+    model: nn.Module
+    head: Head
+    context: LoraContext
+    recomputation: Recomputation
+    shapes: dict[str, LinearShape]
+    groups: tuple[ModuleGroup, ...]  # of all linear layers, those that read one tensor together
+    description: ModelDescription
+    device: torch.device
+    dtype: torch.dtype
+    # Rows that a segment must have for bits that do not depend on others: 1 where those that are
+    # rowwise may have fewer than MIN_ROWS.
+    min_rows: int = MIN_ROWS
+
+    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
+        return AdapterBank(self.groups, parts, self.device)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [tokens]
+        positions: Tensor,  # [tokens], from 0 in each document
+        segments: tuple[Segment, ...],  # covering the stream
+        attention: AttentionBatch,
+    ) -> Tensor:  # [tokens, hidden size]
+        """The last hidden state of a packed stream. In grad mode its backward trains the rows of
+        segments that accumulate; it needs none if they adapt no layer below the head.
+        """
+        embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
+        with self.context.applying(segments):
+            output = self.model.base_model(  # type: ignore[operator]
+                inputs_embeds=embedded,
+                position_ids=positions[None],
+                use_cache=False,
+                attention_batch=attention,
+            )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden

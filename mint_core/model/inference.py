@@ -1,0 +1,74 @@
+"""What makes a base model fit for decoding: weights packed for few rows, and the proof that a row's
+bits do not depend on how many rows a pass has.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
+from mint_core.lora.lanes import Lanes
+from mint_core.lora.layers import MIN_ROWS, LinearGroup, Segment
+from mint_core.lora.packed import PackedLinear, available
+from mint_core.lora.spec import AdapterSpec
+from mint_core.model.attention import PackedAttention
+from mint_core.model.base import LoadedBase
+from mint_core.model.head import Piece
+
+logger = logging.getLogger(__name__)
+
+OWNERS = (0, 0, 0, 1, 1, 1, 1, None, None)  # adapters of the rows of a pass
+# Of those rows, passes that must give what one of all gives.
+TRIED = (range(1), range(1, 3), range(3, 4), range(2, 5), range(4, 9), range(8, 9))
+
+
+@torch.no_grad()
+def pack(base: LoadedBase, groups: Sequence[LinearGroup]) -> int:
+    """Packs the weights where oneDNN computes every row alike, and gives the unpacked ones back.
+    Returns how many rows a rowwise segment needs for bits of its own.
+    """
+    if not available(base.device, base.dtype):
+        return MIN_ROWS
+    by_shape = {(g.group.in_features, g.group.width, g.bias is None): g for g in groups}
+    if not all(PackedLinear(g.weight, g.bias).computes_rows_alike() for g in by_shape.values()):
+        logger.warning("oneDNN does not compute rows alike here: weights are not packed")
+        return MIN_ROWS
+    for group in groups:
+        group.pack(PackedLinear(group.weight, group.bias))
+    base.context.lanes = Lanes()
+    least = 1 if _rows_are_alike(base) else MIN_ROWS
+    base.context.lanes = Lanes()  # without what was tried
+    logger.info("weights are packed; least rows %d", least)
+    return least
+
+
+def _rows_are_alike(base: LoadedBase) -> bool:
+    """Whether passes of few rows give, bit for bit, what one of many does, with two adapters and
+    the head.
+    """
+    bank = base.new_bank(SAMPLING_PARTS)
+    spec = AdapterSpec(rank=8, alpha=8.0, use_rslora=False, seed=0, modules=tuple(base.shapes))
+    rows = [bank.add(spec), bank.add(spec)]
+    generator = torch.Generator().manual_seed(0)
+    for row in rows:
+        row.part(Part.WEIGHTS).normal_(0.0, 0.05, generator=generator)
+    whole = _run(base, rows, range(len(OWNERS)))
+    return all(torch.equal(_run(base, rows, part), whole[part]) for part in TRIED)
+
+
+def _run(base: LoadedBase, rows: Sequence[AdapterRow], part: range) -> Tensor:  # [part, V]
+    """Logits of some of the sequences of one token, each with its adapter."""
+    segments: list[Segment] = []
+    for owner, own in itertools.groupby(OWNERS[part.start : part.stop]):
+        start = segments[-1].stop if segments else 0
+        row = None if owner is None else rows[owner]
+        segments.append(Segment(start, start + len(list(own)), row, rowwise=True))
+    numbers = torch.arange(part.start, part.stop)
+    tokens = numbers * 7919 % base.description.vocabulary_size
+    each_alone = PackedAttention(list(range(len(part) + 1)))
+    hidden = base.hidden(tokens, numbers, tuple(segments), each_alone)
+    places = torch.arange(len(part))
+    return base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])

@@ -1,0 +1,303 @@
+"""Direct forms of modules that transformers computes in more steps: the same numbers from fewer
+operations and calls, forward and backward.
+
+A module is given one only if the form gives what the module's own code does, on inputs of a probe
+and on much larger and smaller ones; all others stay as they are.
+
+T: rows of the stream. h: heads. s: head size.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mint_core.lora.layers import LinearGroup, MultiLoraLinear
+from mint_core.model.attention import AttentionBatch
+from mint_core.model.attention_kernels import Scores
+
+logger = logging.getLogger(__name__)
+
+Form = Callable[..., Any]
+TOLERANCE = 1e-6  # of the largest value
+FACTORS = (1.0, 100.0, 0.001)  # on inputs: a large one shows a clamp, a small one an epsilon
+
+
+class RmsNorm:
+    """x / sqrt(mean of x^2 + eps) * weight over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _RmsNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return y
+        return _normed(x, _scales(x, self.eps), self.weight)
+
+
+def _scales(x: Tensor, eps: float) -> Tensor:  # [..., 1]
+    return (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _normed(x: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+    return (x * scales).mul_(weight)
+
+
+class _RmsNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scales = _scales(x, eps)
+        ctx.save_for_backward(x, scales)
+        ctx.weight = weight
+        return _normed(x, scales, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, scales = ctx.saved_tensors
+        dy = gradients[0] * ctx.weight
+        # d scale / d x = - scale^3 x / width
+        along = (dy * x).sum(-1, keepdim=True).mul_(scales.pow(3)).div_(x.shape[-1])
+        return dy.mul_(scales).sub_(x * along), None, None
+
+
+class Mlp:
+    """down(act(gate x) * up x)."""
+
+    def __init__(self, module: Any) -> None:
+        self._group = _group_of(module, "gate_proj", "up_proj")
+        self._activation = module.act_fn
+        self._down = _group_of(module, "down_proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._group.outputs(x)
+        down = self._down.outputs(self._activation(gate) * up)[0]
+        return down.view_as(x)
+
+
+class Rotation:
+    """Turns heads by rotary embeddings, which all layers of a pass share."""
+
+    def __init__(self) -> None:
+        # The last two, each with what it was made of: some models have two kinds of layers.
+        self._turns: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def __call__(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Turns [T, h, s] by [1, T, s]."""
+        turn = self._turn(cosines, sines)
+        if torch.is_grad_enabled() and heads.requires_grad:
+            turned: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
+            return turned
+        return _turned(heads, *turn)
+
+    def _turn(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [T, 1, s], the sines of the first half negative."""
+        for source, turn in self._turns:
+            if source is cosines:
+                return turn
+        half = cosines.shape[-1] // 2
+        signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], dim=-1)
+        turn = cosines[0, :, None], signed[:, None]
+        self._turns = [*self._turns[-1:], (cosines, turn)]
+        return turn
+
+
+class _RotationFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _turned(heads, cosines, sines)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        (dy,) = gradients
+        return (dy * cosines).add_(_swapped(dy * sines)), None, None
+
+
+def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    return (heads * cosines).add_(_swapped(heads).mul_(sines))
+
+
+def _swapped(heads: Tensor) -> Tensor:
+    """The halves of each head exchanged."""
+    return heads.roll(heads.shape[-1] // 2, -1)
+
+
+class Attention:
+    """Projections, norms of heads where there are any, rotary embeddings, attention, o_proj."""
+
+    def __init__(
+        self, module: Any, rotation: Rotation, scores: Scores, norms: tuple[RmsNorm, ...]
+    ) -> None:
+        self._group = _group_of(module, "q_proj", "k_proj", "v_proj")
+        self._out = _group_of(module, "o_proj")
+        self._cut = self._group.cut((2, 1))  # what is turned, and values
+        self._head_size: int = module.head_dim
+        widths = self._group.group.out_features
+        self._heads = [width // module.head_dim for width in widths[:2]]
+        self._norm = _of_heads(norms, self._heads) if norms else None
+        self._layer_index: int = module.layer_idx
+        self._rotation = rotation
+        self._scores = scores
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # [1, T, d]
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_batch: AttentionBatch,
+        **_: Any,  # what attention functions are handed besides, such as position ids
+    ) -> tuple[Tensor, None]:
+        parts = self._group.outputs(hidden_states, self._cut)
+        heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
+        if self._norm is not None:
+            heads = self._norm(heads)
+        heads = self._rotation(heads, *position_embeddings).transpose(0, 1)  # [h, T, s]
+        queries, keys = heads.split_with_sizes(self._heads)
+        output = attention_batch.attend(
+            self._layer_index, queries, keys, values.transpose(0, 1), self._scores
+        )
+        joined = output.transpose(0, 1).flatten(1)  # [T, h s]
+        return self._out.outputs(joined)[0][None], None
+
+
+def _of_heads(norms: tuple[RmsNorm, ...], heads: Sequence[int]) -> RmsNorm:
+    """One norm of queries and keys side by side."""
+    weights = [norm.weight.expand(count, -1) for norm, count in zip(norms, heads, strict=True)]
+    return RmsNorm(torch.cat(weights), norms[0].eps)
+
+
+class Layer:
+    """Attention and MLP, each over a normed stream and added to it; normed again before it is added
+    in models that have norms for that.
+    """
+
+    def __init__(self, module: Any, forms: Mapping[nn.Module, Form]) -> None:
+        def form(name: str) -> Form:
+            part = getattr(module, name)
+            return forms.get(part, part)
+
+        self._attention, self._mlp = form("self_attn"), form("mlp")
+        self._attention_norm = form("input_layernorm")
+        after = form("post_attention_layernorm")
+        self._after: tuple[Form, Form] | None = None
+        if hasattr(module, "pre_feedforward_layernorm"):
+            self._mlp_norm = form("pre_feedforward_layernorm")
+            self._after = after, form("post_feedforward_layernorm")
+        else:
+            self._mlp_norm = after
+
+    def __call__(self, hidden_states: Tensor, **options: Any) -> Tensor:  # [1, T, d]
+        attended, _ = self._attention(hidden_states=self._attention_norm(hidden_states), **options)
+        if self._after is not None:
+            attended = self._after[0](attended)
+        middle = hidden_states + attended
+        computed = self._mlp(self._mlp_norm(middle))
+        if self._after is not None:
+            computed = self._after[1](computed)
+        return middle + computed  # type: ignore[no-any-return]
+
+
+def _group_of(module: Any, *names: str) -> LinearGroup:
+    """The group of exactly these layers. Raises AttributeError if there is none."""
+    layers = [getattr(module, name) for name in names]
+    if not all(isinstance(layer, MultiLoraLinear) for layer in layers):
+        raise AttributeError("not linear")
+    group: LinearGroup = layers[0].together
+    if group.group.modules != tuple(layer.name for layer in layers):
+        raise AttributeError("not computed together")
+    return group
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextmanager
+def watching_modules(model: nn.Module) -> Iterator[list[_Call]]:
+    """Notes how every module is called meanwhile."""
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.append(_Call(module, arguments, options))
+
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if not isinstance(module, MultiLoraLinear)
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def install_shortcuts(calls: list[_Call], scores: dict[int, Scores]) -> None:
+    """Gives modules their direct form, the inner ones first. `calls`: of a pass whose segments are
+    still applied; `scores`: of each layer's attention.
+    """
+    rotation, forms = Rotation(), dict[nn.Module, Form]()
+    for call in reversed(calls):
+        for form in _forms(call.module, rotation, scores, forms):
+            if all(_equal(call, form, factor) for factor in FACTORS):
+                forms[call.module] = call.module.forward = form
+                break
+    logger.info("%d modules are computed in a direct form", len(forms))
+
+
+def _forms(
+    module: Any, rotation: Rotation, scores: Mapping[int, Scores], forms: Mapping[nn.Module, Form]
+) -> Iterator[Form]:
+    """Those that a module may have, by the names of its parts."""
+    try:
+        eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+        if eps is not None and not list(module.children()):
+            yield RmsNorm(module.weight.detach(), eps)
+            yield RmsNorm(1.0 + module.weight.detach().float(), eps)  # Gemma's
+        elif hasattr(module, "gate_proj"):
+            yield Mlp(module)
+        elif hasattr(module, "q_proj"):
+            parts = [
+                getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)
+            ]
+            norms = tuple(form for part in parts if isinstance(form := forms[part], RmsNorm))
+            yield Attention(module, rotation, scores[module.layer_idx], norms)
+        elif hasattr(module, "self_attn"):
+            yield Layer(module, forms)
+    except (AttributeError, KeyError):
+        return
+
+
+def _equal(call: _Call, form: Form, factor: float) -> bool:
+    """Whether a form gives what the module's own code does."""
+    arguments = tuple(_scaled(a, factor) for a in call.arguments)
+    options = call.options
+    if "hidden_states" in options:
+        options = {**options, "hidden_states": _scaled(options["hidden_states"], factor)}
+    try:
+        ours, expected = form(*arguments, **options), call.module.forward(*arguments, **options)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    if isinstance(expected, tuple) and isinstance(ours, tuple):
+        ours, expected = ours[0], expected[0]
+    if not (isinstance(expected, Tensor) and isinstance(ours, Tensor)):
+        return False
+    if ours.shape != expected.shape or ours.dtype != expected.dtype:
+        return False
+    limit = TOLERANCE * expected.abs().max()
+    return bool((ours - expected).abs().max() <= limit)
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    return value * factor if isinstance(value, Tensor) else value
