@@ -64,14 +64,14 @@ class StoreLayout:
         for name in self.names(runs):
             yield from self.revisions_of(name)
 
-    def tidy(self, path: CheckpointPath, *, announced_after: datetime) -> None:
+    def tidy(self, path: CheckpointPath, *, since: datetime) -> None:
         """Removes what dead revisions of a name left behind, and a snapshot's folder in which
-        nothing has come of what was announced earlier than that.
+        nothing has come of what was announced. What is younger than `since` stays.
         """
         folder = self.name_folder(path)
-        revisions.clear_tombstones(folder)
+        revisions.clear_tombstones(folder, since)
         if path.unnamed and (
-            revisions.all_dead(folder) or revisions.never_came(folder, announced_after)
+            revisions.all_dead(folder, since) or revisions.never_came(folder, since)
         ):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -98,29 +98,35 @@ def bury(folder: Path, request: str = "") -> None:
     The manifest goes first: killed half way, the revision is gone for readers all the same.
     """
     if not _epitaph(folder):
-        (folder / _TOMBSTONE_FILE).write_text(request)
+        write_durably(folder / _TOMBSTONE_FILE, request.encode())
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    flush_folder(folder)
     for file in folder.iterdir():
         if file.name != _TOMBSTONE_FILE:
             file.unlink(missing_ok=True)
 
 
-def all_dead(folder: Path) -> bool:
-    """Whether the name has had revisions and none exists."""
-    return bool(_numbers(folder)) and not live_revisions(folder)
+def all_dead(folder: Path, since: datetime) -> bool:
+    """Whether the name has had revisions, none exists, and nobody will ask who has buried them."""
+    numbers = _numbers(folder)
+    dead = bool(numbers) and not live_revisions(folder)
+    return dead and not any(_remembered(folder / str(number), since) for number in numbers)
 
 
-def clear_tombstones(folder: Path) -> None:
-    """Drops dead revisions below the highest number, and what a burial cut short has left."""
+def clear_tombstones(folder: Path, since: datetime) -> None:
+    """Drops dead revisions below the highest number, those that requests have buried only if that
+    was earlier than `since`; and what a burial cut short has left.
+    """
     numbers = _numbers(folder)
     live = live_revisions(folder)
     for number in numbers:
+        revision = folder / str(number)
         if number in live:
             continue
-        if number < numbers[-1]:
-            shutil.rmtree(folder / str(number), ignore_errors=True)
+        if number < numbers[-1] and not _remembered(revision, since):
+            shutil.rmtree(revision, ignore_errors=True)
         else:
-            bury(folder / str(number))
+            bury(revision)
 
 
 def announce(folder: Path, tenant: str) -> None:
@@ -207,6 +213,13 @@ def _epitaph(folder: Path) -> str:
         return (folder / _TOMBSTONE_FILE).read_text()
     except (FileNotFoundError, NotADirectoryError):
         return ""
+
+
+def _remembered(folder: Path, since: datetime) -> bool:
+    """Whether a request that may be sent again has buried a revision."""
+    if not _epitaph(folder):
+        return False
+    return datetime.fromtimestamp((folder / _TOMBSTONE_FILE).stat().st_mtime, UTC) >= since
 
 
 def _numbers(folder: Path) -> list[int]:

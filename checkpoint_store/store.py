@@ -32,7 +32,7 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec
 
 logger = logging.getLogger(__name__)
 
-_STAGING_LIMIT = timedelta(days=1)  # no publish takes so long: its writer is dead
+_LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,8 +317,8 @@ class CheckpointStore:
             for number in retention.removable_of_name(held, now):
                 revisions.bury(self._layout.revision_folder(name.at(number)))
                 removed += 1
-            self._layout.tidy(name, announced_after=now - _STAGING_LIMIT)
-        self._layout.clear_staging(older_than=now - _STAGING_LIMIT)
+            self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        self._layout.clear_staging(older_than=now - _LEFT_LIMIT)
         return Swept(removed, min(expiries, default=None))
 
     def _stored(self, asked: CheckpointPath, tenant: str) -> Manifest:
