@@ -1,9 +1,11 @@
 """Checkpoints into folders: file by file, resumed, verified, and there only when all is."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,17 +32,25 @@ def download(connection: Connection, path: str, folder: Path, progress: Progress
     checkpoint = _stored(connection, path)
     part = _part(folder, checkpoint)
     part.mkdir(parents=True, exist_ok=True)
+    with _alone(part, folder):
+        _check_free(folder)  # another may have brought it meanwhile
+        _fetch(connection, checkpoint, part, progress)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        part.rename(folder)
+    return folder
+
+
+def _fetch(
+    connection: Connection, checkpoint: Checkpoint, part: Path, progress: Progress | bool
+) -> None:
     total = sum(file.size_bytes for file in checkpoint.files)
     done = 0
-    with reporting(progress, total, folder.name) as report:
+    with reporting(progress, total, checkpoint.path) as report:
         for file in checkpoint.files:
             for position in _Transfer(connection, checkpoint.revision_path, file, part).run():
                 report(done + position, total)
             done += file.size_bytes
-    if folder.exists():
-        folder.rmdir()  # it is empty
-    part.rename(folder)
-    return folder
 
 
 class _Transfer:
@@ -137,6 +147,28 @@ def _check_free(folder: Path) -> None:
             "remove it first",
             field="folder",
         )
+
+
+@contextmanager
+def _alone(part: Path, folder: Path) -> Iterator[None]:
+    """Keeps other downloads, of any process, from writing to the same files."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InvalidInputError(
+            f"another download into `folder` {str(folder)!r} is under way; wait for it, or choose "
+            "another folder",
+            field="folder",
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _part(folder: Path, checkpoint: Checkpoint) -> Path:
