@@ -13,11 +13,12 @@ MODEL ?= $(EMBEDDED)
 MODEL_NAME ?=
 STORE ?= .store
 KEYS ?= keys.txt
+STATE ?= $(STORE)/.state
 BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key quickstart format check baseline test soak bench bench-trainer bench-sampler bench-vllm bench-resident clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +60,10 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 key: install  ## Makes a key: TENANT=name KEYS=file
 	$(BIN)/python -m mint_core.access $(TENANT) $(KEYS)
 
+DO ?= inspect
+state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'
+	$(BIN)/python -m trainer_service.state $(STATE) $(DO)
+
 quickstart: install model  ## Starts both services, trains on products, samples, stops
 	$(BIN)/python examples/quickstart_local.py
 
@@ -82,6 +87,11 @@ test: install model  ## Every test that needs no accelerator and is not slow
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+KILLS ?= 500
+SEED ?= 1
+faults: install  ## Kills processes under load and checks all that was answered: KILLS=500 SEED=1
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.harness $(KILLS) $(SEED)
 
 bench: install  ## Measures what the services add to the engine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_overhead.py
@@ -110,6 +120,13 @@ bench-vllm: install model $(VLLM)/.installed  ## Measures the sampler beside vLL
 
 bench-resident: install model  ## Trains 200 runs at once and watches the services' memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resident_runs.py
+
+bench-client: install  ## Trains 50 runs and draws 500 samples at a time in one client, for ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.one_client
+
+bench-durability: install  ## Measures what the journal costs and how long recovery takes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.journal_cost
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.recovery_time
 
 clean:  ## Removes what was generated, but not .venv, models or stores
 	rm -rf proto/mintrpc/v1/*_pb2*.py* $(STUBS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

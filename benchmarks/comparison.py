@@ -64,10 +64,12 @@ def cpu_seconds(call: Variant) -> float:
     return time.process_time() - started
 
 
-def in_turn(variants: Mapping[str, Variant], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant in each round, after one round to warm up."""
+def in_turn(
+    variants: Mapping[str, Variant], rounds: int, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """CPU seconds of each variant in each round, after one round to warm up unless all are warm."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
+    for number in range(warm, rounds + 1):
         for name, call in variants.items():
             seconds = cpu_seconds(call)
             if number:

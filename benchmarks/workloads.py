@@ -25,7 +25,7 @@ from trainer_service.jobs import (
     StepRow,
     StepRows,
 )
-from trainer_service.planner import Planner, cut
+from trainer_service.planner import Planner, cut, most_tile_tokens
 
 SMOLLM2 = Path(".models/SmolLM2-135M-Instruct")  # `make model`
 LONG = (64, 96, 128, 160, 256, 512)  # tokens of the first workload's documents
@@ -139,7 +139,8 @@ def plans(
             acknowledged_sequence=0,
             payload_hash=b"",
         )
-        planner.add(name, cut(Call(place, "ForwardBackward", compute), compute, max_batch_tokens))
+        call = Call(place, "ForwardBackward", compute)
+        planner.add(name, cut(call, compute, most_tile_tokens(max_batch_tokens)))
     while (job := planner.next_job()) is not None:
         assert isinstance(job, Plan)
         yield job

@@ -39,6 +39,7 @@ class Manifest:
     source: str = ""  # path, with revision, of what it is a copy of or was merged from
     head_untied: bool = False  # of a merged model: whether its head was tied in the base model
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
+    sequence: int = 0  # of the run's call that saved it; 0: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @property
@@ -87,6 +88,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "source": manifest.source,
         "head_untied": manifest.head_untied,
         "request": manifest.request,
+        "sequence": manifest.sequence,
         "files": {
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
@@ -130,9 +132,11 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         expire_time=expire_time and datetime.fromisoformat(expire_time),
         unused_limit_s=content["unused_limit_s"],
         metadata=content["metadata"],
-        source=content.get("source", ""),  # older manifests lack it and the next two
+        # Older manifests lack these.
+        source=content.get("source", ""),
         head_untied=content.get("head_untied", False),
         request=content.get("request", ""),
+        sequence=content.get("sequence", 0),
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
     )
 

@@ -65,11 +65,11 @@ class Publisher:
             shutil.rmtree(staging, ignore_errors=True)
 
     def place(self, staging: Path, manifest: Manifest, *, overwrite: bool) -> Published:
-        """Shows what was staged as the next revision of its name. The same request's second
-        publish is the first.
+        """Shows what was staged as the next revision of its name. What a request or a run's call
+        publishes once more is there already: a crash may have hidden that.
         """
         path = manifest.path
-        if made := self.made(path, manifest.request):
+        if made := self.made(path, manifest.request, manifest.sequence):
             return Published(made)
         files = manifest.files or adapter_files.flush_files(staging)
         described = replace(manifest, files=files)
@@ -89,11 +89,13 @@ class Publisher:
         revision = revisions.place(staging, self._layout.name_folder(path), prepare)
         return Published(replace(described, revision=revision))
 
-    def made(self, path: CheckpointPath, request: str) -> Manifest | None:
-        """The revision of a name that a request has made."""
-        if not request:
+    def made(self, path: CheckpointPath, request: str, sequence: int = 0) -> Manifest | None:
+        """The revision of a name that a request, or else a call of its run, has made."""
+        if not request and not sequence:
             return None
-        return next((m for m in self._layout.revisions_of(path) if m.request == request), None)
+        makers = request, sequence
+        held = self._layout.revisions_of(path)
+        return next((m for m in held if (m.request, m.sequence) == makers), None)
 
 
 def share_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -124,6 +126,7 @@ def new_manifest(
     source: str = "",
     head_untied: bool = False,
     request: str = "",
+    sequence: int = 0,
 ) -> Manifest:
     """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
     return Manifest(
@@ -143,4 +146,5 @@ def new_manifest(
         source=source,
         head_untied=head_untied,
         request=request,
+        sequence=sequence,
     )

@@ -19,6 +19,7 @@ from uuid import uuid4
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest, decode_manifest
 from checkpoint_store.paths import CheckpointPath
+from mint_core.fault_points import fault_point
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ def place(staging: Path, folder: Path, prepare: Callable[[int], None]) -> int:
     while True:
         revision = max(_numbers(folder), default=0) + 1
         prepare(revision)
+        fault_point("store:before-publish")
         try:
             staging.rename(folder / str(revision))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         else:
+            fault_point("store:after-publish")
             flush_folder(folder)
             return revision
 

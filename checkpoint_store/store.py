@@ -67,12 +67,14 @@ class CheckpointStore:
         exp_avg_sq: AdapterArrays | None = None,
         step: int,
         metadata: Mapping[str, str] | None = None,
+        sequence: int = 0,
         overwrite: bool = True,
         expire_time: datetime | None = None,
     ) -> Published:
         """Saves the next revision of a name, or an unnamed snapshot. Readers see all or nothing.
 
-        Without `overwrite`, a name that exists is AlreadyExists.
+        Without `overwrite`, a name that exists is AlreadyExists. With a `sequence`, to save it once
+        more under the same name changes nothing: a crash may have hidden that it was saved.
         """
         manifest = new_manifest(
             training_run_id=training_run_id,
@@ -85,6 +87,7 @@ class CheckpointStore:
             step=step,
             metadata=metadata,
             expire_time=expire_time,
+            sequence=sequence,
         )
         return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
 
@@ -154,6 +157,7 @@ class CheckpointStore:
             unused_limit_s=None,
             source=str(found.manifest.revision_path),
             request=request,
+            sequence=0,
         )
         if not found.stored:
             return self.publish_as(manifest, found.weights(), overwrite=False)

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,10 +96,11 @@ class Hello:
 
 
 class EnginePipe:
-    """The engine's end. `receive` returns None when the front is gone."""
+    """The engine's end. `receive` returns None when the front is gone. Any thread may send."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._sending = threading.Lock()
 
     def receive(self) -> Any:
         try:
@@ -111,7 +113,8 @@ class EnginePipe:
         return self._connection.poll(0)
 
     def send(self, message: object) -> None:
-        self._connection.send(message)
+        with self._sending:
+            self._connection.send(message)
 
     def send_all(self, messages: Sequence[object]) -> None:
         if messages:

@@ -1,7 +1,7 @@
 """The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
 
 The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
-were with it fail with `EngineFault`, `on_death` is told, and a new process starts; calls made
+were with it fail with `EngineDied`, `on_death` is told, and a new process starts; calls made
 meanwhile wait for it.
 """
 
@@ -31,13 +31,13 @@ from mint_core.engine_pipe import (
     Reply,
     Report,
 )
-from mint_core.errors import EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 1800.0  # loading a large base from a cold disk
 EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
-RESTART_DELAY_S = 1.0  # doubled after each start that failed
+RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
 WATCH_INTERVAL_S = 0.5
 
@@ -61,6 +61,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C is for the front, which ends its engine
             )
+        self.started_s = time.monotonic()
         self._connection = Connection(ours.detach())
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outbox.put(config)
@@ -166,6 +167,7 @@ class EngineProcess:
         self._restart: asyncio.TimerHandle | None = None
         self._restart_delay_s = RESTART_DELAY_S
         self.restarts = 0
+        self.closed = False
         self.changed = asyncio.Event()  # set when `ready` changes, for one reader who clears it
 
     @property
@@ -224,6 +226,7 @@ class EngineProcess:
 
     async def close(self) -> None:
         """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
+        self.closed = True
         if self._restart:
             self._restart.cancel()
         if self._watchdog:
@@ -269,7 +272,8 @@ class EngineProcess:
                 self._attempt.set_result(message)
                 self._restart_delay_s = RESTART_DELAY_S
                 self.changed.set()
-                logger.info("engine ready pid=%d", child.pid)
+                start_s = self._last_word - child.started_s
+                logger.info("engine ready pid=%d start_s=%.2f", child.pid, start_s)
             case Reply(number, value):
                 self._settle(number, value, None)
             case Failure(0, error):
@@ -302,7 +306,7 @@ class EngineProcess:
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self._on_death(why)
-            self._fail_waiting(EngineFault(f"{why}; another is starting"))
+            self._fail_waiting(EngineDied(f"{why}; another is starting"))
         elif self.restarts == 0 and not self._restart:
             self._fail_attempt(cause or EngineFault(f"{why} while it started; its log says why"))
             return  # start() raises it
@@ -310,7 +314,7 @@ class EngineProcess:
             why = cause.message if cause else why
             self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))
             self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
-        logger.error("%s; starting another in %.0f s", why, self._restart_delay_s)
+        logger.error("%s; starting another in %g s", why, self._restart_delay_s)
         loop = asyncio.get_running_loop()
         self._attempt = loop.create_future()
         self._restart = loop.call_later(self._restart_delay_s, self._respawn)

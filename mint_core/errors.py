@@ -132,3 +132,7 @@ class EngineFault(MintError):
     """The engine died or hung while it worked on the call."""
 
     reason = "ENGINE_FAULT"
+
+
+class EngineDied(EngineFault):
+    """The engine is gone, and with it all that was in its memory; another is starting."""

@@ -16,7 +16,7 @@ from mint_core.service_main import first, set_up_logging, stop_signal, write_who
 logger = logging.getLogger("mint.serve")
 
 POLL_INTERVAL_S = 0.1  # while a service starts
-STOP_LIMIT_S = 20.0  # from SIGTERM to SIGKILL
+STOP_LIMIT_S = 30.0  # from SIGTERM to SIGKILL
 
 
 class _Service:

@@ -4,11 +4,12 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 
 from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
+from mint_core.errors import EngineDied, EngineFault
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics
 from sampler_service.adapters import Adapters
@@ -24,6 +25,10 @@ from sampler_service.jobs import (
 from sampler_service.parts import PartBuffer
 from sampler_service.requests import Sampling
 from sampler_service.waiting_room import WaitingRoom
+
+# An engine's death may be the doing of any call that it had. Those that two had are done one at a
+# time, so that the third death tells which of them it was.
+DEATHS_UNTIL_ALONE = 2
 
 
 class Execution:
@@ -43,6 +48,7 @@ class Execution:
         self._room = room
         self._max_wait_s = max_wait_s
         self._request_ids = itertools.count(1)
+        self._alone = asyncio.Lock()  # held by a call with which engines have died
         self._queue_depth = metrics.queue_depth
         self._tokens = metrics.counter("mint_tokens", "Tokens computed", ["kind"])
         self._first_token_seconds = metrics.histogram(
@@ -92,21 +98,33 @@ class Execution:
             yield
 
     async def _run(self, sampling: Sampling, parts: PartBuffer | None) -> tuple[Generated, str]:
-        """Has the engine do it; tokens go to `parts` if it is given."""
-        job = self._job(sampling, stream=parts is not None)
+        """Has an engine do it, and the next one if that dies; tokens go to `parts` if given."""
+        job, path, deaths = self._job(sampling, stream=parts is not None), sampling.model_path, 0
         while True:
-            async with self._leased(sampling.model_path, job.start_by_s) as revision:
-                try:
-                    generated = await self._call(replace(job, adapter=revision), parts)
-                except AdapterAbsent:
-                    if parts and parts.tokens:
-                        raise
-                    await self._adapters.settled(revision)
-                    continue
+            try:
+                apart = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
+                async with apart, self._leased(path, job.start_by_s) as path:
+                    generated = await self._attempt(replace(job, adapter=path), parts)
+            except EngineDied as death:
+                deaths += 1
+                if deaths > DEATHS_UNTIL_ALONE:
+                    raise _given_up(deaths, death) from death
+                job = replace(job, start_by_s=None)  # it has had its turn
+                continue
+            if generated is None:
+                continue
             self._tokens.labels("prompt").inc(len(sampling.prompt))
             self._tokens.labels("prompt_cached").inc(generated.prompt_cache_hit_tokens)
             note(cached_tokens=generated.prompt_cache_hit_tokens)
-            return generated, revision
+            return generated, path
+
+    async def _attempt(self, job: Generate, parts: PartBuffer | None) -> Generated | None:
+        """None: the engine lacked the adapter, and has it now."""
+        try:
+            return await self._call(job, parts)
+        except AdapterAbsent:
+            await self._adapters.settled(job.adapter)
+            return None
 
     def _job(self, sampling: Sampling, *, stream: bool) -> Generate:
         return Generate(
@@ -142,7 +160,7 @@ class Execution:
 
     async def _call(self, job: Generate, parts: PartBuffer | None) -> Generated:
         if parts:
-            parts.revision = job.adapter
+            parts.begin(job.adapter)
         started_s = time.perf_counter()
         try:
             generated: Generated = await self._engine.call(
@@ -157,3 +175,11 @@ class Execution:
     def _count_sampled(self, tokens: int) -> None:
         self._tokens.labels("sampled").inc(tokens)
         note(tokens=tokens)
+
+
+def _given_up(deaths: int, last: EngineDied) -> EngineFault:
+    return EngineFault(
+        f"{deaths} engines ended while they worked on this call, the last of them with no other "
+        f"that is suspect ({last.message}); it is not tried again",
+        engine_deaths=deaths,
+    )

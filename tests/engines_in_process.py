@@ -1,6 +1,7 @@
 """The trainer's engine in the test's own process, and data for it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from trainer_service.jobs import (
     DropRow,
     EngineConfig,
     ExportRow,
+    Gspo,
     LoadRow,
     Loss,
     Plan,
@@ -70,6 +72,26 @@ def make_documents(
             )
         )
     return tuple(documents)
+
+
+def wide_documents(seed: int, lengths: Sequence[int], k: int) -> tuple[Document, ...]:
+    """As `make_documents`, with k targets and weights at each position, some of them 0."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for document in make_documents(seed, lengths):
+        targets = rng.integers(0, VOCABULARY_SIZE, (len(document.tokens), k))
+        weights = document.weights[:, None] * rng.dirichlet(np.ones(k), len(document.tokens))
+        weights[rng.random(weights.shape) < 0.2] = 0.0
+        wide = replace(document, targets=targets, weights=weights.astype(np.float32))
+        documents.append(replace(wide, logprobs=None, advantages=None))
+    return tuple(documents)
+
+
+def for_loss(documents: Sequence[Document], loss: Loss) -> tuple[Document, ...]:
+    """The documents with what only that loss reads."""
+    if not isinstance(loss, Gspo):
+        return tuple(documents)
+    return tuple(replace(d, ratio_mask=d.weighted.astype(np.float32)) for d in documents)
 
 
 def random_arrays(spec_arrays: AdapterArrays, seed: int) -> AdapterArrays:

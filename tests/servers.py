@@ -58,7 +58,7 @@ def _running(
         }
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *_arguments(settings)], stderr=errors
+                [sys.executable, "-m", module, *arguments(settings)], stderr=errors
             )
         try:
             addresses = _await_ready(process, ready_file, log)
@@ -67,7 +67,7 @@ def _running(
             stop(process)
 
 
-def _arguments(settings: dict[str, object]) -> list[str]:
+def arguments(settings: dict[str, object]) -> list[str]:
     arguments = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")

@@ -68,7 +68,7 @@ class Refused:
 
 Work = Compute | Step | Discard | Save | SaveForSampler | Load | Refused
 
-# What a call is, known even when its content is bad.
+# What a call is, known even when its content is bad; the RPC's name.
 Method = Literal[
     "Forward",
     "ForwardBackward",
@@ -81,11 +81,12 @@ Method = Literal[
 
 
 @dataclass(slots=True)
-class Timing:
-    """Where a call's time went, for its log line."""
+class Course:
+    """How a call fares."""
 
     wait_s: float | None = None  # from its acceptance to its turn
     run_s: float | None = None
+    deaths: int = 0  # of engines that had it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class Call:
     place: Place
     method: Method
     work: Work
-    timing: Timing = field(default_factory=Timing, compare=False)
+    payload: bytes = field(default=b"", repr=False, compare=False)  # the request, canonical
+    course: Course = field(default_factory=Course, compare=False)
 
     @property
     def exclusive(self) -> bool:
@@ -117,6 +119,7 @@ class Computed:
 class Stepped:
     step: int
     metrics: Mapping[str, float]
+    weight_digest: int = field(default=0, compare=False)  # for the journal alone
 
 
 @dataclass(frozen=True, slots=True)

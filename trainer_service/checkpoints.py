@@ -112,7 +112,10 @@ class Checkpoints:
         checkpoint = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
         return Opened(checkpoint, load.with_optimizer)
 
-    async def publish_state(self, origin: RunOrigin, arrays: RowArrays, save: Save) -> Published:
+    async def publish_state(
+        self, origin: RunOrigin, arrays: RowArrays, save: Save, sequence: int
+    ) -> Published:
+        """Publishes training state; that of the same call once."""
         expire_time = self._expire_time(save.ttl_s)
         return await asyncio.to_thread(
             self.store.publish,
@@ -128,16 +131,19 @@ class Checkpoints:
             exp_avg_sq=arrays.exp_avg_sq,
             step=arrays.step,
             metadata=save.metadata,
+            sequence=sequence,
             overwrite=save.overwrite,
             expire_time=expire_time,
         )
 
     async def publish_adapter(
-        self, origin: RunOrigin, save: SaveForSampler, write: Write
+        self, origin: RunOrigin, save: SaveForSampler, sequence: int, write: Write
     ) -> Published:
         """Publishes an adapter for samplers; `write` has the engine write its row."""
         expire_time = self._expire_time(save.ttl_s)
-        return await self.handoff.publish(origin, save, write, expire_time=expire_time)
+        return await self.handoff.publish(
+            origin, save, write, sequence=sequence, expire_time=expire_time
+        )
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""

@@ -48,6 +48,24 @@ class TrainerConfig(ServiceConfig):
         "how long a training run is kept that nobody calls, unless it was created with another "
         "time; its named checkpoints stay",
     )
+    state: Path | None = option(
+        None,
+        "folder, on a local disk, of this trainer alone: the journal of its runs and their rows, "
+        "from which it goes on after any crash; empty: `.state` in the store",
+    )
+    state_quota_gib: float = option(
+        0.0, "most GiB that the state may take before nothing new is accepted; 0: no limit"
+    )
+    snapshot_s: float = option(
+        60.0,
+        "seconds of computing, or of idleness, after which the row of a run is written to the "
+        "state: about as much is computed again after a crash",
+    )
+    drain_s: float = option(
+        15.0,
+        "seconds from SIGTERM to the end, for calls under way and for rows to be written; what is "
+        "left is done after the next start",
+    )
     gap_s: float = option(
         60.0, "how long a call that came before an earlier one is held, in seconds"
     )
@@ -68,16 +86,21 @@ class TrainerConfig(ServiceConfig):
             "row_memory_mib",
             "host_row_memory_mib",
             "snapshot_memory_mib",
+            "state_quota_gib",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        for name in ("gap_s", "retention_days"):
+        for name in ("gap_s", "retention_days", "snapshot_s", "drain_s"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
         for name in ("queue_calls", "queue_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def state_folder(self) -> Path:
+        return self.state or self.store / ".state"
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(

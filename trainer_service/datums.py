@@ -1,7 +1,6 @@
-"""Data of training requests: protobuf tensors in, checked documents out."""
+"""Data of training requests: protobuf in, checked documents out."""
 
-import math
-from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,15 +8,12 @@ from numpy.typing import NDArray
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import types_pb2
-from trainer_service.jobs import CrossEntropy, Document, Floats, Loss
+from trainer_service.jobs import Cispo, CrossEntropy, Document, Floats, Gspo, Loss, Ppo
+from trainer_service.tensors import read_floats, read_integers
 
 TARGETS = "target_tokens"
-
-_DTYPES: Mapping[int, np.dtype[np.generic]] = {
-    types_pb2.TENSOR_DTYPE_FLOAT32: np.dtype("<f4"),
-    types_pb2.TENSOR_DTYPE_INT64: np.dtype("<i8"),
-    types_pb2.TENSOR_DTYPE_INT32: np.dtype("<i4"),
-}
+MASK = "sequence_ratio_mask"
+CLIPS = ("clip_low_threshold", "clip_high_threshold")
 
 
 def parse_datum(datum: types_pb2.Datum, path: str, loss: Loss, model: ModelDescription) -> Document:
@@ -26,21 +22,70 @@ def parse_datum(datum: types_pb2.Datum, path: str, loss: Loss, model: ModelDescr
     inputs = datum.loss_fn_inputs
     where = f"{path}.loss_fn_inputs"
     _check_names(set(inputs), where, loss)
-    targets = _array(
-        inputs[TARGETS], f"{where}.{TARGETS}", types_pb2.TENSOR_DTYPE_INT64, len(tokens)
-    )
+    targets = _targets(inputs[TARGETS], f"{where}.{TARGETS}", len(tokens), loss)
     floats = {
-        name: _floats(inputs[name], f"{where}.{name}", len(tokens))
-        for name in ("weights", "logprobs", "advantages")
-        if name in inputs
+        name: read_floats(tensor, f"{where}.{name}", targets.shape)
+        for name, tensor in sorted(inputs.items())
+        if name != TARGETS
     }
-    return Document(
+    document = Document(
         tokens=tokens,
-        targets=_in_vocabulary(targets.astype(np.int64, copy=False), f"{where}.{TARGETS}", model),
-        weights=floats["weights"] if "weights" in floats else np.ones(len(tokens), np.float32),
+        targets=_in_vocabulary(targets, f"{where}.{TARGETS}", model),
+        weights=floats["weights"] if "weights" in floats else np.ones(targets.shape, np.float32),
         logprobs=floats.get("logprobs"),
         advantages=floats.get("advantages"),
+        clip_low=floats.get(CLIPS[0]),
+        clip_high=floats.get(CLIPS[1]),
     )
+    _check_clips(document, where, loss)
+    if not isinstance(loss, Gspo):
+        return document
+    mask = _ratio_mask(floats.get(MASK), f"{where}.{MASK}", document)
+    return replace(document, ratio_mask=mask)
+
+
+def _targets(
+    tensor: types_pb2.TensorData, path: str, length: int, loss: Loss
+) -> NDArray[np.int64]:  # [n] or [n, k]
+    wide = isinstance(loss, CrossEntropy) and len(tensor.shape) == 2 and tensor.shape[1] > 0
+    shape = (length, int(tensor.shape[1])) if wide else (length,)
+    return read_integers(tensor, path, shape)
+
+
+def _check_clips(document: Document, where: str, loss: Loss) -> None:
+    """Refuses thresholds between which nothing lies."""
+    if document.clip_low is None and document.clip_high is None:
+        return
+    assert isinstance(loss, Ppo | Cispo | Gspo)
+    low = loss.clip_low_threshold if document.clip_low is None else document.clip_low
+    high = loss.clip_high_threshold if document.clip_high is None else document.clip_high
+    wrong = np.flatnonzero(np.less(low, 0) | np.less(high, low))
+    if len(wrong):
+        name = CLIPS[1] if document.clip_low is None else CLIPS[0]
+        raise InvalidRequest(
+            f"`{where}.{name}` clips to nothing at position {wrong[0]}; the low threshold must be "
+            "at least 0 and the high one at least the low one, such as 0.8 and 1.2",
+            field=f"{where}.{name}",
+            position=wrong[0],
+        )
+
+
+def _ratio_mask(given: Floats | None, path: str, document: Document) -> Floats:
+    """The tokens of the sequence; without a mask those that have a part in the loss."""
+    if given is None:
+        assert document.advantages is not None
+        read = (document.weights != 0) & (document.advantages != 0)
+        return np.asarray(read, np.float32)
+    wrong = np.flatnonzero((given != 0) & (given != 1))
+    if len(wrong):
+        raise InvalidRequest(
+            f"`{path}` has {given[wrong[0]]} at position {wrong[0]}; give 1 for tokens of the "
+            "sequence whose ratio is taken, else 0",
+            field=path,
+            value=given[wrong[0]],
+            position=wrong[0],
+        )
+    return given
 
 
 def _tokens(
@@ -84,8 +129,9 @@ def _in_vocabulary(
     tokens: NDArray[np.int64], path: str, model: ModelDescription
 ) -> NDArray[np.int64]:
     if tokens.min() < 0 or tokens.max() >= model.vocabulary_size:
-        bad = np.flatnonzero((tokens < 0) | (tokens >= model.vocabulary_size))
-        token = int(tokens[bad[0]])
+        flat = tokens.ravel()
+        bad = np.flatnonzero((flat < 0) | (flat >= model.vocabulary_size))
+        token = int(flat[bad[0]])
         raise InvalidRequest(
             f"`{path}` has token id {token} at position {bad[0]}, outside the vocabulary of "
             f"{model.name} "
@@ -102,6 +148,10 @@ def _in_vocabulary(
 def _check_names(names: set[str], path: str, loss: Loss) -> None:
     needed = {TARGETS} if isinstance(loss, CrossEntropy) else {TARGETS, "logprobs", "advantages"}
     known = needed | {"weights"}
+    if isinstance(loss, Ppo | Cispo | Gspo):
+        known |= set(CLIPS)
+    if isinstance(loss, Gspo):
+        known |= {MASK}
     if missing := sorted(needed - names):
         raise InvalidRequest(
             f"`{path}` lacks {_quoted(missing)}, which this loss needs; add one entry per token",
@@ -119,57 +169,3 @@ def _check_names(names: set[str], path: str, loss: Loss) -> None:
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def _floats(tensor: types_pb2.TensorData, path: str, length: int) -> Floats:
-    array = _array(tensor, path, types_pb2.TENSOR_DTYPE_FLOAT32, length).astype(
-        np.float32, copy=False
-    )
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
-        raise InvalidRequest(
-            f"`{path}` has {array[bad[0]]} at position {bad[0]}; all its values must be finite",
-            field=path,
-            value=array[bad[0]],
-            position=bad[0],
-        )
-    return array
-
-
-def _array(
-    tensor: types_pb2.TensorData, path: str, wanted: int, length: int
-) -> NDArray[np.generic]:
-    """Reads a tensor that must have one dimension of `length` values."""
-    if tensor.dtype != wanted:
-        raise InvalidRequest(
-            f"`{path}.dtype` is {_dtype_name(tensor.dtype)} but must be {_dtype_name(wanted)}; "
-            "convert the values",
-            field=f"{path}.dtype",
-            dtype=_dtype_name(tensor.dtype),
-        )
-    dtype, values = _DTYPES[wanted], tensor.values
-    count, rest = divmod(len(values), dtype.itemsize)
-    shape = tuple(tensor.shape) or (count,)
-    if rest or min(shape) < 0 or math.prod(shape) != count:
-        raise InvalidRequest(
-            f"`{path}.values` has {len(values)} bytes, which is not {dtype.itemsize} times the "
-            f"product of shape {list(shape)}; send every value once",
-            field=f"{path}.values",
-            size_bytes=len(values),
-        )
-    if shape != (length,):
-        raise InvalidRequest(
-            f"`{path}` has shape {list(shape)} but `model_input` has {length} tokens; give one "
-            "value per token",
-            field=path,
-            shape=list(shape),
-            tokens=length,
-        )
-    return np.frombuffer(values, dtype)
-
-
-def _dtype_name(dtype: int) -> str:
-    if dtype in types_pb2.TensorDtype.values():
-        return str(types_pb2.TensorDtype.Name(types_pb2.TensorDtype.ValueType(dtype)))
-    return str(dtype)

@@ -184,16 +184,22 @@ class TrainingRunExpired(NotFound):
 
 
 class TrainingRunLost(FailedPrecondition):
-    """The engine that held the run's weights died."""
+    """The run's weights cannot be restored from the server's state."""
 
     reason = "TRAINING_RUN_LOST"
 
     def __init__(self, training_run_id: str, why: str) -> None:
         super().__init__(
-            f"the weights of training run `{training_run_id}` were lost ({why}); "
-            "create a new run, from its last checkpoint if it has one",
+            f"the weights of training run `{training_run_id}` cannot be restored ({why}); restore "
+            "the server's state from a backup, or create a run from the last checkpoint of this "
+            "one",
             training_run_id=training_run_id,
         )
+        self.why = why
+
+
+class StateDamaged(TrainingRunLost):
+    """What the server's state lacks or has wrong of a run."""
 
 
 class TrainingRunUploaded(FailedPrecondition):

@@ -66,9 +66,10 @@ class Handoff:
         save: SaveForSampler,
         write: Write,
         *,
+        sequence: int,
         expire_time: datetime | None,
     ) -> Published:
-        """Publishes a run's weights."""
+        """Publishes a run's weights; those of the same named call once."""
         manifest = new_manifest(
             training_run_id=origin.training_run_id,
             kind=SAMPLER_WEIGHTS,
@@ -79,6 +80,7 @@ class Handoff:
             spec=origin.spec,
             step=0,  # until the engine says which
             metadata=save.metadata,
+            sequence=sequence,
             expire_time=expire_time,
         )
         if self._memory is not None:

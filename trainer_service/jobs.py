@@ -44,18 +44,40 @@ class Dro:
     beta: float
 
 
-Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro
+@dataclass(frozen=True, slots=True)
+class Gspo:
+    """Ppo on the ratio of whole sequences; the thresholds are the paper's."""
+
+    clip_low_threshold: float = 1 - 3e-4
+    clip_high_threshold: float = 1 + 4e-4
+
+
+Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro | Gspo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One datum, checked. All arrays are [n]."""
+    """One datum, checked. All arrays are [n], but where k targets stand at each position."""
 
     tokens: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    weights: Floats  # 1 where the caller gave none
+    targets: NDArray[np.int64]  # [n] or [n, k]
+    weights: Floats  # as `targets`; 1 where the caller gave none
     logprobs: Floats | None = None  # as sampled
     advantages: Floats | None = None
+    ratio_mask: Floats | None = None  # 1 where a token counts in its sequence's ratio, else 0
+    clip_low: Floats | None = None
+    clip_high: Floats | None = None
+
+    @property
+    def weighted(self) -> NDArray[np.bool_]:  # [n]
+        """Where there is a weight other than 0."""
+        wide: NDArray[np.bool_] = self.weights.reshape(len(self.tokens), -1) != 0
+        return np.asarray(wide.any(axis=1))
+
+    @property
+    def width(self) -> tuple[int, ...]:
+        """(k,), or () for one target at each position."""
+        return self.targets.shape[1:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +99,13 @@ class Tile:
     training_run_id: str
     sequence: int
     index: int  # place of the tile in its call, from 0
+    first: int = 0  # place of its first document in the call
     documents: tuple[Document, ...]
     loss: Loss
     backward: bool  # whether the gradient is added to the run's row
     weighted_only: bool  # whether logprobs at weight 0 are left out
     isolated: bool = False  # whether it has a plan of its own, run by deterministic algorithms
+    alone: bool = False  # whether it has a plan of its own, since engines have died with its call
 
 
 def tile_tokens(tile: Tile) -> int:
@@ -135,6 +159,7 @@ class StepRow:
 
     training_run_id: str
     adam_params: AdamParams
+    alone: bool = False  # as of a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +175,7 @@ class StepResult:
 
     step: int
     grad_norm: float  # before clipping
+    weight_digest: int = 0  # 64 bits of the weights after the step
     error: MintError | None = None
 
 
@@ -207,6 +233,44 @@ class LoadRow:
 
     training_run_id: str
     start: RowArrays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRow:
+    """Writes a row into a file, in the background. A part, `SnapshotCopied`, says that the row may
+    change again. Answer: `SnapshotWritten`.
+    """
+
+    training_run_id: str
+    sequence: int  # of the last call that is in it
+    path: str
+    optional: bool  # whether things go on without it, so that an engine that cannot does so too
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCopied:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWritten:
+    """The file is on disk, whole."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRow:
+    """Makes a row anew from a file of SnapshotRow. Answer: `RestoredRow`."""
+
+    training_run_id: str
+    spec: AdapterSpec
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredRow:
+    differs: str  # in which way this engine is another than the file's; empty: in none that counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

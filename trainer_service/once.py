@@ -17,16 +17,23 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class _Entry:
     payload_hash: bytes
-    task: asyncio.Task[Any]
+    task: asyncio.Future[Any]
     since_s: float
 
 
 class Once:
     """Remembers the answers of requests. One that fails has changed nothing and is forgotten."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
+
+    def recall(self, tenant: str, identity: Identity, since_s: float, answer: object) -> None:
+        """Takes in an answer that was given before a restart."""
+        task: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        task.set_result(answer)
+        key = (tenant, identity.request_id)
+        self._entries[key] = _Entry(identity.payload_hash, task, since_s)
 
     async def run(self, tenant: str, identity: Identity, act: Callable[[], Awaitable[T]]) -> T:
         """Returns what `act` did when the request first came; it goes on if the caller leaves."""

@@ -21,33 +21,40 @@ _TILES_PER_PLAN = 4
 # Who had work a few plans ago and has none is probably about to call again, and then waits for the
 # pass under way: meanwhile nobody gets more of a pass than one tile or an equal part.
 _RECENT_PLANS = 4
+# An engine's death may be the doing of any call that it had. Those that two had are computed apart,
+# so that the third death tells which of them it was.
+DEATHS_UNTIL_ALONE = 2
 
 
 def cut(
-    call: Call, compute: Compute, max_batch_tokens: int, *, isolated: bool = False
+    call: Call, compute: Compute, tile_tokens: int, *, isolated: bool = False
 ) -> tuple[Tile, ...]:
     """Cuts a call at document boundaries, by its own data alone: no neighbour changes its result.
 
     A document longer than a tile may be is a tile of its own.
     """
-    return tuple(
-        Tile(
+    tiles = []
+    first = 0
+    for index, documents in enumerate(_groups(compute.documents, tile_tokens)):
+        tile = Tile(
             training_run_id=call.place.training_run_id,
             sequence=call.place.sequence,
             index=index,
+            first=first,
             documents=documents,
             loss=compute.loss,
             backward=compute.backward,
             weighted_only=compute.weighted_only,
             isolated=isolated,
+            alone=call.course.deaths >= DEATHS_UNTIL_ALONE,
         )
-        for index, documents in enumerate(
-            _groups(compute.documents, _most_tile_tokens(max_batch_tokens))
-        )
-    )
+        tiles.append(tile)
+        first += len(documents)
+    return tuple(tiles)
 
 
-def _most_tile_tokens(max_batch_tokens: int) -> int:
+def most_tile_tokens(max_batch_tokens: int) -> int:
+    """How large tiles are where a pass has so many tokens."""
     return max(1, max_batch_tokens // _TILES_PER_PLAN)
 
 
@@ -55,7 +62,8 @@ def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[D
     group: list[Document] = []
     tokens = 0
     for document in documents:
-        if group and tokens + len(document.tokens) > most_tokens:
+        grown = tokens + len(document.tokens)
+        if group and (grown > most_tokens or document.width != group[-1].width):
             yield tuple(group)
             group, tokens = [], 0
         group.append(document)
@@ -92,7 +100,7 @@ class _Recent:
         if lately == waiting:
             return _Portions(self._max_batch_tokens)
         equal_part = self._max_batch_tokens // len(lately)
-        return _Portions(max(_most_tile_tokens(self._max_batch_tokens), equal_part))
+        return _Portions(max(most_tile_tokens(self._max_batch_tokens), equal_part))
 
 
 class Planner:
@@ -106,7 +114,7 @@ class Planner:
             quantum, lambda: Ring(quantum, RunQueue), weight_of
         )
         self._steps: list[StepRow] = []
-        self._isolated: Tile | None = None  # met while a plan was filled; it has the next one
+        self._apart: Tile | None = None  # met while a plan was filled; it has the next one
         self._recent_tenants = _Recent(max_batch_tokens)
         self._recent_runs = _Recent(max_batch_tokens)
 
@@ -144,10 +152,9 @@ class Planner:
     def next_job(self) -> Plan | StepRows | None:
         """What the engine should do now: all ready steps together, else a pass over tiles."""
         if self._steps:
-            steps, self._steps = self._steps, []
-            return StepRows(tuple(steps))
-        if self._isolated is not None:
-            tile, self._isolated = self._isolated, None
+            return self._next_steps()
+        if self._apart is not None:
+            tile, self._apart = self._apart, None
             return Plan((tile,))
         tiles: list[Tile] = []
         room = self.max_batch_tokens
@@ -162,14 +169,20 @@ class Planner:
             of_tenants.take(tenant, tokens)
             of_runs.take(run, tokens)
             tile = self._tenants.pop()
-            if tile.isolated:
+            if tile.isolated or tile.alone:
                 if not tiles:
                     return Plan((tile,))
-                self._isolated = tile
+                self._apart = tile
                 break
             tiles.append(tile)
             room -= tokens
         return Plan(tuple(tiles)) if tiles else None
+
+    def _next_steps(self) -> StepRows:
+        alone = [step for step in self._steps if step.alone]
+        now = alone[:1] or self._steps
+        self._steps = [step for step in self._steps if step not in now]
+        return StepRows(tuple(now))
 
     def _runs(self) -> frozenset[str]:
         """The runs that have tiles queued."""

@@ -71,10 +71,16 @@ class DeleteRun:
     delete_checkpoints: bool
 
 
-def payload_hash(request: Message) -> bytes:
-    """A digest of the parsed request, which does not depend on how its sender ordered the bytes."""
-    content = request.DESCRIPTOR.full_name.encode() + request.SerializeToString(deterministic=True)
-    return hashlib.sha256(content).digest()
+def canonical(request: Message) -> bytes:
+    """The parsed request as bytes, which do not depend on how its sender ordered them."""
+    return request.SerializeToString(deterministic=True)
+
+
+def payload_hash(request: Message, content: bytes) -> bytes:
+    """A digest of a request whose canonical bytes are `content`."""
+    digest = hashlib.sha256(request.DESCRIPTOR.full_name.encode())
+    digest.update(content)
+    return digest.digest()
 
 
 def parse_create(
@@ -233,4 +239,5 @@ def _run_kind(kind: int) -> Literal["", "trained", "uploaded"]:
 
 def identity_of(request: Message, field: str = "request_id") -> Identity:
     request_id: str = request.request_id  # type: ignore[attr-defined]
-    return Identity(fields.request_id(request_id, field), payload_hash(request))
+    digest = payload_hash(request, canonical(request))
+    return Identity(fields.request_id(request_id, field), digest)

@@ -90,6 +90,12 @@ def load_state_response(outcome: Outcome) -> trainer_pb2.LoadStateResponse:
     )
 
 
+def _state_message(view: RunView) -> str:
+    if view.lost:
+        return f"weights lost: {view.lost}"
+    return "; ".join(filter(None, (view.trouble, view.inexact_note)))
+
+
 def run_message(run: RunView | UploadedRun) -> trainer_pb2.TrainingRun:
     return _trained(run) if isinstance(run, RunView) else _uploaded(run)
 
@@ -126,10 +132,11 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
         next_sequence=view.next_sequence,
         gradient_pending=view.gradient_pending,
         state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
-        state_message=f"weights lost: {view.lost}" if view.lost else view.trouble,
+        state_message=_state_message(view),
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,
+        inexact_replay_count=view.inexact_replays,
         kind=states.KIND_TRAINED,
     )
 
@@ -179,7 +186,7 @@ def _fill(
     for logprobs in outcome.logprobs:
         tensor = response.outputs.add().logprobs
         tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
-        tensor.shape.append(len(logprobs))
+        tensor.shape.extend(logprobs.shape)
         tensor.values = np.ascontiguousarray(logprobs, "<f4").tobytes()
     response.metrics.update(outcome.metrics)
 

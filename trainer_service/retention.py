@@ -12,6 +12,7 @@ from trainer_service.errors import TrainingRunExpired
 logger = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 30.0
+LEAST_LEFT_S = 3600.0  # after a restart, for those who could not call meanwhile
 REMEMBERED_EXPIRIES = 10_000
 
 Clock = Callable[[], float]  # seconds, ascending
@@ -28,6 +29,10 @@ class Retention:
     def touch(self) -> None:
         """Notes a call."""
         self._used_s = self._clock()
+
+    def resume(self, unused_s: float) -> None:
+        """Goes on after a restart: nobody had called for so long before it."""
+        self._used_s -= max(0.0, min(unused_s, self.limit_s - LEAST_LEFT_S))
 
     @property
     def over(self) -> bool:

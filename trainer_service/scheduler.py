@@ -9,13 +9,10 @@ from typing import Any
 
 from mint_core.engine_pipe import Hello, ModelDescription
 from mint_core.engine_process import EngineProcess
-from mint_core.errors import EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, MintError, Unavailable
 from mint_core.rpc.errors import domain_error
-from trainer_service.errors import TrainingRunLost
 from trainer_service.jobs import (
-    CreateRow,
     Plan,
-    RowDescription,
     StepResult,
     StepRow,
     StepRows,
@@ -68,10 +65,15 @@ class _Job:
         return self.job.tiles if isinstance(self.job, Plan) else ()
 
 
+class NotStarted(EngineDied):
+    """The engine died before it was given the work."""
+
+
 class Scheduler:
     """Feeds one engine. All methods belong to one event loop.
 
-    Rows live in the engine alone: when it dies, `lose` is called and all work for its rows fails.
+    Rows live in the engine alone: when it dies, `lose` is called, all work for its rows fails with
+    EngineDied, and a new `life` begins. A job for a row names the life in which it was there.
     """
 
     def __init__(
@@ -87,8 +89,11 @@ class Scheduler:
         self._busy: asyncio.Task[None] | None = None
         self._running: _Job | None = None
         self._token_s: float | None = None  # as learned from plans
-        self._deaths = 0
+        self._held = False
+        self.life = 1  # of the engine that is up, or comes next
         self.on_progress: Callable[[], None] = lambda: None  # what forecasts say has changed
+        # Told of each pass, with its results and how long it took, before those who wait are.
+        self.on_pass: Callable[[Plan, Sequence[TileResult], float], None] = lambda *_: None
 
     @property
     def description(self) -> ModelDescription | None:
@@ -114,24 +119,45 @@ class Scheduler:
 
     def lose(self, why: str) -> None:
         """Fails what waits for an engine that died. What was with it fails by itself."""
-        self._deaths += 1
+        self.life += 1
         self._planner = Planner(self._planner.max_batch_tokens, self._weight_of)
         waiting, self._waiting = self._waiting, {}
-        for (training_run_id, _, _), waiter in waiting.items():
-            _fail(waiter.future, TrainingRunLost(training_run_id, why))
+        for waiter in waiting.values():
+            _fail(waiter.future, NotStarted(why))
 
-    async def create_row(self, job: CreateRow) -> RowDescription:
-        """Makes a row, once an engine is up."""
-        self.welcome(await self._engine.hello())
-        deaths = self._deaths
-        description: RowDescription = await self._engine.call(job)
-        if self._deaths != deaths:
-            raise EngineFault("the engine ended after it made the run; create the run again")
-        return description
+    async def up(self) -> int:
+        """Waits until an engine is up and returns its life. Unavailable when the service ends."""
+        while True:
+            try:
+                self.welcome(await self._engine.hello())
+            except Unavailable:  # it could not start this time
+                if self._engine.closed:
+                    raise
+            else:
+                return self.life
 
-    async def row(self, job: object) -> Any:
-        """Does a job on one row, which must be there."""
-        return await self._engine.call(job)
+    def hold(self) -> None:
+        """Gives the engine nothing more to compute, but for what it has."""
+        self._held = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine computes."""
+        return self._busy is not None
+
+    async def row(
+        self, job: object, life: int, on_part: Callable[[Any], None] | None = None
+    ) -> Any:
+        """Does a job on one row, which was there in that life."""
+        if life != self.life:
+            raise NotStarted("the engine with the row has ended")
+        return await self._engine.call(job, on_part=on_part)
+
+    async def replay(self, job: Plan | StepRows, life: int) -> Any:
+        """Does past work again, beside what is new."""
+        if life != self.life:
+            raise NotStarted("the engine with the rows has ended")
+        return await self._engine.call(job, silence_limit_s=self._limit_s(job))
 
     async def compute(self, tenant: str, tiles: Sequence[Tile]) -> list[TileResult]:
         """Computes the tiles of one call, beside those of others."""
@@ -179,13 +205,13 @@ class Scheduler:
         self._waiting.update(zip(keys, waiters, strict=True))
         loop.call_soon(self._advance)  # after all that is ready now, so that it goes together
         results = await asyncio.gather(*futures, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:  # that the engine had some of it counts for more than what it was not given
+            raise min(errors, key=lambda error: isinstance(error, NotStarted))
         return results
 
     def _advance(self) -> None:
-        if self._busy is None and (job := self._planner.next_job()):
+        if self._busy is None and not self._held and (job := self._planner.next_job()):
             self._busy = asyncio.create_task(self._run(job))
         self.on_progress()
 
@@ -200,7 +226,10 @@ class Scheduler:
             for waiter in waiters:
                 _fail(waiter.future, error)
         else:
-            self._account(job, results, waiters, time.monotonic() - start_s)
+            elapsed_s = time.monotonic() - start_s
+            self._account(job, results, waiters, elapsed_s)
+            if isinstance(job, Plan):
+                self.on_pass(job, results, elapsed_s)
             for waiter, result in zip(waiters, results, strict=True):
                 if not waiter.future.done():
                     waiter.future.set_result(result)

@@ -34,11 +34,14 @@ from trainer_service.jobs import (
     Cispo,
     CrossEntropy,
     Dro,
+    Gspo,
     ImportanceSampling,
     Loss,
     Ppo,
 )
-from trainer_service.requests import parse_load, payload_hash, run_id
+from trainer_service.requests import canonical, parse_load, payload_hash, run_id
+
+LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
 
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
@@ -52,29 +55,42 @@ def parse_call(
 
     Clears in it what may differ in a repeat.
     """
-    name = request.DESCRIPTOR.name.removesuffix("Request")
-    place = _place(request)
+    method = cast(Method, request.DESCRIPTOR.name.removesuffix("Request"))
+    place, payload = _place(request)
+    work = Refused(refusals[0]) if refusals else _work(method, request, model)
+    return Call(place, method, work, payload)
+
+
+def parse_work(method: Method, payload: bytes, model: ModelDescription) -> Work:
+    """Reads the content of a call again from its payload."""
+    kind: Any = getattr(trainer_pb2, f"{method}Request")
+    return _work(method, kind.FromString(payload), model)
+
+
+def _work(method: Method, request: Message, model: ModelDescription) -> Work:
     try:
-        work = Refused(refusals[0]) if refusals else _PARSERS[name](request, model)
+        return _PARSERS[method](request, model)
     except Exception as error:
-        work = Refused(domain_error(error))
-    return Call(place, cast(Method, name), work)
+        return Refused(domain_error(error))
 
 
-def _place(request: Any) -> Place:
+def _place(request: Any) -> tuple[Place, bytes]:
+    """The call's place and its payload, without what may differ in a repeat."""
     training_run_id = run_id(request.training_run_id)
     sequence = fields.within(request.sequence, "sequence", 1)
     writer_epoch = fields.within(request.writer_epoch, "writer_epoch", 1)
     acknowledged = fields.within(request.acknowledged_sequence, "acknowledged_sequence", 0)
     request.ClearField("writer_epoch")
     request.ClearField("acknowledged_sequence")
-    return Place(
+    payload = canonical(request)
+    place = Place(
         training_run_id=training_run_id,
         sequence=sequence,
         writer_epoch=writer_epoch,
         acknowledged_sequence=acknowledged,
-        payload_hash=payload_hash(request),
+        payload_hash=payload_hash(request, payload),
     )
+    return place, payload
 
 
 def _parse_forward(request: trainer_pb2.ForwardRequest, model: ModelDescription) -> Compute:
@@ -136,16 +152,20 @@ def parse_loss(request: ComputeRequest) -> Loss:
                     "`dro.beta` is missing; dro has no default for it", field="dro.beta"
                 )
             return Dro(fields.finite(request.dro.beta, "dro.beta"))
+        case "gspo":
+            return Gspo(*_thresholds(request.gspo, "gspo", Gspo()))
         case _:
             raise InvalidRequest(
                 "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
-                "`cispo`, `dro`",
+                "`cispo`, `dro`, `gspo`",
                 field="loss_fn",
             )
 
 
 def _thresholds(
-    given: types_pb2.Ppo | types_pb2.Cispo, where: str, default: Ppo | Cispo
+    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo,
+    where: str,
+    default: Ppo | Cispo | Gspo,
 ) -> tuple[float, float]:
     low, high = (
         fields.finite(getattr(given if given.HasField(name) else default, name), f"{where}.{name}")

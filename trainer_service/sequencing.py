@@ -1,11 +1,11 @@
 """The order of a run's calls: early arrivals wait, repeats get the same answer, a number acts once.
 
-All state of that promise is here, so that a journal has one place to stand behind: `_admit` is
-where a call is accepted, `record` where its outcome becomes final.
+All state of that promise is here: `_admit` is where a call is accepted, `record` where it gets its
+outcome, `release` where that is told, once the journal has it on disk.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from mint_core.errors import InvalidRequest, MintError
@@ -52,6 +52,16 @@ class _Entry:
     payload_hash: bytes
     waiting: list[Arrival] = field(default_factory=list)
     outcome: Outcome | None = None
+    released: bool = False  # whether the outcome may be told
+
+
+@dataclass(frozen=True, slots=True)
+class PastNumber:
+    """A number that was accepted before a restart."""
+
+    sequence: int
+    payload_hash: bytes
+    outcome: Outcome | None  # None: it is still to come
 
 
 class Sequence:
@@ -62,16 +72,20 @@ class Sequence:
         accept: Callable[[Call], None],  # called once per number, in order
         limits: SequenceLimits,
         refusal: Callable[[int], MintError | None] = lambda calls_before: None,
+        on_acknowledged: Callable[[int, int], None] = lambda before, upto: None,
     ) -> None:
-        """`refusal`: why no call is accepted now, if so; told how many of the run come before."""
+        """`refusal`: why no call is accepted now, if so; told how many of the run come before.
+        `on_acknowledged`: told that answers behind one number, up to another, are dropped.
+        """
         self._accept = accept
         self._limits = limits
         self._refusal = refusal
+        self._on_acknowledged = on_acknowledged
         self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
         self._in_flight = 0
-        self._acknowledged = 0
+        self.acknowledged = 0
         self._answered = 0  # all numbers up to here are
         self.next_sequence = 1
         self.writer_epoch = 1
@@ -97,22 +111,50 @@ class Sequence:
             self._unhold(arrival)
 
     def record(self, sequence: int, outcome: Outcome) -> None:
-        """Makes the outcome of an accepted number final and answers all who wait for it."""
+        """Gives an accepted number its outcome, which nobody is told yet."""
         entry = self._entries[sequence]
         assert entry.outcome is None, f"sequence {sequence} ended twice"
         entry.outcome = outcome
         self._kept_bytes += size_bytes(outcome)
+
+    def release(self, sequence: int) -> None:
+        """Answers all who wait for a number, and will ask for it."""
+        entry = self._entries[sequence]
+        assert entry.outcome is not None, f"sequence {sequence} has no outcome to tell"
+        entry.released = True
         self._in_flight -= 1
-        while self._has_outcome(self._answered + 1):
+        while self._is_released(self._answered + 1):
             self._answered += 1
         for arrival in entry.waiting:
             if not arrival.outcome.done():
-                arrival.outcome.set_result(outcome)
+                arrival.outcome.set_result(entry.outcome)
         entry.waiting.clear()
 
-    def _has_outcome(self, sequence: int) -> bool:
+    def _is_released(self, sequence: int) -> bool:
         entry = self._entries.get(sequence)
-        return entry is not None and entry.outcome is not None
+        return entry is not None and entry.released
+
+    def resume(self, acknowledged: int, writer_epoch: int, past: Iterable[PastNumber]) -> None:
+        """Goes on behind the numbers of before a restart, given in order."""
+        self.acknowledged = self._answered = acknowledged
+        self.writer_epoch = writer_epoch
+        self.next_sequence = acknowledged + 1
+        for number in past:
+            assert number.sequence == self.next_sequence, "the journal has a gap"
+            self.next_sequence += 1
+            self._entries[number.sequence] = _Entry(number.payload_hash)
+            self._in_flight += 1
+            if number.outcome is not None:
+                self.record(number.sequence, number.outcome)
+                self.release(number.sequence)
+
+    def abandon(self, error: MintError) -> None:
+        """Fails all who wait: no outcome will be told any more."""
+        for entry in self._entries.values():
+            for arrival in entry.waiting:
+                arrival.fail(error)
+            entry.waiting.clear()
+        self.close(error)
 
     def open(self) -> int:
         """Starts a new epoch: early arrivals are dropped and calls of older epochs fenced."""
@@ -165,20 +207,23 @@ class Sequence:
                 raise error  # the number has its outcome
             arrival.call = replace(arrival.call, work=Refused(error))
             return
-        for sequence in range(self._acknowledged + 1, acknowledged + 1):
+        if acknowledged <= self.acknowledged:
+            return
+        for sequence in range(self.acknowledged + 1, acknowledged + 1):
             outcome = self._entries.pop(sequence).outcome
             assert outcome is not None
             self._kept_bytes -= size_bytes(outcome)
-        self._acknowledged = max(self._acknowledged, acknowledged)
+        self._on_acknowledged(self.acknowledged, acknowledged)
+        self.acknowledged = acknowledged
 
     def _repeat(self, arrival: Arrival) -> None:
         place = arrival.call.place
-        if place.sequence <= self._acknowledged:
-            raise AnswerAcknowledged(place.sequence, self._acknowledged)
+        if place.sequence <= self.acknowledged:
+            raise AnswerAcknowledged(place.sequence, self.acknowledged)
         entry = self._entries[place.sequence]
         if entry.payload_hash != place.payload_hash:
             raise SequenceReused(place.sequence)
-        if entry.outcome is not None:
+        if entry.outcome is not None and entry.released:
             arrival.outcome.set_result(entry.outcome)
         else:
             entry.waiting.append(arrival)

@@ -18,6 +18,7 @@ from trainer_service.checkpoint_servicer import CheckpointServicer
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
 from trainer_service.downloads import Downloads
+from trainer_service.durability import Durability
 from trainer_service.exports import Exports
 from trainer_service.jobs import RowCounts
 from trainer_service.run_directory import RunDirectory
@@ -31,7 +32,7 @@ from trainer_service.usage import Usage
 logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
-LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 FEATURES = ("watch_training_run", "isolated", "retention", "checkpoints")
 
 
@@ -47,7 +48,7 @@ class TrainerService:
     ) -> None:
         self._sampler_address = config.sampler_address
         self.engine = EngineProcess(
-            engine_module, config.engine_config(), on_death=lambda why: self._runs.lose(why)
+            engine_module, config.engine_config(), on_death=lambda why: self._scheduler.lose(why)
         )
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
@@ -61,6 +62,14 @@ class TrainerService:
             self._scheduler,
         )
         self._sweeping: list[asyncio.Task[None]] = []
+        self._drain_s = config.drain_s
+        self._durability = Durability(
+            config.state_folder,
+            self._scheduler,
+            metrics,
+            snapshot_s=config.snapshot_s,
+            quota_bytes=int(config.state_quota_gib * 2**30),
+        )
         self._runs = Runs(
             self._scheduler,
             self._checkpoints,
@@ -71,6 +80,7 @@ class TrainerService:
                 per_run=keys is None,
                 predict=self._scheduler.predict_s,
             ),
+            self._durability,
             retention_s=config.retention_days * 86_400,
         )
         for place in ("device", "host", "disk"):
@@ -88,6 +98,7 @@ class TrainerService:
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
+        server.drain_by(self._drain)
         server.before_stop(self._runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
@@ -113,9 +124,13 @@ class TrainerService:
         )
 
     async def start(self) -> None:
-        """Starts the engine. Raises what keeps it from loading."""
-        self._scheduler.welcome(await self.engine.start())
+        """Starts the engine, and goes on where the journal ends. Raises what keeps it from that."""
+        hello = await self.engine.start()
+        self._durability.ledger.check_base(hello.model)
+        self._durability.start(self._runs.all)
+        self._scheduler.welcome(hello)
         self._checkpoints.handoff.start()
+        self._runs.resume()
         self._sweeping = [
             asyncio.create_task(self._checkpoints.sweeper.run()),
             asyncio.create_task(self._runs.keep_expiring()),
@@ -125,10 +140,15 @@ class TrainerService:
         counts: RowCounts | None = self.engine.report
         return float(getattr(counts, place, 0))
 
+    async def _drain(self) -> None:
+        """Brings what is under way to an end, within its time."""
+        await self._runs.drain(self._drain_s)
+
     async def stop(self) -> None:
         for sweeping in self._sweeping:
             sweeping.cancel()
         await self._runs.stop()
+        await self._durability.stop()
         await self.engine.close()
         await self._checkpoints.handoff.stop()
 

@@ -14,9 +14,7 @@ from trainer_service.calls import Call, Outcome
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.scheduler import Scheduler
-from trainer_service.sequenced_requests import parse_call
-
-_LARGE_BYTES = 64 * 1024  # parsing more than this would hold up other calls
+from trainer_service.sequenced_requests import LARGE_BYTES, parse_call
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
@@ -137,7 +135,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def _parse(self, request: Message) -> Call:
         model, refusals = self._scheduler.model, caller().refusals
-        if request.ByteSize() < _LARGE_BYTES:
+        if request.ByteSize() < LARGE_BYTES:
             return parse_call(request, model, refusals)
         return await asyncio.to_thread(parse_call, request, model, refusals)
 
@@ -146,5 +144,8 @@ def _note(call: Call) -> None:
     """Adds to the log line what only a call that acted has."""
     if call.tokens:
         note(tokens=call.tokens)
-    if call.timing.wait_s is not None:
-        note(wait_s=call.timing.wait_s, run_s=call.timing.run_s)
+    course = call.course
+    if course.wait_s is not None:
+        note(wait_s=course.wait_s, run_s=course.run_s)
+    if course.deaths:
+        note(engine_deaths=course.deaths)

@@ -19,6 +19,7 @@ class Turn:
         except asyncio.CancelledError:
             self._turns.give_back(self)
             raise
+        self._turns.enter(self)
 
     async def __aexit__(
         self,
@@ -30,11 +31,12 @@ class Turn:
 
 
 class Turns:
-    """The queue of one run. Turns are granted in the order of `take`."""
+    """The queue of one run. Who has taken a turn earlier also begins earlier."""
 
     def __init__(self) -> None:
         self._waiting: deque[Turn] = deque()
         self._running: set[Turn] = set()
+        self._entering: Turn | None = None  # granted; whose task has not gone on yet
 
     def take(self, *, exclusive: bool) -> Turn:
         turn = Turn(self, exclusive)
@@ -42,7 +44,19 @@ class Turns:
         self._advance()
         return turn
 
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is taken or waited for."""
+        return bool(self._running or self._waiting)
+
+    def enter(self, turn: Turn) -> None:
+        """Notes that a turn has begun: the next may, when the loop comes to it."""
+        self._entering = None
+        self._advance()
+
     def give_back(self, turn: Turn) -> None:
+        if turn is self._entering:
+            self._entering = None
         if turn in self._running:
             self._running.remove(turn)
         elif turn in self._waiting:
@@ -50,11 +64,13 @@ class Turns:
         self._advance()
 
     def _advance(self) -> None:
-        while self._waiting:
-            turn = self._waiting[0]
-            alone = turn.exclusive or any(other.exclusive for other in self._running)
-            if alone and self._running:
-                return
-            self._running.add(self._waiting.popleft())
-            if not turn.granted.done():
-                turn.granted.set_result(None)
+        if self._entering is not None or not self._waiting:
+            return
+        turn = self._waiting[0]
+        alone = turn.exclusive or any(other.exclusive for other in self._running)
+        if alone and self._running:
+            return
+        self._running.add(self._waiting.popleft())
+        self._entering = turn
+        if not turn.granted.done():
+            turn.granted.set_result(None)

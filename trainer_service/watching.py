@@ -136,5 +136,5 @@ class Watch:
         self.stir()
 
 
-def _state(view: RunView) -> tuple[str, str, Mapping[str, str]]:
-    return view.lost, view.trouble, view.metadata
+def _state(view: RunView) -> tuple[str, str, Mapping[str, str], int]:
+    return view.lost, view.trouble, view.metadata, view.inexact_replays

@@ -5,7 +5,8 @@ Rows are scored in chunks, and each chunk's gradient is reduced before the next 
 logits are computed once. A row's numbers do not depend on the rows beside it: an adapter's rows are
 cut by themselves alone, and every matmul has at least MIN_ROWS rows, or is of packed weights.
 
-n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size.
+n: rows of a piece. r: stored rank. V: vocabulary size. d: hidden size. A row may be scored for k
+targets at once: the logits are those of the row, whatever k is, and so is its softmax.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ from mint_core.lora.layers import (
 CHUNK_BYTES_CPU = 32 * 1024**2
 CHUNK_BYTES = 256 * 1024**2
 
-# d loss / d logprob [n] of the rows of piece `number` at `place`, from their logprobs [n].
+# d loss / d logprob of the rows of piece `number` at `place`, from their logprobs; both are of the
+# shape of the targets, [n] or [n, k].
 Slope = Callable[[int, slice, Tensor], Tensor]
 
 
@@ -64,8 +66,8 @@ class _Scored:
     shrunk: list[Tensor | None]  # per cut, x A^T [n, r]
     powers: Tensor  # [rows, V], exp(logit - the row's largest)
     totals: Tensor  # [rows], their sums
-    targets: Tensor  # [rows]
-    logprobs: Tensor  # [rows]
+    targets: Tensor  # [rows] or [rows, k]
+    logprobs: Tensor  # as `targets`
     bend: Tensor | None  # [rows, V], derivative of the soft cap
 
 
@@ -109,11 +111,11 @@ class Head:
         self,
         hidden: Tensor,  # [tokens, d]
         pieces: Sequence[Piece],
-        targets: Sequence[Tensor],  # per piece, [n]
-    ) -> list[Tensor]:  # per piece, [n] float32
-        """Natural logarithm of each row's target probability."""
-        results = [torch.empty(len(piece.rows), device=hidden.device) for piece in pieces]
-        for chunk in self._chunks(pieces):
+        targets: Sequence[Tensor],  # per piece, [n] or [n, k]
+    ) -> list[Tensor]:  # per piece, as its targets, float32
+        """Natural logarithm of the probability of each row's target, or of each of its k."""
+        results = [torch.empty(target.shape, device=hidden.device) for target in targets]
+        for chunk in self._chunks(pieces, targets):
             scored = self._score(hidden, chunk, targets)
             for cut in chunk:
                 results[cut.number][cut.place] = scored.logprobs[cut.part][: cut.count]
@@ -124,7 +126,7 @@ class Head:
         self,
         hidden: Tensor,  # [tokens, d]
         pieces: Sequence[Piece],
-        targets: Sequence[Tensor],  # per piece, [n]
+        targets: Sequence[Tensor],  # per piece, [n] or [n, k]
         slope: Slope,
     ) -> Tensor | None:  # [tokens, d]
         """d loss / d hidden, or None where no loss has a slope; adds the gradients of the head's
@@ -134,7 +136,7 @@ class Head:
         its logprob.
         """
         gradient = None
-        for chunk in self._chunks(pieces):
+        for chunk in self._chunks(pieces, targets):
             scored = self._score(hidden, chunk, targets)
             slopes = [
                 slope(cut.number, cut.place, scored.logprobs[cut.part][: cut.count])
@@ -152,23 +154,23 @@ class Head:
         z, shrunk = self._expand(x, chunk)
         wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
         bend = None if self._softcap is None else 1 - (z / self._softcap).square()
-        at_target = z.gather(1, wanted[:, None])[:, 0]
+        at_target = z.gather(1, _wide(wanted))
         largest, powers, totals = _powers(z)
-        logprobs = at_target - largest - totals.log()
+        logprobs = (at_target - largest[:, None] - totals.log()[:, None]).view(wanted.shape)
         return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
 
     def _reduce(
         self,
         scored: _Scored,
         chunk: Sequence[_Cut],
-        # Per cut, places in it and their slopes; all cuts whole if no places are named.
+        # Per cut, places in it and slopes, [m] or [m, k]; all cuts whole if no places are named.
         steep: Sequence[tuple[Tensor | None, Tensor]],
         gradient: Tensor,  # [tokens, d]; rows are added to
     ) -> None:
-        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)) to the hidden
-        state and to the adapters. Overwrites the chunk's powers.
+        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)), summed over a
+        row's targets, to the hidden state and to the adapters. Overwrites the chunk's powers.
         """
-        upstream = torch.cat([slopes for _, slopes in steep])
+        upstream = _wide(torch.cat([slopes for _, slopes in steep]))
         powers, x, totals, targets, bend = (
             scored.powers,
             scored.x,
@@ -182,8 +184,8 @@ class Head:
             chosen = torch.cat(named)
             powers, x, totals, targets = (t[chosen] for t in (powers, x, totals, targets))
             bend = None if bend is None else bend[chosen]
-        z = powers.mul_(-(upstream / totals)[:, None])
-        z.scatter_add_(1, targets[:, None], upstream[:, None])
+        z = powers.mul_(-(_row_sums(upstream) / totals)[:, None])
+        z.scatter_add_(1, _wide(targets), upstream)
         if bend is not None:
             z.mul_(bend)
         dz = z.to(x.dtype)
@@ -216,14 +218,17 @@ class Head:
         z = z.float()
         return z if self._softcap is None else (z / self._softcap).tanh_().mul_(self._softcap)
 
-    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[_Cut]]:
-        """Cuts each piece by its own length alone, then fills chunks."""
+    def _chunks(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> Iterator[list[_Cut]]:
+        """Cuts each piece by its own length alone, then fills chunks of rows with as many targets
+        each.
+        """
         chunk: list[_Cut] = []
         for number, piece in enumerate(pieces):
             for start in range(0, len(piece.rows), self.chunk_rows):
                 place = slice(start, min(start + self.chunk_rows, len(piece.rows)))
                 filled = chunk[-1].part.stop if chunk else 0
-                if chunk and filled + place.stop - start > self.chunk_rows:
+                full = filled + place.stop - start > self.chunk_rows
+                if chunk and (full or _width(targets, number) != _width(targets, chunk[-1].number)):
                     yield chunk
                     chunk = []
                 _append(chunk, number, piece, place)
@@ -247,23 +252,41 @@ def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))
 
 
-def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n] -> [n, at least MIN_ROWS]
+def _wide(values: Tensor) -> Tensor:  # [n] or [n, k] -> [n, 1] or [n, k]
+    return values[:, None] if values.dim() == 1 else values
+
+
+def _width(targets: Sequence[Tensor], number: int) -> tuple[int, ...]:
+    return tuple(targets[number].shape[1:])
+
+
+def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]
+    """Column after column: a row's sum does not depend on how many rows there are."""
+    total = values[:, 0]
+    for column in range(1, values.shape[1]):
+        total = total + values[:, column]
+    return total
+
+
+def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n, ...] -> [n, at least MIN_ROWS, ...]
     missing = len(cut.rows) - len(targets)
-    return torch.cat([targets, targets[:1].expand(missing)]) if missing else targets
+    if not missing:
+        return targets
+    return torch.cat([targets, targets[:1].expand(missing, *targets.shape[1:])])
 
 
 def _all_steep(slopes: Sequence[Tensor], chunk: Sequence[_Cut]) -> bool:
     """Whether the loss has a slope at every row of a chunk, and none only fills up."""
     if not all(len(cut.rows) == cut.count for cut in chunk):
         return False
-    return bool(torch.cat(list(slopes)).all())
+    return bool(_sloping(torch.cat(list(slopes))).all())
 
 
-def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]
+def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]; [n, k] -> [m], [m, k]
     """Places in a cut where the loss has a slope, the first repeated to MIN_ROWS, and the slopes, 0
     for what fills up; or none.
     """
-    places: Tensor = torch.nonzero(slope)[:, 0]
+    places: Tensor = torch.nonzero(_sloping(slope))[:, 0]
     found = len(places)
     if not 0 < found < MIN_ROWS:
         return places, slope[places]
@@ -271,3 +294,7 @@ def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]
     upstream: Tensor = slope[places]
     upstream[found:] = 0.0
     return places, upstream
+
+
+def _sloping(slope: Tensor) -> Tensor:  # [n] or [n, k] -> [n]
+    return (_wide(slope) != 0).any(1)

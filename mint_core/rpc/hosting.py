@@ -1,6 +1,6 @@
 """A gRPC server with what all services share: access, errors, metrics, log, health, reflection."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import grpc
@@ -59,6 +59,7 @@ class RpcServer:
         )
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
+        self._drains: list[Callable[[], Awaitable[None]]] = []
         self._before_stop: list[Callable[[], None]] = []
 
     def add(
@@ -67,6 +68,10 @@ class RpcServer:
         """Adds a servicer by its generated function and the service's full name."""
         adder(servicer, self._server)
         self._services.append(name)
+
+    def drain_by(self, drain: Callable[[], Awaitable[None]]) -> None:
+        """Has work under way brought to an end first, while calls are still answered."""
+        self._drains.append(drain)
 
     def before_stop(self, end_streams: Callable[[], None]) -> None:
         """Has streams without an end of their own ended first: they would use up the grace."""
@@ -99,8 +104,12 @@ class RpcServer:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new calls, gives those under way `grace_s` to end, and cancels the rest."""
+        """Says NOT_SERVING, drains, refuses new calls, gives those under way `grace_s` to end, and
+        cancels the rest.
+        """
         await self._health.enter_graceful_shutdown()
+        for drain in self._drains:
+            await drain()
         for end_streams in self._before_stop:
             end_streams()
         await self._server.stop(grace_s)

@@ -6,9 +6,13 @@ training.forward_backward(data, loss_fn="cross_entropy")
 training.optim_step(types.AdamParams(learning_rate=1e-4)).result()
 """
 
+import importlib
+from types import ModuleType
+
+from mint import _forks as _forks  # before all that imports gRPC
 from mint import types
 from mint._sample_stream import SampleStream
-from mint._version import __version__
+from mint._version import __tinker_version__, __version__
 from mint._watch import RunWatch
 from mint.errors import (
     APIConnectionError,
@@ -105,6 +109,14 @@ __all__ = [
     "TrainingClient",
     "TrainingRun",
     "UnprocessableEntityError",
+    "__tinker_version__",
     "__version__",
     "types",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Other names for what is here, imported when asked for."""
+    if name in ("mint", "recipe", "renderers", "tinker"):
+        return importlib.import_module(f"mint.{name}")
+    raise AttributeError(f"module 'mint' has no attribute {name!r}")

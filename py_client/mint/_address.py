@@ -24,6 +24,11 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def url(self) -> str:
+        """As `parse_address` reads it."""
+        return f"{'https' if self.tls else 'http'}://{self.target}"
+
+    @property
     def loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 

@@ -14,9 +14,9 @@ class BackwardCount:
         self._clears = 0
         self._lock = threading.Lock()
 
-    def add(self) -> None:
+    def add(self, count: int = 1) -> None:
         with self._lock:
-            self._count += 1
+            self._count += count
 
     def take(self) -> int:
         """The count for an optimizer step, which clears the gradient also when it is refused."""

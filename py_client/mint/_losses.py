@@ -21,6 +21,7 @@ _LOSSES = {
     "ppo": _CLIPPED,
     "cispo": _CLIPPED,
     "dro": _Loss(options=("beta",), required=("beta",)),
+    "gspo": _CLIPPED,
 }
 
 

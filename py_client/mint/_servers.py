@@ -1,6 +1,8 @@
 """The two servers that a client talks to, and what is known of them."""
 
 import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from mint import types
@@ -11,6 +13,8 @@ from mint._tokenizer import load_tokenizer
 from mint.errors import NotFoundError
 from mint.sampling_client import SamplingClient, resolve_revision
 from mintrpc.v1 import model_pb2
+
+_LOADING_RETRY_S = 0.5
 
 
 class Servers:
@@ -28,16 +32,16 @@ class Servers:
     def capabilities(
         self, connection: Connection, *, fresh: bool = False
     ) -> types.GetServerCapabilitiesResponse:
-        """What a server can do; asked once unless `fresh`."""
+        """What a server can do; asked once, when it has a model, unless `fresh`."""
         with self._lock:
-            if fresh or connection not in self._capabilities:
-                self._capabilities[connection] = ask(
+            known = self._capabilities.get(connection)
+            if fresh or known is None or not known.supported_models:
+                known = self._capabilities[connection] = ask(
                     connection,
                     connection.model.GetServerCapabilities,
                     model_pb2.GetServerCapabilitiesRequest(),
                     types.GetServerCapabilitiesResponse.from_proto,
                 )
-            known = self._capabilities[connection]
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known
@@ -79,6 +83,10 @@ class Servers:
                 )
             return self._tokenizers[fingerprint]
 
+    @property
+    def closed(self) -> bool:
+        return self.trainer.closed
+
     def close(self) -> None:
         self.trainer.close()
         if self._sampler is not None:
@@ -94,9 +102,19 @@ class Servers:
             return parse_address(trainer.sampler_address, "sampler_address", SAMPLER_PORT)
         return Address(self.trainer.address.host, SAMPLER_PORT, self.trainer.address.tls)
 
+    def _models(self, connection: Connection) -> Sequence[types.SupportedModel]:
+        """What a server serves; waits while it still loads, as it does after a restart."""
+        since = time.monotonic()
+        while not (models := self.capabilities(connection).supported_models):
+            if connection.closed or time.monotonic() - since > connection.patience_s:
+                break
+            connection.silent(since, "its base model is still being loaded")
+            time.sleep(_LOADING_RETRY_S)
+        return models
+
     def _served(self, connection: Connection, base_model: str | None) -> types.SupportedModel:
         """The served model of that name, or the one that is served."""
-        models = self.capabilities(connection).supported_models
+        models = self._models(connection)
         for model in models:
             if base_model in (None, "", model.model_name):
                 return model

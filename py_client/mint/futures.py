@@ -47,6 +47,14 @@ class APIFuture(Future[T]):
             pass
         raise _no_answer_within(timeout)
 
+    def future(self) -> Future[T]:
+        """This future itself, which is a standard one."""
+        return self
+
+    async def coroutine(self) -> T:
+        """Awaits the outcome; for `asyncio.create_task`."""
+        return await self
+
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
             yield from self._wait().__await__()
@@ -70,10 +78,12 @@ class APIFuture(Future[T]):
     # What transports call, from any thread.
 
     def succeed(self, value: T) -> None:
+        """Gives the outcome, unless there is one."""
         if not self.done():
             self.set_result(value)
 
     def fail(self, error: BaseException) -> None:
+        """Gives the error that is the outcome, unless there is one."""
         if not self.done():
             self.set_exception(error)
 
@@ -92,10 +102,12 @@ class CancellableFuture(APIFuture[T]):
                 self.cancel()  # whoever awaited has gone
 
     def succeed(self, value: T) -> None:
+        """Gives the outcome, unless there is one."""
         if not self.done() and self.set_running_or_notify_cancel():
             self.set_result(value)
 
     def fail(self, error: BaseException) -> None:
+        """Gives the error that is the outcome, unless there is one."""
         if not self.done() and self.set_running_or_notify_cancel():
             self.set_exception(error)
 
@@ -105,22 +117,27 @@ class SampleFuture(CancellableFuture[SampleResponse]):
 
     @property
     def sequences(self) -> list[SampledSequence]:
+        """As in `SampleResponse`."""
         return self.result().sequences
 
     @property
     def prompt_logprobs(self) -> list[float | None] | None:
+        """As in `SampleResponse`."""
         return self.result().prompt_logprobs
 
     @property
     def topk_prompt_logprobs(self) -> list[Topk | None] | None:
+        """As in `SampleResponse`."""
         return self.result().topk_prompt_logprobs
 
     @property
     def seed(self) -> int:
+        """As in `SampleResponse`."""
         return self.result().seed
 
     @property
     def prompt_cache_hit_tokens(self) -> int:
+        """As in `SampleResponse`."""
         return self.result().prompt_cache_hit_tokens
 
 

@@ -25,8 +25,10 @@ _SEED_BITS = 63
 
 class SamplingClient:
     """A frozen model: one revision of an adapter, whatever is published later, or the base model.
+    One of kind "inflight" follows its run instead: each call is of the newest weights.
 
-    Made by `ServiceClient` and `TrainingClient`. Any number of calls may be under way.
+    Made by `ServiceClient` and `TrainingClient`. Any number of calls may be under way. It can be
+    pickled, and used in processes that were forked.
     """
 
     def __init__(self, servers: "Servers", revision_path: str, base_model: str) -> None:
@@ -37,7 +39,7 @@ class SamplingClient:
 
     @property
     def model_path(self) -> str:
-        """Path with revision of the adapter; empty: the base model."""
+        """Path of the adapter, with its revision unless it follows a run; empty: the base model."""
         return self._revision_path
 
     def sample(
@@ -84,6 +86,26 @@ class SamplingClient:
         convert = partial(_logprobs, prompt.length)
         self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
         return future
+
+    def get_sampler_handle(self) -> str:
+        """Text from which `from_sampler_handle` makes this client again, in any process that
+        reaches the sampler. Holds no key.
+        """
+        from mint._handles import Handle
+
+        return str(Handle.of(self._sampler, self._revision_path, self._base_model))
+
+    @classmethod
+    def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
+        """The client that gave `handle`. The key is `api_key`, else that of the environment."""
+        from mint._handles import Handle  # which imports this module
+
+        parsed = Handle.parse(handle)
+        return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)
+
+    def __reduce__(self) -> tuple[Callable[[str], "SamplingClient"], tuple[str]]:
+        """Pickled as its handle: whoever opens it needs the key in the environment."""
+        return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
     def get_base_model(self) -> str:
         """The name of the base model."""

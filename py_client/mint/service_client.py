@@ -86,19 +86,26 @@ class ServiceClient:
     def create_training_client_from_state(
         self,
         path: str,
+        base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
         *,
         isolated: bool = False,
         retention: timedelta | None = None,
     ) -> TrainingClient:
-        """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer."""
+        """Creates a run with a checkpoint's configuration and weights, and a fresh optimizer.
+
+        `base_model` left out is the checkpoint's, which the server must serve either way.
+        """
         source = trainer_pb2.CheckpointSource(path=text(path, "path"))
-        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        request = trainer_pb2.CreateTrainingRunRequest(
+            base_model=text(base_model or "", "base_model"), checkpoint=source
+        )
         return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state_with_optimizer(
         self,
         path: str,
+        base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
         *,
         isolated: bool = False,
@@ -106,7 +113,9 @@ class ServiceClient:
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
         source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
-        request = trainer_pb2.CreateTrainingRunRequest(checkpoint=source)
+        request = trainer_pb2.CreateTrainingRunRequest(
+            base_model=text(base_model or "", "base_model"), checkpoint=source
+        )
         return self._create(request, user_metadata, isolated, retention)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:

@@ -3,17 +3,18 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mint import types
 from mint._async_names import off_loop, submitted
 from mint._backwards import BackwardCount
 from mint._call import ask
-from mint._losses import set_loss
+from mint._custom_loss import CustomLoss, CustomPass
+from mint._passes import LogprobScope, Passes, pass_template
 from mint._run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._runs import open_run_again
 from mint._watch import RunWatch
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.sampling_client import SamplingClient, refuse_retry_config
 from mint.types.params import text, text_map, ttl
@@ -22,12 +23,9 @@ from mintrpc.v1 import trainer_pb2
 if TYPE_CHECKING:
     from mint._servers import Servers
 
-LogprobScope = Literal["all", "weighted"]
-_SCOPES: dict[str, trainer_pb2.LogprobScope] = {
-    "all": trainer_pb2.LOGPROB_SCOPE_ALL,
-    "weighted": trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
-}
-_PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
+
+SamplingClientKind = Literal["snapshot", "inflight"]
+_INFLIGHT = "inflight"  # the name under which they are published if none is given
 
 
 class TrainingClient:
@@ -36,19 +34,22 @@ class TrainingClient:
     A call that has been made runs, whether or not anybody waits for it. Made by `ServiceClient`.
     """
 
+    training_run: types.TrainingRun  # as it was opened
+
     def __init__(self, servers: "Servers", opened: Opened) -> None:
         self._servers = servers
         self._trainer = servers.trainer
         self._backwards = BackwardCount(opened.backward_count)
         self._lock = threading.RLock()
         self.training_run = types.TrainingRun.from_proto(opened.training_run)
+        limits = servers.capabilities(servers.trainer).limits
         self._calls = RunCalls(
             self._trainer,
             opened,
             partial(open_run_again, servers.trainer, self.training_run_id),
-            servers.capabilities(servers.trainer).limits.max_calls_in_flight_per_run
-            or MAX_IN_FLIGHT,
+            limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
+        self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
 
     @property
     def training_run_id(self) -> str:
@@ -69,10 +70,8 @@ class TrainingClient:
         logprob_scope: LogprobScope = "all",
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss, without a gradient."""
-        request = trainer_pb2.ForwardRequest()
-        _fill_pass(request, data, loss_fn, loss_fn_config, logprob_scope)
-        convert = partial(_pass_output, len(request.data), loss_fn)
-        return self._calls.submit(self._trainer.trainer.Forward, request, convert)
+        template = pass_template(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
+        return self._passes.submit(self._passes.requests(template, data), loss_fn)
 
     def forward_backward(
         self,
@@ -88,10 +87,43 @@ class TrainingClient:
         """
         with self._lock:
             self._backwards.add()
-            request = trainer_pb2.ForwardBackwardRequest()
-            _fill_pass(request, data, loss_fn, loss_fn_config, logprob_scope)
-            convert = partial(_pass_output, len(request.data), loss_fn)
-            return self._calls.submit(self._trainer.trainer.ForwardBackward, request, convert)
+            template = pass_template(
+                trainer_pb2.ForwardBackwardRequest, loss_fn, loss_fn_config, logprob_scope
+            )
+            requests = self._passes.requests(template, data)
+            self._backwards.add(len(requests) - 1)
+            return self._passes.submit(requests, loss_fn)
+
+    def forward_backward_custom(
+        self,
+        data: Sequence[types.Datum],
+        loss_fn: CustomLoss,
+        *,
+        loss_type_input: str | None = None,
+    ) -> APIFuture[types.ForwardBackwardOutput]:
+        """As `forward_backward`, with a loss of your own, computed by torch in this process.
+
+        `loss_fn(data, logprobs)` gets the data and, per datum, the logprobs of its `target_tokens`,
+        [n] or [n, k], float32, and returns a tensor with one value and metrics by name. It may
+        couple data in any way. Of a datum the server reads `target_tokens` alone; whatever else is
+        in `loss_fn_inputs` is for the loss. It runs on a thread of its own, and must not call this
+        client.
+
+        Costs a forward and a backward. Calls made after it take effect after it. The metrics of the
+        loss are in the answer, beside `loss:sum`, its value. If the loss raises, this call fails
+        with that error and the next `optim_step` is refused; the run goes on.
+        """
+        if loss_type_input not in (None, "logprobs"):
+            raise InvalidInputError(
+                f"`loss_type_input` is {loss_type_input!r}; losses are given logprobs",
+                field="loss_type_input",
+            )
+        with self._lock:
+            self._backwards.add()
+            custom = CustomPass(self._passes, self._calls, data, loss_fn)
+            self._backwards.add(custom.num_backwards - 1)
+            custom.start()
+            return custom.future
 
     def optim_step(
         self, adam_params: types.AdamParams | None = None
@@ -165,22 +197,34 @@ class TrainingClient:
         )
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, retry_config: None = None
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        *,
+        kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
-        """Publishes the weights and returns a client that samples from just these."""
+        """Publishes the weights and returns a client that samples from just these.
+
+        `kind="inflight"`: the client, and all of this kind and name that were made before, take
+        the newest weights that were published so, or by `save_weights_for_sampler` under that name.
+        A sample that has begun ends on the weights it began with; each sequence says which.
+        """
         refuse_retry_config(retry_config)
-        return self._servers.sampling_client_of(
-            self.save_weights_for_sampler(name).result().revision_path
-        )
+        saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
+        return self._servers.sampling_client_of(_sampled_path(saved, kind))
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, retry_config: None = None
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        *,
+        kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
         refuse_retry_config(retry_config)
-        saved = await self.save_weights_for_sampler(name)
+        saved = await self.save_weights_for_sampler(_published_name(name, kind))
         return await off_loop(type(self._servers).sampling_client_of)(
-            self._servers, saved.revision_path
+            self._servers, _sampled_path(saved, kind)
         )
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
@@ -209,8 +253,16 @@ class TrainingClient:
         """The base model's tokenizer, a Hugging Face one, from the server."""
         return self._servers.tokenizer(self._trainer, self.training_run.base_model)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a TrainingClient stays in its process: two would send different calls under the same "
+            f"number; elsewhere use ServiceClient.open_training_run({self.training_run_id!r}), "
+            "which takes the run over"
+        )
+
     forward_async = submitted(forward)
     forward_backward_async = submitted(forward_backward)
+    forward_backward_custom_async = submitted(forward_backward_custom)
     optim_step_async = submitted(optim_step)
     discard_gradient_async = submitted(discard_gradient)
     save_state_async = submitted(save_state)
@@ -237,40 +289,13 @@ class TrainingClient:
             return future
 
 
-def _fill_pass(
-    request: _PassRequest,
-    data: Sequence[types.Datum],
-    loss_fn: str,
-    loss_fn_config: Mapping[str, float] | None,
-    logprob_scope: str,
-) -> None:
-    set_loss(request, loss_fn, loss_fn_config)
-    if logprob_scope not in _SCOPES:
+def _published_name(name: str | None, kind: str) -> str | None:
+    if kind not in ("snapshot", "inflight"):
         raise InvalidInputError(
-            f"`logprob_scope` is {logprob_scope!r}; it must be 'all' or 'weighted'",
-            field="logprob_scope",
+            f"`kind` is {kind!r}; it must be 'snapshot' or 'inflight'", field="kind"
         )
-    request.logprob_scope = _SCOPES[logprob_scope]
-    if isinstance(data, types.Datum) or len(data) == 0:
-        raise InvalidInputError(
-            "`data` is empty or not a list; a batch needs at least one datum", field="data"
-        )
-    for index, datum in enumerate(data):
-        if not isinstance(datum, types.Datum):
-            raise InvalidInputError(
-                f"`data[{index}]` is a {type(datum).__name__}; give types.Datum",
-                field=f"data[{index}]",
-            )
-        request.data.append(datum.to_proto())
+    return _INFLIGHT if name is None and kind == "inflight" else name
 
 
-def _pass_output(
-    num_data: int,
-    loss_fn: str,
-    answer: trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse,
-) -> types.ForwardBackwardOutput:
-    if len(answer.outputs) != num_data:
-        raise APIResponseValidationError(
-            f"the answer has {len(answer.outputs)} outputs for {num_data} data"
-        )
-    return types.ForwardBackwardOutput.from_proto(answer, loss_fn)
+def _sampled_path(saved: types.SaveWeightsForSamplerResponse, kind: str) -> str:
+    return saved.path if kind == "inflight" else saved.revision_path

@@ -72,6 +72,7 @@ class Engine:
             dtype=config.dtype,
             threads=config.threads,
             max_lora_rank=config.max_lora_rank,
+            inference=True,
         )
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(base, config.adapter_memory_bytes)

@@ -69,7 +69,7 @@ class Runner:
         return replace(self._run(rest, adapters), decoded=decoded)
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
-        placed, segments = place(spans, adapters)
+        placed, segments = place(spans, adapters, self._base.min_rows)
         tokens = [0] * segments[-1].stop
         positions = [0] * segments[-1].stop
         for p in placed:
@@ -110,20 +110,24 @@ class Runner:
 
 
 def place(
-    spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
+    spans: Sequence[Span], adapters: Mapping[str, AdapterRow], min_rows: int
 ) -> tuple[tuple[Placed, ...], tuple[Segment, ...]]:
-    """Lays spans side by side, an adapter's together and followed by padding up to MIN_ROWS, since
-    a matmul with fewer rows computes other last bits.
+    """Lays spans side by side, an adapter's together. Spans of one token are segments of their own
+    where these may be rowwise; others are followed by padding up to MIN_ROWS, since a matmul with
+    fewer rows computes other last bits.
     """
-    groups: dict[str, list[Span]] = {}
+    groups: dict[tuple[bool, str], list[Span]] = {}
     for span in sorted(spans, key=lambda s: s.sequence.adapter):
-        groups.setdefault(span.sequence.adapter, []).append(span)
+        rowwise = min_rows < MIN_ROWS and span.stop - span.start == 1
+        groups.setdefault((rowwise, span.sequence.adapter), []).append(span)
     placed: list[Placed] = []
     segments: list[Segment] = []
     start = 0
-    for adapter, group in groups.items():
-        rows = max(MIN_ROWS, sum(span.stop - span.start for span in group))
-        segment = Segment(start, start + rows, adapters.get(adapter))
+    # Rowwise ones first: in a pass that has nothing else they are rows from 0 on.
+    for (rowwise, adapter), group in sorted(groups.items(), key=lambda item: not item[0][0]):
+        rows = sum(span.stop - span.start for span in group)
+        rows = max(min_rows if rowwise else MIN_ROWS, rows)
+        segment = Segment(start, start + rows, adapters.get(adapter), rowwise=rowwise)
         at = start
         for span in group:
             placed.append(Placed(span, at, segment))

@@ -133,12 +133,12 @@ def test_nan_in_stored_weights_is_refused(
         service.create_training_client_from_state(path)
 
 
-def test_a_message_over_the_limit_is_refused_before_it_takes_a_number(
+def test_a_datum_over_the_limit_is_refused_before_it_takes_a_number(
     service: mint.ServiceClient,
 ) -> None:
     run = service.create_lora_training_client(rank=1)
-    data = [datum([7], weights=np.ones(750_000, np.float32))] * 100  # 300 MB
-    with pytest.raises(mint.BadRequestError, match=r"takes 3\d{8} bytes.*268435456.*`data`"):
+    data = [datum(), datum([7], weights=np.ones(75_000_000, np.float32))]  # 300 MB
+    with pytest.raises(mint.BadRequestError, match=r"`data\[1\]` takes 3\d{8} bytes.*268435456"):
         run.forward(data)
     assert run.forward([datum()]).result().metrics["loss:sum"] > 0
 

@@ -52,7 +52,9 @@ def keyed_trainer(
     file = tmp_path_factory.mktemp("keys") / "keys"
     keys = {tenant: make_key(tenant, file) for tenant in ("ann", "bob", "default")}
     with (
-        running_trainer(llama_folder, trainer_store, keys=file) as service,
+        running_trainer(
+            llama_folder, trainer_store, keys=file, state=file.with_name("state")
+        ) as service,
         grpc.insecure_channel(service.address) as channel,
     ):
         yield KeyedTrainer(service, trainer_pb2_grpc.TrainerServiceStub(channel), keys)

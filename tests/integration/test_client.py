@@ -112,6 +112,25 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
     assert [entry and len(entry) for entry in response.topk_prompt_logprobs] == [None, 2, 2]
 
 
+def test_a_client_in_flight_follows_the_newest_weights_and_a_snapshot_does_not(
+    run: mint.TrainingClient,
+) -> None:
+    snapshot = run.save_weights_and_get_sampling_client()
+    follows = run.save_weights_and_get_sampling_client(kind="inflight")
+    before = follows.compute_logprobs(PROMPT).result(LIMIT_S)
+    run.forward_backward(batch())
+    run.optim_step(types.AdamParams(learning_rate=1e-2))
+    second = run.save_weights_and_get_sampling_client(kind="inflight")
+
+    now = [client.compute_logprobs(PROMPT).result(LIMIT_S) for client in (follows, second)]
+    assert snapshot.compute_logprobs(PROMPT).result(LIMIT_S) == before
+    assert now[0] == now[1] != before
+    revision = follows.sample(PROMPT, 1).result(LIMIT_S).sequences[0].revision_path
+    assert revision.startswith(f"{follows.model_path}@")
+    with pytest.raises(mint.InvalidInputError, match="`kind` is 'other'"):
+        run.save_weights_and_get_sampling_client(kind="other")  # type: ignore[arg-type]
+
+
 def test_a_seed_repeats(run: mint.TrainingClient) -> None:
     sampling = run.save_weights_and_get_sampling_client()
     params = types.SamplingParams(max_tokens=8, temperature=1.0)

@@ -178,7 +178,7 @@ def test_41_loss_fn_left_out_is_cross_entropy(training: mint.TrainingClient) -> 
     data = [make_datum(training.get_tokenizer())]
     left_out = training.forward(data).result()
     named = training.forward(data, loss_fn="cross_entropy").result()
-    assert left_out.metrics == named.metrics
+    assert left_out.metrics["loss:sum"] == named.metrics["loss:sum"]
 
 
 def test_42_to_45_adam_defaults() -> None:
@@ -217,7 +217,7 @@ def test_47_learning_rate_and_defaults_reach_the_step(service: mint.ServiceClien
         run.forward_backward(data).result()
         assert run.optim_step(params).result().metrics["learning_rate:mean"] == 5e-5
     results = [run.forward(data).result() for run in runs]
-    assert results[0].metrics == results[1].metrics
+    assert results[0].metrics["loss:sum"] == results[1].metrics["loss:sum"]
 
 
 def test_49_loss_fn_is_no_adam_parameter() -> None:

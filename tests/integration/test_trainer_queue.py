@@ -17,6 +17,7 @@ import mint
 from mint import types
 from mint_core.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
+from tests.answers import exact
 from tests.metrics import Samples, scrape, value
 from tests.servers import RunningService, running_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, datum
@@ -78,7 +79,7 @@ def train(client: mint.ServiceClient, steps: int) -> list[Any]:
         futures.append(run.forward_backward(batch(*range(step, step + 20))))
         futures.append(run.forward_backward(batch(step, 9, 40, 8)))
         futures.append(run.optim_step(types.AdamParams(learning_rate=0.01)))
-    return [future.result(60).metrics for future in futures]
+    return [exact(future.result(60).metrics) for future in futures]
 
 
 def await_accepted(run: RawRun, sequence: int) -> None:

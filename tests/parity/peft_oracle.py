@@ -15,6 +15,7 @@ from trainer_service.jobs import (
     CrossEntropy,
     Document,
     Dro,
+    Gspo,
     ImportanceSampling,
     Loss,
     Ppo,
@@ -52,9 +53,11 @@ class PeftTrainer:
         assert len(trained) == len(self.names)
         self._optimizer = torch.optim.AdamW(trained)
 
-    def logprobs(self, document: Document) -> Tensor:  # [n] float64
+    def logprobs(self, document: Document) -> Tensor:  # as `document.targets`, float64
         logits = self.model(input_ids=torch.from_numpy(document.tokens)[None]).logits[0]
-        return logits.log_softmax(-1).gather(1, torch.from_numpy(document.targets)[:, None])[:, 0]
+        targets = torch.from_numpy(document.targets)
+        wide = targets.reshape(len(targets), -1)
+        return logits.log_softmax(-1).gather(1, wide).reshape(targets.shape)
 
     def loss(self, loss: Loss, documents: Sequence[Document]) -> Tensor:  # []
         return torch.stack([_loss(loss, self.logprobs(d), d) for d in documents]).sum()
@@ -102,3 +105,10 @@ def _loss(loss: Loss, logprobs: Tensor, document: Document) -> Tensor:  # []
             return -(weights * factor * logprobs * advantages).sum()
         case Dro(beta):
             return -(weights * (logprobs * advantages - beta / 2 * (logprobs - old) ** 2)).sum()
+        case Gspo(low, high):
+            assert document.ratio_mask is not None
+            inside = torch.from_numpy(document.ratio_mask != 0)
+            sequence = torch.exp((logprobs - old)[inside].mean()).detach()
+            ratio = sequence * torch.exp(logprobs - logprobs.detach())
+            clipped = torch.clip(ratio, low, high)
+            return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()

@@ -12,7 +12,14 @@ from mint_core.lora.bank import Part
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.attention import PackedAttention
-from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
+from tests.engines_in_process import (
+    EngineRun,
+    for_loss,
+    make_documents,
+    make_engine,
+    run_plan,
+    wide_documents,
+)
 from tests.models import tiny_gemma2, tiny_gemma3, tiny_mistral, tiny_phi3
 from trainer_service.engine.engine import Engine, _deterministic
 from trainer_service.jobs import (
@@ -21,6 +28,7 @@ from trainer_service.jobs import (
     CrossEntropy,
     Document,
     Dro,
+    Gspo,
     ImportanceSampling,
     Loss,
     Ppo,
@@ -41,8 +49,9 @@ REQUESTS = [
 ]
 LOSSES: list[Loss] = [
     *(CrossEntropy(), ImportanceSampling(), Ppo(), Cispo(), Dro(0.1)),
-    *(CrossEntropy(), Ppo(clip_low_threshold=0.9, clip_high_threshold=1.1), Dro(1.0)),
+    *(CrossEntropy(), Ppo(clip_low_threshold=0.9, clip_high_threshold=1.1), Gspo(0.2, 5.0)),
 ]
+WIDE = {5: 3, 0: 1}  # targets at each position, by run; the others have one in a row of its own
 LENGTHS = [(1,), (3, 40), (17, 2, 9), (64,), (5, 5), (30, 30, 30), (2, 1, 1, 7)]
 
 
@@ -52,7 +61,10 @@ def engine(qwen3_folder: Path) -> Engine:
 
 
 def data(run: int, step: int) -> tuple[Document, ...]:
-    return make_documents(100 * run + step, LENGTHS[(run + step) % len(LENGTHS)])
+    seed, lengths = 100 * run + step, LENGTHS[(run + step) % len(LENGTHS)]
+    if run in WIDE:
+        return wide_documents(seed, lengths, WIDE[run])
+    return for_loss(make_documents(seed, lengths), LOSSES[run])
 
 
 def equal(ours: RowArrays, theirs: RowArrays) -> bool:

@@ -47,16 +47,27 @@ def pieces_and_targets(segments: list[Segment]) -> tuple[list[Piece], list[torch
     return pieces, targets
 
 
+def wide_targets(targets: list[torch.Tensor], widths: list[int]) -> list[torch.Tensor]:
+    """The targets as k at each row, one of them twice; width 0: as they are."""
+    wide = []
+    for target, width in zip(targets, widths, strict=True):
+        columns = torch.stack([(target + 31 * j) % 512 for j in range(width or 1)], 1)
+        if width > 2:
+            columns[:, 1] = columns[:, 0]
+        wide.append(columns if width else target)
+    return wide
+
+
 def full_logprobs(
     base: LoadedBase, hidden: torch.Tensor, piece: Piece, targets: torch.Tensor
-) -> torch.Tensor:
+) -> torch.Tensor:  # as `targets`
     """By the book, in float64."""
     x = hidden[piece.rows].double()
     logits = x @ base.model.get_submodule("lm_head").weight.double().T  # type: ignore[union-attr,operator]
     if piece.segment.row is not None:
         a, b = (m.double() for m in piece.segment.row.views(Part.WEIGHTS, "lm_head"))
         logits = logits + piece.segment.row.spec.scale * (x @ a.T) @ b.T
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, targets.reshape(len(targets), -1)).view(targets.shape)
 
 
 def head_gradient(
@@ -67,7 +78,7 @@ def head_gradient(
     def run(
         pieces: list[Piece], targets: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        seen = [torch.full((len(piece.rows),), torch.nan) for piece in pieces]
+        seen = [torch.full(target.shape, torch.nan) for target in targets]
 
         def slope(number: int, place: slice, logprobs: torch.Tensor) -> torch.Tensor:
             seen[number][place] = logprobs
@@ -78,6 +89,9 @@ def head_gradient(
     return run
 
 
+@pytest.mark.parametrize(
+    "widths", [[0, 0, 0, 0], [3, 3, 3, 3], [0, 3, 3, 1], [5, 0, 2, 0]], ids=str
+)
 @pytest.mark.parametrize("weighted", ["all", "some"])
 @pytest.mark.parametrize("chunk_rows", [4, 7, 16, 1000])
 def test_chunked_scores_and_gradients_equal_full_ones(
@@ -85,12 +99,14 @@ def test_chunked_scores_and_gradients_equal_full_ones(
     segments: list[Segment],
     chunk_rows: int,
     weighted: str,
+    widths: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(base.head, "chunk_rows", chunk_rows)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
-    upstream = [torch.linspace(-1, 2, len(t)) for t in targets]
+    targets = wide_targets(targets, widths)
+    upstream = [torch.linspace(-1, 2, t.numel()).view(t.shape) for t in targets]
     if weighted == "some":
         for slopes in upstream:
             slopes[::3] = 0.0
@@ -139,6 +155,10 @@ def test_a_segments_scores_do_not_depend_on_its_neighbours(
     monkeypatch.setattr(base.head, "chunk_rows", 16)
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
     pieces, targets = pieces_and_targets(segments)
-    together = base.head.logprobs(hidden, pieces, targets)
-    for i, score in enumerate(together):
+    wide = wide_targets(targets, [0, 3, 0, 2])
+    narrow, mixed = (base.head.logprobs(hidden, pieces, chosen) for chosen in (targets, wide))
+    for i, score in enumerate(narrow):
         assert torch.equal(base.head.logprobs(hidden, [pieces[i]], [targets[i]])[0], score)
+        assert torch.equal(base.head.logprobs(hidden, [pieces[i]], [wide[i]])[0], mixed[i])
+        first = mixed[i] if mixed[i].dim() == 1 else mixed[i][:, 0]
+        assert torch.equal(first, score)  # whatever else its row was asked for

@@ -1,6 +1,6 @@
 """The engine against PEFT + torch.optim.AdamW in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,13 @@ import torch
 
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
-from tests.engines_in_process import EngineRun, make_documents, make_engine
+from tests.engines_in_process import (
+    EngineRun,
+    for_loss,
+    make_documents,
+    make_engine,
+    wide_documents,
+)
 from tests.models import (
     tiny_gemma2,
     tiny_gemma3,
@@ -21,7 +27,17 @@ from tests.models import (
 )
 from tests.parity.peft_oracle import PeftTrainer
 from trainer_service.engine.engine import Engine
-from trainer_service.jobs import AdamParams, Cispo, CrossEntropy, Dro, ImportanceSampling, Loss, Ppo
+from trainer_service.jobs import (
+    AdamParams,
+    Cispo,
+    CrossEntropy,
+    Document,
+    Dro,
+    Gspo,
+    ImportanceSampling,
+    Loss,
+    Ppo,
+)
 
 # PEFT warns that an adapter on a tied head leaves the embedding as it is, which is what we want.
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
@@ -52,6 +68,8 @@ LOSSES: list[Loss] = [
     Ppo(0.5, 3.0),
     Cispo(),
     Dro(0.05),
+    Gspo(),
+    Gspo(0.2, 5.0),
 ]
 
 
@@ -81,7 +99,7 @@ def test_logprobs_losses_gradients_and_steps_equal_peft(
     params = AdamParams(learning_rate=3e-3, weight_decay=0.02, grad_clip_norm=2.0, beta2=0.95)
     for step, losses in enumerate([LOSSES[:2], LOSSES[2:4], LOSSES[4:]], start=1):
         for number, loss in enumerate(losses):
-            documents = make_documents(10 * step + number, LENGTHS)
+            documents = for_loss(make_documents(10 * step + number, LENGTHS), loss)
             result = run.compute(run.tile(documents, loss))
             expected = oracle.loss(loss, documents)
             expected.backward()
@@ -107,13 +125,28 @@ def test_each_loss_alone_has_the_gradient_of_peft(
 ) -> None:
     run = EngineRun(engine, request.node.name, LoraRequest(rank=4, seed=3), random=4)
     oracle = PeftTrainer(folder, run.spec, run.export().weights)
-    documents = make_documents(77, LENGTHS)
+    check_gradient(run, oracle, for_loss(make_documents(77, LENGTHS), loss), loss)
+
+
+@pytest.mark.parametrize("k", [1, 2, 20])
+def test_cross_entropy_over_k_targets_has_the_gradient_of_peft(
+    engine: Engine, folder: Path, k: int, request: pytest.FixtureRequest
+) -> None:
+    run = EngineRun(engine, request.node.name, LoraRequest(rank=4, seed=3), random=4)
+    oracle = PeftTrainer(folder, run.spec, run.export().weights)
+    check_gradient(run, oracle, wide_documents(k, LENGTHS, k), CrossEntropy())
+
+
+def check_gradient(
+    run: EngineRun, oracle: PeftTrainer, documents: Sequence[Document], loss: Loss
+) -> None:
+    engine = run.engine
     result = run.compute(run.tile(documents, loss, weighted=True))
     expected = oracle.loss(loss, documents)
     expected.backward()
     assert result.metrics["loss:sum"] == pytest.approx(expected.item(), rel=TOLERANCE)
     for ours, document in zip(result.logprobs, documents, strict=True):
-        weighted = oracle.logprobs(document).detach()[torch.from_numpy(document.weights != 0)]
+        weighted = oracle.logprobs(document).detach()[torch.from_numpy(document.weighted)]
         assert distance(ours, weighted) < TOLERANCE
     gradient = engine._rows[run.name].row.export(Part.GRADIENT)
     assert max(distance(gradient[name], oracle.gradient(name)) for name in oracle.names) < TOLERANCE

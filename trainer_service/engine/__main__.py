@@ -5,8 +5,10 @@ gone.
 import logging
 
 from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
+from mint_core.errors import MintError
 from trainer_service.engine.engine import Engine
-from trainer_service.jobs import EngineConfig
+from trainer_service.engine.snapshots import RowCopy, SnapshotWriter
+from trainer_service.jobs import EngineConfig, SnapshotRow
 
 
 def main() -> None:
@@ -26,10 +28,21 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
+    writer = SnapshotWriter(pipe)
     while (call := pipe.receive()) is not None:
         try:
-            pipe.send(Reply(call.number, engine.run(call.job)))
+            answer = engine.run(call.job)
+            if isinstance(answer, RowCopy):
+                writer.put(call.number, answer)
+            else:
+                pipe.send(Reply(call.number, answer))
+        except MintError as refusal:
+            pipe.fail(call.number, refusal)
         except Exception as error:
+            # Our bug, no memory, or the device's end: the front starts another engine, has the
+            # rest done again, and finds out whose doing it is.
+            if not (isinstance(call.job, SnapshotRow) and call.job.optional):
+                raise
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:
             pipe.send(Report(counts))

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from mint_core.engine_pipe import ModelDescription
-from mint_core.errors import EngineFault, InvalidRequest, MintError
+from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
@@ -28,7 +29,9 @@ from trainer_service.engine.rows import (
     device_limit_bytes,
     host_limit_bytes,
 )
+from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row
 from trainer_service.engine.training_pass import run_pass
+from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -37,9 +40,12 @@ from trainer_service.jobs import (
     ExportRow,
     LoadRow,
     Plan,
+    RestoredRow,
+    RestoreRow,
     RowArrays,
     RowCounts,
     RowDescription,
+    SnapshotRow,
     StepResult,
     StepRow,
     StepRows,
@@ -48,6 +54,7 @@ from trainer_service.jobs import (
     WriteRow,
     WrittenRow,
 )
+from trainer_service.snapshot_files import SnapshotDamaged, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +100,8 @@ class Engine:
             ExportRow: self._export,
             WriteRow: self._write,
             LoadRow: self._load,
+            SnapshotRow: self._snapshot,
+            RestoreRow: self._restore,
         }
 
     def run(self, job: object) -> object:
@@ -127,18 +136,8 @@ class Engine:
             rows[tile.training_run_id] = trained.row
         packed = pack(tiles, rows, self.base.device)
         self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
-        try:
-            with _deterministic(any(tile.isolated for tile in tiles)):
-                return run_pass(self.base, packed)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            logger.exception("a pass of %d tokens failed", len(packed.tokens))
-            fault = EngineFault(
-                f"the engine ran out of memory on a batch of {len(packed.tokens)} tokens; "
-                "send shorter sequences, or start the trainer with a smaller --max-batch-tokens"
-            )
-            return tuple(TileResult(error=fault) for _ in tiles)
+        with _deterministic(any(tile.isolated for tile in tiles)):
+            return run_pass(self.base, packed)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
         wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
@@ -165,6 +164,9 @@ class Engine:
             error = span.refused.get(job.training_run_id)
             if error is None:
                 result = next(stepped)
+                if result.error is None:
+                    weights = trained.row.part(Part.WEIGHTS)
+                    result = replace(result, weight_digest=digest(weights))
                 trained.gradient_pending = False
             else:
                 result = StepResult(step=trained.step, grad_norm=0.0, error=error)
@@ -221,6 +223,26 @@ class Engine:
         self._rows[job.training_run_id].clear_gradient()
         self._fill(job.training_run_id, job.start)
 
+    def _snapshot(self, job: SnapshotRow) -> RowCopy:
+        return copy_row(job, self._rows.here(job.training_run_id), self.base)
+
+    def _restore(self, job: RestoreRow) -> RestoredRow:
+        path, name = Path(job.path), job.training_run_id
+        try:
+            header = read_header(path)
+            trained = self._rows.add(name, self._bank.add(job.spec))
+            self._rows.here(name, *map(Part, header.digests))
+            read_row(path, trained.row, header)
+        except SnapshotDamaged as error:
+            self._rows.remove(name)
+            raise StateDamaged(name, error.message) from error
+        except MintError:
+            self._rows.remove(name)
+            raise
+        trained.step = int(header.about["step"])
+        trained.gradient_pending = header.about["gradient_pending"] == "1"
+        return RestoredRow(difference(header, self.base))
+
     def _fill(self, training_run_id: str, start: RowArrays) -> None:
         if (start.exp_avg is None) != (start.exp_avg_sq is None):
             raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
@@ -259,8 +281,3 @@ def _within(model: ModelDescription, document_tokens: int) -> ModelDescription:
         model.context_length,
     )
     return replace(model, context_length=document_tokens, memory_bound=True)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. The CPU's allocator has no exception class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -20,9 +20,10 @@ class PackedTile:
     tile: Tile
     segment: Segment
     lengths: tuple[int, ...]  # of its documents
-    targets: Tensor  # [tile tokens]
+    targets: Tensor  # [tile tokens], or [tile tokens, k]
     inputs: LossInputs
     scored: Tensor  # [scored] places in the tile that get a logprob
+    ratio_mask: Tensor | None  # [tile tokens], 1 where a token counts in its sequence's ratio
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,12 +69,14 @@ def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile
     def joined(arrays: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
 
-    weights = np.concatenate([d.weights for d in documents])
-    scored = np.flatnonzero(weights) if tile.weighted_only else np.arange(len(weights))
+    weighted = np.concatenate([d.weighted for d in documents])
+    scored = np.flatnonzero(weighted) if tile.weighted_only else np.arange(len(weighted))
     inputs = LossInputs(
-        weights=torch.from_numpy(weights).to(device),
+        weights=joined([d.weights for d in documents]),
         logprobs=_optional([d.logprobs for d in documents], device),
         advantages=_optional([d.advantages for d in documents], device),
+        clip_low=_optional([d.clip_low for d in documents], device),
+        clip_high=_optional([d.clip_high for d in documents], device),
     )
     return PackedTile(
         tile=tile,
@@ -82,6 +85,7 @@ def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile
         targets=joined([d.targets for d in documents]),
         inputs=inputs,
         scored=torch.from_numpy(scored).to(device),
+        ratio_mask=_optional([d.ratio_mask for d in documents], device),
     )
 
 

@@ -2,20 +2,20 @@
 rows.
 
 Losses are pure functions of each token's logprob. So the head asks for their slopes chunk by chunk,
-as soon as it has a chunk's logprobs, and goes back through the rows where a slope is not 0.
+as soon as it has a chunk's logprobs, and goes back through the rows where a slope is not 0. Where
+the loss also reads the ratio of the whole sequence, the head scores that sequence first.
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.losses import LossInputs, differentiate
+from trainer_service.engine.losses import LossInputs, differentiate, sequence_ratios
 from trainer_service.engine.packing import PackedPlan, PackedTile
 from trainer_service.jobs import TileResult
 
@@ -26,7 +26,10 @@ def run_pass(base: LoadedBase, plan: PackedPlan) -> tuple[TileResult, ...]:
     segments = tuple(tile.segment for tile in plan.tiles)
     with torch.set_grad_enabled(backward):
         hidden = base.hidden(plan.tokens, plan.positions, segments, PackedAttention(plan.bounds))
-    scored = [_Scored(tile, _at(tile.inputs, tile.scored)) for tile in plan.tiles]
+    inputs = _with_sequence_ratios(base, hidden.detach(), plan.tiles)
+    scored = [
+        _Scored(tile, own.at(tile.scored)) for tile, own in zip(plan.tiles, inputs, strict=True)
+    ]
     asked = [tile for tile in scored if len(tile.packed.scored)]
     gradient = _score(base, hidden.detach(), asked)
     if gradient is not None and hidden.requires_grad:
@@ -40,13 +43,13 @@ class _Scored:
 
     packed: PackedTile
     inputs: LossInputs  # each [scored]
-    logprobs: list[Tensor] = field(default_factory=list)  # part after part
+    logprobs: list[Tensor] = field(default_factory=list)  # part after part, [n] or [n, k]
     losses: list[Tensor] = field(default_factory=list)
 
-    def slope(self, place: slice, logprobs: Tensor) -> Tensor:  # [n] -> [n]
+    def slope(self, place: slice, logprobs: Tensor) -> Tensor:  # as `logprobs`
         """d loss / d logprob of the next part of the scored places; keeps its losses."""
         tile = self.packed.tile
-        losses, slope = differentiate(tile.loss, logprobs, _at(self.inputs, place))
+        losses, slope = differentiate(tile.loss, logprobs, self.inputs.at(place))
         self.logprobs.append(logprobs)
         self.losses.append(losses)
         return slope if tile.backward else torch.zeros_like(slope)
@@ -67,17 +70,38 @@ def _score(base: LoadedBase, hidden: Tensor, tiles: list[_Scored]) -> Tensor | N
     )
 
 
-def _at(inputs: LossInputs, places: Tensor | slice) -> LossInputs:
-    return LossInputs(
-        weights=inputs.weights[places],
-        logprobs=None if inputs.logprobs is None else inputs.logprobs[places],
-        advantages=None if inputs.advantages is None else inputs.advantages[places],
+def _with_sequence_ratios(
+    base: LoadedBase, hidden: Tensor, tiles: tuple[PackedTile, ...]
+) -> list[LossInputs]:
+    """What each tile's loss reads, ratios of whole sequences included."""
+    masks = [tile.ratio_mask for tile in tiles]
+    rows = [None if mask is None else torch.nonzero(mask)[:, 0] for mask in masks]
+    asked = [(tile, own) for tile, own in zip(tiles, rows, strict=True) if own is not None]
+    logprobs = iter(
+        base.head.logprobs(
+            hidden,
+            [Piece(tile.segment, own + tile.segment.start) for tile, own in asked],
+            [tile.targets[own] for tile, own in asked],
+        )
     )
+    return [
+        tile.inputs if own is None else _with_ratios(tile, own, next(logprobs))
+        for tile, own in zip(tiles, rows, strict=True)
+    ]
+
+
+def _with_ratios(tile: PackedTile, rows: Tensor, logprobs: Tensor) -> LossInputs:
+    inputs, mask = tile.inputs, tile.ratio_mask
+    assert inputs.logprobs is not None
+    assert mask is not None
+    log_ratio = torch.zeros_like(mask)
+    log_ratio[rows] = logprobs - inputs.logprobs[rows]
+    return replace(inputs, sequence_ratios=sequence_ratios(log_ratio, mask, tile.lengths))
 
 
 def _result(tile: _Scored) -> TileResult:
     packed = tile.packed
-    weighted = [int(np.count_nonzero(d.weights)) for d in packed.tile.documents]
+    weighted = [int(d.weighted.sum()) for d in packed.tile.documents]
     counts = weighted if packed.tile.weighted_only else list(packed.lengths)
     logprobs = _joined(tile.logprobs).cpu().numpy()
     return TileResult(

@@ -1,5 +1,7 @@
 """Values that go into calls and come out of them: plain, immutable, without protobuf."""
 
+from typing import Literal
+
 from mint.types.checkpoints import (
     Checkpoint,
     CheckpointFile,
@@ -41,6 +43,7 @@ from mint.types.samples import SampledSequence, SamplePart, SampleResponse, Stop
 from mint.types.tensor_data import TensorData, TensorDtype
 
 ForwardBackwardResult = ForwardBackwardOutput
+LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 ModelID = str
 ParsedCheckpointTinkerPath = ParsedCheckpointPath
 
@@ -66,6 +69,7 @@ __all__ = [
     "ListTrainingRunsResponse",
     "LoadWeightsResponse",
     "LoraConfig",
+    "LossFnType",
     "ModelData",
     "ModelID",
     "ModelInput",

@@ -59,6 +59,7 @@ class ParsedCheckpointPath:
 
     @property
     def tinker_path(self) -> str:
+        """The same as `path`."""
         return self.path
 
 
@@ -123,22 +124,27 @@ class Checkpoint:
 
     @property
     def checkpoint_id(self) -> str:
+        """`<segment>/<name>`, as in `sampler_weights/a`."""
         return ParsedCheckpointPath.parse(self.path).checkpoint_id
 
     @property
     def tinker_path(self) -> str:
+        """The same as `path`."""
         return self.path
 
     @property
     def time(self) -> datetime:
+        """The same as `create_time`."""
         return self.create_time
 
     @property
     def expires_at(self) -> datetime | None:
+        """The same as `expire_time`."""
         return self.expire_time
 
     @property
     def user_metadata(self) -> dict[str, str]:
+        """The same as `metadata`."""
         return self.metadata
 
 
@@ -183,6 +189,7 @@ class WeightsInfoResponse:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "WeightsInfoResponse":
+        """What a checkpoint's description says of its weights."""
         groups = {_group(module) for module in checkpoint.lora_config.target_modules}
         return cls(
             base_model=checkpoint.base_model,

@@ -18,6 +18,9 @@ _DTYPES = {
     "weights": "float32",
     "advantages": "float32",
     "logprobs": "float32",
+    "clip_low_threshold": "float32",
+    "clip_high_threshold": "float32",
+    "sequence_ratio_mask": "float32",
 }
 
 

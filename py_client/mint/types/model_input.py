@@ -27,6 +27,7 @@ class EncodedTextChunk:
 
     @property
     def length(self) -> int:
+        """Tokens."""
         return len(self.tokens)
 
     def to_proto(self) -> types_pb2.ModelInputChunk:
@@ -46,6 +47,7 @@ class ImageChunk:
 
     @property
     def length(self) -> int:
+        """Tokens."""
         return _expected(self.expected_tokens)
 
     def to_proto(self) -> types_pb2.ModelInputChunk:
@@ -69,6 +71,7 @@ class ImageAssetPointerChunk:
 
     @property
     def length(self) -> int:
+        """Tokens."""
         return _expected(self.expected_tokens)
 
     def to_proto(self) -> types_pb2.ModelInputChunk:
@@ -108,6 +111,7 @@ class ModelInput:
 
     @classmethod
     def empty(cls) -> "ModelInput":
+        """One of no tokens, to append to."""
         return cls([])
 
     @property

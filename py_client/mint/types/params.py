@@ -69,6 +69,7 @@ class AdamParams:
 
     @property
     def betas(self) -> tuple[float, float]:
+        """`beta1` and `beta2`, as torch.optim.AdamW names them."""
         return self.beta1, self.beta2
 
     def to_proto(self) -> types_pb2.AdamParams:

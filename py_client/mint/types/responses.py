@@ -39,14 +39,20 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class OptimStepResponse:
-    """`step` counts the steps taken so far."""
+    """`step` counts the steps taken so far. Metrics: `grad_norm:mean`, the norm of the whole
+    gradient before clipping, the same as `unclipped_grad_l2:mean`, and `learning_rate:mean`, the
+    rate of this step.
+    """
 
     metrics: dict[str, float]
     step: int
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.OptimStepResponse) -> "OptimStepResponse":
-        return cls(dict(message.metrics), message.step)
+        metrics = dict(message.metrics)
+        if (norm := metrics.get("grad_norm:mean")) is not None:
+            metrics["unclipped_grad_l2:mean"] = norm  # as scripts for Tinker read it
+        return cls(metrics, message.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,7 @@ class TrainingRun:
     trained_modules: list[str]
     isolated: bool
     kind: RunKind = "trained"
+    inexact_replay_count: int = 0  # how often it was restored to other bits than before
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
@@ -142,28 +149,34 @@ class TrainingRun:
             trained_modules=list(message.trained_modules),
             isolated=message.isolated,
             kind=_RUN_KINDS.get(message.kind, "trained"),
+            inexact_replay_count=message.inexact_replay_count,
         )
 
     @property
     def lora_rank(self) -> int:
+        """Rank of its adapter."""
         return self.lora_config.rank
 
     # The names of the same in Tinker's SDK.
 
     @property
     def is_lora(self) -> bool:
+        """True: every run is."""
         return True
 
     @property
     def corrupted(self) -> bool:
+        """Whether its weights are lost."""
         return self.state == "failed"
 
     @property
     def last_request_time(self) -> datetime:
+        """The same as `update_time`."""
         return self.update_time
 
     @property
     def user_metadata(self) -> dict[str, str]:
+        """The same as `metadata`."""
         return self.metadata
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import APIResponseValidationError, InvalidInputError
-from mint.types._arrays import array_of
+from mint.types._arrays import array_of, integers_of
 from mintrpc.v1 import types_pb2
 
 TensorDtype = Literal["float32", "int64"]
@@ -30,12 +30,23 @@ class TensorData:
     _array: NDArray[Any]
 
     def __init__(
-        self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None
+        self,
+        data: Any,
+        dtype: TensorDtype | None = None,
+        shape: Sequence[int] | None = None,
+        sparse_crow_indices: Sequence[int] | None = None,
+        sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        """`data` is a list, numpy array or torch tensor. `dtype` left out is that of the data."""
+        """`data` is a list, numpy array or torch tensor. `dtype` left out is that of the data.
+
+        With indices, `data` are the values that a matrix of `shape` holds in CSR form; it is kept
+        dense, 0 where it has no value.
+        """
         array = array_of(data, "data")
         array = cast(array, dtype or _natural_dtype(array), "data")
-        if shape is not None:
+        if sparse_crow_indices is not None or sparse_col_indices is not None:
+            array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
+        elif shape is not None:
             if int(np.prod(shape, dtype=np.int64)) != array.size:
                 raise InvalidInputError(
                     f"`shape` {list(shape)} does not fit the {array.size} entries of `data`",
@@ -57,6 +68,11 @@ class TensorData:
         """Floats become float32, integers int64."""
         return cls(tensor)
 
+    @classmethod
+    def from_torch_sparse(cls, tensor: Any) -> "TensorData":
+        """As `from_torch`; it is kept dense."""
+        return cls(tensor)
+
     @property
     def data(self) -> list[Any]:
         """All values in one flat list, in row-major order."""
@@ -65,10 +81,12 @@ class TensorData:
 
     @property
     def dtype(self) -> TensorDtype:
+        """The type on the wire."""
         return "float32" if self._array.dtype.kind == "f" else "int64"
 
     @property
     def shape(self) -> list[int]:
+        """Lengths of its dimensions."""
         return list(self._array.shape)
 
     def tolist(self) -> list[Any]:
@@ -131,6 +149,32 @@ def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
     if array.size and array.dtype.kind == "f":
         raise InvalidInputError(f"`{field}` holds floats; give integers", field=field)
     return array.astype(np.int64)
+
+
+def _dense(
+    values: NDArray[Any],  # [stored]
+    crow: Sequence[int] | None,  # [rows + 1]
+    columns: Sequence[int] | None,  # [stored]
+    shape: Sequence[int] | None,
+) -> NDArray[Any]:
+    """The matrix of a CSR form."""
+    if crow is None or columns is None or shape is None or len(shape) != 2:
+        raise InvalidInputError(
+            "a CSR form needs `sparse_crow_indices`, `sparse_col_indices` and a `shape` of two "
+            "dimensions",
+            field="sparse_crow_indices",
+        )
+    counts = np.diff(integers_of(crow, "sparse_crow_indices"))
+    places = integers_of(columns, "sparse_col_indices")
+    wrong = len(counts) != shape[0] or (counts < 0).any() or counts.sum() != len(values)
+    if wrong or len(places) != len(values) or ((places < 0) | (places >= shape[1])).any():
+        raise InvalidInputError(
+            f"the CSR indices do not fit `shape` {list(shape)} and {len(values)} values",
+            field="sparse_crow_indices",
+        )
+    dense = np.zeros(tuple(shape), values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), places] = values
+    return dense
 
 
 def _natural_dtype(array: NDArray[Any]) -> str:

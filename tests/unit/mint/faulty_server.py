@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
@@ -156,9 +157,10 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         if fault is not None:
             refuse(context, fault)
         if kind in (trainer_pb2.ForwardResponse, trainer_pb2.ForwardBackwardResponse):
-            output = types_pb2.TensorData(dtype=types_pb2.TENSOR_DTYPE_FLOAT32, shape=[0])
-            outputs = [trainer_pb2.DatumOutput(logprobs=output) for _ in request.data]
-            return kind(outputs=outputs, metrics={"loss:sum": float(request.sequence)})
+            outputs = [trainer_pb2.DatumOutput(logprobs=_logprobs(d)) for d in request.data]
+            tokens = sum(len(d.model_input.chunks[0].encoded_text.tokens) for d in request.data)
+            metrics = {"loss:sum": float(request.sequence), "tokens:sum": float(tokens)}
+            return kind(outputs=outputs, metrics=metrics)
         return kind()
 
     def _arrive(self, request: Any, method: str) -> Fault | None:
@@ -192,18 +194,22 @@ class Model(model_pb2_grpc.ModelServiceServicer):
         self.fingerprint = "ab12ab12ab12"
         self.role = model_pb2.SERVICE_ROLE_SAMPLER  # of both: tests sample from the same port
         self.sampler_address = ""
+        self.loading = 0  # so many answers tell of no model yet
 
     def GetServerCapabilities(self, request: Any, context: Any) -> Any:
         self.metadata.append(dict(context.invocation_metadata()))
         model = model_pb2.BaseModel(
             name="base", context_length=64, tokenizer_fingerprint=self.fingerprint
         )
+        self.loading, loading = max(self.loading - 1, 0), self.loading
         return model_pb2.GetServerCapabilitiesResponse(
             server_version="1",
             role=self.role,
             sampler_address=self.sampler_address,
-            base_models=[model],
-            limits=model_pb2.Limits(max_message_bytes=1 << 20, max_calls_in_flight_per_run=8),
+            base_models=[] if loading else [model],
+            limits=model_pb2.Limits(
+                max_message_bytes=1 << 20, max_calls_in_flight_per_run=8, max_data_per_request=100
+            ),
         )
 
     def GetTokenizer(self, request: Any, context: Any) -> Iterator[Any]:
@@ -304,6 +310,14 @@ def running(
         sampler.cancelled.set()
         script.watch_left.set()
         server.stop(0).wait(WAIT_S)
+
+
+def _logprobs(datum: Any) -> types_pb2.TensorData:
+    """0, 1, 2, ... in the shape of the targets."""
+    shape = datum.loss_fn_inputs["target_tokens"].shape
+    values = np.arange(np.prod(shape, dtype=np.int64), dtype="<f4").tobytes()
+    dtype = types_pb2.TENSOR_DTYPE_FLOAT32
+    return types_pb2.TensorData(dtype=dtype, shape=shape, values=values)
 
 
 def refuse(context: Any, fault: Fault) -> None:

@@ -93,6 +93,20 @@ def test_headers_that_are_not_legal_are_named(server: Server) -> None:
         client.get_server_capabilities()
 
 
+def test_a_server_that_still_loads_its_model_is_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mint._servers._LOADING_RETRY_S", 0.01)
+    with mint.ServiceClient(base_url=server.address) as service:
+        server.model.loading = 3
+        assert service.create_sampling_client().get_base_model() == "base"
+
+    with mint.ServiceClient(base_url=server.address, timeout=0.1) as service:
+        server.model.loading = 10**6
+        with pytest.raises(mint.NotFoundError, match="no model yet"):
+            service.create_sampling_client()
+
+
 def test_silence_is_reported_once_and_so_is_its_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

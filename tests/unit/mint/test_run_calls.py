@@ -232,7 +232,7 @@ def test_a_message_that_is_too_large_is_refused_before_it_has_a_number(
         training.forward_backward([long])
     training.forward(data).result(LIMIT_S)
 
-    assert caught.value.field == "data"
+    assert caught.value.field == "data[0]"
     assert server.script.executed == [(1, "Forward")]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import mint
 from mint import types
 from mint.types.samples import optional_logprobs
-from mintrpc.v1 import sampler_pb2, types_pb2
+from mintrpc.v1 import sampler_pb2, trainer_pb2, types_pb2
 
 PROMPT = types.ModelInput.from_ints([1, 2])
 
@@ -76,6 +76,51 @@ def test_integers_survive_the_wire(values: list[int]) -> None:
     message = types_pb2.TensorData.FromString(tensor.to_proto().SerializeToString())
 
     assert types.TensorData.from_proto(message).data == values
+
+
+def test_a_csr_form_is_kept_dense() -> None:
+    data = types.TensorData(
+        [1.0, 2.0, 3.0],
+        "float32",
+        [3, 4],
+        sparse_crow_indices=[0, 2, 2, 3],
+        sparse_col_indices=[3, 0, 1],
+    )
+    matrix = [[2, 0, 0, 1], [0, 0, 0, 0], [0, 3, 0, 0]]
+
+    assert data.tolist() == matrix
+    assert data == types.TensorData.from_torch_sparse(torch.tensor(matrix).float())
+    assert data == types.TensorData.from_torch_sparse(torch.tensor(matrix).float().to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("shape", "crow", "columns"),
+    [
+        (None, [0, 1], [0]),
+        ([3], [0, 1], [0]),
+        ([1, 2], [0, 1], None),
+        ([1, 2], None, [0]),
+        ([1, 2], [0, 2], [0]),
+        ([1, 2], [0, 1], [2]),
+        ([2, 2], [0, 1], [0]),
+        ([2, 2], [0, 2, 1], [0]),
+        ([1, 2], [0, 1], [0, 1]),
+    ],
+)
+def test_csr_forms_that_do_not_fit_are_refused(shape: Any, crow: Any, columns: Any) -> None:
+    with pytest.raises(mint.InvalidInputError, match="CSR"):
+        types.TensorData([1.0], "float32", shape, crow, columns)
+
+
+def test_the_norm_of_the_gradient_has_the_name_that_scripts_read() -> None:
+    answer = trainer_pb2.OptimStepResponse(
+        step=3, metrics={"grad_norm:mean": 2.5, "learning_rate:mean": 1e-4}
+    )
+
+    metrics = types.OptimStepResponse.from_proto(answer).metrics
+
+    assert metrics["grad_norm:mean"] == metrics["unclipped_grad_l2:mean"] == 2.5
+    assert metrics["learning_rate:mean"] == 1e-4
 
 
 def test_tensor_data_keeps_its_shape_and_its_values_to_itself() -> None:

@@ -60,6 +60,34 @@ async def test_an_error_comes_after_what_is_there() -> None:
         await anext(parts)
 
 
+async def test_what_the_next_engine_sends_again_is_told_once() -> None:
+    parts = PartBuffer()
+    parts.begin("a@1")
+    for each in (part(0, [1, 2]), part(1, [5], StopReason.STOP)):
+        parts.put(each)
+    assert await anext(parts) == part(0, [1, 2])
+
+    parts.begin("a@1")
+    for each in (part(1, [5], StopReason.STOP), part(0, [1]), part(0, [2, 3], StopReason.LENGTH)):
+        parts.put(each)
+
+    await ended(parts)
+    assert [each async for each in parts] == [
+        part(1, [5], StopReason.STOP),
+        part(0, [3], StopReason.LENGTH),
+    ]
+    assert parts.tokens == 4
+
+
+async def test_an_engine_that_draws_other_tokens_is_found_out() -> None:
+    parts = PartBuffer()
+    parts.put(part(0, [1, 2]))
+    parts.begin("a@1")
+    parts.put(part(0, [1]))
+    with pytest.raises(EngineFault, match="drew others"):
+        parts.put(part(0, [3]))
+
+
 async def test_a_waiting_reader_is_woken() -> None:
     parts = PartBuffer()
     reader = asyncio.ensure_future(anext(parts))

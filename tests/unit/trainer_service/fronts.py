@@ -17,6 +17,7 @@ from tests.unit.trainer_service.calls import call, compute
 from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Outcome, Step
 from trainer_service.checkpoints import Checkpoints
+from trainer_service.durability import Durability
 from trainer_service.jobs import AdamParams
 from trainer_service.requests import CreateRun, DeleteRun, Identity
 from trainer_service.runs import Runs
@@ -29,13 +30,24 @@ TENANT = "ann"
 
 
 @dataclass
+class SetClock:
+    """What retention times go by: it stands until it is set."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
 class Front:
     """Runs of one tenant, made by number."""
 
     runs: Runs
     engine: EngineProcess
     metrics: Metrics
-    now_s: float = 0.0  # what the clock of retention times says
+    state: Path
+    clock: SetClock
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
     def identity(self) -> Identity:
@@ -69,10 +81,16 @@ def optim_step(run: str, sequence: int) -> Call:
 
 
 @asynccontextmanager
-async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[Front]:
-    engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
-    metrics = Metrics()
+async def fronting(
+    store: Path,
+    retention_s: float = math.inf,
+    engine_module: str = "tests.engines.trainer",
+    snapshot_s: float = 60.0,
+) -> AsyncIterator[Front]:
+    engine = EngineProcess(engine_module, "no settings", on_death=lambda why: scheduler.lose(why))
+    metrics, clock = Metrics(), SetClock()
     scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
+    durability = Durability(store / ".state", scheduler, metrics, snapshot_s=snapshot_s)
     limits = Load(count=1000, tokens=1_000_000)
     backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
     runs = Runs(
@@ -81,18 +99,19 @@ async def fronting(store: Path, retention_s: float = math.inf) -> AsyncIterator[
         metrics,
         SequenceLimits(),
         backlogs,
+        durability,
         retention_s=retention_s,
-        clock=lambda: front.now_s,
+        clock=clock,
     )
-    front = Front(runs, engine, metrics)
-
-    def lose(why: str) -> None:
-        runs.lose(why)
+    front = Front(runs, engine, metrics, store / ".state", clock)
 
     async with asyncio.timeout(LIMIT_S):
         scheduler.welcome(await engine.start())
+        durability.start(runs.all)
+        runs.resume()
         try:
             yield front
         finally:
             await runs.stop()
+            await durability.stop()
             await engine.close()

@@ -22,6 +22,7 @@ def origin(tenant: str, run: str) -> RunOrigin:
         row_bytes=4,
         create_time=datetime.now(UTC),
         isolated=False,
+        tile_tokens=16,
     )
 
 

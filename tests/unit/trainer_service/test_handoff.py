@@ -52,10 +52,14 @@ class Trainer:
             raise RowNotWritten(job.path, Path(job.file), error) from error
         return WrittenRow(LAYOUT, len(self.written))
 
-    async def publish(self, name: str | None = None, ttl_s: float | None = None) -> Published:
+    async def publish(
+        self, name: str | None = None, ttl_s: float | None = None, sequence: int = 0
+    ) -> Published:
         expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
         save = SaveForSampler(name=name, ttl_s=ttl_s, metadata={})
-        return await self.handoff.publish(RUN, save, self.write, expire_time=expire_time)
+        return await self.handoff.publish(
+            RUN, save, self.write, sequence=sequence, expire_time=expire_time
+        )
 
     @property
     def folder(self) -> Path:
@@ -137,6 +141,14 @@ async def test_a_named_checkpoint_is_stored_first_and_put_into_memory_beside(
             assert opened.row is not None
             stored = trainer.store.open(published.revision_path, tenant="ann").weights()
             assert all((opened.weights()[name] == stored[name]).all() for name in stored)
+
+
+async def test_a_call_that_is_done_again_after_a_crash_names_one_revision(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        first = await trainer.publish("a", sequence=7)
+        assert await trainer.publish("a", sequence=7) == first
+        later = await trainer.publish("a", sequence=8)
+        assert later.revision_path == "mint://r-1/sampler_weights/a@2"
 
 
 async def test_a_named_checkpoint_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.trainer_service.calls import call, compute, step
-from trainer_service.jobs import Plan, StepRows, Tile, tile_tokens
-from trainer_service.planner import Planner, cut
+from tests.unit.trainer_service.calls import call, compute, document, step
+from trainer_service.calls import Compute
+from trainer_service.jobs import CrossEntropy, Plan, StepRows, Tile, tile_tokens
+from trainer_service.planner import Planner, cut, most_tile_tokens
 
 BUDGET = 64
 
@@ -17,7 +20,9 @@ BUDGET = 64
 def tiles(
     run: str, sequence: int, *lengths: int, budget: int = BUDGET, isolated: bool = False
 ) -> tuple[Tile, ...]:
-    return cut(call(sequence, run=run), compute(*lengths), budget, isolated=isolated)
+    return cut(
+        call(sequence, run=run), compute(*lengths), most_tile_tokens(budget), isolated=isolated
+    )
 
 
 def plans(planner: Planner) -> list[Plan]:
@@ -41,6 +46,18 @@ def test_every_document_is_in_one_tile_and_in_order(lengths: list[int], budget: 
 
     assert [len(d.tokens) for tile in cuts for d in tile.documents] == lengths
     assert all(len(t.documents) == 1 or tile_tokens(t) <= max(1, budget // 4) for t in cuts)
+
+
+def test_a_tile_has_as_many_targets_at_each_position() -> None:
+    narrow, wide = document(3), replace(document(3), targets=np.zeros((3, 2), np.int64))
+    work = Compute(
+        documents=(narrow, narrow, wide, wide, narrow),
+        loss=CrossEntropy(),
+        backward=True,
+        weighted_only=False,
+    )
+
+    assert [len(tile.documents) for tile in cut(call(1), work, 400)] == [2, 2, 1]
 
 
 def test_documents_of_different_runs_share_a_plan() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.trainer_service.calls import call, compute
 from trainer_service.jobs import Plan, Tile, tile_tokens
-from trainer_service.planner import Planner, cut
+from trainer_service.planner import Planner, cut, most_tile_tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class History:
 
     def add(self, arrival: Arrival) -> None:
         sequence = len(self.added[arrival.run]) + 1
-        tiles = cut(call(sequence, run=arrival.run), compute(*arrival.lengths), self.budget)
+        tiles = cut(
+            call(sequence, run=arrival.run),
+            compute(*arrival.lengths),
+            most_tile_tokens(self.budget),
+        )
         self.planner.add(arrival.tenant, tiles)
         self.added[arrival.run] += tiles
         self.tenants[arrival.run] = arrival.tenant

@@ -17,7 +17,7 @@ LIMIT_S = 100.0
 
 
 async def pass_time(front: Front, seconds: float) -> None:
-    front.now_s += seconds
+    front.clock.now_s += seconds
     await front.runs.expire()
 
 

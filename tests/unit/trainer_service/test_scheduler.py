@@ -8,15 +8,14 @@ import pytest
 
 from mint_core import engine_process
 from mint_core.engine_process import EngineProcess
-from mint_core.errors import EngineFault, FailedPrecondition, Unavailable
+from mint_core.errors import EngineDied, FailedPrecondition, Unavailable
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from tests.engines.trainer import DIE, MAX_BATCH_TOKENS, REFUSED_RATE, WAIT
 from tests.unit.trainer_service.calls import call, compute, step
-from trainer_service.errors import TrainingRunLost
 from trainer_service.jobs import ClearGradient, CreateRow, Tile, TileResult
-from trainer_service.planner import cut
-from trainer_service.scheduler import Forecast, Scheduler
+from trainer_service.planner import cut, most_tile_tokens
+from trainer_service.scheduler import Forecast, NotStarted, Scheduler
 from trainer_service.usage import Usage
 
 LIMIT_S = 30.0
@@ -24,11 +23,9 @@ LIMIT_S = 30.0
 
 @asynccontextmanager
 async def scheduling(weights: Mapping[str, float] | None = None) -> AsyncIterator[Scheduler]:
-    engine = EngineProcess("tests.engines.trainer", "no settings", on_death=lambda why: lose(why))
-
-    def lose(why: str) -> None:
-        scheduler.lose(why)
-
+    engine = EngineProcess(
+        "tests.engines.trainer", "no settings", on_death=lambda why: scheduler.lose(why)
+    )
     weight_of = weights.__getitem__ if weights else lambda tenant: 1.0
     scheduler = Scheduler(engine, Usage(Metrics()), weight_of)
     async with asyncio.timeout(LIMIT_S):
@@ -40,7 +37,7 @@ async def scheduling(weights: Mapping[str, float] | None = None) -> AsyncIterato
 
 
 def tiles(run: str, sequence: int, *lengths: int) -> tuple[Tile, ...]:
-    return cut(call(sequence, run=run), compute(*lengths), MAX_BATCH_TOKENS)
+    return cut(call(sequence, run=run), compute(*lengths), most_tile_tokens(MAX_BATCH_TOKENS))
 
 
 def plan_of(results: list[TileResult]) -> list[float]:
@@ -66,7 +63,7 @@ async def test_what_waits_goes_together_when_the_engine_is_idle() -> None:
             asyncio.create_task(scheduler.compute("x", tiles(run, 1, 8))) for run in ("a", "b", "c")
         ]
         await asyncio.sleep(0)
-        await scheduler.row(ClearGradient("first"))  # which the engine waits for
+        await scheduler.row(ClearGradient("first"), 1)  # which the engine waits for
 
         assert plan_of(await first) == [1]
         assert [plan_of(await each) for each in runs] == [[2], [2], [2]]
@@ -119,7 +116,7 @@ async def test_a_forecast_counts_what_the_engine_has_and_what_comes_first() -> N
         ]
         await asyncio.sleep(0)
         while_unknown = scheduler.forecast("x", "b")
-        await scheduler.row(ClearGradient("first"))
+        await scheduler.row(ClearGradient("first"), 1)
         await asyncio.gather(first, *waiting)
 
         assert before == Forecast(0, 0.0)
@@ -132,7 +129,7 @@ async def test_a_forecast_counts_what_the_engine_has_and_what_comes_first() -> N
         assert known.tokens_ahead == 4
         assert known.wait_s is not None
         assert scheduler.predict_s("x", "b", 8) > 0
-        await scheduler.row(ClearGradient("first"))
+        await scheduler.row(ClearGradient("first"), 1)
         await asyncio.gather(second, third)
 
 
@@ -148,7 +145,7 @@ async def test_a_refused_step_is_refused_alone() -> None:
         assert not isinstance(results[0], BaseException)
 
 
-async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
+async def test_an_engine_that_dies_fails_what_it_had_and_what_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
@@ -159,13 +156,17 @@ async def test_an_engine_that_dies_fails_what_it_had_and_loses_what_waits(
             asyncio.create_task(scheduler.step("x", step("b"))),
         ]
 
-        with pytest.raises(EngineFault):
+        with pytest.raises(EngineDied) as caught:
             await first
-        for task, run in zip(waiting, ("a", "b"), strict=True):
-            with pytest.raises(TrainingRunLost, match=f"`{run}` were lost .*exit code 3"):
+        assert not isinstance(caught.value, NotStarted)
+        for task in waiting:
+            with pytest.raises(NotStarted, match="exit code 3"):
                 await task
 
-        await scheduler.create_row(job("c"))  # waits for the next engine
+        with pytest.raises(NotStarted):
+            await scheduler.row(job("c"), 1)  # the life that has ended
+        assert await scheduler.up() == 2  # waits for the next engine
+        await scheduler.row(job("c"), 2)
         assert plan_of(await scheduler.compute("x", tiles("c", 1, 4))) == [1]
 
 

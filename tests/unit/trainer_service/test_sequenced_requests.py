@@ -15,6 +15,7 @@ from trainer_service.jobs import (
     Cispo,
     CrossEntropy,
     Dro,
+    Gspo,
     ImportanceSampling,
     Loss,
     Ppo,
@@ -95,6 +96,8 @@ def test_forward_is_not_backward() -> None:
         ({"ppo": types_pb2.Ppo(clip_low_threshold=0.0)}, Ppo(0.0, 1.2)),
         ({"cispo": types_pb2.Cispo(clip_high_threshold=5)}, Cispo(0.8, 5)),
         ({"dro": types_pb2.Dro(beta=0.05)}, Dro(0.05)),
+        ({"gspo": types_pb2.Gspo()}, Gspo(0.9997, 1.0004)),
+        ({"gspo": types_pb2.Gspo(clip_low_threshold=0.5)}, Gspo(0.5, 1.0004)),
     ],
 )
 def test_losses_and_their_defaults(given: dict[str, Any], loss: Loss) -> None:

@@ -38,6 +38,7 @@ class Recorder:
     def answer(self, *sequences: int) -> None:
         for sequence in sequences:
             self.sequence.record(sequence, Discarded(True))
+            self.sequence.release(sequence)
 
 
 async def test_calls_are_accepted_in_order_whatever_order_they_arrive_in() -> None:
@@ -72,6 +73,7 @@ async def test_a_repeat_gets_the_recorded_outcome_or_waits_for_it() -> None:
     outcome = Discarded(False)
 
     recorder.sequence.record(1, outcome)
+    recorder.sequence.release(1)
     late = recorder.sequence.arrive(call(1))
 
     assert await first.outcome is await pending.outcome is await late.outcome is outcome
@@ -82,6 +84,7 @@ async def test_an_error_is_an_outcome_too_and_uses_up_its_number() -> None:
     recorder = Recorder()
     recorder.sequence.arrive(call(1))
     recorder.sequence.record(1, error := FailedPrecondition("no"))
+    recorder.sequence.release(1)
 
     assert await recorder.sequence.arrive(call(1)).outcome is error
     assert recorder.sequence.next_sequence == 2
@@ -216,6 +219,7 @@ async def test_unacknowledged_answers_are_kept_up_to_a_size() -> None:
     recorder = Recorder(kept_bytes=1_000_000)
     recorder.sequence.arrive(call(1))
     recorder.sequence.record(1, Computed(logprobs=(np.zeros(250_000, np.float32),)))
+    recorder.sequence.release(1)
 
     with pytest.raises(AnswersUnacknowledged):
         recorder.sequence.arrive(call(2))

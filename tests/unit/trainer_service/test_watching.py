@@ -218,7 +218,7 @@ async def test_a_lost_run_says_so(tmp_path: Path) -> None:
     async with fronting(tmp_path) as front:
         run = await front.create()
         async with reading(front, run) as reader:
-            front.runs.lose("as the test says")
+            front.runs._find(TENANT, run).lose("as the test says")
             while len(reader.views) < 2:
                 await asyncio.sleep(0.01)
 

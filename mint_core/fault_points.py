@@ -1,0 +1,36 @@
+"""Places at which tests end a process, as a power cut would: between two writes of a promise.
+
+`MINT_FAULT_POINT=journal:before-commit` kills the process when it first comes there,
+`journal:before-commit@7` the seventh time, `journal:before-commit@7@FILE` only if there is no FILE
+yet, which is made: an engine's successor inherits the variable and is to live. Nothing but tests
+sets it.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+_POINT, _, _REST = os.environ.get("MINT_FAULT_POINT", "").partition("@")
+_TIMES, _, _ONCE = _REST.partition("@")
+_left = int(_TIMES or 1)
+
+
+def fault_point(name: str) -> None:
+    """Ends the process here if a test asked for it."""
+    global _left
+    if name != _POINT:
+        return
+    _left -= 1
+    if _left == 0 and _claimed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _claimed() -> bool:
+    """Whether no process has died for this test yet."""
+    if not _ONCE:
+        return True
+    try:
+        Path(_ONCE).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

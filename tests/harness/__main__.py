@@ -1,0 +1,129 @@
+"""`python -m tests.harness KILLS SEED`: trains and samples for four tenants while processes are
+killed, until so many were, and checks all that was said. Status 1 and a line per problem if
+anything was lost, done twice, or differs in a bit from what a server without faults says.
+"""
+
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from tests.harness.checker import Event, problems
+from tests.harness.faults import Faults
+from tests.harness.stage import staged
+
+USERS = 4
+DISK_MIB = 96
+
+
+@dataclass
+class Report:
+    kills: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+    rounds: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        named = " ".join(f"{name}={count}" for name, count in sorted(self.faults.items()))
+        return f"rounds={self.rounds} kills={self.kills} calls={self.calls} faults: {named}"
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """The same scripts, again and again."""
+
+    folder: Path
+    model: Path
+    steps: int
+
+    def undisturbed(self) -> list[Event]:
+        folder = self.folder / "undisturbed"
+        folder.mkdir()
+        with staged(folder, self.model, USERS, folder / "state") as stage:
+            stage.start_users(USERS, self.steps)
+            for _ in stage.running():
+                pass
+            found = stage.history()
+            assert stage.kills() == 0, "something died by itself"
+        return list(found)
+
+    def round(
+        self, number: int, random: Random, gap: int, first: Sequence[str], expected: Sequence[Event]
+    ) -> Report:
+        """One play with faults; those in `first` are made for certain."""
+        folder = self.folder / f"round-{number}"
+        folder.mkdir()
+        with (
+            small_disk(folder / "state") as disk,
+            staged(folder, self.model, USERS, folder / "state" / "journal") as stage,
+        ):
+            stage.start_users(USERS, self.steps)
+            faults = Faults(stage, random, gap, disk)
+            left = list(first)
+            for _ in stage.running():
+                if left and stage.answered() > len(first) - len(left):
+                    faults.do(left.pop(0))
+                faults.look()
+            faults.end()
+            found = stage.history()
+            told = [*faults.problems, *problems(found, expected)]
+            calls = sum(event["event"] == "answered" for event in found)
+            return Report(stage.kills(), faults.done, calls, 1, told)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A disk of the folder's own, where that can be had; else None, and a folder."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield folder if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def run(
+    folder: Path, model: Path, kills: int, seed: int, *, steps: int, gap: int, first: Sequence[str]
+) -> Report:
+    """Plays until there were so many kills, or there is a problem."""
+    random, play, total = Random(seed), Play(folder, model, steps), Report()
+    expected = play.undisturbed()
+    while total.kills < kills and not total.problems:
+        report = play.round(total.rounds, random, gap, first, expected)
+        total.kills += report.kills
+        total.calls += report.calls
+        total.rounds += 1
+        total.faults += report.faults
+        total.problems += report.problems
+        logging.info("so far: %s", total.line())
+    return total
+
+
+def main() -> int:
+    from tests.models import tiny_qwen3
+
+    kills, seed = map(int, sys.argv[1:])
+    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    folder = Path(tempfile.mkdtemp(prefix="mint-faults-"))
+    logging.info("logs and histories are in %s", folder)
+    model = tiny_qwen3(folder / "model")
+    started_s = time.monotonic()
+    report = run(folder, model, kills, seed, steps=8, gap=5, first=())
+    elapsed_s = time.monotonic() - started_s
+    sys.stdout.writelines(f"{problem}\n" for problem in report.problems)
+    sys.stdout.write(f"seed={seed} {report.line()} elapsed_s={elapsed_s:.0f}\n")
+    return int(bool(report.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""A trainer that is started again whenever it ends, as an init system does, on the same port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.servers import arguments
+
+LIMIT_S = 60.0
+
+
+Environment = Mapping[str, str]
+
+
+def dying_at(point: str) -> Environment:
+    """Has a process end at a point; see mint_core.fault_points."""
+    return {"MINT_FAULT_POINT": point}
+
+
+class Supervised:
+    """`environments` are what the first starts have in theirs beside the usual, one each."""
+
+    def __init__(
+        self,
+        module: str,
+        flags: dict[str, object],
+        folder: Path,
+        environments: Sequence[Environment] = (),
+    ) -> None:
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.log = folder / "log"
+        self.starts = 0
+        self.exits: list[int] = []
+        self._command = [
+            sys.executable,
+            "-m",
+            module,
+            *arguments({**flags, "address": self.address, "metrics_address": ""}),
+        ]
+        self._environments = list(environments)
+        self._stopping = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._keep)
+        self._thread.start()
+
+    def kill(self) -> None:
+        """Kills the front, and so its engine, and waits until another is started."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Has the front end by itself, and waits until another is started."""
+        self._end(signal.SIGTERM)
+
+    def kill_engine(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to the engine that is up or starts, if there is one."""
+        for engine in self.engines():
+            with suppress(psutil.NoSuchProcess):
+                engine.send_signal(number)
+
+    def engines(self) -> list[psutil.Process]:
+        """The engine that is up or starts, if there is one."""
+        assert self._process is not None
+        try:
+            return psutil.Process(self._process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+    def start_next_with(self, environment: Environment) -> None:
+        """Has the next start have more in its environment."""
+        self._environments.append(environment)
+
+    @property
+    def pid(self) -> int:
+        """Of the front that was started last."""
+        assert self._process is not None
+        return self._process.pid
+
+    def await_start(self, number: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.starts >= number, LIMIT_S), self.log_text()
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def stop(self) -> None:
+        self._stopping = True
+        if self._process is not None:
+            self._process.terminate()
+        self._thread.join(LIMIT_S)
+
+    def _end(self, number: int) -> None:
+        starts, process = self.starts, self._process
+        assert process is not None
+        process.send_signal(number)
+        self.await_start(starts + 1)
+
+    def _keep(self) -> None:
+        with self.log.open("ab") as log:
+            while not self._stopping:
+                more = self._environments.pop(0) if self._environments else {}
+                with self._changed:
+                    self._process = subprocess.Popen(
+                        self._command, stderr=log, env={**os.environ, **more}
+                    )
+                    self.starts += 1
+                    self._changed.notify_all()
+                self.exits.append(self._process.wait())
+
+
+@contextmanager
+def supervised(
+    module: str, folder: Path, environments: Sequence[Environment] = (), **flags: object
+) -> Iterator[Supervised]:
+    """Runs a trainer's module with flags; what it wrote is in `folder`/log."""
+    flags.setdefault("store", folder / "store")
+    service = Supervised(module, flags, folder, environments)
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def summing(
+    folder: Path, *environments: Environment, **flags: object
+) -> AbstractContextManager[Supervised]:
+    """A trainer on the engine of sums: see tests.engines.rows."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    return supervised("tests.engines.rows_service", folder, environments, base_model=model, **flags)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

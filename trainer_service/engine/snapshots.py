@@ -1,0 +1,123 @@
+"""Rows to files, in the background, and back."""
+
+import json
+import platform
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mint_core.engine_pipe import EnginePipe, Heartbeat, Part, Reply
+from mint_core.lora.bank import AdapterRow
+from mint_core.lora.bank import Part as RowPart
+from mint_core.model.loading import LoadedBase
+from trainer_service import snapshot_files
+from trainer_service.engine.digests import digest
+from trainer_service.engine.rows import TrainedRow
+from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
+from trainer_service.snapshot_files import Header, SnapshotDamaged
+
+
+@dataclass(frozen=True, slots=True)
+class RowCopy:
+    """A row as it was, to be written."""
+
+    path: Path
+    parts: Mapping[str, Tensor]  # vectors [params] in host memory
+    about: Mapping[str, str]
+
+    def write(self, progress: Callable[[], None] = lambda: None) -> SnapshotWritten:
+        """Returns when the file is on disk."""
+        digests = {}
+        for part, vector in self.parts.items():
+            digests[part] = digest(vector)
+            progress()
+        arrays = {part: vector.numpy() for part, vector in self.parts.items()}
+        return SnapshotWritten(
+            snapshot_files.write(self.path, arrays, digests, self.about, progress)
+        )
+
+
+def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy:
+    """Copies what of a row is needed to go on, the gradient if there is one."""
+    return RowCopy(
+        path=Path(job.path),
+        parts={
+            part.value: vector.detach().to("cpu", copy=True)
+            for part, vector in trained.worth_keeping().items()
+        },
+        about={
+            "training_run_id": job.training_run_id,
+            "sequence": str(job.sequence),
+            "step": str(trained.step),
+            "gradient_pending": str(int(trained.gradient_pending)),
+            "adapter": json.dumps(asdict(trained.row.spec)),
+            "base_fingerprint": base.description.fingerprint,
+            "engine": json.dumps(engine_traits(base)),
+        },
+    )
+
+
+def engine_traits(base: LoadedBase) -> dict[str, str]:
+    """On what a row's numbers may depend, beside all that is in the journal."""
+    device = base.device
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "dtype": base.description.dtype,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def read_row(path: Path, row: AdapterRow, header: Header) -> None:
+    """Fills the parts of a row from its file. Raises SnapshotDamaged."""
+    if header.length != row.bank.row_size:
+        raise SnapshotDamaged(path, "lies otherwise in memory than this version's rows")
+    for part, vector in snapshot_files.read(path, header).items():
+        tensor = torch.from_numpy(vector)
+        if digest(tensor) != header.digests[part]:
+            raise SnapshotDamaged(path, f"has damaged {part}: its digest is another")
+        row.part(RowPart(part)).copy_(tensor)
+
+
+def difference(header: Header, base: LoadedBase) -> str:
+    """In which way the engine that wrote a file was another than this one."""
+    theirs, ours = json.loads(header.about["engine"]), engine_traits(base)
+    return ", ".join(
+        f"{name} was {theirs.get(name)} and is {value}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    )
+
+
+class SnapshotWriter:
+    """A thread that writes copies of rows, one after the other, and answers for the engine."""
+
+    def __init__(self, pipe: EnginePipe) -> None:
+        self._pipe = pipe
+        self._queue: queue.SimpleQueue[tuple[int, RowCopy]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True, name="snapshots").start()
+
+    def put(self, number: int, copy: RowCopy) -> None:
+        """Has the answer to a call written and sent."""
+        self._pipe.send(Part(number, SnapshotCopied()))
+        self._queue.put((number, copy))
+
+    def _run(self) -> None:
+        while True:
+            number, copy = self._queue.get()
+            try:
+                answer = copy.write(lambda: self._pipe.send(Heartbeat()))
+                self._pipe.send(Reply(number, answer))
+            except BrokenPipeError:
+                return  # the front is gone
+            except Exception as error:
+                self._pipe.fail(number, error)

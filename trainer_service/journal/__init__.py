@@ -1,0 +1,1 @@
+"""What the trainer has promised, on disk: see docs/durability.md."""

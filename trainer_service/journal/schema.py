@@ -1,0 +1,179 @@
+"""The journal's tables, and what keeps a database from being used."""
+
+import fcntl
+import os
+import shutil
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint_store.revisions import flush_folder, make_folder
+from mint_core.errors import FailedPrecondition
+
+DATABASE = "journal.db"
+SNAPSHOTS = "snapshots"  # folder of the rows
+_LOCK = "lock"
+MIN_FREE_BYTES = 64 * 1024 * 1024  # at start
+_APPLICATION = 0x6D696E74  # "mint", in the database's header
+
+# A call's `id` is its run's number and its sequence in one: rows lie in the order of a run's calls,
+# and one tree finds them. What is large and short-lived (requests, answers) has tables of its own,
+# since to change a row is to write all of it again.
+_FIRST = """
+CREATE TABLE server (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE runs (
+    number INTEGER PRIMARY KEY,
+    training_run_id TEXT NOT NULL UNIQUE,
+    origin TEXT NOT NULL, -- JSON
+    metadata TEXT NOT NULL, -- JSON
+    retention_s REAL NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0 -- kept because plans of other runs hold its tiles
+);
+CREATE TABLE states (
+    run INTEGER PRIMARY KEY,
+    step INTEGER NOT NULL,
+    writer_epoch INTEGER NOT NULL,
+    acknowledged INTEGER NOT NULL,
+    backward_count INTEGER NOT NULL,
+    added INTEGER NOT NULL,
+    failed_sequence INTEGER,
+    update_time REAL NOT NULL,
+    inexact_replays INTEGER NOT NULL,
+    inexact_note TEXT NOT NULL
+);
+CREATE TABLE calls (
+    id INTEGER PRIMARY KEY,
+    method TEXT NOT NULL,
+    hash BLOB NOT NULL,
+    effect INTEGER, -- on the row; NULL: it has not ended
+    digest INTEGER, -- of the weights after a step
+    deaths INTEGER NOT NULL DEFAULT 0 -- of engines that had it
+);
+CREATE TABLE payloads (id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+CREATE TABLE answers (id INTEGER PRIMARY KEY, answer BLOB NOT NULL);
+CREATE TABLE tiles (
+    plan INTEGER NOT NULL,
+    place INTEGER NOT NULL, -- in the plan
+    call INTEGER NOT NULL,
+    tile INTEGER NOT NULL, -- place in the call
+    first INTEGER NOT NULL, -- document
+    documents INTEGER NOT NULL,
+    PRIMARY KEY (plan, place)
+) WITHOUT ROWID;
+CREATE INDEX tiles_by_call ON tiles (call);
+CREATE TABLE snapshots (
+    run INTEGER PRIMARY KEY,
+    sequence INTEGER NOT NULL, -- of the last call that is in it
+    file TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL
+);
+CREATE TABLE requests (
+    tenant TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    hash BLOB NOT NULL,
+    answer TEXT NOT NULL, -- JSON
+    time REAL NOT NULL,
+    PRIMARY KEY (tenant, request_id)
+) WITHOUT ROWID;
+"""
+# Each brings a database from its place in the list to the next version; they are never changed.
+MIGRATIONS: Sequence[str] = (_FIRST,)
+
+
+class StateRefused(FailedPrecondition):
+    """The state folder cannot be used."""
+
+    reason = "STATE_UNUSABLE"
+
+    def __init__(self, folder: Path, why: str) -> None:
+        super().__init__(f"`state` {folder} {why}")
+
+
+def lock_folder(folder: Path) -> int:
+    """Makes the folder and locks it until the descriptor is closed, or the process has ended."""
+    try:
+        make_folder(folder)
+        make_folder(folder / SNAPSHOTS)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StateRefused(folder, f"cannot be used: {error.strerror}; choose another") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        why = f"is in use by another trainer (process {holder or 'unknown'}); stop it"
+        raise StateRefused(folder, f"{why}, or choose another folder") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        os.close(descriptor)
+        need = f"and needs {MIN_FREE_BYTES // 2**20}; free some, or choose another"
+        raise StateRefused(folder, f"has {free // 2**20} MiB of free space {need}")
+    return descriptor
+
+
+def open_database(folder: Path) -> sqlite3.Connection:
+    """Opens the database of a locked folder, making or migrating it. Raises StateRefused."""
+    try:
+        database = _open(folder)
+        flush_folder(folder)
+    except sqlite3.Error as error:
+        problem = " ".join(str(error).split())
+        why = f"holds a journal that cannot be used ({problem}); "
+        remedy = "restore it from a backup, or choose another folder to start without its runs"
+        raise StateRefused(folder, why + remedy) from error
+    return database
+
+
+def _open(folder: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(
+        folder / DATABASE,
+        isolation_level=None,  # transactions are begun and ended in so many words
+        check_same_thread=False,  # it is handed to the journal's thread
+    )
+    try:
+        version = _version(database, folder)
+        if version == 0:
+            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        # The log is brought into the database when there is time: see writer.py.
+        database.execute("PRAGMA wal_autocheckpoint = 0")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        migrate(database, version)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _version(database: sqlite3.Connection, folder: Path) -> int:
+    (application,) = database.execute("PRAGMA application_id").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if application not in (0, _APPLICATION):
+        raise StateRefused(folder, f"holds {DATABASE} of another program; choose another folder")
+    if version > len(MIGRATIONS):
+        why = f"was written by a newer version (schema {version}, this one reads {len(MIGRATIONS)})"
+        raise StateRefused(folder, f"{why}; start that version, or choose another folder")
+    return int(version)
+
+
+def migrate(
+    database: sqlite3.Connection, version: int, migrations: Sequence[str] = MIGRATIONS
+) -> None:
+    """Brings the tables from a version to the newest, all of the way or not at all."""
+    database.execute("BEGIN IMMEDIATE")  # a disk that cannot be written shows here
+    try:
+        for statements in migrations[version:]:
+            for statement in statements.split(";\n"):
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {len(migrations)}")
+        database.execute(f"PRAGMA application_id = {_APPLICATION}")
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
