@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint_store.paths import KINDS, CheckpointKind, CheckpointPath
 from mint_core.lora.spec import AdapterSpec
 
+MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 
 
@@ -41,6 +42,7 @@ class Manifest:
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    files_folder: str = ""  # in the name's folder; empty: they are beside the manifest
 
     @property
     def path(self) -> CheckpointPath:
@@ -93,6 +95,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
         },
+        "files_folder": manifest.files_folder,
     }
     return json.dumps(content | {"manifest_sha256": _digest(content)}, indent=1).encode()
 
@@ -138,6 +141,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         request=content.get("request", ""),
         sequence=content.get("sequence", 0),
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
+        files_folder=content.get("files_folder", ""),
     )
 
 

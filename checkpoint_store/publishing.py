@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
 from checkpoint_store.layout import StoreLayout
-from checkpoint_store.manifest import Manifest, encode_manifest
+from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.paths import (
     CheckpointKind,
     CheckpointPath,
@@ -20,6 +20,7 @@ from checkpoint_store.paths import (
     check_new_name,
     generated_name,
 )
+from checkpoint_store.places import flush_folder, make_folder, write_durably
 from mint_core.errors import AlreadyExists, ResourceExhausted
 from mint_core.lora.spec import AdapterSpec
 
@@ -52,7 +53,7 @@ class Publisher:
         """A folder to write in, on the store's file system, gone afterwards."""
         staging = self._layout.staging / uuid4().hex
         try:
-            revisions.make_folder(self._layout.staging)
+            make_folder(self._layout.staging)
             staging.mkdir()
             yield staging
         except OSError as error:
@@ -70,9 +71,13 @@ class Publisher:
         """
         path = manifest.path
         if made := self.made(path, manifest.request, manifest.sequence):
+            revisions.settle(self._layout.name_folder(path))
             return Published(made)
-        files = manifest.files or adapter_files.flush_files(staging)
-        described = replace(manifest, files=files)
+        described = replace(
+            manifest,
+            files=manifest.files or adapter_files.flush_files(staging),
+            files_folder=self._layout.files_folder_of(staging),
+        )
 
         def prepare(revision: int) -> None:
             now = datetime.now(UTC)
@@ -83,8 +88,8 @@ class Publisher:
                     path=path,
                 )
             encoded = encode_manifest(replace(described, revision=revision))
-            revisions.write_durably(staging / revisions.MANIFEST_FILE, encoded)
-            revisions.flush_folder(staging)
+            write_durably(staging / MANIFEST_FILE, encoded)
+            flush_folder(staging)
 
         revision = revisions.place(staging, self._layout.name_folder(path), prepare)
         return Published(replace(described, revision=revision))

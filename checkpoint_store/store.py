@@ -1,4 +1,4 @@
-"""The store in a local folder, which several processes and hosts may share.
+"""The store in a folder or an object store, which several processes and hosts may share.
 
 It keeps nothing in memory.
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
+from checkpoint_store.copies import Copies
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout
-from checkpoint_store.manifest import Manifest, encode_manifest
+from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
+from checkpoint_store.object_path import ObjectPath
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
@@ -24,6 +26,7 @@ from checkpoint_store.paths import (
     check_new_name,
     parse_path,
 )
+from checkpoint_store.places import Place, make_folder
 from checkpoint_store.publishing import Published, Publisher, new_manifest, share_files
 from checkpoint_store.row_file import RowFile
 from checkpoint_store.snapshot_folder import SnapshotFolder
@@ -46,9 +49,19 @@ class Swept:
 class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
-    def __init__(self, root: Path, snapshots: SnapshotFolder | None = None) -> None:
-        """With `snapshots`, those of this host are found there too, stored yet or not."""
-        self._layout = StoreLayout(root)
+    def __init__(
+        self, root: Place, snapshots: SnapshotFolder | None = None, local: Path | None = None
+    ) -> None:
+        """With `snapshots`, those of this host are found there too, stored yet or not. `local` is
+        the folder for drafts and copies if the root is none.
+        """
+        self._copies: Copies | None = None
+        if isinstance(root, ObjectPath):
+            assert local is not None, "no folder for copies"
+            self._copies = Copies(local / ".copies")
+        else:
+            local = root
+        self._layout = StoreLayout(root, local)
         self._publisher = Publisher(self._layout)
         self._snapshots = snapshots
 
@@ -184,7 +197,7 @@ class CheckpointStore:
 
     def draft(self) -> Path:
         """Where to write a row's numbers to, on the store's file system."""
-        revisions.make_folder(self._layout.staging)
+        make_folder(self._layout.staging)
         return self._layout.staging / f"{uuid4().hex}.row"
 
     def has(self, revision: CheckpointPath) -> bool:
@@ -225,12 +238,12 @@ class CheckpointStore:
             except CheckpointNotFound:
                 raise damage or CheckpointNotFound(path) from None
             row = self._row_of(manifest)
-        return OpenCheckpoint(manifest, self._layout.revision_folder(manifest.revision_path), row)
+        return self._opened(manifest, row)
 
     def find_stored(self, path: str, *, tenant: str) -> OpenCheckpoint:
         """As `find`, but only what is in the store."""
         manifest = self._stored(parse_path(path), tenant)
-        return OpenCheckpoint(manifest, self._layout.revision_folder(manifest.revision_path))
+        return self._opened(manifest)
 
     def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """As `find`, and verifies every file unless memory has the revision. Notes its use."""
@@ -243,13 +256,17 @@ class CheckpointStore:
     def verify(self, found: OpenCheckpoint) -> None:
         """Refuses files that are not those which were published."""
         path = str(found.manifest.revision_path)
-        for name, entry in found.manifest.files.items():
-            try:
+        files = self._layout.files_folder(found.manifest)
+        try:
+            if self._copies is not None and isinstance(files, ObjectPath):
+                self._copies.bring(found.manifest, files)
+                return
+            for name, entry in found.manifest.files.items():
                 adapter_files.verify_file(path, found.folder / name, entry)
-            except CheckpointDamaged:
-                if not (found.folder / revisions.MANIFEST_FILE).exists():  # deleted meanwhile
-                    raise CheckpointNotFound(path) from None
-                raise
+        except CheckpointDamaged:
+            if not (found.place / MANIFEST_FILE).exists():  # deleted meanwhile
+                raise CheckpointNotFound(path) from None
+            raise
 
     def renew(self, path: str, *, tenant: str) -> None:
         """Notes that a revision is still in use, so that it is kept for another while."""
@@ -282,8 +299,10 @@ class CheckpointStore:
         last = revisions.buried_by(self._layout.name_folder(asked), request)
         if last is not None:
             found = [manifest for manifest in found if manifest.revision <= last]
-        elif not found:
-            raise CheckpointNotFound(path)
+        if not found:
+            revisions.settle_burials(self._layout.name_folder(asked))
+            if last is None:
+                raise CheckpointNotFound(path)
         for manifest in found:  # newest first: of a deletion cut short, the newest one tells
             revisions.bury(self._layout.revision_folder(manifest.revision_path), request)
 
@@ -303,6 +322,8 @@ class CheckpointStore:
         for manifest in self._layout.all_revisions([check_name(training_run_id)]):
             if manifest.tenant == tenant and (named or not manifest.named):
                 revisions.bury(self._layout.revision_folder(manifest.revision_path))
+        for name in self._layout.names([training_run_id]):
+            revisions.settle_burials(self._layout.name_folder(name))
 
     def sweep(self, *, now: datetime | None = None) -> Swept:
         """Removes what has expired and what dead writers left."""
@@ -331,6 +352,13 @@ class CheckpointStore:
             if manifest.tenant == tenant and not retention.past_expiry(manifest, now):
                 return manifest
         raise CheckpointNotFound(str(asked))
+
+    def _opened(self, manifest: Manifest, row: RowFile | None = None) -> OpenCheckpoint:
+        place = self._layout.revision_folder(manifest.revision_path)
+        if isinstance(place, ObjectPath):
+            assert self._copies is not None
+            return OpenCheckpoint(manifest, self._copies.folder(manifest), place, row)
+        return OpenCheckpoint(manifest, place, place, row)
 
     def _row_of(self, manifest: Manifest) -> RowFile | None:
         """A stored revision in memory."""

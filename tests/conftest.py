@@ -10,9 +10,12 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import mint
+    from tests.object_servers import ObjectServer
     from tests.services import Services
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU results are bitwise with one
+# Before any test calls cuBLAS: it is asked once, and `isolated` runs need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton, which transformers imports
 
@@ -60,3 +63,12 @@ def module_service(services: "Services") -> "Iterator[mint.ServiceClient]":
 
     with mint.ServiceClient(base_url=services.trainer) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ObjectServer]":
+    """An S3 server, and its credentials in the environment."""
+    from tests.object_servers import running_object_server
+
+    with running_object_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server

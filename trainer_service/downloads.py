@@ -44,6 +44,8 @@ class Downloads:
         """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
         found = await self._stored(tenant, wanted.path)
         await asyncio.to_thread(found.note_use)
+        if found.copied:
+            await asyncio.to_thread(self._store.verify, found)  # which brings the copies
         path = str(found.manifest.revision_path)
         for name, entry in _chosen(path, found.manifest.files, wanted).items():
             offset = wanted.offset_bytes

@@ -1,10 +1,11 @@
 """A row in a file: its vectors as they lie in memory, in safetensors' format, named by part.
 
-The header tells what the row is and the digest of each vector. No torch here, so that a state
-folder can be read without it.
+The header tells what the row is, the digest of each vector and its own. No torch here, so that a
+state folder can be read without it.
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint_store.revisions import flush_folder
+from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError, ResourceExhausted
 from mint_core.fault_points import fault_point
 
 FORMAT = "mint-row-1"
 RETRY_S = 1.0  # after a full disk
+_OWN_DIGEST = "header_digest"  # files of older versions lack it
 _CHUNK_BYTES = 32 * 1024 * 1024  # written and flushed at a time
 
 
@@ -112,11 +114,13 @@ def _encode_header(
     about: Mapping[str, str],
 ) -> bytes:
     known = {f"digest.{part}": f"{digests[part]:016x}" for part in parts}
-    content: dict[str, object] = {"__metadata__": {"format": FORMAT, **about, **known}}
+    metadata = {"format": FORMAT, **about, **known}
+    content: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for part, vector in parts.items():
         start, end = end, end + vector.nbytes
         content[part] = {"dtype": "F32", "shape": [len(vector)], "data_offsets": [start, end]}
+    metadata[_OWN_DIGEST] = _digest(content)
     encoded = json.dumps(content).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the vectors are aligned
     return len(encoded).to_bytes(8, "little") + encoded
@@ -138,13 +142,21 @@ def _read_header(path: Path, file: BinaryIO) -> Header:
     length = int.from_bytes(file.read(8), "little")
     try:
         content: dict[str, Any] = json.loads(file.read(min(length, size_bytes)))
+        own_digest = content["__metadata__"].pop(_OWN_DIGEST, None)
+        if own_digest not in (None, _digest(content)):
+            raise SnapshotDamaged(path, "has a header that does not match its own digest")
         about = content.pop("__metadata__")
         digests = {part: int(about.pop(f"digest.{part}"), 16) for part in content}
         ((floats,),) = {tuple(entry["shape"]) for entry in content.values()}
+        found_format = about["format"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SnapshotDamaged(path, "is torn or no snapshot") from None
-    if about["format"] != FORMAT:
-        raise SnapshotDamaged(path, f"has format {about['format']}, and {FORMAT} is read here")
+    if found_format != FORMAT:
+        raise SnapshotDamaged(path, f"has format {found_format}, and {FORMAT} is read here")
     if size_bytes != 8 + length + 4 * floats * len(digests):
         raise SnapshotDamaged(path, f"has {size_bytes} bytes, not those it was written with")
     return Header(about, digests, floats, 8 + length)
+
+
+def _digest(content: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

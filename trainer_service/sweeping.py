@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from checkpoint_store import CheckpointStore
+from mint_core.errors import MintError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Sweeper:
                 swept = await asyncio.to_thread(self._store.sweep)
                 logger.info("store swept revisions_removed=%d", swept.removed)
                 self.note_expiry(swept.next_expiry)
-            except OSError:
+            except (OSError, MintError):
                 logger.exception("the store could not be swept")
             await self._wait(time.monotonic() - started_s)
 

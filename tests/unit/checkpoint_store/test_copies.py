@@ -137,21 +137,20 @@ def test_a_change_does_not_bring_back_what_is_being_deleted(
 
 
 def test_a_deletion_sent_again_leaves_what_came_since(
-    store: CheckpointStore, publish: Publish, tmp_path: Path
+    store: CheckpointStore, publish: Publish, elsewhere: CheckpointStore
 ) -> None:
     publish()
     publish()
     store.delete(PATH, tenant="t", request="one")
     newer = publish()
-    restarted = CheckpointStore(tmp_path / "store")
-    restarted.sweep()
+    elsewhere.sweep()
 
-    restarted.delete(PATH, tenant="t", request="one")
+    elsewhere.delete(PATH, tenant="t", request="one")
 
-    assert restarted.resolve(PATH, tenant="t") == newer
-    restarted.delete(PATH, tenant="t", request="two")
+    assert elsewhere.resolve(PATH, tenant="t") == newer
+    elsewhere.delete(PATH, tenant="t", request="two")
     with pytest.raises(CheckpointNotFound):
-        restarted.resolve(PATH, tenant="t")
+        elsewhere.resolve(PATH, tenant="t")
 
 
 def test_a_deletion_cut_short_is_ended_when_it_is_sent_again(
