@@ -351,6 +351,8 @@ def test_requests_act_once_through_a_restart(qwen3_folder: Path, tmp_path: Path)
         grpc.insecure_channel(trainer.address) as channel,
     ):
         training = service.create_lora_training_client(rank=2)
+        service.update_training_run(training.model_id, {"kept": "yes"})
+        service.delete_training_run(service.create_lora_training_client(rank=2).model_id)
         copying.path = training.save_state("a").result(60).path
         deleting.path = training.save_state("b").result(60).path
         stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
@@ -361,8 +363,12 @@ def test_requests_act_once_through_a_restart(qwen3_folder: Path, tmp_path: Path)
         newer = training.save_state("b").result(60).revision_path
     with (
         running_trainer(qwen3_folder, store, base_model_name="tiny") as trainer,
+        mint.RestClient(base_url=trainer.address) as rest,
         grpc.insecure_channel(trainer.address) as channel,
     ):
+        runs = rest.list_training_runs(metadata_filter={"kept": "yes"}).result(60)
+        assert [run.training_run_id for run in runs.training_runs] == [training.model_id]
+        assert len(rest.list_training_runs().result(60).training_runs) == 1
         stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
         assert stub.CopyCheckpoint(copying).checkpoint == copied
         stub.DeleteCheckpoint(deleting)  # deletes what it has deleted, and nothing since
