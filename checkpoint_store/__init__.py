@@ -4,6 +4,8 @@ from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
+    KINDS,
+    MERGED_WEIGHTS,
     SAMPLER_WEIGHTS,
     WEIGHTS,
     CheckpointKind,
@@ -11,12 +13,15 @@ from checkpoint_store.paths import (
     check_name,
     parse_path,
 )
+from checkpoint_store.publishing import Published, new_manifest
 from checkpoint_store.row_file import RowFile, describe_row, map_numbers, open_row
 from checkpoint_store.snapshot_folder import SnapshotFolder, snapshot_folder
 from checkpoint_store.snapshot_memory import SnapshotMemory
-from checkpoint_store.store import CheckpointStore, Published, new_manifest
+from checkpoint_store.store import CheckpointStore, Swept
 
 __all__ = [
+    "KINDS",
+    "MERGED_WEIGHTS",
     "SAMPLER_WEIGHTS",
     "WEIGHTS",
     "CheckpointDamaged",
@@ -30,6 +35,7 @@ __all__ = [
     "RowFile",
     "SnapshotFolder",
     "SnapshotMemory",
+    "Swept",
     "WeightsNotFinite",
     "check_name",
     "describe_row",

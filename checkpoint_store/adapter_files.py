@@ -20,19 +20,30 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 Floats = NDArray[np.float32]
-_EXP_AVG, _EXP_AVG_SQ = "exp_avg.", "exp_avg_sq."
+EXP_AVG, EXP_AVG_SQ = "exp_avg.", "exp_avg_sq."  # before the weights' names
+# What the files' own metadata say, for whoever has the files alone.
+BASE_FINGERPRINT, STEP = "base_fingerprint", "step"
 
 
-def write_adapter(folder: Path, spec: AdapterSpec, base_model: str, weights: AdapterArrays) -> None:
+def write_adapter(
+    folder: Path,
+    spec: AdapterSpec,
+    base_model: str,
+    weights: AdapterArrays,
+    *,
+    base_fingerprint: str = "",
+) -> None:
     """Writes what `PeftModel.from_pretrained` opens."""
     (folder / CONFIG_FILE).write_text(json.dumps(_peft_config(spec, base_model), indent=2) + "\n")
-    _save(folder / WEIGHTS_FILE, weights)
+    _save(folder / WEIGHTS_FILE, weights, {BASE_FINGERPRINT: base_fingerprint})
 
 
-def write_moments(folder: Path, exp_avg: AdapterArrays, exp_avg_sq: AdapterArrays) -> None:
-    first = {_EXP_AVG + name: array for name, array in exp_avg.items()}
-    second = {_EXP_AVG_SQ + name: array for name, array in exp_avg_sq.items()}
-    _save(folder / OPTIMIZER_FILE, first | second)
+def write_moments(
+    folder: Path, step: int, exp_avg: AdapterArrays, exp_avg_sq: AdapterArrays
+) -> None:
+    first = {EXP_AVG + name: array for name, array in exp_avg.items()}
+    second = {EXP_AVG_SQ + name: array for name, array in exp_avg_sq.items()}
+    _save(folder / OPTIMIZER_FILE, first | second, {STEP: str(step)})
 
 
 def read_weights(folder: Path) -> dict[str, Floats]:
@@ -42,7 +53,7 @@ def read_weights(folder: Path) -> dict[str, Floats]:
 def read_moments(folder: Path) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """First and second moments, by the weights' names."""
     arrays = load_file(folder / OPTIMIZER_FILE)
-    return _with_prefix(arrays, _EXP_AVG), _with_prefix(arrays, _EXP_AVG_SQ)
+    return with_prefix(arrays, EXP_AVG), with_prefix(arrays, EXP_AVG_SQ)
 
 
 def check_arrays(path: str, spec: AdapterSpec, arrays: AdapterArrays) -> None:
@@ -102,11 +113,11 @@ def verify_file(path: str, file: Path, entry: FileEntry) -> None:
         raise CheckpointDamaged(path, file.name, "does not match its SHA-256")
 
 
-def _save(file: Path, arrays: AdapterArrays) -> None:
+def _save(file: Path, arrays: AdapterArrays, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file array by array. The library's writers would hold the interpreter
     for all of it, in a front that has others to serve.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     stop = 0
     for name, array in arrays.items():
         start, stop = stop, stop + array.nbytes
@@ -119,7 +130,7 @@ def _save(file: Path, arrays: AdapterArrays) -> None:
             opened.write(np.ascontiguousarray(array, "<f4").data)
 
 
-def _with_prefix(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:
+def with_prefix(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:
     return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
 
 

@@ -5,7 +5,7 @@ folder.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from checkpoint_store import object_revisions, revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
 from checkpoint_store.object_path import ObjectPath
-from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointPath
+from checkpoint_store.paths import KINDS, CheckpointPath
 from checkpoint_store.places import Place, remove_tree
 
 logger = logging.getLogger(__name__)
@@ -62,29 +62,33 @@ class StoreLayout:
                 logger.warning("%s", error)
         return found
 
-    def names(self, training_run_id: str | None = None) -> Iterator[CheckpointPath]:
-        """Every name of a run, or of all runs, those without revisions too."""
-        for run in [training_run_id] if training_run_id else _entries(self._root):
-            for kind in (WEIGHTS, SAMPLER_WEIGHTS):
+    def runs(self, prefix: str = "") -> list[str]:
+        """Ids of the runs that have had checkpoints."""
+        return [run for run in _entries(self._root) if run.startswith(prefix)]
+
+    def names(self, runs: Iterable[str]) -> Iterator[CheckpointPath]:
+        """Every name of the runs, those without revisions too."""
+        for run in runs:
+            for kind in KINDS.values():
                 for name in _entries(self._root / run / kind):
                     yield CheckpointPath(run, kind, name)
 
-    def all_revisions(self, training_run_id: str | None = None) -> Iterator[Manifest]:
-        for name in self.names(training_run_id):
+    def all_revisions(self, runs: Iterable[str]) -> Iterator[Manifest]:
+        for name in self.names(runs):
             yield from self.revisions_of(name)
 
-    def tidy(self, path: CheckpointPath, *, announced_after: datetime) -> None:
+    def tidy(self, path: CheckpointPath, *, since: datetime) -> None:
         """Removes what dead revisions of a name left behind, and a snapshot's folder in which
-        nothing has come of what was announced earlier than that.
+        nothing has come of what was announced. What is younger than `since` stays.
         """
         folder = self.name_folder(path)
-        revisions.clear_tombstones(folder)
+        revisions.clear_tombstones(folder, since)
         if path.unnamed and (
-            revisions.all_dead(folder) or revisions.never_came(folder, announced_after)
+            revisions.all_dead(folder, since) or revisions.never_came(folder, since)
         ):
             remove_tree(folder)
         if isinstance(folder, ObjectPath):
-            self._clear_files(path, folder, announced_after)
+            self._clear_files(path, folder, since)
 
     def clear_staging(self, *, older_than: datetime) -> None:
         for entry in self.staging.iterdir() if self.staging.is_dir() else ():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointKind, CheckpointPath
+from checkpoint_store.paths import KINDS, CheckpointKind, CheckpointPath
 from mint_core.lora.spec import AdapterSpec
 
 MANIFEST_FILE = "manifest.json"
@@ -37,6 +37,9 @@ class Manifest:
     expire_time: datetime | None = None  # None: kept until deleted, or as `unused_limit_s` says
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""  # path, with revision, of what it is a copy of or was merged from
+    head_untied: bool = False  # of a merged model: whether its head was tied in the base model
+    request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     files_folder: str = ""  # in the name's folder; empty: they are beside the manifest
@@ -84,6 +87,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "expire_time": manifest.expire_time and manifest.expire_time.isoformat(),
         "unused_limit_s": manifest.unused_limit_s,
         "metadata": dict(manifest.metadata),
+        "source": manifest.source,
+        "head_untied": manifest.head_untied,
+        "request": manifest.request,
         "sequence": manifest.sequence,
         "files": {
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
@@ -118,7 +124,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
     return Manifest(
         tenant=content["tenant"],
         training_run_id=content["training_run_id"],
-        kind=WEIGHTS if content["kind"] == WEIGHTS else SAMPLER_WEIGHTS,
+        kind=KINDS[content["kind"]],
         name=content["name"],
         revision=content["revision"],
         base_model=content["base_model"],
@@ -129,7 +135,11 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         expire_time=expire_time and datetime.fromisoformat(expire_time),
         unused_limit_s=content["unused_limit_s"],
         metadata=content["metadata"],
-        sequence=content.get("sequence", 0),  # older manifests have none
+        # Older manifests lack these.
+        source=content.get("source", ""),
+        head_untied=content.get("head_untied", False),
+        request=content.get("request", ""),
+        sequence=content.get("sequence", 0),
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
         files_folder=content.get("files_folder", ""),
     )

@@ -31,6 +31,11 @@ class OpenCheckpoint:
     place: Place  # in the store
     row: RowFile | None = None  # the same weights in memory
 
+    @property
+    def stored(self) -> bool:
+        """Whether the files are there: a snapshot may be in memory alone."""
+        return bool(self.manifest.files)
+
     def note_use(self) -> None:
         """Keeps the revision for another while."""
         renew_lease(self.place)
@@ -45,7 +50,7 @@ class OpenCheckpoint:
         return OPTIMIZER_FILE in self.manifest.files
 
     def weights(self) -> dict[str, Floats]:
-        with self._found():
+        with self.present():
             weights = self.row.weights() if self.row else read_weights(self.folder)
         self._check(weights)
         return weights
@@ -64,7 +69,7 @@ class OpenCheckpoint:
                 f"path of kind `weights`",
                 path=path,
             )
-        with self._found():
+        with self.present():
             moments = read_moments(self.folder)
         for arrays in moments:
             self._check(arrays)
@@ -74,7 +79,8 @@ class OpenCheckpoint:
         check_arrays(str(self.manifest.revision_path), self.manifest.spec, arrays)
 
     @contextmanager
-    def _found(self) -> Iterator[None]:
+    def present(self) -> Iterator[None]:
+        """Says CheckpointNotFound where a file is no longer there."""
         try:
             yield
         except FileNotFoundError:  # deleted since it was opened

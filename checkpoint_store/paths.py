@@ -1,15 +1,20 @@
 """How checkpoints are named."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 from uuid import uuid4
 
 from mint_core.errors import InvalidRequest
 
-CheckpointKind = Literal["weights", "sampler_weights"]
+CheckpointKind = Literal["weights", "sampler_weights", "merged_weights"]
 WEIGHTS: CheckpointKind = "weights"  # training state: weights, moments, step
 SAMPLER_WEIGHTS: CheckpointKind = "sampler_weights"  # the adapter alone
+MERGED_WEIGHTS: CheckpointKind = "merged_weights"  # a model with the adapter in it
+KINDS: Mapping[str, CheckpointKind] = {
+    kind: kind for kind in (WEIGHTS, SAMPLER_WEIGHTS, MERGED_WEIGHTS)
+}
 
 LEGAL_FORMS = (
     "`mint://<training_run_id>/weights/<name>` for training state or "
@@ -19,7 +24,7 @@ LEGAL_FORMS = (
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(
-    rf"mint://(?P<run>{_NAME})/(?P<kind>weights|sampler_weights)/(?P<name>{_NAME})"
+    rf"mint://(?P<run>{_NAME})/(?P<kind>{'|'.join(KINDS)})/(?P<name>{_NAME})"
     r"(?:@(?P<revision>[1-9][0-9]{0,17}))?",
     re.ASCII,
 )
@@ -44,6 +49,10 @@ class CheckpointPath:
         """Whether the name was generated, for a snapshot of which there is one revision."""
         return _GENERATED_NAME.fullmatch(self.name) is not None
 
+    def covers(self, revision: "CheckpointPath") -> bool:
+        """Whether a revision is this one, or one of this name."""
+        return self.at(None) == revision.at(None) and self.revision in (None, revision.revision)
+
     def at(self, revision: int | None) -> "CheckpointPath":
         return CheckpointPath(self.training_run_id, self.kind, self.name, revision)
 
@@ -59,7 +68,7 @@ def parse_path(
             field=field,
             path=path,
         )
-    found: CheckpointKind = WEIGHTS if match["kind"] == WEIGHTS else SAMPLER_WEIGHTS
+    found = KINDS[match["kind"]]
     if kind is not None and found != kind:
         raise InvalidRequest(
             f"`{field}` {path!r} is of kind `{found}` where `{kind}` is needed; "

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 from checkpoint_store.object_path import ObjectPath
 from mint_core import durable_files
@@ -20,6 +21,17 @@ def write_durably(place: Place, content: bytes) -> None:
         durable_files.write_durably(place, content)
     else:
         place.objects.write(place.key, content)
+
+
+def replace_durably(place: Place, content: bytes) -> None:
+    """As `write_durably`, of what others read meanwhile: they see the old content or the new."""
+    if isinstance(place, ObjectPath):
+        place.objects.write(place.key, content)
+        return
+    draft = place.with_name(f".{place.name}.{uuid4().hex}")
+    durable_files.write_durably(draft, content)
+    draft.rename(place)
+    durable_files.flush_folder(place.parent)
 
 
 def write_whole(place: Place, content: bytes) -> None:

@@ -6,7 +6,7 @@
   copy in memory, if there is one, goes at its `expire_time`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import zip_longest
 
@@ -48,6 +48,12 @@ def removable_of_name(
         for (manifest, last_used), followed in zip_longest(revisions, following)
         if removable(manifest, followed=followed, last_used=last_used, now=now)
     ]
+
+
+def expiries(manifests: Iterable[Manifest], now: datetime) -> list[datetime]:
+    """When the times of named revisions will be over that have not passed."""
+    times = (manifest.expire_time for manifest in manifests if manifest.named)
+    return [time for time in times if time is not None and time > now]
 
 
 def _latest(time: datetime, *others: datetime | None) -> datetime:

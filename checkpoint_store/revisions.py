@@ -24,6 +24,8 @@ from checkpoint_store.places import (
     flush_folder,
     make_folder,
     remove_tree,
+    replace_durably,
+    write_durably,
     write_whole,
 )
 from mint_core.errors import AlreadyExists
@@ -90,14 +92,37 @@ def read_manifest(folder: Place, path: CheckpointPath) -> Manifest | None:
     return manifest
 
 
-def bury(folder: Place) -> None:
-    """Removes a revision's files. Its number stays taken.
+def rewrite_manifest(folder: Place, encoded: bytes) -> bool:
+    """Replaces the manifest of a revision. Returns whether the revision is still there."""
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    try:
+        replace_durably(folder / MANIFEST_FILE, encoded)
+    except FileNotFoundError:
+        return False
+    if (folder / _TOMBSTONE_FILE).exists():  # it is being buried, maybe past its manifest
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def buried_by(folder: Place, request: str) -> int | None:
+    """The newest revision that a request has buried, or has begun to; None: it has not."""
+    if not request:
+        return None
+    numbers = [number for number in _numbers(folder) if _epitaph(folder / str(number)) == request]
+    return max(numbers, default=None)
+
+
+def bury(folder: Place, request: str = "") -> None:
+    """Removes a revision's files, in the name of a request. Its number stays taken.
 
     The manifest goes first, on disk too: killed half way, or when the power goes, the revision is
     gone for readers all the same.
     """
     elsewhere = object_revisions.files_of(folder) if isinstance(folder, ObjectPath) else []
-    (folder / _TOMBSTONE_FILE).touch()
+    if not _epitaph(folder):
+        write_durably(folder / _TOMBSTONE_FILE, request.encode())
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     flush_folder(folder)
     for file in [*folder.iterdir(), *elsewhere]:
@@ -113,22 +138,27 @@ def settle_burials(folder: Place) -> None:
                 flush_folder(folder / str(number))
 
 
-def all_dead(folder: Place) -> bool:
-    """Whether the name has had revisions and none exists."""
-    return bool(_numbers(folder)) and not live_revisions(folder)
+def all_dead(folder: Place, since: datetime) -> bool:
+    """Whether the name has had revisions, none exists, and nobody will ask who has buried them."""
+    numbers = _numbers(folder)
+    dead = bool(numbers) and not live_revisions(folder)
+    return dead and not any(_remembered(folder / str(number), since) for number in numbers)
 
 
-def clear_tombstones(folder: Place) -> None:
-    """Drops dead revisions below the highest number, and what a burial cut short has left."""
+def clear_tombstones(folder: Place, since: datetime) -> None:
+    """Drops dead revisions below the highest number, those that requests have buried only if that
+    was earlier than `since`; and what a burial cut short has left.
+    """
     numbers = _numbers(folder)
     live = live_revisions(folder)
     for number in numbers:
+        revision = folder / str(number)
         if number in live:
             continue
-        if number < numbers[-1]:
-            remove_tree(folder / str(number))
+        if number < numbers[-1] and not _remembered(revision, since):
+            remove_tree(revision)
         else:
-            bury(folder / str(number))
+            bury(revision)
 
 
 def announce(folder: Place, tenant: str) -> None:
@@ -195,6 +225,21 @@ def _show(staging: Path, folder: Place) -> bool:
             return False
         raise
     return True
+
+
+def _epitaph(folder: Place) -> str:
+    """Which request has buried a revision, if one has."""
+    try:
+        return (folder / _TOMBSTONE_FILE).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _remembered(folder: Place, since: datetime) -> bool:
+    """Whether a request that may be sent again has buried a revision."""
+    if not _epitaph(folder):
+        return False
+    return datetime.fromtimestamp((folder / _TOMBSTONE_FILE).stat().st_mtime, UTC) >= since
 
 
 def _numbers(folder: Place) -> list[int]:

@@ -143,6 +143,18 @@ class SnapshotMemory:
             elif held is not None:
                 held.kept = False
 
+    def held(self, asked: CheckpointPath, *, tenant: str) -> list[CheckpointPath]:
+        """The tenant's revisions of a path that are here."""
+        with self._lock:
+            found = [revision for revision in self._held if asked.covers(revision)]
+        return [revision for revision in found if self.open(revision).manifest.tenant == tenant]
+
+    def remove(self, revision: CheckpointPath) -> None:
+        """Removes a row, stored or not."""
+        with self._lock:
+            if revision in self._held:
+                self._remove(revision)
+
     def remove_run(self, training_run_id: str) -> None:
         """Removes a run's rows, stored or not."""
         with self._lock:

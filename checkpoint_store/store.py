@@ -3,11 +3,9 @@
 It keeps nothing in memory.
 """
 
-import errno
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,35 +24,26 @@ from checkpoint_store.paths import (
     CheckpointPath,
     check_name,
     check_new_name,
-    generated_name,
     parse_path,
 )
-from checkpoint_store.places import Place, flush_folder, make_folder, write_durably
+from checkpoint_store.places import Place, make_folder
+from checkpoint_store.publishing import Published, Publisher, new_manifest, share_files
 from checkpoint_store.row_file import RowFile
 from checkpoint_store.snapshot_folder import SnapshotFolder
-from mint_core.errors import AlreadyExists, CheckpointNotFound, ResourceExhausted
+from mint_core.errors import CheckpointNotFound, InvalidRequest
 from mint_core.lora.spec import AdapterArrays, AdapterSpec
 
 logger = logging.getLogger(__name__)
 
-_STAGING_LIMIT = timedelta(days=1)  # no publish takes so long: its writer is dead
+_LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What a publish made."""
+class Swept:
+    """What a sweep has done."""
 
-    manifest: Manifest
-
-    @property
-    def path(self) -> str:
-        """Means the newest revision of the name."""
-        return str(self.manifest.path)
-
-    @property
-    def revision_path(self) -> str:
-        """Means this revision for good."""
-        return str(self.manifest.revision_path)
+    removed: int  # revisions
+    next_expiry: datetime | None  # when the next revision's time is over
 
 
 class CheckpointStore:
@@ -73,6 +62,7 @@ class CheckpointStore:
         else:
             local = root
         self._layout = StoreLayout(root, local)
+        self._publisher = Publisher(self._layout)
         self._snapshots = snapshots
 
     def publish(
@@ -123,19 +113,87 @@ class CheckpointStore:
         *,
         overwrite: bool = True,
     ) -> Published:
-        """As `publish`, of what `new_manifest` has described."""
+        """As `publish`, of what `new_manifest` has described. What one request has published twice
+        is there once.
+        """
         assert (exp_avg is None) == (exp_avg_sq is None), "one moment without the other"
         for arrays in (weights, exp_avg, exp_avg_sq):
             if arrays is not None:
                 adapter_files.check_arrays(str(manifest.path), manifest.spec, arrays)
-        with self._staging() as staging:
-            adapter_files.write_adapter(staging, manifest.spec, manifest.base_model, weights)
+        with self.staging() as staging:
+            adapter_files.write_adapter(
+                staging,
+                manifest.spec,
+                manifest.base_model,
+                weights,
+                base_fingerprint=manifest.base_fingerprint,
+            )
             if exp_avg is not None and exp_avg_sq is not None:
-                adapter_files.write_moments(staging, exp_avg, exp_avg_sq)
-            published = self._place(staging, manifest, overwrite)
+                adapter_files.write_moments(staging, manifest.step, exp_avg, exp_avg_sq)
+            published = self._publisher.place(staging, manifest, overwrite=overwrite)
         if not manifest.named:
             self.recant(manifest.path)
         return published
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A folder to write in, on the store's file system, gone afterwards. A full disk is
+        ResourceExhausted.
+        """
+        return self._publisher.staging()
+
+    def publish_folder(self, manifest: Manifest, staging: Path) -> Published:
+        """Publishes what has been written to a folder of `staging`, as it is."""
+        return self._publisher.place(staging, manifest, overwrite=True)
+
+    def copy(
+        self,
+        path: str,
+        name: str,
+        *,
+        tenant: str,
+        expire_time: datetime | None = None,
+        request: str = "",
+    ) -> Published:
+        """Publishes a revision once more, under another name of its run. A name that exists is
+        AlreadyExists, unless the same request has made it.
+        """
+        asked = parse_path(path)
+        target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
+        if made := self._publisher.made(target, request):
+            return Published(made)
+        found = self.open(path, tenant=tenant)
+        manifest = replace(
+            found.manifest,
+            name=target.name,
+            create_time=datetime.now(UTC),
+            expire_time=expire_time,
+            unused_limit_s=None,
+            source=str(found.manifest.revision_path),
+            request=request,
+            sequence=0,
+        )
+        if not found.stored:
+            return self.publish_as(manifest, found.weights(), overwrite=False)
+        with self.staging() as staging:
+            with found.present():
+                share_files(manifest.files, found.folder, staging)
+            return self._publisher.place(staging, manifest, overwrite=False)
+
+    def update(self, path: str, *, tenant: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+        """Replaces what a revision says of itself. Its files, and what is in memory, stay."""
+        asked = parse_path(path)
+        if asked.unnamed:
+            raise InvalidRequest(
+                f"`path` {path!r} is an unnamed snapshot, which is kept for as long as it is used; "
+                "copy it under a name to keep it otherwise",
+                field="path",
+                path=path,
+            )
+        changed = change(self._stored(asked, tenant))
+        folder = self._layout.revision_folder(changed.revision_path)
+        if not revisions.rewrite_manifest(folder, encode_manifest(changed)):
+            raise CheckpointNotFound(path)
+        return changed
 
     def draft(self) -> Path:
         """Where to write a row's numbers to, on the store's file system."""
@@ -182,6 +240,11 @@ class CheckpointStore:
             row = self._row_of(manifest)
         return self._opened(manifest, row)
 
+    def find_stored(self, path: str, *, tenant: str) -> OpenCheckpoint:
+        """As `find`, but only what is in the store."""
+        manifest = self._stored(parse_path(path), tenant)
+        return self._opened(manifest)
+
     def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """As `find`, and verifies every file unless memory has the revision. Notes its use."""
         found = self.find(path, tenant=tenant, kind=kind)
@@ -214,40 +277,60 @@ class CheckpointStore:
         *,
         tenant: str,
         training_run_id: str | None = None,
+        run_prefix: str = "",
         kind: CheckpointKind | None = None,
     ) -> Sequence[Manifest]:
         """The newest revision of each of the tenant's names, newest first; no unnamed snapshots."""
         found: dict[str, Manifest] = {}
         now = datetime.now(UTC)
-        for manifest in self._layout.all_revisions(training_run_id):
+        runs = [training_run_id] if training_run_id else self._layout.runs(run_prefix)
+        for manifest in self._layout.all_revisions(runs):
             mine = manifest.tenant == tenant and kind in (None, manifest.kind)
             if mine and manifest.named and not retention.past_expiry(manifest, now):
                 found[str(manifest.path)] = manifest  # revisions come in order: the newest stays
         return sorted(found.values(), key=lambda m: (m.create_time, str(m.path)), reverse=True)
 
-    def delete(self, path: str, *, tenant: str) -> None:
-        """Deletes one revision, or without `@<revision>` the name with all its revisions."""
+    def delete(self, path: str, *, tenant: str, request: str = "") -> None:
+        """Deletes one revision, or without `@<revision>` the name with all its revisions. What one
+        request deletes twice is deleted once: a newer revision of the name stays.
+        """
         asked = parse_path(path)
         found = [m for m in self._layout.newest_first(asked) if m.tenant == tenant]
+        last = revisions.buried_by(self._layout.name_folder(asked), request)
+        if last is not None:
+            found = [manifest for manifest in found if manifest.revision <= last]
         if not found:
             revisions.settle_burials(self._layout.name_folder(asked))
-            raise CheckpointNotFound(path)
-        for manifest in found:
-            revisions.bury(self._layout.revision_folder(manifest.revision_path))
+            if last is None:
+                raise CheckpointNotFound(path)
+        for manifest in found:  # newest first: of a deletion cut short, the newest one tells
+            revisions.bury(self._layout.revision_folder(manifest.revision_path), request)
+
+    def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
+        """The revision of that kind and of a path's name that a request has made."""
+        asked = parse_path(path)
+        return self._publisher.made(replace(asked.at(None), kind=kind), request)
+
+    def has_deleted(self, training_run_id: str, request: str) -> bool:
+        """Whether a request has deleted a checkpoint of a run."""
+        names = self._layout.names([training_run_id])
+        folders = (self._layout.name_folder(name) for name in names)
+        return any(revisions.buried_by(folder, request) is not None for folder in folders)
 
     def delete_run(self, training_run_id: str, *, tenant: str, named: bool = False) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
-        for manifest in self._layout.all_revisions(check_name(training_run_id)):
+        for manifest in self._layout.all_revisions([check_name(training_run_id)]):
             if manifest.tenant == tenant and (named or not manifest.named):
                 revisions.bury(self._layout.revision_folder(manifest.revision_path))
-        for name in self._layout.names(training_run_id):
+        for name in self._layout.names([training_run_id]):
             revisions.settle_burials(self._layout.name_folder(name))
 
-    def sweep(self, *, now: datetime | None = None) -> int:
-        """Removes what has expired and what dead writers left. Returns how many revisions went."""
+    def sweep(self, *, now: datetime | None = None) -> Swept:
+        """Removes what has expired and what dead writers left."""
         now = now or datetime.now(UTC)
         removed = 0
-        for name in self._layout.names():
+        expiries: list[datetime] = []
+        for name in self._layout.names(self._layout.runs()):
             held = [
                 (
                     manifest,
@@ -255,12 +338,13 @@ class CheckpointStore:
                 )
                 for manifest in self._layout.revisions_of(name)
             ]
+            expiries += retention.expiries((manifest for manifest, _ in held), now)
             for number in retention.removable_of_name(held, now):
                 revisions.bury(self._layout.revision_folder(name.at(number)))
                 removed += 1
-            self._layout.tidy(name, announced_after=now - _STAGING_LIMIT)
-        self._layout.clear_staging(older_than=now - _STAGING_LIMIT)
-        return removed
+            self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        self._layout.clear_staging(older_than=now - _LEFT_LIMIT)
+        return Swept(removed, min(expiries, default=None))
 
     def _stored(self, asked: CheckpointPath, tenant: str) -> Manifest:
         now = datetime.now(UTC)
@@ -269,7 +353,7 @@ class CheckpointStore:
                 return manifest
         raise CheckpointNotFound(str(asked))
 
-    def _opened(self, manifest: Manifest, row: RowFile | None) -> OpenCheckpoint:
+    def _opened(self, manifest: Manifest, row: RowFile | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)
         if isinstance(place, ObjectPath):
             assert self._copies is not None
@@ -299,80 +383,3 @@ class CheckpointStore:
         if row is None or retention.past_memory(row.manifest, datetime.now(UTC)):
             return None, None
         return row, None
-
-    def _place(self, staging: Path, manifest: Manifest, overwrite: bool) -> Published:
-        path = manifest.path
-        for earlier in self._layout.revisions_of(path) if manifest.sequence else ():
-            if earlier.sequence == manifest.sequence:
-                revisions.settle(self._layout.name_folder(path))
-                return Published(earlier)
-        described = replace(
-            manifest,
-            files=adapter_files.flush_files(staging),
-            files_folder=self._layout.files_folder_of(staging),
-        )
-
-        def prepare(revision: int) -> None:
-            now = datetime.now(UTC)
-            held = self._layout.newest_first(path)
-            if not overwrite and any(not retention.past_expiry(m, now) for m in held):
-                raise AlreadyExists(
-                    f"checkpoint `{path}` exists; choose another `name` or set `overwrite`",
-                    path=path,
-                )
-            encoded = encode_manifest(replace(described, revision=revision))
-            write_durably(staging / MANIFEST_FILE, encoded)
-            flush_folder(staging)
-
-        revision = revisions.place(staging, self._layout.name_folder(path), prepare)
-        return Published(replace(described, revision=revision))
-
-    @contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """A folder to write in, on the store's file system, gone afterwards."""
-        staging = self._layout.staging / uuid4().hex
-        try:
-            make_folder(self._layout.staging)
-            staging.mkdir()
-            yield staging
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResourceExhausted(
-                "the checkpoint store has no space left; delete checkpoints, then save again"
-            ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def new_manifest(
-    *,
-    training_run_id: str,
-    kind: CheckpointKind,
-    name: str | None,
-    tenant: str,
-    base_model: str,
-    base_fingerprint: str,
-    spec: AdapterSpec,
-    step: int,
-    metadata: Mapping[str, str] | None = None,
-    sequence: int = 0,
-    expire_time: datetime | None = None,
-) -> Manifest:
-    """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
-    return Manifest(
-        tenant=tenant,
-        training_run_id=check_name(training_run_id, field="training_run_id"),
-        kind=kind,
-        name=generated_name() if name is None else check_new_name(name),
-        revision=1,
-        base_model=base_model,
-        base_fingerprint=base_fingerprint,
-        spec=spec,
-        step=step,
-        create_time=datetime.now(UTC),
-        expire_time=expire_time,
-        unused_limit_s=retention.UNUSED_LIMIT_S if name is None else None,
-        metadata=dict(metadata or {}),
-        sequence=sequence,
-    )

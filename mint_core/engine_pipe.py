@@ -84,6 +84,7 @@ class ModelDescription:
     linear_modules: tuple[str, ...]  # full names of the nn.Linear layers that LoRA can train
     memory_bytes: int  # of the base weights
     memory_bound: bool = False  # whether memory, not the model, sets `context_length`
+    linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def connect() -> tuple[EnginePipe, Any]:
     """Opens the pipe whose descriptor is the first argument and returns it with the engine's
     configuration.
     """
-    _die_with_the_front()
+    die_with_the_front()
     pipe = EnginePipe(Connection(int(sys.argv[1])))
     config = pipe.receive()
     if config is None:
@@ -141,7 +142,7 @@ def connect() -> tuple[EnginePipe, Any]:
     return pipe, config
 
 
-def _die_with_the_front() -> None:
+def die_with_the_front() -> None:
     """Lets the kernel end an engine that hangs or computes when its front is killed."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>

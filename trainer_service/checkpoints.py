@@ -4,7 +4,6 @@ The store blocks, so threads wait for it.
 """
 
 import asyncio
-import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -16,15 +15,13 @@ from checkpoint_store import (
     SnapshotMemory,
 )
 from mint_core.engine_pipe import ModelDescription
-from mint_core.errors import MintError
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Load, Save, SaveForSampler
 from trainer_service.errors import CheckpointMismatch
 from trainer_service.handoff import Handoff, Write
 from trainer_service.jobs import RowArrays
 from trainer_service.run import RunOrigin
-
-logger = logging.getLogger(__name__)
+from trainer_service.sweeping import Sweeper
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,38 +98,27 @@ class Opened:
         )
 
 
-SWEEP_INTERVAL_S = 3600.0
-
-
 class Checkpoints:
     """The store, for the runs of this trainer."""
 
     def __init__(self, store: CheckpointStore, memory: SnapshotMemory | None = None) -> None:
-        self._store = store
+        self.store = store
+        self.sweeper = Sweeper(store)
         self.handoff = Handoff(store, memory)
-
-    async def keep_swept(self) -> None:
-        """Removes what has expired, now and then, until cancelled."""
-        while True:
-            try:
-                removed = await asyncio.to_thread(self._store.sweep)
-                logger.info("store swept revisions_removed=%d", removed)
-            except (OSError, MintError):
-                logger.exception("the store could not be swept")
-            await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def open(self, load: Load, tenant: str) -> Opened:
         """Opens a checkpoint of the tenant's, whatever it fits."""
         kind = WEIGHTS if load.with_optimizer else None
-        checkpoint = await asyncio.to_thread(self._store.open, load.path, tenant=tenant, kind=kind)
+        checkpoint = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
         return Opened(checkpoint, load.with_optimizer)
 
     async def publish_state(
         self, origin: RunOrigin, arrays: RowArrays, save: Save, sequence: int
     ) -> Published:
         """Publishes training state; that of the same call once."""
+        expire_time = self._expire_time(save.ttl_s)
         return await asyncio.to_thread(
-            self._store.publish,
+            self.store.publish,
             training_run_id=origin.training_run_id,
             kind=WEIGHTS,
             name=save.name,
@@ -147,14 +133,14 @@ class Checkpoints:
             metadata=save.metadata,
             sequence=sequence,
             overwrite=save.overwrite,
-            expire_time=_expire_time(save.ttl_s),
+            expire_time=expire_time,
         )
 
     async def publish_adapter(
         self, origin: RunOrigin, save: SaveForSampler, sequence: int, write: Write
     ) -> Published:
         """Publishes an adapter for samplers; `write` has the engine write its row."""
-        expire_time = _expire_time(save.ttl_s)
+        expire_time = self._expire_time(save.ttl_s)
         return await self.handoff.publish(
             origin, save, write, sequence=sequence, expire_time=expire_time
         )
@@ -163,9 +149,12 @@ class Checkpoints:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
         await self.handoff.delete_run(origin, named=named)
 
-
-def _expire_time(ttl_s: float | None) -> datetime | None:
-    return None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
+    def _expire_time(self, ttl_s: float | None) -> datetime | None:
+        if ttl_s is None:
+            return None
+        expire_time = datetime.now(UTC) + timedelta(seconds=ttl_s)
+        self.sweeper.note_expiry(expire_time)
+        return expire_time
 
 
 def _brief(value: object) -> str:

@@ -202,6 +202,20 @@ class StateDamaged(TrainingRunLost):
     """What the server's state lacks or has wrong of a run."""
 
 
+class TrainingRunUploaded(FailedPrecondition):
+    """The run holds uploaded checkpoints, and nothing that could be trained."""
+
+    reason = "TRAINING_RUN_UPLOADED"
+
+    def __init__(self, training_run_id: str) -> None:
+        super().__init__(
+            f"training run `{training_run_id}` holds uploaded checkpoints and takes no calls; "
+            "create a run from one of them or load it into one, and change what is to be changed "
+            "of the checkpoints themselves",
+            training_run_id=training_run_id,
+        )
+
+
 class CheckpointMismatch(FailedPrecondition):
     """The checkpoint belongs to another base model or shape of adapter."""
 

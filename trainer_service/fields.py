@@ -1,8 +1,5 @@
 """Checks of single fields of requests: each returns the value or raises InvalidRequest."""
 
-import base64
-import binascii
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,17 +14,12 @@ from mint_core.rpc.limits import (
     MAX_REQUEST_ID_CHARACTERS,
 )
 
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 MAX_TTL_DAYS = 36_500
 
 __all__ = [
     "check_name",
     "finite",
     "metadata",
-    "page_size",
-    "page_token",
-    "parse_page_token",
     "request_id",
     "text",
     "ttl_s",
@@ -67,14 +59,14 @@ def finite(
     return value
 
 
-def request_id(value: str) -> str:
-    text(value, "request_id")
+def request_id(value: str, field: str = "request_id") -> str:
+    text(value, field)
     if len(value) > MAX_REQUEST_ID_CHARACTERS:
         raise InvalidRequest(
-            f"`request_id` has {len(value)} characters but at most {MAX_REQUEST_ID_CHARACTERS} "
+            f"`{field}` has {len(value)} characters but at most {MAX_REQUEST_ID_CHARACTERS} "
             "are taken; "
             "a UUID will do",
-            field="request_id",
+            field=field,
             characters=len(value),
         )
     return value
@@ -113,32 +105,3 @@ def ttl_s(request: Any, field: str = "ttl") -> float | None:
             seconds=seconds,
         )
     return seconds
-
-
-def page_size(value: int) -> int:
-    return within(value, "page_size", 0, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
-
-
-def page_token(last: int, metadata_filter: Mapping[str, str]) -> str:
-    """Writes the token for the page after the run with the creation number `last`."""
-    content = json.dumps([last, sorted(metadata_filter.items())])
-    return base64.urlsafe_b64encode(content.encode()).decode()
-
-
-def parse_page_token(token: str, metadata_filter: Mapping[str, str]) -> int | None:
-    """Returns the creation number behind which the page starts; None for the first page."""
-    if not token:
-        return None
-    try:
-        last, entries = json.loads(base64.urlsafe_b64decode(token.encode()))
-        made_for = {str(key): str(value) for key, value in entries}
-    except (binascii.Error, ValueError, TypeError, RecursionError):
-        made_for, last = {}, None
-    if type(last) is not int or made_for != dict(metadata_filter):
-        raise InvalidRequest(
-            "`page_token` was not given for this filter; pass `next_page_token` as it was "
-            "answered, with the same "
-            "`metadata_filter`",
-            field="page_token",
-        )
-    return last

@@ -22,9 +22,10 @@ from checkpoint_store import (
     SnapshotMemory,
     map_numbers,
     new_manifest,
+    parse_path,
 )
 from checkpoint_store.errors import ObjectStoreFailed
-from mint_core.errors import MintError
+from mint_core.errors import CheckpointNotFound, MintError
 from trainer_service.calls import SaveForSampler
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import WriteRow, WrittenRow
@@ -105,6 +106,26 @@ class Handoff:
             if self._memory is not None:
                 await asyncio.to_thread(self._memory.remove_run, run)
             await asyncio.to_thread(self._store.delete_run, run, tenant=origin.tenant, named=named)
+
+    async def delete(self, path: str, *, tenant: str, request: str) -> None:
+        """Deletes a revision, or a name with all its revisions, in memory too."""
+        asked = parse_path(path)
+        async with self._writing:
+            await asyncio.to_thread(self._delete, asked, tenant, request)
+            self._waiting = deque(r for r in self._waiting if not asked.covers(r))
+            self._failed = [r for r in self._failed if not asked.covers(r)]
+
+    def _delete(self, asked: CheckpointPath, tenant: str, request: str) -> None:
+        held = self._memory.held(asked, tenant=tenant) if self._memory else []
+        try:
+            self._store.delete(str(asked), tenant=tenant, request=request)
+        except CheckpointNotFound:
+            if not held:
+                raise
+        for revision in held:
+            assert self._memory is not None
+            self._memory.remove(revision)
+            self._store.recant(revision)
 
     async def stop(self) -> None:
         """Stores what is not stored yet, as far as that works, and leaves the memory."""

@@ -6,16 +6,18 @@ Here are all checks that need no state but the base model's description.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from google.protobuf.message import Message
 
-from checkpoint_store import WEIGHTS, parse_path
+from checkpoint_store import MERGED_WEIGHTS, WEIGHTS, parse_path
 from mint_core.engine_pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest
 from mint_core.lora.spec import DEFAULT_ALPHA, LoraRequest
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service import fields
 from trainer_service.calls import Load
+from trainer_service.pages import PageRequest, parse_page
 
 _SWITCHES = ("train_attn", "train_mlp", "train_unembed")
 
@@ -26,6 +28,11 @@ class Identity:
 
     request_id: str
     payload_hash: bytes
+
+    def digest(self, tenant: str) -> str:
+        """Of all of it, to be kept with what the request does."""
+        content = f"{tenant}\0{self.request_id}\0".encode() + self.payload_hash
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +52,8 @@ class OpenRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListRuns:
-    page_size: int
-    before: int | None  # creation number; None: from the newest
+    page: PageRequest
+    kind: Literal["", "trained", "uploaded"]  # empty: all
     metadata_filter: Mapping[str, str]
 
 
@@ -81,7 +88,7 @@ def parse_create(
 ) -> CreateRun:
     _check_served(request.base_model, model)
     return CreateRun(
-        identity=_identity(request),
+        identity=identity_of(request),
         source=_source(request, model),
         metadata=fields.metadata(request.metadata),
         isolated=request.isolated,
@@ -90,14 +97,14 @@ def parse_create(
 
 
 def parse_open(request: trainer_pb2.OpenTrainingRunRequest) -> OpenRun:
-    return OpenRun(run_id(request.training_run_id), _identity(request))
+    return OpenRun(run_id(request.training_run_id), identity_of(request))
 
 
 def parse_list(request: trainer_pb2.ListTrainingRunsRequest) -> ListRuns:
     wanted = fields.metadata(request.metadata_filter, "metadata_filter")
     return ListRuns(
-        page_size=fields.page_size(request.page_size),
-        before=fields.parse_page_token(request.page_token, wanted),
+        page=parse_page(request, [request.kind, wanted]),
+        kind=_run_kind(request.kind),
         metadata_filter=wanted,
     )
 
@@ -105,7 +112,7 @@ def parse_list(request: trainer_pb2.ListTrainingRunsRequest) -> ListRuns:
 def parse_update(request: trainer_pb2.UpdateTrainingRunRequest) -> UpdateRun:
     return UpdateRun(
         training_run_id=run_id(request.training_run_id),
-        identity=_identity(request),
+        identity=identity_of(request),
         metadata=fields.metadata(request.metadata),
     )
 
@@ -113,7 +120,7 @@ def parse_update(request: trainer_pb2.UpdateTrainingRunRequest) -> UpdateRun:
 def parse_delete(request: trainer_pb2.DeleteTrainingRunRequest) -> DeleteRun:
     return DeleteRun(
         training_run_id=run_id(request.training_run_id),
-        identity=_identity(request),
+        identity=identity_of(request),
         delete_checkpoints=request.delete_checkpoints,
     )
 
@@ -125,6 +132,12 @@ def run_id(value: str) -> str:
 def parse_load(path: str, with_optimizer: bool, field: str) -> Load:
     """Checks a checkpoint's path against what is wanted of it."""
     found = parse_path(path, field=field)
+    if found.kind == MERGED_WEIGHTS:
+        raise InvalidRequest(
+            f"`{field}` {path!r} is a merged model; give the path of the adapter in it",
+            field=field,
+            path=path,
+        )
     if with_optimizer and found.kind != WEIGHTS:
         raise InvalidRequest(
             f"`{field}` {path!r} is an adapter alone and has no optimizer state; give a `weights` "
@@ -213,6 +226,18 @@ def _check_served(base_model: str, model: ModelDescription) -> None:
         raise BaseModelNotFound(base_model, model.name)
 
 
-def _identity(request: Message) -> Identity:
+def _run_kind(kind: int) -> Literal["", "trained", "uploaded"]:
+    match kind:
+        case trainer_pb2.TrainingRun.KIND_UNSPECIFIED:
+            return ""
+        case trainer_pb2.TrainingRun.KIND_TRAINED:
+            return "trained"
+        case trainer_pb2.TrainingRun.KIND_UPLOADED:
+            return "uploaded"
+    raise InvalidRequest(f"`kind` {kind} is unknown to this server", field="kind")
+
+
+def identity_of(request: Message, field: str = "request_id") -> Identity:
     request_id: str = request.request_id  # type: ignore[attr-defined]
-    return Identity(fields.request_id(request_id), payload_hash(request, canonical(request)))
+    digest = payload_hash(request, canonical(request))
+    return Identity(fields.request_id(request_id, field), digest)

@@ -9,7 +9,9 @@ from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service.calls import Computed, Discarded, Loaded, Outcome, Saved, Stepped
-from trainer_service.run import RunPage, RunView
+from trainer_service.pages import Page
+from trainer_service.run import RunView
+from trainer_service.uploaded_runs import UploadedRun
 from trainer_service.watching import CallEnd, Event, QueueProgress
 
 
@@ -30,10 +32,13 @@ def open_response(view: RunView) -> trainer_pb2.OpenTrainingRunResponse:
     )
 
 
-def list_response(page: RunPage) -> trainer_pb2.ListTrainingRunsResponse:
+def list_response(
+    page: Page[RunView | UploadedRun],
+) -> trainer_pb2.ListTrainingRunsResponse:
     return trainer_pb2.ListTrainingRunsResponse(
-        training_runs=[run_message(view) for view in page.runs],
+        training_runs=[run_message(run) for run in page.entries],
         next_page_token=page.next_page_token,
+        total_size=page.total_size,
     )
 
 
@@ -91,7 +96,28 @@ def _state_message(view: RunView) -> str:
     return "; ".join(filter(None, (view.trouble, view.inexact_note)))
 
 
-def run_message(view: RunView) -> trainer_pb2.TrainingRun:
+def run_message(run: RunView | UploadedRun) -> trainer_pb2.TrainingRun:
+    return _trained(run) if isinstance(run, RunView) else _uploaded(run)
+
+
+def _uploaded(run: UploadedRun) -> trainer_pb2.TrainingRun:
+    manifest = run.last
+    return trainer_pb2.TrainingRun(
+        training_run_id=run.training_run_id,
+        base_model=manifest.base_model,
+        base_fingerprint=manifest.base_fingerprint,
+        lora_config=lora_config_message(manifest.spec),
+        metadata=manifest.metadata,
+        create_time=timestamp(run.first.create_time),
+        update_time=timestamp(manifest.create_time),
+        step=manifest.step,
+        state=trainer_pb2.TrainingRun.STATE_ACTIVE,
+        trained_modules=manifest.spec.modules,
+        kind=trainer_pb2.TrainingRun.KIND_UPLOADED,
+    )
+
+
+def _trained(view: RunView) -> trainer_pb2.TrainingRun:
     origin = view.origin
     states = trainer_pb2.TrainingRun
     return trainer_pb2.TrainingRun(
@@ -100,8 +126,8 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         base_fingerprint=origin.base_fingerprint,
         lora_config=lora_config_message(origin.spec),
         metadata=view.metadata,
-        create_time=_timestamp(origin.create_time),
-        update_time=_timestamp(view.update_time),
+        create_time=timestamp(origin.create_time),
+        update_time=timestamp(view.update_time),
         step=view.step,
         next_sequence=view.next_sequence,
         gradient_pending=view.gradient_pending,
@@ -111,11 +137,12 @@ def run_message(view: RunView) -> trainer_pb2.TrainingRun:
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,
         inexact_replay_count=view.inexact_replays,
+        kind=states.KIND_TRAINED,
     )
 
 
 def watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
-    response = trainer_pb2.WatchTrainingRunResponse(event_time=_timestamp(event.time))
+    response = trainer_pb2.WatchTrainingRunResponse(event_time=timestamp(event.time))
     match event.what:
         case RunView() as view:
             response.training_run.CopyFrom(run_message(view))
@@ -164,7 +191,7 @@ def _fill(
     response.metrics.update(outcome.metrics)
 
 
-def _timestamp(time: datetime) -> Timestamp:
+def timestamp(time: datetime) -> Timestamp:
     stamp = Timestamp()
     stamp.FromDatetime(time)
     return stamp

@@ -1,6 +1,6 @@
 """One training run as the front knows it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -65,12 +65,6 @@ class RunView:
     trouble: str  # what else is wrong; empty: nothing
     inexact_replays: int = 0
     inexact_note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RunPage:
-    runs: Sequence[RunView]
-    next_page_token: str
 
 
 class Watcher(Protocol):

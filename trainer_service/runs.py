@@ -18,18 +18,19 @@ from trainer_service.backlog import Backlogs
 from trainer_service.calls import Call, Load, Outcome
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.durability import Durability
+from trainer_service.errors import TrainingRunUploaded
 from trainer_service.execution import Execution
-from trainer_service.fields import page_token
 from trainer_service.jobs import CreateRow, DropRow, Plan, RowDescription, TileResult, tile_tokens
 from trainer_service.journal.ledger import PastRun
 from trainer_service.journal.records import SnapshotRecord
 from trainer_service.once import REMEMBERED_S, Once
 from trainer_service.planner import most_tile_tokens
-from trainer_service.requests import CreateRun, DeleteRun, Identity, ListRuns, OpenRun, UpdateRun
+from trainer_service.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
 from trainer_service.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
-from trainer_service.run import Run, RunHooks, RunOrigin, RunPage, RunState, RunView
+from trainer_service.run import Run, RunHooks, RunOrigin, RunState, RunView
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
+from trainer_service.uploaded_runs import is_uploaded
 from trainer_service.watching import Watch
 
 logger = logging.getLogger(__name__)
@@ -128,20 +129,9 @@ class Runs:
     def get(self, tenant: str, training_run_id: str) -> RunView:
         return self._find(tenant, training_run_id).view()
 
-    def list(self, tenant: str, request: ListRuns) -> RunPage:
-        """The tenant's runs, newest first."""
-        wanted = request.metadata_filter.items()
-        found = [
-            run
-            for run in reversed(self._runs.values())
-            if run.origin.tenant == tenant
-            and (request.before is None or run.origin.number < request.before)
-            and wanted <= run.metadata.items()
-        ]
-        page = found[: request.page_size]
-        more = len(found) > len(page)
-        token = page_token(page[-1].origin.number, request.metadata_filter) if more else ""
-        return RunPage([run.view() for run in page], token)
+    def views(self, tenant: str) -> list[RunView]:
+        """The tenant's runs."""
+        return [run.view() for run in self._runs.values() if run.origin.tenant == tenant]
 
     async def update(self, tenant: str, request: UpdateRun) -> RunView:
         return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
@@ -247,6 +237,8 @@ class Runs:
     def _find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
+        if is_uploaded(training_run_id):
+            raise TrainingRunUploaded(training_run_id)
         if run is None or run.origin.tenant != tenant:
             raise self._expiries.not_found(tenant, training_run_id)
         run.retention.touch()

@@ -13,22 +13,28 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
+from trainer_service.archive import Archive
 from trainer_service.backlog import Backlogs
+from trainer_service.checkpoint_servicer import CheckpointServicer
 from trainer_service.checkpoints import Checkpoints
 from trainer_service.config import TrainerConfig
+from trainer_service.downloads import Downloads
 from trainer_service.durability import Durability
+from trainer_service.exports import Exports
 from trainer_service.jobs import RowCounts
+from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequencing import SequenceLimits
-from trainer_service.servicer import CheckpointServicer, TrainerServicer
+from trainer_service.servicer import TrainerServicer
+from trainer_service.uploads import Uploads
 from trainer_service.usage import Usage
 
 logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
-FEATURES = ("watch_training_run", "isolated", "retention")
+FEATURES = ("watch_training_run", "isolated", "retention", "checkpoints")
 
 
 class TrainerService:
@@ -47,7 +53,15 @@ class TrainerService:
         )
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
-        self._checkpoints = _checkpoints(config)
+        self._checkpoints = checkpoints = _checkpoints(config)
+        store, sweeper = checkpoints.store, checkpoints.sweeper
+        self._checkpoint_servicer = CheckpointServicer(
+            Archive(store, checkpoints.handoff, sweeper),
+            Downloads(store),
+            Uploads(store, sweeper),
+            Exports(store, sweeper, threads=config.threads),
+            self._scheduler,
+        )
         self._sweeping: list[asyncio.Task[None]] = []
         self._drain_s = config.drain_s
         self._durability = Durability(
@@ -89,12 +103,14 @@ class TrainerService:
         server.before_stop(self._runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
-            TrainerServicer(self._runs, self._scheduler),
+            TrainerServicer(
+                self._runs, RunDirectory(self._runs, self._checkpoints.store), self._scheduler
+            ),
             "mintrpc.v1.TrainerService",
         )
         server.add(
             checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
-            CheckpointServicer(),
+            self._checkpoint_servicer,
             "mintrpc.v1.CheckpointService",
         )
         offer = Offer(
@@ -117,7 +133,7 @@ class TrainerService:
         self._checkpoints.handoff.start()
         self._runs.resume()
         self._sweeping = [
-            asyncio.create_task(self._checkpoints.keep_swept()),
+            asyncio.create_task(self._checkpoints.sweeper.run()),
             asyncio.create_task(self._runs.keep_expiring()),
         ]
 

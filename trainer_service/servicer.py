@@ -1,4 +1,4 @@
-"""The RPCs of TrainerService and CheckpointService."""
+"""The RPCs of TrainerService."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,11 +7,11 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from mint_core.errors import Unimplemented
 from mint_core.rpc.caller import caller, note, records_refusals
-from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service import requests, responses
 from trainer_service.calls import Call, Outcome
+from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.scheduler import Scheduler
 from trainer_service.sequenced_requests import LARGE_BYTES, parse_call
@@ -20,8 +20,9 @@ from trainer_service.sequenced_requests import LARGE_BYTES, parse_call
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     """Parses, asks the runs, answers."""
 
-    def __init__(self, runs: Runs, scheduler: Scheduler) -> None:
+    def __init__(self, runs: Runs, directory: RunDirectory, scheduler: Scheduler) -> None:
         self._runs = runs
+        self._directory = directory
         self._scheduler = scheduler
 
     async def CreateTrainingRun(
@@ -42,14 +43,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.GetTrainingRunRequest, context: Any
     ) -> trainer_pb2.GetTrainingRunResponse:
         """See trainer.proto."""
-        view = self._runs.get(caller().tenant, requests.run_id(request.training_run_id))
-        return trainer_pb2.GetTrainingRunResponse(training_run=responses.run_message(view))
+        run_id = requests.run_id(request.training_run_id)
+        run = await self._directory.get(caller().tenant, run_id)
+        return trainer_pb2.GetTrainingRunResponse(training_run=responses.run_message(run))
 
     async def ListTrainingRuns(
         self, request: trainer_pb2.ListTrainingRunsRequest, context: Any
     ) -> trainer_pb2.ListTrainingRunsResponse:
         """See trainer.proto."""
-        page = self._runs.list(caller().tenant, requests.parse_list(request))
+        page = await self._directory.list(caller().tenant, requests.parse_list(request))
         return responses.list_response(page)
 
     async def UpdateTrainingRun(
@@ -63,7 +65,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.DeleteTrainingRunRequest, context: Any
     ) -> trainer_pb2.DeleteTrainingRunResponse:
         """See trainer.proto."""
-        await self._runs.delete(caller().tenant, requests.parse_delete(request))
+        await self._directory.delete(caller().tenant, requests.parse_delete(request))
         return trainer_pb2.DeleteTrainingRunResponse()
 
     @records_refusals
@@ -147,63 +149,3 @@ def _note(call: Call) -> None:
         note(wait_s=course.wait_s, run_s=course.run_s)
     if course.deaths:
         note(engine_deaths=course.deaths)
-
-
-class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
-    """The management of checkpoints, which is still to come."""
-
-    async def ListCheckpoints(
-        self, request: checkpoint_pb2.ListCheckpointsRequest, context: Any
-    ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """See checkpoint.proto."""
-        raise _missing("listing checkpoints")
-
-    async def GetCheckpoint(
-        self, request: checkpoint_pb2.GetCheckpointRequest, context: Any
-    ) -> checkpoint_pb2.GetCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("describing a checkpoint")
-
-    async def UpdateCheckpoint(
-        self, request: checkpoint_pb2.UpdateCheckpointRequest, context: Any
-    ) -> checkpoint_pb2.UpdateCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("changing a checkpoint's lifetime or metadata")
-
-    async def CopyCheckpoint(
-        self, request: checkpoint_pb2.CopyCheckpointRequest, context: Any
-    ) -> checkpoint_pb2.CopyCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("copying a checkpoint")
-
-    async def DeleteCheckpoint(
-        self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
-    ) -> checkpoint_pb2.DeleteCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("deleting a checkpoint")
-
-    async def ExportCheckpoint(
-        self, request: checkpoint_pb2.ExportCheckpointRequest, context: Any
-    ) -> checkpoint_pb2.ExportCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("exporting a merged model")
-
-    async def DownloadCheckpoint(
-        self, request: checkpoint_pb2.DownloadCheckpointRequest, context: Any
-    ) -> AsyncIterator[checkpoint_pb2.DownloadCheckpointResponse]:
-        """See checkpoint.proto."""
-        raise _missing("downloading a checkpoint")
-        yield
-
-    async def UploadCheckpoint(
-        self, request: AsyncIterator[checkpoint_pb2.UploadCheckpointRequest], context: Any
-    ) -> checkpoint_pb2.UploadCheckpointResponse:
-        """See checkpoint.proto."""
-        raise _missing("uploading a checkpoint")
-
-
-def _missing(what: str) -> Unimplemented:
-    return Unimplemented(
-        f"{what} over this service is not implemented yet; the server's store folder holds every "
-        "checkpoint as a PEFT folder"
-    )

@@ -113,6 +113,7 @@ def load_base(
             eos_token_ids=eos_token_ids,
             bitwise_reproducible=place.type == "cpu" and threads == 1,
             linear_modules=tuple(shapes),
+            linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         ),
         device=place,
@@ -132,7 +133,7 @@ def _read(
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         names = ", ".join(TOKENIZER_FILES)
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
-    _check_memory(folder, device, dtype)
+    check_memory(folder, device, dtype)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
@@ -189,11 +190,12 @@ def _folder(base_model: str) -> Path:
         ) from None
 
 
-def _check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Refuses a model that does not fit; `dtype` None: as it is stored."""
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stored = json.loads((folder / "config.json").read_text())
     stored_size = 4 if "float32" in (stored.get("dtype"), stored.get("torch_dtype")) else 2
-    needed = on_disk * dtype.itemsize // stored_size
+    needed = on_disk * (dtype.itemsize if dtype else stored_size) // stored_size
     free = (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"

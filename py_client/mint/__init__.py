@@ -34,11 +34,14 @@ from mint.errors import (
     UnprocessableEntityError,
 )
 from mint.futures import APIFuture, SampleFuture
+from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient
 from mint.service_client import ServiceClient
 from mint.training_client import TrainingClient
 from mint.types import (
     AdamParams,
+    Checkpoint,
+    CheckpointType,
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
@@ -47,6 +50,8 @@ from mint.types import (
     ModelInput,
     ModelInputChunk,
     OptimStepResponse,
+    ParsedCheckpointPath,
+    ParsedCheckpointTinkerPath,
     SampledSequence,
     SamplePart,
     SampleResponse,
@@ -67,6 +72,8 @@ __all__ = [
     "AdamParams",
     "AuthenticationError",
     "BadRequestError",
+    "Checkpoint",
+    "CheckpointType",
     "ConflictError",
     "Datum",
     "EncodedTextChunk",
@@ -80,9 +87,12 @@ __all__ = [
     "ModelInputChunk",
     "NotFoundError",
     "OptimStepResponse",
+    "ParsedCheckpointPath",
+    "ParsedCheckpointTinkerPath",
     "PermissionDeniedError",
     "RateLimitError",
     "RequestFailedError",
+    "RestClient",
     "RunWatch",
     "SampleFuture",
     "SamplePart",

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -33,6 +33,14 @@ class Refusal:
 
     failure: Failure
     error: APIError
+
+
+class Question(NamedTuple):
+    """A call that is to be made: what is asked, and how the answer is read."""
+
+    method: Any
+    request: Any
+    convert: Callable[[Any], Any]
 
 
 class Call(Generic[Q, R]):
@@ -201,6 +209,14 @@ def read_stream(
             raise connection.error(failure, silence_s=silence_s) from None
         connection.silent(since, failure.message)
         time.sleep(_STREAM_RETRY_S)
+
+
+def submit(connection: Connection, question: Question) -> APIFuture[Any]:
+    """Sends a call."""
+    future: APIFuture[Any] = APIFuture()
+    ended = partial(settle, future, question.convert)
+    Call(connection, question.method, question.request, ended).start()
+    return future
 
 
 def ask(

@@ -14,7 +14,12 @@ from mint._address import Address
 from mint._failures import Failure, error_of
 from mint._version import __version__
 from mint.errors import APIError, InvalidInputError
-from mintrpc.v1 import model_pb2_grpc, sampler_pb2_grpc, trainer_pb2_grpc
+from mintrpc.v1 import (
+    checkpoint_pb2_grpc,
+    model_pb2_grpc,
+    sampler_pb2_grpc,
+    trainer_pb2_grpc,
+)
 
 logger = logging.getLogger("mint")
 
@@ -63,6 +68,7 @@ class Connection:
         self._channel = _channel(address)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
         self._trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     @property
@@ -74,6 +80,11 @@ class Connection:
     def trainer(self) -> trainer_pb2_grpc.TrainerServiceStub:
         _forks.refuse_calls_that_would_hang()
         return self._trainer
+
+    @property
+    def checkpoints(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
+        _forks.refuse_calls_that_would_hang()
+        return self._checkpoints
 
     @property
     def sampler(self) -> sampler_pb2_grpc.SamplerServiceStub:

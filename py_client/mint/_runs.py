@@ -2,15 +2,16 @@
 
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from mint import types
-from mint._call import Call, Refusal, ask, check_size
+from mint._call import Call, Question, Refusal, ask, check_size
 from mint._connection import Connection
 from mint._run_calls import Opened
 from mint.types.params import integer, text, text_map
+from mint.types.responses import run_kind
 from mintrpc.v1 import trainer_pb2
 
 M = TypeVar("M", bound=Message)
@@ -46,45 +47,57 @@ def open_run_again(
     Call(connection, connection.trainer.OpenTrainingRun, _opening(training_run_id), ended).start()
 
 
-def get_run(connection: Connection, training_run_id: str) -> types.TrainingRun:
+def get_run(connection: Connection, training_run_id: str) -> Question:
     request = trainer_pb2.GetTrainingRunRequest(training_run_id=text(training_run_id, _ID))
-    return _run(ask(connection, connection.trainer.GetTrainingRun, request, _same).training_run)
+    return Question(connection.trainer.GetTrainingRun, request, _run)
 
 
 def list_runs(
-    connection: Connection, page_size: int, page_token: str, metadata: Mapping[str, str] | None
-) -> types.ListTrainingRunsResponse:
+    connection: Connection,
+    *,
+    page_size: int,
+    page_token: str = "",
+    skip: int = 0,
+    metadata: Mapping[str, str] | None = None,
+    kind: types.RunKind | None = None,
+) -> Question:
     request = trainer_pb2.ListTrainingRunsRequest(
         page_size=integer(page_size, "page_size"),
         page_token=text(page_token, "page_token"),
         metadata_filter=text_map(metadata, "metadata_filter"),
+        skip=integer(skip, "offset"),
     )
+    if kind is not None:
+        request.kind = run_kind(kind)
     convert = types.ListTrainingRunsResponse.from_proto
-    return ask(connection, connection.trainer.ListTrainingRuns, request, convert)
+    return Question(connection.trainer.ListTrainingRuns, request, convert)
 
 
 def update_run(
     connection: Connection, training_run_id: str, metadata: Mapping[str, str]
-) -> types.TrainingRun:
+) -> Question:
     request = trainer_pb2.UpdateTrainingRunRequest(
         training_run_id=text(training_run_id, _ID),
         request_id=new_request_id(),
         metadata=text_map(metadata, "metadata"),
     )
-    return _run(ask(connection, connection.trainer.UpdateTrainingRun, request, _same).training_run)
+    return Question(connection.trainer.UpdateTrainingRun, request, _run)
 
 
-def delete_run(connection: Connection, training_run_id: str, delete_checkpoints: bool) -> None:
+def delete_run(connection: Connection, training_run_id: str, delete_checkpoints: bool) -> Question:
     request = trainer_pb2.DeleteTrainingRunRequest(
         training_run_id=text(training_run_id, _ID),
         request_id=new_request_id(),
         delete_checkpoints=delete_checkpoints,
     )
-    ask(connection, connection.trainer.DeleteTrainingRun, request, _same)
+    return Question(connection.trainer.DeleteTrainingRun, request, lambda answer: None)
 
 
 _ID = "training_run_id"
-_run = types.TrainingRun.from_proto
+
+
+def _run(answer: Any) -> types.TrainingRun:
+    return types.TrainingRun.from_proto(answer.training_run)
 
 
 def _opening(training_run_id: str) -> trainer_pb2.OpenTrainingRunRequest:

@@ -1,26 +1,22 @@
 """Where everything starts: opens runs and makes the other clients."""
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from mint import types
-from mint._address import parse_address
 from mint._async_names import off_loop
-from mint._connection import Settings
-from mint._environment import DEFAULT_BASE_URL, read_environment
+from mint._call import Question, ask
+from mint._opening import open_servers
 from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
-from mint._servers import Servers
 from mint._watch import RunWatch
 from mint.errors import InvalidInputError
+from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient, refuse_retry_config
 from mint.training_client import TrainingClient
-from mint.types.params import number, text, text_map
+from mint.types.params import text, text_map
 from mintrpc.v1 import trainer_pb2
-
-DEFAULT_TIMEOUT_S = 3600.0
 
 
 class ServiceClient:
@@ -40,16 +36,8 @@ class ServiceClient:
         timeout: float | None = None,
         default_headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._environment = read_environment()
         self._user_metadata = text_map(user_metadata, "user_metadata")
-        settings = Settings(
-            api_key=text(api_key or self._environment.api_key, "api_key").strip(),
-            headers=text_map(default_headers, "default_headers"),
-            timeout_s=_timeout(timeout),
-        )
-        url = base_url or self._environment.base_url or DEFAULT_BASE_URL
-        address = parse_address(text(url, "base_url"), "base_url")
-        self._servers = Servers(address, settings, self._environment.sampler_url)
+        self._environment, self._servers = open_servers(base_url, api_key, timeout, default_headers)
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """What the server can do, asked anew."""
@@ -154,33 +142,53 @@ class ServiceClient:
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""
-        return get_run(self._servers.trainer, training_run_id)
+        run: types.TrainingRun = self._ask(get_run(self._servers.trainer, training_run_id))
+        return run
 
     def list_training_runs(
         self,
         page_size: int = 100,
         page_token: str = "",
         metadata_filter: Mapping[str, str] | None = None,
+        *,
+        kind: types.RunKind | None = None,
     ) -> types.ListTrainingRunsResponse:
-        """One page of your runs, newest first: those whose metadata holds all of the filter."""
-        return list_runs(self._servers.trainer, page_size, page_token, metadata_filter)
+        """One page of your runs, newest first: those whose metadata holds all of the filter, of
+        both kinds unless `kind` is "trained" or "uploaded".
+        """
+        question = list_runs(
+            self._servers.trainer,
+            page_size=page_size,
+            page_token=page_token,
+            metadata=metadata_filter,
+            kind=kind,
+        )
+        page: types.ListTrainingRunsResponse = self._ask(question)
+        return page
 
     def update_training_run(
         self, training_run_id: str, metadata: Mapping[str, str]
     ) -> types.TrainingRun:
         """Replaces a run's metadata."""
-        return update_run(self._servers.trainer, training_run_id, metadata)
+        run: types.TrainingRun = self._ask(
+            update_run(self._servers.trainer, training_run_id, metadata)
+        )
+        return run
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        delete_run(self._servers.trainer, training_run_id, delete_checkpoints)
+        self._ask(delete_run(self._servers.trainer, training_run_id, delete_checkpoints))
 
     def watch_training_run(self, training_run_id: str) -> RunWatch:
         """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
         self._servers.capabilities(self._servers.trainer)
         return RunWatch(self._servers.trainer, text(training_run_id, "training_run_id"))
+
+    def create_rest_client(self) -> RestClient:
+        """Returns a client that manages checkpoints and runs, over the same connection."""
+        return RestClient(self._servers)
 
     def close(self) -> None:
         """Closes the connections, also those of the clients made here. Calls without an answer
@@ -206,10 +214,14 @@ class ServiceClient:
     )
     open_training_run_async = off_loop(open_training_run)
     create_sampling_client_async = off_loop(create_sampling_client)
+    create_rest_client_async = off_loop(create_rest_client)
     get_training_run_async = off_loop(get_training_run)
     list_training_runs_async = off_loop(list_training_runs)
     update_training_run_async = off_loop(update_training_run)
     delete_training_run_async = off_loop(delete_training_run)
+
+    def _ask(self, question: Question) -> Any:
+        return ask(self._servers.trainer, *question)
 
     def _base_model(self, base_model: str | None) -> str:
         """The name to ask for; empty: what the server prefers."""
@@ -237,14 +249,3 @@ def _positive(duration: timedelta, field: str) -> timedelta:
             f"`{field}` is {duration!r}; give a positive datetime.timedelta", field=field
         )
     return duration
-
-
-def _timeout(timeout: float | None) -> float:
-    if timeout is None:
-        return DEFAULT_TIMEOUT_S
-    seconds = number(timeout, "timeout")
-    if math.isnan(seconds) or seconds <= 0:
-        raise InvalidInputError(
-            f"`timeout` is {timeout}; give a positive number of seconds", field="timeout"
-        )
-    return seconds

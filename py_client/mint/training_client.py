@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from google.protobuf.duration_pb2 import Duration
-
 from mint import types
 from mint._async_names import off_loop, submitted
 from mint._backwards import BackwardCount
@@ -19,7 +17,7 @@ from mint._watch import RunWatch
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.sampling_client import SamplingClient, refuse_retry_config
-from mint.types.params import number, text, text_map
+from mint.types.params import text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
 if TYPE_CHECKING:
@@ -164,7 +162,7 @@ class TrainingClient:
         request = trainer_pb2.SaveStateRequest(
             name=text(name, "name"),
             overwrite=overwrite,
-            ttl=_ttl(ttl_seconds),
+            ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
@@ -189,7 +187,7 @@ class TrainingClient:
         snapshot that is kept for 24 hours after its last use."""
         request = trainer_pb2.SaveWeightsForSamplerRequest(
             name="" if name is None else text(name, "name"),
-            ttl=_ttl(ttl_seconds),
+            ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
@@ -301,16 +299,3 @@ def _published_name(name: str | None, kind: str) -> str | None:
 
 def _sampled_path(saved: types.SaveWeightsForSamplerResponse, kind: str) -> str:
     return saved.path if kind == "inflight" else saved.revision_path
-
-
-def _ttl(seconds: float | None) -> Duration | None:
-    if seconds is None:
-        return None
-    if not 0 < number(seconds, "ttl_seconds") < float("inf"):
-        raise InvalidInputError(
-            f"`ttl_seconds` is {seconds}; give a positive number, or None to keep it",
-            field="ttl_seconds",
-        )
-    ttl = Duration()
-    ttl.FromNanoseconds(round(seconds * 1e9))
-    return ttl

@@ -2,6 +2,17 @@
 
 from typing import Literal
 
+from mint.types.checkpoints import (
+    Checkpoint,
+    CheckpointFile,
+    CheckpointsListResponse,
+    CheckpointType,
+    Cursor,
+    ExportResponse,
+    ParsedCheckpointPath,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
 from mint.types.datum import Datum
 from mint.types.model_input import (
     EncodedTextChunk,
@@ -21,6 +32,7 @@ from mint.types.responses import (
     LoadWeightsResponse,
     ModelData,
     OptimStepResponse,
+    RunKind,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     SupportedModel,
@@ -40,13 +52,20 @@ from mint.types.tensor_data import TensorData, TensorDtype
 ForwardBackwardResult = ForwardBackwardOutput
 LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 ModelID = str
+ParsedCheckpointTinkerPath = ParsedCheckpointPath
 
 __all__ = [
     "AdamParams",
     "CallOutcome",
+    "Checkpoint",
+    "CheckpointFile",
+    "CheckpointType",
+    "CheckpointsListResponse",
+    "Cursor",
     "Datum",
     "DiscardGradientResponse",
     "EncodedTextChunk",
+    "ExportResponse",
     "ForwardBackwardOutput",
     "ForwardBackwardResult",
     "GetInfoResponse",
@@ -63,8 +82,11 @@ __all__ = [
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "ParsedCheckpointPath",
+    "ParsedCheckpointTinkerPath",
     "QueueProgress",
     "RunEvent",
+    "RunKind",
     "SamplePart",
     "SampleResponse",
     "SampledSequence",
@@ -78,4 +100,6 @@ __all__ = [
     "Topk",
     "TopkLogprobs",
     "TrainingRun",
+    "TrainingRunsResponse",
+    "WeightsInfoResponse",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
+
 from mint.errors import InvalidInputError
 from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
@@ -249,6 +251,19 @@ def _schema(schema: str | Mapping[str, Any]) -> str:
         raise InvalidInputError(
             f"`json_schema` is not JSON: {error}", field="json_schema"
         ) from None
+
+
+def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
+    """How long something is kept; None: until it is deleted."""
+    if seconds is None:
+        return None
+    if not 0 < number(seconds, field) < float("inf"):
+        raise InvalidInputError(
+            f"`{field}` is {seconds}; give a positive number, or None to keep it", field=field
+        )
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mint.errors import APIResponseValidationError
+from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import model_pb2, trainer_pb2
+
+# Where a run's weights come from: "uploaded" ones are not trained themselves.
+RunKind = Literal["trained", "uploaded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class TrainingRun:
     trainable_parameter_count: int
     trained_modules: list[str]
     isolated: bool
+    kind: RunKind = "trained"
     inexact_replay_count: int = 0  # how often it was restored to other bits than before
 
     @classmethod
@@ -143,6 +148,7 @@ class TrainingRun:
             trainable_parameter_count=message.trainable_parameter_count,
             trained_modules=list(message.trained_modules),
             isolated=message.isolated,
+            kind=_RUN_KINDS.get(message.kind, "trained"),
             inexact_replay_count=message.inexact_replay_count,
         )
 
@@ -151,20 +157,45 @@ class TrainingRun:
         """Rank of its adapter."""
         return self.lora_config.rank
 
+    # The names of the same in Tinker's SDK.
+
+    @property
+    def is_lora(self) -> bool:
+        """True: every run is."""
+        return True
+
+    @property
+    def corrupted(self) -> bool:
+        """Whether its weights are lost."""
+        return self.state == "failed"
+
+    @property
+    def last_request_time(self) -> datetime:
+        """The same as `update_time`."""
+        return self.update_time
+
+    @property
+    def user_metadata(self) -> dict[str, str]:
+        """The same as `metadata`."""
+        return self.metadata
+
 
 @dataclass(frozen=True, slots=True)
 class ListTrainingRunsResponse:
-    """One page of runs, newest first. `next_page_token` is empty at the end."""
+    """One page of runs, newest first. `next_page_token` is empty at the end; `total_size` counts
+    the runs of all pages.
+    """
 
     training_runs: list[TrainingRun]
     next_page_token: str
+    total_size: int = 0
 
     @classmethod
     def from_proto(
         cls, message: trainer_pb2.ListTrainingRunsResponse
     ) -> "ListTrainingRunsResponse":
         runs = [TrainingRun.from_proto(run) for run in message.training_runs]
-        return cls(runs, message.next_page_token)
+        return cls(runs, message.next_page_token, message.total_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +310,22 @@ _STATES: Mapping[int, str] = {
     trainer_pb2.TrainingRun.STATE_ACTIVE: "active",
     trainer_pb2.TrainingRun.STATE_FAILED: "failed",
 }
+
+
+_RUN_KINDS: Mapping["trainer_pb2.TrainingRun.Kind", RunKind] = {
+    trainer_pb2.TrainingRun.KIND_TRAINED: "trained",
+    trainer_pb2.TrainingRun.KIND_UPLOADED: "uploaded",
+}
+
+
+def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
+    """The contract's value for a kind."""
+    for value, known in _RUN_KINDS.items():
+        if known == name:
+            return value
+    raise InvalidInputError(
+        f"`kind` is {name!r}; give 'trained' or 'uploaded', or None for all", field="kind"
+    )
 
 
 def _state_name(state: int) -> str:

@@ -16,6 +16,7 @@ from checkpoint_store.object_store import ObjectStore, parse_address
 from checkpoint_store.opening import open_store
 from mint_core.errors import AlreadyExists, CheckpointNotFound, FailedPrecondition
 from tests.object_servers import BUCKET, ObjectServer
+from tests.unit.checkpoint_store import test_copies as copy_tests
 from tests.unit.checkpoint_store import test_retention as retention_tests
 from tests.unit.checkpoint_store import test_store as store_tests
 from tests.unit.checkpoint_store.conftest import SPEC, Publish, adapter
@@ -39,6 +40,13 @@ test_runs_end = store_tests.test_deleting_a_run_keeps_named_checkpoints_unless_a
 test_expiry = store_tests.test_a_checkpoint_is_not_found_after_its_time
 test_fresh = retention_tests.test_a_fresh_store_has_nothing_to_sweep
 test_day = retention_tests.test_an_old_revision_stays_a_day_after_its_last_use
+test_copy = copy_tests.test_a_copy_is_the_same_under_another_name
+test_copys_time = copy_tests.test_a_copy_keeps_its_own_time
+test_no_copy = copy_tests.test_what_cannot_be_copied
+test_copied_once = copy_tests.test_a_request_copies_once
+test_change = copy_tests.test_a_change_keeps_revision_and_files
+test_deleted_once = copy_tests.test_a_deletion_sent_again_leaves_what_came_since
+test_remembered = copy_tests.test_deletions_are_remembered_for_a_day
 
 
 @pytest.fixture
@@ -49,6 +57,11 @@ def address(object_server: ObjectServer) -> str:
 @pytest.fixture
 def store(address: str, tmp_path: Path) -> CheckpointStore:
     return open_store(address, tmp_path / "local", saves=True)
+
+
+@pytest.fixture
+def elsewhere(address: str, tmp_path: Path) -> CheckpointStore:
+    return open_store(address, tmp_path / "elsewhere", saves=True)
 
 
 @pytest.fixture
@@ -190,7 +203,7 @@ def test_a_snapshot_is_announced_stored_and_kept_by_its_use(
     assert not store.announced(path, tenant="t")
     store.renew(path, tenant="t")
     assert f"r-1/sampler_weights/{snapshot.name}/1/last_used" in keys(objects)
-    assert store.sweep(now=datetime.now(UTC) + 2 * DAY) == 1
+    assert store.sweep(now=datetime.now(UTC) + 2 * DAY).removed == 1
     assert keys(objects) == []
 
 

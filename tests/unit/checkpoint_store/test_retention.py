@@ -22,12 +22,12 @@ def gone(store: CheckpointStore, path: str) -> bool:
 
 
 def test_a_fresh_store_has_nothing_to_sweep(store: CheckpointStore) -> None:
-    assert store.sweep() == 0
+    assert store.sweep().removed == 0
 
 
 def test_the_newest_revision_of_a_name_stays(store: CheckpointStore, publish: Publish) -> None:
     path = publish()
-    assert store.sweep(now=datetime.now(UTC) + 10_000 * HOUR) == 0
+    assert store.sweep(now=datetime.now(UTC) + 10_000 * HOUR).removed == 0
     assert not gone(store, path)
 
 
@@ -37,8 +37,8 @@ def test_an_old_revision_stays_a_day_after_its_last_use(
     old, new = publish(), publish()
     now = datetime.now(UTC)
 
-    assert store.sweep(now=now + 23 * HOUR) == 0
-    assert store.sweep(now=now + 25 * HOUR) == 1
+    assert store.sweep(now=now + 23 * HOUR).removed == 0
+    assert store.sweep(now=now + 25 * HOUR).removed == 1
     assert gone(store, old)
     assert store.resolve(PATH, tenant="t") == new
     assert publish() == f"{PATH}@3"
@@ -52,8 +52,8 @@ def test_use_keeps_an_unnamed_snapshot(store: CheckpointStore, publish: Publish,
     getattr(store, use)(path, tenant="t")
     used = datetime.fromtimestamp(lease.stat().st_mtime, UTC)
 
-    assert store.sweep(now=used + 23 * HOUR) == 0
-    assert store.sweep(now=used + 25 * HOUR) == 1
+    assert store.sweep(now=used + 23 * HOUR).removed == 0
+    assert store.sweep(now=used + 25 * HOUR).removed == 1
     assert gone(store, path)
 
 
@@ -68,16 +68,16 @@ def test_an_unnamed_snapshot_leaves_nothing_behind(
 def test_a_longer_lifetime_outlasts_the_day(store: CheckpointStore, publish: Publish) -> None:
     now = datetime.now(UTC)
     path = publish(None, expire_time=now + 48 * HOUR)
-    assert store.sweep(now=now + 47 * HOUR) == 0
+    assert store.sweep(now=now + 47 * HOUR).removed == 0
     assert not gone(store, path)
-    assert store.sweep(now=now + 49 * HOUR) == 1
+    assert store.sweep(now=now + 49 * HOUR).removed == 1
 
 
 def test_what_has_expired_is_removed(
     store: CheckpointStore, publish: Publish, tmp_path: Path
 ) -> None:
     publish(expire_time=datetime.now(UTC) - HOUR)
-    assert store.sweep() == 1
+    assert store.sweep().removed == 1
     assert [f.name for f in (tmp_path / "store/r-1/sampler_weights/a/1").iterdir()] == ["deleted"]
 
 

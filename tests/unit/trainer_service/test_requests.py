@@ -138,21 +138,9 @@ def test_page_size_out_of_range(page_size: int) -> None:
         requests.parse_list(trainer_pb2.ListTrainingRunsRequest(page_size=page_size))
 
 
-def test_a_page_token_belongs_to_its_filter() -> None:
-    token = fields.page_token(7, {"a": "b"})
-    parsed = requests.parse_list(
-        trainer_pb2.ListTrainingRunsRequest(page_token=token, metadata_filter={"a": "b"})
-    )
-    assert (parsed.before, parsed.page_size) == (7, 100)
-
-    with pytest.raises(InvalidRequest, match="not given for this filter"):
-        requests.parse_list(trainer_pb2.ListTrainingRunsRequest(page_token=token))
-
-
-@given(st.text(max_size=40))
-def test_no_page_token_crashes(token: str) -> None:
-    request = trainer_pb2.ListTrainingRunsRequest(page_token=token)
-    with contextlib.suppress(InvalidRequest):
+def test_an_unknown_kind_of_run() -> None:
+    request = trainer_pb2.ListTrainingRunsRequest(kind=99)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="`kind` 99 is unknown"):
         requests.parse_list(request)
 
 

@@ -1,0 +1,337 @@
+"""Manages runs and checkpoints: the names of Tinker's RestClient, and what they lack."""
+
+import secrets
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from mint import _checkpoints as checkpoints
+from mint import _runs as runs
+from mint import types
+from mint._async_names import awaited, on_thread
+from mint._call import Question, ask, submit
+from mint._download import download
+from mint._opening import open_servers
+from mint._progress import Progress, check_progress
+from mint._upload import header_of, upload
+from mint.errors import InvalidInputError
+from mint.futures import APIFuture
+from mint.types.checkpoints import CheckpointType
+
+if TYPE_CHECKING:
+    from mint._servers import Servers
+
+AccessScope = Literal["owned", "accessible"]
+T = TypeVar("T")
+
+
+class RestClient:
+    """Returns futures at once; an `*_async` name awaited gives the value. Made by
+    `ServiceClient.create_rest_client`, or alone, with the same arguments and environment.
+
+    Paths are those that saves answer; without `@<revision>` they mean the newest revision. What
+    belongs to others is NotFoundError.
+    """
+
+    def __init__(
+        self,
+        _servers: "Servers | None" = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        default_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._owns = _servers is None
+        self._servers = _servers or open_servers(base_url, api_key, timeout, default_headers)[1]
+        self._trainer = self._servers.trainer
+
+    # The server
+
+    def get_server_capabilities(self) -> APIFuture[types.GetServerCapabilitiesResponse]:
+        """What the server can do, asked anew."""
+        return on_thread(partial(self._servers.capabilities, self._trainer, fresh=True))
+
+    # Runs
+
+    def get_training_run(
+        self, training_run_id: str, access_scope: AccessScope = "owned"
+    ) -> APIFuture[types.TrainingRun]:
+        """A run's description. `access_scope` makes no difference: nothing is shared here."""
+        _check_scope(access_scope)
+        return self._ask(runs.get_run(self._trainer, training_run_id))
+
+    def get_training_run_by_tinker_path(
+        self, tinker_path: str, access_scope: AccessScope = "owned"
+    ) -> APIFuture[types.TrainingRun]:
+        """The run that a checkpoint belongs to."""
+        parsed = types.ParsedCheckpointPath.parse(tinker_path)
+        return self.get_training_run(parsed.training_run_id, access_scope)
+
+    def list_training_runs(
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        access_scope: AccessScope = "owned",
+        *,
+        metadata_filter: Mapping[str, str] | None = None,
+        kind: types.RunKind | None = None,
+    ) -> APIFuture[types.TrainingRunsResponse]:
+        """Runs, newest first, those of uploaded adapters too; `kind` is "trained" or "uploaded" for
+        one sort alone. Only those whose metadata holds all of the filter.
+        """
+        _check_scope(access_scope)
+        question = runs.list_runs(
+            self._trainer,
+            page_size=checkpoints.page_size(limit),
+            skip=offset,
+            metadata=metadata_filter,
+            kind=kind,
+        )
+        return self._ask(question._replace(convert=partial(_runs_page, offset, limit)))
+
+    def update_training_run(
+        self, training_run_id: str, user_metadata: Mapping[str, str]
+    ) -> APIFuture[types.TrainingRun]:
+        """Replaces a run's metadata."""
+        return self._ask(runs.update_run(self._trainer, training_run_id, user_metadata))
+
+    def delete_training_run(
+        self, training_run_id: str, *, delete_checkpoints: bool = False
+    ) -> APIFuture[None]:
+        """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
+        question = runs.delete_run(self._trainer, training_run_id, delete_checkpoints)
+        return self._ask(question)
+
+    # Checkpoints
+
+    def get_checkpoint(self, path: str) -> APIFuture[types.Checkpoint]:
+        """A checkpoint's description."""
+        return self._ask(checkpoints.get_checkpoint(self._trainer, path))
+
+    def get_weights_info_by_tinker_path(
+        self, tinker_path: str
+    ) -> APIFuture[types.WeightsInfoResponse]:
+        """The base model and the adapter's shape."""
+        question = checkpoints.get_checkpoint(self._trainer, tinker_path)
+        return self._ask(question._replace(convert=_weights_info))
+
+    def list_checkpoints(self, training_run_id: str) -> APIFuture[types.CheckpointsListResponse]:
+        """All named checkpoints of a run, newest first."""
+        return on_thread(partial(self._all_of_run, training_run_id))
+
+    def list_user_checkpoints(
+        self,
+        limit: int = 100,
+        offset: int = 0,
+        *,
+        training_run_id: str = "",
+        checkpoint_type: CheckpointType | None = None,
+        metadata_filter: Mapping[str, str] | None = None,
+    ) -> APIFuture[types.CheckpointsListResponse]:
+        """Your named checkpoints, newest first, the newest revision of each name: `limit` of them
+        after the first `offset` that the filters leave.
+        """
+        question = checkpoints.list_checkpoints(
+            self._trainer,
+            limit=limit,
+            offset=offset,
+            training_run_id=training_run_id,
+            checkpoint_type=checkpoint_type,
+            metadata=metadata_filter,
+        )
+        convert = partial(checkpoints.page_of_checkpoints, offset=offset, limit=limit)
+        return self._ask(question._replace(convert=convert))
+
+    def set_checkpoint_ttl_from_tinker_path(
+        self, tinker_path: str, ttl_seconds: float | None
+    ) -> APIFuture[types.Checkpoint]:
+        """Has a checkpoint deleted so long from now; None: it is kept."""
+        return self._ask(checkpoints.set_lifetime(self._trainer, tinker_path, ttl_seconds))
+
+    def set_checkpoint_metadata(
+        self, path: str, user_metadata: Mapping[str, str]
+    ) -> APIFuture[types.Checkpoint]:
+        """Replaces a checkpoint's metadata."""
+        return self._ask(checkpoints.set_metadata(self._trainer, path, user_metadata))
+
+    def copy_checkpoint(
+        self, path: str, name: str, *, ttl_seconds: float | None = None
+    ) -> APIFuture[types.Checkpoint]:
+        """Copies a checkpoint under another name of its run, also an unnamed snapshot, which is
+        kept then. The copy takes no room of its own. ConflictError if the name is taken.
+        """
+        return self._ask(checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds))
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: None = None,
+        *,
+        ttl_seconds: float | None = None,
+        weights_access_token: None = None,
+    ) -> APIFuture[str]:
+        """As `copy_checkpoint`, under a name that is drawn; gives the copy's path. There are no
+        projects here, and no tokens for other people's checkpoints.
+        """
+        _refuse(destination_project_id, "destination_project_id")
+        _refuse(weights_access_token, "weights_access_token")
+        name = f"copy-{secrets.token_hex(8)}"
+        question = checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds)
+        return self._ask(question._replace(convert=lambda answer: answer.checkpoint.path))
+
+    def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
+        """Deletes a checkpoint with all its revisions; `checkpoint_id` is as in `weights/a`."""
+        return self.delete_checkpoint_from_tinker_path(f"mint://{training_run_id}/{checkpoint_id}")
+
+    def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """Deletes a checkpoint: with `@<revision>` that revision, without it all of them."""
+        types.ParsedCheckpointPath.parse(tinker_path)
+        return self._ask(checkpoints.delete_checkpoint(self._trainer, tinker_path))
+
+    def download_checkpoint(
+        self, path: str, folder: str | Path, *, progress: Progress | bool = False
+    ) -> APIFuture[Path]:
+        """Brings a checkpoint's files into a new folder, which `PeftModel.from_pretrained` opens,
+        or of a merged model `AutoModelForCausalLM.from_pretrained`; gives the folder.
+
+        The folder is there once all files are, and match their SHA-256. A connection that breaks is
+        made again, and the download goes on where it was; after an error, so does the next one into
+        the same folder. `progress` is called with bytes done and bytes in all, or True for a bar
+        (tqdm).
+        """
+        check_progress(progress)
+        checkpoints.get_checkpoint(self._trainer, path)  # refuses what is no path at all
+        return on_thread(partial(download, self._trainer, path, Path(folder), progress))
+
+    def upload_checkpoint(
+        self,
+        folder: str | Path,
+        name: str,
+        *,
+        ttl_seconds: float | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        base_model: str | None = None,
+        with_optimizer: bool = False,
+        progress: Progress | bool = False,
+    ) -> APIFuture[types.Checkpoint]:
+        """Uploads a LoRA adapter in PEFT's layout: `adapter_config.json` and
+        `adapter_model.safetensors` of a folder. The checkpoint can be sampled from, be loaded into
+        a run of its shape, and runs can be created from it, which take over rank, alpha and
+        modules.
+
+        `base_model` is the served name of the adapter's base, if its configuration has another for
+        it. With `with_optimizer` the folder is one of downloaded training state, and so is the
+        checkpoint. DoRA, rank and alpha patterns, biases, modules trained whole and whatever else
+        is not plain LoRA on linear layers is BadRequestError, by name. Dropout is taken and has no
+        effect: there is none here.
+        """
+        check_progress(progress)
+
+        def send() -> types.Checkpoint:
+            header = header_of(
+                Path(folder),
+                name,
+                ttl_seconds=ttl_seconds,
+                user_metadata=user_metadata,
+                base_model=base_model,
+                with_optimizer=with_optimizer,
+            )
+            return upload(self._trainer, Path(folder), header, progress)
+
+        return on_thread(send)
+
+    def export_checkpoint(
+        self,
+        path: str,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        *,
+        ttl_seconds: float | None = None,
+    ) -> APIFuture[types.ExportResponse]:
+        """Merges an adapter into its base model, on the server; `download_checkpoint` of the
+        answer's `path` then gives a model folder that any engine opens. Without `dtype`: the base
+        model's own. The merged model is kept for `ttl_seconds`, or a day.
+        """
+        return self._ask(checkpoints.export_checkpoint(self._trainer, path, dtype, ttl_seconds))
+
+    def close(self) -> None:
+        """Closes the connection, unless a ServiceClient shares it."""
+        if self._owns:
+            self._servers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    get_server_capabilities_async = awaited(get_server_capabilities)
+    get_training_run_async = awaited(get_training_run)
+    get_training_run_by_tinker_path_async = awaited(get_training_run_by_tinker_path)
+    list_training_runs_async = awaited(list_training_runs)
+    update_training_run_async = awaited(update_training_run)
+    delete_training_run_async = awaited(delete_training_run)
+    get_checkpoint_async = awaited(get_checkpoint)
+    get_weights_info_by_tinker_path_async = awaited(get_weights_info_by_tinker_path)
+    list_checkpoints_async = awaited(list_checkpoints)
+    list_user_checkpoints_async = awaited(list_user_checkpoints)
+    set_checkpoint_ttl_from_tinker_path_async = awaited(set_checkpoint_ttl_from_tinker_path)
+    set_checkpoint_metadata_async = awaited(set_checkpoint_metadata)
+    copy_checkpoint_async = awaited(copy_checkpoint)
+    copy_weights_async = awaited(copy_weights)
+    delete_checkpoint_async = awaited(delete_checkpoint)
+    delete_checkpoint_from_tinker_path_async = awaited(delete_checkpoint_from_tinker_path)
+    download_checkpoint_async = awaited(download_checkpoint)
+    upload_checkpoint_async = awaited(upload_checkpoint)
+    export_checkpoint_async = awaited(export_checkpoint)
+
+    def _ask(self, question: Question) -> APIFuture[Any]:
+        return submit(self._trainer, question)
+
+    def _all_of_run(self, training_run_id: str) -> types.CheckpointsListResponse:
+        found: list[types.Checkpoint] = []
+        token = ""
+        while True:
+            question = checkpoints.list_checkpoints(
+                self._trainer,
+                limit=checkpoints.MAX_PAGE_SIZE,
+                training_run_id=training_run_id,
+                page_token=token,
+            )
+            answer = ask(self._trainer, *question)
+            found += [types.Checkpoint.from_proto(message) for message in answer.checkpoints]
+            token = answer.next_page_token
+            if not token:
+                return types.CheckpointsListResponse(found)
+
+
+def _runs_page(offset: int, limit: int, answer: Any) -> types.TrainingRunsResponse:
+    found = [types.TrainingRun.from_proto(message) for message in answer.training_runs]
+    return types.TrainingRunsResponse(found, types.Cursor(offset, limit, answer.total_size))
+
+
+def _weights_info(answer: Any) -> types.WeightsInfoResponse:
+    return types.WeightsInfoResponse.from_checkpoint(types.Checkpoint.from_proto(answer.checkpoint))
+
+
+def _check_scope(access_scope: str) -> None:
+    if access_scope not in ("owned", "accessible"):
+        raise InvalidInputError(
+            f"`access_scope` is {access_scope!r}; give 'owned' or 'accessible', which are the same "
+            "here",
+            field="access_scope",
+        )
+
+
+def _refuse(value: object, field: str) -> None:
+    if value is not None:
+        raise InvalidInputError(
+            f"`{field}` cannot be set: there is no such thing here", field=field
+        )

@@ -1,0 +1,117 @@
+"""`python -m trainer_service.engine.merging`: merges an adapter into its base model. A process of
+its own, since it loads the model once more, which neither front nor engine should hold.
+
+Reads a pickled `Merge` from standard input, and writes `Merged` or a MintError to standard output.
+"""
+
+import errno
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from checkpoint_store.adapter_files import read_weights
+from mint_core.engine_pipe import die_with_the_front
+from mint_core.errors import EngineFault, MintError, ResourceExhausted
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
+from mint_core.lora.targets import HEAD
+from mint_core.model.loading import check_memory
+from trainer_service.merge_job import Merge, Merged
+
+_CPU = torch.device("cpu")
+_SHARD_SIZE = "5GB"
+
+
+def main() -> None:
+    die_with_the_front()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
+    job: Merge = pickle.load(sys.stdin.buffer)
+    with answers:
+        pickle.dump(_answer(job), answers)
+
+
+def _answer(job: Merge) -> Merged | MintError:
+    try:
+        return merge(job)
+    except MintError as error:
+        return error
+    except (OSError, SafetensorError) as error:
+        if not _disk_full(error):
+            return _fault(error)
+        return ResourceExhausted(
+            "the checkpoint store has no space left for a merged model; delete checkpoints, then "
+            "export again"
+        )
+    except Exception as error:
+        return _fault(error)
+
+
+@torch.no_grad()
+def merge(job: Merge) -> Merged:
+    """Writes configuration and weights of the merged model."""
+    torch.set_num_threads(job.threads)
+    dtype = getattr(torch, job.dtype) if job.dtype else None
+    check_memory(Path(job.base_folder), _CPU, dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=dtype or "auto")
+    untied = HEAD in job.spec.modules and _untie(model)
+    _add(model, job.spec, read_weights(Path(job.adapter_folder)))
+    output = Path(job.output_folder)
+    model.save_pretrained(output, max_shard_size=_SHARD_SIZE)
+    _make_readable(output)
+    return Merged(untied)
+
+
+def _untie(model: nn.Module) -> bool:
+    """Gives the head weights of its own, which are the embedding's so far. Returns whether it had
+    none.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head.weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return True
+
+
+def _add(model: nn.Module, spec: AdapterSpec, weights: AdapterArrays) -> None:
+    """W + scale B A, computed in float32 and rounded once."""
+    for module in spec.modules:
+        weight = model.get_submodule(module).weight  # [out, in]
+        a = torch.from_numpy(weights[lora_a_name(module)])  # [rank, in]
+        b = torch.from_numpy(weights[lora_b_name(module)])  # [out, rank]
+        assert isinstance(weight, nn.Parameter)
+        weight.copy_(torch.addmm(weight.float(), b, a, alpha=spec.scale))
+
+
+def _make_readable(folder: Path) -> None:
+    """Writers of safetensors make files for their owner alone, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def _disk_full(error: Exception) -> bool:
+    """The library in Rust has the number in its text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(
+        f"os error {number})" in str(error) for number in numbers
+    )
+
+
+def _fault(error: Exception) -> EngineFault:
+    traceback.print_exc()
+    return EngineFault(
+        f"the merge failed with {type(error).__name__}; the server's log has the details"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""All runs that a tenant can name: those that train here, and those of uploaded adapters."""
+
+import asyncio
+from collections.abc import Mapping
+
+from checkpoint_store import CheckpointStore
+from mint_core.errors import FailedPrecondition, TrainingRunNotFound
+from trainer_service.once import Once
+from trainer_service.pages import Page, Place, page_of, place
+from trainer_service.requests import DeleteRun, ListRuns
+from trainer_service.run import RunView
+from trainer_service.runs import Runs
+from trainer_service.uploaded_runs import PREFIX, UploadedRun, is_uploaded, uploaded_runs
+
+
+class RunDirectory:
+    """All methods belong to one event loop."""
+
+    def __init__(self, runs: Runs, store: CheckpointStore) -> None:
+        self._runs = runs
+        self._store = store
+        self._once = Once()
+
+    async def get(self, tenant: str, training_run_id: str) -> RunView | UploadedRun:
+        if not is_uploaded(training_run_id):
+            return self._runs.get(tenant, training_run_id)
+        found = await asyncio.to_thread(
+            self._store.list, tenant=tenant, training_run_id=training_run_id
+        )
+        if not found:
+            raise TrainingRunNotFound(training_run_id)
+        return uploaded_runs(found)[0]
+
+    async def list(self, tenant: str, request: ListRuns) -> Page[RunView | UploadedRun]:
+        """The tenant's runs, newest first."""
+        runs: list[RunView | UploadedRun] = []
+        if request.kind != "uploaded":
+            runs += self._runs.views(tenant)
+        if request.kind != "trained":
+            found = await asyncio.to_thread(self._store.list, tenant=tenant, run_prefix=PREFIX)
+            runs += uploaded_runs(found)
+        wanted = request.metadata_filter.items()
+        chosen = [run for run in runs if wanted <= _metadata(run).items()]
+        return page_of(chosen, _place, request.page)
+
+    async def delete(self, tenant: str, request: DeleteRun) -> None:
+        if not is_uploaded(request.training_run_id):
+            await self._runs.delete(tenant, request)
+            return
+        if not request.delete_checkpoints:
+            raise FailedPrecondition(
+                f"training run `{request.training_run_id}` consists of its uploaded checkpoints; "
+                "set `delete_checkpoints` to delete it with them",
+                training_run_id=request.training_run_id,
+            )
+        await self._once.run(
+            tenant, request.identity, lambda: asyncio.to_thread(self._delete, tenant, request)
+        )
+
+    def _delete(self, tenant: str, request: DeleteRun) -> None:
+        run, digest = request.training_run_id, request.identity.digest(tenant)
+        found = self._store.list(tenant=tenant, training_run_id=run)
+        if not found and not self._store.has_deleted(run, digest):
+            raise TrainingRunNotFound(run)
+        for manifest in found:
+            self._store.delete(str(manifest.path), tenant=tenant, request=digest)
+
+
+def _metadata(run: RunView | UploadedRun) -> Mapping[str, str]:
+    return run.metadata if isinstance(run, RunView) else run.last.metadata
+
+
+def _place(run: RunView | UploadedRun) -> Place:
+    if isinstance(run, RunView):
+        return place(run.origin.create_time, run.origin.training_run_id)
+    return place(run.first.create_time, run.training_run_id)
