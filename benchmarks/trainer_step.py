@@ -15,32 +15,14 @@ from benchmarks.workloads import (
     SMOLLM2,
     InProcess,
     arithmetic,
+    needed_flops,
     random_documents,
     smollm2_engine,
 )
-from mint_core.lora.targets import HEAD
-from mint_core.model.loading import LoadedBase
 from trainer_service.jobs import Document
 
 ROUNDS = 5
 SIDE, PRODUCTS = 2048, 4  # of the matrix products that show the peak
-
-
-def needed_flops(base: LoadedBase, documents: Sequence[Document], rank: int) -> float:
-    """What a step must compute: 2 N forward and 2 N backward per token, of the head on weighted
-    rows alone; adapters 6 P; attention forward and twice that backward.
-    """
-    config = base.model.config
-    tokens = sum(len(d.tokens) for d in documents)
-    rows = {HEAD: sum(int((d.weights != 0).sum()) for d in documents)}
-    total = 0.0
-    for name, shape in base.shapes.items():
-        weights = shape.in_features * shape.out_features
-        adapter = rank * (shape.in_features + shape.out_features)
-        total += rows.get(name, tokens) * (4 * weights + 6 * adapter)
-    width = config.num_attention_heads * config.head_dim  # type: ignore[union-attr,operator]
-    pairs = sum(len(d.tokens) ** 2 / 2 for d in documents)  # query and key, causal
-    return total + 3 * 4 * config.num_hidden_layers * float(width) * pairs  # type: ignore[union-attr,operator]
 
 
 def measure(

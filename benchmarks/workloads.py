@@ -10,6 +10,8 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from mint_core.lora.spec import AdapterSpec, LoraRequest
+from mint_core.lora.targets import HEAD
+from mint_core.model.loading import LoadedBase
 from tests.engines_in_process import make_engine
 from tests.models import tiny_qwen3
 from trainer_service.calls import Call, Compute, Place
@@ -85,6 +87,23 @@ def make_small_model(folder: Path) -> Path:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def needed_flops(base: LoadedBase, documents: Sequence[Document], rank: int) -> float:
+    """What a step must compute: 2 N forward and 2 N backward per token, of the head on weighted
+    rows alone; adapters 6 P; attention forward and twice that backward.
+    """
+    config = base.model.config
+    tokens = sum(len(d.tokens) for d in documents)
+    rows = {HEAD: sum(int((d.weights != 0).sum()) for d in documents)}
+    total = 0.0
+    for name, shape in base.shapes.items():
+        weights = shape.in_features * shape.out_features
+        adapter = rank * (shape.in_features + shape.out_features)
+        total += rows.get(name, tokens) * (4 * weights + 6 * adapter)
+    width = config.num_attention_heads * config.head_dim  # type: ignore[union-attr,operator]
+    pairs = sum(len(d.tokens) ** 2 / 2 for d in documents)  # query and key, causal
+    return total + 3 * 4 * config.num_hidden_layers * float(width) * pairs  # type: ignore[union-attr,operator]
 
 
 class InProcess:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora.bank import GroupMatrices, Part
+from mint_core.lora.bank import AdapterRow, GroupMatrices, Part
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, add_product, scale
 
@@ -37,6 +37,7 @@ class Adapted:
     device: torch.device
     dtype: torch.dtype  # that the base computes in
     _weights: dict[str, list[GroupMatrices]] = field(default_factory=dict)
+    _casts: dict[AdapterRow, Tensor] = field(default_factory=dict)  # [params]
 
     @cached_property
     def accumulates(self) -> bool:
@@ -83,11 +84,39 @@ class Adapted:
         name = group.modules[0]
         if name not in self._weights:
             self._weights[name] = [
-                segment.row.group(Part.WEIGHTS, group).to(self.dtype)
-                for segment in self.segments
-                if segment.row
+                self._weights_of(segment.row, group) for segment in self.segments if segment.row
             ]
         return self._weights[name]
+
+    def _weights_of(self, row: AdapterRow, group: ModuleGroup) -> GroupMatrices:
+        own = row.group(Part.WEIGHTS, group)
+        if own.a.dtype == self.dtype:
+            return own
+        if row not in self._casts:  # the whole row in one call, for all groups
+            self._casts[row] = row.part(Part.WEIGHTS).to(self.dtype)
+        return row.bank.group_matrices(self._casts[row], group, own.members)
+
+    @cached_property
+    def _rows(self) -> Tensor | None:  # [S, params]
+        """Weights of the stretches, one below the other, zero where no adapter is; None if they lie
+        differently, as those of different rank classes do.
+        """
+        banks = {segment.row.bank for segment in self.segments if segment.row}
+        if len(banks) > 1:
+            return None
+        (bank,) = banks
+        rows = torch.zeros(len(self.stretches), bank.row_size, device=self.device, dtype=self.dtype)
+        for own, stretch in zip(rows, self.stretches, strict=True):
+            if stretch.row:
+                own.copy_(stretch.row.part(Part.WEIGHTS))
+        return rows
+
+    def stacked(self, group: ModuleGroup) -> GroupMatrices | None:
+        """A [S, m r, in] and B of all stretches; None where `_rows` is."""
+        if self._rows is None:
+            return None
+        bank = next(segment.row.bank for segment in self.segments if segment.row)
+        return bank.group_matrices(self._rows, group, range(len(group.modules)))
 
     @cached_property
     def ends(self) -> Tensor:  # [S] int32, where each stretch ends in the covered rows
@@ -185,13 +214,18 @@ def _shrink_back(dy: Sequence[Tensor], own: GroupMatrices) -> Tensor:  # [n, m r
 
 
 class Grouped:
-    """A grouped matrix product for all adapters: A and B are copied side by side, padded to the
-    largest rank among them. Each stretch is reduced by itself, so nobody's NaN reaches another.
+    """A grouped matrix product for all adapters. Each stretch is reduced by itself, so nobody's NaN
+    reaches another.
+
+    Adapters of one rank class are copied side by side once for all groups of a pass. Of others A
+    and B of each group are, padded to the largest rank among them.
     """
 
     def forward(
         self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
+        if own := adapted.stacked(group):
+            return _forward_alike(x, y, adapted, own)
         a, b = _stacked(adapted, group)
         rows, ends = adapted.covered, adapted.ends
         h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
@@ -203,6 +237,9 @@ class Grouped:
     def backward(
         self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
+        if own := adapted.stacked(group):
+            _backward_alike(tensors, saved[0], adapted, own, group)
+            return
         rows, ends = adapted.covered, adapted.ends
         x, dy = tensors.x[rows], torch.cat([part[rows] for part in tensors.dy], dim=1)
         (h,) = saved
@@ -216,10 +253,48 @@ class Grouped:
         grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [S, W, m r]
         for stretch, grad_a, grad_b in zip(adapted.stretches, grads_a, grads_b, strict=True):
             if stretch.row and stretch.accumulate:
-                own = stretch.row.group(Part.GRADIENT, group)
-                own.a.add_(grad_a[: len(own.a)])
-                for columns, ranks, own_b in _blocks(own, group):
+                gradient = stretch.row.group(Part.GRADIENT, group)
+                gradient.a.add_(grad_a[: len(gradient.a)])
+                for columns, ranks, own_b in _blocks(gradient, group):
                     own_b.add_(grad_b[columns, ranks])
+
+
+def _forward_alike(
+    x: Tensor, y: Sequence[Tensor], adapted: Adapted, own: GroupMatrices
+) -> tuple[Tensor, ...]:
+    rows, ends = adapted.covered, adapted.ends
+    h = functional.grouped_mm(x[rows], own.a_t, offs=ends) * adapted.scales  # [covered, m r]
+    for part, own_h, b_t in zip(y, h.split(own.ranks, 1), own.b_t, strict=True):
+        part[rows] += functional.grouped_mm(own_h, b_t, offs=ends)
+    return (h,)
+
+
+def _backward_alike(
+    tensors: Gradients, h: Tensor, adapted: Adapted, own: GroupMatrices, group: ModuleGroup
+) -> None:
+    rows, ends = adapted.covered, adapted.ends
+    x, dys = tensors.x[rows], [dy[rows] for dy in tensors.dy]
+    parts = [functional.grouped_mm(dy, b, offs=ends) for dy, b in zip(dys, own.b, strict=True)]
+    dh = torch.cat(parts, dim=1) * adapted.scales
+    if tensors.dx is not None:
+        tensors.dx[rows] += functional.grouped_mm(dh, own.a, offs=ends)
+    if not adapted.accumulates:
+        return
+    grads_a = functional.grouped_mm(dh.T, x, offs=ends).float()  # [S, m r, in]
+    grads_b_t = [  # each [S, r, out]
+        functional.grouped_mm(own_h.T, dy, offs=ends).float()
+        for own_h, dy in zip(h.split(own.ranks, 1), dys, strict=True)
+    ]
+    totals: list[Tensor] = []
+    added: list[Tensor] = []
+    for i, stretch in enumerate(adapted.stretches):
+        if stretch.row and stretch.accumulate:
+            gradient, rank = stretch.row.group(Part.GRADIENT, group), own.ranks[0]
+            first, last = gradient.members[0], gradient.members[-1]
+            totals += [gradient.a, *gradient.b_t]
+            added.append(grads_a[i, first * rank : (last + 1) * rank])
+            added += [grads_b_t[member][i] for member in gradient.members]
+    torch._foreach_add_(totals, added)
 
 
 class Concat:
@@ -234,6 +309,10 @@ class Concat:
         all_own = adapted.weights(group)
         a = torch.cat([own.a for own in all_own])
         b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
+        # 0 times NaN is NaN, so a column of B that is not finite would reach all rows: it becomes
+        # 0, and its row of A NaN, which its own rows get and nobody else.
+        finite = b.isfinite().all(0)
+        a, b = torch.where(finite[:, None], a, torch.nan), torch.where(finite, b, 0.0)
         rows = adapted.covered
         h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
         h *= adapted.scales

@@ -52,12 +52,6 @@ class GroupMatrices:
     b: tuple[Tensor, ...]  # each [out, r]
     b_t: tuple[Tensor, ...]  # each [r, out]
 
-    def to(self, dtype: torch.dtype) -> "GroupMatrices":
-        """The same, or a copy in another type."""
-        if self.a.dtype == dtype:
-            return self
-        return _matrices(self.members, self.a.to(dtype), tuple(b_t.to(dtype) for b_t in self.b_t))
-
 
 def _matrices(members: range, a: Tensor, b_t: tuple[Tensor, ...]) -> GroupMatrices:
     ranks = [matrix.shape[-2] for matrix in b_t]

@@ -304,8 +304,6 @@ def _take_shortcuts(base: LoadedBase) -> None:
     """Lets modules compute in direct forms where those give the same: at the context's end, where
     also what depends on the position shows.
     """
-    if base.dtype != torch.float32:
-        return  # shorter types round between steps, which direct forms do not repeat
     tokens = _probe(base.model)
     n = len(tokens)
     probe = _Probe([0, n])

@@ -54,7 +54,7 @@ def test_an_isolated_run_repeats_bitwise_beside_whatever_else_runs(qwen3_folder:
 
 
 def test_rows_that_leave_the_gpu_come_back_as_they_were(qwen3_folder: Path) -> None:
-    """Through host memory, which holds two of the rows, and files. Has not run yet."""
+    """Through host memory, which holds two of the rows, and files."""
     names = [f"r{i}" for i in range(5)]
     part_bytes = 4 * 8 * 2624
     ends: list[list[RowArrays]] = []

@@ -1,5 +1,6 @@
 """What a pass is computed to take against what it takes, and recomputed passes against others."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ def recompute(engine: Engine, on: bool) -> None:
 def peak_bytes(run: EngineRun, tokens: int) -> int:
     """Most that torch's allocator held at once during a pass."""
     tile = run.tile(make_documents(1, (tokens,)), CrossEntropy())
+    gc.collect()  # what earlier tests left, if it went meanwhile, would count against the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.compute(tile)
     held = np.cumsum(

@@ -1,5 +1,5 @@
 """The sampler on a GPU, decoding in recorded passes, against itself on the CPU and against the
-trainer. Needs a GPU; has not run yet.
+trainer. Needs a GPU.
 """
 
 from pathlib import Path

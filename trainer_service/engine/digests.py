@@ -23,9 +23,10 @@ _MASK = 2**64 - 1
 def digest(vector: Tensor) -> int:  # [params] float32 -> 0 .. 2^64 - 1
     """The digest of a part of a row."""
     factors = _factors(vector.device)
-    sums = [_product(block, factors[: len(block)]) for block in _words(vector).split(_BLOCK)]
+    words = _words(vector)
+    sums = _one_by_one(words, factors) if vector.is_cpu else _at_once(words, factors)
     total = len(vector)
-    for each in torch.stack(sums).tolist():  # at once: a GPU is waited for only here
+    for each in sums.tolist():  # a GPU is waited for only here
         total = (total * _BETWEEN + each) & _MASK
     return total
 
@@ -39,10 +40,18 @@ def damaged_parts(path: Path, header: Header) -> list[str]:
     ]
 
 
-def _product(block: Tensor, factors: Tensor) -> Tensor:  # [n], [n] -> []
-    if block.device.type == "cpu":
-        return torch.dot(block, factors)  # which GPUs have for floats alone
-    return (block * factors).sum()
+def _one_by_one(words: Tensor, factors: Tensor) -> Tensor:  # [n], [block] -> [blocks]
+    blocks = words.split(_BLOCK)
+    return torch.stack([torch.dot(block, factors[: len(block)]) for block in blocks])
+
+
+def _at_once(words: Tensor, factors: Tensor) -> Tensor:  # [n], [block] -> [blocks]
+    """In few calls, for GPUs, which have no `dot` of integers."""
+    whole = len(words) // _BLOCK * _BLOCK
+    sums = [(words[:whole].view(-1, _BLOCK) * factors).sum(1)]
+    if rest := len(words) - whole:
+        sums.append((words[whole:] * factors[:rest]).sum()[None])
+    return torch.cat(sums)
 
 
 def _words(vector: Tensor) -> Tensor:  # [params] -> [params / 2], rounded up

@@ -30,6 +30,14 @@ def test_it_is_the_sum_of_products(size: int) -> None:
     assert digest(vector) == slow(vector)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_at_once_are_blocks_one_by_one(size: int) -> None:
+    words = digests._words(torch.randn(size, generator=torch.Generator().manual_seed(size)))
+    factors = digests._factors(words.device)
+
+    assert torch.equal(digests._at_once(words, factors), digests._one_by_one(words, factors))
+
+
 @pytest.mark.parametrize("bit", range(32))
 def test_every_bit_counts(bit: int) -> None:
     vector = torch.randn(101, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,149 @@
+"""What does a GPU make of all this? Every part of the list runs by itself: one that fails, hangs or
+breaks the device leaves the others alone.
+
+    python -m benchmarks.gpu_checklist [--device cpu] [--out FOLDER] [--limit SECONDS] [PART ...]
+
+With `--device cpu` it is a rehearsal: all sizes are small, figures mean nothing.
+"""
+
+import argparse
+import gc
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+# In the order of worth, with the seconds that each may take.
+PARTS = {
+    "ceilings": 30,
+    "sampler": 90,
+    "trainer": 90,
+    "adapters": 40,
+    "attention": 50,
+    "trainer_8b": 60,
+    "sampler_8b": 80,
+    "paged": 40,
+    "head": 30,
+    "peft": 60,
+}
+STARTING_S = 60  # of a process, beside its first part
+
+
+def work(parts: Sequence[str], device: str, out: Path) -> None:
+    """Runs parts in this process. Leaves with status 3 when the device is broken."""
+    import torch
+
+    from benchmarks import gpu_kernels, gpu_models, gpu_sampler, gpu_trainer
+
+    bench = gpu_models.Bench(torch.device(device))
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    for part in parts:
+        print(f"PART {part}", flush=True)
+        started = time.perf_counter()
+        try:
+            module = next(m for m in (gpu_kernels, gpu_trainer, gpu_sampler) if hasattr(m, part))
+            getattr(module, part)(bench)
+            outcome = "done"
+        except Exception:
+            outcome = traceback.format_exc()
+            print(outcome, flush=True)
+        seconds = time.perf_counter() - started
+        print(f"END {part} {outcome.splitlines()[-1]} {seconds:.1f} s", flush=True)
+        result = {"part": part, "device": name, "outcome": outcome, "seconds": seconds}
+        with (out / "checklist.jsonl").open("a") as file:
+            file.write(json.dumps({**result, "rows": bench.rows}) + "\n")
+        bench.rows.clear()
+        gc.collect()  # what the part held
+        if device == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                print("the device is broken for this process", flush=True)
+                os._exit(3)
+
+
+def supervise(parts: Sequence[str], device: str, out: Path, limit_s: float) -> None:
+    """Starts processes until all parts had their turn, or time is up."""
+    left, end = list(parts), time.monotonic() + limit_s
+    while left and time.monotonic() < end:
+        command = [sys.executable, "-m", "benchmarks.gpu_checklist", "--worker", "--device", device]
+        worker = subprocess.Popen(
+            [*command, "--out", str(out), *left],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        begun = ""
+        due = time.monotonic() + STARTING_S + PARTS[left[0]]
+        for line in lines_until(worker, lambda: min(due, end)):  # noqa: B023
+            print(line, end="", flush=True)
+            if line.startswith("PART "):
+                begun = line.split()[1]
+                due = time.monotonic() + PARTS[begun]
+            elif line.startswith("END "):
+                left.remove(line.split()[1])
+                due = time.monotonic() + STARTING_S
+                begun = ""
+        try:
+            worker.wait(timeout=0 if time.monotonic() > min(due, end) else 10)
+        except subprocess.TimeoutExpired:
+            print(f"killed in {begun or 'its start'}: time is up", flush=True)
+            worker.kill()
+            worker.wait()
+        if begun in left:  # it was killed or died there
+            left.remove(begun)
+        elif worker.returncode not in (0, 3):
+            break
+    for part in left:
+        print(f"not run: {part}")
+
+
+def lines_until(worker: "subprocess.Popen[str]", due: object) -> Iterator[str]:
+    """The output of a process until it ends, or the time has come."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    assert worker.stdout is not None
+    stream = worker.stdout
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, due() - time.monotonic()))  # type: ignore[operator]
+        except queue.Empty:
+            return
+        if line is None:
+            return
+        yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for all parts")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    asked = parser.parse_args()
+    parts = asked.parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no such part: {sorted(unknown)[0]}")
+    if asked.worker:
+        work(parts, asked.device, asked.out)
+    else:
+        supervise(parts, asked.device, asked.out, asked.limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Parts of the checklist that sample: steps of decoding against the bytes they read, adapters,
+graphs; how far logprobs are from the trainer's; how soon new weights are in use.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.gpu_models import Bench, copied_bytes_per_s, random_model
+from benchmarks.gpu_trainer import profiled
+from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.spec import LoraRequest
+from mint_core.lora.targets import resolve
+from sampler_service.engine import kv_cache
+from sampler_service.engine.blocks import blocks_for
+from sampler_service.engine.decoder import Decoded, Decoder
+from sampler_service.engine.kv_cache import layer_shapes
+from sampler_service.engine.sequences import Span
+from sampler_service.jobs import BASE_MODEL
+from tests.engines_in_process import make_engine, score
+from tests.sampler_in_process import SamplerEngine
+
+RANK, ADAPTERS = 32, 8
+WARM_UP = 6
+
+
+class TimedDecoder:
+    """Notes how many rows the last pass had."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.rows = 0
+
+    def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Decoded:
+        self.rows = len(spans)
+        return self._decoder.run(spans, adapters)
+
+
+class Workload:
+    """An engine with adapters drawn on the device, all of whose sequences decode at once."""
+
+    def __init__(self, bench: Bench, folder: Path, most: int) -> None:
+        self.bench = bench
+        self.context = bench.size(1024, 40)
+        self.steps = bench.size(40, 8)
+        self.more = 3 * self.steps + 8
+        kv_cache.FREE_SHARE = 0.7  # nothing else is on the device
+        self.sampler = SamplerEngine(
+            folder,
+            device=str(bench.device),
+            dtype="bfloat16",
+            max_running_samples=most,
+            max_batch_tokens=most + 32 * 512,
+            kv_cache_tokens=most * (self.context + self.more + 16),
+        )
+        engine = self.sampler.engine
+        spec = resolve(LoraRequest(rank=RANK, seed=0), self.sampler.model.linear_modules)
+        for number in range(ADAPTERS):
+            row = engine.adapters._bank.add(spec)
+            row.part(Part.WEIGHTS).normal_(0.0, 0.01)
+            engine.adapters._rows[f"adapter-{number}"] = row
+        runner = engine._runner
+        self.decoder = runner._decoder or _rehearsed(self.sampler, most)
+        self._timed = TimedDecoder(self.decoder)
+        runner._decoder = self._timed  # type: ignore[assignment]
+
+    def submit(self, batch: int, adapters: int) -> None:
+        rng = np.random.default_rng(batch)
+        for number in range(batch):
+            self.sampler.submit(
+                rng.integers(3, self.sampler.model.vocabulary_size, self.context).tolist(),
+                adapter=f"adapter-{number % adapters}" if adapters else BASE_MODEL,
+                max_tokens=self.more,  # the first ones decode while the last ones' prompts wait
+                seed=number,
+            )
+
+    def until_all_decode(self, batch: int) -> None:
+        while self._timed.rows < batch:
+            self.sampler.step()
+
+    def step_s(self, batch: int, adapters: int) -> float:
+        """Seconds of a step in which so many sequences decode."""
+        self._timed.rows = 0
+        self.submit(batch, adapters)
+        times = []
+        while self.sampler.engine.busy and len(times) < self.steps:
+            self._timed.rows = 0
+            started = time.perf_counter()
+            self.sampler.step()  # ends with what was drawn on the host
+            if self._timed.rows == batch:
+                times.append(time.perf_counter() - started)
+        self.clear()
+        assert len(times) > WARM_UP, "not all decoded at the same time for long enough"
+        return statistics.median(times[WARM_UP:])
+
+    def clear(self) -> None:
+        for generation in list(self.sampler.engine._generations):
+            self.sampler.abort(generation)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Passes are launched kernel by kernel."""
+        kept = self.decoder._recorder, self.decoder._passes
+        self.decoder._recorder, self.decoder._passes = None, {}
+        yield
+        self.decoder._recorder, self.decoder._passes = kept
+
+    def bound_bytes(self, batch: int, adapters: int) -> float:
+        """What a step reads at least: weights, keys and values, adapters."""
+        base = self.sampler.engine.base
+        weights = sum(s.in_features * s.out_features for s in base.shapes.values())
+        ranks = RANK * sum(s.in_features + s.out_features for s in base.shapes.values())
+        token_bytes = sum(shape.token_bytes for shape in layer_shapes(base).values())
+        return 2.0 * (weights + min(batch, adapters) * ranks) + batch * self.context * token_bytes
+
+
+def _rehearsed(sampler: SamplerEngine, most: int) -> Decoder:
+    """The decoder that an engine has on a GPU, without one."""
+    cache = sampler.engine._runner._cache
+    return Decoder(
+        sampler.engine.base,
+        cache,
+        most_rows=most,
+        most_blocks=blocks_for(sampler.model.context_length),
+        scratch_block=len(cache.layer(0)[0]) - 1,
+    )
+
+
+def decode(bench: Bench, name: str, work: Workload, batches: Sequence[int]) -> None:
+    rate = copied_bytes_per_s(bench)
+    for batch in batches:
+        base_s, own_s = work.step_s(batch, 0), work.step_s(batch, ADAPTERS)
+        bound_s = work.bound_bytes(batch, ADAPTERS) / rate
+        title = f"{name}, batch {batch}"
+        bench.note(f"{title}, step of the base", 1e3 * base_s, "ms", f"{batch / base_s:.0f} tok/s")
+        bench.note(f"{title}, 8 adapters", 1e3 * own_s, "ms", f"{batch / own_s:.0f} tok/s")
+        bench.note(f"{title}, 8 adapters: of the byte bound", bound_s / own_s, "share", ">= 0.65")
+        bench.note(f"{title}, 8 adapters: of the base", base_s / own_s, "share", ">= 0.85")
+
+
+def sampler(bench: Bench) -> None:
+    """0.6B: batches, graphs, what takes time in a step, the trainer's logprobs, publishing."""
+    with random_model(bench, "0.6B") as folder:
+        work = Workload(bench, folder, bench.size(256, 4))
+        decode(bench, "0.6B", work, (1, 32, 256) if not bench.tiny else (1, 4))
+        with work.launching():
+            launched_s = work.step_s(1, 0)
+        recorded_s = work.step_s(1, 0)
+        title = "0.6B, batch 1: launched one by one over recorded"
+        bench.note(title, launched_s / recorded_s, "x", ">= 5")
+        for batch in (1, 32) if not bench.tiny else (1,):
+            work._timed.rows = 0
+            work.submit(batch, ADAPTERS)
+            work.until_all_decode(batch)
+            profiled(bench, f"a step of {batch}, 8 adapters", work.sampler.step)
+            work.clear()
+        published(bench, work)
+        gap(bench, work, folder)
+
+
+def published(bench: Bench, work: Workload) -> None:
+    """A new revision, from numbers in host memory to its first token."""
+    engine = work.sampler.engine
+    row = engine.adapters._rows["adapter-0"]
+    vector = row.part(Part.WEIGHTS).cpu()
+    pinned = vector if bench.tiny else vector.pin_memory()
+    times = []
+    for number in range(4):
+        started = time.perf_counter()
+        fresh = engine.adapters._bank.add(row.spec)
+        fresh.come_back({Part.WEIGHTS: pinned.to(bench.device, non_blocking=True)})
+        path = f"fresh-{number}"
+        engine.adapters._rows[path] = fresh
+        work.sampler.generate(list(range(3, 35)), adapter=path, max_tokens=1)
+        times.append(time.perf_counter() - started)
+    bench.note("new weights to first token, 0.6B", 1e3 * min(times[1:]), "ms", "<= 10")
+
+
+def gap(bench: Bench, work: Workload, folder: Path) -> None:
+    """How far the sampler's logprobs are from the trainer's."""
+    prompt = list(range(3, 3 + work.context))
+    path, steps = "adapter-0", work.steps
+    generated = work.sampler.generate(prompt, adapter=path, max_tokens=steps, prompt_logprobs=True)
+    (continuation,) = generated.continuations
+    assert generated.prompt_logprobs is not None
+    row = work.sampler.row(path)
+    engine = make_engine(
+        folder, device=str(bench.device), dtype="bfloat16", max_batch_tokens=2048, max_lora_rank=64
+    )
+    arrays = row.export(Part.WEIGHTS)
+    trained = score(engine, [*prompt, *continuation.tokens], row.spec, arrays)
+    for part, ours in (("prompt", generated.prompt_logprobs), ("all", None)):
+        if ours is None:
+            ours = np.concatenate([generated.prompt_logprobs, continuation.model_logprobs])
+        difference = ours - trained[: len(ours)]
+        title = f"gap of logprobs to the trainer's, {part}"
+        bench.note(f"{title}, mean", float(np.abs(difference).mean()), "nats", "<= 1e-2")
+        bench.note(f"{title}, most", float(np.abs(difference).max()), "nats")
+        kl = float((np.expm1(-difference) + difference).mean())
+        bench.note(f"{title}, KL", kl, "nats", "<= 1e-3")
+
+
+def sampler_8b(bench: Bench) -> None:
+    with random_model(bench, "8B") as folder:
+        work = Workload(bench, folder, bench.size(128, 4))
+        decode(bench, "8B", work, (1, 128) if not bench.tiny else (1, 4))
+        work._timed.rows = 0
+        work.submit(bench.size(128, 4), ADAPTERS)
+        work.until_all_decode(bench.size(128, 4))
+        profiled(bench, "8B, a step of 128, 8 adapters", work.sampler.step)
