@@ -49,7 +49,6 @@ def place(staging: Path, folder: Place, prepare: Callable[[int], None]) -> int:
     `prepare` learns the number beforehand, again if another writer was quicker.
     """
     make_folder(folder)
-    settle(folder)
     if isinstance(folder, ObjectPath):
         object_revisions.send(staging, folder)
     while True:
@@ -57,13 +56,14 @@ def place(staging: Path, folder: Place, prepare: Callable[[int], None]) -> int:
         try:
             prepare(revision)
         except AlreadyExists:
+            settle(folder)
             if isinstance(folder, ObjectPath):
                 object_revisions.take_back(staging, folder)
             raise
         fault_point("store:before-publish")
         if _show(staging, folder / str(revision)):
             fault_point("store:after-publish")
-            flush_folder(folder)
+            settle(folder)
             return revision
 
 

@@ -81,6 +81,8 @@ class ServiceConfig:
         for name, value in (("threads", self.threads), ("max_lora_rank", self.max_lora_rank)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if not self.store:
+            raise ValueError("`store` is empty; give a folder, or leave it out for the default")
         if self.local_folder is not None and not self.store_is_remote:
             raise ValueError(
                 "`local_folder` is for what lies beside an object store, and `store` "
@@ -163,8 +165,15 @@ def _add_flag(parser: argparse.ArgumentParser, entry: "dataclasses.Field[Any]", 
     elif get_origin(kind) is Literal:
         settings |= {"choices": get_args(kind)}
     else:
-        settings |= {"type": kind, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
+        convert = _path if kind is Path else kind
+        settings |= {"type": convert, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
     parser.add_argument(flag, default=None if needed else entry.default, **settings)
+
+
+def _path(text: str) -> Path:
+    if not text:  # `Path("")` is the folder in which the program was started
+        raise argparse.ArgumentTypeError("is empty; leave the flag out for the default")
+    return Path(text)
 
 
 def _help(entry: "dataclasses.Field[Any]") -> str:

@@ -18,7 +18,8 @@ from checkpoint_store.object_store import ObjectStore, parse_address
 BUCKET = "checkpoints"  # made by the first put
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-the-store"}
 START_LIMIT_S = 60.0
-_PORTS = ("master", "volume", "filer", "s3")
+_PORTS = [f"{part}.port" for part in ("master", "volume", "filer", "s3")]
+_PORTS += [f"{port}.grpc" for port in _PORTS]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def running_object_server(folder: Path) -> Iterator[ObjectServer]:
     program = Path(sys.executable).with_name("weed")
     if not program.exists():
         pytest.skip("there is no SeaweedFS here: PyPI has it for Linux on x86_64")
-    ports = dict(zip(_PORTS, _free_ports(2 * len(_PORTS)), strict=False))
+    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in CREDENTIALS.items():
@@ -46,8 +47,8 @@ def running_object_server(folder: Path) -> Iterator[ObjectServer]:
             [program, "server", *_flags(folder, ports)], stdout=log, stderr=subprocess.STDOUT
         )
         stack.callback(_stop, process, ports)
-        _await_port(process, ports["s3"], folder / "log")
-        server = ObjectServer(f"http://127.0.0.1:{ports['s3']}")
+        _await_port(process, ports["s3.port"], folder / "log")
+        server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}")
         ObjectStore(parse_address(server.store("made"))).write("made", b"")
         yield server
 
@@ -63,9 +64,7 @@ def _flags(folder: Path, ports: dict[str, int]) -> list[str]:
     flags = ["-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0"]
     flags += [f"-dir={folder}", f"-s3.config={folder / 'identities.json'}"]
     flags += ["-master.volumeSizeLimitMB=64", "-volume.max=20", "-master.telemetry=false"]
-    flags += [f"-{part}.port={port}" for part, port in ports.items()]
-    grpc_ports = _free_ports(len(ports))
-    return flags + [f"-{part}.port.grpc={p}" for part, p in zip(ports, grpc_ports, strict=True)]
+    return flags + [f"-{name}={port}" for name, port in ports.items()]
 
 
 def _free_ports(count: int) -> list[int]:

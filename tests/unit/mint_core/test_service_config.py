@@ -62,6 +62,8 @@ def test_flags_are_the_fields_with_their_types() -> None:
         (["--mode", "medium"], "argument --mode: invalid choice: 'medium'"),
         (["--threads", "0"], "`threads` must be at least 1, got 0"),
         (["--max-lora-rank", "0"], "`max_lora_rank` must be at least 1, got 0"),
+        (["--keys", ""], "argument --keys: is empty; leave the flag out for the default"),
+        (["--store", ""], "`store` is empty; give a folder"),
         (["--budget", "2"], "`budget` must be at most 1, got 2.0"),
         (["--address", "localhost"], "`address` must look like HOST:PORT, got 'localhost'"),
         (["--metrics-address", ":9"], "`metrics_address` must look like HOST:PORT, got ':9'"),
