@@ -17,7 +17,7 @@ from mint_core.lora.groups import ModuleGroup
 
 NOBODY = -1  # owner of the rows that no adapter touches
 _FREE = -2  # owner of the columns that hold no adapter
-LEAST_COLUMNS = 64  # of a pass with adapters
+LEAST_COLUMNS, MOST_COLUMNS = 64, 512  # of a pass with adapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)

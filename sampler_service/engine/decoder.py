@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import CONCAT_RANKS
 from mint_core.lora.bank import AdapterRow
-from mint_core.lora.columns import NOBODY, ColumnBank
+from mint_core.lora.columns import MOST_COLUMNS, NOBODY, ColumnBank
 from mint_core.lora.segments import Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
@@ -76,7 +75,7 @@ class Decoder:
         most_rows: int,
         most_blocks: int,  # of a sequence
         scratch_block: int,  # of the cache; nobody else's
-        columns: int = CONCAT_RANKS,
+        columns: int = MOST_COLUMNS,
         attend: DecodeAttention | None = None,  # None: what is best on the base's device
     ) -> None:
         if base.device.type == "cuda":  # Triton launches on the current device
