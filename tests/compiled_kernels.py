@@ -23,6 +23,9 @@ from mint_core.lora.column_kernels import (
     shrink,
 )
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.head_kernels import HEADS, turn
+from mint_core.model.softmax_kernels import LOWEST, differentiate, sum_powers
+from mint_core.model.softmax_kernels import TILE as LOGITS
 from sampler_service.engine.blocks import BLOCK_TOKENS
 from sampler_service.engine.paged_kernels import attend_split, combine_splits, constants
 from trainer_service.engine.digest_kernel import TILE, sum_block
@@ -34,12 +37,20 @@ CASES = (
     (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
 )
 _COLUMNS = {"ROWS": MOST_ROWS, "COLUMNS": COLUMNS, "WIDEN": False}
+_TURN = {"SIZE": 128, "ROOM": 64, "HEADS": HEADS}
 OTHERS = (
     (shrink, {**_COLUMNS, "INNER": INNER}),
     (expand, {**_COLUMNS, "OUTPUTS": OUTPUTS, "SPLITS": MOST_SPLITS}),
+    (turn, {**_TURN, "NORMED": True, "BACK": False}),
+    (turn, {**_TURN, "NORMED": False, "BACK": True}),
+    (sum_powers, {"TILE": LOGITS, "LOWEST": LOWEST}),
+    (differentiate, {"TILE": LOGITS}),
     (sum_block, {"BLOCK": 1 << 15, "TILE": TILE}),
 )
-_NUMBERS = ("query", "key", "value", "output", "x", "a", "b", "y")  # of the case's type
+_NUMBERS = (
+    *("query", "key", "value", "output", "x", "a", "b", "y"),
+    *("heads", "cosines", "sines", "z"),
+)  # of the case's type
 _TENSORS = {
     "table": "*i32",
     "lengths": "*i64",
@@ -49,11 +60,14 @@ _TENSORS = {
     "column_owners": "*i64",
     "scales": "*fp32",
     "tiles": "*i32",
+    "targets": "*i64",
+    "upstream": "*fp32",
     "words": "*i64",
     "factors": "*i64",
     "sums": "*i64",
+    "logs": "*fp32",
 }
-_SCALARS = {"scaling": "fp32", "softcap": "fp32"}
+_SCALARS = {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"}
 
 
 def shared_bytes(kernel: Any, constexprs: dict[str, int], dtype: str, target: GPUTarget) -> int:
