@@ -44,7 +44,8 @@ def test_logprobs_and_gradient_are_those_of_the_plain_one(
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     limit = 1e-6 if dtype == torch.float32 else 2**-7  # the interpreter cuts
     difference = (gradient.float() - expected_gradient).abs()
-    assert (difference <= limit * expected_gradient.abs() + 1e-6).all()
+    # A logarithm of about 20 is rounded to 2e-6, and so are all shares of its row.
+    assert (difference <= limit * expected_gradient.abs() + 5e-6 * upstream.abs().max()).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
