@@ -13,7 +13,7 @@ MODEL ?= $(EMBEDDED)
 MODEL_NAME ?=
 STORE ?= .store
 KEYS ?= keys.txt
-STATE ?= $(STORE)/.state
+STATE ?= $(if $(findstring ://,$(STORE)),.store,$(STORE))/.state
 BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
@@ -46,7 +46,7 @@ model: $(EMBEDDED)/config.json  ## Unpacks and converts the embedded model, once
 
 # What a service needs before it starts: the embedded model only if no other is named.
 SERVABLE := install $(if $(filter $(EMBEDDED),$(MODEL)),model)
-FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store $(STORE) $(SERVE_FLAGS)
+FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store '$(STORE)' $(SERVE_FLAGS)
 
 serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= SERVE_FLAGS= choose
 	$(BIN)/python -m mint_core.serve $(FLAGS)

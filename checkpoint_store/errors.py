@@ -17,6 +17,19 @@ class CheckpointDamaged(FailedPrecondition):
         )
 
 
+class ObjectStoreFailed(FailedPrecondition):
+    """The object store refused, or did not answer in time."""
+
+    reason = "OBJECT_STORE_FAILED"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the object store of the checkpoints failed: {problem}; the server's log has the "
+            "details; try again when it works",
+            problem=problem,
+        )
+
+
 class WeightsNotFinite(InvalidRequest):
     """NaN or Inf in weights or moments."""
 

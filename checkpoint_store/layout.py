@@ -1,32 +1,45 @@
 """Where things lie: `<root>/<training_run_id>/<kind>/<name>/<revision>/`.
 
-What is being written lies in `<root>/.staging/`.
+What is being written lies in `.staging/`, in the root or, beside an object store, in a local
+folder.
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint_store import revisions
+from checkpoint_store import object_revisions, revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
+from checkpoint_store.object_path import ObjectPath
 from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointPath
+from checkpoint_store.places import Place, remove_tree
 
 logger = logging.getLogger(__name__)
 
 
 class StoreLayout:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place, local: Path) -> None:
         self._root = root
-        self.staging = root / ".staging"  # no run id starts with a dot
+        self.staging = local / ".staging"  # no run id starts with a dot
 
-    def name_folder(self, path: CheckpointPath) -> Path:
+    def name_folder(self, path: CheckpointPath) -> Place:
         return self._root / path.training_run_id / path.kind / path.name
 
-    def revision_folder(self, path: CheckpointPath) -> Path:
+    def revision_folder(self, path: CheckpointPath) -> Place:
         return self.name_folder(path) / str(path.revision)
+
+    def files_folder(self, manifest: Manifest) -> Place:
+        """Where a revision's files lie."""
+        if manifest.files_folder:
+            return self.name_folder(manifest.path) / manifest.files_folder
+        return self.revision_folder(manifest.revision_path)
+
+    def files_folder_of(self, staging: Path) -> str:
+        """How a manifest names where the files will lie that are staged now."""
+        local = isinstance(self._root, Path)
+        return "" if local else object_revisions.files_folder(staging)
 
     def newest_first(self, path: CheckpointPath) -> Iterator[Manifest]:
         """The revision that the path names, or all of its name. A damaged manifest raises."""
@@ -69,19 +82,27 @@ class StoreLayout:
         if path.unnamed and (
             revisions.all_dead(folder) or revisions.never_came(folder, announced_after)
         ):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
+        if isinstance(folder, ObjectPath):
+            self._clear_files(path, folder, announced_after)
 
     def clear_staging(self, *, older_than: datetime) -> None:
         for entry in self.staging.iterdir() if self.staging.is_dir() else ():
             if datetime.fromtimestamp(entry.stat().st_mtime, UTC) >= older_than:
                 continue
             if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
+                remove_tree(entry)
             else:
                 entry.unlink(missing_ok=True)
 
+    def _clear_files(self, path: CheckpointPath, folder: ObjectPath, since: datetime) -> None:
+        live = self.revisions_of(path)
+        if len(live) == len(revisions.live_revisions(folder)):  # so none is damaged
+            named = {manifest.files_folder for manifest in live}
+            object_revisions.remove_unnamed(folder, named, since)
 
-def _entries(folder: Path) -> list[str]:
+
+def _entries(folder: Place) -> list[str]:
     """Names of the folders in a folder, in order; none if it does not exist."""
     try:
         return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))

@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint_store.paths import SAMPLER_WEIGHTS, WEIGHTS, CheckpointKind, CheckpointPath
 from mint_core.lora.spec import AdapterSpec
 
+MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 
 
@@ -38,6 +39,7 @@ class Manifest:
     metadata: Mapping[str, str] = field(default_factory=dict)
     sequence: int = 0  # of the run's call that saved it; 0: of none
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    files_folder: str = ""  # in the name's folder; empty: they are beside the manifest
 
     @property
     def path(self) -> CheckpointPath:
@@ -87,6 +89,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
         },
+        "files_folder": manifest.files_folder,
     }
     return json.dumps(content | {"manifest_sha256": _digest(content)}, indent=1).encode()
 
@@ -128,6 +131,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         metadata=content["metadata"],
         sequence=content.get("sequence", 0),  # older manifests have none
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
+        files_folder=content.get("files_folder", ""),
     )
 
 

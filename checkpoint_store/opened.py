@@ -13,6 +13,7 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
+from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
 from checkpoint_store.row_file import RowFile
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
@@ -24,12 +25,20 @@ class OpenCheckpoint:
     """A revision, whose files `CheckpointStore.open` has verified. Arrays have PEFT's names."""
 
     manifest: Manifest
-    folder: Path  # opens with `PeftModel.from_pretrained`; absent while a snapshot is not stored
+    # Opens with `PeftModel.from_pretrained`. Absent while a snapshot is not stored; of an object
+    # store's checkpoints it holds copies, for a while, once they are verified.
+    folder: Path
+    place: Place  # in the store
     row: RowFile | None = None  # the same weights in memory
 
     def note_use(self) -> None:
         """Keeps the revision for another while."""
-        renew_lease(self.folder)
+        renew_lease(self.place)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the folder holds copies."""
+        return self.folder != self.place
 
     @property
     def has_optimizer(self) -> bool:

@@ -1,4 +1,5 @@
-"""One name's folder: `<root>/<training_run_id>/<kind>/<name>/<revision>/`.
+"""One name's folder: `<root>/<training_run_id>/<kind>/<name>/<revision>/`. What is different in an
+object store is in `places` and `object_revisions`.
 
 Revisions are numbers, 1, 2, 3, ... A revision exists from the rename that puts its folder there
 until its manifest is removed. The highest number ever given keeps its folder, as a tombstone if
@@ -9,61 +10,71 @@ two writers of one name, on one host or two, get two numbers.
 import contextlib
 import errno
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.manifest import Manifest, decode_manifest
+from checkpoint_store import object_revisions
+from checkpoint_store.errors import CheckpointDamaged, ObjectStoreFailed
+from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
+from checkpoint_store.object_path import ObjectPath
 from checkpoint_store.paths import CheckpointPath
+from checkpoint_store.places import (
+    Place,
+    flush_folder,
+    make_folder,
+    remove_tree,
+    write_whole,
+)
+from mint_core.errors import AlreadyExists
 from mint_core.fault_points import fault_point
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 _LEASE_FILE = "last_used"  # its modification time counts
 _TOMBSTONE_FILE = "deleted"
 _ANNOUNCEMENT_FILE = "announced"  # in the name's folder; holds the tenant
 
 
-def live_revisions(folder: Path) -> list[int]:
+def live_revisions(folder: Place) -> list[int]:
     """Numbers of the revisions that exist, in order."""
     return [n for n in _numbers(folder) if (folder / str(n) / MANIFEST_FILE).exists()]
 
 
-def place(staging: Path, folder: Path, prepare: Callable[[int], None]) -> int:
+def place(staging: Path, folder: Place, prepare: Callable[[int], None]) -> int:
     """Publishes a staged folder under the next free number and returns the number.
 
     `prepare` learns the number beforehand, again if another writer was quicker.
     """
     make_folder(folder)
     settle(folder)
+    if isinstance(folder, ObjectPath):
+        object_revisions.send(staging, folder)
     while True:
         revision = max(_numbers(folder), default=0) + 1
-        prepare(revision)
-        fault_point("store:before-publish")
         try:
-            staging.rename(folder / str(revision))
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
+            prepare(revision)
+        except AlreadyExists:
+            if isinstance(folder, ObjectPath):
+                object_revisions.take_back(staging, folder)
+            raise
+        fault_point("store:before-publish")
+        if _show(staging, folder / str(revision)):
             fault_point("store:after-publish")
             flush_folder(folder)
             return revision
 
 
-def settle(folder: Path) -> None:
+def settle(folder: Place) -> None:
     """Brings to disk which revisions a name has. Processes see what others have placed before it
     is there, and may not rely on it: those others may have been killed.
     """
-    for above in (folder, *folder.parents[:3]):  # up to the root
-        flush_folder(above)
+    if isinstance(folder, Path):
+        for above in (folder, *folder.parents[:3]):  # up to the root
+            flush_folder(above)
 
 
-def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
+def read_manifest(folder: Place, path: CheckpointPath) -> Manifest | None:
     """The manifest of a revision, or None if the revision does not exist."""
     try:
         encoded = (folder / MANIFEST_FILE).read_bytes()
@@ -79,21 +90,22 @@ def read_manifest(folder: Path, path: CheckpointPath) -> Manifest | None:
     return manifest
 
 
-def bury(folder: Path) -> None:
+def bury(folder: Place) -> None:
     """Removes a revision's files. Its number stays taken.
 
     The manifest goes first, on disk too: killed half way, or when the power goes, the revision is
     gone for readers all the same.
     """
+    elsewhere = object_revisions.files_of(folder) if isinstance(folder, ObjectPath) else []
     (folder / _TOMBSTONE_FILE).touch()
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     flush_folder(folder)
-    for file in folder.iterdir():
+    for file in [*folder.iterdir(), *elsewhere]:
         if file.name != _TOMBSTONE_FILE:
             file.unlink(missing_ok=True)
 
 
-def settle_burials(folder: Path) -> None:
+def settle_burials(folder: Place) -> None:
     """Brings to disk which revisions of a name are gone, whoever has buried them."""
     for number in _numbers(folder):
         if not (folder / str(number) / MANIFEST_FILE).exists():
@@ -101,12 +113,12 @@ def settle_burials(folder: Path) -> None:
                 flush_folder(folder / str(number))
 
 
-def all_dead(folder: Path) -> bool:
+def all_dead(folder: Place) -> bool:
     """Whether the name has had revisions and none exists."""
     return bool(_numbers(folder)) and not live_revisions(folder)
 
 
-def clear_tombstones(folder: Path) -> None:
+def clear_tombstones(folder: Place) -> None:
     """Drops dead revisions below the highest number, and what a burial cut short has left."""
     numbers = _numbers(folder)
     live = live_revisions(folder)
@@ -114,27 +126,22 @@ def clear_tombstones(folder: Path) -> None:
         if number in live:
             continue
         if number < numbers[-1]:
-            shutil.rmtree(folder / str(number), ignore_errors=True)
+            remove_tree(folder / str(number))
         else:
             bury(folder / str(number))
 
 
-def announce(folder: Path, tenant: str) -> None:
+def announce(folder: Place, tenant: str) -> None:
     """Says that the first revision of a name is on its way. Lost in a crash of the machine, which
     is of no harm: so is the revision.
     """
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    draft = folder / f".{_ANNOUNCEMENT_FILE}"
-    try:
-        draft.write_text(tenant)
-        draft.rename(folder / _ANNOUNCEMENT_FILE)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    if isinstance(folder, Path):
+        folder.mkdir(exist_ok=True)
+    write_whole(folder / _ANNOUNCEMENT_FILE, tenant.encode())
 
 
-def announced(folder: Path) -> str | None:
+def announced(folder: Place) -> str | None:
     """For which tenant a first revision is on its way; None: nobody has said so."""
     try:
         return (folder / _ANNOUNCEMENT_FILE).read_text()
@@ -142,14 +149,14 @@ def announced(folder: Path) -> str | None:
         return None
 
 
-def recant(folder: Path) -> None:
+def recant(folder: Place) -> None:
     """Takes an announcement back, and the name with it if there is nothing else of it."""
-    with contextlib.suppress(OSError):  # it has a revision, or never was
+    with contextlib.suppress(OSError, ObjectStoreFailed):  # it has a revision, or never was
         (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
         folder.rmdir()
 
 
-def never_came(folder: Path, since: datetime) -> bool:
+def never_came(folder: Place, since: datetime) -> bool:
     """Whether a first revision was announced before that and has not come."""
     try:
         announced_at = (folder / _ANNOUNCEMENT_FILE).stat().st_mtime
@@ -158,17 +165,18 @@ def never_came(folder: Path, since: datetime) -> bool:
     return not _numbers(folder) and datetime.fromtimestamp(announced_at, UTC) < since
 
 
-def renew_lease(folder: Path) -> None:
+def renew_lease(folder: Place) -> None:
     """Notes that the revision is in use now, as far as this host may write there."""
     try:
-        (folder / _LEASE_FILE).touch()
+        if (folder / MANIFEST_FILE).exists():  # a lease alone would take the number
+            (folder / _LEASE_FILE).touch()
     except FileNotFoundError:
         pass  # deleted meanwhile, or not stored yet
-    except OSError as error:
+    except (OSError, ObjectStoreFailed) as error:
         logger.warning("cannot note the use of %s: %s", folder, error)
 
 
-def last_used(folder: Path) -> datetime | None:
+def last_used(folder: Place) -> datetime | None:
     """When the revision was last opened; None: never."""
     try:
         return datetime.fromtimestamp((folder / _LEASE_FILE).stat().st_mtime, UTC)
@@ -176,32 +184,20 @@ def last_used(folder: Path) -> datetime | None:
         return None
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and its parents, each of them on disk."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    flush_folder(folder.parent)
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    with file.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Brings the entries of a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _show(staging: Path, folder: Place) -> bool:
+    """Puts a revision where readers look; False if another is there."""
+    if isinstance(folder, ObjectPath):
+        return object_revisions.show(staging, folder)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        staging.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
-def _numbers(folder: Path) -> list[int]:
+def _numbers(folder: Place) -> list[int]:
     try:
         return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
     except FileNotFoundError:

@@ -11,6 +11,7 @@ import os
 import stat
 from pathlib import Path
 
+from checkpoint_store.object_store import is_object_address
 from checkpoint_store.paths import CheckpointPath
 from checkpoint_store.row_file import RowFile, open_row
 
@@ -43,15 +44,16 @@ class SnapshotFolder:
         return None
 
 
-def snapshot_folder(chosen: Path | None, store: Path) -> Path | None:
-    """The folder that was chosen, or else one in shared memory by the store's path; None if there
-    is no shared memory here.
+def snapshot_folder(chosen: Path | None, store: str) -> Path | None:
+    """The folder that was chosen, or else one in shared memory by the store's path or URL; None if
+    there is no shared memory here.
     """
     if chosen is not None:
         return chosen
     if not SHARED_MEMORY.is_dir():
         return None
-    digest = hashlib.sha256(os.fsencode(store.resolve())).hexdigest()
+    place = store if is_object_address(store) else Path(store).resolve()
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()
     return SHARED_MEMORY / f"mint-{os.geteuid()}-{digest[:16]}"
 
 

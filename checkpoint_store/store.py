@@ -1,4 +1,4 @@
-"""The store in a local folder, which several processes and hosts may share.
+"""The store in a folder or an object store, which several processes and hosts may share.
 
 It keeps nothing in memory.
 """
@@ -14,9 +14,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
+from checkpoint_store.copies import Copies
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout
-from checkpoint_store.manifest import Manifest, encode_manifest
+from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
+from checkpoint_store.object_path import ObjectPath
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
@@ -27,6 +29,7 @@ from checkpoint_store.paths import (
     generated_name,
     parse_path,
 )
+from checkpoint_store.places import Place, flush_folder, make_folder, write_durably
 from checkpoint_store.row_file import RowFile
 from checkpoint_store.snapshot_folder import SnapshotFolder
 from mint_core.errors import AlreadyExists, CheckpointNotFound, ResourceExhausted
@@ -57,9 +60,19 @@ class Published:
 class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
-    def __init__(self, root: Path, snapshots: SnapshotFolder | None = None) -> None:
-        """With `snapshots`, those of this host are found there too, stored yet or not."""
-        self._layout = StoreLayout(root)
+    def __init__(
+        self, root: Place, snapshots: SnapshotFolder | None = None, local: Path | None = None
+    ) -> None:
+        """With `snapshots`, those of this host are found there too, stored yet or not. `local` is
+        the folder for drafts and copies if the root is none.
+        """
+        self._copies: Copies | None = None
+        if isinstance(root, ObjectPath):
+            assert local is not None, "no folder for copies"
+            self._copies = Copies(local / ".copies")
+        else:
+            local = root
+        self._layout = StoreLayout(root, local)
         self._snapshots = snapshots
 
     def publish(
@@ -126,7 +139,7 @@ class CheckpointStore:
 
     def draft(self) -> Path:
         """Where to write a row's numbers to, on the store's file system."""
-        revisions.make_folder(self._layout.staging)
+        make_folder(self._layout.staging)
         return self._layout.staging / f"{uuid4().hex}.row"
 
     def has(self, revision: CheckpointPath) -> bool:
@@ -167,7 +180,7 @@ class CheckpointStore:
             except CheckpointNotFound:
                 raise damage or CheckpointNotFound(path) from None
             row = self._row_of(manifest)
-        return OpenCheckpoint(manifest, self._layout.revision_folder(manifest.revision_path), row)
+        return self._opened(manifest, row)
 
     def open(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """As `find`, and verifies every file unless memory has the revision. Notes its use."""
@@ -180,13 +193,17 @@ class CheckpointStore:
     def verify(self, found: OpenCheckpoint) -> None:
         """Refuses files that are not those which were published."""
         path = str(found.manifest.revision_path)
-        for name, entry in found.manifest.files.items():
-            try:
+        files = self._layout.files_folder(found.manifest)
+        try:
+            if self._copies is not None and isinstance(files, ObjectPath):
+                self._copies.bring(found.manifest, files)
+                return
+            for name, entry in found.manifest.files.items():
                 adapter_files.verify_file(path, found.folder / name, entry)
-            except CheckpointDamaged:
-                if not (found.folder / revisions.MANIFEST_FILE).exists():  # deleted meanwhile
-                    raise CheckpointNotFound(path) from None
-                raise
+        except CheckpointDamaged:
+            if not (found.place / MANIFEST_FILE).exists():  # deleted meanwhile
+                raise CheckpointNotFound(path) from None
+            raise
 
     def renew(self, path: str, *, tenant: str) -> None:
         """Notes that a revision is still in use, so that it is kept for another while."""
@@ -252,6 +269,13 @@ class CheckpointStore:
                 return manifest
         raise CheckpointNotFound(str(asked))
 
+    def _opened(self, manifest: Manifest, row: RowFile | None) -> OpenCheckpoint:
+        place = self._layout.revision_folder(manifest.revision_path)
+        if isinstance(place, ObjectPath):
+            assert self._copies is not None
+            return OpenCheckpoint(manifest, self._copies.folder(manifest), place, row)
+        return OpenCheckpoint(manifest, place, place, row)
+
     def _row_of(self, manifest: Manifest) -> RowFile | None:
         """A stored revision in memory."""
         if manifest.kind != SAMPLER_WEIGHTS:
@@ -282,7 +306,11 @@ class CheckpointStore:
             if earlier.sequence == manifest.sequence:
                 revisions.settle(self._layout.name_folder(path))
                 return Published(earlier)
-        described = replace(manifest, files=adapter_files.flush_files(staging))
+        described = replace(
+            manifest,
+            files=adapter_files.flush_files(staging),
+            files_folder=self._layout.files_folder_of(staging),
+        )
 
         def prepare(revision: int) -> None:
             now = datetime.now(UTC)
@@ -293,8 +321,8 @@ class CheckpointStore:
                     path=path,
                 )
             encoded = encode_manifest(replace(described, revision=revision))
-            revisions.write_durably(staging / revisions.MANIFEST_FILE, encoded)
-            revisions.flush_folder(staging)
+            write_durably(staging / MANIFEST_FILE, encoded)
+            flush_folder(staging)
 
         revision = revisions.place(staging, self._layout.name_folder(path), prepare)
         return Published(replace(described, revision=revision))
@@ -304,7 +332,7 @@ class CheckpointStore:
         """A folder to write in, on the store's file system, gone afterwards."""
         staging = self._layout.staging / uuid4().hex
         try:
-            revisions.make_folder(self._layout.staging)
+            make_folder(self._layout.staging)
             staging.mkdir()
             yield staging
         except OSError as error:

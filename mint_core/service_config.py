@@ -33,8 +33,16 @@ class ServiceConfig:
     base_model_name: str = option(
         "", "name under which it is served; empty: the hub id, or the folder's name"
     )
-    store: Path = option(
-        Path(".store"), "folder of the checkpoint store, the same for trainer and sampler"
+    store: str = option(
+        ".store",
+        "the checkpoint store, the same for trainer and sampler: a folder, or "
+        "s3://BUCKET/PREFIX with ?endpoint=URL&region=NAME where it is not Amazon's; credentials "
+        "come from the environment (AWS_ACCESS_KEY_ID and so on)",
+    )
+    local_folder: Path | None = option(
+        None,
+        "folder, on a local disk, for what lies beside a store in an object store: copies of its "
+        "files, rows, the trainer's state; empty: `.store`",
     )
     snapshot_memory_folder: Path | None = option(
         None,
@@ -73,6 +81,11 @@ class ServiceConfig:
         for name, value in (("threads", self.threads), ("max_lora_rank", self.max_lora_rank)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.local_folder is not None and not self.store_is_remote:
+            raise ValueError(
+                "`local_folder` is for what lies beside an object store, and `store` "
+                f"{self.store} is a folder; leave it out"
+            )
         if self.metrics_address:
             host_and_port(self.metrics_address, "metrics_address")
         host, _ = host_and_port(self.address, "address")
@@ -89,6 +102,18 @@ class ServiceConfig:
                 " give --allow-insecure to let keys and data cross the network readable,"
                 " or a loopback address"
             )
+
+    @property
+    def store_is_remote(self) -> bool:
+        """Whether the store is no folder."""
+        return "://" in self.store
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder on this host: the store, or what lies beside it."""
+        if self.store_is_remote:
+            return self.local_folder or Path(".store")
+        return Path(self.store)
 
 
 def host_and_port(address: str, name: str) -> tuple[str, int]:

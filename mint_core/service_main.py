@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mint_core.access import KeyRing
+from mint_core.durable_files import make_folder
 from mint_core.engine_process import EngineProcess
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.rpc.hosting import Role, RpcServer
@@ -137,18 +138,20 @@ def check_folders(config: ServiceConfig) -> None:
             f"`base_model` {config.base_model} is no folder; `make model` makes the embedded one,"
             " and a hub id looks like OWNER/NAME"
         )
+    folder = config.store_folder
+    what = f"`{'local_folder' if config.store_is_remote else 'store'}` {folder}"
     try:
-        config.store.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.absolute())
     except OSError as error:
         raise FailedPrecondition(
-            f"`store` {config.store} cannot be made: {error.strerror}; choose another folder"
+            f"{what} cannot be made: {error.strerror}; choose another folder"
         ) from error
-    if not os.access(config.store, os.W_OK):
-        raise FailedPrecondition(f"`store` {config.store} cannot be written; choose another folder")
-    free = shutil.disk_usage(config.store).free
+    if not os.access(folder, os.W_OK):
+        raise FailedPrecondition(f"{what} cannot be written; choose another folder")
+    free = shutil.disk_usage(folder).free
     if free < MIN_FREE_BYTES:
         raise FailedPrecondition(
-            f"`store` {config.store} has {free // 2**20} MiB of free space and needs"
+            f"{what} has {free // 2**20} MiB of free space and needs"
             f" {MIN_FREE_BYTES // 2**20}; free some, or choose another folder"
         )
 

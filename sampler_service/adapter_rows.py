@@ -196,7 +196,7 @@ class AdapterRows:
 
         def convert() -> Path:
             found = self._find(path, known.tenant)
-            if found.row is None and not known.verified:
+            if found.row is None and (found.copied or not known.verified):
                 self._store.verify(found)
                 known.verified = True
             row = layout.row(found.manifest.spec, found.weights())

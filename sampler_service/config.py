@@ -30,7 +30,8 @@ class SamplerConfig(ServiceConfig):
     row_folder: Path | None = option(
         None,
         "folder, on a local disk, for copies of adapters in the form that the engine maps; what is "
-        "in it is of no use to a later process and is removed by it; empty: `.rows` in the store",
+        "in it is of no use to a later process and is removed by it; empty: `.rows` in the store, "
+        "or in `local_folder`",
     )
     row_folder_mib: int = option(
         0,

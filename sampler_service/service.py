@@ -1,6 +1,7 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
-from checkpoint_store import CheckpointStore, SnapshotFolder, snapshot_folder
+from checkpoint_store import SnapshotFolder, snapshot_folder
+from checkpoint_store.opening import open_store
 from mint_core.backlog import Load
 from mint_core.engine_pipe import ModelDescription
 from mint_core.engine_process import EngineProcess
@@ -17,7 +18,7 @@ from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
-FEATURES = ("stream_sample", "prefix_cache")
+FEATURES = ("stream_sample", "prefix_cache", "min_p", "penalties")
 
 
 class SamplerService:
@@ -67,7 +68,8 @@ class SamplerService:
 
 def _adapter_rows(config: SamplerConfig, engine: EngineProcess) -> AdapterRows:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
-    store = CheckpointStore(config.store, SnapshotFolder(folder) if folder else None)
+    snapshots = SnapshotFolder(folder) if folder else None
+    store = open_store(config.store, config.store_folder, snapshots, saves=False)
     limit_bytes = config.row_folder_mib * 2**20
-    files = RowFiles(config.row_folder or config.store / ".rows", limit_bytes)
+    files = RowFiles(config.row_folder or config.store_folder / ".rows", limit_bytes)
     return AdapterRows(store, files, engine)

@@ -10,6 +10,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     import mint
+    from tests.object_servers import ObjectServer
     from tests.services import Services
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU results are bitwise with one
@@ -62,3 +63,12 @@ def module_service(services: "Services") -> "Iterator[mint.ServiceClient]":
 
     with mint.ServiceClient(base_url=services.trainer) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ObjectServer]":
+    """An S3 server, and its credentials in the environment."""
+    from tests.object_servers import running_object_server
+
+    with running_object_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server

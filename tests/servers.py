@@ -28,14 +28,14 @@ class RunningService:
 
 
 @contextmanager
-def running_trainer(model: Path, store: Path, **flags: object) -> Iterator[RunningService]:
+def running_trainer(model: Path, store: Path | str, **flags: object) -> Iterator[RunningService]:
     """Runs `python -m trainer_service`; `flags` are those of its --help, such as `threads=1`."""
     with _running("trainer_service", model, store, flags) as service:
         yield service
 
 
 @contextmanager
-def running_sampler(model: Path, store: Path, **flags: object) -> Iterator[RunningService]:
+def running_sampler(model: Path, store: Path | str, **flags: object) -> Iterator[RunningService]:
     """Runs `python -m sampler_service`; `flags` are those of its --help."""
     with _running("sampler_service", model, store, flags) as service:
         yield service
@@ -43,7 +43,7 @@ def running_sampler(model: Path, store: Path, **flags: object) -> Iterator[Runni
 
 @contextmanager
 def _running(
-    module: str, model: Path, store: Path, flags: dict[str, object]
+    module: str, model: Path, store: Path | str, flags: dict[str, object]
 ) -> Iterator[RunningService]:
     with TemporaryDirectory(prefix="mint-service-") as folder:
         ready_file, log = Path(folder, "ready.json"), Path(folder, "log")

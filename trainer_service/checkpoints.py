@@ -16,6 +16,7 @@ from checkpoint_store import (
     SnapshotMemory,
 )
 from mint_core.engine_pipe import ModelDescription
+from mint_core.errors import MintError
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.calls import Load, Save, SaveForSampler
 from trainer_service.errors import CheckpointMismatch
@@ -116,7 +117,7 @@ class Checkpoints:
             try:
                 removed = await asyncio.to_thread(self._store.sweep)
                 logger.info("store swept revisions_removed=%d", removed)
-            except OSError:
+            except (OSError, MintError):
                 logger.exception("the store could not be swept")
             await asyncio.sleep(SWEEP_INTERVAL_S)
 

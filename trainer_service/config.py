@@ -36,7 +36,8 @@ class TrainerConfig(ServiceConfig):
     row_folder: Path | None = option(
         None,
         "folder, on a local disk, for the runs that fit in no memory; what is in it is of no use "
-        "to a later process and is removed by it; empty: `.rows` in the store",
+        "to a later process and is removed by it; empty: `.rows` in the store, or in "
+        "`local_folder`",
     )
     snapshot_memory_mib: int = option(
         0,
@@ -51,7 +52,8 @@ class TrainerConfig(ServiceConfig):
     state: Path | None = option(
         None,
         "folder, on a local disk, of this trainer alone: the journal of its runs and their rows, "
-        "from which it goes on after any crash; empty: `.state` in the store",
+        "from which it goes on after any crash; empty: `.state` in the store, or in "
+        "`local_folder`",
     )
     state_quota_gib: float = option(
         0.0, "most GiB that the state may take before nothing new is accepted; 0: no limit"
@@ -100,7 +102,7 @@ class TrainerConfig(ServiceConfig):
 
     @property
     def state_folder(self) -> Path:
-        return self.state or self.store / ".state"
+        return self.state or self.store_folder / ".state"
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
@@ -113,6 +115,6 @@ class TrainerConfig(ServiceConfig):
             max_batch_tokens=self.max_batch_tokens,
             row_memory_bytes=self.row_memory_mib * 2**20,
             host_row_memory_bytes=self.host_row_memory_mib * 2**20,
-            row_folder=str(self.row_folder or self.store / ".rows"),
+            row_folder=str(self.row_folder or self.store_folder / ".rows"),
             log_level=self.log_level,
         )

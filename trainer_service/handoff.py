@@ -23,6 +23,7 @@ from checkpoint_store import (
     map_numbers,
     new_manifest,
 )
+from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import MintError
 from trainer_service.calls import SaveForSampler
 from trainer_service.errors import RowNotWritten
@@ -47,6 +48,7 @@ class Handoff:
         self._current: CheckpointPath | None = None  # which is being written
         self._writing = asyncio.Lock()  # held while the store is written to in the background
         self._writer: asyncio.Task[None] | None = None
+        self._stopping = False
         # Is told what is wrong with a run's snapshots; empty: nothing any more.
         self.on_trouble: Callable[[str, str], None] = lambda training_run_id, trouble: None
 
@@ -106,12 +108,13 @@ class Handoff:
 
     async def stop(self) -> None:
         """Stores what is not stored yet, as far as that works, and leaves the memory."""
+        self._stopping = True
         self._waiting.extendleft(reversed(self._failed))
         self._failed = []
         self._wake()
         if self._writer is not None:
             await self._writer
-        for revision in self._failed:
+        for revision in [*self._failed, *self._waiting]:
             logger.error("snapshot %s is in memory alone; the next trainer may store it", revision)
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
@@ -169,7 +172,7 @@ class Handoff:
     def _announce(self, manifest: Manifest) -> None:
         try:
             self._store.announce(manifest)
-        except OSError as error:  # which the writer will meet and report
+        except (OSError, MintError) as error:  # which the writer will meet and report
             logger.warning("%s could not be announced: %s", manifest.revision_path, error)
 
     def _release_later(self, memory: SnapshotMemory, manifest: Manifest) -> None:
@@ -192,6 +195,8 @@ class Handoff:
                     await asyncio.to_thread(self._store_snapshot, revision)
                 except Exception as error:
                     self._note_failure(revision, error)
+                    if self._stopping and isinstance(error, ObjectStoreFailed):
+                        return  # after long attempts, and the next would take as long
                 else:
                     self._note_success(revision)
                 finally:

@@ -4,7 +4,8 @@ import asyncio
 import logging
 from functools import partial
 
-from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, snapshot_folder
+from checkpoint_store import SnapshotFolder, SnapshotMemory, snapshot_folder
+from checkpoint_store.opening import open_store
 from mint_core.access import KeyRing
 from mint_core.backlog import Load
 from mint_core.engine_process import EngineProcess
@@ -141,6 +142,7 @@ def _checkpoints(config: TrainerConfig) -> Checkpoints:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
     if folder is None:
         logger.info("no shared memory here: snapshots go through the store")
-        return Checkpoints(CheckpointStore(config.store))
+        return Checkpoints(open_store(config.store, config.store_folder, saves=True))
+    store = open_store(config.store, config.store_folder, SnapshotFolder(folder), saves=True)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
-    return Checkpoints(CheckpointStore(config.store, SnapshotFolder(folder)), memory)
+    return Checkpoints(store, memory)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint_store.revisions import flush_folder
+from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError, ResourceExhausted
 from mint_core.fault_points import fault_point
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from checkpoint_store.revisions import flush_folder, make_folder
+from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition, MintError
 from trainer_service.journal import queries, records
 from trainer_service.journal.codec import decode_origin

@@ -246,10 +246,10 @@ def test_a_folder_that_others_can_enter_is_neither_used_nor_read(folder: Path) -
 def test_both_services_find_the_folder_by_the_stores_path(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "store")
     (tmp_path / "store").mkdir()
-    by_name, by_link = (snapshot_folder(None, tmp_path / name) for name in ("store", "link"))
+    by_name, by_link = (snapshot_folder(None, str(tmp_path / name)) for name in ("store", "link"))
     assert by_name == by_link
-    assert by_name != snapshot_folder(None, tmp_path / "other")
-    assert snapshot_folder(tmp_path / "chosen", tmp_path / "store") == tmp_path / "chosen"
+    assert by_name != snapshot_folder(None, str(tmp_path / "other"))
+    assert snapshot_folder(tmp_path / "chosen", str(tmp_path / "store")) == tmp_path / "chosen"
 
 
 def test_an_announced_snapshot_is_the_tenants_until_it_comes_or_a_day_has_passed(

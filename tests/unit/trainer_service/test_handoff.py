@@ -17,7 +17,10 @@ from checkpoint_store import (
     SnapshotFolder,
     SnapshotMemory,
 )
+from checkpoint_store.object_path import ObjectPath
+from checkpoint_store.object_store import ObjectStore, parse_address
 from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
+from tests.object_servers import ObjectServer
 from tests.unit.checkpoint_store.conftest import SPEC
 from tests.unit.checkpoint_store.rows import LAYOUT, NUMBERS_BYTES, write_numbers
 from tests.unit.trainer_service.test_backlog import origin
@@ -192,6 +195,33 @@ async def test_what_never_could_be_stored_is_left_to_the_next_trainer(tmp_path: 
             await asyncio.sleep(0)
     assert trainer.stored(published)
     assert not trainer.folder.exists()
+
+
+async def test_an_object_store_that_fails_is_asked_once_at_the_end(
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = parse_address(object_server.store())
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    root = ObjectPath(ObjectStore(address), address.prefix)
+    store = CheckpointStore(root, local=tmp_path / "beside")
+    memory = SnapshotMemory(tmp_path / "memory", 100 * ROOM_BYTES)
+    trainer = Trainer(tmp_path, memory, Handoff(store, memory))
+    published = [await trainer.publish() for _ in range(3)]
+    assert all(trainer.in_memory(each) for each in published)
+    caplog.clear()
+
+    await trainer.handoff.stop()
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "403 Forbidden SignatureDoesNotMatch" in line]) == 1
+    for each in published:
+        assert f"snapshot {each.revision_path} is in memory alone; the next trainer may" in str(
+            lines
+        )
+    assert len(SnapshotMemory(tmp_path / "memory", 100 * ROOM_BYTES).unstored()) == 3
 
 
 @pytest.mark.parametrize("limit_bytes", [None, ROOM_BYTES // 2])

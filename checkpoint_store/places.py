@@ -1,0 +1,51 @@
+"""What differs between a folder and an object store, below the store's own ways."""
+
+import shutil
+from pathlib import Path
+
+from checkpoint_store.object_path import ObjectPath
+from mint_core import durable_files
+
+Place = Path | ObjectPath
+
+
+def make_folder(place: Place) -> None:
+    """Makes a folder and its parents, each of them on disk."""
+    if isinstance(place, Path):
+        durable_files.make_folder(place)
+
+
+def write_durably(place: Place, content: bytes) -> None:
+    if isinstance(place, Path):
+        durable_files.write_durably(place, content)
+    else:
+        place.objects.write(place.key, content)
+
+
+def write_whole(place: Place, content: bytes) -> None:
+    """Readers see all of it or nothing. A crash of the machine may undo it."""
+    if isinstance(place, ObjectPath):
+        place.objects.write(place.key, content)
+        return
+    draft = place.with_name(f".{place.name}")
+    try:
+        draft.write_bytes(content)
+        draft.rename(place)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def flush_folder(place: Place) -> None:
+    """Brings the entries of a folder to disk."""
+    if isinstance(place, Path):
+        durable_files.flush_folder(place)
+
+
+def remove_tree(place: Place) -> None:
+    """Removes all that is in a folder, as far as that works."""
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        for key in place.objects.below(place.key):
+            place.objects.remove(key)

@@ -1,0 +1,87 @@
+"""Trainer and sampler on two hosts that share an object store alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mint
+from checkpoint_store import CheckpointStore
+from checkpoint_store.opening import open_store
+from mint import types
+from tests.object_servers import ObjectServer
+from tests.servers import running_sampler, running_trainer
+
+LIMIT_S = 120.0
+ADAM = types.AdamParams(learning_rate=0.05)
+PROMPT = types.ModelInput.from_ints([9, 8, 7, 6])
+PARAMS = types.SamplingParams(max_tokens=8, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def store(object_server: ObjectServer) -> str:
+    return object_server.store()
+
+
+@pytest.fixture(scope="module")
+def client(
+    qwen3_folder: Path, store: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[mint.ServiceClient]:
+    ours, theirs = (tmp_path_factory.mktemp(host) for host in ("trainer", "sampler"))
+
+    def flags(host: Path) -> dict[str, object]:
+        memory = host / "memory"
+        return {"local_folder": host / "beside", "snapshot_memory_folder": memory}
+
+    with (
+        running_sampler(qwen3_folder, store, base_model_name="tiny", **flags(theirs)) as sampler,
+        running_trainer(
+            qwen3_folder,
+            store,
+            base_model_name="tiny",
+            sampler_address=sampler.address,
+            **flags(ours),
+        ) as trainer,
+        mint.ServiceClient(base_url=trainer.address) as service,
+    ):
+        yield service
+        assert (ours / "beside" / ".state" / "journal.db").exists()
+
+
+def step(run: mint.TrainingClient) -> None:
+    inputs = {"target_tokens": np.array([6, 7, 8, 9]), "weights": np.ones(4, np.float32)}
+    run.forward_backward([types.Datum(types.ModelInput.from_ints([5, 6, 7, 8]), inputs)])
+    run.optim_step(ADAM).result(LIMIT_S)
+
+
+def tokens(sampler: mint.SamplingClient) -> list[int]:
+    answer = sampler.sample(PROMPT, num_samples=1, sampling_params=PARAMS)
+    return list(answer.result(LIMIT_S).sequences[0].tokens)
+
+
+def weights(store: CheckpointStore, path: str) -> dict[str, np.ndarray]:
+    return dict(store.open(path, tenant="default").weights())
+
+
+def test_what_one_host_saves_another_samples_and_a_third_reads(
+    client: mint.ServiceClient, store: str, tmp_path: Path
+) -> None:
+    run = client.create_lora_training_client("tiny", rank=4)
+    step(run)
+    step(run)
+    unnamed = run.save_weights_and_get_sampling_client()
+    named = run.save_weights_for_sampler("a").result(LIMIT_S)
+    state = run.save_state("s").result(LIMIT_S)
+
+    trained = tokens(client.create_sampling_client(model_path=named.path))
+    assert tokens(unnamed) == trained
+    assert tokens(client.create_sampling_client(base_model="tiny")) != trained
+
+    third = open_store(store, tmp_path / "third", saves=False)
+    saved = weights(third, named.path)
+    assert third.open(state.path, tenant="default").has_optimizer
+    step(run)
+    run.load_state_with_optimizer(state.path).result(LIMIT_S)
+    again = weights(third, run.save_weights_for_sampler("a").result(LIMIT_S).revision_path)
+    assert all(np.array_equal(saved[name], again[name]) for name in saved)
