@@ -68,7 +68,9 @@ class ActiveColumns:
         from mint_core.lora.column_kernels import add_own
 
         described = self.column_owners, self.scales
-        add_own(x, y, columns.a, columns.b, self.owners, described, columns.tiles)
+        add_own(
+            x, y, columns.a, columns.b, self.owners, described, columns.tiles, group.out_features
+        )
 
     def add_slowly(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
         """Module after module; the oracle of the kernels."""
