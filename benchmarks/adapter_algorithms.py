@@ -1,8 +1,7 @@
 """Which way to apply adapters is the fastest? Each against the loop over segments, in turn.
 
-The adapters of one group of linear layers alone, forward and backward (concatenation: forward,
-which is all that it does), without the layers' own product. The choice is in
-mint_core/lora/algorithms.py.
+The adapters of one group of linear layers alone, forward and backward, without the layers' own
+product. The choice is in mint_core/lora/algorithms.py.
 """
 
 import json
@@ -12,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, Gradients
+from mint_core.lora.algorithms import GROUPED, LOOP, Adapted, Algorithm, Gradients
 from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
 from mint_core.lora.groups import LinearShape, ModuleGroup, complete
 from mint_core.lora.segments import Segment
@@ -43,9 +42,7 @@ def make_adapted(group: ModuleGroup, adapters: int, rows: int, rank: int) -> Ada
     return Adapted(tuple(segments), torch.device("cpu"), torch.float32)
 
 
-def make_pass(
-    group: ModuleGroup, adapted: Adapted, algorithm: Algorithm, backward: bool
-) -> Callable[[], None]:
+def make_pass(group: ModuleGroup, adapted: Adapted, algorithm: Algorithm) -> Callable[[], None]:
     rows = adapted.covered.stop
     x, dx = torch.randn(2, rows, group.in_features)
     y, dy = torch.randn(2, rows, group.width)
@@ -53,8 +50,7 @@ def make_pass(
 
     def run() -> None:
         saved = algorithm.forward(x, y.split(group.out_features, 1), adapted, group)
-        if backward:
-            algorithm.backward(gradients, saved, adapted, group)
+        algorithm.backward(gradients, saved, adapted, group)
 
     return run
 
@@ -66,33 +62,28 @@ def elapsed_s(run: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def measure(adapters: int, rows: int, rank: int) -> list[Row]:
+def measure(adapters: int, rows: int, rank: int) -> Row:
     """Medians over the loop's, the least and the most of all groups."""
     ratios = []
     for group in GROUPS:
         adapted = make_adapted(group, adapters, rows, rank)
-        kinds = ((LOOP, True), (GROUPED, True), (LOOP, False), (CONCAT, False))
-        runs = [make_pass(group, adapted, *kind) for kind in kinds]
+        runs = [make_pass(group, adapted, algorithm) for algorithm in (LOOP, GROUPED)]
         elapsed_s(runs[0], 1)
         repeats = max(1, int(LEAST_S / elapsed_s(runs[0], 1)))
         times = [[elapsed_s(run, repeats) for run in runs] for _ in range(ROUNDS)]
-        loop, grouped, loop_forward, concat = np.median(times, axis=0)
-        ratios.append((grouped / loop, concat / loop_forward))
-    low, high = np.min(ratios, axis=0), np.max(ratios, axis=0)
-    return [
-        {
-            "name": f"{name}, rank {rank}, {adapters} x {rows} rows",
-            "least": round(low[i], 2),
-            "most": round(high[i], 2),
-        }
-        for i, name in enumerate(("grouped, forward and backward", "concat, forward"))
-    ]
+        loop, grouped = np.median(times, axis=0)
+        ratios.append(grouped / loop)
+    return {
+        "name": f"grouped, rank {rank}, {adapters} x {rows} rows",
+        "least": round(min(ratios), 2),
+        "most": round(max(ratios), 2),
+    }
 
 
 @torch.no_grad()
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [row for rank in RANKS for case in CASES for row in measure(*case, rank)]
+    rows = [measure(*case, rank) for rank in RANKS for case in CASES]
     print("time over the loop's: least and most of the groups")
     print(*(f"{row['name']:55} {row['least']:6} {row['most']:6}" for row in rows), sep="\n")
     print(*map(json.dumps, rows), sep="\n")

@@ -14,7 +14,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu_models import Bench, copied_bytes_per_s
 from mint_core.lora.algorithms import (
-    CONCAT,
     GROUPED,
     LOOP,
     Adapted,
@@ -156,7 +155,6 @@ def adapters(bench: Bench) -> None:
             ("grouped", GROUPED, True),
             ("loop, forward", LOOP, False),
             ("grouped, forward", GROUPED, False),
-            ("concat, forward", CONCAT, False),
         ):
             part = slice(None) if backward else slice(0, y.numel())
             got = run(algorithm, backward)[part]

@@ -152,12 +152,13 @@ def sampler(bench: Bench) -> None:
         recorded_s = work.step_s(1, 0)
         title = "0.6B, batch 1: launched one by one over recorded"
         bench.note(title, launched_s / recorded_s, "x", ">= 5")
-        for batch in (1, 32) if not bench.tiny else (1,):
-            work._timed.rows = 0
-            work.submit(batch, ADAPTERS)
-            work.until_all_decode(batch)
-            profiled(bench, f"a step of {batch}, 8 adapters", work.sampler.step)
-            work.clear()
+        for batch, adapters in ((1, 0), (1, ADAPTERS), (32, ADAPTERS), (256, ADAPTERS)):
+            if batch == 1 or not bench.tiny:
+                work._timed.rows = 0
+                work.submit(batch, adapters)
+                work.until_all_decode(batch)
+                profiled(bench, f"a step of {batch}, {adapters} adapters", work.sampler.step)
+                work.clear()
         published(bench, work)
         gap(bench, work, folder)
 

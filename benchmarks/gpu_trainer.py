@@ -2,6 +2,7 @@
 optimizer, and PEFT's loop beside them.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_models import CONFIGS, Bench, make_model, random_model
 from benchmarks.workloads import ADAM, needed_flops, plans, random_documents
+from mint_core.lora import layers
+from mint_core.lora.algorithms import LOOP
 from mint_core.lora.bank import Part
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
@@ -97,6 +100,8 @@ def trainer(bench: Bench) -> None:
         seconds = bench.seconds(lambda: one.backward(short))
         bench.note("forward_backward of 64 tokens, 0.6B", 1e3 * seconds, "ms", "30 expected")
         count_launches(bench, "forward_backward of 64 tokens", lambda: one.backward(short))
+        launch_costs(bench)
+        profiled(bench, "64 tokens, on the host", lambda: one.backward(short), host=True)
         seconds = bench.seconds(lambda: one.step())
         bench.note("optim_step, rank 32, 0.6B", 1e3 * seconds, "ms")
         one.drop()
@@ -133,10 +138,17 @@ def fused_error(
             engine.run(plan)
         return row.part(Part.GRADIENT).clone()
 
-    fused = gradient(*zip(runs.names, data, strict=True))
-    alone = gradient((runs.names[3], data[3]))
-    error = ((fused - alone).norm() / alone.norm()).item()
-    bench.note("gradient beside 7 runs against alone", error, "relative", "<= 1e-2")
+    def differ(ours: torch.Tensor, expected: torch.Tensor) -> float:
+        return ((ours - expected).norm() / expected.norm()).item()
+
+    calls = list(zip(runs.names, data, strict=True))
+    alone, fused = gradient(calls[3]), gradient(*calls)
+    bench.note("gradient beside 7 runs against alone", differ(fused, alone), "relative", "<= 1e-2")
+    bench.note("the same, alone twice", differ(gradient(calls[3]), alone), "relative")
+    kept = layers.choose
+    layers.choose = lambda _: LOOP  # type: ignore[assignment]
+    bench.note("the same, both by the loop", differ(gradient(*calls), alone), "relative")
+    layers.choose = kept
 
 
 def train_rate(
@@ -256,14 +268,35 @@ def trainer_8b(bench: Bench) -> None:
         profiled(bench, "8B, a pass", lambda: one.backward(documents(bench, [512] * 8)))
 
 
-def _profile(bench: Bench, call: Callable[[], object]) -> profile:
+def _profile(bench: Bench, call: Callable[[], object], *, host: bool = False) -> profile:
     call()
     bench.wait()
-    kinds = [ProfilerActivity.CPU] if bench.tiny else [ProfilerActivity.CUDA]
+    kinds = [ProfilerActivity.CPU if bench.tiny or host else ProfilerActivity.CUDA]
     with profile(activities=kinds) as seen:
         call()
         bench.wait()
     return seen
+
+
+def launch_costs(bench: Bench) -> None:
+    """What the host takes for a launch, when it does not wait for the device."""
+    numbers = torch.zeros(64, device=bench.device)
+    trained = torch.zeros(64, device=bench.device, requires_grad=True)
+    count = bench.size(1000, 10)
+
+    def forward_backward() -> None:
+        y = trained
+        for _ in range(count):
+            y = y + 1
+        y.sum().backward()
+
+    def add() -> None:
+        for _ in range(count):
+            numbers.add_(1.0)
+
+    bench.note("a launch", 1e6 * bench.seconds(add) / count, "us")
+    both = bench.seconds(forward_backward) / count
+    bench.note("an addition and its backward under autograd", 1e6 * both, "us")
 
 
 def count_launches(bench: Bench, title: str, call: Callable[[], object]) -> None:
@@ -273,16 +306,25 @@ def count_launches(bench: Bench, title: str, call: Callable[[], object]) -> None
     bench.note(f"{title}: kernels and copies", launches, "", f"{busy / 1e3:.2f} ms on the device")
 
 
-def profiled(bench: Bench, title: str, call: Callable[[], object]) -> None:
-    """The kernels that take longest."""
-    averages = _profile(bench, call).key_averages()
-    kind = "self_cpu_time_total" if bench.tiny else "self_device_time_total"
+def profiled(bench: Bench, title: str, call: Callable[[], object], *, host: bool = False) -> None:
+    """The kernels that take longest; or the operators that take the host longest."""
+    averages = _profile(bench, call, host=host).key_averages()
+    kind = "self_cpu_time_total" if bench.tiny or host else "self_device_time_total"
     print(f"-- {title}")
     longest = sorted(averages, key=lambda e: -getattr(e, kind))[:16]
     total = sum(getattr(e, kind) for e in averages)
     for event in longest:
-        spent = getattr(event, kind)
-        print(
-            f"{spent / 1e3:9.2f} ms {spent / max(total, 1):5.0%} {event.count:6} x {event.key[:90]}"
-        )
+        spent, name = getattr(event, kind), _short(event.key)
+        print(f"{spent / 1e3:9.2f} ms {spent / max(total, 1):5.0%} {event.count:6} x {name}")
     print(f"{total / 1e3:9.2f} ms in all", flush=True)
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name; of torch's templates what they were made for."""
+    made_for = [
+        word
+        for word in re.findall(r"\w+", kernel)
+        if ("Functor" in word or word.endswith(("_cuda", "_kernel_cuda", "_impl")))
+        and not word.startswith("gpu_kernel")
+    ]
+    return " ".join([kernel[:60], *dict.fromkeys(made_for)])[:140]

@@ -13,9 +13,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mint_core.lora.column_kernels import (
+    COLUMNS,
+    INNER,
+    MOST_ROWS,
+    MOST_SPLITS,
+    OUTPUTS,
+    expand,
+    shrink,
+)
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.head_kernels import HEADS, turn
+from mint_core.model.softmax_kernels import LOWEST, differentiate, sum_powers
+from mint_core.model.softmax_kernels import TILE as LOGITS
 from sampler_service.engine.blocks import BLOCK_TOKENS
 from sampler_service.engine.paged_kernels import attend_split, combine_splits, constants
+from trainer_service.engine.digest_kernel import TILE, sum_block
 
 # (compute capability, dtype, its name in Triton, head size, heads, key heads, scores)
 CASES = (
@@ -23,8 +36,38 @@ CASES = (
     (90, torch.float32, "fp32", 96, 32, 32, Scores(0.1)),  # Phi-3
     (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
 )
-_TENSORS = {"table": "*i32", "lengths": "*i64", "partial": "*fp32", "weight": "*fp32"}
-_SCALARS = {"scaling": "fp32", "softcap": "fp32"}
+_COLUMNS = {"ROWS": MOST_ROWS, "COLUMNS": COLUMNS, "WIDEN": False}
+_TURN = {"SIZE": 128, "ROOM": 64, "HEADS": HEADS}
+OTHERS = (
+    (shrink, {**_COLUMNS, "INNER": INNER}),
+    (expand, {**_COLUMNS, "OUTPUTS": OUTPUTS, "SPLITS": MOST_SPLITS}),
+    (turn, {**_TURN, "NORMED": True, "BACK": False}),
+    (turn, {**_TURN, "NORMED": False, "BACK": True}),
+    (sum_powers, {"TILE": LOGITS, "LOWEST": LOWEST}),
+    (differentiate, {"TILE": LOGITS}),
+    (sum_block, {"BLOCK": 1 << 15, "TILE": TILE}),
+)
+_NUMBERS = (
+    *("query", "key", "value", "output", "x", "a", "b", "y"),
+    *("heads", "cosines", "sines", "z"),
+)  # of the case's type
+_TENSORS = {
+    "table": "*i32",
+    "lengths": "*i64",
+    "partial": "*fp32",
+    "weight": "*fp32",
+    "owners": "*i64",
+    "column_owners": "*i64",
+    "scales": "*fp32",
+    "tiles": "*i32",
+    "targets": "*i64",
+    "upstream": "*fp32",
+    "words": "*i64",
+    "factors": "*i64",
+    "sums": "*i64",
+    "logs": "*fp32",
+}
+_SCALARS = {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"}
 
 
 def shared_bytes(kernel: Any, constexprs: dict[str, int], dtype: str, target: GPUTarget) -> int:
@@ -33,7 +76,7 @@ def shared_bytes(kernel: Any, constexprs: dict[str, int], dtype: str, target: GP
     for name in kernel.arg_names:
         if name in constexprs:
             signature[name] = "constexpr"
-        elif name in ("query", "key", "value", "output"):
+        elif name in _NUMBERS:
             signature[name] = f"*{dtype}"
         else:
             signature[name] = _TENSORS.get(name) or _SCALARS.get(name, "i32")
@@ -55,7 +98,10 @@ def main() -> int:
         query = torch.empty(1, heads, size, dtype=dtype)
         cache = torch.empty(1, BLOCK_TOKENS, key_heads, size, dtype=dtype)
         sets = constants(query, cache, cache, scores)
-        for kernel, constexprs in zip((attend_split, combine_splits), sets, strict=True):
+        for kernel, constexprs in (
+            *zip((attend_split, combine_splits), sets, strict=True),
+            *OTHERS,
+        ):
             target = GPUTarget("cuda", capability, 32)
             most = max(most, shared_bytes(kernel, constexprs, name, target))
     return 0 if most <= 96 * 1024 else 1  # at least one program fits on every GPU of those kinds

@@ -23,9 +23,6 @@ from mint_core.lora.bank import AdapterRow, GroupMatrices, Part
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, add_product, scale
 
-CONCAT_RANKS = 512  # most columns side by side: beyond, what is cut out costs more than launches
-CONCAT_ROWS = 256
-
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
@@ -128,13 +125,6 @@ class Adapted:
         each = [scale(stretch) if stretch.row else 0.0 for stretch in self.stretches]
         scales = torch.tensor(each, dtype=self.dtype).repeat_interleave(torch.tensor(self._sizes))
         return scales[:, None].to(self.device)
-
-    def own(self, ranks: Sequence[int]) -> Tensor:  # [covered, R]
-        """Which columns belong to a row's own adapter, from how many each segment's has."""
-        owners = [i for i, stretch in enumerate(self.stretches) if stretch.row]
-        columns = torch.tensor(owners).repeat_interleave(torch.tensor(ranks))
-        rows = torch.arange(len(self.stretches)).repeat_interleave(torch.tensor(self._sizes))
-        return (rows[:, None] == columns).to(self.device)
 
 
 class Algorithm(Protocol):
@@ -297,64 +287,31 @@ def _backward_alike(
     torch._foreach_add_(totals, added)
 
 
-class Concat:
-    """Two dense products, A and B of all adapters one after the other; what a row gets of others'
-    columns is cut out in between. Forward only: in a sum over all rows, as dA is, somebody's NaN
-    would reach everybody.
-    """
-
-    def forward(
-        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
-    ) -> tuple[Tensor, ...]:
-        all_own = adapted.weights(group)
-        a = torch.cat([own.a for own in all_own])
-        b = torch.cat([_block_diagonal(own, group) for own in all_own], dim=1)
-        # 0 times NaN is NaN, so a column of B that is not finite would reach all rows: it becomes
-        # 0, and its row of A NaN, which its own rows get and nobody else.
-        finite = b.isfinite().all(0)
-        a, b = torch.where(finite[:, None], a, torch.nan), torch.where(finite, b, 0.0)
-        rows = adapted.covered
-        h = torch.where(adapted.own([len(own.a) for own in all_own]), x[rows] @ a.T, 0.0)
-        h *= adapted.scales
-        for part, columns in zip(y, group.columns, strict=True):
-            part[rows].addmm_(h, b[columns].T)
-        return ()
-
-    def backward(
-        self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
-    ) -> None:
-        raise AssertionError("chosen for passes without backward alone")
+LOOP, GROUPED = Loop(), Grouped()
 
 
-LOOP, GROUPED, CONCAT = Loop(), Grouped(), Concat()
-
-
-def choose(adapted: Adapted, backward: bool) -> Algorithm:
+def choose(adapted: Adapted) -> Algorithm:
     """The algorithm for a pass.
 
-    CPU: the loop, always. Time over the loop's, least and most of three shapes
+    CPU: the loop, always; it also alone keeps a run's bits independent of its neighbours. Time of
+    grouped products, with backward, over the loop's, least and most of three shapes
     (benchmarks/adapter_algorithms.py; 1 thread of an AMD EPYC that others used too, torch 2.13,
     2026-11-24):
 
         adapters x rows                      1 x 8      1 x 256    8 x 8      8 x 256    32 x 32
-        grouped, with backward, rank 8 - 64  2.4 - 3.4  1.3 - 2.4  1.7 - 3.2  1.2 - 2.0  1.3 - 2.0
-        concat, forward, rank 8              1.3 - 1.7  1.1 - 1.3  0.8 - 2.7  2.7 - 2.8  3 - 8
-        concat, forward, rank 64             1.5 - 4.5  1.1 - 1.3  2.5 - 4.7  6.6 - 7.3  14 - 18
+        rank 8 - 64                          2.4 - 3.4  1.3 - 2.4  1.7 - 3.2  1.2 - 2.0  1.3 - 2.0
 
-    It also alone keeps a run's bits independent of its neighbours. CUDA: what counts is launches,
-    which the loop makes per segment; grouped products are fast in bfloat16 alone. Not measured yet.
+    CUDA: what counts is launches, which the loop makes per segment; grouped products are fast in
+    bfloat16 alone. Milliseconds for q, k and v of 4,096 rows, rank 32, forward and backward
+    (benchmarks/gpu_checklist.py; H200, torch 2.11, 2026-11-26):
+
+        adapters      1      8      32
+        loop          0.93   6.5    28
+        grouped       0.96   1.1    2.0
     """
     if adapted.device.type == "cpu" or len(adapted.segments) == 1:
         return LOOP
-    if not backward and _is_small(adapted):
-        return CONCAT
     return GROUPED if adapted.dtype == torch.bfloat16 else LOOP
-
-
-def _is_small(adapted: Adapted) -> bool:
-    rows = adapted.covered.stop - adapted.covered.start
-    ranks = sum(segment.row.bank.stored_rank for segment in adapted.segments if segment.row)
-    return rows <= CONCAT_ROWS and ranks <= CONCAT_RANKS
 
 
 def _stacked(adapted: Adapted, group: ModuleGroup) -> tuple[Tensor, Tensor]:

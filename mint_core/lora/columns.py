@@ -7,6 +7,7 @@ names the columns that are its own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,27 +17,68 @@ from mint_core.lora.groups import ModuleGroup
 
 NOBODY = -1  # owner of the rows that no adapter touches
 _FREE = -2  # owner of the columns that hold no adapter
-LEAST_COLUMNS = 64  # of a pass with adapters
+LEAST_COLUMNS, MOST_COLUMNS = 64, 512  # of a pass with adapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """The adapters of a group of modules, of all of the bank's columns."""
+
+    a: Tensor  # [modules, size, in]
+    b: Tensor  # [size * width], of each module [size, out]
+    parts: tuple[Tensor, ...]  # of b, each [size, out]
+    tiles: Tensor | None  # for the kernels; None where they do not run
+
+    @classmethod
+    def zero(
+        cls, group: ModuleGroup, size: int, device: torch.device, dtype: torch.dtype
+    ) -> "Columns":
+        """Without any adapter."""
+        a = torch.zeros(len(group.modules), size, group.in_features, device=device, dtype=dtype)
+        b = torch.zeros(size * group.width, device=device, dtype=dtype)
+        parts = b.split([size * width for width in group.out_features])
+        tiles = None
+        if device.type == "cuda":
+            from mint_core.lora.column_kernels import output_tiles  # Triton is not everywhere
+
+            tiles = output_tiles(group.out_features, device)
+        return cls(a, b, tuple(part.view(size, -1) for part in parts), tiles)
+
+
+@dataclass(frozen=True, eq=False)
 class ActiveColumns:
     """What the layers apply in a pass: R columns of the bank."""
 
-    own: Tensor  # [rows, R] whether a column belongs to a row's adapter
-    scales: Tensor  # [R]
-    a: Mapping[str, Tensor]  # by first module of the group, [at least R, modules, in]
-    b: Mapping[str, Tensor]  # by module, [at least R, out]
+    owners: Tensor  # [rows] which adapter each row's is
+    column_owners: Tensor  # [R] which adapter each column is of
+    scales: Tensor  # [R] float32
+    groups: Mapping[str, Columns]  # by first module
+
+    @cached_property
+    def own(self) -> Tensor:  # [rows, R]
+        """Whether a column belongs to a row's adapter."""
+        return self.owners[:, None] == self.column_owners
 
     def add(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
         """Adds to y [rows, width] what the adapters of the rows make of x [rows, in]."""
-        columns = self.own.shape[1]
-        a = self.a[group.modules[0]][:columns].flatten(0, 1)
-        h = (x @ a.T).unflatten(1, (columns, -1)) * self.scales[:, None]  # [rows, R, modules]
-        for member, (module, place) in enumerate(zip(group.modules, group.columns, strict=True)):
+        columns = self.groups[group.modules[0]]
+        if columns.tiles is None:
+            self.add_slowly(x, y, group)
+            return
+        from mint_core.lora.column_kernels import add_own
+
+        described = self.column_owners, self.scales
+        add_own(
+            x, y, columns.a, columns.b, self.owners, described, columns.tiles, group.out_features
+        )
+
+    def add_slowly(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
+        """Module after module; the oracle of the kernels."""
+        columns, count = self.groups[group.modules[0]], len(self.scales)
+        for a, b, place in zip(columns.a, columns.parts, group.columns, strict=True):
+            h = (x @ a[:count].T) * self.scales  # [rows, R]
             # Cut out, not multiplied by 0: what others' columns make of a row may be infinite.
-            own = torch.where(self.own, h[:, :, member], 0.0)
-            y[:, place].addmm_(own, self.b[module][:columns])
+            y[:, place].addmm_(torch.where(self.own, h, 0.0).to(y.dtype), b[:count])
 
 
 class ColumnBank:
@@ -49,19 +91,12 @@ class ColumnBank:
         device: torch.device,
         dtype: torch.dtype,  # that the base computes in
     ) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(size, *shape, device=device, dtype=dtype)
-
         self._groups = groups
         self._size = size
-        self._a = {g.modules[0]: zeros(len(g.modules), g.in_features) for g in groups}
-        self._b = {
-            module: zeros(out_features)
-            for group in groups
-            for module, out_features in zip(group.modules, group.out_features, strict=True)
-        }
+        self._columns = {g.modules[0]: Columns.zero(g, size, device, dtype) for g in groups}
         self._owners = torch.full((size,), _FREE, device=device)
-        self._scales = zeros()
+        self._scales = torch.zeros(size, device=device)
+        self._dtype = dtype
         self._starts: dict[AdapterRow, int] = {}  # first column of each hot adapter
         # How many columns a pass may have: for each of these there is a graph.
         doubled = (LEAST_COLUMNS << power for power in range(size.bit_length()))
@@ -87,8 +122,7 @@ class ColumnBank:
 
     def active(self, owners: Tensor, columns: int) -> ActiveColumns:  # owners [rows]
         """A pass over the first columns."""
-        own = owners[:, None] == self._owners[:columns]
-        return ActiveColumns(own, self._scales[:columns], self._a, self._b)
+        return ActiveColumns(owners, self._owners[:columns], self._scales[:columns], self._columns)
 
     def _placed(
         self, rows: Sequence[AdapterRow], kept: Mapping[AdapterRow, int]
@@ -129,15 +163,34 @@ class ColumnBank:
         self._scales.copy_(torch.tensor(scales))
 
     def _copy(self, row: AdapterRow, start: int) -> None:
-        # In a product over all columns 0 times NaN reaches all rows. So of an adapter that is not
-        # finite A is all NaN and B is 0: its own rows get NaN, and nobody else's.
-        finite = row.part(Part.WEIGHTS).to(self._scales.dtype).isfinite().all()
-        columns = slice(start, _stop(row, start))
+        numbers = row.part(Part.WEIGHTS).to(self._dtype)
+        if not numbers.isfinite().all():
+            self._break(row, start)
+            return
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
         for group in self._groups:
-            for member, module in enumerate(group.modules):
-                a, b = row.views(Part.WEIGHTS, module)
-                self._a[group.modules[0]][columns, member] = torch.where(finite, a, torch.nan)
-                self._b[module][columns] = torch.where(finite, b.t(), 0.0)
+            own = row.bank.group_matrices(numbers, group, range(len(group.modules)))
+            a, b = self._of(group, row, start)
+            targets += [*a, *b]
+            sources += [*own.a.split(own.ranks), *own.b_t]
+        torch._foreach_copy_(targets, sources)
+
+    def _break(self, row: AdapterRow, start: int) -> None:
+        """In a product over all columns 0 times NaN reaches all rows. So of an adapter that is not
+        finite A is all NaN and B is 0: its own rows get NaN, and nobody else's.
+        """
+        for group in self._groups:
+            a, b = self._of(group, row, start)
+            torch._foreach_mul_(a, torch.nan)
+            torch._foreach_zero_(b)
+
+    def _of(
+        self, group: ModuleGroup, row: AdapterRow, start: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """A [r, in] and B [r, out] of each module in the columns from `start` on."""
+        columns, place = self._columns[group.modules[0]], slice(start, _stop(row, start))
+        return [a[place] for a in columns.a], [b[place] for b in columns.parts]
 
 
 def _gap(places: Mapping[AdapterRow, int], columns: int) -> int:

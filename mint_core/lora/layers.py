@@ -178,11 +178,11 @@ class LinearGroup:
             if adapted is not None or self._context.products:
                 layers = cut.layers(outputs)
                 if adapted is not None:
-                    choose(adapted, backward=False).forward(flat, layers, adapted, self.group)
+                    choose(adapted).forward(flat, layers, adapted, self.group)
                 for product in self._context.products:
                     product.add(flat, layers, self.group)
             return outputs
-        chosen = choose(adapted, backward=True) if adapted else None
+        chosen = choose(adapted) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
         results: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
             flat, self, (adapted, chosen), cut, trained

@@ -4,6 +4,7 @@ n: rows of a segment. r: stored rank.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -90,5 +91,24 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> No
     """Adds factor times left @ right, which may be of a shorter type."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=factor)
+    elif _adds_to_longer(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
     else:
         total.add_(left @ right, alpha=factor)
+
+
+@cache
+def _adds_to_longer(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds products of a shorter type to float32 there, in one call and unrounded;
+    tried with numbers that would show it.
+    """
+    if device.type != "cuda":
+        return False
+    total = torch.ones(16, 16, device=device)
+    left = torch.full((16, 16), 1 + 2**-7, dtype=dtype, device=device)
+    expected = 1 + 2 * (left.double() @ left.double())
+    try:
+        torch.addmm(total, left.t(), left, out_dtype=torch.float32, alpha=2.0, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(total.double(), expected)

@@ -24,9 +24,10 @@ from mint_core.model.attention_kernels import (
 from mint_core.model.stacked_attention import Stacks
 
 REGISTERED_NAME = "mint_packed"
-# From here on a document is worth a call of its own on an accelerator: the launches no longer
-# count, and the kernel for one sequence is the faster one.
-LONG_DOCUMENT_TOKENS = 1024
+# From here on a document is worth a call of its own on an accelerator: the kernel for one sequence
+# is the faster one. H200, forward and backward, against that for many, in TFLOP/s: 2,048 tokens 114
+# and 191, 8,192 tokens 422 and 268 (benchmarks/gpu_checklist.py, 2026-11-26).
+LONG_DOCUMENT_TOKENS = 4096
 
 
 class AttentionBatch(Protocol):

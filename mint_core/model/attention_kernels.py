@@ -143,13 +143,8 @@ def varlen_attention(
     oracle.
     """
     window = scores.sliding_window
-    options: dict[str, Any] = {}
-    if query.shape[0] != key.shape[0]:
-        if _VARLEN_GROUPS_HEADS:
-            options["enable_gqa"] = True
-        else:
-            group = query.shape[0] // key.shape[0]
-            key, value = (part.repeat_interleave(group, dim=0) for part in (key, value))
+    # torch 2.11 takes fewer key heads without being told.
+    options: dict[str, Any] = {"enable_gqa": True} if _VARLEN_GROUPS_HEADS else {}
     output = varlen_attn(
         query.transpose(0, 1),
         key.transpose(0, 1),

@@ -22,6 +22,7 @@ from mint_core.lora.layers import (
     adapter_backward,
     adapter_forward,
 )
+from mint_core.model.softmax import KernelSoftmax, PlainSoftmax, Softmax
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
 # freed blocks of up to 32 MiB for the next chunk, where a larger one is paged in afresh.
@@ -64,8 +65,7 @@ class _Scored:
 
     x: Tensor  # [rows, d]
     shrunk: list[Tensor | None]  # per cut, x A^T [n, r]
-    powers: Tensor  # [rows, V], exp(logit - the row's largest)
-    totals: Tensor  # [rows], their sums
+    softmax: Softmax
     targets: Tensor  # [rows] or [rows, k]
     logprobs: Tensor  # as `targets`
     bend: Tensor | None  # [rows, V], derivative of the soft cap
@@ -77,6 +77,7 @@ class Head:
     def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
         self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
+        self._kernels = linear.weight.device.type == "cuda" and softcap is None
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
         self.chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
 
@@ -88,6 +89,7 @@ class Head:
         for number, piece in enumerate(pieces):
             _append(chunk, number, piece, slice(0, len(piece.rows)))
         z, _ = self._expand(hidden[torch.cat([cut.rows for cut in chunk])], chunk)
+        z = self._capped(z)
         if all(len(cut.rows) == cut.count for cut in chunk):
             return z
         return torch.cat([z[cut.part][: cut.count] for cut in chunk])
@@ -103,8 +105,7 @@ class Head:
         """
         z = self.logits(hidden, [piece])
         top = z.topk(k, dim=1)
-        largest, _, totals = _powers(z)
-        return top.indices, top.values - largest[:, None] - totals.log()[:, None]
+        return top.indices, self._softmax(z).logprobs(top.values)
 
     @torch.no_grad()
     def logprobs(
@@ -152,12 +153,16 @@ class Head:
     def _score(self, hidden: Tensor, chunk: Sequence[_Cut], targets: Sequence[Tensor]) -> _Scored:
         x = hidden[torch.cat([cut.rows for cut in chunk])]
         z, shrunk = self._expand(x, chunk)
+        z = z if self._kernels else self._capped(z)
         wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
         bend = None if self._softcap is None else 1 - (z / self._softcap).square()
         at_target = z.gather(1, _wide(wanted))
-        largest, powers, totals = _powers(z)
-        logprobs = (at_target - largest[:, None] - totals.log()[:, None]).view(wanted.shape)
-        return _Scored(x, shrunk, powers, totals, wanted, logprobs, bend)
+        softmax = self._softmax(z)
+        logprobs = softmax.logprobs(at_target).view(wanted.shape)
+        return _Scored(x, shrunk, softmax, wanted, logprobs, bend)
+
+    def _softmax(self, z: Tensor) -> Softmax:
+        return KernelSoftmax(z) if self._kernels else PlainSoftmax(z)
 
     def _reduce(
         self,
@@ -167,25 +172,16 @@ class Head:
         steep: Sequence[tuple[Tensor | None, Tensor]],
         gradient: Tensor,  # [tokens, d]; rows are added to
     ) -> None:
-        """Takes the chunk's logit gradient upstream * (onehot(target) - softmax(z)), summed over a
-        row's targets, to the hidden state and to the adapters. Overwrites the chunk's powers.
-        """
+        """Takes the chunk's logit gradient to the hidden state and to the adapters."""
         upstream = _wide(torch.cat([slopes for _, slopes in steep]))
-        powers, x, totals, targets, bend = (
-            scored.powers,
-            scored.x,
-            scored.totals,
-            scored.targets,
-            scored.bend,
-        )
+        x, targets, bend = scored.x, scored.targets, scored.bend
         pairs = list(zip(steep, chunk, strict=True))
         named = [places + cut.part.start for (places, _), cut in pairs if places is not None]
-        if named:
-            chosen = torch.cat(named)
-            powers, x, totals, targets = (t[chosen] for t in (powers, x, totals, targets))
+        chosen = torch.cat(named) if named else None
+        if chosen is not None:
+            x, targets = x[chosen], targets[chosen]
             bend = None if bend is None else bend[chosen]
-        z = powers.mul_(-(_row_sums(upstream) / totals)[:, None])
-        z.scatter_add_(1, _wide(targets), upstream)
+        z = scored.softmax.gradient(chosen, _wide(targets), upstream)
         if bend is not None:
             z.mul_(bend)
         dz = z.to(x.dtype)
@@ -203,7 +199,7 @@ class Head:
         gradient.index_add_(0, torch.cat(streams), dx)
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
-        """Logits [rows, V] in float32 and, per cut, x A^T [n, r] where the head is adapted."""
+        """Logits [rows, V], not capped, and, per cut, x A^T [n, r] where the head is adapted."""
         linears = self._linear.together
         (z,) = linears.base(x, linears.each)
         shrunk: list[Tensor | None] = []
@@ -212,7 +208,7 @@ class Head:
             if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
                 h = adapter_forward(cut.segment, self._linear.name, x[cut.part], z[cut.part])
             shrunk.append(h)
-        return self._capped(z), shrunk
+        return z, shrunk
 
     def _capped(self, z: Tensor) -> Tensor:  # [rows, V] -> [rows, V] float32
         z = z.float()
@@ -236,13 +232,6 @@ class Head:
             yield chunk
 
 
-def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of each row, [rows], exp(z - largest), [rows, V], and its sums. Overwrites z."""
-    largest = z.amax(1)
-    powers = z.sub_(largest[:, None]).exp_()
-    return largest, powers, powers.sum(1)
-
-
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     rows = piece.rows[place]
     missing = MIN_ROWS - len(rows)
@@ -258,14 +247,6 @@ def _wide(values: Tensor) -> Tensor:  # [n] or [n, k] -> [n, 1] or [n, k]
 
 def _width(targets: Sequence[Tensor], number: int) -> tuple[int, ...]:
     return tuple(targets[number].shape[1:])
-
-
-def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]
-    """Column after column: a row's sum does not depend on how many rows there are."""
-    total = values[:, 0]
-    for column in range(1, values.shape[1]):
-        total = total + values[:, column]
-    return total
 
 
 def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n, ...] -> [n, at least MIN_ROWS, ...]

@@ -70,6 +70,8 @@ def load_base(
     """
     torch.set_num_threads(threads)
     place = _device(device)
+    if place.index is not None:
+        torch.cuda.set_device(place)  # Triton launches on the current device
     kind = _dtype(dtype, place)
     folder = _folder(base_model)
     try:

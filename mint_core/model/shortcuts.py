@@ -97,12 +97,21 @@ class Rotation:
         # The last two, each with what it was made of: some models have two kinds of layers.
         self._turns: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
-    def __call__(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Turns [T, h, s] by [1, T, s]."""
+    def __call__(
+        self, heads: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None
+    ) -> Tensor:
+        """Turns [T, h, s], normed first, by [1, T, s]."""
         turn = self._turn(cosines, sines)
-        if torch.is_grad_enabled() and heads.requires_grad:
-            turned: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
-            return turned
+        trains = torch.is_grad_enabled() and heads.requires_grad
+        if heads.is_cuda and not trains:
+            from mint_core.model.head_kernels import turned  # Triton is not everywhere
+
+            return turned(heads, *turn, None if norm is None else (norm.weight, norm.eps))
+        if norm is not None:
+            heads = norm(heads)
+        if trains:
+            result: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
+            return result
         return _turned(heads, *turn)
 
     def _turn(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,12 +130,20 @@ class _RotationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
+        if heads.is_cuda:
+            from mint_core.model.head_kernels import turned
+
+            return turned(heads, cosines, sines)
         return _turned(heads, cosines, sines)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
         (dy,) = gradients
+        if dy.is_cuda:
+            from mint_core.model.head_kernels import turned
+
+            return turned(dy, cosines, sines, back=True), None, None
         return (dy * cosines).add_(_swapped(dy * sines)), None, None
 
 
@@ -166,9 +183,7 @@ class Attention:
     ) -> tuple[Tensor, None]:
         parts = self._group.outputs(hidden_states, self._cut)
         heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
-        if self._norm is not None:
-            heads = self._norm(heads)
-        heads = self._rotation(heads, *position_embeddings).transpose(0, 1)  # [h, T, s]
+        heads = self._rotation(heads, *position_embeddings, self._norm).transpose(0, 1)  # [h, T, s]
         queries, keys = heads.split_with_sizes(self._heads)
         output = attention_batch.attend(
             self._layer_index, queries, keys, values.transpose(0, 1), self._scores

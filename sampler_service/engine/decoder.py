@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import CONCAT_RANKS
 from mint_core.lora.bank import AdapterRow
-from mint_core.lora.columns import NOBODY, ColumnBank
+from mint_core.lora.columns import MOST_COLUMNS, NOBODY, ColumnBank
 from mint_core.lora.segments import Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
@@ -43,6 +42,7 @@ class DecodeRows:
         self._numbers = torch.zeros(5, most, dtype=torch.int64, device=base.device)
         self.tokens, self.positions, self.slots, self.lengths, self.owners = self._numbers
         self.table = torch.zeros(most, most_blocks, dtype=torch.int32, device=base.device)
+        self._sent: list[list[int]] = [[] for _ in range(most)]  # what each row of the table has
 
     def fill(self, spans: Sequence[Span], owners: Sequence[int], size: int) -> None:
         """Takes rows in, and fills up to `size` with rows that read and write the scratch block."""
@@ -50,12 +50,27 @@ class DecodeRows:
         rows = [_row(span, owner) for span, owner in zip(spans, owners, strict=True)]
         rows += [(0, 0, scratch * BLOCK_TOKENS, 1, NOBODY)] * missing
         self._numbers[:, :size] = torch.tensor(rows).T.to(self._numbers.device)
-        # Of the table only what is read is sent: a sequence's blocks beyond its length are not.
         blocks = [span.sequence.blocks[: blocks_for(span.stop)] for span in spans]
-        longest = max(map(len, blocks))
-        table = [own + [scratch] * (longest - len(own)) for own in blocks]
-        table += [[scratch] * longest] * missing
-        self.table[:size, :longest] = torch.tensor(table, dtype=torch.int32).to(self.table.device)
+        self._send([*blocks, *[[scratch]] * missing])
+
+    def _send(self, blocks: Sequence[list[int]]) -> None:
+        """Of the table only what is read and changed is sent: a sequence has a new block once in
+        BLOCK_TOKENS passes.
+        """
+        changed = [i for i, own in enumerate(blocks) if own != self._sent[i]]
+        if not changed:
+            return
+        longest = max(len(blocks[i]) for i in changed)
+        filler = [self._scratch_block]
+        table = [blocks[i] + filler * (longest - len(blocks[i])) for i in changed]
+        device = self.table.device
+        self.table[:, :longest].index_copy_(
+            0,
+            torch.tensor(changed, device=device),
+            torch.tensor(table, dtype=torch.int32).to(device),
+        )
+        for i in changed:
+            self._sent[i] = blocks[i]
 
 
 def _row(span: Span, owner: int) -> tuple[int, int, int, int, int]:
@@ -76,11 +91,9 @@ class Decoder:
         most_rows: int,
         most_blocks: int,  # of a sequence
         scratch_block: int,  # of the cache; nobody else's
-        columns: int = CONCAT_RANKS,
+        columns: int = MOST_COLUMNS,
         attend: DecodeAttention | None = None,  # None: what is best on the base's device
     ) -> None:
-        if base.device.type == "cuda":  # Triton launches on the current device
-            torch.cuda.set_device(next(base.model.parameters()).device)
         self._base = base
         self._cache = cache
         self._attend = attend or _attention_of(base.device)

@@ -24,7 +24,7 @@ def digest(vector: Tensor) -> int:  # [params] float32 -> 0 .. 2^64 - 1
     """The digest of a part of a row."""
     factors = _factors(vector.device)
     words = _words(vector)
-    sums = _one_by_one(words, factors) if vector.is_cpu else _at_once(words, factors)
+    sums = _one_by_one(words, factors) if vector.is_cpu else _on_gpu(words, factors)
     total = len(vector)
     for each in sums.tolist():  # a GPU is waited for only here
         total = (total * _BETWEEN + each) & _MASK
@@ -45,13 +45,10 @@ def _one_by_one(words: Tensor, factors: Tensor) -> Tensor:  # [n], [block] -> [b
     return torch.stack([torch.dot(block, factors[: len(block)]) for block in blocks])
 
 
-def _at_once(words: Tensor, factors: Tensor) -> Tensor:  # [n], [block] -> [blocks]
-    """In few calls, for GPUs, which have no `dot` of integers."""
-    whole = len(words) // _BLOCK * _BLOCK
-    sums = [(words[:whole].view(-1, _BLOCK) * factors).sum(1)]
-    if rest := len(words) - whole:
-        sums.append((words[whole:] * factors[:rest]).sum()[None])
-    return torch.cat(sums)
+def _on_gpu(words: Tensor, factors: Tensor) -> Tensor:  # [n], [block] -> [blocks]
+    from trainer_service.engine.digest_kernel import block_sums  # Triton is not everywhere
+
+    return block_sums(words, factors)
 
 
 def _words(vector: Tensor) -> Tensor:  # [params] -> [params / 2], rounded up

@@ -60,7 +60,7 @@ def _step_alike(steps: Sequence[RowStep], params: AdamParams) -> None:
         [step.row.part(Part.EXP_AVG) for step in steps],
         [step.row.part(Part.EXP_AVG_SQ) for step in steps],
         [],
-        [torch.tensor(float(step.taken), device=step.gradient.device) for step in steps],
+        [step.gradient.new_full((), step.taken) for step in steps],
         fused=True,
         amsgrad=False,
         beta1=params.beta1,

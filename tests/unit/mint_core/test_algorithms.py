@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import CONCAT, GROUPED, LOOP, Adapted, Algorithm, Gradients, choose
+from mint_core.lora.algorithms import GROUPED, LOOP, Adapted, Algorithm, Gradients, choose
 from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
@@ -78,11 +78,6 @@ def test_grouped_products_equal_the_loop(ranks: Sequence[int]) -> None:
         assert (ours - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_concatenated_ranks_equal_the_loop() -> None:
-    expected = Case().forward(LOOP)
-    assert (Case().forward(CONCAT) - expected).norm() <= 1e-6 * expected.norm()
-
-
 def test_the_loop_is_each_segment_alone_bitwise() -> None:
     together = Case().run(LOOP)
     alone = Case()
@@ -119,41 +114,19 @@ def test_a_neighbours_nan_stays_with_it(algorithm: Algorithm, ranks: Sequence[in
         assert i == 3 or torch.equal(ours, expected)
 
 
-def test_concatenation_keeps_a_neighbours_nan_with_it() -> None:
-    expected = Case().forward(LOOP)
-    case = Case()
-    case.rows[1].part(Part.WEIGHTS).fill_(torch.nan)
-    ours = case.forward(CONCAT)
-    # It trains q and v; what lies between is as good as trained.
-    assert ours[9:14].isnan().all()
-    ours[9:14] = expected[9:14]
-    assert (ours - expected).norm() <= 1e-6 * expected.norm()
-
-
-def test_concatenation_keeps_a_neighbours_overflow_with_it() -> None:
-    """Adapters are finite; what they make of a row need not be."""
-    case, expected = Case(), Case().forward(LOOP)
-    case.x[9:14] = torch.inf
-    ours = case.forward(CONCAT)
-    ours[9:14] = expected[9:14]
-    assert (ours - expected).norm() <= 1e-6 * expected.norm()
-
-
 def test_a_cpu_takes_the_loop_whatever_is_beside_a_run() -> None:
     case = Case()
     for segments in (case.segments, case.segments[:1]):
-        for backward in (False, True):
-            assert choose(case.adapted(segments), backward) is LOOP
+        assert choose(case.adapted(segments)) is LOOP
 
 
 def test_an_accelerator_takes_products_over_many_adapters() -> None:
     case = Case()
     cuda = torch.device("cuda")
     many = Adapted(case.segments, cuda, torch.bfloat16)
-    assert choose(many, backward=True) is GROUPED
-    assert choose(many, backward=False) is CONCAT
-    assert choose(Adapted(case.segments[:1], cuda, torch.bfloat16), backward=True) is LOOP
-    assert choose(Adapted(case.segments, cuda, torch.float32), backward=True) is LOOP
+    assert choose(many) is GROUPED
+    assert choose(Adapted(case.segments[:1], cuda, torch.bfloat16)) is LOOP
+    assert choose(Adapted(case.segments, cuda, torch.float32)) is LOOP
 
 
 @pytest.mark.gpu
@@ -164,5 +137,3 @@ def test_an_accelerators_products_are_near_the_loop_on_the_cpu() -> None:
         grouped = Case("cuda", torch.bfloat16, ranks).run(GROUPED)
         for ours, reference in zip(grouped, expected, strict=True):
             assert (ours - reference).norm() <= 2e-2 * reference.norm()
-    y = Case("cuda", torch.bfloat16).forward(CONCAT).float().cpu()
-    assert (y - expected[0]).norm() <= 2e-2 * expected[0].norm()

@@ -105,12 +105,12 @@ def test_an_adapter_that_stays_hot_is_not_copied_again() -> None:
     rows, bank = make_rows(), make_columns()
     bank.admit(rows[:2])
     place = bank.owner(rows[1])
-    bank._a["a"][place] = 7.0  # which a copy would overwrite
+    bank._columns["a"].a[:, place] = 7.0  # which a copy would overwrite
     bank.admit([rows[4], rows[1]])
     bank.admit([])
     bank.admit([rows[1], rows[2]])
     assert bank.owner(rows[1]) == place
-    assert (bank._a["a"][place] == 7.0).all()
+    assert (bank._columns["a"].a[:, place] == 7.0).all()
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])

@@ -1,0 +1,80 @@
+"""The softmax of logits: logprobs of targets, and the gradient with respect to the logits.
+
+n: rows. V: vocabulary size. k: targets of a row.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Softmax(Protocol):
+    """Of logits [n, V], which it may overwrite."""
+
+    def logprobs(self, at_target: Tensor) -> Tensor:  # [n, k] -> [n, k] float32
+        """From the logits of targets, as they were."""
+        ...
+
+    def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
+        """upstream * (onehot(target) - softmax), summed over a row's targets, both [m, k], of m
+        rows, or of all; [m, V]. Asked for once.
+        """
+        ...
+
+
+class PlainSoftmax:
+    """In float32, step by step."""
+
+    def __init__(self, z: Tensor) -> None:  # [n, V] float32
+        self._largest, self._powers, self._totals = _powers(z)
+
+    def logprobs(self, at_target: Tensor) -> Tensor:
+        """See Softmax."""
+        return at_target - self._largest[:, None] - self._totals.log()[:, None]
+
+    def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
+        """See Softmax."""
+        z, totals = self._powers, self._totals
+        if rows is not None:
+            z, totals = z[rows], totals[rows]
+        z.mul_(-(_row_sums(upstream) / totals)[:, None])
+        return z.scatter_add_(1, targets, upstream)
+
+
+class KernelSoftmax:
+    """In kernels, of logits in whatever type: they are read twice and written once."""
+
+    def __init__(self, z: Tensor) -> None:  # [n, V]
+        from mint_core.model.softmax_kernels import logsums  # Triton is not everywhere
+
+        self._z = z
+        self._logsums = logsums(z)
+
+    def logprobs(self, at_target: Tensor) -> Tensor:
+        """See Softmax."""
+        return at_target.float() - self._logsums[:, None]
+
+    def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
+        """See Softmax."""
+        from mint_core.model.softmax_kernels import to_gradient
+
+        z, logsums = self._z, self._logsums
+        if rows is not None:
+            z, logsums = z[rows], logsums[rows]
+        to_gradient(z, logsums, targets, upstream)
+        return z
+
+
+def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row, [n], exp(z - largest), [n, V], and its sums. Overwrites z."""
+    largest = z.amax(1)
+    exponentiated = z.sub_(largest[:, None]).exp_()
+    return largest, exponentiated, exponentiated.sum(1)
+
+
+def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]
+    """Column after column: a row's sum does not depend on how many rows there are."""
+    total = values[:, 0]
+    for column in range(1, values.shape[1]):
+        total = total + values[:, column]
+    return total
