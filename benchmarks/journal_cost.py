@@ -77,7 +77,7 @@ def train_all(clients: Sequence[Client], data: list[types.Datum]) -> None:
 
 def throughput(both: Sequence[Sequence[Client]]) -> Row:
     data = some(256, 1)
-    times = [[elapsed_ms(lambda c=c: train_all(c, data)) / 1e3 for c in both] for _ in range(5)]
+    times = [[elapsed_ms(lambda c=c: train_all(c, data)) / 1e3 for c in both] for _ in range(10)]
     ours, baseline = (float(np.median(each)) for each in np.array(times)[1:].T)
     ratio = float(np.median([without / with_ for with_, without in times[1:]]))
     name = f"{TENANTS} tenants x {STEPS} steps of 256 tokens"

@@ -92,6 +92,10 @@ class Choice:
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = -1  # -1: all
     top_p: float = 1.0
+    min_p: float = 0.0  # least share of the likeliest token's probability; 0: all
+    repetition_penalty: float = 1.0  # 1: none
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

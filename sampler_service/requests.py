@@ -185,11 +185,6 @@ def _context_holds(model: ModelDescription) -> str:
 def _choice(params: sampler_pb2.SamplingParams) -> Choice:
     _refuse_missing(
         {
-            "min_p": params.min_p != 0,
-            "repetition_penalty": params.HasField("repetition_penalty")
-            and params.repetition_penalty != 1,
-            "presence_penalty": params.presence_penalty != 0,
-            "frequency_penalty": params.frequency_penalty != 0,
             "regex": params.HasField("regex"),
             "json_schema": params.HasField("json_schema"),
         },
@@ -200,6 +195,24 @@ def _choice(params: sampler_pb2.SamplingParams) -> Choice:
         temperature=_temperature(params.temperature) if params.HasField("temperature") else 1.0,
         top_k=_top_k(params.top_k) if params.HasField("top_k") else -1,
         top_p=_top_p(params.top_p) if params.HasField("top_p") else 1.0,
+        min_p=_between(params.min_p, "min_p", 0, 1),
+        repetition_penalty=(
+            _between(params.repetition_penalty, "repetition_penalty", 0.01, 100)
+            if params.HasField("repetition_penalty")
+            else 1.0
+        ),
+        presence_penalty=_between(params.presence_penalty, "presence_penalty", -2, 2),
+        frequency_penalty=_between(params.frequency_penalty, "frequency_penalty", -2, 2),
+    )
+
+
+def _between(value: float, name: str, least: float, most: float) -> float:
+    if least <= value <= most:
+        return value
+    raise InvalidRequest(
+        f"`sampling_params.{name}` is {value:g} but must be {least:g} to {most:g}",
+        field=f"sampling_params.{name}",
+        value=value,
     )
 
 

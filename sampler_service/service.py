@@ -18,7 +18,7 @@ from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
-FEATURES = ("stream_sample", "prefix_cache")
+FEATURES = ("stream_sample", "prefix_cache", "min_p", "penalties")
 
 
 class SamplerService:

@@ -21,7 +21,6 @@ from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.prompt_scores import score_span
-from sampler_service.engine.randomness import Draw
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.sampling import draw_tokens
 from sampler_service.engine.scheduler import Scheduler
@@ -191,7 +190,7 @@ class Engine:
         drawn = draw_tokens(
             logits,
             [
-                Draw(g.job.choice, s.index, len(s.generated))
+                g.draw(s.index, len(s.generated))
                 for g, s in zip(generations, sequences, strict=True)
             ],
         )

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sampler_service.engine.penalties import Occurrences, penalizes
 from sampler_service.engine.prompt_scores import SpanScores
+from sampler_service.engine.randomness import Draw
 from sampler_service.engine.stop import StopWatch, Vocabulary
 from sampler_service.jobs import Continuation, Generate, Generated, StopReason, TopLogprobs
 
@@ -17,6 +19,7 @@ class OpenContinuation:
     watch: StopWatch
     drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token and its logprobs
     stop_reason: StopReason | None = None
+    occurrences: Occurrences | None = None  # if there are penalties, from its first draw on
 
     def close(self) -> Continuation:
         assert self.stop_reason is not None
@@ -42,6 +45,8 @@ class Generation:
             for _ in range(job.num_samples)
         ]
         self._open = job.num_samples
+        # Of the prompt, what the repetition penalty applies to.
+        self._repeatable = job.prompt if job.choice.repetition_penalty != 1 else job.prompt[:0]
         scored = len(job.prompt) - 1  # the first token has no logprob
         self._unscored = scored if self.wants_scores else 0
         self._logprobs = np.empty(self._unscored, np.float32)
@@ -60,6 +65,13 @@ class Generation:
     def age_s(self) -> float:
         return time.monotonic() - self._accepted_s
 
+    def draw(self, sample: int, position: int) -> Draw:
+        """What the sample's next token is drawn by."""
+        continuation, choice = self._samples[sample], self.job.choice
+        if continuation.occurrences is None and penalizes(choice):
+            continuation.occurrences = Occurrences(self._repeatable)
+        return Draw(choice, sample, position, continuation.occurrences)
+
     def add_token(
         self, sample: int, token: int, logprob: float, model_logprob: float
     ) -> StopReason | None:
@@ -67,9 +79,12 @@ class Generation:
         continuation = self._samples[sample]
         if not self.job.stream:  # which gives each away as it comes
             continuation.drawn.append((token, logprob, model_logprob))
+        if continuation.occurrences is not None:
+            continuation.occurrences.add(token)
         reason = continuation.watch.read(token)
         if reason is not None:
             continuation.stop_reason = reason
+            continuation.occurrences = None
             self._open -= 1
         return reason
 

@@ -1,9 +1,12 @@
-"""Draws from what top-k and top-p leave of a distribution: top-k first, then top-p of what is left.
+"""Draws from what top-k, top-p and min-p leave of a distribution: top-k first, then top-p of what
+is left, and of that the tokens that are likely enough beside the likeliest (min-p: Nguyen et al.
+2024, "Turning up the heat").
 
 Tokens are ranked from the likeliest on, of equal ones the smaller id first. Mostly the first few
 dozens settle a row; where they do not, more ranks are asked for, and at last all of them.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +19,11 @@ FIRST_RANKS = (64, 1024, 8192)
 
 def narrows(choice: Choice, vocabulary_size: int) -> bool:
     """Whether a choice leaves tokens out."""
-    return 0 < choice.top_k < vocabulary_size or choice.top_p < 1
+    return 0 < choice.top_k < vocabulary_size or choice.top_p < 1 or choice.min_p > 0
 
 
 def draw_narrowed(
-    scores: Tensor,  # [n, V], logarithms of unnormalized probabilities, at most 0
+    scores: Tensor,  # [n, V], logarithms of probabilities beside the likeliest one's: at most 0
     totals: Tensor,  # [n] float64, the sums of exp(score)
     choices: Sequence[Choice],
     uniform: Tensor,  # [n] float64 in (0, 1)
@@ -31,13 +34,18 @@ def draw_narrowed(
     device = scores.device
     top_k = torch.tensor([c.top_k if c.top_k > 0 else vocabulary for c in choices], device=device)
     top_p = torch.tensor([c.top_p for c in choices], dtype=torch.float64, device=device)
+    floor = torch.tensor([_floor(c.min_p) for c in choices], device=device)
     tokens = torch.empty(n, dtype=torch.int64, device=device)
     left = torch.arange(n, device=device)
     for ranks in [*(r for r in first_ranks if r < vocabulary), vocabulary]:
-        values, ids = _ranked(scores[left], ranks)
+        values, ids = ranked(scores[left], ranks)
         # Of what top-k leaves: all of it, or what the ranks at hand will tell, or not known yet.
         whole = torch.where(top_k[left] < vocabulary, torch.inf, totals[left])
         kept = _kept(values, whole, top_k[left], top_p[left])
+        # A floor tells how many stay unless top-p has yet to: it may leave fewer.
+        open_ended = (top_k[left] > ranks) & (top_k[left] < vocabulary) & (top_p[left] < 1)
+        likely = (values >= floor[left, None]).sum(1)
+        kept = torch.where(open_ended, kept, torch.minimum(kept, likely))
         # Equal scores at the last rank may go on beyond it, and their order is then not known.
         last_kept = values.gather(1, kept[:, None] - 1)[:, 0]
         settled = last_kept > values[:, -1]
@@ -51,7 +59,12 @@ def draw_narrowed(
     return tokens
 
 
-def _ranked(scores: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def _floor(min_p: float) -> float:
+    """The least score that stays. Tokens that are ruled out, whose score is -inf, never do."""
+    return math.log(min_p) if min_p > 0 else torch.finfo(torch.float32).min
+
+
+def ranked(scores: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     """The largest scores of each row and their tokens, both [n, ranks]."""
     if ranks == scores.shape[1]:
         return scores.sort(dim=1, descending=True, stable=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sampler_service.engine.penalties import Occurrences
 from sampler_service.jobs import Choice
 
 
@@ -16,6 +17,14 @@ class Draw:
     choice: Choice
     sample: int  # index of the sample in its request
     position: int  # of the token in its continuation
+    occurrences: Occurrences | None = None  # for penalties; None: there are none
+    allowed: NDArray[np.bool_] | None = None  # [V], at least one; None: all
+    topk: int = 0  # how many of the likeliest tokens to report
+
+    @property
+    def bends(self) -> bool:
+        """Whether its token comes from other logits than the model's."""
+        return self.occurrences is not None or self.allowed is not None
 
 
 def uniforms(draws: Sequence[Draw]) -> NDArray[np.float64]:  # [n], each in (0, 1)

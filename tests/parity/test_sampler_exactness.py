@@ -92,6 +92,20 @@ def test_greedy_equals_generate(make: object, prompt_tokens: int, tmp_path: Path
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("penalty", [0.8, 1.4])
+def test_greedy_with_a_repetition_penalty_equals_generate(
+    penalty: float, sampler: SamplerEngine, qwen3_folder: Path
+) -> None:
+    prompt = random_tokens(7, 30)
+    generated = sampler.generate(prompt, temperature=0.0, repetition_penalty=penalty, max_tokens=40)
+    model = AutoModelForCausalLM.from_pretrained(qwen3_folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    whole = model.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
+    )[0]
+    assert generated.continuations[0].tokens.tolist() == whole[len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_model_logprobs_equal_the_trainers(
     adapter: str, qwen3_folder: Path, sampler: SamplerEngine
@@ -139,6 +153,9 @@ def test_a_busy_server_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) -> 
             "seed": i,
             "temperature": (1.0, 0.7, 0.0)[i % 3],
             "top_k": (-1, 20)[i % 2],
+            "min_p": (0.0, 0.0, 0.1)[i % 3],
+            "presence_penalty": (0.0, 1.5)[i // 2 % 2],
+            "repetition_penalty": (1.0, 1.0, 1.2)[i % 3],
             "prompt_logprobs": i % 2 == 0,
         }
         for i, length in enumerate([1, 2, 5, 30, 64, 100, CHUNK_TOKENS + 90, 33])
@@ -174,7 +191,15 @@ def test_seeds_repeat_and_differ(sampler: SamplerEngine) -> None:
 
 
 def test_sequences_sent_away_come_back_with_the_same_tokens(qwen3_folder: Path) -> None:
-    wishes = [{"prompt": random_tokens(i, 40), "max_tokens": 100, "seed": i} for i in range(5)]
+    wishes = [
+        {
+            "prompt": random_tokens(i, 40),
+            "max_tokens": 100,
+            "seed": i,
+            "frequency_penalty": 0.5 * (i % 2),
+        }
+        for i in range(5)
+    ]
     roomy = SamplerEngine(qwen3_folder)
     tight = SamplerEngine(qwen3_folder, kv_cache_tokens=320)
     expected = [roomy.generate(**wish) for wish in wishes]  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ DATABASE = "journal.db"
 SNAPSHOTS = "snapshots"  # folder of the rows
 _LOCK = "lock"
 MIN_FREE_BYTES = 64 * 1024 * 1024  # at start
+# Small: a step changes a few dozen bytes on each of a dozen pages, all of which are written, twice.
+_PAGE_BYTES = 2048
 _APPLICATION = 0x6D696E74  # "mint", in the database's header
 
 # A call's `id` is its run's number and its sequence in one: rows lie in the order of a run's calls,
@@ -136,6 +138,7 @@ def _open(folder: Path) -> sqlite3.Connection:
     try:
         version = _version(database, folder)
         if version == 0:
+            database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         # The log is brought into the database when there is time: see writer.py.
         database.execute("PRAGMA wal_autocheckpoint = 0")

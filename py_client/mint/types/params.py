@@ -148,6 +148,12 @@ class SamplingParams:
     `stop` takes a text, texts, or token ids, `stop_token_ids` token ids; both are added to the
     end-of-sequence tokens. `stop=[]` without ids: only `max_tokens` ends a continuation.
     `max_tokens=None`: the rest of the context.
+
+    `min_p`, 0 to 1: of what top-k and top-p leave, tokens with less than this share of the
+    likeliest one's probability are left out. Penalties lower the logits of tokens that have
+    occurred: `repetition_penalty` divides positive logits (and multiplies others) of those in the
+    prompt or the continuation; `presence_penalty` is subtracted once, and `frequency_penalty` for
+    each occurrence, from those in the continuation. None of them changes a logprob.
     """
 
     max_tokens: int | None = None
@@ -157,6 +163,10 @@ class SamplingParams:
     top_k: int = -1
     top_p: float = 1.0
     stop_token_ids: Sequence[int] | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> "SamplingParams":
         """A copy with the fields of `update` changed."""
@@ -172,6 +182,10 @@ class SamplingParams:
             temperature=number(self.temperature, "temperature"),
             top_k=integer(self.top_k, "top_k"),
             top_p=number(self.top_p, "top_p"),
+            min_p=number(self.min_p, "min_p"),
+            repetition_penalty=number(self.repetition_penalty, "repetition_penalty"),
+            presence_penalty=number(self.presence_penalty, "presence_penalty"),
+            frequency_penalty=number(self.frequency_penalty, "frequency_penalty"),
             seed=None if self.seed is None else integer(self.seed, "seed", bits=64),
             stop=texts,
             stop_token_ids=ids,
@@ -211,6 +225,10 @@ def integer(value: Any, field: str, *, bits: int = 32) -> int:
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
+    if stop is not None and not hasattr(stop, "__iter__"):
+        raise InvalidInputError(
+            f"`stop` is {stop!r}; give a text, or a list of texts or of token ids", field="stop"
+        )
     entries: list[Any] = [stop] if isinstance(stop, str) else [] if stop is None else list(stop)
     texts = [entry for entry in entries if isinstance(entry, str)]
     if "" in texts:

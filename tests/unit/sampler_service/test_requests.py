@@ -1,5 +1,6 @@
 """Requests that can never work are refused by the field's name, and others are filled in."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -69,6 +70,10 @@ def test_everything_that_is_set_arrives() -> None:
             temperature=0.5,
             top_k=7,
             top_p=0.9,
+            min_p=0.05,
+            repetition_penalty=1.5,
+            presence_penalty=-1,
+            frequency_penalty=2,
             seed=-11,
             stop=["a", "b"],
             stop_token_ids=[8],
@@ -76,7 +81,16 @@ def test_everything_that_is_set_arrives() -> None:
         MODEL,
     )
     assert (parsed.model_path, parsed.num_samples, parsed.max_tokens) == (PATH, 4, 9)
-    assert parsed.choice == Choice(seed=-11, temperature=0.5, top_k=7, top_p=0.9)
+    assert parsed.choice == Choice(
+        seed=-11,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+    )
     assert parsed.stops.token_ids == {2, 3, 8}
     assert parsed.stops.texts == ("a", "b")
     assert parsed.prompt_logprobs
@@ -113,6 +127,11 @@ def test_chunks_are_read_one_after_the_other() -> None:
         (sample(max_tokens=-5), "sampling_params.max_tokens", "is -5"),
         (sample(num_samples=-1), "num_samples", "0 to 1024"),
         (sample(num_samples=1025), "num_samples", "0 to 1024"),
+        (sample(min_p=1.1), "sampling_params.min_p", "0 to 1"),
+        (sample(min_p=math.nan), "sampling_params.min_p", "is nan"),
+        (sample(repetition_penalty=0.0), "sampling_params.repetition_penalty", "0.01 to 100"),
+        (sample(presence_penalty=-2.5), "sampling_params.presence_penalty", "-2 to 2"),
+        (sample(frequency_penalty=3.0), "sampling_params.frequency_penalty", "-2 to 2"),
         (sample(temperature=-0.1), "sampling_params.temperature", "-0.1"),
         (sample(temperature=1e-9), "sampling_params.temperature", "likeliest token"),
         (sample(temperature=float("nan")), "sampling_params.temperature", "nan"),
@@ -147,11 +166,6 @@ def test_bad_values_are_refused_by_field(
         ({"topk_sample_logprobs": 1}, "topk_sample_logprobs"),
         ({"target_prompt_logprobs": types_pb2.TensorData()}, "target_prompt_logprobs"),
         ({"prompt_logprobs_last_n": 3}, "prompt_logprobs_last_n"),
-        ({"min_p": 0.1}, "min_p"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty"),
-        ({"presence_penalty": -0.5}, "presence_penalty"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"regex": ""}, "regex"),
         ({"json_schema": "{}"}, "json_schema"),
     ],

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sampler_service.engine.narrowing import draw_narrowed
+from sampler_service.engine.penalties import Occurrences
 from sampler_service.engine.randomness import Draw, philox, uniforms
 from sampler_service.engine.sampling import draw_tokens
 from sampler_service.jobs import Choice
@@ -17,7 +19,17 @@ from sampler_service.jobs import Choice
 VOCABULARY = 12
 DRAWS = 20_000
 # 99.99 % points of chi-squared by degrees of freedom: a right sampler fails once in 10,000 seeds.
-CHI_SQUARED_LIMITS = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 11: 37.4}
+CHI_SQUARED_LIMITS = {
+    1: 15.1,
+    2: 18.4,
+    3: 21.1,
+    4: 23.5,
+    5: 25.7,
+    6: 27.9,
+    7: 29.9,
+    8: 31.8,
+    11: 37.4,
+}
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +62,11 @@ def top_p(p: Floats, share: float) -> Floats:
     return np.asarray(kept / kept.sum())
 
 
+def min_p(p: Floats, share: float) -> Floats:
+    kept = np.where(p >= share * p.max(), p, 0)
+    return np.asarray(kept / kept.sum())
+
+
 @pytest.mark.parametrize(
     ("choice", "narrow"),
     [
@@ -60,6 +77,10 @@ def top_p(p: Floats, share: float) -> Floats:
         (Choice(seed=5, top_p=0.6), lambda p: top_p(p, 0.6)),
         (Choice(seed=6, top_k=6, top_p=0.8), lambda p: top_p(top_k(p, 6), 0.8)),
         (Choice(seed=7, temperature=0.7, top_k=7, top_p=0.9), lambda p: top_p(top_k(p, 7), 0.9)),
+        (Choice(seed=8, min_p=0.4), lambda p: min_p(p, 0.4)),
+        (Choice(seed=9, temperature=2.0, min_p=0.5), lambda p: min_p(p, 0.5)),
+        (Choice(seed=10, top_p=0.7, min_p=0.3), lambda p: min_p(top_p(p, 0.7), 0.3)),
+        (Choice(seed=11, top_k=3, min_p=0.1), lambda p: top_k(p, 3)),
     ],
 )
 def test_draws_follow_the_exact_distribution(
@@ -103,14 +124,67 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         Choice(seed=1, top_k=40, top_p=0.9),
         Choice(seed=2),
         Choice(seed=3, temperature=0.0),
+        Choice(seed=4, temperature=0.8, min_p=0.02, presence_penalty=1.0, repetition_penalty=1.3),
+        Choice(seed=5, frequency_penalty=-0.5, top_p=0.9),
     ]
-    draws = [Draw(choices[i % 3], i, 2 * i) for i in range(40)]
+    draws = [
+        Draw(
+            choices[i % 5],
+            i,
+            2 * i,
+            occurrences=occurrences(rng.integers(0, 5000, 30), rng) if i % 5 > 2 else None,
+            allowed=rng.random(5000) < 0.1 if i % 4 == 1 else None,
+            topk=i % 3,
+        )
+        for i in range(40)
+    ]
     together = draw_tokens(many, draws)
     for i in range(40):
         alone = draw_tokens(many[i : i + 1].clone(), draws[i : i + 1])
         assert alone.tokens[0] == together.tokens[i]
         assert alone.logprobs[0] == together.logprobs[i]
         assert alone.model_logprobs[0] == together.model_logprobs[i]
+        if draws[i].topk:
+            assert alone.top_ids.tobytes() == together.top_ids[i : i + 1].tobytes()
+            assert alone.top_logprobs.tobytes() == together.top_logprobs[i : i + 1].tobytes()
+
+
+def occurrences(prompt: NDArray[np.int64], rng: np.random.Generator) -> Occurrences:
+    seen = Occurrences(prompt)
+    for token in rng.integers(0, 5000, 200).tolist():
+        seen.add(token)
+    return seen
+
+
+def test_only_allowed_tokens_are_drawn_and_logprobs_are_those_of_all() -> None:
+    allowed = np.zeros(VOCABULARY, bool)
+    allowed[[1, 5, 7]] = True
+    p = softmax(logits().double().numpy())
+    for choice in (
+        Choice(seed=1),
+        Choice(seed=1, temperature=0.0),
+        Choice(seed=1, top_k=5),
+        Choice(seed=1, top_p=0.9, min_p=0.01),
+    ):
+        draws = [Draw(choice, i, 0, allowed=allowed) for i in range(200)]
+        drawn = draw_tokens(logits().expand(200, -1), draws)
+        likeliest = [int(np.where(allowed, p, 0).argmax())]
+        assert set(drawn.tokens) == set(likeliest if choice.temperature == 0 else [1, 5, 7])
+        np.testing.assert_allclose(drawn.model_logprobs, np.log(p)[drawn.tokens], atol=1e-6)
+
+
+def test_the_likeliest_tokens_are_the_models_whatever_is_drawn_from() -> None:
+    choice = Choice(seed=1, temperature=0.5, presence_penalty=2.0, top_k=2)
+    seen = Occurrences(np.array([], np.int64))
+    seen.add(int(logits().argmax()))
+    (free, bent) = (Draw(choice, 0, 0, topk=4), Draw(choice, 0, 0, occurrences=seen, topk=4))
+    drawn = draw_tokens(logits().expand(2, -1), [free, bent])
+    expected = logits().log_softmax(0).sort(descending=True)
+    for row in range(2):
+        assert drawn.top_ids[row].tolist() == expected.indices.tolist()
+        np.testing.assert_allclose(drawn.top_logprobs[row], expected.values, atol=1e-6)
+        place = drawn.top_ids[row].tolist().index(drawn.tokens[row])
+        assert drawn.top_logprobs[row, place] == drawn.model_logprobs[row]
 
 
 def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
@@ -123,6 +197,29 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:
     assert drawn.tokens[0] == alone.tokens[0]
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(seed=0, min_p=0.05),
+        Choice(seed=0, temperature=3.0, min_p=0.3),
+        Choice(seed=0, temperature=0.6, top_k=9, min_p=0.01),
+        Choice(seed=0, top_p=0.8, min_p=0.1),
+        Choice(seed=0, temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
+    ],
+)
+def test_what_is_left_is_what_the_warpers_of_transformers_leave(choice: Choice) -> None:
+    many = torch.from_numpy(np.random.default_rng(4).normal(0, 2, (1, 50))).float()
+    left = many / choice.temperature
+    if choice.top_k > 0:
+        left = TopKLogitsWarper(choice.top_k)(None, left)  # type: ignore[arg-type]
+    left = TopPLogitsWarper(choice.top_p)(None, left)  # type: ignore[arg-type]
+    left = MinPLogitsWarper(choice.min_p)(None, left)  # type: ignore[arg-type]
+    drawn = draw_tokens(many.expand(4000, -1), [Draw(choice, i, 0) for i in range(4000)])
+    likely = torch.nonzero(left[0].softmax(0) > 0.005)[:, 0].tolist()  # 4,000 draws meet these
+    assert set(likely) <= set(drawn.tokens.tolist())
+    assert left[0, drawn.tokens].isfinite().all()
+
+
 def test_ties_of_top_k_leave_exactly_k_tokens() -> None:
     draws = [Draw(Choice(seed=1, top_k=3), i, 0) for i in range(200)]
     assert set(draw_tokens(torch.zeros(200, 10), draws).tokens) == {0, 1, 2}
@@ -131,14 +228,20 @@ def test_ties_of_top_k_leave_exactly_k_tokens() -> None:
 SCORES = st.lists(st.integers(0, 12), min_size=2, max_size=40)
 
 
-@given(SCORES, st.integers(-1, 45), st.floats(0.01, 1.0), st.floats(1e-6, 1 - 1e-6))
+@given(
+    SCORES,
+    st.integers(-1, 45),
+    st.floats(0.01, 1.0),
+    st.one_of(st.just(0.0), st.floats(0.01, 1.0)),
+    st.floats(1e-6, 1 - 1e-6),
+)
 def test_few_ranks_draw_what_all_ranks_draw(
-    steps: list[int], k: int, share: float, uniform: float
+    steps: list[int], k: int, share: float, least: float, uniform: float
 ) -> None:
     """Whole steps, so that many scores are equal."""
     scores = -torch.tensor([steps], dtype=torch.float32) / 3
     scores -= scores.max()
-    choice = Choice(seed=0, top_k=k or 1, top_p=share)
+    choice = Choice(seed=0, top_k=k or 1, top_p=share, min_p=least)
     totals = scores.double().exp().sum(1)
     drawn = [
         draw_narrowed(scores, totals, [choice], torch.tensor([uniform]).double(), ranks).item()
