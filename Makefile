@@ -82,8 +82,10 @@ check: install  ## Lints code and contract, checks types and that the contract b
 baseline: install  ## Makes the contract as it is the one that later changes must not break
 	$(BIN)/buf build -o $(BASELINE)
 
-test: install model  ## Every test that needs no accelerator and is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A file's tests stay together, as they share servers; in this order the small files come last.
+WORKERS ?= 2
+test: install model  ## Every test that needs no accelerator and is not slow: WORKERS=2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

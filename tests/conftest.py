@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tests.services import Services
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU results are bitwise with one
+# Processes that tests start would otherwise compile our sources once more each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before any test calls cuBLAS: it is asked once, and `isolated` runs need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not Path("/dev/nvidiactl").exists():

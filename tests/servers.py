@@ -35,6 +35,15 @@ def running_trainer(model: Path, store: Path | str, **flags: object) -> Iterator
 
 
 @contextmanager
+def running_summing_trainer(folder: Path, **flags: object) -> Iterator[RunningService]:
+    """Runs a trainer on the engine of sums, which starts fast: see tests.engines.rows."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    with _running("tests.engines.rows_service", model, folder / "store", flags) as service:
+        yield service
+
+
+@contextmanager
 def running_sampler(model: Path, store: Path | str, **flags: object) -> Iterator[RunningService]:
     """Runs `python -m sampler_service`; `flags` are those of its --help."""
     with _running("sampler_service", model, store, flags) as service:

@@ -29,9 +29,11 @@ class Services:
 
 
 @contextmanager
-def running_services(model: Path, store: Path, *, name: str = SERVED_NAME) -> Iterator[Services]:
+def running_services(
+    model: Path, store: Path, *, name: str = SERVED_NAME, **sampler_flags: object
+) -> Iterator[Services]:
     with (
-        running_sampler(model, store, base_model_name=name) as sampler,
+        running_sampler(model, store, base_model_name=name, **sampler_flags) as sampler,
         running_trainer(
             model, store, base_model_name=name, sampler_address=sampler.address
         ) as trainer,

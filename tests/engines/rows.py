@@ -1,11 +1,13 @@
 """A trainer's engine with rows and no model: sums of floats in which every bit and the order of all
 that was added shows. `python -m tests.engines.rows FD`. It starts in a fraction of a second.
 
-A document with the token POISON ends it.
+A document with the token POISON ends it. While the model's folder holds a file of the name HELD it
+does not get ready.
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +53,7 @@ LAYOUT = RowLayout.of(
     2 * WIDTH, {MODULE: (Matrix(0, (1, WIDTH), (WIDTH, 1)), Matrix(WIDTH, (WIDTH, 1), (1, 1)))}
 )
 POISON = 13  # a token
+HELD = "held"
 DIFFERENT = "MINT_TEST_OTHER_BITS"  # set in an engine's environment, its steps differ in a bit
 UNLUCKY = "MINT_TEST_UNLUCKY"  # set there, rows of UNLUCKY_SEED find no memory when restored
 UNLUCKY_SEED = 13
@@ -188,6 +191,8 @@ def main() -> None:
     pipe, config = connect()
     folder = getattr(config, "base_model", ".")
     model = replace(MODEL, folder=folder, name="rows", max_lora_rank=128)
+    while Path(folder, HELD).exists():
+        time.sleep(0.01)  # nothing tells of a file's end
     pipe.send(Hello(model, MAX_BATCH_TOKENS))
     Rows(pipe).serve()
 

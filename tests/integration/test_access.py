@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mint
-from tests.servers import running_trainer
+from tests.servers import running_summing_trainer
 
 
 def new_key(tenant: str, keys: Path) -> str:
@@ -19,13 +19,11 @@ def new_key(tenant: str, keys: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, dict[str, str]]]:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A trainer that demands keys, and the keys of two tenants."""
     folder = tmp_path_factory.mktemp("guarded")
     keys = {tenant: new_key(tenant, folder / "keys") for tenant in ("ada", "bob")}
-    with running_trainer(qwen3_folder, folder / "store", keys=folder / "keys") as trainer:
+    with running_summing_trainer(folder, keys=folder / "keys") as trainer:
         yield trainer.address, keys
 
 

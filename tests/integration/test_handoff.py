@@ -16,7 +16,12 @@ from checkpoint_store import CheckpointStore, parse_path
 from mint_core.access import make_key
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc, types_pb2
 from tests.samplers import DEADLINE_S, Sampler, connected, refusal, sample_request, tokens_of
-from tests.servers import RunningService, running_sampler, running_trainer
+from tests.servers import (
+    RunningService,
+    running_sampler,
+    running_summing_trainer,
+    running_trainer,
+)
 from tests.trainer_rpc import RawRun, create, datum
 
 ADAM = types_pb2.AdamParams(learning_rate=0.05)
@@ -96,15 +101,16 @@ def test_a_snapshot_is_sampled_from_memory(host: Host) -> None:
 
 
 def test_another_host_waits_for_the_store_and_samples_the_same(
-    host: Host, qwen3_folder: Path
+    host: Host, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = host.root / "elsewhere"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with sampling(qwen3_folder, host.root, snapshot_memory_folder=elsewhere) as other:
         run = create(host.stub)
         prompt = (9, 8, 7, 6)
-        for _ in range(3):
+        for name in ("", "named", ""):
             step(run)
-            path = publish(run)
+            path = publish(run, name)
             call = other.stub.Sample.future(
                 sample_request(prompt, model_path=path), timeout=DEADLINE_S
             )
@@ -189,31 +195,41 @@ def test_weights_that_went_to_nan_are_not_handed_on(host: Host) -> None:
     assert not list(host.root.glob(f"store/{run.id}/sampler_weights/*"))
 
 
-def test_memory_is_bounded_and_nothing_is_lost(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_memory_is_bounded_and_nothing_is_lost_and_tenants_find_their_own_alone(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    keys = {tenant: make_key(tenant, tmp_path / "keys") for tenant in ("ada", "bob")}
+    flags = {"keys": tmp_path / "keys"}
     with (
-        training(qwen3_folder, tmp_path, snapshot_memory_mib=1) as trainer,
-        sampling(qwen3_folder, tmp_path) as sampler,
+        training(qwen3_folder, tmp_path, snapshot_memory_mib=1, **flags) as trainer,
+        sampling(qwen3_folder, tmp_path, keys["ada"], **flags) as ada,
+        connected(ada.service, tmp_path / "store", keys["bob"]) as bob,
         grpc.insecure_channel(trainer.address) as channel,
     ):
-        run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
+        options = {"metadata": [("authorization", f"Bearer {keys['ada']}")]}
+        run = create(trainer_pb2_grpc.TrainerServiceStub(channel), options)
+        path = publish(run)
+        for _ in range(2):  # before and after the sampler has it
+            code, _, info = refusal(lambda: bob.sample(model_path=path))
+            assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
+            assert tokens_of(ada.sample(model_path=path))
         paths = []
         for _ in range(8):
             step(run)
             paths.append(publish(run))
             files = [f for f in tmp_path.glob("memory/**/*") if f.is_file()]
             assert sum(f.stat().st_size for f in files) <= 2**20
-        tokens = [str(tokens_of(sampler.sample(model_path=path))) for path in paths]
+        tokens = [str(tokens_of(ada.sample(model_path=path))) for path in paths]
         assert len(set(tokens)) > 4
     assert not (tmp_path / "memory").exists()  # the trainer has ended
-    assert all(CheckpointStore(tmp_path / "store").open(p, tenant="default") for p in paths)
+    assert all(CheckpointStore(tmp_path / "store").open(p, tenant="ada") for p in paths)
 
 
-def test_the_next_trainer_stores_what_a_killed_one_left_in_memory(
-    qwen3_folder: Path, tmp_path: Path
-) -> None:
+def test_the_next_trainer_stores_what_a_killed_one_left_in_memory(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store/.staging").touch()  # the store fails
-    with training(qwen3_folder, tmp_path) as trainer:
+    memory = tmp_path / "memory"
+    with running_summing_trainer(tmp_path, snapshot_memory_folder=memory) as trainer:
         with grpc.insecure_channel(trainer.address) as channel:
             run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
             step(run)
@@ -225,20 +241,20 @@ def test_the_next_trainer_stores_what_a_killed_one_left_in_memory(
     assert len(list(tmp_path.glob("memory/*/*/*"))) == 1
     (tmp_path / "store/.staging").unlink()
 
-    with training(qwen3_folder, tmp_path), sampling(qwen3_folder, tmp_path) as sampler:
-        assert tokens_of(sampler.sample(model_path=path))
-        assert len(list(tmp_path.glob("memory/*"))) == 1
+    with running_summing_trainer(tmp_path, snapshot_memory_folder=memory):
+        until(lambda: CheckpointStore(tmp_path / "store").has(parse_path(path)))
+        until(lambda: len(list(memory.glob("*"))) == 1)
     assert CheckpointStore(tmp_path / "store").open(path, tenant="default")
-    assert not (tmp_path / "memory").exists()
+    assert not memory.exists()
 
 
 def _children(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children()]
 
 
-def test_a_store_that_fails_is_said_of_the_run(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_a_store_that_fails_is_said_of_the_run(tmp_path: Path) -> None:
     with (
-        training(qwen3_folder, tmp_path) as trainer,
+        running_summing_trainer(tmp_path, snapshot_memory_folder=tmp_path / "memory") as trainer,
         grpc.insecure_channel(trainer.address) as channel,
     ):
         run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
@@ -253,21 +269,3 @@ def test_a_store_that_fails_is_said_of_the_run(qwen3_folder: Path, tmp_path: Pat
         publish(run)
         until(lambda: run.describe().state_message == "")
         assert CheckpointStore(tmp_path / "store").open(path, tenant="default")
-
-
-def test_tenants_find_their_own_snapshots_alone(qwen3_folder: Path, tmp_path: Path) -> None:
-    keys = {tenant: make_key(tenant, tmp_path / "keys") for tenant in ("ada", "bob")}
-    with (
-        training(qwen3_folder, tmp_path, keys=tmp_path / "keys") as trainer,
-        sampling(qwen3_folder, tmp_path, keys["ada"], keys=tmp_path / "keys") as ada,
-        connected(ada.service, tmp_path / "store", keys["bob"]) as bob,
-        grpc.insecure_channel(trainer.address) as channel,
-    ):
-        options = {"metadata": [("authorization", f"Bearer {keys['ada']}")]}
-        run = create(trainer_pb2_grpc.TrainerServiceStub(channel), options)
-        path = publish(run)
-        for _ in range(2):  # before and after the sampler has it
-            code, _, info = refusal(lambda: bob.sample(model_path=path))
-            assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
-            assert tokens_of(ada.sample(model_path=path))
-    assert not (tmp_path / "memory").exists()

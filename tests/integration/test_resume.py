@@ -56,11 +56,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(model: Path, store: Path, state: Path | None = None) -> Iterator[mint.ServiceClient]:
+def serving(model: Path, store: Path, **flags: object) -> Iterator[mint.ServiceClient]:
     """A trainer of its own, and a client of it. Two on one store need states of their own."""
-    flags = {"base_model_name": "tiny", "state": state or store / ".state"}
     with (
-        running_trainer(model, store, **flags) as trainer,
+        running_trainer(model, store, base_model_name="tiny", **flags) as trainer,
         mint.ServiceClient(base_url=trainer.address) as service,
     ):
         yield service
@@ -127,7 +126,7 @@ def test_a_second_server_on_the_same_store_resumes_too(
     tmp_path: Path,
 ) -> None:
     path, uninterrupted = saved
-    with serving(qwen3_folder, store, tmp_path / "state") as second:
+    with serving(qwen3_folder, store, state=tmp_path / "state") as second:
         run = second.create_training_client_from_state_with_optimizer(path, base_model="tiny")
         train(run, BEFORE, AFTER)
 

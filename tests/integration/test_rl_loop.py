@@ -3,8 +3,6 @@ after step, while another tenant samples.
 """
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +10,11 @@ import pytest
 import mint
 from mint import types
 from tests.models import VOCABULARY_SIZE
-from tests.services import Services, running_services
+from tests.services import Services
 
 PROMPTS, SAMPLES, NEW_TOKENS = 16, 16, 6
 LIKED = VOCABULARY_SIZE // 2  # tokens from here on are rewarded
 MOST_KL = 1e-5
-
-
-@pytest.fixture(scope="module")
-def services(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with running_services(qwen3_folder, tmp_path_factory.mktemp("store")) as both:
-        yield both
 
 
 class Neighbour:

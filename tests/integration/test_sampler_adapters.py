@@ -26,24 +26,37 @@ from tests.servers import running_sampler
 
 
 @pytest.fixture(scope="module")
-def sampler(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
-    """One with two places for adapters."""
+def samplers(
+    qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Sampler, Sampler]]:
+    """One with two places for adapters, as two tenants see it."""
     store = tmp_path_factory.mktemp("store")
+    keys = {tenant: make_key(tenant, store / "keys") for tenant in ("default", "bob")}
+    flags = {"base_model_name": "tiny", "max_adapters": 2, "keys": store / "keys"}
     with (
-        running_sampler(qwen3_folder, store, base_model_name="tiny", max_adapters=2) as service,
-        connected(service, store) as sampler,
+        running_sampler(qwen3_folder, store, **flags) as service,
+        connected(service, store, keys["default"]) as ours,
+        connected(service, store, keys["bob"]) as theirs,
     ):
-        yield sampler
+        yield ours, theirs
+
+
+@pytest.fixture
+def sampler(samplers: tuple[Sampler, Sampler]) -> Sampler:
+    return samplers[0]
+
+
+def start(sampler: Sampler, path: str) -> grpc.Future:
+    return sampler.stub.Sample.future(
+        sample_request(model_path=path), timeout=DEADLINE_S, metadata=sampler.metadata
+    )
 
 
 def test_adapters_in_one_batch_each_give_their_own(sampler: Sampler) -> None:
     paths = ["", sampler.publish("r-one", seed=1), sampler.publish("r-two", seed=2)]
     alone = [sampler.sample(model_path=path) for path in paths]
     assert len({str(tokens_of(response)) for response in alone}) == 3
-    calls = [
-        sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
-        for path in paths * 4
-    ]
+    calls = [start(sampler, path) for path in paths * 4]
     for i, call in enumerate(calls):
         expected = alone[i % 3]
         assert call.result().sequences == expected.sequences
@@ -53,10 +66,7 @@ def test_adapters_in_one_batch_each_give_their_own(sampler: Sampler) -> None:
 def test_more_adapters_than_places_take_turns(sampler: Sampler) -> None:
     paths = [sampler.publish(f"r-turn-{i}", seed=i) for i in range(5)]  # and two places
     first = [tokens_of(sampler.sample(model_path=path)) for path in paths]
-    calls = [
-        sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
-        for path in paths * 3
-    ]
+    calls = [start(sampler, path) for path in paths * 3]
     assert [tokens_of(call.result()) for call in calls] == first * 3
 
 
@@ -77,10 +87,7 @@ def test_adapters_that_do_not_fit_in_memory_together_take_turns(
         paths += [sampler.publish(f"r-small-{seed}", seed=seed) for seed in range(3)]
         first = [tokens_of(sampler.sample(model_path=path)) for path in paths]
         assert len(set(map(str, first))) > 3
-        calls = [
-            sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
-            for path in paths * 3
-        ]
+        calls = [start(sampler, path) for path in paths * 3]
         assert [tokens_of(call.result()) for call in calls] == first * 3
         log = service.log_text()
     assert log.count("adapter loaded path=mint://r-") - log.count("adapter dropped") <= 4
@@ -99,7 +106,7 @@ def test_a_name_means_its_newest_revision_and_a_revision_stays(sampler: Sampler)
 
 def test_a_path_that_appears_while_it_is_asked_for_is_found(sampler: Sampler) -> None:
     path = "mint://r-late/sampler_weights/a"
-    call = sampler.stub.Sample.future(sample_request(model_path=path), timeout=DEADLINE_S)
+    call = start(sampler, path)
     published = sampler.publish("r-late", seed=1)
     assert call.result().sequences[0].revision_path == published
 
@@ -137,18 +144,12 @@ def test_an_adapter_that_does_not_fit_is_refused(sampler: Sampler) -> None:
     assert "no.such.layer" in message
 
 
-def test_tenants_see_their_own_adapters_alone(qwen3_folder: Path, tmp_path: Path) -> None:
-    keys = {tenant: make_key(tenant, tmp_path / "keys") for tenant in ("ada", "bob")}
-    store = tmp_path / "store"
-    with (
-        running_sampler(qwen3_folder, store, keys=tmp_path / "keys") as service,
-        connected(service, store, keys["ada"]) as ada,
-        connected(service, store, keys["bob"]) as bob,
-    ):
-        path = ada.publish("r-ada", seed=1, tenant="ada")
-        assert tokens_of(ada.sample(model_path=path))
-        code, _, info = refusal(lambda: bob.sample(model_path=path))  # though it is loaded
-        assert code == grpc.StatusCode.NOT_FOUND
-        assert info.reason == "CHECKPOINT_NOT_FOUND"
-        code, _, _ = refusal(lambda: bob.stub.Sample(sample_request(), timeout=DEADLINE_S))
-        assert code == grpc.StatusCode.UNAUTHENTICATED
+def test_tenants_see_their_own_adapters_alone(samplers: tuple[Sampler, Sampler]) -> None:
+    ours, theirs = samplers
+    path = ours.publish("r-ours", seed=1)
+    assert tokens_of(ours.sample(model_path=path))
+    code, _, info = refusal(lambda: theirs.sample(model_path=path))  # though it is loaded
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert info.reason == "CHECKPOINT_NOT_FOUND"
+    code, _, _ = refusal(lambda: ours.stub.Sample(sample_request(), timeout=DEADLINE_S))
+    assert code == grpc.StatusCode.UNAUTHENTICATED

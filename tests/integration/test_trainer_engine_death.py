@@ -1,8 +1,13 @@
-"""The engine is killed: the front survives it, and has another do again what is gone."""
+"""The engine is killed: the front survives it, and has another do again what is gone.
+
+It is one of sums without a model, which starts when a test wants it to; in tests/faults real ones
+are killed.
+"""
 
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -11,15 +16,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mintrpc.v1 import model_pb2, model_pb2_grpc, trainer_pb2, trainer_pb2_grpc
-from tests.servers import RunningService, running_trainer
+from tests.engines.rows import HELD
+from tests.servers import RunningService, running_summing_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, create_request, datum
 
 
 @pytest.fixture(scope="module")
-def service(
-    qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningService]:
-    with running_trainer(qwen3_folder, tmp_path_factory.mktemp("store")) as running:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("summing")
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[RunningService]:
+    with running_summing_trainer(folder) as running:
         yield running
 
 
@@ -34,6 +43,19 @@ def kill_engine(service: RunningService, number: int = signal.SIGKILL) -> None:
     os.kill(engine.pid, number)
 
 
+@contextmanager
+def no_engine(service: RunningService, folder: Path, channel: grpc.Channel) -> Iterator[None]:
+    """Kills the engine and keeps the next from getting ready."""
+    held = folder / "model" / HELD
+    held.touch()
+    try:
+        kill_engine(service)
+        await_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+        yield
+    finally:
+        held.unlink()
+
+
 def await_health(channel: grpc.Channel, wanted: int) -> None:
     """Follows the health service until it says so."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(
@@ -46,7 +68,7 @@ def await_health(channel: grpc.Channel, wanted: int) -> None:
 
 
 def test_callers_only_wait_while_a_killed_engine_is_replaced(
-    service: RunningService, channel: grpc.Channel
+    service: RunningService, folder: Path, channel: grpc.Channel
 ) -> None:
     run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
     other = create(run.stub)  # the same, and no engine dies under it
@@ -57,10 +79,9 @@ def test_callers_only_wait_while_a_killed_engine_is_replaced(
     queued = run.start(run.optim_step())
     run.wait_until_accepted(3)
 
-    kill_engine(service)
-    await_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
-    assert not ready(channel)
-    assert run.send(first) == answer  # what was answered stays answered
+    with no_engine(service, folder, channel):
+        assert not ready(channel)
+        assert run.send(first) == answer  # what was answered stays answered
 
     outcomes = [under_way.result(), queued.result()]
     await_health(channel, health_pb2.HealthCheckResponse.SERVING)
@@ -90,23 +111,21 @@ def metrics(service: RunningService) -> bytes:
 
 
 def test_runs_are_opened_changed_and_deleted_while_there_is_no_engine(
-    service: RunningService, channel: grpc.Channel
+    service: RunningService, folder: Path, channel: grpc.Channel
 ) -> None:
     stub = trainer_pb2_grpc.TrainerServiceStub(channel)
     run = create(stub)
-    kill_engine(service)
-    await_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+    with no_engine(service, folder, channel):
+        named = {"training_run_id": run.id, "request_id": "while away"}
+        opened = stub.OpenTrainingRun(trainer_pb2.OpenTrainingRunRequest(**named))
+        named["request_id"] = "changed"
+        stub.UpdateTrainingRun(trainer_pb2.UpdateTrainingRunRequest(**named, metadata={"a": "b"}))
+        assert (opened.writer_epoch, opened.next_sequence) == (2, 1)
+        assert dict(run.describe().metadata) == {"a": "b"}
+        named["request_id"] = "deleted"
+        stub.DeleteTrainingRun(trainer_pb2.DeleteTrainingRunRequest(**named))
 
-    named = {"training_run_id": run.id, "request_id": "while away"}
-    opened = stub.OpenTrainingRun(trainer_pb2.OpenTrainingRunRequest(**named))
-    named["request_id"] = "changed"
-    stub.UpdateTrainingRun(trainer_pb2.UpdateTrainingRunRequest(**named, metadata={"a": "b"}))
-    assert (opened.writer_epoch, opened.next_sequence) == (2, 1)
-    assert dict(run.describe().metadata) == {"a": "b"}
-    named["request_id"] = "deleted"
-    stub.DeleteTrainingRun(trainer_pb2.DeleteTrainingRunRequest(**named))
-
-    assert run.refused(run.discard()).reason == "TRAINING_RUN_NOT_FOUND"
+        assert run.refused(run.discard()).reason == "TRAINING_RUN_NOT_FOUND"
 
 
 def test_a_create_under_way_when_the_engine_dies_only_takes_longer(
