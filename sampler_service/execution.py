@@ -139,6 +139,7 @@ class Execution:
             prompt_logprobs=sampling.prompt_logprobs,
             topk_prompt_logprobs=sampling.topk_prompt_logprobs,
             target_prompt_tokens=sampling.target_prompt_tokens,
+            prompt_alternatives=sampling.prompt_alternatives,
             scored_tokens=sampling.scored_tokens,
             topk_sample_logprobs=sampling.topk_sample_logprobs,
             tenant=caller().tenant,

@@ -134,6 +134,7 @@ class Generate:
     topk_prompt_logprobs: int = 0
     # [prompt - 1, k] token ids to score in place of each token but the first, -1: none
     target_prompt_tokens: Tokens | None = None
+    prompt_alternatives: int = 0  # tokens to draw in place of each but the first
     scored_tokens: int | None = None  # of the prompt, its last ones; None: all but the first
     topk_sample_logprobs: int = 0  # not in a stream
     tenant: str = ""  # tenants share passes and places equally
@@ -156,7 +157,7 @@ class Continuation:
     logprobs: Floats  # at the requested temperature, before top-k and top-p; at 0 those at 1
     model_logprobs: Floats  # at temperature 1
     stop_reason: StopReason
-    topk_logprobs: "TopLogprobs | None" = None
+    topk_logprobs: "TokenLogprobs | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +177,8 @@ class SamplePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopLogprobs:
-    """The likeliest tokens of consecutive positions, likeliest first."""
+class TokenLogprobs:
+    """Some tokens of each of consecutive positions: the likeliest first, or as they were drawn."""
 
     token_ids: Tokens  # [positions, k]
     logprobs: Floats  # [positions, k], at temperature 1
@@ -191,8 +192,9 @@ class Generated:
     prompt_cache_hit_tokens: int = 0  # of the prompt, that were not computed again
     unscored_tokens: int = 1  # the prompt's first ones; what follows is of all others
     prompt_logprobs: Floats | None = None  # [scored]
-    topk_prompt_logprobs: TopLogprobs | None = None
+    topk_prompt_logprobs: TokenLogprobs | None = None
     target_prompt_logprobs: Floats | None = None  # [scored, k], NaN where there is no target
+    prompt_alternatives: TokenLogprobs | None = None  # [scored, k], in the order of the draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,12 @@ from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.constraints import parse_constraint
 from sampler_service.jobs import Choice, Constraint, Stops, Tokens
 
-PROMPT_SCORES = ("include_prompt_logprobs", "topk_prompt_logprobs", "target_prompt_logprobs")
+PROMPT_SCORES = (
+    "include_prompt_logprobs",
+    "topk_prompt_logprobs",
+    "target_prompt_logprobs",
+    "prompt_alt_tokens_k",
+)
 # A stream holds new tokens and their own logprobs alone.
 NOT_STREAMED = (*PROMPT_SCORES, "prompt_logprobs_last_n", "topk_sample_logprobs")
 LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
@@ -35,6 +40,7 @@ class Sampling:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     target_prompt_tokens: Tokens | None = None  # [prompt - 1, k], -1: none
+    prompt_alternatives: int = 0
     scored_tokens: int | None = None  # the prompt's last ones; None: all but the first
     topk_sample_logprobs: int = 0
 
@@ -56,6 +62,7 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
         prompt_logprobs=request.include_prompt_logprobs,
         topk_prompt_logprobs=_topk(request.topk_prompt_logprobs, "topk_prompt_logprobs", model),
         target_prompt_tokens=_targets(request, len(prompt), model),
+        prompt_alternatives=_topk(request.prompt_alt_tokens_k, "prompt_alt_tokens_k", model),
         scored_tokens=_scored_tokens(request),
         topk_sample_logprobs=_topk(request.topk_sample_logprobs, "topk_sample_logprobs", model),
     )

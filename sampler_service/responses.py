@@ -5,7 +5,14 @@ import math
 import numpy as np
 
 from mintrpc.v1 import sampler_pb2, types_pb2
-from sampler_service.jobs import Continuation, Generated, SamplePart, StopReason, TopLogprobs
+from sampler_service.jobs import (
+    Continuation,
+    Floats,
+    Generated,
+    SamplePart,
+    StopReason,
+    TokenLogprobs,
+)
 
 _STOP_REASONS = {
     None: sampler_pb2.STOP_REASON_UNSPECIFIED,
@@ -22,6 +29,7 @@ def sample_response(
         prompt_logprobs=_prompt_logprobs(generated),
         topk_prompt_logprobs=_prompt_topk(generated),
         target_prompt_logprobs=_targets(generated),
+        prompt_alt_tokens=_alternatives(generated),
         seed=seed,
         prompt_cache_hit_tokens=generated.prompt_cache_hit_tokens,
     )
@@ -77,10 +85,26 @@ def _prompt_topk(generated: Generated) -> list[sampler_pb2.TopkLogprobs]:
 
 
 def _targets(generated: Generated) -> types_pb2.TensorData | None:
-    """One row per prompt token but the first."""
     scored = generated.target_prompt_logprobs
-    if scored is None:
+    return None if scored is None else _logprob_rows(generated, scored)
+
+
+def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
+    drawn = generated.prompt_alternatives
+    if drawn is None:
         return None
+    undrawn = np.full((generated.unscored_tokens - 1, drawn.token_ids.shape[1]), -1, "<i8")
+    ids = np.concatenate([undrawn, drawn.token_ids.astype("<i8")])
+    tokens = types_pb2.TensorData(
+        dtype=types_pb2.TENSOR_DTYPE_INT64, shape=ids.shape, values=ids.tobytes()
+    )
+    return sampler_pb2.PromptAltTokens(
+        tokens=tokens, logprobs=_logprob_rows(generated, drawn.logprobs)
+    )
+
+
+def _logprob_rows(generated: Generated, scored: Floats) -> types_pb2.TensorData:
+    """One row per prompt token but the first."""
     unscored = np.full((generated.unscored_tokens - 1, scored.shape[1]), np.nan, "<f4")
     values = np.concatenate([unscored, scored.astype("<f4")])
     return types_pb2.TensorData(
@@ -88,7 +112,7 @@ def _targets(generated: Generated) -> types_pb2.TensorData | None:
     )
 
 
-def _topk(top: TopLogprobs | None) -> list[sampler_pb2.TopkLogprobs]:
+def _topk(top: TokenLogprobs | None) -> list[sampler_pb2.TopkLogprobs]:
     if top is None:
         return []
     return [

@@ -26,6 +26,7 @@ FEATURES = (
     "penalties",
     "topk_sample_logprobs",
     "target_prompt_logprobs",
+    "prompt_alt_tokens",
     "prompt_logprobs_last_n",
     *(("constraints",) if constraints_served() else ()),
 )

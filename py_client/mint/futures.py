@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mint.errors import APITimeoutError, MintError
-from mint.types import SampledSequence, SampleResponse, TensorData, Topk
+from mint.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, Topk
 
 T = TypeVar("T")
 
@@ -134,6 +134,11 @@ class SampleFuture(CancellableFuture[SampleResponse]):
     def target_prompt_logprobs(self) -> TensorData | None:
         """As in `SampleResponse`."""
         return self.result().target_prompt_logprobs
+
+    @property
+    def prompt_alt_tokens(self) -> PromptAltTokens | None:
+        """As in `SampleResponse`."""
+        return self.result().prompt_alt_tokens
 
     @property
     def seed(self) -> int:

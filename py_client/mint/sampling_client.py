@@ -51,7 +51,7 @@ class SamplingClient:
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
         target_prompt_logprobs: types.TensorData | None = None,
-        *,
+        prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> SampleFuture:
         """Continuations of `prompt`. Without a seed one is drawn here, so that a call that is sent
@@ -60,13 +60,16 @@ class SamplingClient:
         All logprobs asked for here are natural logarithms, at temperature 1: of the prompt's
         tokens, of the k likeliest tokens at each place of prompt or continuations, and of
         `target_prompt_logprobs`, int64 `[prompt length - 1, k]`: row i holds token ids that might
-        follow tokens 0 to i, -1 for none. `prompt_logprobs_last_n` scores only so many tokens at
-        the prompt's end; what comes before them is then found in the cache if it was computed.
+        follow tokens 0 to i, -1 for none. `prompt_alt_tokens_k` draws so many tokens, by the seed
+        and independently of each other, from what the model would have said in place of each of the
+        prompt's but the first. `prompt_logprobs_last_n` scores only so many tokens at the prompt's
+        end; what comes before them is then found in the cache if it was computed.
         """
         request = self._request(prompt, num_samples, sampling_params)
         request.include_prompt_logprobs = include_prompt_logprobs
         request.topk_prompt_logprobs = integer(topk_prompt_logprobs, "topk_prompt_logprobs")
         request.topk_sample_logprobs = integer(topk_sample_logprobs, "topk_sample_logprobs")
+        request.prompt_alt_tokens_k = integer(prompt_alt_tokens_k, "prompt_alt_tokens_k")
         request.prompt_logprobs_last_n = _checked_last_n(prompt_logprobs_last_n)
         if target_prompt_logprobs is not None:
             targets = _checked_targets(target_prompt_logprobs)

@@ -16,8 +16,8 @@ from sampler_service.jobs import (
     Generate,
     Generated,
     StopReason,
+    TokenLogprobs,
     Tokens,
-    TopLogprobs,
 )
 
 
@@ -44,9 +44,9 @@ class OpenContinuation:
             topk_logprobs=self._top() if self.tops else None,
         )
 
-    def _top(self) -> TopLogprobs:
+    def _top(self) -> TokenLogprobs:
         ids, logprobs = zip(*self.tops, strict=True)
-        return TopLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
+        return TokenLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
 
 
 class Generation:
@@ -80,8 +80,8 @@ class Generation:
     @property
     def wants_scores(self) -> bool:
         job = self.job
-        targeted = job.target_prompt_tokens is not None
-        return job.prompt_logprobs or job.topk_prompt_logprobs > 0 or targeted
+        counts = (job.topk_prompt_logprobs, job.prompt_alternatives)
+        return job.prompt_logprobs or any(counts) or job.target_prompt_tokens is not None
 
     @property
     def done(self) -> bool:
@@ -136,7 +136,10 @@ class Generation:
 
     def result(self) -> Generated:
         job, scores = self.job, self._scores
-        top = TopLogprobs(token_ids=scores.top_ids, logprobs=scores.top_logprobs)
+        top = TokenLogprobs(token_ids=scores.top_ids, logprobs=scores.top_logprobs)
+        alternatives = TokenLogprobs(
+            token_ids=scores.alternative_ids, logprobs=scores.alternative_logprobs
+        )
         targeted = job.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
         return Generated(
@@ -146,4 +149,5 @@ class Generation:
             prompt_logprobs=scores.logprobs if job.prompt_logprobs else None,
             topk_prompt_logprobs=top if job.topk_prompt_logprobs else None,
             target_prompt_logprobs=scores.targets if targeted else None,
+            prompt_alternatives=alternatives if job.prompt_alternatives else None,
         )

@@ -1,5 +1,6 @@
 """Logprobs of prompt tokens, from the hidden states of the prompt's spans."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mint_core.model.head import Head, Piece
+from sampler_service.engine.randomness import alternative_uniforms
 from sampler_service.engine.runner import Computed, Placed
+from sampler_service.engine.sampling import draw_alternatives
 from sampler_service.jobs import Floats, Generate, Tokens
 
-TOP_ROWS = 128  # whose logits are held at once, where the likeliest tokens are wanted
+ROWS = 128  # whose logits are held at once, where more than some tokens' logprobs is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class SpanScores:
     top_ids: Tokens  # [positions, k], likeliest first; k is 0 where they are not wanted
     top_logprobs: Floats  # [positions, k]
     targets: Floats  # [positions, targets], NaN where there is no target
+    alternative_ids: Tokens  # [positions, alternatives], drawn at temperature 1
+    alternative_logprobs: Floats  # [positions, alternatives]
 
     @classmethod
     def empty(cls, positions: int, job: Generate) -> "SpanScores":
@@ -30,6 +35,8 @@ class SpanScores:
             np.empty((positions, k), np.int64),
             np.empty((positions, k), np.float32),
             np.empty((positions, 0 if wanted is None else wanted.shape[1]), np.float32),
+            np.empty((positions, job.prompt_alternatives), np.int64),
+            np.empty((positions, job.prompt_alternatives), np.float32),
         )
 
     def put(self, at: int, scores: "SpanScores") -> None:
@@ -60,18 +67,49 @@ def score_span(
     targets = torch.from_numpy(np.maximum(columns, 0)).to(device)
     logprobs = head.logprobs(computed.hidden, [piece], [targets])[0].cpu().numpy()
     logprobs[columns < 0] = np.nan
-    ids, values = _top(head, computed.hidden, piece, job.topk_prompt_logprobs)
-    return SpanScores(logprobs[:, 0], ids.cpu().numpy(), values.cpu().numpy(), logprobs[:, 1:])
+    top = _top(head, computed.hidden, piece, job.topk_prompt_logprobs)
+    alternatives = _alternatives(head, computed.hidden, piece, range(start, span.stop), job)
+    return SpanScores(logprobs[:, 0], *_arrays(top), logprobs[:, 1:], *_arrays(alternatives))
 
 
-def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row and their logprobs, both [rows, k]."""
+def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> "_TokenLogprobs":
+    """The k likeliest tokens of each row."""
     if not k:
-        none = torch.empty(len(piece.rows), 0)
-        return none.long(), none
-    ids, values = [], []
-    for rows in piece.rows.split(TOP_ROWS):
-        top_ids, top_logprobs = head.likeliest(hidden, Piece(piece.segment, rows), k)
-        ids.append(top_ids)
-        values.append(top_logprobs)
-    return torch.cat(ids), torch.cat(values)
+        return _none(piece)
+    parts = [
+        head.likeliest(hidden, Piece(piece.segment, rows), k) for rows in piece.rows.split(ROWS)
+    ]
+    return _joined(parts)
+
+
+def _alternatives(
+    head: Head, hidden: Tensor, piece: Piece, positions: range, job: Generate
+) -> "_TokenLogprobs":
+    """Tokens that the model might have said after each of the positions, which are the rows'."""
+    if not job.prompt_alternatives:
+        return _none(piece)
+    drawn_by = alternative_uniforms(job.choice.seed, positions, job.prompt_alternatives)
+    uniform = torch.from_numpy(drawn_by).to(hidden.device)
+    parts = []
+    for rows, uniforms in zip(piece.rows.split(ROWS), uniform.split(ROWS), strict=True):
+        logits = head.logits(hidden, [Piece(piece.segment, rows)])
+        parts.append(draw_alternatives(logits, uniforms))
+    return _joined(parts)
+
+
+_TokenLogprobs = tuple[Tensor, Tensor]  # token ids and logprobs, both [rows, k]
+
+
+def _none(piece: Piece) -> _TokenLogprobs:
+    none = torch.empty(len(piece.rows), 0)
+    return none.long(), none
+
+
+def _joined(parts: Sequence[_TokenLogprobs]) -> _TokenLogprobs:
+    ids, logprobs = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+def _arrays(ranked: _TokenLogprobs) -> tuple[Tokens, Floats]:
+    ids, logprobs = ranked
+    return ids.cpu().numpy(), logprobs.cpu().numpy()

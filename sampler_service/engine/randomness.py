@@ -29,15 +29,32 @@ class Draw:
 
 def uniforms(draws: Sequence[Draw]) -> NDArray[np.float64]:  # [n], each in (0, 1)
     """Numbers that depend on (seed, sample, position) alone, evenly spread, 52 bits each."""
-    seeds = np.array([d.choice.seed & 0xFFFFFFFFFFFFFFFF for d in draws], np.uint64)
+    seeds = np.array([d.choice.seed & _ALL for d in draws], np.uint64)
     positions = np.array([d.position for d in draws], np.uint64)
     samples = np.array([d.sample for d in draws], np.uint64)
-    zeros = np.zeros_like(seeds)
-    high, low, _, _ = philox((positions, samples, zeros, zeros), (seeds & _MASK, seeds >> _SHIFT))
+    return _uniform(seeds, samples, positions, np.zeros_like(seeds))
+
+
+def alternative_uniforms(seed: int, positions: range, k: int) -> NDArray[np.float64]:
+    """Numbers for k tokens in place of each of a prompt's, [positions, k]. No sample has them."""
+    places, numbers = np.meshgrid(
+        np.array(positions, np.uint64), np.arange(k, dtype=np.uint64), indexing="ij"
+    )
+    ones = np.ones_like(places)
+    return _uniform(ones * np.uint64(seed & _ALL), numbers, places, ones)
+
+
+def _uniform(
+    seeds: "Words", samples: "Words", positions: "Words", kinds: "Words"
+) -> NDArray[np.float64]:
+    """Of the arrays' shape."""
+    counter = (positions, samples, kinds, np.zeros_like(seeds))
+    high, low, _, _ = philox(counter, (seeds & _MASK, seeds >> _SHIFT))
     bits = (high << np.uint64(20)) | (low >> np.uint64(12))
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
 
+_ALL = 0xFFFFFFFFFFFFFFFF
 _MASK, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 Words = NDArray[np.uint64]  # holding 32 bits each
 

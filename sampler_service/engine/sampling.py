@@ -50,6 +50,16 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens:  # logits
     return DrawnTokens(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
+def draw_alternatives(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens drawn at temperature 1 by each of `uniform` [n, k], independently, and their logprobs,
+    both [n, k]. `logits` [n, V] are finite, or their row means nothing.
+    """
+    logits = logits.nan_to_num()
+    whole = _Distribution(logits, logits.amax(1), None)
+    tokens = torch.stack([whole.invert(column) for column in uniform.unbind(1)], 1)
+    return tokens, whole.logprobs(tokens)
+
+
 def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int) -> tuple[Tensor, ...]:
     least, largest = logits.aminmax(dim=1)
     finite = least.isfinite() & largest.isfinite()  # a NaN anywhere is both

@@ -107,6 +107,7 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
         topk_prompt_logprobs=2,
         topk_sample_logprobs=3,
         target_prompt_logprobs=types.TensorData([[5, -1], [6, 7]]),
+        prompt_alt_tokens_k=4,
     ).result(LIMIT_S)
 
     assert response.prompt_logprobs is not None
@@ -122,6 +123,13 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
     ]
     assert response.sequences[0].topk_logprobs is not None
     assert response.sequences[0].tokens[0] == response.sequences[0].topk_logprobs[0][0][0]
+    alternatives = response.prompt_alt_tokens
+    assert alternatives is not None
+    targets = types.TensorData(alternatives.tokens)
+    scored = sampling.sample(PROMPT, target_prompt_logprobs=targets).target_prompt_logprobs
+    assert scored is not None
+    assert alternatives.logprobs.shape == (2, 4)
+    assert alternatives.logprobs == pytest.approx(scored.to_numpy(), abs=1e-5)
     last = sampling.compute_logprobs(PROMPT, prompt_logprobs_last_n=1).result(LIMIT_S)
     assert last == [None, None, response.prompt_logprobs[2]]
     with pytest.raises(mint.BadRequestError, match="prompt_logprobs_last_n"):

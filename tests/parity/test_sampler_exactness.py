@@ -269,6 +269,42 @@ def test_targets_and_likeliest_tokens_are_those_of_the_full_distribution(
     assert_bitwise(plain, generated)
 
 
+def test_alternatives_of_a_prompt_are_drawn_from_the_full_distribution(
+    sampler: SamplerEngine, qwen3_folder: Path
+) -> None:
+    prompt = random_tokens(5, CHUNK_TOKENS + 30)
+    wishes = {"adapter": HEAD, "max_tokens": 4, "prompt_logprobs": True}
+    plain = sampler.generate(prompt, seed=3, **wishes)
+    generated = sampler.generate(prompt, seed=3, prompt_alternatives=50, **wishes)
+    assert_bitwise(plain, generated)
+    drawn = generated.prompt_alternatives
+    assert drawn is not None
+    targets = sampler.generate(prompt, target_prompt_tokens=drawn.token_ids, **wishes)
+    np.testing.assert_allclose(drawn.logprobs, targets.target_prompt_logprobs, atol=TOLERANCE)
+
+    every = np.tile(np.arange(VOCABULARY_SIZE), (len(prompt) - 1, 1))
+    logprobs = sampler.generate(prompt, target_prompt_tokens=every, **wishes).target_prompt_logprobs
+    assert logprobs is not None
+    # The mean of a thousand draws' logprobs is the negated entropy; mean over all positions.
+    p = np.exp(logprobs.astype(np.float64))
+    entropies = -(p * logprobs).sum(1)
+    deviations = np.sqrt(((p * logprobs**2).sum(1) - entropies**2) / drawn.logprobs.shape[1])
+    off = (drawn.logprobs.mean(1) + entropies) / deviations
+    assert abs(off.mean()) < 5 / np.sqrt(len(off))
+    assert abs(off.std() - 1) < 0.2
+    first, second = drawn.token_ids[:, 0], drawn.token_ids[:, 1]
+    assert (first != second).mean() > 0.9  # independent of each other, for all that a seed is one
+
+    other = sampler.generate(prompt, seed=4, prompt_alternatives=50, **wishes).prompt_alternatives
+    again = sampler.generate(
+        prompt, seed=3, prompt_alternatives=2, scored_tokens=40, **wishes
+    ).prompt_alternatives
+    assert other is not None
+    assert again is not None
+    assert (other.token_ids != drawn.token_ids).mean() > 0.9
+    assert again.token_ids.tolist() == drawn.token_ids[-40:, :2].tolist()
+
+
 @pytest.mark.parametrize("last", [1, 40, CHUNK_TOKENS + 20, 5000])
 def test_the_last_scores_are_those_of_scoring_all(last: int, qwen3_folder: Path) -> None:
     sampler = make_sampler(qwen3_folder)

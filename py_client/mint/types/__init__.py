@@ -40,6 +40,7 @@ from mint.types.responses import (
 )
 from mint.types.run_events import CallOutcome, QueueProgress, RunEvent
 from mint.types.samples import (
+    PromptAltTokens,
     SampledSequence,
     SamplePart,
     SampleResponse,
@@ -84,6 +85,7 @@ __all__ = [
     "OptimStepResponse",
     "ParsedCheckpointPath",
     "ParsedCheckpointTinkerPath",
+    "PromptAltTokens",
     "QueueProgress",
     "RunEvent",
     "RunKind",

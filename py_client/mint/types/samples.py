@@ -107,6 +107,21 @@ class SamplePart:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptAltTokens:
+    """Tokens that the model might have said in place of a prompt's, drawn at temperature 1, and
+    their logprobs: row i after tokens 0 to i. -1 and NaN where they were left out.
+    """
+
+    tokens: NDArray[np.int64]  # [prompt length - 1, k]
+    logprobs: NDArray[np.float32]  # [prompt length - 1, k]
+
+    @classmethod
+    def from_proto(cls, message: sampler_pb2.PromptAltTokens) -> "PromptAltTokens":
+        tokens, logprobs = map(TensorData.from_proto, (message.tokens, message.logprobs))
+        return cls(tokens.to_numpy(), logprobs.to_numpy())
+
+
+@dataclass(frozen=True, slots=True)
 class SampleResponse:
     """The continuations in order, and the seed that makes the same ones again.
 
@@ -121,6 +136,7 @@ class SampleResponse:
     seed: int = 0
     prompt_cache_hit_tokens: int = 0
     target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None
 
     @property
     def prompt_logprobs_np(self) -> NDArray[np.float32] | None:
@@ -148,6 +164,11 @@ class SampleResponse:
             target_prompt_logprobs=(
                 TensorData.from_proto(message.target_prompt_logprobs)
                 if message.HasField("target_prompt_logprobs")
+                else None
+            ),
+            prompt_alt_tokens=(
+                PromptAltTokens.from_proto(message.prompt_alt_tokens)
+                if message.HasField("prompt_alt_tokens")
                 else None
             ),
         )

@@ -306,6 +306,10 @@ def test_sample_response_is_plain() -> None:
         prompt_logprobs=[math.nan, -2.0],
         topk_prompt_logprobs=[sampler_pb2.TopkLogprobs(), topk],
         target_prompt_logprobs=types.TensorData([[-1.0, math.nan]]).to_proto(),
+        prompt_alt_tokens=sampler_pb2.PromptAltTokens(
+            tokens=types.TensorData([[7, 8, 7]]).to_proto(),
+            logprobs=types.TensorData([[-1.0, -2.0, -1.0]]).to_proto(),
+        ),
         seed=9,
     )
 
@@ -318,6 +322,9 @@ def test_sample_response_is_plain() -> None:
     assert response.prompt_logprobs == [None, -2.0]
     assert response.topk_prompt_logprobs == [None, [(4, -0.5), (5, -1.5)]]
     assert response.target_prompt_logprobs == types.TensorData([[-1.0, math.nan]])
+    assert response.prompt_alt_tokens is not None
+    assert response.prompt_alt_tokens.tokens.tolist() == [[7, 8, 7]]
+    assert response.prompt_alt_tokens.logprobs.tolist() == [[-1.0, -2.0, -1.0]]
     assert response.sequences[0].topk_logprobs == [[(4, -0.5), (5, -1.5)]] * 2
     assert optional_logprobs([math.nan]) == [None]
 

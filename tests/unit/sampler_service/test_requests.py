@@ -75,6 +75,7 @@ def test_everything_that_is_set_arrives() -> None:
             topk_prompt_logprobs=5,
             topk_sample_logprobs=6,
             prompt_logprobs_last_n=2,
+            prompt_alt_tokens_k=3,
             target_prompt_logprobs=targets([[8, -1], [9, 99]]),
             max_tokens=9,
             temperature=0.5,
@@ -272,6 +273,7 @@ def test_a_stream_is_parsed_like_a_sample() -> None:
         {"topk_sample_logprobs": 2},
         {"prompt_logprobs_last_n": 2},
         {"target_prompt_logprobs": targets([[1], [2]])},
+        {"prompt_alt_tokens_k": 2},
     ],
 )
 def test_a_stream_refuses_what_its_parts_have_no_place_for(fields: dict[str, object]) -> None:
@@ -297,6 +299,7 @@ FLOAT = st.floats() | st.sampled_from([0.0, 1.0])
             "topk_sample_logprobs": INT32,
             "include_prompt_logprobs": st.booleans(),
             "prompt_logprobs_last_n": INT32,
+            "prompt_alt_tokens_k": INT32,
             "target_prompt_logprobs": st.builds(
                 types_pb2.TensorData,
                 dtype=st.sampled_from([0, 1, 2, 3]),
