@@ -79,7 +79,8 @@ class Watch:
                 print(f"{name}: {size} {before:.0f} at first, {after:.0f} at last")
                 more = {"memory_mib": MOST_GROWTH * before, "threads": MORE_THREADS}
                 if after > before + more.get(size, 0):
-                    yield f"{name}: {size} grew from {before:.0f} to {after:.0f}"
+                    every = " ".join(f"{getattr(each, size):.0f}" for each in sizes)
+                    yield f"{name}: {size} grew from {before:.0f} to {after:.0f}: {every}"
 
 
 def _median(sizes: Sequence[Sizes], name: str) -> float:

@@ -6,12 +6,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from mint import types
-from mint._async_names import off_loop
+from mint._async_names import awaited, off_loop
 from mint._call import Question, ask
 from mint._opening import open_servers
 from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._watch import RunWatch
 from mint.errors import InvalidInputError
+from mint.futures import APIFuture
 from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient, refuse_retry_config
 from mint.training_client import TrainingClient
@@ -190,6 +191,15 @@ class ServiceClient:
         """Returns a client that manages checkpoints and runs, over the same connection."""
         return RestClient(self._servers)
 
+    def copy_weights(
+        self, path: str, *, ttl_seconds: float | None = None, weights_access_token: None = None
+    ) -> APIFuture[str]:
+        """As `RestClient.copy_weights`."""
+        rest = self.create_rest_client()
+        return rest.copy_weights(
+            path, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
+        )
+
     def close(self) -> None:
         """Closes the connections, also those of the clients made here. Calls without an answer
         fail; training calls that the server has accepted run on there."""
@@ -215,6 +225,7 @@ class ServiceClient:
     open_training_run_async = off_loop(open_training_run)
     create_sampling_client_async = off_loop(create_sampling_client)
     create_rest_client_async = off_loop(create_rest_client)
+    copy_weights_async = awaited(copy_weights)
     get_training_run_async = off_loop(get_training_run)
     list_training_runs_async = off_loop(list_training_runs)
     update_training_run_async = off_loop(update_training_run)

@@ -17,7 +17,7 @@ from random import Random
 
 from tests.harness.checker import Event, problems
 from tests.harness.faults import Faults
-from tests.harness.stage import staged
+from tests.harness.stage import SILENCE_LIMIT_S, staged
 
 USERS = 4
 DISK_MIB = 96
@@ -75,6 +75,8 @@ class Play:
             faults.end()
             found = stage.history()
             told = [*faults.problems, *problems(found, expected)]
+            if stage.stuck:
+                told.insert(0, f"nobody was answered for {SILENCE_LIMIT_S:.0f} s")
             calls = sum(event["event"] == "answered" for event in found)
             return Report(stage.kills(), faults.done, calls, 1, told)
 

@@ -21,7 +21,7 @@ from tests.harness.user import script
 from tests.supervised import Supervised, supervised
 
 LOOK_S = 0.02
-END_LIMIT_S = 600.0
+SILENCE_LIMIT_S = 600.0  # without an answer to anybody
 MOST_FAILURES = 3  # of a user's process by itself
 
 
@@ -74,6 +74,7 @@ class Stage:
     proxies: tuple[Proxy, Proxy]
     keys: list[str]  # of the users, and of one more tenant
     users: list[UserProcess] = field(default_factory=list)
+    stuck: bool = False
 
     def answered(self) -> int:
         return sum(history.answered(user.file) for user in self.users)
@@ -109,10 +110,15 @@ class Stage:
             user.end()
 
     def running(self) -> Iterator[None]:
-        """Goes on until all scripts have ended, and lets its caller act now and then."""
-        deadline = time.monotonic() + END_LIMIT_S
+        """Goes on until all scripts have ended, and lets its caller act now and then. Ends early,
+        with `stuck` set, when nobody has been answered for long.
+        """
+        answered, deadline = 0, time.monotonic() + SILENCE_LIMIT_S
         while [user for user in self.users if not user.look()]:
+            if self.answered() > answered:
+                answered, deadline = self.answered(), time.monotonic() + SILENCE_LIMIT_S
             if time.monotonic() > deadline:
+                self.stuck = True
                 return
             yield
             time.sleep(LOOK_S)  # nothing tells of a process's end and of its answers alike

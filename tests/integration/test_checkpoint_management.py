@@ -202,7 +202,7 @@ def test_a_copy_shares_storage_and_lives_on_its_own(
     saved = training.save_state("a", user_metadata={"k": "v"}).result(60)
 
     copy = rest.copy_checkpoint(saved.path, "b").result(60)
-    drawn = rest.copy_weights(saved.revision_path, ttl_seconds=3600).result(60)
+    drawn = service.copy_weights(saved.revision_path, ttl_seconds=3600).result(60)
 
     assert copy.path == saved.path.removesuffix("a") + "b"
     assert (copy.source_path, copy.metadata) == (saved.revision_path, {"k": "v"})

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import mint
 from checkpoint_store import CheckpointStore
@@ -85,3 +87,40 @@ def test_what_one_host_saves_another_samples_and_a_third_reads(
     run.load_state_with_optimizer(state.path).result(LIMIT_S)
     again = weights(third, run.save_weights_for_sampler("a").result(LIMIT_S).revision_path)
     assert all(np.array_equal(saved[name], again[name]) for name in saved)
+
+
+def test_checkpoints_are_managed_as_in_a_folder(
+    client: mint.ServiceClient, qwen3_folder: Path, store: str, tmp_path: Path
+) -> None:
+    rest = client.create_rest_client()
+    run = client.create_lora_training_client("tiny", rank=4)
+    step(run)
+    state = run.save_state("half").result(LIMIT_S)
+
+    copy = rest.copy_checkpoint(state.path, "kept").result(LIMIT_S)
+    down = rest.download_checkpoint(copy.path, tmp_path / "state").result(LIMIT_S)
+    up = rest.upload_checkpoint(down, "half", with_optimizer=True).result(LIMIT_S)
+    continued = client.create_training_client_from_state_with_optimizer(up.path)
+    step(run)
+    step(continued)
+    theirs, ours = (
+        one.save_weights_for_sampler("end").result(LIMIT_S).path for one in (run, continued)
+    )
+    export = rest.export_checkpoint(ours).result(LIMIT_S)
+    merged = rest.download_checkpoint(export.path, tmp_path / "merged").result(LIMIT_S)
+    listed = rest.list_checkpoints(run.training_run_id).result(LIMIT_S).checkpoints
+    rest.delete_checkpoint_from_tinker_path(state.path).result(LIMIT_S)
+
+    third = open_store(store, tmp_path / "third", saves=False)
+    expected, got = weights(third, theirs), weights(third, ours)
+    assert all(np.array_equal(expected[name], got[name]) for name in expected)
+    assert {each.path for each in listed} == {state.path, copy.path, theirs}
+    with pytest.raises(mint.NotFoundError):
+        rest.get_checkpoint(state.path).result(LIMIT_S)
+    assert rest.get_checkpoint(copy.path).result(LIMIT_S).source_path == f"{state.path}@1"
+    scored = client.create_sampling_client(model_path=ours).compute_logprobs(PROMPT)
+    tokens = torch.tensor([PROMPT.to_ints()])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits[0, :-1]
+    logprobs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    assert scored.result(LIMIT_S)[1:] == pytest.approx(logprobs.tolist(), abs=1e-5)
