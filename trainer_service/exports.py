@@ -51,6 +51,8 @@ class Exports:
         if made is not None:  # before a restart
             return made
         source = await asyncio.to_thread(self._store.open, request.path, tenant=tenant)
+        if source.row is not None:  # the merge reads files, which opening did not need
+            await asyncio.to_thread(self._store.verify, source)
         Opened(source, with_optimizer=False).check_base(model.name, model.fingerprint)
         async with staging(self._store) as folder:
             job = Merge(

@@ -104,6 +104,8 @@ def test_checkpoints_are_managed_as_in_a_folder(
     theirs, ours = (
         one.save_weights_for_sampler("end").result(LIMIT_S).path for one in (run, continued)
     )
+    export = rest.export_checkpoint(ours).result(LIMIT_S)
+    merged = rest.download_checkpoint(export.path, tmp_path / "merged").result(LIMIT_S)
     listed = rest.list_checkpoints(run.training_run_id).result(LIMIT_S).checkpoints
     rest.delete_checkpoint_from_tinker_path(state.path).result(LIMIT_S)
 
@@ -111,6 +113,7 @@ def test_checkpoints_are_managed_as_in_a_folder(
     expected, got = weights(third, theirs), weights(third, ours)
     assert all(np.array_equal(expected[name], got[name]) for name in expected)
     assert {each.path for each in listed} == {state.path, copy.path, theirs}
+    assert (merged / "model.safetensors").exists()
     with pytest.raises(mint.NotFoundError):
         rest.get_checkpoint(state.path).result(LIMIT_S)
     assert rest.get_checkpoint(copy.path).result(LIMIT_S).source_path == f"{state.path}@1"
