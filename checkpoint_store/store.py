@@ -174,6 +174,8 @@ class CheckpointStore:
         )
         if not found.stored:
             return self.publish_as(manifest, found.weights(), overwrite=False)
+        if found.row is not None:
+            self.verify(found)  # what memory has is opened without its files
         with self.staging() as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)

@@ -12,6 +12,7 @@ from sampler_service.jobs import (
     SamplePart,
     StopReason,
     TokenLogprobs,
+    Tokens,
 )
 
 _STOP_REASONS = {
@@ -86,29 +87,28 @@ def _prompt_topk(generated: Generated) -> list[sampler_pb2.TopkLogprobs]:
 
 def _targets(generated: Generated) -> types_pb2.TensorData | None:
     scored = generated.target_prompt_logprobs
-    return None if scored is None else _logprob_rows(generated, scored)
+    return None if scored is None else _rows(generated, scored.astype("<f4"), np.nan)
 
 
 def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
     drawn = generated.prompt_alternatives
     if drawn is None:
         return None
-    undrawn = np.full((generated.unscored_tokens - 1, drawn.token_ids.shape[1]), -1, "<i8")
-    ids = np.concatenate([undrawn, drawn.token_ids.astype("<i8")])
-    tokens = types_pb2.TensorData(
-        dtype=types_pb2.TENSOR_DTYPE_INT64, shape=ids.shape, values=ids.tobytes()
-    )
     return sampler_pb2.PromptAltTokens(
-        tokens=tokens, logprobs=_logprob_rows(generated, drawn.logprobs)
+        tokens=_rows(generated, drawn.token_ids.astype("<i8"), -1),
+        logprobs=_rows(generated, drawn.logprobs.astype("<f4"), np.nan),
     )
 
 
-def _logprob_rows(generated: Generated, scored: Floats) -> types_pb2.TensorData:
-    """One row per prompt token but the first."""
-    unscored = np.full((generated.unscored_tokens - 1, scored.shape[1]), np.nan, "<f4")
-    values = np.concatenate([unscored, scored.astype("<f4")])
+def _rows(generated: Generated, scored: Floats | Tokens, unscored: float) -> types_pb2.TensorData:
+    """One row per prompt token but the first, in the byte order of the contract already."""
+    left_out = np.full((generated.unscored_tokens - 1, scored.shape[1]), unscored, scored.dtype)
+    values = np.concatenate([left_out, scored])
+    is_float = values.dtype.kind == "f"
     return types_pb2.TensorData(
-        dtype=types_pb2.TENSOR_DTYPE_FLOAT32, shape=values.shape, values=values.tobytes()
+        dtype=types_pb2.TENSOR_DTYPE_FLOAT32 if is_float else types_pb2.TENSOR_DTYPE_INT64,
+        shape=values.shape,
+        values=values.tobytes(),
     )
 
 

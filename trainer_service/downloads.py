@@ -42,7 +42,7 @@ class Downloads:
 
     async def pieces(self, tenant: str, wanted: Download) -> AsyncGenerator[FilePiece, None]:
         """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
-        found = await self._stored(tenant, wanted.path)
+        found = await stored(self._store, tenant, wanted.path)
         await asyncio.to_thread(found.note_use)
         if found.copied:
             await asyncio.to_thread(self._store.verify, found)  # which brings the copies
@@ -56,19 +56,20 @@ class Downloads:
                 if offset >= entry.size_bytes:
                     break
 
-    async def _stored(self, tenant: str, path: str) -> OpenCheckpoint:
-        """The checkpoint's files; a snapshot that is in memory is waited for."""
-        ends_s = time.monotonic() + _STORED_LIMIT_S
-        while True:
-            try:
-                return await asyncio.to_thread(self._store.find_stored, path, tenant=tenant)
-            except CheckpointNotFound:
-                await asyncio.to_thread(self._store.find, path, tenant=tenant)  # or is it nowhere?
-            if time.monotonic() > ends_s:
-                raise Unavailable(
-                    f"snapshot `{path}` is in memory and not stored yet; send the call again"
-                )
-            await asyncio.sleep(_STORED_INTERVAL_S)
+
+async def stored(store: CheckpointStore, tenant: str, path: str) -> OpenCheckpoint:
+    """The checkpoint's files, unverified; a snapshot that is in memory is waited for."""
+    ends_s = time.monotonic() + _STORED_LIMIT_S
+    while True:
+        try:
+            return await asyncio.to_thread(store.find_stored, path, tenant=tenant)
+        except CheckpointNotFound:
+            await asyncio.to_thread(store.find, path, tenant=tenant)  # or is it nowhere?
+        if time.monotonic() > ends_s:
+            raise Unavailable(
+                f"snapshot `{path}` is in memory and not stored yet; send the call again"
+            )
+        await asyncio.sleep(_STORED_INTERVAL_S)
 
 
 def _chosen(path: str, files: Mapping[str, FileEntry], wanted: Download) -> Mapping[str, FileEntry]:

@@ -13,6 +13,7 @@ from mint_core.errors import EngineFault, MintError
 from mint_core.rpc.model_service import tokenizer_files
 from trainer_service.checkpoint_requests import ExportCheckpoint
 from trainer_service.checkpoints import Opened
+from trainer_service.downloads import stored
 from trainer_service.merge_job import Merge, Merged
 from trainer_service.once import Once
 from trainer_service.staging import staging
@@ -50,9 +51,9 @@ class Exports:
         made = await asyncio.to_thread(self._store.made, request.path, MERGED_WEIGHTS, digest)
         if made is not None:  # before a restart
             return made
-        source = await asyncio.to_thread(self._store.open, request.path, tenant=tenant)
-        if source.row is not None:  # the merge reads files, which opening did not need
-            await asyncio.to_thread(self._store.verify, source)
+        source = await stored(self._store, tenant, request.path)  # the merge reads files
+        await asyncio.to_thread(source.note_use)
+        await asyncio.to_thread(self._store.verify, source)
         Opened(source, with_optimizer=False).check_base(model.name, model.fingerprint)
         async with staging(self._store) as folder:
             job = Merge(

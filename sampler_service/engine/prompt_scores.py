@@ -13,7 +13,8 @@ from sampler_service.engine.runner import Computed, Placed
 from sampler_service.engine.sampling import draw_alternatives
 from sampler_service.jobs import Floats, Generate, Tokens
 
-ROWS = 128  # whose logits are held at once, where more than some tokens' logprobs is wanted
+ROWS = 128  # whose logits are held at once, where likeliest tokens or alternatives are wanted
+_IdsAndLogprobs = tuple[Tensor, Tensor]  # both [rows, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def score_span(
     return SpanScores(logprobs[:, 0], *_arrays(top), logprobs[:, 1:], *_arrays(alternatives))
 
 
-def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> "_TokenLogprobs":
+def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> _IdsAndLogprobs:
     """The k likeliest tokens of each row."""
     if not k:
         return _none(piece)
@@ -84,7 +85,7 @@ def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> "_TokenLogprobs":
 
 def _alternatives(
     head: Head, hidden: Tensor, piece: Piece, positions: range, job: Generate
-) -> "_TokenLogprobs":
+) -> _IdsAndLogprobs:
     """Tokens that the model might have said after each of the positions, which are the rows'."""
     if not job.prompt_alternatives:
         return _none(piece)
@@ -97,19 +98,16 @@ def _alternatives(
     return _joined(parts)
 
 
-_TokenLogprobs = tuple[Tensor, Tensor]  # token ids and logprobs, both [rows, k]
-
-
-def _none(piece: Piece) -> _TokenLogprobs:
+def _none(piece: Piece) -> _IdsAndLogprobs:
     none = torch.empty(len(piece.rows), 0)
     return none.long(), none
 
 
-def _joined(parts: Sequence[_TokenLogprobs]) -> _TokenLogprobs:
+def _joined(parts: Sequence[_IdsAndLogprobs]) -> _IdsAndLogprobs:
     ids, logprobs = zip(*parts, strict=True)
     return torch.cat(ids), torch.cat(logprobs)
 
 
-def _arrays(ranked: _TokenLogprobs) -> tuple[Tokens, Floats]:
-    ids, logprobs = ranked
+def _arrays(both: _IdsAndLogprobs) -> tuple[Tokens, Floats]:
+    ids, logprobs = both
     return ids.cpu().numpy(), logprobs.cpu().numpy()

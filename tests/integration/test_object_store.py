@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import mint
 from checkpoint_store import CheckpointStore
@@ -106,14 +108,22 @@ def test_checkpoints_are_managed_as_in_a_folder(
     )
     export = rest.export_checkpoint(ours).result(LIMIT_S)
     merged = rest.download_checkpoint(export.path, tmp_path / "merged").result(LIMIT_S)
+    kept = rest.copy_checkpoint(ours, "kept").result(LIMIT_S)
     listed = rest.list_checkpoints(run.training_run_id).result(LIMIT_S).checkpoints
     rest.delete_checkpoint_from_tinker_path(state.path).result(LIMIT_S)
 
     third = open_store(store, tmp_path / "third", saves=False)
-    expected, got = weights(third, theirs), weights(third, ours)
-    assert all(np.array_equal(expected[name], got[name]) for name in expected)
+    expected = weights(third, theirs)
+    for path in (ours, kept.path):
+        got = weights(third, path)
+        assert all(np.array_equal(expected[name], got[name]) for name in expected)
     assert {each.path for each in listed} == {state.path, copy.path, theirs}
-    assert (merged / "model.safetensors").exists()
     with pytest.raises(mint.NotFoundError):
         rest.get_checkpoint(state.path).result(LIMIT_S)
     assert rest.get_checkpoint(copy.path).result(LIMIT_S).source_path == f"{state.path}@1"
+    scored = client.create_sampling_client(model_path=ours).compute_logprobs(PROMPT)
+    prompt = torch.tensor([PROMPT.to_ints()])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(merged)(prompt).logits[0, :-1]
+    logprobs = logits.log_softmax(-1).gather(1, prompt[0, 1:, None])[:, 0]
+    assert scored.result(LIMIT_S)[1:] == pytest.approx(logprobs.tolist(), abs=1e-5)

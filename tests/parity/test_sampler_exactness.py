@@ -285,7 +285,8 @@ def test_alternatives_of_a_prompt_are_drawn_from_the_full_distribution(
     every = np.tile(np.arange(VOCABULARY_SIZE), (len(prompt) - 1, 1))
     logprobs = sampler.generate(prompt, target_prompt_tokens=every, **wishes).target_prompt_logprobs
     assert logprobs is not None
-    # The mean of a thousand draws' logprobs is the negated entropy; mean over all positions.
+    # In the mean a position's logprobs are its negated entropy: how far its 50 draws are off must
+    # spread as chance has it.
     p = np.exp(logprobs.astype(np.float64))
     entropies = -(p * logprobs).sum(1)
     deviations = np.sqrt(((p * logprobs**2).sum(1) - entropies**2) / drawn.logprobs.shape[1])

@@ -108,6 +108,7 @@ def test_everything_that_is_set_arrives() -> None:
     assert parsed.topk_prompt_logprobs == 5
     assert parsed.topk_sample_logprobs == 6
     assert parsed.scored_tokens == 2
+    assert parsed.prompt_alternatives == 3
     assert parsed.target_prompt_tokens is not None
     assert parsed.target_prompt_tokens.tolist() == [[8, -1], [9, 99]]
 
@@ -143,6 +144,7 @@ def test_chunks_are_read_one_after_the_other() -> None:
         (sample(num_samples=-1), "num_samples", "0 to 1024"),
         (sample(num_samples=1025), "num_samples", "0 to 1024"),
         (sample(topk_sample_logprobs=65), "topk_sample_logprobs", "0 to 64"),
+        (sample(prompt_alt_tokens_k=65), "prompt_alt_tokens_k", "0 to 64"),
         (sample(prompt_logprobs_last_n=3), "prompt_logprobs_last_n", "leave it out"),
         (
             sample(prompt_logprobs_last_n=-1, include_prompt_logprobs=True),
