@@ -185,8 +185,10 @@ class EngineProcess:
         self._spawn()
         try:
             return await self.hello()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, Unavailable) and self._start_error:
+                raise self._start_error from None
             raise
 
     async def hello(self) -> Hello:
@@ -308,8 +310,11 @@ class EngineProcess:
             self._on_death(why)
             self._fail_waiting(EngineDied(f"{why}; another is starting"))
         elif self.restarts == 0 and not self._restart:
-            self._fail_attempt(cause or EngineFault(f"{why} while it started; its log says why"))
-            return  # start() raises it
+            cause = cause or EngineFault(f"{why} while it started; its log says why")
+            self._start_error = cause  # start() raises it; callers wait for the next server
+            self.closed = True
+            self._fail_attempt(Unavailable(f"the engine cannot start: {cause.message}"))
+            return
         else:
             why = cause.message if cause else why
             self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))

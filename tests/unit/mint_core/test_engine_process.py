@@ -206,6 +206,17 @@ async def test_an_engine_that_dies_while_it_starts_is_reported() -> None:
         await asyncio.wait_for(engine.start(), LIMIT_S)
 
 
+async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again() -> None:
+    config = EchoConfig(refusal="`base_model` is too large")
+    engine = EngineProcess("tests.engines.echo", config)
+    start = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="cannot start: `base_model` is too large"):
+        await asyncio.wait_for(engine.call(Echo("early")), LIMIT_S)
+    with pytest.raises(InvalidRequest):
+        await start
+
+
 async def test_a_restart_that_fails_is_unavailable_and_tried_again(tmp_path: Path) -> None:
     config = EchoConfig(
         refusal="there is no memory left", start_log=tmp_path / "starts", failing_starts=(2,)
