@@ -18,6 +18,7 @@ from checkpoint_store.object_store import ObjectStore, parse_address
 BUCKET = "checkpoints"  # made by the first put
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-the-store"}
 START_LIMIT_S = 60.0
+START_TRIES = 3
 _PORTS = [f"{part}.port" for part in ("master", "volume", "filer", "s3")]
 _PORTS += [f"{port}.grpc" for port in _PORTS]
 
@@ -37,20 +38,29 @@ def running_object_server(folder: Path) -> Iterator[ObjectServer]:
     program = Path(sys.executable).with_name("weed")
     if not program.exists():
         pytest.skip("there is no SeaweedFS here: PyPI has it for Linux on x86_64")
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
+        server = ObjectServer(f"http://127.0.0.1:{_start(program, folder, stack)}")
+        ObjectStore(parse_address(server.store("made"))).write("made", b"")
+        yield server
+
+
+def _start(program: Path, folder: Path, stack: ExitStack) -> int:
+    """Starts the server until the stack ends, and returns its port. It takes ports by number, and
+    between our look and its start another process may have taken one: then it ends.
+    """
+    for _ in range(START_TRIES):
+        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         log = stack.enter_context((folder / "log").open("wb"))
         process = subprocess.Popen(
             [program, "server", *_flags(folder, ports)], stdout=log, stderr=subprocess.STDOUT
         )
         stack.callback(_stop, process, ports)
-        _await_port(process, ports["s3.port"], folder / "log")
-        server = ObjectServer(f"http://127.0.0.1:{ports['s3.port']}")
-        ObjectStore(parse_address(server.store("made"))).write("made", b"")
-        yield server
+        if _ready(process, ports["s3.port"], folder / "log"):
+            return ports["s3.port"]
+    raise AssertionError(f"the server ended at start\n{(folder / 'log').read_text()}")
 
 
 def _flags(folder: Path, ports: dict[str, int]) -> list[str]:
@@ -75,16 +85,18 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _await_port(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+def _ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> bool:
+    """Waits until the port is listened on; False if the process ends before."""
     deadline = time.monotonic() + START_LIMIT_S
-    while True:
-        assert process.poll() is None, f"the server ended at start\n{log.read_text()}"
+    while process.poll() is None:
         assert time.monotonic() < deadline, f"the server did not get ready\n{log.read_text()}"
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
-            return
         except OSError:
             time.sleep(0.05)  # nothing tells of a port that is listened on
+        else:
+            return True
+    return False
 
 
 def _stop(process: "subprocess.Popen[bytes]", ports: dict[str, int]) -> None:
