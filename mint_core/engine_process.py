@@ -124,15 +124,17 @@ class _Child:
             self._process.wait()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiter:
     """Who waits for an answer."""
 
     future: asyncio.Future[Any]
     silence_limit_s: float
     on_part: Callable[[Any], None] | None
+    parted: bool = False  # the engine goes on with the next call and with this one beside it
 
     def take(self, part: object) -> None:
+        self.parted = True
         if self.future.done():
             return  # the caller has left
         try:
@@ -308,7 +310,7 @@ class EngineProcess:
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self._on_death(why)
-            self._fail_waiting(EngineDied(f"{why}; another is starting"))
+            self._mourn(f"{why}; another is starting")
         elif self.restarts == 0 and not self._restart:
             cause = cause or EngineFault(f"{why} while it started; its log says why")
             self._start_error = cause  # start() raises it; callers wait for the next server
@@ -334,6 +336,14 @@ class EngineProcess:
             self._attempt = asyncio.get_running_loop().create_future()
         self._attempt.set_exception(error)
         self._attempt.exception()  # retrieved: nobody need wait for it
+
+    def _mourn(self, why: str) -> None:
+        """Fails what was with an engine that died, and says which call it was at."""
+        begun = (number for number, waiter in self._waiting.items() if not waiter.parted)
+        at = next(begun, next(iter(self._waiting), None))
+        for number, waiter in self._waiting.items():
+            if not waiter.future.done():
+                waiter.future.set_exception(EngineDied(why, at_work=number == at))
 
     def _fail_waiting(self, error: MintError) -> None:
         for waiter in self._waiting.values():

@@ -135,4 +135,11 @@ class EngineFault(MintError):
 
 
 class EngineDied(EngineFault):
-    """The engine is gone, and with it all that was in its memory; another is starting."""
+    """The engine is gone, and with it all that was in its memory; another is starting.
+
+    `at_work`: whether it was at this call, if it does one after the other, and not at one before.
+    """
+
+    def __init__(self, message: str, *, at_work: bool = True) -> None:
+        super().__init__(message)
+        self.at_work = at_work

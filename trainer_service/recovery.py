@@ -16,7 +16,7 @@ from trainer_service.errors import StateDamaged
 from trainer_service.journal.ledger import Ledger
 from trainer_service.replay import Replay
 from trainer_service.run import Run
-from trainer_service.scheduler import Scheduler
+from trainer_service.scheduler import NotStarted, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ class Recovery:
             replay = Replay(self._scheduler, self._ledger, self._folder, life, done)
             try:
                 await replay.restore(list(left.values()))
+            except NotStarted:
+                pass  # it ended with something else
             except EngineDied:
                 for run in _ending_engines(replay):
                     done(run, StateDamaged(run.id, f"its replay ended {MOST_DEATHS} engines"))

@@ -28,7 +28,7 @@ from trainer_service.planner import most_tile_tokens
 from trainer_service.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
 from trainer_service.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
 from trainer_service.run import Run, RunHooks, RunOrigin, RunState, RunView
-from trainer_service.scheduler import Scheduler
+from trainer_service.scheduler import NotStarted, Scheduler
 from trainer_service.sequencing import SequenceLimits
 from trainer_service.uploaded_runs import is_uploaded
 from trainer_service.watching import Watch
@@ -261,7 +261,8 @@ class Runs:
         """Makes a run and its row; one that starts from a checkpoint is on disk apart from it."""
         training_run_id = f"run-{secrets.token_hex(8)}"
         job = await self._row_to_make(training_run_id, tenant, request)
-        for _ in range(MOST_ATTEMPTS):
+        deaths = 0
+        while deaths < MOST_ATTEMPTS:
             life = await self._scheduler.up()
             try:
                 description: RowDescription = await self._scheduler.row(job, life)
@@ -271,7 +272,8 @@ class Runs:
                     return run, None
                 return run, await self._durability.snapshots.take(run, 0)
             except EngineDied as death:
-                logger.warning("an engine ended while it made a run: %s", death.message)
+                deaths += not isinstance(death, NotStarted)
+                logger.warning("an engine ended while a run was made: %s", death.message)
         raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
 
     def _new_run(

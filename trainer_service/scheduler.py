@@ -66,7 +66,7 @@ class _Job:
 
 
 class NotStarted(EngineDied):
-    """The engine died before it was given the work."""
+    """The engine died before it was at the work, which had no part in that."""
 
 
 class Scheduler:
@@ -151,13 +151,13 @@ class Scheduler:
         """Does a job on one row, which was there in that life."""
         if life != self.life:
             raise NotStarted("the engine with the row has ended")
-        return await self._engine.call(job, on_part=on_part)
+        return await self._call(job, on_part=on_part)
 
     async def replay(self, job: Plan | StepRows, life: int) -> Any:
         """Does past work again, beside what is new."""
         if life != self.life:
             raise NotStarted("the engine with the rows has ended")
-        return await self._engine.call(job, silence_limit_s=self._limit_s(job))
+        return await self._call(job, silence_limit_s=self._limit_s(job))
 
     async def compute(self, tenant: str, tiles: Sequence[Tile]) -> list[TileResult]:
         """Computes the tiles of one call, beside those of others."""
@@ -220,7 +220,7 @@ class Scheduler:
         start_s = time.monotonic()
         self._running = _Job(job, start_s)
         try:
-            results = await self._engine.call(job, silence_limit_s=self._limit_s(job))
+            results = await self._call(job, silence_limit_s=self._limit_s(job))
         except Exception as raised:
             error = domain_error(raised)
             for waiter in waiters:
@@ -239,6 +239,14 @@ class Scheduler:
         finally:
             self._busy = self._running = None
             asyncio.get_running_loop().call_soon(self._advance)
+
+    async def _call(self, job: object, **options: Any) -> Any:
+        try:
+            return await self._engine.call(job, **options)
+        except EngineDied as death:
+            if death.at_work:
+                raise
+            raise NotStarted(death.message) from death
 
     def _account(
         self,

@@ -10,6 +10,7 @@ from mint_core.engine_pipe import Call, EnginePipe, Heartbeat, Hello, Part, Repl
 from mint_core.errors import InvalidRequest
 from tests.engines.echo_jobs import (
     MODEL,
+    Aside,
     Bug,
     Count,
     Crash,
@@ -35,7 +36,8 @@ def main() -> None:
         except Exception as error:
             pipe.fail(call.number, error)
         else:
-            pipe.send(Reply(call.number, answer))
+            if not isinstance(call.job, Aside):
+                pipe.send(Reply(call.number, answer))
 
 
 def why_not(config: EchoConfig) -> str:
@@ -56,6 +58,8 @@ def run(call: Call, pipe: EnginePipe) -> str:
             raise InvalidRequest(text, field="text")
         case Bug():
             raise ZeroDivisionError("a secret")
+        case Aside():
+            pipe.send(Part(call.number, "copied"))
         case Crash(exit_code):
             os._exit(exit_code)
         case Hang():

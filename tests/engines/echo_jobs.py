@@ -79,4 +79,9 @@ class Count:
     bundle: int = 1
 
 
-Job = Echo | Refuse | Bug | Crash | Hang | Work | Count
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Sends "copied" as a part; its answer never comes, and the engine goes on."""
+
+
+Job = Aside | Echo | Refuse | Bug | Crash | Hang | Work | Count

@@ -12,9 +12,10 @@ import pytest
 
 from mint_core import engine_process
 from mint_core.engine_process import EngineProcess
-from mint_core.errors import EngineFault, InvalidRequest, Unavailable
+from mint_core.errors import EngineDied, EngineFault, InvalidRequest, Unavailable
 from tests.engines.echo_jobs import (
     MODEL,
+    Aside,
     Bug,
     Count,
     Crash,
@@ -165,6 +166,33 @@ async def test_a_killed_engine_is_noticed_without_any_call() -> None:
         engine.changed.clear()
         await engine.changed.wait()
         assert engine.ready
+
+
+async def test_an_engine_that_dies_was_at_the_first_call_that_it_does_not_do_aside() -> None:
+    async with running() as engine:
+        jobs = (Aside(), Hang(), Echo("behind"))
+        parts: list[object] = []
+        calls = [asyncio.create_task(engine.call(job, on_part=parts.append)) for job in jobs]
+        while not parts:
+            await asyncio.sleep(0.01)
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        died = await asyncio.gather(*calls, return_exceptions=True)
+
+        assert [isinstance(each, EngineDied) and each.at_work for each in died] == [0, 1, 0]
+
+
+async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first() -> None:
+    async with running() as engine:
+        parts: list[object] = []
+        calls = [asyncio.create_task(engine.call(Aside(), on_part=parts.append)) for _ in range(2)]
+        while len(parts) < 2:
+            await asyncio.sleep(0.01)
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        died = await asyncio.gather(*calls, return_exceptions=True)
+
+        assert [isinstance(each, EngineDied) and each.at_work for each in died] == [1, 0]
 
 
 async def test_a_hung_engine_is_killed() -> None:

@@ -13,7 +13,7 @@ from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from tests.engines.trainer import DIE, MAX_BATCH_TOKENS, REFUSED_RATE, WAIT
 from tests.unit.trainer_service.calls import call, compute, step
-from trainer_service.jobs import ClearGradient, CreateRow, Tile, TileResult
+from trainer_service.jobs import ClearGradient, CreateRow, StepRows, Tile, TileResult
 from trainer_service.planner import cut, most_tile_tokens
 from trainer_service.scheduler import Forecast, NotStarted, Scheduler
 from trainer_service.usage import Usage
@@ -168,6 +168,23 @@ async def test_an_engine_that_dies_fails_what_it_had_and_what_waits(
         assert await scheduler.up() == 2  # waits for the next engine
         await scheduler.row(job("c"), 2)
         assert plan_of(await scheduler.compute("x", tiles("c", 1, 4))) == [1]
+
+
+async def test_what_waits_in_the_engine_behind_work_that_ends_it_is_not_to_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
+    async with scheduling() as scheduler:
+        deadly = await busy(scheduler, DIE)
+        row = asyncio.create_task(scheduler.row(job("c"), 1))
+        replay = asyncio.create_task(scheduler.replay(StepRows((step("b"),)), 1))
+
+        with pytest.raises(EngineDied) as caught:
+            await deadly
+        assert not isinstance(caught.value, NotStarted)
+        for behind in (row, replay):
+            with pytest.raises(NotStarted, match="exit code 3"):
+                await behind
 
 
 async def test_there_is_no_model_before_the_engine_was_up() -> None:
