@@ -50,6 +50,9 @@ WEIGHTS = {
     "full": 1,
     "poison": 1,
 }
+# A call with which three engines die is given up, which is right: no engine is ended again until
+# every user has had an answer. A fault point may still end one more.
+ENDS_ENGINES = ("engine", "memory")
 CALM_ANSWERS = 6  # until delays and duplicates end, and limits are lifted
 
 
@@ -66,6 +69,7 @@ class Faults:
         self._calm: list[tuple[int, Callable[[], None]]] = []  # at how many answers, what ends
         self._aside: list[threading.Thread] = []
         self._points = 0
+        self._answered: list[int] = []  # to each user, when an engine was ended
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -79,7 +83,20 @@ class Faults:
         self._next = answered + self._random.randint(1, 2 * self._gap)
         for _ in range(self._random.choice((1, 1, 2))):
             (name,) = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
-            self.do(name)
+            self.do(self._bearable(name))
+
+    def _bearable(self, name: str) -> str:
+        if name not in ENDS_ENGINES:
+            return name
+        users = self._stage.users
+        before, self._answered = self._answered, [user.answered for user in users]
+        if any(
+            now == then and not user.ended
+            for now, then, user in zip(self._answered, before, users, strict=False)
+        ):
+            self._answered = before
+            return "front"
+        return name
 
     def do(self, name: str) -> None:
         self.done[name] += 1

@@ -54,6 +54,15 @@ class UserProcess:
         self.lives += 1
         return False
 
+    @property
+    def answered(self) -> int:
+        return history.answered(self.file)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the script has come to its end."""
+        return self._process is not None and self._process.poll() == 0
+
     def kill(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
@@ -77,7 +86,7 @@ class Stage:
     stuck: bool = False
 
     def answered(self) -> int:
-        return sum(history.answered(user.file) for user in self.users)
+        return sum(user.answered for user in self.users)
 
     def engine_deaths(self) -> int:
         """Of engines that died and not their front."""
