@@ -1,5 +1,6 @@
 """What is done to a stage, drawn from a seed: when so many answers have come, one thing or two."""
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import psutil
 import mint
 from mint import types
 from tests.engines.mortal import POISON
+from tests.harness.history import Progress
 from tests.harness.stage import Stage
 from tests.supervised import dying_at
 
@@ -50,9 +52,9 @@ WEIGHTS = {
     "full": 1,
     "poison": 1,
 }
-# A call with which three engines die is given up, which is right: no engine is ended again until
-# every user has had an answer. A fault point may still end one more.
-ENDS_ENGINES = ("engine", "memory")
+# A call with which three engines die is given up, which is right. So no engine is ended again until
+# every call that was under way has been answered, nor while a fault point waits for one.
+ENDS_ENGINES = ("engine", "sampler_engine", "memory")
 CALM_ANSWERS = 6  # until delays and duplicates end, and limits are lifted
 
 
@@ -69,7 +71,8 @@ class Faults:
         self._calm: list[tuple[int, Callable[[], None]]] = []  # at how many answers, what ends
         self._aside: list[threading.Thread] = []
         self._points = 0
-        self._answered: list[int] = []  # to each user, when an engine was ended
+        self._progress: list[Progress] = []  # of each user, when an engine was last ended
+        self._engine_point: Path | None = None  # is there once the point set last has ended one
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -86,20 +89,25 @@ class Faults:
             self.do(self._bearable(name))
 
     def _bearable(self, name: str) -> str:
-        if name not in ENDS_ENGINES:
+        """The fault, or one that ends no engine in the place of one that must not."""
+        waits = self._engine_point is not None and not self._engine_point.exists()
+        if name not in ENDS_ENGINES or (not waits and self._may_end_engine()):
             return name
+        return "front"
+
+    def _may_end_engine(self) -> bool:
+        """Whether no call can lose a third engine; if so, takes it that one is ended now."""
         users = self._stage.users
-        before, self._answered = self._answered, [user.answered for user in users]
-        if any(
-            now == then and not user.ended
-            for now, then, user in zip(self._answered, before, users, strict=False)
-        ):
-            self._answered = before
-            return "front"
-        return name
+        before, now = self._progress, [user.progress for user in users]
+        for user, then, is_at in zip(users, before, now, strict=False):
+            if not user.ended and not is_at.has_left(then):
+                return False
+        self._progress = now
+        return True
 
     def do(self, name: str) -> None:
         self.done[name] += 1
+        logging.info("fault: %s", name)
         getattr(self, f"_{name}")()
 
     def end(self) -> None:
@@ -116,6 +124,7 @@ class Faults:
         self._calm.append((self._stage.answered() + CALM_ANSWERS, end))
 
     def _front(self) -> None:
+        self._engine_point = None  # whose next start has none
         self._stage.trainer.kill()
 
     def _engine(self) -> None:
@@ -135,11 +144,12 @@ class Faults:
 
     def _point(self) -> None:
         """The next start dies between two writes of a promise."""
-        points = {**FRONT_POINTS, **ENGINE_POINTS}
+        points = FRONT_POINTS | (ENGINE_POINTS if self._may_end_engine() else {})
         name = self._random.choice(list(points))
         times = min(self._random.randint(1, points[name]) for _ in range(2))  # soon, mostly
         self._points += 1
         once = self._stage.folder / f"died-{self._points}"
+        self._engine_point = once if name in ENGINE_POINTS else None
         self._stage.trainer.start_next_with(dying_at(f"{name}@{times}@{once}"))
         self._stage.trainer.kill()
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,26 @@ def answered(file: Path) -> int:
         return file.read_bytes().count(b'"event": "answered"')
     except FileNotFoundError:
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one user is: the last place called, the last answered, and how much it was told."""
+
+    called: int = 0
+    answered: int = 0
+    answers: int = 0  # samples among them
+
+    def has_left(self, then: "Progress") -> bool:
+        """Whether every call that was under way then has been answered since."""
+        return self.answered >= then.called and self.answers > then.answers
+
+
+def progress(file: Path) -> Progress:
+    events = list(read(file)) if file.exists() else []
+    places = {"called": 0, "answered": 0}
+    for event in events:
+        if event["event"] in places:
+            places[event["event"]] = event["place"]
+    answers = sum(event["event"] in ("answered", "sampled") for event in events)
+    return Progress(**places, answers=answers)

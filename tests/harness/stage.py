@@ -59,6 +59,10 @@ class UserProcess:
         return history.answered(self.file)
 
     @property
+    def progress(self) -> history.Progress:
+        return history.progress(self.file)
+
+    @property
     def ended(self) -> bool:
         """Whether the script has come to its end."""
         return self._process is not None and self._process.poll() == 0
