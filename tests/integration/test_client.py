@@ -113,7 +113,7 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
     assert response.prompt_logprobs is not None
     assert response.prompt_logprobs == sampling.compute_logprobs(PROMPT).result(LIMIT_S)
     assert response.prompt_logprobs[0] is None
-    assert response.prompt_logprobs[1:] == pytest.approx(logprobs(run)[:-1], abs=1e-5)
+    assert response.prompt_logprobs[1:] == pytest.approx(logprobs(run)[:-1], rel=1e-5, abs=1e-5)
     assert response.topk_prompt_logprobs is not None
     assert [entry and len(entry) for entry in response.topk_prompt_logprobs] == [None, 2, 2]
     assert response.target_prompt_logprobs is not None
@@ -129,7 +129,7 @@ def test_prompt_logprobs_come_as_lists(run: mint.TrainingClient) -> None:
     scored = sampling.sample(PROMPT, target_prompt_logprobs=targets).target_prompt_logprobs
     assert scored is not None
     assert alternatives.logprobs.shape == (2, 4)
-    assert alternatives.logprobs == pytest.approx(scored.to_numpy(), abs=1e-5)
+    assert alternatives.logprobs == pytest.approx(scored.to_numpy(), rel=1e-5, abs=1e-5)
     last = sampling.compute_logprobs(PROMPT, prompt_logprobs_last_n=1).result(LIMIT_S)
     assert last == [None, None, response.prompt_logprobs[2]]
     with pytest.raises(mint.BadRequestError, match="prompt_logprobs_last_n"):

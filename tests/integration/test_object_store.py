@@ -126,4 +126,4 @@ def test_checkpoints_are_managed_as_in_a_folder(
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(merged)(prompt).logits[0, :-1]
     logprobs = logits.log_softmax(-1).gather(1, prompt[0, 1:, None])[:, 0]
-    assert scored.result(LIMIT_S)[1:] == pytest.approx(logprobs.tolist(), abs=1e-5)
+    assert scored.result(LIMIT_S)[1:] == pytest.approx(logprobs.tolist(), rel=1e-5, abs=1e-5)
