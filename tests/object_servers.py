@@ -71,7 +71,8 @@ def _flags(folder: Path, ports: dict[str, int]) -> list[str]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "tests", "credentials": [keys], "actions": actions}
     (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
-    flags = ["-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0"]
+    flags = ["-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else at the same ports for each server
     flags += [f"-dir={folder}", f"-s3.config={folder / 'identities.json'}"]
     flags += ["-master.volumeSizeLimitMB=64", "-volume.max=20", "-master.telemetry=false"]
     return flags + [f"-{name}={port}" for name, port in ports.items()]
