@@ -13,6 +13,7 @@ from mint._callers import callers
 from mint._connection import Connection
 from mint._failures import Failure, failure_of
 from mint._scheduler import scheduler
+from mint._sender import off_main_thread
 from mint._silence import Silence, asked_to_wait_s, is_silence
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
@@ -76,7 +77,7 @@ class Call(Generic[Q, R]):
         """Ends the RPC and sends no more; `ended` is still called."""
         self._cancelled = True
         if self._rpc is not None:
-            self._rpc.cancel()
+            off_main_thread(self._rpc.cancel)
 
     def before_attempt(self) -> None:
         """Brings the request up to date; for subclasses."""
@@ -95,6 +96,11 @@ class Call(Generic[Q, R]):
         attempt_s = self._attempt_s if connection.contacted else connection.patience_s
         if self._attaches and callers.take(partial(self._attempt, attempt_s)):
             return
+        off_main_thread(partial(self._post, attempt_s))
+
+    def _post(self, attempt_s: float) -> None:
+        """Begins an attempt that gRPC's own thread will end."""
+        connection = self._connection
         try:
             rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
         except Exception as error:

@@ -36,9 +36,9 @@ class Callers:
             if self._free:
                 self._free -= 1
             elif self._started < self._most:
-                self._started += 1
-                name = f"mint-call-{self._started}"
+                name = f"mint-call-{self._started + 1}"
                 threading.Thread(target=self._work, name=name, daemon=True).start()
+                self._started += 1  # not before: an interrupt may come between
             else:
                 return False
         self._calls.put(call)

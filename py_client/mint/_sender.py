@@ -1,7 +1,8 @@
-"""The thread that puts a run's calls on the wire.
+"""The thread that puts calls on the wire for the main thread, and those of runs for all.
 
 Ctrl-C interrupts the main thread between any two steps. A call that had its number and was not sent
-would keep all later ones waiting; on a thread of its own that cannot happen.
+would keep all later ones waiting, and a lock of gRPC that was taken and not released would stop the
+whole channel; on a thread of its own neither can happen.
 """
 
 import logging
@@ -25,7 +26,7 @@ class Sender:
     def start_over(self) -> None:
         """Forgets the thread, which a forked process does not have."""
         self._started = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection here may close a stream, which comes here too
         self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def run(self, function: Callable[[], None]) -> None:
@@ -46,3 +47,11 @@ class Sender:
 
 
 sender = Sender()
+
+
+def off_main_thread(function: Callable[[], None]) -> None:
+    """Runs what calls gRPC: at once, but for the main thread on the sender's."""
+    if threading.current_thread() is threading.main_thread():
+        sender.run(function)
+    else:
+        function()

@@ -13,6 +13,7 @@ from mint._async_names import on_thread
 from mint._call import LONGEST_S
 from mint._connection import Connection
 from mint._failures import Failure, failure_of
+from mint._sender import off_main_thread
 from mint._silence import Silence, asked_to_wait_s, is_silence
 from mint.futures import APIFuture
 
@@ -31,12 +32,14 @@ class Stream(ABC, Generic[T]):
         self._closed = threading.Event()
         self._silence = Silence(connection)
         self._pending: APIFuture[T | None] | None = None
-        self._rpc: Any = self._open()
+        self._rpc: Any = on_thread(self._open).result()
 
     def close(self) -> None:
         """Ends the stream, also for a reader that waits. From any thread."""
+        if self._closed.is_set():
+            return  # it is over, or the RPC is cancelled where it is opened
         self._closed.set()
-        self._rpc.cancel()
+        off_main_thread(self._rpc.cancel)
 
     def __enter__(self) -> Self:
         return self
@@ -50,14 +53,17 @@ class Stream(ABC, Generic[T]):
         self.close()
 
     def __next__(self) -> T:
-        item = self._next()
+        # Not in gRPC: an interrupt there would leave its locks held, and nothing would come again.
+        pending = self._wanted()
+        pending.exception()
+        self._pending = None
+        item = pending.result()
         if item is None:
             raise StopIteration
         return item
 
     async def __anext__(self) -> T:
-        # A wait that is given up loses nothing: the next one takes over what it waited for.
-        pending = self._pending = self._pending or on_thread(self._next)
+        pending = self._wanted()
         try:
             item = await pending
         finally:
@@ -66,6 +72,11 @@ class Stream(ABC, Generic[T]):
         if item is None:
             raise StopAsyncIteration
         return item
+
+    def _wanted(self) -> APIFuture[T | None]:
+        """The next item. A wait that is given up loses nothing: the next takes over its future."""
+        self._pending = self._pending or on_thread(self._next)
+        return self._pending
 
     @abstractmethod
     def _read(self, message: Any) -> T | None:

@@ -7,9 +7,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mint._async_names import on_thread
 from mint._call import read_stream
 from mint._connection import Connection
 from mint.errors import APIResponseValidationError
@@ -50,7 +52,8 @@ def _intact(folder: Path) -> bool:
 
 def _fetch(connection: Connection, base_model: str, folder: Path) -> None:
     request = model_pb2.GetTokenizerRequest(base_model=base_model)
-    pieces = read_stream(connection, connection.model.GetTokenizer, request)
+    read = partial(read_stream, connection, connection.model.GetTokenizer, request)
+    pieces = on_thread(read).result()  # which an interrupt may end, but not gRPC's part of it
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:

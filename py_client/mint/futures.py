@@ -1,6 +1,7 @@
 """The outcomes of calls, as standard futures that can also be awaited, on any event loop."""
 
 import asyncio
+import threading
 from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -11,30 +12,53 @@ from mint.types import PromptAltTokens, SampledSequence, SampleResponse, TensorD
 T = TypeVar("T")
 
 
+class _End(type(threading.RLock())):  # type: ignore[misc]
+    """What a future has for a condition. An interrupt never leaves it held, as it may a
+    `threading.Condition`, which is entered in several steps of Python: a thread that brought the
+    outcome would wait for it for good.
+    """
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def notify_all(self) -> None:
+        """There is an outcome: the standard future says so while it holds this."""
+        if self._gate.locked():
+            self._gate.release()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Whether the outcome came in time. Not to be called while this is held."""
+        if timeout is None:
+            with self._gate:
+                return True
+        came = self._gate.acquire(timeout=max(timeout, 0.0))
+        if came:
+            self._gate.release()  # for the next that waits
+        return came
+
+
 class APIFuture(Future[T]):
     """The outcome of a call that was sent. A timeout abandons the wait, never the call."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._condition = _End()
         self.set_running_or_notify_cancel()  # sent: from here on it cannot be cancelled
 
     def result(self, timeout: float | None = None) -> T:
         """Waits for the outcome. Raises APITimeoutError after `timeout` seconds; ask again then."""
-        try:
-            return super().result(timeout)
-        except MintError:
-            raise
-        except TimeoutError:
-            pass
-        raise _no_answer_within(timeout)
+        self._wait_until_done(timeout)
+        return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As `result`, but returns what `result` would raise, or None."""
-        try:
-            return super().exception(timeout)
-        except TimeoutError:
-            pass
-        raise _no_answer_within(timeout)
+        self._wait_until_done(timeout)
+        return super().exception(0)
+
+    def _wait_until_done(self, timeout: float | None) -> None:
+        if not (self.done() or self._condition.wait(timeout) or self.done()):
+            raise _no_answer_within(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, for event loops."""
@@ -93,6 +117,7 @@ class CancellableFuture(APIFuture[T]):
 
     def __init__(self) -> None:
         Future.__init__(self)  # pending, and so it can be cancelled, until the outcome is there
+        self._condition = _End()
 
     async def _wait(self) -> None:
         try:

@@ -293,8 +293,9 @@ def test_streams_are_read_on_many_loops_and_threads(
 
 
 ALONE = """
-import sys, mint
+import signal, sys, mint
 from mint import types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 stream = mint.ServiceClient(base_url=sys.argv[1]).create_sampling_client().sample_stream(
     types.ModelInput.from_ints([1])
 )
