@@ -13,7 +13,8 @@ class RunWatch(Stream[types.RunEvent]):
 
     The first event is the run as it is; it is told again after each loss of the connection, since
     what happened meanwhile is not. The watch ends when the run is deleted or `close` is called,
-    and goes on by itself when the server is away for a while.
+    and goes on by itself when the server is away for a while. A wait that was interrupted goes on
+    behind the scenes: ask for the next event, or `close`.
     """
 
     def __init__(self, connection: Connection, training_run_id: str) -> None:
