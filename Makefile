@@ -49,7 +49,7 @@ SERVABLE := install $(if $(filter $(EMBEDDED),$(MODEL)),model)
 FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store '$(STORE)' $(SERVE_FLAGS)
 
 serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= SERVE_FLAGS= choose
-	$(BIN)/python -m mint_core.serve $(FLAGS)
+	$(BIN)/python -m mint_core.hosting.serve $(FLAGS)
 
 serve-trainer: $(SERVABLE)  ## Starts the trainer alone
 	$(BIN)/python -m trainer_service $(FLAGS)
@@ -58,11 +58,11 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 	$(BIN)/python -m sampler_service $(FLAGS)
 
 key: install  ## Makes a key: TENANT=name KEYS=file
-	$(BIN)/python -m mint_core.access $(TENANT) $(KEYS)
+	$(BIN)/python -m mint_core.hosting.access $(TENANT) $(KEYS)
 
 DO ?= inspect
 state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'
-	$(BIN)/python -m trainer_service.state $(STATE) $(DO)
+	$(BIN)/python -m trainer_service.recovery.state $(STATE) $(DO)
 
 quickstart: install model  ## Starts both services, trains on products, samples, stops
 	$(BIN)/python examples/quickstart_local.py

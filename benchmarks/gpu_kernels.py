@@ -26,8 +26,8 @@ from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import Scores, causal_attention
-from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
-from sampler_service.engine.paged_attention import plain_attention
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
+from sampler_service.engine.cache.paged_attention import plain_attention
 
 BF16 = torch.bfloat16
 
@@ -179,7 +179,7 @@ def paged(bench: Bench) -> None:
     if bench.tiny:
         attend = plain_attention
     else:
-        from sampler_service.engine.paged_kernels import paged_attention as attend
+        from sampler_service.engine.cache.paged_kernels import paged_attention as attend
     for batch, context in ((1, 1024), (1, 8192), (32, 1024), (256, 1024), (32, 8192)):
         if bench.tiny:
             batch, context = min(batch, 2), 40

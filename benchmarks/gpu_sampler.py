@@ -15,10 +15,10 @@ from benchmarks.gpu_trainer import profiled
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
-from sampler_service.engine import kv_cache
-from sampler_service.engine.blocks import blocks_for
+from sampler_service.engine.cache import kv_cache
+from sampler_service.engine.cache.blocks import blocks_for
+from sampler_service.engine.cache.kv_cache import layer_shapes
 from sampler_service.engine.decoder import Decoded, Decoder
-from sampler_service.engine.kv_cache import layer_shapes
 from sampler_service.engine.sequences import Span
 from sampler_service.jobs import BASE_MODEL
 from tests.engines_in_process import make_engine, score

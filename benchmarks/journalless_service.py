@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from mint_core.service_config import parse_flags
-from mint_core.service_main import run_service
-from trainer_service import durability
+from mint_core.hosting.service_config import parse_flags
+from mint_core.hosting.service_main import run_service
 from trainer_service.config import TrainerConfig
 from trainer_service.journal.writer import Journal, Statement
+from trainer_service.recovery import durability
 from trainer_service.service import TrainerService
 
 T = TypeVar("T")

@@ -2,6 +2,9 @@
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest
+from checkpoint_store.memory.row_file import RowFile, describe_row, map_numbers, open_row
+from checkpoint_store.memory.snapshot_folder import SnapshotFolder, snapshot_folder
+from checkpoint_store.memory.snapshot_memory import SnapshotMemory
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     KINDS,
@@ -14,9 +17,6 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.publishing import Published, new_manifest
-from checkpoint_store.row_file import RowFile, describe_row, map_numbers, open_row
-from checkpoint_store.snapshot_folder import SnapshotFolder, snapshot_folder
-from checkpoint_store.snapshot_memory import SnapshotMemory
 from checkpoint_store.store import CheckpointStore, Swept
 
 __all__ = [

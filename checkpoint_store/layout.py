@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint_store import object_revisions, revisions
+from checkpoint_store import revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.object_path import ObjectPath
+from checkpoint_store.objects import object_revisions
+from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.paths import KINDS, CheckpointPath
 from checkpoint_store.places import Place, remove_tree
 

@@ -13,9 +13,9 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
+from checkpoint_store.memory.row_file import RowFile
 from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
-from checkpoint_store.row_file import RowFile
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.spec import AdapterArrays
 

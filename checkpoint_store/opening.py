@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from checkpoint_store.object_path import ObjectPath
-from checkpoint_store.object_store import ObjectStore, is_object_address, parse_address
-from checkpoint_store.snapshot_folder import SnapshotFolder
+from checkpoint_store.memory.snapshot_folder import SnapshotFolder
+from checkpoint_store.objects.object_path import ObjectPath
+from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.store import CheckpointStore
 
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from checkpoint_store.object_path import ObjectPath
+from checkpoint_store.objects.object_path import ObjectPath
 from mint_core import durable_files
 
 Place = Path | ObjectPath

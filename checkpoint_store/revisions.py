@@ -14,10 +14,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint_store import object_revisions
 from checkpoint_store.errors import CheckpointDamaged, ObjectStoreFailed
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
-from checkpoint_store.object_path import ObjectPath
+from checkpoint_store.objects import object_revisions
+from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.paths import CheckpointPath
 from checkpoint_store.places import (
     Place,

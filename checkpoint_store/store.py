@@ -12,11 +12,13 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
-from checkpoint_store.copies import Copies
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
-from checkpoint_store.object_path import ObjectPath
+from checkpoint_store.memory.row_file import RowFile
+from checkpoint_store.memory.snapshot_folder import SnapshotFolder
+from checkpoint_store.objects.copies import Copies
+from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
@@ -28,8 +30,6 @@ from checkpoint_store.paths import (
 )
 from checkpoint_store.places import Place, make_folder
 from checkpoint_store.publishing import Published, Publisher, new_manifest, share_files
-from checkpoint_store.row_file import RowFile
-from checkpoint_store.snapshot_folder import SnapshotFolder
 from mint_core.errors import CheckpointNotFound, InvalidRequest
 from mint_core.lora.spec import AdapterArrays, AdapterSpec
 

@@ -25,7 +25,7 @@ def start(folder: Path) -> "subprocess.Popen[bytes]":
         for service in ("trainer", "sampler")
         for kind in ("address", "metrics-address")
     ]
-    command = [sys.executable, "-m", "mint_core.serve", *ports]
+    command = [sys.executable, "-m", "mint_core.hosting.serve", *ports]
     command += ["--base-model", str(MODEL), "--base-model-name", MODEL.name]
     command += ["--store", str(folder / "store"), "--ready-file", str(folder / "ready.json")]
     with (folder / "log").open("wb") as log:

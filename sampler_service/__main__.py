@@ -2,8 +2,8 @@
 
 import sys
 
-from mint_core.service_config import parse_flags
-from mint_core.service_main import run_service
+from mint_core.hosting.service_config import parse_flags
+from mint_core.hosting.service_main import run_service
 from sampler_service.config import SamplerConfig
 from sampler_service.service import SamplerService
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint
-from mint_core.engine_pipe import ModelDescription
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import stored_rank

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.process import EngineProcess
 from mint_core.lora.spec import stored_rank
 from sampler_service.adapter_rows import AdapterRows, Row
 from sampler_service.jobs import BASE_MODEL, DropAdapter, LoadAdapter, RowUnusable

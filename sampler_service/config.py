@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint_core.service_config import ServiceConfig, option
+from mint_core.hosting.service_config import ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS, EngineConfig
 
 

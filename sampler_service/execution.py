@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, null
 from dataclasses import replace
 
 from mint_core.backlog import Load
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, EngineFault
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from checkpoint_store import SAMPLER_WEIGHTS, parse_path
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2

@@ -3,8 +3,8 @@
 from checkpoint_store import SnapshotFolder, snapshot_folder
 from checkpoint_store.opening import open_store
 from mint_core.backlog import Load
-from mint_core.engine_pipe import ModelDescription
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.process import EngineProcess
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service

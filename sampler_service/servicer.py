@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
 from sampler_service.jobs import Generated, SamplePart
 from sampler_service.requests import (

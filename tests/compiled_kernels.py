@@ -26,8 +26,8 @@ from mint_core.model.attention_kernels import Scores
 from mint_core.model.head_kernels import HEADS, turn
 from mint_core.model.softmax_kernels import LOWEST, differentiate, sum_powers
 from mint_core.model.softmax_kernels import TILE as LOGITS
-from sampler_service.engine.blocks import BLOCK_TOKENS
-from sampler_service.engine.paged_kernels import attend_split, combine_splits, constants
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+from sampler_service.engine.cache.paged_kernels import attend_split, combine_splits, constants
 from trainer_service.engine.digest_kernel import TILE, sum_block
 
 # (compute capability, dtype, its name in Triton, head size, heads, key heads, scores)

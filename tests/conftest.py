@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tests.services import Services
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU results are bitwise with one
+# Before any test multiplies: MKL is asked once.
+from mint_core.model.reproducible import ask_for_reproducible_products
+
+ask_for_reproducible_products()
 # Processes that tests start would otherwise compile our sources once more each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before any test calls cuBLAS: it is asked once, and `isolated` runs need it.

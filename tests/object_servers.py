@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from checkpoint_store.object_store import ObjectStore, parse_address
+from checkpoint_store.objects.object_store import ObjectStore, parse_address
 
 BUCKET = "checkpoints"  # made by the first put
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "of-the-store"}

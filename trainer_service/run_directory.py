@@ -5,12 +5,17 @@ from collections.abc import Mapping
 
 from checkpoint_store import CheckpointStore
 from mint_core.errors import FailedPrecondition, TrainingRunNotFound
-from trainer_service.once import Once
-from trainer_service.pages import Page, Place, page_of, place
-from trainer_service.requests import DeleteRun, ListRuns
-from trainer_service.run import RunView
+from trainer_service.checkpoints.uploaded_runs import (
+    PREFIX,
+    UploadedRun,
+    is_uploaded,
+    uploaded_runs,
+)
+from trainer_service.run.run import RunView
 from trainer_service.runs import Runs
-from trainer_service.uploaded_runs import PREFIX, UploadedRun, is_uploaded, uploaded_runs
+from trainer_service.wire.idempotency import Once
+from trainer_service.wire.pages import Page, Place, page_of, place
+from trainer_service.wire.requests import DeleteRun, ListRuns
 
 
 class RunDirectory:

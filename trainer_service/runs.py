@@ -14,24 +14,24 @@ from datetime import UTC, datetime
 
 from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 from mint_core.rpc.metrics import Metrics
-from trainer_service.backlog import Backlogs
-from trainer_service.calls import Call, Load, Outcome
-from trainer_service.checkpoints import Checkpoints
-from trainer_service.durability import Durability
+from trainer_service.checkpoints.checkpoints import Checkpoints
+from trainer_service.checkpoints.uploaded_runs import is_uploaded
 from trainer_service.errors import TrainingRunUploaded
-from trainer_service.execution import Execution
 from trainer_service.jobs import CreateRow, DropRow, Plan, RowDescription, TileResult, tile_tokens
 from trainer_service.journal.ledger import PastRun
 from trainer_service.journal.records import SnapshotRecord
-from trainer_service.once import REMEMBERED_S, Once
-from trainer_service.planner import most_tile_tokens
-from trainer_service.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
-from trainer_service.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
-from trainer_service.run import Run, RunHooks, RunOrigin, RunState, RunView
-from trainer_service.scheduler import NotStarted, Scheduler
-from trainer_service.sequencing import SequenceLimits
-from trainer_service.uploaded_runs import is_uploaded
-from trainer_service.watching import Watch
+from trainer_service.queue.backlog import Backlogs
+from trainer_service.queue.planner import most_tile_tokens
+from trainer_service.queue.scheduler import NotStarted, Scheduler
+from trainer_service.queue.watching import Watch
+from trainer_service.recovery.durability import Durability
+from trainer_service.run.call_numbers import SequenceLimits
+from trainer_service.run.calls import Call, Load, Outcome
+from trainer_service.run.execution import Execution
+from trainer_service.run.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
+from trainer_service.run.run import Run, RunHooks, RunOrigin, RunState, RunView
+from trainer_service.wire.idempotency import REMEMBERED_S, Once
+from trainer_service.wire.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
 
 logger = logging.getLogger(__name__)
 

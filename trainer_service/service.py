@@ -6,29 +6,29 @@ from functools import partial
 
 from checkpoint_store import SnapshotFolder, SnapshotMemory, snapshot_folder
 from checkpoint_store.opening import open_store
-from mint_core.access import KeyRing
 from mint_core.backlog import Load
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.process import EngineProcess
+from mint_core.hosting.access import KeyRing
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
-from trainer_service.archive import Archive
-from trainer_service.backlog import Backlogs
-from trainer_service.checkpoint_servicer import CheckpointServicer
-from trainer_service.checkpoints import Checkpoints
+from trainer_service.checkpoints.archive import Archive
+from trainer_service.checkpoints.checkpoints import Checkpoints
+from trainer_service.checkpoints.downloads import Downloads
+from trainer_service.checkpoints.exports import Exports
+from trainer_service.checkpoints.servicer import CheckpointServicer
+from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.config import TrainerConfig
-from trainer_service.downloads import Downloads
-from trainer_service.durability import Durability
-from trainer_service.exports import Exports
 from trainer_service.jobs import RowCounts
+from trainer_service.queue.backlog import Backlogs
+from trainer_service.queue.scheduler import Scheduler
+from trainer_service.queue.usage import Usage
+from trainer_service.recovery.durability import Durability
+from trainer_service.run.call_numbers import SequenceLimits
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
-from trainer_service.scheduler import Scheduler
-from trainer_service.sequencing import SequenceLimits
 from trainer_service.servicer import TrainerServicer
-from trainer_service.uploads import Uploads
-from trainer_service.usage import Usage
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from google.protobuf.message import Message
 
 from mint_core.rpc.caller import caller, note, records_refusals
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
-from trainer_service import requests, responses
-from trainer_service.calls import Call, Outcome
+from trainer_service.queue.scheduler import Scheduler
+from trainer_service.run.calls import Call, Outcome
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
-from trainer_service.scheduler import Scheduler
-from trainer_service.sequenced_requests import LARGE_BYTES, parse_call
+from trainer_service.wire import requests, responses
+from trainer_service.wire.sequenced_requests import LARGE_BYTES, parse_call
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mint_core.lora.bank import AdapterRow, GroupMatrices, Part, RankBank, zero_vector
 from mint_core.lora.groups import ModuleGroup
-from mint_core.lora.segments import Segment, one_by_one, scale
+from mint_core.lora.segments import Segment, one_by_one, products, scale
 
 MOST_BYTES = 256 * 1024**2  # of the hot rows of one rank class
 
@@ -69,9 +69,9 @@ class Lane:
             return
         own = self.hot.group(group)
         items = x if self.in_order else x.index_select(0, self.rows)
-        h = torch.bmm(items[:, None], own.a_t[: self.slots]).mul_(self.scales)  # [S, 1, m r]
+        h = products(items[:, None], own.a_t[: self.slots]).mul_(self.scales)  # [S, 1, m r]
         for output, part, b_t in zip(y, h.split_with_sizes(own.ranks, 2), own.b_t, strict=True):
-            added = torch.bmm(part, b_t[: self.slots])[:, 0]  # [S, out]
+            added = products(part, b_t[: self.slots])[:, 0]  # [S, out]
             if self.in_order:
                 output.add_(added)
             else:

@@ -81,10 +81,16 @@ def adapter_backward(
 
 def one_by_one(rows: Tensor, matrix: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
     """The product, each row as if it were alone."""
-    count = rows.shape[0]
-    if count == 1:
-        return rows.mm(matrix)
-    return torch.bmm(rows[:, None], matrix.expand(count, -1, -1))[:, 0]
+    return products(rows[:, None], matrix.expand(rows.shape[0], -1, -1))[:, 0]
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:  # [S, 1, k], [S, k, m] -> [S, 1, m]
+    """Products of a row each, whose bits do not depend on how many they are."""
+    if left.shape[0] == 1 and left.is_cpu:
+        if _one_is_like_two():
+            return left[0].mm(right[0])[None]
+        return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+    return torch.bmm(left, right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
@@ -95,6 +101,17 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> No
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
     else:
         total.add_(left @ right, alpha=factor)
+
+
+@cache
+def _one_is_like_two() -> bool:
+    """Whether a product that is alone has the bits of one of several. In MKL's strict mode it goes
+    another way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(64, 576, generator=generator).t().expand(2, -1, -1)
+    left = torch.randn(2, 1, 576, generator=generator)
+    return torch.equal(left[0].mm(right[0]), torch.bmm(left, right)[0])
 
 
 @cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.bank import AdapterBank, Part
 from mint_core.lora.groups import LinearShape, ModuleGroup
 from mint_core.lora.layers import MIN_ROWS, LoraContext, Segment

@@ -27,22 +27,31 @@ TRIED = (range(1), range(1, 3), range(3, 4), range(2, 5), range(4, 9), range(8, 
 
 @torch.no_grad()
 def pack(base: LoadedBase, groups: Sequence[LinearGroup]) -> int:
-    """Packs the weights where oneDNN computes every row alike, and gives the unpacked ones back.
-    Returns how many rows a rowwise segment needs for bits of its own.
+    """Packs the weights of those shapes of which oneDNN computes every row alike, and gives the
+    unpacked ones back. Returns how many rows a rowwise segment needs for bits of its own.
     """
     if not available(base.device, base.dtype):
         return MIN_ROWS
-    by_shape = {(g.group.in_features, g.group.width, g.bias is None): g for g in groups}
-    if not all(PackedLinear(g.weight, g.bias).computes_rows_alike() for g in by_shape.values()):
-        logger.warning("oneDNN does not compute rows alike here: weights are not packed")
-        return MIN_ROWS
+    by_shape = {_shape(group): group for group in groups}
+    alike = {
+        shape
+        for shape, group in by_shape.items()
+        if PackedLinear(group.weight, group.bias).computes_rows_alike()
+    }
     for group in groups:
-        group.pack(PackedLinear(group.weight, group.bias))
+        if _shape(group) in alike:
+            group.pack(PackedLinear(group.weight, group.bias))
     base.context.lanes = Lanes()
     least = 1 if _rows_are_alike(base) else MIN_ROWS
     base.context.lanes = Lanes()  # without what was tried
-    logger.info("weights are packed; least rows %d", least)
+    logger.info(
+        "weights packed of %d in %d shapes; least rows %d", len(alike), len(by_shape), least
+    )
     return least
+
+
+def _shape(group: LinearGroup) -> tuple[int, int, bool]:
+    return group.group.in_features, group.group.width, group.bias is None
 
 
 def _rows_are_alike(base: LoadedBase) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.groups import LinearShape, complete, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
@@ -38,6 +38,7 @@ from mint_core.model.base import LoadedBase
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
 from mint_core.model.recompute import Recomputation, install_recomputation
+from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.shortcuts import install_shortcuts, watching_modules
 
 __all__ = ["LoadedBase", "load_base"]
@@ -68,6 +69,7 @@ def load_base(
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
     """
+    ask_for_reproducible_products()
     torch.set_num_threads(threads)
     place = _device(device)
     if place.index is not None:
@@ -113,7 +115,7 @@ def load_base(
             dtype=str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
-            bitwise_reproducible=place.type == "cpu" and threads == 1,
+            bitwise_reproducible=_is_reproducible(place, threads, shapes),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -143,6 +145,18 @@ def _read(
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
     model = model.to(device).eval().requires_grad_(False)
     return model, _eos_token_ids(model, folder)
+
+
+def _is_reproducible(device: torch.device, threads: int, shapes: Mapping[str, LinearShape]) -> bool:
+    if device.type != "cpu" or threads > 1:
+        return False
+    if rows_are_alike(shapes.values()):
+        return True
+    logger.warning(
+        "this CPU's library computes few rows otherwise than many: results are not bitwise "
+        "reproducible"
+    )
+    return False
 
 
 def _device(device: str) -> torch.device:

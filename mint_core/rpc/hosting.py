@@ -7,8 +7,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from mint_core.access import KeyRing
 from mint_core.errors import FailedPrecondition
+from mint_core.hosting.access import KeyRing
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.metrics import Metrics
 

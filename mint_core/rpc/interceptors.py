@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from mint_core.access import KeyRing
 from mint_core.errors import MintError, Unimplemented
+from mint_core.hosting.access import KeyRing
 from mint_core.rpc.caller import (
     DEFAULT_TENANT,
     Caller,

@@ -14,7 +14,7 @@ from prometheus_client import (
 )
 
 from mint_core.errors import FailedPrecondition
-from mint_core.service_config import host_and_port
+from mint_core.hosting.service_config import host_and_port
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 

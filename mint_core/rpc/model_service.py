@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mint_core import __version__
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, Unavailable
 from mint_core.rpc import limits
 from mint_core.rpc.hosting import Role

@@ -11,9 +11,9 @@ from types import ModuleType
 
 from mint import _forks as _forks  # before all that imports gRPC
 from mint import types
+from mint._run.watch import RunWatch
 from mint._sample_stream import SampleStream
 from mint._version import __tinker_version__, __version__
-from mint._watch import RunWatch
 from mint.errors import (
     APIConnectionError,
     APIError,

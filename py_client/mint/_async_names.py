@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from mint._callers import Callers
+from mint._transport.callers import Callers
 from mint.futures import APIFuture
 
 P = ParamSpec("P")

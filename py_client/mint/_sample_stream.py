@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from mint import types
-from mint._connection import Connection
-from mint._stream import Stream
+from mint._transport.connection import Connection
+from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError
 from mintrpc.v1 import sampler_pb2
 

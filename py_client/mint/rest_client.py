@@ -7,21 +7,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from mint import _checkpoints as checkpoints
-from mint import _runs as runs
 from mint import types
 from mint._async_names import awaited, on_thread
-from mint._call import Question, ask, submit
-from mint._download import download
-from mint._opening import open_servers
-from mint._progress import Progress, check_progress
-from mint._upload import header_of, upload
+from mint._files import checkpoints as checkpoints
+from mint._files.download import download
+from mint._files.upload import header_of, upload
+from mint._run import runs as runs
+from mint._run.opening import open_servers
+from mint._transport.call import Question, ask, submit
+from mint._transport.progress import Progress, check_progress
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.types.checkpoints import CheckpointType
 
 if TYPE_CHECKING:
-    from mint._servers import Servers
+    from mint._transport.servers import Servers
 
 AccessScope = Literal["owned", "accessible"]
 T = TypeVar("T")

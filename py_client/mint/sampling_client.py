@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._call import Call, ask, check_size, settle
-from mint._connection import Connection
 from mint._sample_stream import SampleStream
+from mint._transport.call import Call, ask, check_size, settle
+from mint._transport.connection import Connection
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import CancellableFuture, SampleFuture
 from mint.types.params import integer, text
@@ -17,7 +17,7 @@ from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 
 if TYPE_CHECKING:
-    from mint._servers import Servers
+    from mint._transport.servers import Servers
 
 T = TypeVar("T")
 _SEED_BITS = 63
@@ -115,14 +115,14 @@ class SamplingClient:
         """Text from which `from_sampler_handle` makes this client again, in any process that
         reaches the sampler. Holds no key.
         """
-        from mint._handles import Handle
+        from mint._run.handles import Handle
 
         return str(Handle.of(self._sampler, self._revision_path, self._base_model))
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
         """The client that gave `handle`. The key is `api_key`, else that of the environment."""
-        from mint._handles import Handle  # which imports this module
+        from mint._run.handles import Handle  # which imports this module
 
         parsed = Handle.parse(handle)
         return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)

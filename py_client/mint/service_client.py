@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._call import Question, ask
-from mint._opening import open_servers
-from mint._runs import create_run, delete_run, get_run, list_runs, open_run, update_run
-from mint._watch import RunWatch
+from mint._run.opening import open_servers
+from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._run.watch import RunWatch
+from mint._transport.call import Question, ask
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.rest_client import RestClient

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mint import types
 from mint._async_names import off_loop, submitted
-from mint._backwards import BackwardCount
-from mint._call import ask
-from mint._custom_loss import CustomLoss, CustomPass
-from mint._passes import LogprobScope, Passes, pass_template
-from mint._run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._runs import open_run_again
-from mint._watch import RunWatch
+from mint._run.backwards import BackwardCount
+from mint._run.custom_loss import CustomLoss, CustomPass
+from mint._run.passes import LogprobScope, Passes, pass_template
+from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
+from mint._run.runs import open_run_again
+from mint._run.watch import RunWatch
+from mint._transport.call import ask
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.sampling_client import SamplingClient, refuse_retry_config
@@ -21,7 +21,7 @@ from mint.types.params import text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
 if TYPE_CHECKING:
-    from mint._servers import Servers
+    from mint._transport.servers import Servers
 
 
 SamplingClientKind = Literal["snapshot", "inflight"]

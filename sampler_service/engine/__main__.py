@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from mint_core.engine_pipe import EnginePipe, Failure, Heartbeat, Hello, Part, Reply, connect
+from mint_core.engine_host.pipe import EnginePipe, Failure, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from sampler_service.engine.engine import Answer, Engine
 from sampler_service.jobs import EngineConfig, SamplePart

@@ -20,9 +20,13 @@ from mint_core.lora.columns import MOST_COLUMNS, NOBODY, ColumnBank
 from mint_core.lora.segments import Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
-from sampler_service.engine.kv_cache import KvCache
-from sampler_service.engine.paged_attention import DecodeAttention, PagedAttention, plain_attention
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
+from sampler_service.engine.cache.kv_cache import KvCache
+from sampler_service.engine.cache.paged_attention import (
+    DecodeAttention,
+    PagedAttention,
+    plain_attention,
+)
 from sampler_service.engine.sequences import Span, TokenSequence
 
 
@@ -197,7 +201,9 @@ def reads_lengths(config: Any) -> bool:
 def _attention_of(device: torch.device) -> DecodeAttention:
     if device.type != "cuda":
         return plain_attention
-    from sampler_service.engine.paged_kernels import paged_attention  # Triton is not everywhere
+    from sampler_service.engine.cache.paged_kernels import (
+        paged_attention,  # Triton is not everywhere
+    )
 
     return paged_attention
 

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase, load_base
 from sampler_service.engine.adapters import Adapters, affordable_ranks
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from sampler_service.engine.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
+from sampler_service.engine.cache.kv_cache import KvCache, affordable_tokens, layer_shapes
 from sampler_service.engine.decoder import Decoder
+from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.prompt_scores import score_span
+from sampler_service.engine.drawing.randomness import Draw
+from sampler_service.engine.drawing.sampling import draw_tokens
+from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.engine.generation import Generation
-from sampler_service.engine.kv_cache import KvCache, affordable_tokens, layer_shapes
-from sampler_service.engine.prompt_scores import score_span
-from sampler_service.engine.randomness import Draw
 from sampler_service.engine.runner import Computed, Runner
-from sampler_service.engine.sampling import draw_tokens
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, TokenSequence
-from sampler_service.engine.stop import Vocabulary
 from sampler_service.jobs import (
     CHUNK_TOKENS,
     Abort,

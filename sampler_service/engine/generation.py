@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sampler_service.engine.constraints import CompiledConstraint, ConstrainedText
-from sampler_service.engine.penalties import Occurrences, penalizes
-from sampler_service.engine.prompt_scores import SpanScores
-from sampler_service.engine.randomness import Draw
-from sampler_service.engine.stop import StopWatch, Vocabulary
+from sampler_service.engine.drawing.constraints import CompiledConstraint, ConstrainedText
+from sampler_service.engine.drawing.penalties import Occurrences, penalizes
+from sampler_service.engine.drawing.prompt_scores import SpanScores
+from sampler_service.engine.drawing.randomness import Draw
+from sampler_service.engine.drawing.stop import StopWatch, Vocabulary
 from sampler_service.jobs import (
     Continuation,
     Floats,

@@ -10,9 +10,9 @@ from mint_core.lora.bank import AdapterRow
 from mint_core.lora.layers import MIN_ROWS, Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from sampler_service.engine.cached_attention import CachedAttention, CachedRows
+from sampler_service.engine.cache.cached_attention import CachedAttention, CachedRows
+from sampler_service.engine.cache.kv_cache import KvCache
 from sampler_service.engine.decoder import Decoded, Decoder
-from sampler_service.engine.kv_cache import KvCache
 from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 

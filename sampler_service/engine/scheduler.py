@@ -17,8 +17,8 @@ import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool, blocks_for, first_key
-from sampler_service.engine.prefixes import Prefixes
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for, first_key
+from sampler_service.engine.cache.prefixes import Prefixes
 from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
 from sampler_service.engine.tenants import Line, Tenants, move
 from sampler_service.jobs import CHUNK_TOKENS

@@ -4,7 +4,7 @@ a pass.
 
 from dataclasses import dataclass, field
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, next_key
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, next_key
 
 PROMPT = -1  # index of the sequence that a request's samples fork from
 

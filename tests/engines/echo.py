@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from mint_core.engine_pipe import Call, EnginePipe, Heartbeat, Hello, Part, Reply, connect
+from mint_core.engine_host.pipe import Call, EnginePipe, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import InvalidRequest
 from tests.engines.echo_jobs import (
     MODEL,

@@ -5,7 +5,7 @@ FD`.
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 
 MODEL = ModelDescription(
     name="echo",

@@ -3,14 +3,14 @@
 import sys
 from dataclasses import dataclass
 
-from mint_core.access import KeyRing
-from mint_core.engine_pipe import ModelDescription
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.process import EngineProcess
+from mint_core.hosting.access import KeyRing
+from mint_core.hosting.service_config import ServiceConfig, option, parse_flags
+from mint_core.hosting.service_main import run_service
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
-from mint_core.service_config import ServiceConfig, option, parse_flags
-from mint_core.service_main import run_service
 from tests.engines.echo_jobs import EchoConfig
 
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from mint_core.service_config import parse_flags
-from mint_core.service_main import run_service
+from mint_core.hosting.service_config import parse_flags
+from mint_core.hosting.service_main import run_service
 from trainer_service.config import TrainerConfig
 from trainer_service.service import TrainerService
 

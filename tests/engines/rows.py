@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from mint_core.engine_pipe import Hello, Part, Reply, connect
+from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
-from trainer_service import snapshot_files
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -45,6 +44,7 @@ from trainer_service.jobs import (
     WriteRow,
     WrittenRow,
 )
+from trainer_service.recovery import snapshot_files
 
 MODULE = "lm_head"
 WIDTH = 16

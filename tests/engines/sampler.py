@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_store import open_row
-from mint_core.engine_pipe import Hello, Reply, connect
+from mint_core.engine_host.pipe import Hello, Reply, connect
 from mint_core.errors import InvalidRequest
 from sampler_service.jobs import AdapterAbsent, DescribeRows, DropAdapter, LoadAdapter, RowUnusable
 from tests.engines.echo_jobs import MODEL

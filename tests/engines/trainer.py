@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from mint_core.engine_pipe import Hello, Reply, connect
+from mint_core.engine_host.pipe import Hello, Reply, connect
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import AdapterSpec
 from tests.engines.echo_jobs import MODEL

@@ -28,7 +28,7 @@ from tests.trainer_rpc import (
     lora_config,
     refused,
 )
-from trainer_service.recovery import MOST_DEATHS
+from trainer_service.recovery.recovery import MOST_DEATHS
 
 
 def journal(folder: Path, query: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What `python -m trainer_service.state` tells of a state folder, and the copies that it makes."""
+"""What `python -m trainer_service.recovery.state` tells of a folder, and the copies it makes."""
 
 import shutil
 import sqlite3
@@ -14,13 +14,13 @@ from tests.resending import start_run, stub_of, train
 from tests.servers import running_trainer
 from tests.supervised import summing
 from tests.trainer_rpc import CALL_LIMIT_S, create
-from trainer_service import state
+from trainer_service.recovery import state
 
 
 def tool(*words: object) -> tuple[int, str]:
     """Status and output of the command."""
     done = subprocess.run(
-        [sys.executable, "-m", "trainer_service.state", *map(str, words)],
+        [sys.executable, "-m", "trainer_service.recovery.state", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -14,7 +14,7 @@ from typing import Any
 
 import mint
 from checkpoint_store import CheckpointStore
-from mint_core.access import make_key
+from mint_core.hosting.access import make_key
 from tests.harness import history
 from tests.harness.proxy import Proxy
 from tests.harness.user import script

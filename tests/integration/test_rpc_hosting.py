@@ -9,11 +9,11 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mint_core.access import KeyRing, make_key
 from mint_core.errors import (
     FailedPrecondition,
     TrainingRunNotFound,
 )
+from mint_core.hosting.access import KeyRing, make_key
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mintrpc.v1 import (

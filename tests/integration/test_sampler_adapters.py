@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mint_core.access import make_key
+from mint_core.hosting.access import make_key
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays

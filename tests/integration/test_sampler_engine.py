@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.process import EngineProcess
 from sampler_service.config import SamplerConfig
 from sampler_service.jobs import BASE_MODEL, Choice, Generate, Generated, SamplePart
 

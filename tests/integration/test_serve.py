@@ -21,7 +21,7 @@ FREE = "127.0.0.1:0"
 
 
 def command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "mint_core.serve", *flags]
+    return [sys.executable, "-m", "mint_core.hosting.serve", *flags]
 
 
 @contextmanager
@@ -121,4 +121,4 @@ def test_help_is_on_standard_output() -> None:
     done = subprocess.run(
         command("--help"), capture_output=True, text=True, timeout=LIMIT_S, check=True
     )
-    assert done.stdout.startswith("usage: python -m mint_core.serve")
+    assert done.stdout.startswith("usage: python -m mint_core.hosting.serve")

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
-from sampler_service.engine.blocks import blocks_for
+from sampler_service.engine.cache.blocks import blocks_for
+from sampler_service.engine.cache.paged_attention import DecodeAttention
 from sampler_service.engine.decoder import Decoder, reads_lengths
-from sampler_service.engine.paged_attention import DecodeAttention
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.models import (
     VOCABULARY_SIZE,
@@ -124,7 +124,7 @@ def test_decoding_in_the_kernels_equals_ordinary_passes(qwen3_folder: Path) -> N
     if torch.cuda.is_available():
         pytest.skip("test_sampler_gpu.py does this with compiled ones")
     pytest.importorskip("tests.interpreted_kernels")
-    from sampler_service.engine.paged_kernels import paged_attention
+    from sampler_service.engine.cache.paged_kernels import paged_attention
 
     sampler = make_sampler(qwen3_folder)
     wishes = [

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mint_core.model.attention_kernels import Scores, causal_attention
-from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
-from sampler_service.engine.paged_attention import DecodeAttention, plain_attention
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
+from sampler_service.engine.cache.paged_attention import DecodeAttention, plain_attention
 from tests.interpreted_kernels import DEVICE
 
-from sampler_service.engine.paged_kernels import (  # isort: skip  # after interpreted_kernels
+from sampler_service.engine.cache.paged_kernels import (  # isort: skip  # after interpreted_kernels
     LEAST_SPLIT,
     SPLITS,
     paged_attention,

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.errors import InvalidRequest
-from sampler_service.engine.constraints import CompiledConstraint, Compiler
-from sampler_service.engine.stop import Vocabulary
+from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint, Generated, StopReason, Stops
 from tests.models import VOCABULARY_SIZE
 from tests.sampler_in_process import SamplerEngine

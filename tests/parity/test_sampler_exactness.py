@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
-from sampler_service.engine.blocks import BLOCK_TOKENS
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, Stops
 from tests.engines_in_process import make_engine, run_plan
 from tests.models import (

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
-from sampler_service.engine.blocks import BLOCK_TOKENS
-from sampler_service.engine.randomness import Draw, uniforms
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+from sampler_service.engine.drawing.randomness import Draw, uniforms
 from sampler_service.jobs import (
     BASE_MODEL,
     CHUNK_TOKENS,

@@ -4,7 +4,7 @@ gone.
 
 import logging
 
-from mint_core.engine_pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
+from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from mint_core.errors import MintError
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.snapshots import RowCopy, SnapshotWriter

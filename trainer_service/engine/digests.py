@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer_service.snapshot_files import Header, read
+from trainer_service.recovery.snapshot_files import Header, read
 
 _BLOCK = 1 << 15  # words: what is multiplied stays in a core's cache
 _BETWEEN = 0x9E3779B97F4A7C15  # odd; makes the order of blocks count

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterSpec, LoraRequest
@@ -54,7 +54,7 @@ from trainer_service.jobs import (
     WriteRow,
     WrittenRow,
 )
-from trainer_service.snapshot_files import SnapshotDamaged, read_header
+from trainer_service.recovery.snapshot_files import SnapshotDamaged, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from checkpoint_store.adapter_files import read_weights
-from mint_core.engine_pipe import die_with_the_front
+from mint_core.engine_host.pipe import die_with_the_front
 from mint_core.errors import EngineFault, MintError, ResourceExhausted
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
 from mint_core.model.loading import check_memory
-from trainer_service.merge_job import Merge, Merged
+from trainer_service.checkpoints.merge_job import Merge, Merged
 
 _CPU = torch.device("cpu")
 _SHARD_SIZE = "5GB"

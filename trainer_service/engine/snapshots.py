@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mint_core.engine_pipe import EnginePipe, Heartbeat, Part, Reply
+from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Part, Reply
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
-from trainer_service import snapshot_files
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
-from trainer_service.snapshot_files import Header, SnapshotDamaged
+from trainer_service.recovery import snapshot_files
+from trainer_service.recovery.snapshot_files import Header, SnapshotDamaged
 
 
 @dataclass(frozen=True, slots=True)

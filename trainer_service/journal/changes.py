@@ -19,7 +19,7 @@ from trainer_service.journal.records import (
     place,
     signed,
 )
-from trainer_service.run import RunState
+from trainer_service.run.run import RunState
 
 _ACKNOWLEDGED = "SELECT acknowledged FROM states WHERE run = ?"
 

@@ -12,11 +12,10 @@ import numpy as np
 from google.protobuf.message import Message
 
 from mint_core import errors
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.spec import AdapterSpec
 from mintrpc.v1 import trainer_pb2
-from trainer_service import responses
-from trainer_service.calls import (
+from trainer_service.run.calls import (
     Call,
     Computed,
     Discarded,
@@ -28,8 +27,9 @@ from trainer_service.calls import (
     Stepped,
     Work,
 )
-from trainer_service.run import RunOrigin, RunView
-from trainer_service.sequenced_requests import parse_work
+from trainer_service.run.run import RunOrigin, RunView
+from trainer_service.wire import responses
+from trainer_service.wire.sequenced_requests import parse_work
 
 _ERROR = b"E"  # what follows is an error; else a message
 _MESSAGE = b"M"

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.lora.spec import AdapterSpec
-from trainer_service.calls import Call, Course, Method, Outcome, Place, Stepped, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import Tile
 from trainer_service.journal import changes, codec, queries, records
@@ -24,10 +23,11 @@ from trainer_service.journal.records import (
     TileRecord,
 )
 from trainer_service.journal.writer import Journal, Statement
-from trainer_service.requests import Identity
-from trainer_service.run import Run, RunOrigin, RunView
-from trainer_service.sequenced_requests import LARGE_BYTES
-from trainer_service.sequencing import PastNumber
+from trainer_service.run.call_numbers import PastNumber
+from trainer_service.run.calls import Call, Course, Method, Outcome, Place, Stepped, Work
+from trainer_service.run.run import Run, RunOrigin, RunView
+from trainer_service.wire.requests import Identity
+from trainer_service.wire.sequenced_requests import LARGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

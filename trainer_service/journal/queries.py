@@ -4,7 +4,6 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 
-from trainer_service.gradient import GradientCounts
 from trainer_service.journal.records import (
     CallRecord,
     Effect,
@@ -19,7 +18,8 @@ from trainer_service.journal.records import (
     place,
     unsigned,
 )
-from trainer_service.run import RunState
+from trainer_service.run.gradient import GradientCounts
+from trainer_service.run.run import RunState
 
 PLANS_BETWEEN = "SELECT DISTINCT plan FROM tiles WHERE call BETWEEN ? AND ?"
 

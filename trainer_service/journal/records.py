@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from trainer_service.run import RunState
+from trainer_service.run.run import RunState
 
 SEQUENCE_BITS = 32  # of a call's id
 _SIGNED = 2**64  # SQLite's integers are signed

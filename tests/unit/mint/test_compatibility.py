@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import mint
-from mint import _losses, types
+from mint import types
+from mint._run import losses as _losses
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs/compatibility.md"
@@ -165,7 +166,9 @@ def test_losses_are_those_of_the_table() -> None:
 
 def test_the_environment_is_that_of_the_table() -> None:
     read = set(
-        re.findall(r'value\("(\w+)"\)', (ROOT / "py_client/mint/_environment.py").read_text())
+        re.findall(
+            r'value\("(\w+)"\)', (ROOT / "py_client/mint/_transport/environment.py").read_text()
+        )
     )
 
     assert {row.name for row in rows("Environment") if row.state != "absent"} == read

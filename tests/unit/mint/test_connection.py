@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 import mint
-from mint._scheduler import scheduler
+from mint._transport.scheduler import scheduler
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Code, Fault, Server, running
 
@@ -96,7 +96,7 @@ def test_headers_that_are_not_legal_are_named(server: Server) -> None:
 def test_a_server_that_still_loads_its_model_is_waited_for(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mint._servers._LOADING_RETRY_S", 0.01)
+    monkeypatch.setattr("mint._transport.servers._LOADING_RETRY_S", 0.01)
     with mint.ServiceClient(base_url=server.address) as service:
         server.model.loading = 3
         assert service.create_sampling_client().get_base_model() == "base"
@@ -110,7 +110,7 @@ def test_a_server_that_still_loads_its_model_is_waited_for(
 def test_silence_is_reported_once_and_so_is_its_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mint._connection._WARN_AFTER_S", 0.0)
+    monkeypatch.setattr("mint._transport.connection._WARN_AFTER_S", 0.0)
     with running() as server, mint.ServiceClient(base_url=server.address) as service:
         training = service.create_lora_training_client()
         fault = Fault(Code.UNAVAILABLE)

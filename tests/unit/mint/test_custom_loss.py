@@ -9,8 +9,8 @@ import torch
 
 import mint
 from mint import types
-from mint._call import Refusal
-from mint._failures import Failure, error_of
+from mint._transport.call import Refusal
+from mint._transport.failures import Failure, error_of
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 LIMIT_S = 20.0

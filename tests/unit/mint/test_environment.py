@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import mint
-from mint._address import Address, parse_address
-from mint._environment import read_environment
+from mint._transport.address import Address, parse_address
+from mint._transport.environment import read_environment
 from tests.unit.mint.faulty_server import Server
 
 

@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 import mint
-from mint._failures import Failure, error_of
+from mint._transport.failures import Failure, error_of
 
 Code = grpc.StatusCode
 

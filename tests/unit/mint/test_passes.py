@@ -7,7 +7,7 @@ import pytest
 
 import mint
 from mint import types
-from mint._passes import merge_metrics
+from mint._run.passes import merge_metrics
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 LIMIT_S = 20.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mint
-from mint._tokenizer import cache_folder
+from mint._files.tokenizer import cache_folder
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Server, running
 

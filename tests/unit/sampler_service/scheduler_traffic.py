@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
 from sampler_service.jobs import CHUNK_TOKENS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory
-from mint_core import engine_process
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host import process as engine_process
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, EngineFault, InvalidRequest
 from mint_core.lora.row_layout import Matrix, RowLayout
 from sampler_service import adapter_rows, adapters

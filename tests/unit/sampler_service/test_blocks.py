@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sampler_service.engine.blocks import (
+from sampler_service.engine.cache.blocks import (
     BLOCK_TOKENS,
     BlockPool,
     blocks_for,

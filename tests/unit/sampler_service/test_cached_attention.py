@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mint_core.model.attention_kernels import Scores, causal_attention
-from sampler_service.engine.blocks import BLOCK_TOKENS, blocks_for
-from sampler_service.engine.cached_attention import CachedAttention, CachedRows, filled_up
-from sampler_service.engine.kv_cache import KvCache, LayerShape
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
+from sampler_service.engine.cache.cached_attention import CachedAttention, CachedRows, filled_up
+from sampler_service.engine.cache.kv_cache import KvCache, LayerShape
 
 HEADS, KEY_HEADS, SIZE = 6, 2, 16
 CPU = torch.device("cpu")

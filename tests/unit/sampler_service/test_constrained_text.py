@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from mint_core.errors import InvalidRequest
-from sampler_service.engine.constraints import CompiledConstraint, Compiler
-from sampler_service.engine.stop import Vocabulary
+from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint
 from tests.models import VOCABULARY_SIZE
 

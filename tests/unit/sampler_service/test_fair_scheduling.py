@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler_service.engine.blocks import BLOCK_TOKENS
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.engine.tenants import TURN_TOKENS
 from sampler_service.jobs import CHUNK_TOKENS
 from tests.unit.sampler_service.scheduler_traffic import Traffic

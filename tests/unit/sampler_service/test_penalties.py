@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from sampler_service.engine.penalties import Occurrences, penalize, penalizes
+from sampler_service.engine.drawing.penalties import Occurrences, penalize, penalizes
 from sampler_service.jobs import Choice
 
 VOCABULARY = 300

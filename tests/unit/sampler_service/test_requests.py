@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, MintError, Unimplemented
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.jobs import Choice

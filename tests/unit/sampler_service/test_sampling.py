@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
-from sampler_service.engine.narrowing import draw_narrowed
-from sampler_service.engine.penalties import Occurrences
-from sampler_service.engine.randomness import Draw, philox, uniforms
-from sampler_service.engine.sampling import TOPK, draw_tokens
+from sampler_service.engine.drawing.narrowing import draw_narrowed
+from sampler_service.engine.drawing.penalties import Occurrences
+from sampler_service.engine.drawing.randomness import Draw, philox, uniforms
+from sampler_service.engine.drawing.sampling import TOPK, draw_tokens
 from sampler_service.jobs import Choice
 
 VOCABULARY = 12

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sampler_service.engine.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.jobs import CHUNK_TOKENS
 from tests.unit.sampler_service.scheduler_traffic import CONTEXT, LETTERS, Traffic

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sampler_service.engine.stop import StopWatch, Vocabulary
+from sampler_service.engine.drawing.stop import StopWatch, Vocabulary
 from sampler_service.jobs import StopReason, Stops
 from tests.models import VOCABULARY_SIZE
 

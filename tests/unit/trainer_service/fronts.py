@@ -10,20 +10,20 @@ from pathlib import Path
 
 from checkpoint_store import CheckpointStore
 from mint_core.backlog import Load
-from mint_core.engine_process import EngineProcess
+from mint_core.engine_host.process import EngineProcess
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.backlog import Backlogs
-from trainer_service.calls import Call, Outcome, Step
-from trainer_service.checkpoints import Checkpoints
-from trainer_service.durability import Durability
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.jobs import AdamParams
-from trainer_service.requests import CreateRun, DeleteRun, Identity
+from trainer_service.queue.backlog import Backlogs
+from trainer_service.queue.scheduler import Scheduler
+from trainer_service.queue.usage import Usage
+from trainer_service.recovery.durability import Durability
+from trainer_service.run.call_numbers import SequenceLimits
+from trainer_service.run.calls import Call, Outcome, Step
 from trainer_service.runs import Runs
-from trainer_service.scheduler import Scheduler
-from trainer_service.sequencing import SequenceLimits
-from trainer_service.usage import Usage
+from trainer_service.wire.requests import CreateRun, DeleteRun, Identity
 
 LIMIT_S = 30.0
 TENANT = "ann"

@@ -1,6 +1,6 @@
 """A base model's description."""
 
-from mint_core.engine_pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription
 
 MODEL = ModelDescription(
     name="tiny",

@@ -7,8 +7,8 @@ import pytest
 from mint_core.errors import InvalidRequest
 from tests.trainer_rpc import datum
 from tests.unit.trainer_service.models import MODEL
-from trainer_service.datums import parse_datum
 from trainer_service.jobs import CrossEntropy
+from trainer_service.wire.datums import parse_datum
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from tests.unit.trainer_service.fronts import backward, fronting, optim_step
-from trainer_service.calls import Computed, Outcome, Stepped
+from trainer_service.run.calls import Computed, Outcome, Stepped
 
 
 def job_of(outcome: Outcome) -> float:

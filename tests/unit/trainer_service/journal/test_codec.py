@@ -14,7 +14,9 @@ from mint_core.rpc.errors import to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.engines.echo_jobs import MODEL
 from tests.trainer_rpc import datum
-from trainer_service.calls import (
+from trainer_service.errors import GradientIncomplete, QueueFull, TrainingRunLost
+from trainer_service.journal import codec
+from trainer_service.run.calls import (
     Call,
     Compute,
     Computed,
@@ -26,10 +28,8 @@ from trainer_service.calls import (
     Saved,
     Stepped,
 )
-from trainer_service.errors import GradientIncomplete, QueueFull, TrainingRunLost
-from trainer_service.journal import codec
-from trainer_service.run import RunOrigin, RunView
-from trainer_service.sequenced_requests import parse_call
+from trainer_service.run.run import RunOrigin, RunView
+from trainer_service.wire.sequenced_requests import parse_call
 
 ORIGIN = RunOrigin(
     training_run_id="run-1",

@@ -4,7 +4,6 @@ import sqlite3
 
 import pytest
 
-from trainer_service.gradient import GradientCounts
 from trainer_service.journal import changes, queries, records
 from trainer_service.journal.records import (
     Effect,
@@ -15,7 +14,8 @@ from trainer_service.journal.records import (
     key,
 )
 from trainer_service.journal.schema import migrate
-from trainer_service.run import RunState
+from trainer_service.run.gradient import GradientCounts
+from trainer_service.run.run import RunState
 
 
 class Book:

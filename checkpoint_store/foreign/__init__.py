@@ -1,0 +1,1 @@
+"""Adapters that others have made: checked as strangers' files are, and converted."""

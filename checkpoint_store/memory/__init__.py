@@ -1,0 +1,1 @@
+"""Rows in memory of this host, where samplers find them at once."""

@@ -1,0 +1,1 @@
+"""What an object store needs: its keys, its revisions, copies of its files."""

@@ -1,0 +1,70 @@
+"""Keys of an object store, handled as paths are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from checkpoint_store.objects.object_store import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStat:
+    st_mtime: float
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPath:
+    """An object, or all those below a key, with what of `Path` the store needs. There are no
+    folders: one is there while something is below it.
+    """
+
+    objects: ObjectStore
+    key: str
+    _below: bool = False  # whether something is known to be
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        return ObjectPath(self.objects, f"{self.key}/{name}".lstrip("/"))
+
+    def __str__(self) -> str:
+        return f"s3://{self.objects.address.bucket}/{self.key}"
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return ObjectPath(self.objects, self.key.rpartition("/")[0])
+
+    def iterdir(self) -> Iterator["ObjectPath"]:
+        folders, objects = self.objects.children(self.key)
+        yield from (ObjectPath(self.objects, key, True) for key in folders)
+        yield from (ObjectPath(self.objects, key) for key in objects)
+
+    def is_dir(self) -> bool:
+        return self._below
+
+    def exists(self) -> bool:
+        """Whether there is an object."""
+        return self.objects.find(self.key) is not None
+
+    def stat(self) -> ObjectStat:
+        written = self.objects.find(self.key)
+        if written is None:
+            raise FileNotFoundError(str(self))
+        return ObjectStat(written.timestamp())
+
+    def read_bytes(self) -> bytes:
+        return self.objects.read(self.key)
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def touch(self) -> None:
+        self.objects.write(self.key, b"")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Removes the object, if there is one: the store does not tell."""
+        self.objects.remove(self.key)
+
+    def rmdir(self) -> None:
+        """There is nothing to remove."""

@@ -1,0 +1,1 @@
+"""An engine as its front sees it: a process that may die, and the pipe to it."""

@@ -1,0 +1,369 @@
+"""The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
+
+The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
+were with it fail with `EngineDied`, `on_death` is told, and a new process starts; calls made
+meanwhile wait for it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mint_core.engine_host.pipe import (
+    Bundle,
+    Call,
+    Failure,
+    Heartbeat,
+    Hello,
+    Part,
+    Reply,
+    Report,
+)
+from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+START_LIMIT_S = 1800.0  # loading a large base from a cold disk
+EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
+RESTART_DELAY_S = 0.1  # doubled after each start that failed
+MAX_RESTART_DELAY_S = 60.0
+WATCH_INTERVAL_S = 0.5
+
+
+class _Child:
+    """One engine process. Two threads feed its pipe: a full one must not stop the event loop."""
+
+    def __init__(
+        self,
+        module: str,
+        config: object,
+        *,
+        deliver: Callable[["_Child", Any], None],
+        ended: Callable[["_Child"], None],
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the front, which ends its engine
+            )
+        self.started_s = time.monotonic()
+        self._connection = Connection(ours.detach())
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox.put(config)
+        self._deliver = deliver
+        self._ended = ended
+        self._writer = threading.Thread(target=self._write, daemon=True, name="engine-writer")
+        self._writer.start()
+        self._reader = threading.Thread(target=self._read, daemon=True, name="engine-reader")
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int:
+        """Of a child that has ended."""
+        return self._process.returncode
+
+    def send(self, message: object) -> None:
+        self._outbox.put(message)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self) -> None:
+        """Blocks until the process and its threads have ended."""
+        self._reader.join()
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._connection.send(message)
+            except OSError:
+                return  # the reader sees the end of the pipe and reports it
+            except Exception:
+                logger.exception("a message could not be sent to the engine")
+                self.kill()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._deliver(self, self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("a message of the engine could not be read")
+            self.kill()
+        self._await_end()
+        self._outbox.put(None)
+        self._writer.join()
+        self._connection.close()
+        self._ended(self)
+
+    def _await_end(self) -> None:
+        try:
+            self._process.wait(EXIT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # a process without its pipe is of no use
+            self._process.wait()
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """Who waits for an answer."""
+
+    future: asyncio.Future[Any]
+    silence_limit_s: float
+    on_part: Callable[[Any], None] | None
+    parted: bool = False  # the engine goes on with the next call and with this one beside it
+
+    def take(self, part: object) -> None:
+        self.parted = True
+        if self.future.done():
+            return  # the caller has left
+        try:
+            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
+            self.on_part(part)
+        except Exception as error:  # the caller's own, and nobody else's
+            self.future.set_exception(error)
+
+
+class EngineProcess:
+    """Calls into an engine that may die. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        module: str,  # run as `python -m <module> <fd>`; see mint_core.engine_host.pipe
+        config: object,
+        *,
+        on_death: Callable[[str], None] = lambda why: None,
+    ) -> None:
+        self._module = module
+        self._config = config
+        self._on_death = on_death
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Waiter] = {}
+        self.report: Any = None  # what the engine has told of itself; None: nothing yet
+        self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
+        self._start_error: MintError | None = None
+        self._child: _Child | None = None
+        self._last_word = time.monotonic()
+        self._why_killed = ""
+        self._watchdog: asyncio.Task[None] | None = None
+        self._restart: asyncio.TimerHandle | None = None
+        self._restart_delay_s = RESTART_DELAY_S
+        self.restarts = 0
+        self.closed = False
+        self.changed = asyncio.Event()  # set when `ready` changes, for one reader who clears it
+
+    @property
+    def ready(self) -> bool:
+        return self._child is not None and self._attempt is not None and self._attempt.done()
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child else None
+
+    async def start(self) -> Hello:
+        """Starts the engine and returns its first word. Raises what kept it from loading."""
+        self._attempt = asyncio.get_running_loop().create_future()
+        self._watchdog = asyncio.create_task(self._watch())
+        self._spawn()
+        try:
+            return await self.hello()
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, Unavailable) and self._start_error:
+                raise self._start_error from None
+            raise
+
+    async def hello(self) -> Hello:
+        """Waits until the engine is up and returns what it said of itself."""
+        assert self._attempt is not None, "start() comes first"
+        return await asyncio.shield(self._attempt)
+
+    async def call(
+        self,
+        job: object,
+        *,
+        silence_limit_s: float = 60.0,
+        on_part: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Runs a job in the engine, which is killed if it says nothing for `silence_limit_s`.
+        `on_part` is called with each part of the answer as it comes, in the engine's order and
+        before this returns; what it raises, this raises.
+        """
+        while not self.ready:
+            await self.hello()
+        assert self._child is not None
+        number = next(self._numbers)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self._waiting:
+            self._last_word = time.monotonic()
+        self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
+        self._child.send(Call(number, job))
+        try:
+            return await future
+        finally:
+            self._waiting.pop(number, None)
+
+    def cast(self, job: object) -> None:
+        """Sends a job without waiting for an answer, such as the abort of another."""
+        if self._child is not None and self.ready:
+            self._child.send(Call(0, job))
+
+    async def close(self) -> None:
+        """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
+        self.closed = True
+        if self._restart:
+            self._restart.cancel()
+        if self._watchdog:
+            self._watchdog.cancel()
+        child, self._child = self._child, None
+        gone = Unavailable("the server is shutting down; send the call again")
+        self._fail_attempt(gone)
+        self._fail_waiting(gone)
+        self.changed.set()
+        if child:
+            child.kill()
+            await asyncio.to_thread(child.join)
+
+    def _spawn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_word = time.monotonic()
+
+        def post(callback: Callable[..., None], *args: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(callback, *args)
+
+        self._child = _Child(
+            self._module,
+            self._config,
+            deliver=partial(post, self._receive),
+            ended=partial(post, self._bury),
+        )
+
+    def _receive(self, child: _Child, message: object) -> None:
+        if child is not self._child:
+            return
+        self._last_word = time.monotonic()
+        for each in message.messages if isinstance(message, Bundle) else (message,):
+            self._handle(child, each)
+
+    def _handle(self, child: _Child, message: object) -> None:
+        match message:
+            case Part(number, value):
+                if waiter := self._waiting.get(number):
+                    waiter.take(value)
+            case Hello():
+                assert self._attempt is not None
+                self._attempt.set_result(message)
+                self._restart_delay_s = RESTART_DELAY_S
+                self.changed.set()
+                start_s = self._last_word - child.started_s
+                logger.info("engine ready pid=%d start_s=%.2f", child.pid, start_s)
+            case Reply(number, value):
+                self._settle(number, value, None)
+            case Failure(0, error):
+                self._start_error = error
+            case Failure(number, error):
+                self._settle(number, None, error)
+            case Heartbeat():
+                pass
+            case Report(value):
+                self.report = value
+            case _:
+                raise AssertionError(f"unknown message {message!r}")
+
+    def _settle(self, number: int, value: object, error: MintError | None) -> None:
+        waiter = self._waiting.get(number)
+        if waiter is None or waiter.future.done():
+            return  # its caller has left
+        if error is None:
+            waiter.future.set_result(value)
+        else:
+            waiter.future.set_exception(error)
+
+    def _bury(self, child: _Child) -> None:
+        if child is not self._child:
+            return
+        was_up = self.ready
+        self._child = None
+        self.report = None
+        why = self._why_killed or f"the engine ended with {_exit(child.exit_code)}"
+        cause, self._start_error, self._why_killed = self._start_error, None, ""
+        if was_up:
+            self._on_death(why)
+            self._mourn(f"{why}; another is starting")
+        elif self.restarts == 0 and not self._restart:
+            cause = cause or EngineFault(f"{why} while it started; its log says why")
+            self._start_error = cause  # start() raises it; callers wait for the next server
+            self.closed = True
+            self._fail_attempt(Unavailable(f"the engine cannot start: {cause.message}"))
+            return
+        else:
+            why = cause.message if cause else why
+            self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))
+            self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
+        logger.error("%s; starting another in %g s", why, self._restart_delay_s)
+        loop = asyncio.get_running_loop()
+        self._attempt = loop.create_future()
+        self._restart = loop.call_later(self._restart_delay_s, self._respawn)
+        self.changed.set()
+
+    def _respawn(self) -> None:
+        self.restarts += 1
+        self._spawn()
+
+    def _fail_attempt(self, error: MintError) -> None:
+        if self._attempt is None or self._attempt.done():
+            self._attempt = asyncio.get_running_loop().create_future()
+        self._attempt.set_exception(error)
+        self._attempt.exception()  # retrieved: nobody need wait for it
+
+    def _mourn(self, why: str) -> None:
+        """Fails what was with an engine that died, and says which call it was at."""
+        begun = (number for number, waiter in self._waiting.items() if not waiter.parted)
+        at = next(begun, next(iter(self._waiting), None))
+        for number, waiter in self._waiting.items():
+            if not waiter.future.done():
+                waiter.future.set_exception(EngineDied(why, at_work=number == at))
+
+    def _fail_waiting(self, error: MintError) -> None:
+        for waiter in self._waiting.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._child is None or self._why_killed:
+                continue
+            limits_s = (waiter.silence_limit_s for waiter in self._waiting.values())
+            limit_s = max(limits_s, default=float("inf"))
+            if not self.ready:
+                limit_s = START_LIMIT_S
+            silent_s = time.monotonic() - self._last_word
+            if silent_s > limit_s:
+                self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"
+                self._child.kill()
+
+
+def _exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"

@@ -1,0 +1,126 @@
+"""Starts trainer and sampler side by side and stops both: `python -m mint_core.hosting.serve`."""
+
+import asyncio
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mint_core.errors import FailedPrecondition, MintError
+from mint_core.hosting.serve_flags import HELP, ServeFlags, parse_serve_flags
+from mint_core.hosting.service_config import host_and_port
+from mint_core.hosting.service_main import first, set_up_logging, stop_signal, write_whole
+
+logger = logging.getLogger("mint.serve")
+
+POLL_INTERVAL_S = 0.1  # while a service starts
+STOP_LIMIT_S = 30.0  # from SIGTERM to SIGKILL
+
+
+class _Service:
+    """One service as a child process."""
+
+    def __init__(self, name: str, flags: Sequence[str], folder: Path) -> None:
+        self.name = name
+        self._flags = flags
+        self._ready_file = folder / f"{name}.json"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, *more_flags: str) -> None:
+        flags = (*self._flags, *more_flags, "--ready-file", str(self._ready_file))
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", f"{self.name}_service", *flags
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether it listens. Raises if it has ended."""
+        assert self._process is not None
+        if self._process.returncode is not None:
+            raise FailedPrecondition(
+                f"the {self.name} ended with status {self._process.returncode}; its log says why"
+            )
+        return self._ready_file.exists()
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where it listens, once it is ready."""
+        addresses: dict[str, str] = json.loads(self._ready_file.read_text())
+        return addresses
+
+    async def ended(self) -> None:
+        assert self._process is not None
+        await self._process.wait()
+
+    async def stop(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+async def serve(flags: ServeFlags) -> None:
+    """Runs both services until cancelled. Raises when one of them ends."""
+    with tempfile.TemporaryDirectory(prefix="mint-serve-") as folder:
+        trainer = _Service("trainer", flags.trainer, Path(folder))
+        sampler = _Service("sampler", flags.sampler, Path(folder))
+        try:
+            await sampler.start()
+            await trainer.start(*await _sampler_address(flags, sampler))
+            await _until_ready(trainer, sampler)
+            _announce(trainer.addresses, sampler.addresses, flags.ready_file)
+            ends = [asyncio.create_task(service.ended()) for service in (trainer, sampler)]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await _until_ready(trainer, sampler)  # says which one ended
+        finally:
+            await asyncio.gather(trainer.stop(), sampler.stop())
+
+
+async def _sampler_address(flags: ServeFlags, sampler: _Service) -> tuple[str, ...]:
+    """Returns the trainer's flags about the sampler, after waiting for its port if need be."""
+    address = flags.sampler_address
+    if not address:
+        return ()
+    if host_and_port(address, "sampler_address")[1] == 0:
+        await _until_ready(sampler)
+        address = sampler.addresses["address"]
+    return ("--sampler-address", address)
+
+
+async def _until_ready(*services: _Service) -> None:
+    while False in {service.ready for service in services}:
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def _announce(trainer: dict[str, str], sampler: dict[str, str], ready_file: Path | None) -> None:
+    logger.info("trainer on %s, sampler on %s", trainer["address"], sampler["address"])
+    logger.info("connect with MINT_BASE_URL=http://%s; Ctrl-C stops both", trainer["address"])
+    if ready_file:
+        write_whole(ready_file, json.dumps({"trainer": trainer, "sampler": sampler}))
+
+
+async def _run(flags: ServeFlags) -> None:
+    await first(serve(flags), stop_signal())
+
+
+def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(HELP)
+        return 0
+    set_up_logging("INFO")
+    try:
+        asyncio.run(_run(parse_serve_flags(sys.argv[1:])))
+    except (MintError, ValueError) as error:
+        logger.error("cannot serve: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

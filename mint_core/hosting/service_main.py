@@ -1,0 +1,194 @@
+"""The life of a service process: listen, start the engine, serve until told to stop."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mint_core.durable_files import make_folder
+from mint_core.engine_host.process import EngineProcess
+from mint_core.errors import FailedPrecondition, MintError
+from mint_core.hosting.access import KeyRing
+from mint_core.hosting.service_config import ServiceConfig, host_and_port
+from mint_core.rpc.hosting import Role, RpcServer
+from mint_core.rpc.limits import MAX_MESSAGE_BYTES
+from mint_core.rpc.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+MIN_FREE_BYTES = 100 * 1024 * 1024  # in the store's folder, at start
+GRACE_S = 5.0  # for calls under way when the service stops
+
+
+class Service(Protocol):
+    """What trainer and sampler each put between the network and their engine."""
+
+    @property
+    def engine(self) -> EngineProcess: ...
+
+    def add_to(self, server: RpcServer) -> None:
+        """Adds the servicers. Called once, before `start`."""
+
+    async def start(self) -> None:
+        """Starts the engine and returns when it is ready. Raises a MintError if it cannot run."""
+
+    async def stop(self) -> None:
+        """Ends the engine."""
+
+
+Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
+
+
+def run_service(config: ServiceConfig, role: Role, build: Build) -> int:
+    """Serves until SIGINT or SIGTERM and returns the exit status: 1 if it could not run."""
+    set_up_logging(config.log_level)
+    try:
+        asyncio.run(_Life(config, role, build).run())
+    except MintError as error:
+        logger.error("%s cannot start: %s", role, error.message)
+        return 1
+    return 0
+
+
+def set_up_logging(level: str) -> None:
+    """Log lines go to standard error, with time, level and origin."""
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    config: ServiceConfig
+    role: Role
+    build: Build
+
+    async def run(self) -> None:
+        stopped = stop_signal()
+        check_folders(self.config)
+        keys = KeyRing(self.config.keys) if self.config.keys else None
+        metrics = Metrics()
+        server = RpcServer(
+            self.config.address,
+            role=self.role,
+            keys=keys,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            metrics=metrics,
+        )
+        service = self.build(metrics, keys)
+        service.add_to(server)
+        metrics.watch_engine(service.engine)
+        try:
+            addresses = await self._listen(server, metrics)
+            if await first(service.start(), stopped):
+                self._announce(addresses)
+                await first(_follow(service.engine, server), stopped)
+        finally:
+            await server.stop(GRACE_S)
+            await service.stop()
+        logger.info("%s stopped", self.role)
+
+    async def _listen(self, server: RpcServer, metrics: Metrics) -> dict[str, str]:
+        """Takes the ports before the engine loads, so that a port in use is refused at once."""
+        address, metrics_address = self.config.address, self.config.metrics_address
+        if metrics_address:
+            metrics_address = _with_port(metrics_address, metrics.serve(metrics_address))
+        address = _with_port(address, await server.start())
+        logger.info(
+            "%s starting address=%s base_model=%s", self.role, address, self.config.base_model
+        )
+        return {"address": address, "metrics_address": metrics_address}
+
+    def _announce(self, addresses: dict[str, str]) -> None:
+        if self.config.keys is None:
+            logger.info("no `keys`: loopback only, every caller is the tenant `default`")
+        logger.info(
+            "%s listening on %s metrics=%s",
+            self.role,
+            addresses["address"],
+            addresses["metrics_address"],
+        )
+        if self.config.ready_file:
+            write_whole(self.config.ready_file, json.dumps(addresses))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Renames the file into place: who sees it sees all of it."""
+    draft = file.with_name(f".{file.name}.draft")
+    try:
+        draft.write_text(text)
+        draft.rename(file)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"`ready_file` {file} cannot be written: {error.strerror}; choose another"
+        ) from error
+
+
+def check_folders(config: ServiceConfig) -> None:
+    """Refuses a base model whose folder is missing, and a store that cannot be written."""
+    if _is_path(config.base_model) and not Path(config.base_model).is_dir():
+        raise FailedPrecondition(
+            f"`base_model` {config.base_model} is no folder; `make model` makes the embedded one,"
+            " and a hub id looks like OWNER/NAME"
+        )
+    folder = config.store_folder
+    what = f"`{'local_folder' if config.store_is_remote else 'store'}` {folder}"
+    try:
+        make_folder(folder.absolute())
+    except OSError as error:
+        raise FailedPrecondition(
+            f"{what} cannot be made: {error.strerror}; choose another folder"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise FailedPrecondition(f"{what} cannot be written; choose another folder")
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise FailedPrecondition(
+            f"{what} has {free // 2**20} MiB of free space and needs"
+            f" {MIN_FREE_BYTES // 2**20}; free some, or choose another folder"
+        )
+
+
+def _is_path(base_model: str) -> bool:
+    return base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+
+
+def _with_port(address: str, port: int) -> str:
+    host, _ = host_and_port(address, "address")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def stop_signal() -> asyncio.Event:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    return stopped
+
+
+async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool:
+    """Whether the work ended before the signal to stop, which cancels it."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stopped.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    ended = working.done()
+    for task in (working, stopping):
+        task.cancel()
+    await asyncio.wait({working, stopping})
+    if ended:
+        working.result()  # raises what the work raised
+    return ended
+
+
+async def _follow(engine: EngineProcess, server: RpcServer) -> None:
+    """Keeps the health service at the engine's state."""
+    while True:
+        engine.changed.clear()
+        await server.set_serving(engine.ready)
+        await engine.changed.wait()

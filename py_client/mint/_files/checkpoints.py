@@ -1,0 +1,139 @@
+"""What is asked about checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mint._run.runs import new_request_id
+from mint._transport.call import Question
+from mint._transport.connection import Connection
+from mint.errors import InvalidInputError
+from mint.types.checkpoints import (
+    KIND_OF_TYPE,
+    Checkpoint,
+    CheckpointsListResponse,
+    CheckpointType,
+    Cursor,
+    ExportResponse,
+)
+from mint.types.params import integer, text, text_map, ttl
+from mintrpc.v1 import checkpoint_pb2
+
+MAX_PAGE_SIZE = 1000
+_DTYPES: Mapping[str | None, checkpoint_pb2.ExportDtype] = {
+    None: checkpoint_pb2.EXPORT_DTYPE_UNSPECIFIED,
+    "float32": checkpoint_pb2.EXPORT_DTYPE_FLOAT32,
+    "bfloat16": checkpoint_pb2.EXPORT_DTYPE_BFLOAT16,
+    "float16": checkpoint_pb2.EXPORT_DTYPE_FLOAT16,
+}
+
+
+def get_checkpoint(connection: Connection, path: str) -> Question:
+    request = checkpoint_pb2.GetCheckpointRequest(path=text(path, "path"))
+    return Question(connection.checkpoints.GetCheckpoint, request, _checkpoint)
+
+
+def list_checkpoints(
+    connection: Connection,
+    *,
+    limit: int,
+    offset: int = 0,
+    training_run_id: str = "",
+    checkpoint_type: CheckpointType | None = None,
+    metadata: Mapping[str, str] | None = None,
+    page_token: str = "",
+) -> Question:
+    """The answer is read as the message, which has the token of the next page."""
+    request = checkpoint_pb2.ListCheckpointsRequest(
+        training_run_id=text(training_run_id, "training_run_id"),
+        page_size=page_size(limit),
+        page_token=page_token,
+        metadata_filter=text_map(metadata, "metadata_filter"),
+        skip=integer(offset, "offset"),
+    )
+    if checkpoint_type is not None:
+        if checkpoint_type not in KIND_OF_TYPE:
+            raise InvalidInputError(
+                f"`checkpoint_type` is {checkpoint_type!r}; give one of "
+                f"{', '.join(KIND_OF_TYPE)}, or None for all",
+                field="checkpoint_type",
+            )
+        request.kind = KIND_OF_TYPE[checkpoint_type]  # type: ignore[assignment]
+    return Question(connection.checkpoints.ListCheckpoints, request, lambda answer: answer)
+
+
+def page_of_checkpoints(answer: Any, *, offset: int, limit: int) -> CheckpointsListResponse:
+    checkpoints = [Checkpoint.from_proto(message) for message in answer.checkpoints]
+    return CheckpointsListResponse(checkpoints, Cursor(offset, limit, answer.total_size))
+
+
+def set_lifetime(connection: Connection, path: str, ttl_seconds: float | None) -> Question:
+    request = _update(path)
+    if (duration := ttl(ttl_seconds)) is None:
+        request.keep = True
+    else:
+        request.ttl.CopyFrom(duration)
+    return Question(connection.checkpoints.UpdateCheckpoint, request, _checkpoint)
+
+
+def set_metadata(connection: Connection, path: str, metadata: Mapping[str, str]) -> Question:
+    request = _update(path)
+    request.metadata.SetInParent()
+    request.metadata.entries.update(text_map(metadata, "user_metadata"))
+    return Question(connection.checkpoints.UpdateCheckpoint, request, _checkpoint)
+
+
+def copy_checkpoint(
+    connection: Connection, path: str, name: str, ttl_seconds: float | None
+) -> Question:
+    request = checkpoint_pb2.CopyCheckpointRequest(
+        path=text(path, "path"),
+        request_id=new_request_id(),
+        name=text(name, "name"),
+        ttl=ttl(ttl_seconds),
+    )
+    return Question(connection.checkpoints.CopyCheckpoint, request, _checkpoint)
+
+
+def delete_checkpoint(connection: Connection, path: str) -> Question:
+    request = checkpoint_pb2.DeleteCheckpointRequest(
+        path=text(path, "path"), request_id=new_request_id()
+    )
+    return Question(connection.checkpoints.DeleteCheckpoint, request, lambda answer: None)
+
+
+def export_checkpoint(
+    connection: Connection, path: str, dtype: str | None, ttl_seconds: float | None
+) -> Question:
+    if dtype not in _DTYPES:
+        raise InvalidInputError(
+            f"`dtype` is {dtype!r}; give float32, bfloat16 or float16, or None for the base "
+            "model's own",
+            field="dtype",
+        )
+    request = checkpoint_pb2.ExportCheckpointRequest(
+        path=text(path, "path"),
+        request_id=new_request_id(),
+        dtype=_DTYPES[dtype],
+        ttl=ttl(ttl_seconds),
+    )
+    return Question(connection.checkpoints.ExportCheckpoint, request, ExportResponse.from_proto)
+
+
+def page_size(limit: int) -> int:
+    """How many entries to ask for at once."""
+    if not 1 <= integer(limit, "limit") <= MAX_PAGE_SIZE:
+        raise InvalidInputError(
+            f"`limit` is {limit}; it must be 1 to {MAX_PAGE_SIZE}, and `offset` gives the rest",
+            field="limit",
+        )
+    return int(limit)
+
+
+def _checkpoint(answer: Any) -> Checkpoint:
+    return Checkpoint.from_proto(answer.checkpoint)
+
+
+def _update(path: str) -> checkpoint_pb2.UpdateCheckpointRequest:
+    return checkpoint_pb2.UpdateCheckpointRequest(
+        path=text(path, "path"), request_id=new_request_id()
+    )

@@ -1,0 +1,99 @@
+"""The base model's tokenizer: its files from the server, kept by content, opened without a hub."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mint._async_names import on_thread
+from mint._transport.call import read_stream
+from mint._transport.connection import Connection
+from mint.errors import APIResponseValidationError
+from mintrpc.v1 import model_pb2
+
+_SUMS = "sha256.json"  # of every file, written last: a folder without it is not complete
+_FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def load_tokenizer(connection: Connection, base_model: str, fingerprint: str) -> Any:
+    """A Hugging Face tokenizer. Its files are fetched unless the cache has them, intact."""
+    if not _FINGERPRINT.fullmatch(fingerprint):
+        raise APIResponseValidationError(
+            f"the server gives {fingerprint!r} as the tokenizer's fingerprint, which is no digest"
+        )
+    folder = cache_folder() / fingerprint
+    if not _intact(folder):
+        _fetch(connection, base_model, folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def cache_folder() -> Path:
+    """Where tokenizers are kept: `mint/tokenizers` under $XDG_CACHE_HOME or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "mint" / "tokenizers"
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        sums: dict[str, str] = json.loads((folder / _SUMS).read_text())
+        return all(_sha256((folder / name).read_bytes()) == value for name, value in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _fetch(connection: Connection, base_model: str, folder: Path) -> None:
+    request = model_pb2.GetTokenizerRequest(base_model=base_model)
+    read = partial(read_stream, connection, connection.model.GetTokenizer, request)
+    pieces = on_thread(read).result()  # which an interrupt may end, but not gRPC's part of it
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
+    try:
+        sums = {}
+        for name, data in _files(pieces):
+            (staging / name).write_bytes(data)
+            sums[name] = _sha256(data)
+        (staging / _SUMS).write_text(json.dumps(sums))
+        _publish(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    if folder.exists() and not _intact(folder):
+        shutil.rmtree(folder)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if not _intact(folder):  # else another process was faster
+            raise
+
+
+def _files(pieces: Iterable[model_pb2.GetTokenizerResponse]) -> Iterator[tuple[str, bytes]]:
+    """Whole files out of their pieces, each checked against its digest."""
+    whole: dict[str, bytearray] = {}
+    for piece in pieces:
+        if not _FILE_NAME.fullmatch(piece.name) or piece.name == _SUMS:
+            raise APIResponseValidationError(f"the server names a tokenizer file {piece.name!r}")
+        data = whole.setdefault(piece.name, bytearray())
+        if piece.offset_bytes != len(data):
+            raise APIResponseValidationError(f"pieces of `{piece.name}` are missing")
+        data += piece.data
+        if len(data) == piece.size_bytes:
+            if _sha256(data) != piece.sha256:
+                raise APIResponseValidationError(f"`{piece.name}` arrived damaged; try again")
+            yield piece.name, bytes(whole.pop(piece.name))
+    if whole:
+        raise APIResponseValidationError(f"`{next(iter(whole))}` arrived incomplete; try again")
+
+
+def _sha256(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""One training run as its script sees it: its calls, in order."""

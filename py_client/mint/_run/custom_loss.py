@@ -1,0 +1,156 @@
+"""Losses that users write, computed here: logprobs from the server, their derivatives back to it.
+
+The gradient of a loss with respect to the weights is the sum over targets of (its derivative with
+respect to the target's logprob) times (the gradient of that logprob). Cross-entropy whose weights
+are minus those derivatives has just that gradient.
+"""
+
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint import types
+from mint._async_names import on_thread
+from mint._run.passes import (
+    PER_SECOND,
+    Part,
+    Passes,
+    PassRequest,
+    checked_batch,
+    join,
+    pass_template,
+)
+from mint._run.run_calls import Place, RunCalls
+from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.futures import APIFuture
+from mintrpc.v1 import trainer_pb2, types_pb2
+
+# Of data and a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as
+# nothing but _torch.py imports torch.
+CustomLoss = Callable[[list[types.Datum], list[Any]], tuple[Any, Mapping[str, float]]]
+Floats = NDArray[np.float32]
+_TARGETS, _WEIGHTS = "target_tokens", "weights"
+
+
+class CustomPass:
+    """One forward_backward_custom: a forward, the loss on a thread of its own, a backward in the
+    place that was kept for it. However the first two end, the place is filled, if with nothing.
+    """
+
+    def __init__(
+        self, passes: Passes, calls: RunCalls, data: Sequence[types.Datum], loss_fn: CustomLoss
+    ) -> None:
+        if find_spec("torch") is None:
+            raise ImportError("a custom loss is computed by torch: install it beside the client")
+        self._passes = passes
+        self._calls = calls
+        self._data = list(checked_batch(data))
+        self._loss_fn = loss_fn
+        self._place = Place()
+        self._context = contextvars.copy_context()
+        self.future: APIFuture[types.ForwardBackwardOutput] = APIFuture()
+        template = pass_template(
+            trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted"
+        )
+        # With weights of 0, so that it is known now how many messages there will be.
+        surrogates = [_surrogate(datum, index) for index, datum in enumerate(self._data)]
+        self._backwards = passes.requests(template, surrogates)
+
+    @property
+    def num_backwards(self) -> int:
+        return len(self._backwards)
+
+    def start(self) -> None:
+        """Sends the forward. Calls that are queued from now on wait for the backward."""
+        calls, forward = self._passes.calls(
+            [_forward_of(request) for request in self._backwards], "custom"
+        )
+        forward.add_done_callback(lambda _: on_thread(lambda: self._go_on(forward)))
+        self._calls.enqueue(*calls, self._place)
+
+    def _go_on(self, forward: APIFuture[list[Part]]) -> None:
+        """Computes the loss and sends the backward; blocks while the loss is computed."""
+        calls: list[Any] = []
+        try:
+            parts = forward.result()
+            scored = join(parts)
+            with self._calls.working():
+                loss, metrics, slopes = self._context.run(self._differentiate, scored)
+            self._fill_in(slopes)
+            calls, backward = self._passes.calls(self._backwards, "custom")
+            backward.add_done_callback(lambda _: self._end(parts, scored, backward, loss, metrics))
+        except BaseException as error:
+            self.future.fail(error)
+        finally:
+            self._calls.fill(self._place, calls)
+
+    def _differentiate(
+        self, scored: types.ForwardBackwardOutput
+    ) -> tuple[float, dict[str, float], list[Floats]]:
+        from mint._torch import differentiate
+
+        logprobs = [output["logprobs"].to_numpy() for output in scored.loss_fn_outputs]
+        for datum, array in zip(self._data, logprobs, strict=True):
+            if list(array.shape) != datum.loss_fn_inputs[_TARGETS].shape:
+                raise APIResponseValidationError(
+                    f"the server answered logprobs of shape {list(array.shape)} for targets of "
+                    f"shape {datum.loss_fn_inputs[_TARGETS].shape}"
+                )
+        return differentiate(self._loss_fn, self._data, logprobs)
+
+    def _fill_in(self, slopes: Sequence[Floats]) -> None:
+        messages = [datum for request in self._backwards for datum in request.data]
+        for index, (message, slope) in enumerate(zip(messages, slopes, strict=True)):
+            if not np.isfinite(slope).all():
+                place = np.argwhere(~np.isfinite(slope))[0].tolist()
+                raise InvalidInputError(
+                    f"the derivative of the loss with respect to the logprobs of `data[{index}]` "
+                    f"is {slope[tuple(place)]} at {place}; nothing of this batch was added to the "
+                    "gradient",
+                    field="loss_fn",
+                )
+            message.loss_fn_inputs[_WEIGHTS].values = (-slope).astype("<f4").tobytes()
+
+    def _end(
+        self,
+        forward: Sequence[Part],
+        scored: types.ForwardBackwardOutput,
+        backward: APIFuture[list[Part]],
+        loss: float,
+        metrics: Mapping[str, float],
+    ) -> None:
+        if (error := backward.exception()) is not None:
+            self.future.fail(error)
+            return
+        parts = backward.result()
+        told = dict(join(parts).metrics)
+        told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
+        seconds = sum(part.seconds for part in (*forward, *parts))
+        if PER_SECOND in told and seconds > 0:
+            told[PER_SECOND] = told["tokens:sum"] / seconds
+        told = {"loss:sum": loss, **told, **metrics}
+        self.future.succeed(types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told))
+
+
+def _surrogate(datum: types.Datum, index: int) -> types.Datum:
+    """What the server reads of a datum; whatever else it holds is for the loss alone."""
+    if _TARGETS not in datum.loss_fn_inputs:
+        raise InvalidInputError(
+            f"`data[{index}].loss_fn_inputs` lacks `{_TARGETS}`, whose logprobs the loss is given",
+            field=f"data[{index}].loss_fn_inputs.{_TARGETS}",
+        )
+    targets = datum.loss_fn_inputs[_TARGETS]
+    weights = np.zeros(targets.shape, np.float32)
+    return types.Datum(datum.model_input, {_TARGETS: targets, _WEIGHTS: weights})
+
+
+def _forward_of(request: PassRequest) -> PassRequest:
+    return trainer_pb2.ForwardRequest(
+        data=request.data,
+        cross_entropy=types_pb2.CrossEntropy(),
+        logprob_scope=trainer_pb2.LOGPROB_SCOPE_ALL,
+    )

@@ -1,0 +1,247 @@
+"""Forward and backward passes: a batch cut into messages, and their answers joined again."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from mint import types
+from mint._run.losses import set_loss
+from mint._run.run_calls import RunCalls, SequencedCall
+from mint._transport.connection import Connection
+from mint.errors import APIResponseValidationError, InvalidInputError, MintError
+from mint.futures import APIFuture
+from mintrpc.v1 import trainer_pb2
+
+T = TypeVar("T")
+LogprobScope = Literal["all", "weighted"]
+PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
+PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
+PER_SECOND = "tokens_per_second:mean"
+
+_SCOPES: dict[str, trainer_pb2.LogprobScope] = {
+    "all": trainer_pb2.LOGPROB_SCOPE_ALL,
+    "weighted": trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
+}
+_MAX_DATA = 1024  # of one message, where the server does not say
+_ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
+_FRAME_BYTES = 8  # of a datum in its request
+_DATUM = re.compile(r"\bdata\[(\d+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The answer to one message of a batch."""
+
+    output: types.ForwardBackwardOutput
+    seconds: float  # since the run's answer before it, or since it was sent
+
+
+class Passes:
+    """Makes the calls of passes. Nothing is sent before all of a batch has been looked at."""
+
+    def __init__(self, connection: Connection, calls: RunCalls, max_data: int) -> None:
+        self._connection = connection
+        self._calls = calls
+        self._max_data = max_data or _MAX_DATA
+
+    def requests(
+        self,
+        template: PassRequest,  # without data
+        data: Sequence[types.Datum],
+    ) -> list[PassRequest]:
+        """The batch in as few messages as the server takes."""
+        return list(self._cut(template, checked_batch(data)))
+
+    def calls(
+        self, requests: Sequence[PassRequest], loss_fn: str
+    ) -> tuple[list[SequencedCall], APIFuture[list[Part]]]:
+        """The calls of a batch, not sent yet, and the future of their answers, in order."""
+        calls, futures, firsts = [], [], [0]
+        for request in requests:
+            backward = isinstance(request, trainer_pb2.ForwardBackwardRequest)
+            stub = self._connection.trainer
+            call, future = self._calls.make(
+                stub.ForwardBackward if backward else stub.Forward,
+                request,
+                partial(_part, len(request.data), loss_fn),
+            )
+            calls.append(call)
+            futures.append(future)
+            firsts.append(firsts[-1] + len(request.data))
+        return calls, gathered(futures, firsts)
+
+    def submit(
+        self, requests: Sequence[PassRequest], loss_fn: str
+    ) -> APIFuture[types.ForwardBackwardOutput]:
+        """Sends a batch; its answer comes as if it had been one message."""
+        calls, parts = self.calls(requests, loss_fn)
+        joined = then(parts, join)
+        self._calls.enqueue(*calls)
+        return joined
+
+    def _cut(self, template: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
+        limit_bytes = self._connection.max_message_bytes - _ROOM_BYTES
+        request = _copy(template)
+        size_bytes = 0
+        for index, datum in enumerate(data):
+            message = datum.to_proto()
+            datum_bytes = message.ByteSize() + _FRAME_BYTES
+            full = len(request.data) == self._max_data or size_bytes + datum_bytes > limit_bytes
+            if request.data and full:
+                yield request
+                request, size_bytes = _copy(template), 0
+            if datum_bytes > limit_bytes:
+                raise InvalidInputError(
+                    f"`data[{index}]` takes {datum_bytes} bytes, but the server takes "
+                    f"{self._connection.max_message_bytes} in a message; shorten it",
+                    field=f"data[{index}]",
+                )
+            request.data.append(message)
+            size_bytes += datum_bytes
+        yield request
+
+
+def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
+    """A batch of at least one datum."""
+    if isinstance(data, types.Datum) or len(data) == 0:
+        raise InvalidInputError(
+            "`data` is empty or not a list; a batch needs at least one datum", field="data"
+        )
+    for index, datum in enumerate(data):
+        if not isinstance(datum, types.Datum):
+            raise InvalidInputError(
+                f"`data[{index}]` is a {type(datum).__name__}; give types.Datum",
+                field=f"data[{index}]",
+            )
+    return data
+
+
+def pass_template(
+    kind: type[PassRequest],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float] | None,
+    logprob_scope: str,
+) -> PassRequest:
+    """A request without data."""
+    request = kind()
+    set_loss(request, loss_fn, loss_fn_config)
+    if logprob_scope not in _SCOPES:
+        raise InvalidInputError(
+            f"`logprob_scope` is {logprob_scope!r}; it must be 'all' or 'weighted'",
+            field="logprob_scope",
+        )
+    request.logprob_scope = _SCOPES[logprob_scope]
+    return request
+
+
+def join(parts: Sequence[Part]) -> types.ForwardBackwardOutput:
+    """The answer to the whole batch."""
+    outputs = [part.output for part in parts]
+    counts = [len(output.loss_fn_outputs) for output in outputs]
+    metrics = merge_metrics([output.metrics for output in outputs], counts)
+    tokens, seconds = metrics.get("tokens:sum"), sum(part.seconds for part in parts)
+    if tokens is not None and seconds > 0:
+        metrics[PER_SECOND] = tokens / seconds
+    return types.ForwardBackwardOutput(
+        outputs[0].loss_fn_output_type,
+        [entry for output in outputs for entry in output.loss_fn_outputs],
+        metrics,
+    )
+
+
+def merge_metrics(parts: Sequence[Mapping[str, float]], counts: Sequence[int]) -> dict[str, float]:
+    """Joins metrics as their suffixes say; means count by data. What not all parts have, or has a
+    suffix that is not known, is left out.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    merged = {}
+    for name in parts[0]:
+        reduce = _REDUCTIONS.get(name.rpartition(":")[2])
+        if reduce is not None and all(name in part for part in parts):
+            merged[name] = reduce([part[name] for part in parts], counts)
+    return merged
+
+
+_REDUCTIONS: dict[str, Callable[[Sequence[float], Sequence[int]], float]] = {
+    "sum": lambda values, counts: sum(values),
+    "min": lambda values, counts: min(values),
+    "max": lambda values, counts: max(values),
+    "mean": lambda values, counts: (
+        sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+    ),
+}
+
+
+def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFuture[list[T]]:
+    """All results in order, once all calls have ended; or the error of the first that failed, with
+    the places of data as in the whole batch.
+    """
+    result: APIFuture[list[T]] = APIFuture()
+    left = len(futures)
+    lock = threading.Lock()
+
+    def ended(_: Any) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if left:
+                return
+        for future, first in zip(futures, firsts, strict=False):
+            if (error := future.exception()) is not None:
+                result.fail(_moved(error, first))
+                return
+        result.succeed([future.result() for future in futures])
+
+    for future in futures:
+        future.add_done_callback(ended)
+    return result
+
+
+def then(future: APIFuture[T], convert: Callable[[T], Any]) -> APIFuture[Any]:
+    """What `convert` makes of a result."""
+    converted: APIFuture[Any] = APIFuture()
+
+    def ended(_: Any) -> None:
+        if (error := future.exception()) is not None:
+            converted.fail(error)
+            return
+        try:
+            value = convert(future.result())
+        except BaseException as raised:
+            converted.fail(raised)
+        else:
+            converted.succeed(value)
+
+    future.add_done_callback(ended)
+    return converted
+
+
+def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> Part:
+    if len(answer.outputs) != num_data:
+        raise APIResponseValidationError(
+            f"the answer has {len(answer.outputs)} outputs for {num_data} data"
+        )
+    return Part(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
+
+
+def _moved(error: BaseException, first: int) -> BaseException:
+    """The error with its places counted from the start of the batch."""
+
+    def move(text: str) -> str:
+        return _DATUM.sub(lambda match: f"data[{int(match[1]) + first}]", text)
+
+    if first and isinstance(error, MintError):
+        error.message, error.field = move(error.message), move(error.field)
+        error.metadata = {name: move(value) for name, value in error.metadata.items()}
+        error.args = (error.message,)
+    return error
+
+
+def _copy(template: PassRequest) -> PassRequest:
+    request = type(template)()
+    request.CopyFrom(template)  # type: ignore[arg-type]
+    return request

@@ -1,0 +1,253 @@
+"""The sequenced calls of one training run: their numbers, and what of them is on the wire."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from mint._transport.call import Call, Refusal, check_size, settle
+from mint._transport.connection import Connection
+from mint._transport.sender import sender
+from mint.futures import APIFuture
+from mintrpc.v1 import trainer_pb2
+
+T = TypeVar("T")
+SequencedRequest = (
+    trainer_pb2.ForwardRequest
+    | trainer_pb2.ForwardBackwardRequest
+    | trainer_pb2.OptimStepRequest
+    | trainer_pb2.DiscardGradientRequest
+    | trainer_pb2.SaveStateRequest
+    | trainer_pb2.LoadStateRequest
+    | trainer_pb2.SaveWeightsForSamplerRequest
+)
+Opened = trainer_pb2.OpenTrainingRunResponse
+MAX_IN_FLIGHT = 64  # where the server does not say
+
+
+class Place:
+    """Where calls stand that are made later; those behind them wait until then."""
+
+    def __init__(self) -> None:
+        self.calls: list[SequencedCall] | None = None  # None: not made yet
+        self.lost: Refusal | None = None  # what they come to if they need not be sent any more
+
+
+class RunCalls:
+    """Sends a run's calls in program order, only so many unanswered at once. Thread-safe.
+
+    A call gets its number when it goes on the wire. One may end without using its number up, when
+    its key was refused or no server answered for too long. The run is then opened again before
+    the next call is sent: that settles what the server has executed, and which number is next.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        opened: Opened,
+        open_again: Callable[[Callable[[Opened | Refusal], None]], None],
+        max_in_flight: int,
+    ) -> None:
+        self._connection = connection
+        self._training_run_id = opened.training_run.training_run_id
+        self._process = os.getpid()
+        self._open_again = open_again
+        self._max_in_flight = max_in_flight
+        self._lock = threading.Lock()
+        self._writer_epoch = opened.writer_epoch
+        self._next_sequence = opened.next_sequence
+        self._waiting: deque[SequencedCall | Place] = deque()
+        self._on_wire: dict[int, SequencedCall] = {}  # by number, of the present epoch
+        self._answer_s = 0.0  # when the last answer came
+        self._working_thread: int | None = None
+        self._sending = False
+        self._out_of_step = False
+        self._opening = False
+        self._fenced: Refusal | None = None
+
+    def submit(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
+        request: SequencedRequest,
+        convert: Callable[[Any], T],
+    ) -> APIFuture[T]:
+        """Queues a call behind those submitted before it. Refuses at once what is too large."""
+        check_size(self._connection, request, "data")
+        call, future = self.make(method, request, lambda answer, _: convert(answer))
+        self.enqueue(call)
+        return future
+
+    def make(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
+        request: SequencedRequest,
+        convert: Callable[[Any, float], T],
+    ) -> "tuple[SequencedCall, APIFuture[T]]":
+        """A call that is not queued yet. `convert` also gets the seconds since the run's answer
+        before this one, or since it was made.
+        """
+        request.training_run_id = self._training_run_id
+        future: APIFuture[T] = APIFuture()
+        call = SequencedCall(self, self._connection, method, request)
+        call.settle = lambda outcome: settle(
+            future, lambda answer: convert(answer, call.seconds), outcome
+        )
+        return call, future
+
+    def enqueue(self, *entries: "SequencedCall | Place") -> None:
+        """Queues calls, all or none, behind those queued before them."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this TrainingClient belongs to the process from which this one was forked; take "
+                f"the run over by ServiceClient.open_training_run({self._training_run_id!r})"
+            )
+        if self._working_thread == threading.get_ident():
+            raise RuntimeError(
+                "a custom loss cannot call the run that it is computed for: that call would wait "
+                "for the loss; make it before or after forward_backward_custom"
+            )
+        with self._lock:
+            self._waiting.extend(entries)
+        sender.run(self._send_waiting)
+
+    def fill(self, place: Place, calls: "list[SequencedCall]") -> None:
+        """Puts calls in their place."""
+        with self._lock:
+            place.calls, lost = calls, place.lost
+        if lost is not None:
+            for call in calls:
+                call.settle(lost)
+        sender.run(self._send_waiting)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Marks this thread as one for which a place is waiting."""
+        self._working_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._working_thread = None
+
+    def _send_waiting(self) -> None:
+        """Puts waiting calls on the wire while there is room.
+
+        One thread at a time does it, so that calls leave in the order of their numbers, and not
+        under the lock, since whatever a call's end sets off may come back here.
+        """
+        with self._lock:
+            if self._sending:
+                return
+            self._sending = True
+        while (step := self._next_step()) is not None:
+            step()
+
+    def _next_step(self) -> Callable[[], None] | None:
+        with self._lock:
+            full = len(self._on_wire) >= self._max_in_flight
+            if not self._waiting or self._opening or full:
+                self._sending = False
+                return None
+            if self._out_of_step:
+                self._opening = True
+                return partial(self._open_again, self._opened)
+            call = self._waiting.popleft()
+            if isinstance(call, Place):
+                if call.calls is None:
+                    self._waiting.appendleft(call)
+                    self._sending = False
+                    return None
+                self._waiting.extendleft(reversed(call.calls))
+                return _nothing
+            if self._fenced is not None:
+                return partial(call.settle, self._fenced)
+            call.request.sequence = call.sequence = self._next_sequence
+            call.request.writer_epoch = self._writer_epoch
+            self._on_wire[self._next_sequence] = call
+            self._next_sequence += 1
+            return call.start
+
+    def acknowledge(self, call: "SequencedCall") -> None:
+        """Writes into the request of a call up to where all answers have been received."""
+        with self._lock:
+            if self._on_wire.get(call.sequence) is call:
+                call.request.acknowledged_sequence = next(iter(self._on_wire)) - 1
+
+    def lacks_an_earlier_one(self, call: "SequencedCall") -> bool:
+        """Whether a call with a lower number is still on its way to the server."""
+        with self._lock:
+            known = self._on_wire.get(call.sequence) is call and not self._out_of_step
+            return known and next(iter(self._on_wire)) < call.sequence
+
+    def ended(self, call: "SequencedCall", outcome: Any) -> None:
+        with self._lock:
+            now_s = time.monotonic()
+            call.seconds = now_s - max(call.made_s, self._answer_s)
+            self._answer_s = now_s
+            present = self._on_wire.get(call.sequence) is call
+            if present:
+                del self._on_wire[call.sequence]
+            if present and isinstance(outcome, Refusal) and not outcome.failure.consumed:
+                if outcome.failure.reason == "WRITER_FENCED" and not self._opening:
+                    self._fenced = outcome
+                else:
+                    self._out_of_step = True
+        self._send_waiting()
+        call.settle(outcome)
+        del call.request, call.settle  # or, in a cycle with the call, they would be kept for long
+
+    def _opened(self, outcome: Opened | Refusal) -> None:
+        with self._lock:
+            self._opening = False
+            lost: list[SequencedCall] = []
+            if isinstance(outcome, Refusal):
+                for entry in self._waiting:
+                    if isinstance(entry, Place):
+                        entry.lost = outcome
+                        lost.extend(entry.calls or ())
+                    else:
+                        lost.append(entry)
+                self._waiting.clear()
+            else:
+                # What was on the wire either ended or was dropped; its calls will hear so.
+                self._out_of_step = False
+                self._on_wire = {}
+                self._writer_epoch = outcome.writer_epoch
+                self._next_sequence = outcome.next_sequence
+        for call in lost:
+            call.settle(outcome)
+        self._send_waiting()
+
+
+def _nothing() -> None:
+    """A step that does nothing."""
+
+
+class SequencedCall(Call[Any, Any]):
+    """One sequenced call: the same number in every attempt, the newest acknowledgement."""
+
+    sequence = 0
+    seconds = 0.0  # that its answer took, once it is there
+
+    def __init__(
+        self,
+        run: RunCalls,
+        connection: Connection,
+        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
+        request: Any,
+    ) -> None:
+        super().__init__(connection, method, request, partial(run.ended, self))
+        self._run = run
+        self.made_s = time.monotonic()
+        self.settle: Callable[[Any], None]
+
+    def before_attempt(self) -> None:
+        self._run.acknowledge(self)
+
+    def waits_for_another(self) -> bool:
+        return self._run.lacks_an_earlier_one(self)

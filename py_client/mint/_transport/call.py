@@ -1,0 +1,241 @@
+"""One call, sent again until it has an answer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from mint._transport.callers import callers
+from mint._transport.connection import Connection
+from mint._transport.failures import Failure, failure_of
+from mint._transport.scheduler import scheduler
+from mint._transport.sender import off_main_thread
+from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint.errors import APIError, APIResponseValidationError, InvalidInputError
+from mint.futures import APIFuture
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+T = TypeVar("T")
+
+LONGEST_S = 3600.0  # for work that ends with its connection
+_STREAM_RETRY_S = 0.5
+_ROOM_BYTES = 64  # what is added to a request after its size was checked
+_Code = grpc.StatusCode
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The end of a call without an answer: what was said, and the exception for it."""
+
+    failure: Failure
+    error: APIError
+
+
+class Question(NamedTuple):
+    """A call that is to be made: what is asked, and how the answer is read."""
+
+    method: Any
+    request: Any
+    convert: Callable[[Any], Any]
+
+
+class Call(Generic[Q, R]):
+    """Sends `request` until there is an outcome, and hands that to `ended`, once, on any thread.
+
+    `ended` must not raise.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        method: "grpc.UnaryUnaryMultiCallable[Q, R]",
+        request: Q,
+        ended: Callable[[R | Refusal], None],
+        *,
+        attaches: bool = True,
+    ) -> None:
+        """`attaches`: whether a call that is sent again goes on where it was."""
+        self.request = request
+        self._connection = connection
+        self._method = method
+        self._ended = ended
+        self._attaches = attaches
+        self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
+        self._rpc: Any = None
+        self._cancelled = False
+        self._silence = Silence(connection)
+
+    def start(self) -> None:
+        self._send()
+
+    def cancel(self) -> None:
+        """Ends the RPC and sends no more; `ended` is still called."""
+        self._cancelled = True
+        if self._rpc is not None:
+            off_main_thread(self._rpc.cancel)
+
+    def before_attempt(self) -> None:
+        """Brings the request up to date; for subclasses."""
+
+    def waits_for_another(self) -> bool:
+        """Whether a SEQUENCE_GAP will close by itself; for subclasses."""
+        return False
+
+    def _send(self) -> None:
+        if self._cancelled:  # while it waited to be sent again
+            self._fail(Failure(_Code.CANCELLED, "cancelled"))
+            return
+        self.before_attempt()
+        self._sent = time.monotonic()
+        connection = self._connection
+        attempt_s = self._attempt_s if connection.contacted else connection.patience_s
+        if self._attaches and callers.take(partial(self._attempt, attempt_s)):
+            return
+        off_main_thread(partial(self._post, attempt_s))
+
+    def _post(self, attempt_s: float) -> None:
+        """Begins an attempt that gRPC's own thread will end."""
+        connection = self._connection
+        try:
+            rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
+        except Exception as error:
+            self._not_sent(error)
+            return
+        self._rpc = rpc
+        if self._cancelled:
+            rpc.cancel()
+        rpc.add_done_callback(self._attempt_ended)
+
+    def _attempt(self, attempt_s: float) -> None:
+        """Makes an attempt on this thread. It cannot be cancelled."""
+        try:
+            answer = self._method(
+                self.request, timeout=attempt_s, metadata=self._connection.metadata
+            )
+        except grpc.RpcError as error:
+            self._attempt_failed(failure_of(error))
+        except Exception as error:
+            self._not_sent(error)
+        else:
+            self._answered(answer)
+
+    def _attempt_ended(self, rpc: Any) -> None:
+        if rpc.code() is _Code.OK:
+            self._answered(rpc.result())
+        else:
+            self._attempt_failed(failure_of(rpc))
+
+    def _answered(self, answer: R) -> None:
+        self._connection.heard()
+        self._ended(answer)
+
+    def _not_sent(self, error: Exception) -> None:
+        """The channel is closed, or headers are not legal; anything else is a fault of ours, for
+        which nobody must wait in vain.
+        """
+        self._fail(Failure(_Code.CANCELLED, str(error) or repr(error)))
+
+    def _attempt_failed(self, failure: Failure) -> None:
+        delay_s = self._delay_s(failure)
+        if delay_s is None:
+            self._fail(failure)
+        else:
+            scheduler.call_later(delay_s, self._send)
+
+    def _fail(self, failure: Failure) -> None:
+        silence_s = self._silence.lasted_s(failure)
+        self._ended(Refusal(failure, self._connection.error(failure, silence_s=silence_s)))
+
+    def _delay_s(self, failure: Failure) -> float | None:
+        """Seconds until the call is sent again; None: it is not."""
+        if self._cancelled or self._connection.closed:
+            return None
+        if is_silence(self._connection, failure):
+            return self._silence.delay_s(failure, self._sent)
+        self._connection.heard()
+        self._silence.end()
+        if failure.code is _Code.DEADLINE_EXCEEDED:
+            return 0.0 if self._attaches else None
+        if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
+            return self._silence.backoff_s()
+        return asked_to_wait_s(failure)
+
+
+def check_size(connection: Connection, request: Message, field: str) -> None:
+    """Refuses a request that the server would not take. Nothing has been sent then."""
+    size_bytes = request.ByteSize() + _ROOM_BYTES
+    if size_bytes > connection.max_message_bytes:
+        raise InvalidInputError(
+            f"the request takes {size_bytes} bytes, more than the "
+            f"{connection.max_message_bytes} that the server takes; give fewer or shorter entries "
+            f"of `{field}` per call",
+            field=field,
+        )
+
+
+def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | Refusal) -> None:
+    """Gives a future its outcome."""
+    if isinstance(outcome, Refusal):
+        future.fail(outcome.error)
+        return
+    try:
+        value = convert(outcome)
+    except APIError as refusal:
+        future.fail(refusal)
+    except Exception as unexpected:
+        message = f"the answer cannot be read: {unexpected!r}"
+        future.fail(APIResponseValidationError(message))
+    else:
+        future.succeed(value)
+
+
+def read_stream(
+    connection: Connection, method: "grpc.UnaryStreamMultiCallable[Q, R]", request: Q
+) -> list[R]:
+    """All messages of a short stream, from its start again if the connection breaks."""
+    since = time.monotonic()
+    while True:
+        rpc = method(request, timeout=connection.settings.attempt_s, metadata=connection.metadata)
+        try:
+            messages = list(rpc)
+        except grpc.RpcError:
+            failure = failure_of(rpc)
+        else:
+            connection.heard()
+            return messages
+        silence_s = time.monotonic() - since
+        if failure.code is not _Code.UNAVAILABLE:
+            raise connection.error(failure) from None
+        if silence_s > connection.patience_s or connection.closed:
+            raise connection.error(failure, silence_s=silence_s) from None
+        connection.silent(since, failure.message)
+        time.sleep(_STREAM_RETRY_S)
+
+
+def submit(connection: Connection, question: Question) -> APIFuture[Any]:
+    """Sends a call."""
+    future: APIFuture[Any] = APIFuture()
+    ended = partial(settle, future, question.convert)
+    Call(connection, question.method, question.request, ended).start()
+    return future
+
+
+def ask(
+    connection: Connection,
+    method: "grpc.UnaryUnaryMultiCallable[Q, R]",
+    request: Q,
+    convert: Callable[[R], T],
+) -> T:
+    """Sends a call and waits for its answer."""
+    future: APIFuture[T] = APIFuture()
+    call = Call(connection, method, request, lambda outcome: settle(future, convert, outcome))
+    call.start()
+    try:
+        return future.result()
+    finally:
+        call.cancel()  # the wait may have been interrupted

@@ -1,0 +1,183 @@
+"""One server: the channel to it, who calls, and how long silence is borne."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+
+from mint import _forks
+from mint._transport.address import Address
+from mint._transport.failures import Failure, error_of
+from mint._version import __version__
+from mint.errors import APIError, InvalidInputError
+from mintrpc.v1 import (
+    checkpoint_pb2_grpc,
+    model_pb2_grpc,
+    sampler_pb2_grpc,
+    trainer_pb2_grpc,
+)
+
+logger = logging.getLogger("mint")
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+_WARN_AFTER_S = 5.0
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.primary_user_agent", f"mint/{__version__}"),
+    # gRPC would wait up to 2 minutes before it tries a server again that has come back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Tells a server that computes for long from one that is gone without a word.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every call to a server has in common."""
+
+    api_key: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float  # how long a call bears a server that does not answer
+    first_contact_s: float = 20.0  # the same while the server has never answered
+    attempt_s: float = 300.0  # a call that waits for longer is sent again, and attached to itself
+
+
+class Connection:
+    """A channel and what has been heard on it. Connects when first used. Thread-safe."""
+
+    def __init__(self, address: Address, settings: Settings, setting: str) -> None:
+        """`setting` names what the address comes from."""
+        self.address = address
+        self._setting = setting
+        self.settings = settings
+        self.metadata = _metadata(settings)
+        self.max_message_bytes = MAX_MESSAGE_BYTES
+        self.closed = False
+        self._contacted = False
+        self._warned = False
+        self._lock = threading.Lock()
+        self._channel = _channel(address)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
+        self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
+
+    @property
+    def model(self) -> model_pb2_grpc.ModelServiceStub:
+        _forks.refuse_calls_that_would_hang()
+        return self._model
+
+    @property
+    def trainer(self) -> trainer_pb2_grpc.TrainerServiceStub:
+        _forks.refuse_calls_that_would_hang()
+        return self._trainer
+
+    @property
+    def checkpoints(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
+        _forks.refuse_calls_that_would_hang()
+        return self._checkpoints
+
+    @property
+    def sampler(self) -> sampler_pb2_grpc.SamplerServiceStub:
+        _forks.refuse_calls_that_would_hang()
+        return self._sampler
+
+    @property
+    def contacted(self) -> bool:
+        """Whether the server has ever answered."""
+        return self._contacted
+
+    @property
+    def patience_s(self) -> float:
+        """How long a call may go without any answer before it fails."""
+        settings = self.settings
+        if self._contacted:
+            return settings.timeout_s
+        return min(settings.first_contact_s, settings.timeout_s)
+
+    def reached(self) -> None:
+        """Notes that a server is there."""
+        self._contacted = True
+
+    def heard(self) -> None:
+        """Notes that the server has answered."""
+        if not self._contacted or self._warned:
+            with self._lock:
+                self._contacted = True
+                if self._warned:
+                    self._warned = False
+                    logger.warning("%s answers again", self.address.target)
+
+    def silent(self, since: float, why: str) -> None:
+        """Notes that no answer has come since a `time.monotonic()`; warns after a while."""
+        silence_s = time.monotonic() - since
+        if silence_s < _WARN_AFTER_S or self._warned:
+            return
+        with self._lock:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "no answer from %s for %.0f s (%s); calls are sent again for %.0f s",
+                    self.address.target,
+                    silence_s,
+                    why,
+                    self.patience_s,
+                )
+
+    def error(self, failure: Failure, *, silence_s: float = 0.0) -> APIError:
+        """The exception for the failure of a call that will not be sent again."""
+        if self.closed:
+            return error_of(Failure(grpc.StatusCode.UNAVAILABLE, "the client has been closed"))
+        message = failure.message
+        if silence_s:
+            message = (
+                f"no server answered at `{self.address.target}` for {silence_s:.0f} s "
+                f"({_last_words(message)}); start one there, or set {self._setting}"
+            )
+        elif failure.code is grpc.StatusCode.UNAUTHENTICATED and not self.settings.api_key:
+            message += "; no key was sent: set MINT_API_KEY or give `api_key`"
+        elif failure.code is grpc.StatusCode.UNIMPLEMENTED and not failure.reason:
+            message = (
+                f"the server at `{self.address.target}` does not know this call "
+                f"({message}); it is of another version than this client, {__version__}: bring "
+                "both to the same"
+            )
+        return error_of(replace(failure, message=message))
+
+    def close(self) -> None:
+        """Ends the calls that are under way here; what the server has accepted goes on there."""
+        self.closed = True
+        self._channel.close()
+
+
+def _channel(address: Address) -> grpc.Channel:
+    options = list(_OPTIONS)
+    if address.loopback:
+        options.append(("grpc.enable_http_proxy", 0))
+    if address.tls:
+        return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(), options)
+    return grpc.insecure_channel(address.target, options)
+
+
+def _metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
+    if not settings.api_key.isascii() or not settings.api_key.isprintable():
+        raise InvalidInputError(
+            "`api_key` holds characters that no key has; check MINT_API_KEY", field="api_key"
+        )
+    headers = {name.lower(): value for name, value in settings.headers.items()}
+    if settings.api_key:
+        headers["authorization"] = f"Bearer {settings.api_key}"
+    return tuple(headers.items())
+
+
+def _last_words(message: str) -> str:
+    return message.rpartition("last error: ")[2] or "without a word"

@@ -1,0 +1,1 @@
+"""Keys and values of what was computed: blocks, prefixes, attention over them."""

@@ -1,0 +1,130 @@
+"""Keys and values of what was computed, in blocks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from mint_core.lora.layers import MIN_ROWS, Segment
+from mint_core.model.attention import PackedAttention
+from mint_core.model.attention_kernels import Scores
+from mint_core.model.loading import LoadedBase
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+
+FREE_SHARE = 0.4  # of free memory: adapters, activations and a trainer beside us want some too
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Of one layer's keys and values."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+@torch.inference_mode()
+def layer_shapes(base: LoadedBase) -> dict[int, LayerShape]:
+    """What each layer asks to be kept, learnt from a pass over a few tokens."""
+    probe = _Probe()
+    tokens = torch.zeros(MIN_ROWS, dtype=torch.int64, device=base.device)
+    base.hidden(tokens, torch.arange(MIN_ROWS, device=base.device), (Segment(0, MIN_ROWS),), probe)
+    return probe.shapes
+
+
+class _Probe(PackedAttention):
+    def __init__(self) -> None:
+        super().__init__([0, MIN_ROWS])
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
+        self.shapes[layer_index] = LayerShape(key.shape[0], key.shape[2], value.shape[2], key.dtype)
+        return super().attend(layer_index, query, key, value, scores)
+
+
+def affordable_tokens(shapes: dict[int, LayerShape], device: torch.device) -> int:
+    """How many tokens' keys and values free memory holds."""
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    return int(FREE_SHARE * free / sum(shape.token_bytes for shape in shapes.values()))
+
+
+class KvCache:
+    """The keys and values of every layer, [blocks, block tokens, heads, head size].
+
+    All is finite at any time but for what a broken adapter computed: whoever starts a block clears
+    it first, so that what is read and masked in one pass with others' tokens does them no harm. On
+    a CPU the system gives a block memory when it is first written.
+    """
+
+    def __init__(self, shapes: dict[int, LayerShape], blocks: int, device: torch.device) -> None:
+        def zeros(shape: LayerShape, size: int) -> Tensor:
+            return torch.zeros(
+                (blocks, BLOCK_TOKENS, shape.heads, size), dtype=shape.dtype, device=device
+            )
+
+        self._layers = {
+            index: (zeros(shape, shape.key_size), zeros(shape, shape.value_size))
+            for index, shape in shapes.items()
+        }
+        # Where blocks are gathered: fresh memory for it would be paged in for every layer.
+        self._rooms: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, as they lie."""
+        return self._layers[layer_index]
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks in every layer, (from, to), in order."""
+        for layer in self._layers.values():
+            for part in layer:
+                for source, target in pairs:
+                    part[target] = part[source]
+
+    def clear(self, blocks: Tensor) -> None:  # [blocks]
+        """Fills blocks with zeros in every layer."""
+        for layer in self._layers.values():
+            for part in layer:
+                part.index_fill_(0, blocks, 0.0)
+
+    def write(
+        self,
+        layer_index: int,
+        slots: Tensor,  # [rows] block number * BLOCK_TOKENS + place in the block
+        key: Tensor,  # [heads, rows, head size]
+        value: Tensor,  # [heads, rows, head size]
+    ) -> None:
+        for part, rows in zip(self._layers[layer_index], (key, value), strict=True):
+            part.flatten(0, 1).index_copy_(0, slots, rows.transpose(0, 1))
+
+    def read(self, layer_index: int, blocks: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """The keys and values of `count` sequences of as many blocks each, whose numbers `blocks`
+        [count * blocks] holds one after the other; each [count, heads, tokens, head size]. They are
+        good until the next read.
+        """
+        key, value = (
+            self._gather(place, part, blocks)
+            .view(count, -1, *part.shape[2:])  # [count, tokens, heads, head size]
+            .transpose(1, 2)
+            for place, part in enumerate(self._layers[layer_index])
+        )
+        return key, value
+
+    def _gather(self, place: int, part: Tensor, blocks: Tensor) -> Tensor:
+        name = place, part.shape[1:], part.dtype
+        room = self._rooms.get(name)
+        if room is None or len(room) < len(blocks):
+            room = self._rooms[name] = part.new_empty(2 * len(blocks), *part.shape[1:])
+        return torch.index_select(part, 0, blocks, out=room[: len(blocks)])

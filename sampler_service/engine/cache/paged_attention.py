@@ -1,0 +1,71 @@
+"""Attention of a pass in which every row is the last token of a sequence of its own.
+
+n: sequences. Nothing here is read on the host, and no shape follows from what tensors hold: a pass
+can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mint_core.model.attention_kernels import Scores
+from sampler_service.engine.cache.kv_cache import KvCache
+
+# (query [n, heads, key size], keys and values of a layer [blocks, block tokens, key heads, size],
+# block table [n, most blocks], lengths [n], scores) -> [n, heads, value size]
+DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Scores], Tensor]
+
+
+class PagedAttention:
+    """Each row enters its sequence's cache and attends to it."""
+
+    def __init__(
+        self,
+        cache: KvCache,
+        attend: DecodeAttention,
+        slots: Tensor,  # [n] where keys and values of the rows go
+        table: Tensor,  # [n, most blocks] int32, of each sequence
+        lengths: Tensor,  # [n] tokens of each sequence, the row included
+    ) -> None:
+        self._cache = cache
+        self._attend = attend
+        self._slots = slots
+        self._table = table
+        self._lengths = lengths
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
+        self._cache.write(layer_index, self._slots, key, value)
+        keys, values = self._cache.layer(layer_index)
+        output = self._attend(
+            query.transpose(0, 1), keys, values, self._table, self._lengths, scores
+        )
+        return output.transpose(0, 1)
+
+
+def plain_attention(
+    query: Tensor,  # [n, heads, key size]
+    key: Tensor,  # [blocks, block tokens, key heads, key size]
+    value: Tensor,  # [blocks, block tokens, key heads, value size]
+    table: Tensor,  # [n, most blocks]
+    lengths: Tensor,  # [n], at least 1
+    scores: Scores,
+) -> Tensor:  # [n, heads, value size]
+    """What the kernels of paged_kernels.py compute, by whole matrices in float32: their oracle, and
+    where there is no GPU their stand-in.
+    """
+    keys, values = (part[table].flatten(1, 2).float() for part in (key, value))
+    at = torch.arange(keys.shape[1], device=query.device)
+    seen = at < lengths[:, None]  # [n, tokens]
+    if scores.sliding_window is not None:
+        seen = seen & (at >= lengths[:, None] - scores.sliding_window)
+    grouped = query.float().unflatten(1, (key.shape[2], -1))  # [n, key heads, group, key size]
+    products = torch.einsum("nhgs,nths->nhgt", grouped, keys) * scores.scaling
+    if scores.softcap is not None:
+        products = (products / scores.softcap).tanh() * scores.softcap
+    weights = products.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    # What lies beyond a sequence may be anything, NaN too.
+    values = values.where(seen[:, :, None, None], 0.0)
+    return torch.einsum("nhgt,nths->nhgs", weights, values).flatten(1, 2).to(query.dtype)

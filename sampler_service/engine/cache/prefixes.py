@@ -1,0 +1,63 @@
+"""What need not be computed: beginnings that are in the cache, or that another is computing."""
+
+from collections.abc import Sequence
+
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
+from sampler_service.engine.sequences import TokenSequence
+from sampler_service.engine.tenants import Line
+
+
+class Prefixes:
+    """Finds and keeps blocks by what they and all before them hold."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._computing: dict[bytes, TokenSequence] = {}  # by key of a block to come
+        self._waiting: dict[bytes, Line] = {}  # for that block
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the first of these, as many as there are in a row."""
+        blocks: list[int] = []
+        for key in keys:
+            block = self._pool.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def awaited(self, keys: Sequence[bytes]) -> Line | None:
+        """Where to wait for the first of these, as many in a row as another is computing."""
+        last = None
+        for key in keys:
+            if key not in self._computing:
+                break
+            last = key
+        return None if last is None else self._waiting.setdefault(last, [])
+
+    def begin(self, sequence: TokenSequence) -> None:
+        """Notes that the sequence is going to compute what it lacks."""
+        for key in sequence.keys_before_last(sequence.cached // BLOCK_TOKENS):
+            self._computing.setdefault(key, sequence)
+
+    def stop(self, sequence: TokenSequence) -> list[TokenSequence]:
+        """Notes that it is not going to, and returns those who waited for it."""
+        return self._settle(sequence, sequence.keys_before_last(sequence.cached // BLOCK_TOKENS))
+
+    def keep(self, sequence: TokenSequence, start: int) -> list[TokenSequence]:
+        """Keeps what it has computed from `start` on, and returns those who waited for that."""
+        first, full = start // BLOCK_TOKENS, sequence.cached // BLOCK_TOKENS
+        keys = [sequence.key(block) for block in range(first, full)]
+        for key, block in zip(keys, sequence.blocks[first:full], strict=True):
+            self._pool.keep(key, block, BLOCK_TOKENS)
+        if not sequence.missing and (rest := sequence.keys_before_last(full)):
+            keys += rest
+            self._pool.keep(rest[0], sequence.blocks[full], sequence.cached % BLOCK_TOKENS)
+        return self._settle(sequence, keys)
+
+    def _settle(self, sequence: TokenSequence, keys: Sequence[bytes]) -> list[TokenSequence]:
+        waited: list[TokenSequence] = []
+        for key in keys:
+            if self._computing.get(key) is sequence:
+                del self._computing[key]
+                waited += self._waiting.pop(key, ())
+        return waited

@@ -1,0 +1,201 @@
+"""What a constraint leaves to draw, by llguidance.
+
+A continuation may go on with a token if the text can still be completed to a match, and end where
+it matches. All ways to cut a text into tokens are allowed. Threads of their own compile and look
+for the allowed tokens, outside the interpreter's lock, while the next pass is computed.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mint_core.errors import InvalidRequest, MintError
+from sampler_service.engine.drawing.stop import Vocabulary
+from sampler_service.jobs import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+MASK_THREADS = 2
+MAX_REASON = 300  # characters of a refusal that may quote the constraint
+# Between JSON's own characters: enough to indent by, and not for ever.
+WHITESPACE = r"[ \n\t\r]{1,32}"
+
+
+class Compiler:
+    """Compiles constraints for one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, size: int) -> None:
+        self._vocabulary = vocabulary
+        self._size = size  # of the model's; the tokenizer may know fewer
+        self._compiling = ThreadPoolExecutor(1, "compile-constraints")
+        self._masking = ThreadPoolExecutor(MASK_THREADS, "mask-constraints")
+        self._tokenizer: LLTokenizer | None = None
+
+    def compile(self, constraint: Constraint) -> "Future[CompiledConstraint]":
+        """Fails with InvalidRequest if nothing matches, or if it is not understood."""
+        return self._compiling.submit(self._compile, constraint)
+
+    def _compile(self, constraint: Constraint) -> "CompiledConstraint":
+        # Here, since nothing else needs it: images of GPU machines may lack it.
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_lark(_lark(constraint))
+        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=_limits())
+        compiled = CompiledConstraint(constraint, matcher, self._size, self._masking)
+        if problem := _trouble(matcher) or "; ".join(matcher.get_grammar_warnings()):
+            raise compiled.refusal(problem)
+        compiled.check_start()
+        return compiled
+
+    def _tokens(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        if self._tokenizer is None:  # made with the first constraint: a second for 150,000 tokens
+            tokens = TokenizerWrapper(_Tokens(self._vocabulary, self._size))
+            self._tokenizer = LLTokenizer(tokens, n_vocab=self._size + 1, eos_token=self._size)
+        return self._tokenizer
+
+
+class _Tokens:
+    """The vocabulary as llguidance reads it. Special tokens have no text. The end of a text is a
+    token beyond the model's, since what ends a continuation differs from request to request.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, size: int) -> None:
+        special = vocabulary.special_ids
+        ids = range(size)
+        self.eos_token_id = size
+        self.special_token_ids = [*(i for i in ids if i in special), size]
+        self.tokens = [b"" if i in special else vocabulary.bytes_of(i) for i in ids]
+        self.tokens.append(b"<end of text>")
+
+    def __call__(self, text: str) -> list[int]:
+        raise AssertionError("asked for where one way to cut a text into tokens is forced")
+
+
+class CompiledConstraint:
+    """From which each sample's own starts."""
+
+    def __init__(
+        self,
+        constraint: Constraint,
+        matcher: "LLMatcher",
+        size: int,
+        masking: ThreadPoolExecutor,
+    ) -> None:
+        self.constraint = constraint
+        self.size = size
+        self._matcher = matcher
+        self._masking = masking
+        self._first: Future[bytes] = Future()  # a bit for each token that may come first
+
+    def check_start(self) -> None:
+        """Raises InvalidRequest if there is no first token, or if looking for it takes too long."""
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise self.refusal(_trouble(self._matcher))
+        self._first.set_result(bits)
+
+    def start(self, ends: Collection[int]) -> "ConstrainedText":
+        """A text with nothing in it; `ends` are the tokens that may end it."""
+        return ConstrainedText(self, self._matcher.deep_copy(), ends, self._first)
+
+    def mask_after(self, matcher: "LLMatcher", token: int) -> "Future[bytes]":
+        """Has a matcher take a token and look for those that may follow."""
+        return self._masking.submit(_advance, matcher, token)
+
+    def refusal(self, why: str) -> MintError:
+        field = self.constraint.field
+        return InvalidRequest(
+            f"`{field}` cannot be followed: {_readable(why)}; change it, or leave it out",
+            field=field,
+        )
+
+
+class ConstrainedText:
+    """One continuation and what may follow it."""
+
+    def __init__(
+        self,
+        compiled: CompiledConstraint,
+        matcher: "LLMatcher",
+        ends: Collection[int],
+        mask: "Future[bytes]",
+    ) -> None:
+        self._compiled = compiled
+        self._matcher = matcher
+        self._ends = np.array(sorted(ends), np.int64)
+        self._mask = mask
+
+    def add(self, token: int) -> None:
+        """Takes an allowed token that does not end the text."""
+        self._mask = self._compiled.mask_after(self._matcher, token)
+
+    def allowed(self) -> NDArray[np.bool_]:  # [V], at least one
+        """Which tokens may come next. Raises InvalidRequest if there are none, or if looking for
+        them takes too long.
+        """
+        bits = np.frombuffer(self._mask.result(), np.uint8)
+        size = self._compiled.size
+        allowed = np.unpackbits(bits, count=size + 1, bitorder="little").view(np.bool_)
+        allowed[self._ends] = allowed[size]
+        if self._matcher.is_error() or not allowed[:size].any():
+            raise self._compiled.refusal(_trouble(self._matcher))
+        return allowed[:size]
+
+
+def _advance(matcher: "LLMatcher", token: int) -> bytes:
+    matcher.consume_token(token)
+    return matcher.compute_bitmask()
+
+
+def _trouble(matcher: "LLMatcher") -> str:
+    """What is wrong; empty if nothing is."""
+    error = matcher.get_error()
+    if error.startswith("NoExtension"):
+        return "no token of this model leads on to a match"
+    return error
+
+
+def _lark(constraint: Constraint) -> str:
+    """The constraint in llguidance's own language, which alone can allow all cuts into tokens."""
+    from llguidance import regex_to_lark
+
+    if constraint.kind == "regex":
+        rule = f"/{regex_to_lark(constraint.text, '')}/"
+    else:
+        schema = json.loads(constraint.text)
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+        rule = f"%json {json.dumps(schema)}"
+    return f'%llguidance {{"no_forcing": true}}\nstart: {rule}'
+
+
+def _limits() -> "LLParserLimits":
+    """Some hundred milliseconds of compiling and about ten of looking for tokens: what needs more
+    is refused, or fails alone.
+    """
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=100_000,
+        step_max_items=20_000,
+        max_lexer_states=20_000,
+        max_grammar_size=50_000,
+        verbose_errors=False,
+    )
+
+
+def _readable(problem: str) -> str:
+    """A problem without its place in llguidance's language, which the caller has not written."""
+    words = re.split(r"\n\s*\d+ \| ", problem)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", words).split())[:MAX_REASON]

@@ -1,0 +1,291 @@
+"""The front's side of an engine, with a real engine that breaks on request."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from mint_core.engine_host import process as engine_process
+from mint_core.engine_host.process import EngineProcess
+from mint_core.errors import EngineDied, EngineFault, InvalidRequest, Unavailable
+from tests.engines.echo_jobs import (
+    MODEL,
+    Aside,
+    Bug,
+    Count,
+    Crash,
+    Echo,
+    EchoConfig,
+    Hang,
+    Refuse,
+    Work,
+)
+
+LIMIT_S = 30.0  # no test waits longer
+
+
+@pytest.fixture(autouse=True)
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
+    monkeypatch.setattr(engine_process, "WATCH_INTERVAL_S", 0.05)
+
+
+@asynccontextmanager
+async def running(
+    config: EchoConfig | None = None, deaths: list[str] | None = None
+) -> AsyncIterator[EngineProcess]:
+    engine = EngineProcess(
+        "tests.engines.echo",
+        config or EchoConfig(),
+        on_death=[].append if deaths is None else deaths.append,
+    )
+    async with asyncio.timeout(LIMIT_S):
+        await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+async def test_the_engine_says_what_it_loaded() -> None:
+    async with running(EchoConfig(folder="/models/x")) as engine:
+        assert (await engine.hello()).model.folder == "/models/x"
+        assert (await engine.hello()).model.name == MODEL.name
+        assert engine.ready
+        assert engine.restarts == 0
+
+
+async def test_calls_are_answered_each_with_its_own() -> None:
+    async with running() as engine:
+        answers = await asyncio.gather(*(engine.call(Echo(str(n))) for n in range(100)))
+
+    assert answers == [str(n) for n in range(100)]
+
+
+@pytest.mark.parametrize("bundle", [1, 7])
+async def test_parts_come_in_order_before_the_answer(bundle: int) -> None:
+    async with running() as engine:
+        seen: list[list[object]] = [[] for _ in range(5)]
+        calls = [engine.call(Count(100, bundle), on_part=parts.append) for parts in seen]
+        for parts, call in zip(seen, [asyncio.create_task(call) for call in calls], strict=True):
+            assert await call == "done"
+            assert parts == list(range(100))
+
+
+async def test_what_on_part_raises_the_call_raises() -> None:
+    def refuse(part: object) -> None:
+        raise InvalidRequest(f"no {part}")
+
+    async with running() as engine:
+        with pytest.raises(InvalidRequest, match="no 0"):
+            await engine.call(Count(3, bundle=3), on_part=refuse)
+        assert await engine.call(Echo("still there")) == "still there"
+
+
+async def test_parts_that_nobody_asked_for_fail_their_call_alone() -> None:
+    async with running() as engine:
+        with pytest.raises(AssertionError, match="nobody asked"):
+            await engine.call(Count(3, bundle=3))
+        assert await engine.call(Echo("still there")) == "still there"
+
+
+async def test_a_caller_that_left_gets_no_parts() -> None:
+    async with running() as engine:
+        seen: list[object] = []
+        call = asyncio.create_task(engine.call(Count(10, bundle=3), on_part=seen.append))
+        await asyncio.sleep(0)
+        call.cancel()
+        assert await engine.call(Echo("next")) == "next"
+        assert not seen
+
+
+async def test_a_large_job_does_not_block_the_loop() -> None:
+    async with running() as engine:
+        busy = asyncio.create_task(engine.call(Work(5, 0.1)))
+        start = time.perf_counter()
+        large = asyncio.create_task(engine.call(Echo("x" * 50_000_000)))
+        await asyncio.sleep(0)
+        assert time.perf_counter() - start < 0.4, (
+            "the pipe is full, and the loop must not wait for it"
+        )
+        assert await busy == "done"
+        assert len(await large) == 50_000_000
+
+
+async def test_a_domain_error_crosses_the_pipe_whole() -> None:
+    async with running() as engine:
+        with pytest.raises(InvalidRequest, match="`text` is too short") as caught:
+            await engine.call(Refuse("`text` is too short"))
+
+        assert caught.value.field == "text"
+        assert caught.value.metadata == {"field": "text"}
+        assert await engine.call(Echo("still there")) == "still there"
+
+
+async def test_a_bug_is_an_engine_fault_without_its_details() -> None:
+    async with running() as engine:
+        with pytest.raises(EngineFault, match="ZeroDivisionError") as caught:
+            await engine.call(Bug())
+
+        assert "secret" not in str(caught.value)
+        assert engine.restarts == 0
+
+
+async def test_a_crash_fails_the_calls_and_another_engine_answers_the_next() -> None:
+    deaths: list[str] = []
+    async with running(deaths=deaths) as engine:
+        first_pid = engine.pid
+        crash = asyncio.create_task(engine.call(Crash(7)))
+        behind = asyncio.create_task(engine.call(Echo("behind")))
+        for call in (crash, behind):
+            with pytest.raises(EngineFault, match="exit code 7"):
+                await call
+        assert not engine.ready
+
+        assert await engine.call(Echo("again")) == "again"
+        assert engine.pid != first_pid
+        assert engine.restarts == 1
+    assert deaths == ["the engine ended with exit code 7"]
+
+
+async def test_a_killed_engine_is_noticed_without_any_call() -> None:
+    deaths: list[str] = []
+    async with running(deaths=deaths) as engine:
+        engine.changed.clear()
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        await engine.changed.wait()
+        assert not engine.ready
+        assert deaths == ["the engine ended with signal 9"]
+
+        engine.changed.clear()
+        await engine.changed.wait()
+        assert engine.ready
+
+
+async def test_an_engine_that_dies_was_at_the_first_call_that_it_does_not_do_aside() -> None:
+    async with running() as engine:
+        jobs = (Aside(), Hang(), Echo("behind"))
+        parts: list[object] = []
+        calls = [asyncio.create_task(engine.call(job, on_part=parts.append)) for job in jobs]
+        while not parts:
+            await asyncio.sleep(0.01)
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        died = await asyncio.gather(*calls, return_exceptions=True)
+
+        assert [isinstance(each, EngineDied) and each.at_work for each in died] == [0, 1, 0]
+
+
+async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first() -> None:
+    async with running() as engine:
+        parts: list[object] = []
+        calls = [asyncio.create_task(engine.call(Aside(), on_part=parts.append)) for _ in range(2)]
+        while len(parts) < 2:
+            await asyncio.sleep(0.01)
+        assert engine.pid
+        os.kill(engine.pid, signal.SIGKILL)
+        died = await asyncio.gather(*calls, return_exceptions=True)
+
+        assert [isinstance(each, EngineDied) and each.at_work for each in died] == [1, 0]
+
+
+async def test_a_hung_engine_is_killed() -> None:
+    async with running() as engine:
+        with pytest.raises(EngineFault, match="said nothing for 1 s and was killed"):
+            await engine.call(Hang(), silence_limit_s=1.0)
+
+        assert await engine.call(Echo("again")) == "again"
+
+
+async def test_heartbeats_keep_a_slow_engine_alive() -> None:
+    async with running() as engine:
+        assert await engine.call(Work(8, 0.2), silence_limit_s=1.0) == "done"
+        assert engine.restarts == 0
+
+
+async def test_calls_wait_while_another_engine_starts() -> None:
+    async with running() as engine:
+        with pytest.raises(EngineFault):
+            await engine.call(Crash(1))
+        answers = await asyncio.gather(*(engine.call(Echo(str(n))) for n in range(5)))
+
+        assert answers == ["0", "1", "2", "3", "4"]
+        assert engine.restarts == 1
+
+
+async def test_a_start_that_fails_says_why() -> None:
+    engine = EngineProcess("tests.engines.echo", EchoConfig(refusal="`base_model` is too large"))
+    with pytest.raises(InvalidRequest, match="`base_model` is too large"):
+        await asyncio.wait_for(engine.start(), LIMIT_S)
+
+    assert not engine.ready
+    assert engine.pid is None
+
+
+async def test_an_engine_that_dies_while_it_starts_is_reported() -> None:
+    engine = EngineProcess("tests.engines.no_such_engine", EchoConfig())
+    with pytest.raises(EngineFault, match="exit code 1 while it started"):
+        await asyncio.wait_for(engine.start(), LIMIT_S)
+
+
+async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again() -> None:
+    config = EchoConfig(refusal="`base_model` is too large")
+    engine = EngineProcess("tests.engines.echo", config)
+    start = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="cannot start: `base_model` is too large"):
+        await asyncio.wait_for(engine.call(Echo("early")), LIMIT_S)
+    with pytest.raises(InvalidRequest):
+        await start
+
+
+async def test_a_restart_that_fails_is_unavailable_and_tried_again(tmp_path: Path) -> None:
+    config = EchoConfig(
+        refusal="there is no memory left", start_log=tmp_path / "starts", failing_starts=(2,)
+    )
+    async with running(config) as engine:
+        with pytest.raises(EngineFault):
+            await engine.call(Crash(1))
+        with pytest.raises(Unavailable, match="there is no memory left"):
+            await engine.call(Echo("too early"))
+
+        assert await engine.call(Echo("third start")) == "third start"
+        assert engine.restarts == 2
+
+
+async def test_closing_ends_the_calls_under_way_and_the_process() -> None:
+    async with running() as engine:
+        pid = engine.pid
+        call = asyncio.create_task(engine.call(Hang()))
+        await asyncio.sleep(0)
+        await engine.close()
+
+        with pytest.raises(Unavailable, match="shutting down"):
+            await call
+        with pytest.raises(Unavailable, match="shutting down"):
+            await engine.call(Echo("late"))
+    assert pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_an_abandoned_call_does_not_disturb_the_next() -> None:
+    async with running() as engine:
+        call = asyncio.create_task(engine.call(Work(3, 0.05)))
+        await asyncio.sleep(0)
+        call.cancel()
+        assert await engine.call(Echo("next")) == "next"
+
+
+async def test_a_job_that_cannot_be_sent_ends_the_engine_not_the_front() -> None:
+    async with running() as engine:
+        with pytest.raises(EngineFault):
+            await engine.call(lambda: None)
+
+        assert await engine.call(Echo("again")) == "again"

@@ -1,0 +1,311 @@
+"""Publishing for samplers: what is acknowledged when, and what becomes of it."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from checkpoint_store import (
+    CheckpointPath,
+    CheckpointStore,
+    Published,
+    SnapshotFolder,
+    SnapshotMemory,
+)
+from checkpoint_store.objects.object_path import ObjectPath
+from checkpoint_store.objects.object_store import ObjectStore, parse_address
+from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
+from tests.object_servers import ObjectServer
+from tests.unit.checkpoint_store.conftest import SPEC
+from tests.unit.checkpoint_store.rows import LAYOUT, NUMBERS_BYTES, write_numbers
+from tests.unit.trainer_service.test_backlog import origin
+from trainer_service.checkpoints.handoff import Handoff
+from trainer_service.errors import RowNotWritten
+from trainer_service.jobs import WriteRow, WrittenRow
+from trainer_service.run.calls import SaveForSampler
+
+LIMIT_S = 30.0
+ROOM_BYTES = NUMBERS_BYTES + 65536
+RUN = replace(origin("ann", "r-1"), spec=SPEC, row_bytes=NUMBERS_BYTES)
+
+
+@dataclass
+class Trainer:
+    """A handoff whose engine writes one adapter after the other."""
+
+    root: Path
+    memory: SnapshotMemory | None
+    handoff: Handoff
+    troubles: list[str] = field(default_factory=list)
+    written: list[WriteRow] = field(default_factory=list)
+    error: Exception | None = None  # what the engine says of rows in memory
+
+    async def write(self, job: WriteRow) -> WrittenRow:
+        self.written.append(job)
+        if self.error is not None and "draft-" in job.file:
+            raise self.error
+        try:
+            await asyncio.to_thread(write_numbers, Path(job.file), len(self.written))
+        except OSError as error:
+            raise RowNotWritten(job.path, Path(job.file), error) from error
+        return WrittenRow(LAYOUT, len(self.written))
+
+    async def publish(
+        self, name: str | None = None, ttl_s: float | None = None, sequence: int = 0
+    ) -> Published:
+        expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
+        save = SaveForSampler(name=name, ttl_s=ttl_s, metadata={})
+        return await self.handoff.publish(
+            RUN, save, self.write, sequence=sequence, expire_time=expire_time
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "memory"
+
+    @property
+    def store(self) -> CheckpointStore:
+        """As another host sees it."""
+        return CheckpointStore(self.root / "store")
+
+    @property
+    def here(self) -> CheckpointStore:
+        return CheckpointStore(self.root / "store", SnapshotFolder(self.folder))
+
+    def stored(self, published: Published) -> bool:
+        return self.store.has(published.manifest.revision_path)
+
+    def in_memory(self, published: Published) -> bool:
+        return SnapshotFolder(self.folder).find(published.manifest.revision_path) is not None
+
+    def break_store(self) -> None:
+        shutil.rmtree(self.root / "store", ignore_errors=True)
+        (self.root / "store").touch()
+
+    def mend_store(self) -> None:
+        (self.root / "store").unlink()
+
+
+@asynccontextmanager
+async def training(
+    root: Path, limit_bytes: int | None = 100 * ROOM_BYTES
+) -> AsyncIterator[Trainer]:
+    memory = SnapshotMemory(root / "memory", limit_bytes) if limit_bytes else None
+    handoff = Handoff(CheckpointStore(root / "store"), memory)
+    trainer = Trainer(root, memory, handoff)
+    handoff.on_trouble = lambda run, trouble: trainer.troubles.append(trouble)
+    async with asyncio.timeout(LIMIT_S):
+        handoff.start()
+        yield trainer
+        await handoff.stop()
+
+
+async def test_a_snapshot_is_acknowledged_from_memory_and_stored_behind_it(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        trainer.break_store()
+        published = await trainer.publish()
+
+        assert trainer.in_memory(published)
+        assert published.manifest.step == 1
+        row = trainer.here.open(published.path, tenant="ann").weights()
+        trainer.mend_store()
+    stored = trainer.store.open(published.revision_path, tenant="ann")
+    assert stored.manifest.step == 1
+    assert all((stored.weights()[name] == row[name]).all() for name in row)
+    assert not trainer.folder.exists()
+
+
+async def test_snapshots_are_stored_in_order(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        published = [await trainer.publish() for _ in range(5)]
+    written = [
+        (trainer.root / "store/r-1/sampler_weights" / p.manifest.name / "1").stat().st_mtime_ns
+        for p in published
+    ]
+    assert written == sorted(written)
+
+
+async def test_a_named_checkpoint_is_stored_first_and_put_into_memory_beside(
+    tmp_path: Path,
+) -> None:
+    async with training(tmp_path) as trainer:
+        first, second = await trainer.publish("a"), await trainer.publish("a")
+        assert first.revision_path == "mint://r-1/sampler_weights/a@1"
+        assert second.revision_path == "mint://r-1/sampler_weights/a@2"
+        for published in (first, second):
+            assert trainer.stored(published)
+            assert trainer.in_memory(published)
+            opened = trainer.here.open(published.revision_path, tenant="ann")
+            assert opened.row is not None
+            stored = trainer.store.open(published.revision_path, tenant="ann").weights()
+            assert all((opened.weights()[name] == stored[name]).all() for name in stored)
+
+
+async def test_a_call_that_is_done_again_after_a_crash_names_one_revision(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        first = await trainer.publish("a", sequence=7)
+        assert await trainer.publish("a", sequence=7) == first
+        later = await trainer.publish("a", sequence=8)
+        assert later.revision_path == "mint://r-1/sampler_weights/a@2"
+
+
+async def test_a_named_checkpoint_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        trainer.break_store()
+        with pytest.raises(FileExistsError):
+            await trainer.publish("a")
+        assert trainer.memory is not None
+        assert trainer.memory.size_bytes == 0
+        trainer.mend_store()
+
+
+async def test_a_store_that_fails_is_told_and_tried_again_with_the_next(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        trainer.break_store()
+        failed = [await trainer.publish() for _ in range(2)]
+        while len(trainer.troubles) < 2:
+            await asyncio.sleep(0)
+        assert failed[0].revision_path in trainer.troubles[0]
+        assert "cannot be stored" in trainer.troubles[0]
+        assert trainer.handoff.unstored == 2
+
+        trainer.mend_store()
+        last = await trainer.publish()
+        while trainer.handoff.unstored:
+            await asyncio.sleep(0)
+        assert all(trainer.stored(published) for published in (*failed, last))
+        while trainer.troubles[-1]:
+            await asyncio.sleep(0)
+
+
+async def test_what_never_could_be_stored_is_left_to_the_next_trainer(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        trainer.break_store()
+        published = await trainer.publish()
+    trainer.mend_store()
+    assert trainer.in_memory(published)
+
+    async with training(tmp_path) as trainer:
+        while trainer.handoff.unstored:
+            await asyncio.sleep(0)
+    assert trainer.stored(published)
+    assert not trainer.folder.exists()
+
+
+async def test_an_object_store_that_fails_is_asked_once_at_the_end(
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = parse_address(object_server.store())
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    root = ObjectPath(ObjectStore(address), address.prefix)
+    store = CheckpointStore(root, local=tmp_path / "beside")
+    memory = SnapshotMemory(tmp_path / "memory", 100 * ROOM_BYTES)
+    trainer = Trainer(tmp_path, memory, Handoff(store, memory))
+    published = [await trainer.publish() for _ in range(3)]
+    assert all(trainer.in_memory(each) for each in published)
+    caplog.clear()
+
+    await trainer.handoff.stop()
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "403 Forbidden SignatureDoesNotMatch" in line]) == 1
+    for each in published:
+        assert f"snapshot {each.revision_path} is in memory alone; the next trainer may" in str(
+            lines
+        )
+    assert len(SnapshotMemory(tmp_path / "memory", 100 * ROOM_BYTES).unstored()) == 3
+
+
+@pytest.mark.parametrize("limit_bytes", [None, ROOM_BYTES // 2])
+async def test_without_room_a_snapshot_is_stored_before_it_is_acknowledged(
+    tmp_path: Path, limit_bytes: int | None
+) -> None:
+    async with training(tmp_path, limit_bytes) as trainer:
+        published = await trainer.publish()
+        assert trainer.stored(published)
+        assert not published.manifest.named
+        assert not list((tmp_path / "store/.staging").iterdir())
+
+
+async def test_memory_that_others_have_filled_sends_it_through_the_store(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        full = OSError(28, "No space left on device")
+        trainer.error = RowNotWritten("path", Path("memory"), full)
+        published = await trainer.publish()
+        assert trainer.stored(published)
+        assert len(trainer.written) == 2
+        assert isinstance(trainer.error, ResourceExhausted)
+
+
+async def test_memory_that_was_cleared_sends_it_through_the_store(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        first = await trainer.publish()
+        while not trainer.stored(first):
+            await asyncio.sleep(0)
+        shutil.rmtree(trainer.folder)  # as a system may do when its user logs out
+        for _ in range(2):
+            assert trainer.stored(await trainer.publish())
+        assert trainer.here.open(first.path, tenant="ann").row is None
+        await trainer.handoff.delete_run(RUN, named=True)
+
+
+async def test_an_engine_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        trainer.error = EngineFault("it died")
+        with pytest.raises(EngineFault):
+            await trainer.publish()
+        assert trainer.memory is not None
+        assert trainer.memory.size_bytes == 0
+        assert not list(tmp_path.glob("store/r-1/sampler_weights/*"))
+
+
+async def test_memory_stays_within_its_limit_and_the_store_has_the_rest(tmp_path: Path) -> None:
+    async with training(tmp_path, 3 * ROOM_BYTES) as trainer:
+        published = [await trainer.publish() for _ in range(12)]
+        assert trainer.memory is not None
+        assert trainer.memory.size_bytes <= 3 * ROOM_BYTES
+        while trainer.handoff.unstored:
+            await asyncio.sleep(0)
+        assert all(trainer.here.open(p.path, tenant="ann").weights() for p in published)
+        assert sum(trainer.in_memory(p) for p in published) <= 3
+
+
+async def test_a_ttl_ends_the_copy_in_memory_alone(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        published = await trainer.publish(ttl_s=0.2)
+        while trainer.in_memory(published):
+            await asyncio.sleep(0)
+        assert trainer.here.open(published.path, tenant="ann").row is None
+
+
+async def test_a_run_that_is_deleted_takes_its_snapshots_with_it(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        published = [await trainer.publish() for _ in range(3)]
+        named = await trainer.publish("a")
+        await trainer.handoff.delete_run(RUN, named=False)
+        for p in published:
+            with pytest.raises(CheckpointNotFound):
+                trainer.here.open(p.path, tenant="ann")
+        assert trainer.here.open(named.path, tenant="ann")
+    assert [str(m.path) for m in trainer.store.list(tenant="ann")] == [named.path]
+    assert all(not trainer.stored(p) for p in published)
+
+
+async def test_other_hosts_know_that_a_snapshot_comes(tmp_path: Path) -> None:
+    async with training(tmp_path) as trainer:
+        async with trainer.handoff._writing:  # as if the store took its time
+            published = await trainer.publish()
+            assert trainer.store.announced(published.path, tenant="ann")
+            assert not trainer.store.announced(published.path, tenant="bob")
+        while trainer.handoff.unstored or trainer.store.announced(published.path, tenant="ann"):
+            await asyncio.sleep(0)
+        assert isinstance(published.manifest.path, CheckpointPath)
+        assert trainer.store.open(published.path, tenant="ann")

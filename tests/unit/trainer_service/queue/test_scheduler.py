@@ -1,0 +1,196 @@
+"""How work reaches the engine, with a real engine process that has no model."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mint_core.engine_host import process as engine_process
+from mint_core.engine_host.process import EngineProcess
+from mint_core.errors import EngineDied, FailedPrecondition, Unavailable
+from mint_core.lora.spec import LoraRequest
+from mint_core.rpc.metrics import Metrics
+from tests.engines.trainer import DIE, MAX_BATCH_TOKENS, REFUSED_RATE, WAIT
+from tests.unit.trainer_service.calls import call, compute, step
+from trainer_service.jobs import ClearGradient, CreateRow, StepRows, Tile, TileResult
+from trainer_service.queue.planner import cut, most_tile_tokens
+from trainer_service.queue.scheduler import Forecast, NotStarted, Scheduler
+from trainer_service.queue.usage import Usage
+
+LIMIT_S = 30.0
+
+
+@asynccontextmanager
+async def scheduling(weights: Mapping[str, float] | None = None) -> AsyncIterator[Scheduler]:
+    engine = EngineProcess(
+        "tests.engines.trainer", "no settings", on_death=lambda why: scheduler.lose(why)
+    )
+    weight_of = weights.__getitem__ if weights else lambda tenant: 1.0
+    scheduler = Scheduler(engine, Usage(Metrics()), weight_of)
+    async with asyncio.timeout(LIMIT_S):
+        scheduler.welcome(await engine.start())
+        try:
+            yield scheduler
+        finally:
+            await engine.close()
+
+
+def tiles(run: str, sequence: int, *lengths: int) -> tuple[Tile, ...]:
+    return cut(call(sequence, run=run), compute(*lengths), most_tile_tokens(MAX_BATCH_TOKENS))
+
+
+def plan_of(results: list[TileResult]) -> list[float]:
+    return [result.metrics["plan:max"] for result in results]
+
+
+def job(run: str) -> CreateRow:
+    return CreateRow(training_run_id=run, request=LoraRequest(rank=1))
+
+
+async def busy(scheduler: Scheduler, sequence: int) -> asyncio.Task[list[TileResult]]:
+    """Gives the engine a plan of its own, which it has when this returns."""
+    task = asyncio.create_task(scheduler.compute("x", tiles("first", sequence, 4)))
+    for _ in range(3):  # the task starts, asks for a plan, and the plan starts
+        await asyncio.sleep(0)
+    return task
+
+
+async def test_what_waits_goes_together_when_the_engine_is_idle() -> None:
+    async with scheduling() as scheduler:
+        first = await busy(scheduler, WAIT)
+        runs = [
+            asyncio.create_task(scheduler.compute("x", tiles(run, 1, 8))) for run in ("a", "b", "c")
+        ]
+        await asyncio.sleep(0)
+        await scheduler.row(ClearGradient("first"), 1)  # which the engine waits for
+
+        assert plan_of(await first) == [1]
+        assert [plan_of(await each) for each in runs] == [[2], [2], [2]]
+
+
+async def test_what_is_ready_at_once_goes_together() -> None:
+    async with scheduling() as scheduler:
+        answers = await asyncio.gather(
+            *(scheduler.compute("x", tiles(run, 1, 8)) for run in ("a", "b", "c"))
+        )
+
+        assert [plan_of(each) for each in answers] == [[1], [1], [1]]
+
+
+async def test_a_large_call_takes_several_plans_and_keeps_its_order() -> None:
+    async with scheduling() as scheduler:
+        results = await scheduler.compute("x", tiles("a", 1, 30, 30, 30, 30, 30))
+
+        assert plan_of(results) == [1, 1, 2, 2, 3]
+        assert [len(result.logprobs[0]) for result in results] == [30] * 5
+
+
+async def test_steps_of_many_runs_go_together() -> None:
+    async with scheduling() as scheduler:
+        results = await asyncio.gather(*(scheduler.step("x", step(run)) for run in ("a", "b", "c")))
+
+        assert [result.step for result in results] == [3, 3, 3]  # steps of the job, says the engine
+
+
+async def test_tenants_share_a_plan_as_their_weights_say() -> None:
+    async with scheduling({"ann": 3.0, "bob": 1.0}) as scheduler:
+        plans = await asyncio.gather(
+            *(
+                scheduler.compute(tenant, tiles(tenant, sequence, 8))
+                for tenant in ("bob", "ann")
+                for sequence in range(1, 13)
+            )
+        )
+
+        bobs, anns = ([plan_of(each)[0] for each in part] for part in (plans[:12], plans[12:]))
+        assert (anns.count(1), bobs.count(1)) == (6, 2)  # eight tiles fill a plan
+
+
+async def test_a_forecast_counts_what_the_engine_has_and_what_comes_first() -> None:
+    async with scheduling() as scheduler:
+        before = scheduler.forecast("x", "b")
+        first = await busy(scheduler, WAIT)  # 4 tokens
+        waiting = [
+            asyncio.create_task(scheduler.compute("x", tiles(run, 1, 8))) for run in ("a", "b")
+        ]
+        await asyncio.sleep(0)
+        while_unknown = scheduler.forecast("x", "b")
+        await scheduler.row(ClearGradient("first"), 1)
+        await asyncio.gather(first, *waiting)
+
+        assert before == Forecast(0, 0.0)
+        assert while_unknown == Forecast(4 + 8, None)
+        assert scheduler.predict_s("x", "b", 100) == 0.0  # nothing waits
+        second = await busy(scheduler, WAIT)
+        third = asyncio.create_task(scheduler.compute("x", tiles("b", 2, 8)))
+        await asyncio.sleep(0)
+        known = scheduler.forecast("x", "b")
+        assert known.tokens_ahead == 4
+        assert known.wait_s is not None
+        assert scheduler.predict_s("x", "b", 8) > 0
+        await scheduler.row(ClearGradient("first"), 1)
+        await asyncio.gather(second, third)
+
+
+async def test_a_refused_step_is_refused_alone() -> None:
+    async with scheduling() as scheduler:
+        results = await asyncio.gather(
+            scheduler.step("x", step("a")),
+            scheduler.step("x", step("b", learning_rate=REFUSED_RATE)),
+            return_exceptions=True,
+        )
+
+        assert isinstance(results[1], FailedPrecondition)
+        assert not isinstance(results[0], BaseException)
+
+
+async def test_an_engine_that_dies_fails_what_it_had_and_what_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
+    async with scheduling() as scheduler:
+        first = await busy(scheduler, DIE)
+        waiting = [
+            asyncio.create_task(scheduler.compute("x", tiles("a", 1, 60, 60))),
+            asyncio.create_task(scheduler.step("x", step("b"))),
+        ]
+
+        with pytest.raises(EngineDied) as caught:
+            await first
+        assert not isinstance(caught.value, NotStarted)
+        for task in waiting:
+            with pytest.raises(NotStarted, match="exit code 3"):
+                await task
+
+        with pytest.raises(NotStarted):
+            await scheduler.row(job("c"), 1)  # the life that has ended
+        assert await scheduler.up() == 2  # waits for the next engine
+        await scheduler.row(job("c"), 2)
+        assert plan_of(await scheduler.compute("x", tiles("c", 1, 4))) == [1]
+
+
+async def test_what_waits_in_the_engine_behind_work_that_ends_it_is_not_to_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "RESTART_DELAY_S", 0.05)
+    async with scheduling() as scheduler:
+        deadly = await busy(scheduler, DIE)
+        row = asyncio.create_task(scheduler.row(job("c"), 1))
+        replay = asyncio.create_task(scheduler.replay(StepRows((step("b"),)), 1))
+
+        with pytest.raises(EngineDied) as caught:
+            await deadly
+        assert not isinstance(caught.value, NotStarted)
+        for behind in (row, replay):
+            with pytest.raises(NotStarted, match="exit code 3"):
+                await behind
+
+
+async def test_there_is_no_model_before_the_engine_was_up() -> None:
+    engine = EngineProcess("tests.engines.trainer", "no settings")
+    scheduler = Scheduler(engine, Usage(Metrics()), lambda tenant: 1.0)
+
+    assert scheduler.description is None
+    with pytest.raises(Unavailable, match="still being loaded"):
+        _ = scheduler.model

@@ -1,0 +1,1 @@
+"""What goes into the checkpoint store and comes out of it."""

@@ -1,0 +1,92 @@
+"""The tenants' checkpoints, as CheckpointService manages them.
+
+The store blocks, so threads wait for it.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from checkpoint_store import CheckpointStore, Manifest
+from mint_core.errors import CheckpointNotFound
+from trainer_service.checkpoints.handoff import Handoff
+from trainer_service.checkpoints.requests import (
+    CopyCheckpoint,
+    DeleteCheckpoint,
+    ListCheckpoints,
+    UpdateCheckpoint,
+)
+from trainer_service.checkpoints.sweeping import Sweeper
+from trainer_service.wire.idempotency import Once
+from trainer_service.wire.pages import Page, page_of, place
+
+
+class Archive:
+    """All methods belong to one event loop. Another tenant's checkpoint is not found."""
+
+    def __init__(self, store: CheckpointStore, handoff: Handoff, sweeper: Sweeper) -> None:
+        self._store = store
+        self._handoff = handoff
+        self._sweeper = sweeper
+        self._once = Once()
+        self._updating = asyncio.Lock()  # what one reads, no other may change before it writes
+
+    async def list(self, tenant: str, request: ListCheckpoints) -> Page[Manifest]:
+        """The newest revision of each name, newest first."""
+        found = await asyncio.to_thread(
+            self._store.list,
+            tenant=tenant,
+            training_run_id=request.training_run_id or None,
+            kind=request.kind,
+        )
+        wanted = request.metadata_filter.items()
+        chosen = [manifest for manifest in found if wanted <= manifest.metadata.items()]
+        return page_of(chosen, lambda m: place(m.create_time, str(m.path)), request.page)
+
+    async def get(self, tenant: str, path: str) -> Manifest:
+        return await asyncio.to_thread(self._get, tenant, path)
+
+    def _get(self, tenant: str, path: str) -> Manifest:
+        try:
+            return self._store.find_stored(path, tenant=tenant).manifest
+        except CheckpointNotFound:  # a snapshot may be in memory alone
+            return self._store.describe(path, tenant=tenant)
+
+    async def update(self, tenant: str, request: UpdateCheckpoint) -> Manifest:
+        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+
+    async def _update(self, tenant: str, request: UpdateCheckpoint) -> Manifest:
+        def change(manifest: Manifest) -> Manifest:
+            if request.changes_lifetime:
+                manifest = replace(manifest, expire_time=request.expire_time)
+            if request.metadata is not None:
+                manifest = replace(manifest, metadata=request.metadata)
+            return manifest
+
+        async with self._updating:
+            changed = await asyncio.to_thread(
+                self._store.update, request.path, tenant=tenant, change=change
+            )
+        self._sweeper.note_expiry(changed.expire_time)
+        return changed
+
+    async def copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
+        return await self._once.run(tenant, request.identity, lambda: self._copy(tenant, request))
+
+    async def _copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
+        published = await asyncio.to_thread(
+            self._store.copy,
+            request.path,
+            request.name,
+            tenant=tenant,
+            expire_time=request.expire_time,
+            request=request.identity.digest(tenant),
+        )
+        self._sweeper.note_expiry(request.expire_time)
+        return published.manifest
+
+    async def delete(self, tenant: str, request: DeleteCheckpoint) -> None:
+        async def delete() -> None:
+            digest = request.identity.digest(tenant)
+            await self._handoff.delete(request.path, tenant=tenant, request=digest)
+
+        await self._once.run(tenant, request.identity, delete)

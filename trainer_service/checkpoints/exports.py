@@ -1,0 +1,130 @@
+"""Merged models: made by a process that ends with its work, and kept in the store."""
+
+import asyncio
+import os
+import pickle
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from checkpoint_store import MERGED_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint, new_manifest
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.errors import EngineFault, MintError
+from mint_core.rpc.model_service import tokenizer_files
+from trainer_service.checkpoints.checkpoints import Opened
+from trainer_service.checkpoints.downloads import stored
+from trainer_service.checkpoints.merge_job import Merge, Merged
+from trainer_service.checkpoints.requests import ExportCheckpoint
+from trainer_service.checkpoints.staging import staging
+from trainer_service.checkpoints.sweeping import Sweeper
+from trainer_service.wire.idempotency import Once
+
+MODULE = "trainer_service.engine.merging"
+LIMIT_S = 3600.0
+
+
+class Exports:
+    """One at a time, since each takes a model's memory. All methods belong to one event loop."""
+
+    def __init__(self, store: CheckpointStore, sweeper: Sweeper, *, threads: int) -> None:
+        self._store = store
+        self._sweeper = sweeper
+        self._threads = threads
+        self._once = Once()
+        self._turn = asyncio.Lock()
+
+    async def export(
+        self, tenant: str, request: ExportCheckpoint, model: ModelDescription
+    ) -> Manifest:
+        """Makes a merged model. The same request makes it once."""
+
+        async def act() -> Manifest:
+            async with self._turn:
+                return await self._export(tenant, request, model)
+
+        return await self._once.run(tenant, request.identity, act)
+
+    async def _export(
+        self, tenant: str, request: ExportCheckpoint, model: ModelDescription
+    ) -> Manifest:
+        digest = request.identity.digest(tenant)
+        made = await asyncio.to_thread(self._store.made, request.path, MERGED_WEIGHTS, digest)
+        if made is not None:  # before a restart
+            return made
+        source = await stored(self._store, tenant, request.path)  # the merge reads files
+        await asyncio.to_thread(source.note_use)
+        await asyncio.to_thread(self._store.verify, source)
+        Opened(source, with_optimizer=False).check_base(model.name, model.fingerprint)
+        async with staging(self._store) as folder:
+            job = Merge(
+                base_folder=model.folder,
+                adapter_folder=str(source.folder),
+                spec=source.manifest.spec,
+                output_folder=str(folder),
+                dtype=request.dtype,
+                threads=self._threads,
+            )
+            merged = await _run(job)
+            await asyncio.to_thread(_add_tokenizer, folder, model.folder)
+            manifest = _manifest(source, request, digest, merged)
+            published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
+        self._sweeper.note_expiry(request.expire_time)
+        return published.manifest
+
+
+def _manifest(
+    source: OpenCheckpoint, request: ExportCheckpoint, digest: str, merged: Merged
+) -> Manifest:
+    adapter = source.manifest
+    return new_manifest(
+        training_run_id=adapter.training_run_id,
+        kind=MERGED_WEIGHTS,
+        name=adapter.name,
+        tenant=adapter.tenant,
+        base_model=adapter.base_model,
+        base_fingerprint=adapter.base_fingerprint,
+        spec=adapter.spec,
+        step=adapter.step,
+        metadata=adapter.metadata,
+        expire_time=request.expire_time,
+        source=str(adapter.revision_path),
+        request=digest,
+        head_untied=merged.head_untied,
+    )
+
+
+def _add_tokenizer(folder: Path, base_folder: str) -> None:
+    """Other engines want it beside the weights. What the merge has written stays."""
+    for file in tokenizer_files(base_folder):
+        with suppress(FileExistsError), (folder / file.name).open("xb") as opened:
+            opened.write(file.content)
+
+
+async def _run(job: Merge) -> Merged:
+    """Does a merge in a process of its own. Raises what keeps it from its end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        MODULE,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # the devices are the engine's
+        process_group=0,
+    )
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            answer, _ = await process.communicate(pickle.dumps(job))
+    except TimeoutError:
+        raise EngineFault(f"the merge took more than {LIMIT_S:.0f} s and was ended") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if not answer:
+        raise EngineFault(
+            f"the merge ended with exit code {process.returncode}; the server's log says why"
+        )
+    outcome: Merged | MintError = pickle.loads(answer)
+    if isinstance(outcome, MintError):
+        raise outcome
+    return outcome

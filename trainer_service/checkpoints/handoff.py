@@ -1,0 +1,256 @@
+"""Adapters on their way to samplers: by memory to those of this host, by the store to all.
+
+A named checkpoint is in the store before it is acknowledged. An unnamed snapshot is acknowledged
+when samplers of this host can open it; the store gets it behind that, in the order in which
+snapshots were made.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from checkpoint_store import (
+    SAMPLER_WEIGHTS,
+    CheckpointPath,
+    CheckpointStore,
+    Manifest,
+    Published,
+    SnapshotMemory,
+    map_numbers,
+    new_manifest,
+    parse_path,
+)
+from checkpoint_store.errors import ObjectStoreFailed
+from mint_core.errors import CheckpointNotFound, MintError
+from trainer_service.errors import RowNotWritten
+from trainer_service.jobs import WriteRow, WrittenRow
+from trainer_service.run.calls import SaveForSampler
+from trainer_service.run.run import RunOrigin
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[WriteRow], Awaitable[WrittenRow]]  # has the engine do it
+
+
+class Handoff:
+    """All methods belong to one event loop."""
+
+    def __init__(self, store: CheckpointStore, memory: SnapshotMemory | None) -> None:
+        self._store = store
+        self._memory = memory
+        # Snapshots that the store does not have, in order: those to be written, and those that
+        # could not be, which are tried again when another could.
+        self._waiting = deque(memory.unstored() if memory else ())
+        self._failed: list[CheckpointPath] = []
+        self._current: CheckpointPath | None = None  # which is being written
+        self._writing = asyncio.Lock()  # held while the store is written to in the background
+        self._writer: asyncio.Task[None] | None = None
+        self._stopping = False
+        # Is told what is wrong with a run's snapshots; empty: nothing any more.
+        self.on_trouble: Callable[[str, str], None] = lambda training_run_id, trouble: None
+
+    @property
+    def unstored(self) -> int:
+        """Snapshots that are in memory alone."""
+        return len(self._waiting) + len(self._failed) + (self._current is not None)
+
+    def start(self) -> None:
+        """Stores what another trainer has left behind."""
+        self._wake()
+
+    async def publish(
+        self,
+        origin: RunOrigin,
+        save: SaveForSampler,
+        write: Write,
+        *,
+        sequence: int,
+        expire_time: datetime | None,
+    ) -> Published:
+        """Publishes a run's weights; those of the same named call once."""
+        manifest = new_manifest(
+            training_run_id=origin.training_run_id,
+            kind=SAMPLER_WEIGHTS,
+            name=save.name,
+            tenant=origin.tenant,
+            base_model=origin.base_model,
+            base_fingerprint=origin.base_fingerprint,
+            spec=origin.spec,
+            step=0,  # until the engine says which
+            metadata=save.metadata,
+            sequence=sequence,
+            expire_time=expire_time,
+        )
+        if self._memory is not None:
+            draft = await asyncio.to_thread(self._memory.draft, origin.row_bytes)
+            if draft is not None:
+                publish = self._through_memory if save.name is None else self._beside_memory
+                try:
+                    return await publish(self._memory, draft, manifest, write)
+                except RowNotWritten as error:  # others than us have filled the memory
+                    logger.warning("%s", error.message)
+                finally:
+                    self._memory.discard(draft)
+        return await self._without_memory(manifest, write)
+
+    async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
+        """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
+        run = origin.training_run_id
+        async with self._writing:
+            self._waiting = deque(r for r in self._waiting if r.training_run_id != run)
+            self._failed = [r for r in self._failed if r.training_run_id != run]
+            if self._memory is not None:
+                await asyncio.to_thread(self._memory.remove_run, run)
+            await asyncio.to_thread(self._store.delete_run, run, tenant=origin.tenant, named=named)
+
+    async def delete(self, path: str, *, tenant: str, request: str) -> None:
+        """Deletes a revision, or a name with all its revisions, in memory too."""
+        asked = parse_path(path)
+        async with self._writing:
+            await asyncio.to_thread(self._delete, asked, tenant, request)
+            self._waiting = deque(r for r in self._waiting if not asked.covers(r))
+            self._failed = [r for r in self._failed if not asked.covers(r)]
+
+    def _delete(self, asked: CheckpointPath, tenant: str, request: str) -> None:
+        held = self._memory.held(asked, tenant=tenant) if self._memory else []
+        try:
+            self._store.delete(str(asked), tenant=tenant, request=request)
+        except CheckpointNotFound:
+            if not held:
+                raise
+        for revision in held:
+            assert self._memory is not None
+            self._memory.remove(revision)
+            self._store.recant(revision)
+
+    async def stop(self) -> None:
+        """Stores what is not stored yet, as far as that works, and leaves the memory."""
+        self._stopping = True
+        self._waiting.extendleft(reversed(self._failed))
+        self._failed = []
+        self._wake()
+        if self._writer is not None:
+            await self._writer
+        for revision in [*self._failed, *self._waiting]:
+            logger.error("snapshot %s is in memory alone; the next trainer may store it", revision)
+        if self._memory is not None:
+            await asyncio.to_thread(self._memory.close)
+
+    async def _through_memory(
+        self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
+    ) -> Published:
+        announced = asyncio.create_task(asyncio.to_thread(self._announce, manifest))
+        try:
+            written = await write(_job(manifest, draft))
+            manifest = replace(manifest, step=written.step)
+            try:
+                await asyncio.to_thread(memory.place, draft, manifest, written.layout, stored=False)
+            except OSError as error:
+                raise RowNotWritten(str(manifest.path), draft.parent, error) from error
+        except BaseException:
+            await announced
+            await asyncio.to_thread(self._store.recant, manifest.path)
+            raise
+        await announced
+        self._release_later(memory, manifest)
+        self._waiting.append(manifest.revision_path)
+        self._wake()
+        return Published(manifest)
+
+    async def _beside_memory(
+        self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
+    ) -> Published:
+        written = await write(_job(manifest, draft))
+        published = await self._publish(manifest, draft, written)
+        try:
+            layout = written.layout
+            await asyncio.to_thread(memory.place, draft, published.manifest, layout, stored=True)
+        except OSError:
+            logger.exception("%s is stored and not in memory", published.revision_path)
+        else:
+            self._release_later(memory, published.manifest)
+        return published
+
+    async def _without_memory(self, manifest: Manifest, write: Write) -> Published:
+        draft = await asyncio.to_thread(self._store.draft)
+        try:
+            return await self._publish(manifest, draft, await write(_job(manifest, draft)))
+        finally:
+            await asyncio.to_thread(draft.unlink, missing_ok=True)
+
+    async def _publish(self, manifest: Manifest, draft: Path, written: WrittenRow) -> Published:
+        def publish() -> Published:
+            numbers = map_numbers(draft, 4 * written.layout.size)
+            weights = written.layout.matrices(numbers, manifest.spec)
+            return self._store.publish_as(replace(manifest, step=written.step), weights)
+
+        return await asyncio.to_thread(publish)
+
+    def _announce(self, manifest: Manifest) -> None:
+        try:
+            self._store.announce(manifest)
+        except (OSError, MintError) as error:  # which the writer will meet and report
+            logger.warning("%s could not be announced: %s", manifest.revision_path, error)
+
+    def _release_later(self, memory: SnapshotMemory, manifest: Manifest) -> None:
+        if manifest.expire_time is not None:
+            left_s = (manifest.expire_time - datetime.now(UTC)).total_seconds()
+            asyncio.get_running_loop().call_later(left_s, memory.release, manifest.revision_path)
+
+    def _wake(self) -> None:
+        if self._waiting and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        """Stores what waits, one after the other."""
+        while self._waiting:
+            async with self._writing:
+                if not self._waiting:
+                    return  # a run was deleted meanwhile
+                revision = self._current = self._waiting.popleft()
+                try:
+                    await asyncio.to_thread(self._store_snapshot, revision)
+                except Exception as error:
+                    self._note_failure(revision, error)
+                    if self._stopping and isinstance(error, ObjectStoreFailed):
+                        return  # after long attempts, and the next would take as long
+                else:
+                    self._note_success(revision)
+                finally:
+                    self._current = None
+
+    def _store_snapshot(self, revision: CheckpointPath) -> None:
+        assert self._memory is not None
+        row = self._memory.open(revision)
+        self._memory.prepare(4 * row.layout.size)
+        if not self._store.has(revision):
+            self._store.publish_as(row.manifest, row.weights())
+        self._memory.stored(revision)
+
+    def _note_failure(self, revision: CheckpointPath, error: Exception) -> None:
+        assert self._memory is not None
+        if not self._memory.has(revision):
+            return  # others needed its memory
+        ours = isinstance(error, MintError | OSError)
+        logger.error("snapshot %s is in memory alone: %s", revision, error, exc_info=not ours)
+        self._failed.append(revision)
+        self._memory.give_up(revision)
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        trouble = f"snapshot `{revision}` is in memory alone, since it cannot be stored: {why}"
+        self.on_trouble(revision.training_run_id, trouble)
+
+    def _note_success(self, revision: CheckpointPath) -> None:
+        if all(other.training_run_id != revision.training_run_id for other in self._failed):
+            self.on_trouble(revision.training_run_id, "")
+        self._waiting.extendleft(reversed(self._failed))
+        self._failed = []
+
+
+def _job(manifest: Manifest, draft: Path) -> WriteRow:
+    return WriteRow(
+        training_run_id=manifest.training_run_id, file=str(draft), path=str(manifest.path)
+    )

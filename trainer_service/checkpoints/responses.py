@@ -1,0 +1,69 @@
+"""Answers about checkpoints: dataclasses in, protobuf out."""
+
+from collections.abc import Mapping
+
+from checkpoint_store import MERGED_WEIGHTS, SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest
+from mintrpc.v1 import checkpoint_pb2
+from trainer_service.checkpoints.downloads import FilePiece
+from trainer_service.wire.pages import Page
+from trainer_service.wire.responses import lora_config_message, timestamp
+
+_KINDS = {
+    WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_TRAINING,
+    SAMPLER_WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_SAMPLER,
+    MERGED_WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_MERGED,
+}
+
+
+def list_response(page: Page[Manifest]) -> checkpoint_pb2.ListCheckpointsResponse:
+    return checkpoint_pb2.ListCheckpointsResponse(
+        checkpoints=[checkpoint_message(manifest) for manifest in page.entries],
+        next_page_token=page.next_page_token,
+        total_size=page.total_size,
+    )
+
+
+def export_response(manifest: Manifest) -> checkpoint_pb2.ExportCheckpointResponse:
+    return checkpoint_pb2.ExportCheckpointResponse(
+        path=str(manifest.revision_path),
+        files=_files(manifest.files),
+        checkpoint=checkpoint_message(manifest),
+        head_untied=manifest.head_untied,
+    )
+
+
+def download_response(piece: FilePiece) -> checkpoint_pb2.DownloadCheckpointResponse:
+    return checkpoint_pb2.DownloadCheckpointResponse(
+        file=_file(piece.name, piece.entry), offset_bytes=piece.offset_bytes, data=piece.data
+    )
+
+
+def checkpoint_message(manifest: Manifest) -> checkpoint_pb2.Checkpoint:
+    message = checkpoint_pb2.Checkpoint(
+        path=str(manifest.path),
+        revision_path=str(manifest.revision_path),
+        kind=_KINDS[manifest.kind],
+        training_run_id=manifest.training_run_id,
+        create_time=timestamp(manifest.create_time),
+        size_bytes=manifest.size_bytes,
+        base_model=manifest.base_model,
+        base_fingerprint=manifest.base_fingerprint,
+        lora_config=lora_config_message(manifest.spec),
+        step=manifest.step,
+        metadata=manifest.metadata,
+        files=_files(manifest.files),
+        source_path=manifest.source,
+    )
+    if manifest.named and manifest.expire_time is not None:
+        message.expire_time.FromDatetime(manifest.expire_time)
+    return message
+
+
+def _files(files: Mapping[str, FileEntry]) -> list[checkpoint_pb2.CheckpointFile]:
+    return [_file(name, entry) for name, entry in files.items()]
+
+
+def _file(name: str, entry: FileEntry) -> checkpoint_pb2.CheckpointFile:
+    return checkpoint_pb2.CheckpointFile(
+        name=name, size_bytes=entry.size_bytes, sha256=entry.sha256
+    )

@@ -1,0 +1,98 @@
+"""The RPCs of CheckpointService."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from mint_core.rpc.caller import caller
+from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc
+from trainer_service.checkpoints import requests as requests
+from trainer_service.checkpoints import responses as responses
+from trainer_service.checkpoints.archive import Archive
+from trainer_service.checkpoints.downloads import Downloads
+from trainer_service.checkpoints.exports import Exports
+from trainer_service.checkpoints.uploads import Uploads
+from trainer_service.queue.scheduler import Scheduler
+
+
+class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
+    """Parses, asks, answers."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        downloads: Downloads,
+        uploads: Uploads,
+        exports: Exports,
+        scheduler: Scheduler,
+    ) -> None:
+        self._archive = archive
+        self._downloads = downloads
+        self._uploads = uploads
+        self._exports = exports
+        self._scheduler = scheduler
+
+    async def ListCheckpoints(
+        self, request: checkpoint_pb2.ListCheckpointsRequest, context: Any
+    ) -> checkpoint_pb2.ListCheckpointsResponse:
+        """See checkpoint.proto."""
+        page = await self._archive.list(caller().tenant, requests.parse_list(request))
+        return responses.list_response(page)
+
+    async def GetCheckpoint(
+        self, request: checkpoint_pb2.GetCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.GetCheckpointResponse:
+        """See checkpoint.proto."""
+        manifest = await self._archive.get(caller().tenant, requests.parse_get(request))
+        checkpoint = responses.checkpoint_message(manifest)
+        return checkpoint_pb2.GetCheckpointResponse(checkpoint=checkpoint)
+
+    async def UpdateCheckpoint(
+        self, request: checkpoint_pb2.UpdateCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.UpdateCheckpointResponse:
+        """See checkpoint.proto."""
+        manifest = await self._archive.update(caller().tenant, requests.parse_update(request))
+        checkpoint = responses.checkpoint_message(manifest)
+        return checkpoint_pb2.UpdateCheckpointResponse(checkpoint=checkpoint)
+
+    async def CopyCheckpoint(
+        self, request: checkpoint_pb2.CopyCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.CopyCheckpointResponse:
+        """See checkpoint.proto."""
+        manifest = await self._archive.copy(caller().tenant, requests.parse_copy(request))
+        checkpoint = responses.checkpoint_message(manifest)
+        return checkpoint_pb2.CopyCheckpointResponse(checkpoint=checkpoint)
+
+    async def DeleteCheckpoint(
+        self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.DeleteCheckpointResponse:
+        """See checkpoint.proto."""
+        await self._archive.delete(caller().tenant, requests.parse_delete(request))
+        return checkpoint_pb2.DeleteCheckpointResponse()
+
+    async def ExportCheckpoint(
+        self, request: checkpoint_pb2.ExportCheckpointRequest, context: Any
+    ) -> checkpoint_pb2.ExportCheckpointResponse:
+        """See checkpoint.proto."""
+        parsed = requests.parse_export(request)
+        manifest = await self._exports.export(caller().tenant, parsed, self._scheduler.model)
+        return responses.export_response(manifest)
+
+    async def DownloadCheckpoint(
+        self, request: checkpoint_pb2.DownloadCheckpointRequest, context: Any
+    ) -> AsyncIterator[checkpoint_pb2.DownloadCheckpointResponse]:
+        """See checkpoint.proto."""
+        parsed = requests.parse_download(request)
+        async with aclosing(self._downloads.pieces(caller().tenant, parsed)) as pieces:
+            async for piece in pieces:
+                yield responses.download_response(piece)
+
+    async def UploadCheckpoint(
+        self, request: AsyncIterator[checkpoint_pb2.UploadCheckpointRequest], context: Any
+    ) -> checkpoint_pb2.UploadCheckpointResponse:
+        """See checkpoint.proto."""
+        model = self._scheduler.model
+        upload, pieces = await requests.parse_upload(request, model)
+        manifest = await self._uploads.receive(caller().tenant, upload, pieces, model)
+        checkpoint = responses.checkpoint_message(manifest)
+        return checkpoint_pb2.UploadCheckpointResponse(checkpoint=checkpoint)

@@ -1,0 +1,144 @@
+"""Adapters from elsewhere: received beside the store, checked whole, and only then kept."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from checkpoint_store import (
+    SAMPLER_WEIGHTS,
+    WEIGHTS,
+    CheckpointStore,
+    FileEntry,
+    Manifest,
+    new_manifest,
+)
+from checkpoint_store.foreign.adapter import read_foreign_adapter
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.errors import InvalidRequest, Unavailable
+from trainer_service.checkpoints.requests import Piece, Upload
+from trainer_service.checkpoints.staging import staging
+from trainer_service.checkpoints.sweeping import Sweeper
+from trainer_service.checkpoints.uploaded_runs import uploaded_run_id
+from trainer_service.errors import RequestIdReused
+from trainer_service.wire.idempotency import Once
+
+SILENCE_LIMIT_S = 60.0  # between two pieces
+
+
+class Uploads:
+    """All methods belong to one event loop."""
+
+    def __init__(self, store: CheckpointStore, sweeper: Sweeper) -> None:
+        self._store = store
+        self._sweeper = sweeper
+        self._once = Once()
+
+    async def receive(
+        self, tenant: str, upload: Upload, pieces: AsyncIterator[Piece], model: ModelDescription
+    ) -> Manifest:
+        """Makes a checkpoint, in a run of its own. The same request makes it once."""
+        async with staging(self._store) as folder:
+            await _receive(pieces, _Files(folder, upload.files))
+
+            async def keep() -> Manifest:
+                publish = partial(self._publish, tenant, upload, folder, model)
+                manifest = await asyncio.to_thread(publish)
+                self._sweeper.note_expiry(manifest.expire_time)
+                return manifest
+
+            kept = asyncio.ensure_future(self._once.run(tenant, upload.identity, keep))
+            try:
+                return await asyncio.shield(kept)
+            finally:
+                await asyncio.wait([kept])  # its files are here, even if the caller has left
+
+    def _publish(
+        self, tenant: str, upload: Upload, folder: Path, model: ModelDescription
+    ) -> Manifest:
+        run = uploaded_run_id(tenant, upload.identity.request_id)
+        request = upload.identity.digest(tenant)
+        for earlier in self._store.list(tenant=tenant, training_run_id=run):
+            if not earlier.source and earlier.request != request:  # before a restart
+                raise RequestIdReused(upload.identity.request_id)
+        adapter = read_foreign_adapter(folder, model, upload.base_model)
+        manifest = new_manifest(
+            training_run_id=run,
+            kind=SAMPLER_WEIGHTS if adapter.exp_avg is None else WEIGHTS,
+            name=upload.name,
+            tenant=tenant,
+            base_model=model.name,
+            base_fingerprint=model.fingerprint,
+            spec=adapter.spec,
+            step=adapter.step,
+            metadata=upload.metadata,
+            expire_time=upload.expire_time,
+            request=request,
+        )
+        published = self._store.publish_as(
+            manifest, adapter.weights, adapter.exp_avg, adapter.exp_avg_sq, overwrite=False
+        )
+        return published.manifest
+
+
+async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_LIMIT_S):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            raise Unavailable(
+                f"no piece of the upload has come for {SILENCE_LIMIT_S:.0f} s; send it again"
+            ) from None
+        if piece is None:
+            break
+        await asyncio.to_thread(files.write, piece)
+    files.check_whole()
+
+
+class _Files:
+    """The files of an upload as they grow."""
+
+    def __init__(self, folder: Path, announced: Mapping[str, FileEntry]) -> None:
+        self._folder = folder
+        self._announced = announced
+        self._sizes = dict.fromkeys(announced, 0)
+        self._digests = {name: hashlib.sha256() for name in announced}
+
+    def write(self, piece: Piece) -> None:
+        name = piece.file_name
+        if name not in self._announced:
+            raise InvalidRequest(
+                f"a piece is of `{name}`, which the header does not name", field="piece.file_name"
+            )
+        if piece.offset_bytes != self._sizes[name]:
+            raise InvalidRequest(
+                f"a piece of `{name}` starts at byte {piece.offset_bytes} where "
+                f"{self._sizes[name]} comes next; send pieces in order, without gaps",
+                field="piece.offset_bytes",
+                file=name,
+            )
+        self._sizes[name] += len(piece.data)
+        if self._sizes[name] > self._announced[name].size_bytes:
+            raise self._torn(name)
+        self._digests[name].update(piece.data)
+        with (self._folder / name).open("ab") as file:
+            file.write(piece.data)
+
+    def check_whole(self) -> None:
+        for name, entry in self._announced.items():
+            if self._sizes[name] != entry.size_bytes:
+                raise self._torn(name)
+            if self._digests[name].hexdigest() != entry.sha256:
+                raise InvalidRequest(
+                    f"`{name}` does not match the SHA-256 of the header; send it again",
+                    field=name,
+                )
+
+    def _torn(self, name: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"`{name}` has {self._sizes[name]} bytes or more where the header says "
+            f"{self._announced[name].size_bytes}; send the whole file, unchanged",
+            field=name,
+        )

@@ -1,0 +1,1 @@
+"""Who computes next, and what waits."""

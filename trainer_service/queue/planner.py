@@ -1,0 +1,189 @@
+"""What the engine does next: a pass over tiles of any runs, or all optimizer steps that are ready.
+
+Tenants share by deficit round robin in tokens, as their weights say, and so do the runs of one
+tenant, all alike. A run's tiles keep their order.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
+from trainer_service.queue.round_robin import Ring, RunQueue, alike
+from trainer_service.run.calls import Call, Compute
+
+# A round gives each tenant a plan's tokens by this number: with small turns, a small request passes
+# those that are about as small and not the large ones.
+_ROUNDS_PER_PLAN = 8
+# A tile takes a plan's tokens by this number, so that no call fills a pass alone. Quarters instead
+# of halves cost a run that is alone 1 % (8 documents of 128 tokens on SmolLM2).
+_TILES_PER_PLAN = 4
+# Who had work a few plans ago and has none is probably about to call again, and then waits for the
+# pass under way: meanwhile nobody gets more of a pass than one tile or an equal part.
+_RECENT_PLANS = 4
+# An engine's death may be the doing of any call that it had. Those that two had are computed apart,
+# so that the third death tells which of them it was.
+DEATHS_UNTIL_ALONE = 2
+
+
+def cut(
+    call: Call, compute: Compute, tile_tokens: int, *, isolated: bool = False
+) -> tuple[Tile, ...]:
+    """Cuts a call at document boundaries, by its own data alone: no neighbour changes its result.
+
+    A document longer than a tile may be is a tile of its own.
+    """
+    tiles = []
+    first = 0
+    for index, documents in enumerate(_groups(compute.documents, tile_tokens)):
+        tile = Tile(
+            training_run_id=call.place.training_run_id,
+            sequence=call.place.sequence,
+            index=index,
+            first=first,
+            documents=documents,
+            loss=compute.loss,
+            backward=compute.backward,
+            weighted_only=compute.weighted_only,
+            isolated=isolated,
+            alone=call.course.deaths >= DEATHS_UNTIL_ALONE,
+        )
+        tiles.append(tile)
+        first += len(documents)
+    return tuple(tiles)
+
+
+def most_tile_tokens(max_batch_tokens: int) -> int:
+    """How large tiles are where a pass has so many tokens."""
+    return max(1, max_batch_tokens // _TILES_PER_PLAN)
+
+
+def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[Document, ...]]:
+    group: list[Document] = []
+    tokens = 0
+    for document in documents:
+        grown = tokens + len(document.tokens)
+        if group and (grown > most_tokens or document.width != group[-1].width):
+            yield tuple(group)
+            group, tokens = [], 0
+        group.append(document)
+        tokens += len(document.tokens)
+    yield tuple(group)
+
+
+@dataclass(slots=True)
+class _Portions:
+    """What each may have, and has, of the plan that is being formed."""
+
+    most_tokens: int
+    taken: Counter[str] = field(default_factory=Counter)
+
+    def fits(self, key: str, tokens: int) -> bool:
+        return self.taken[key] + tokens <= self.most_tokens
+
+    def take(self, key: str, tokens: int) -> None:
+        self.taken[key] += tokens
+
+
+class _Recent:
+    """Who had work when the last plans were formed."""
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        self._max_batch_tokens = max_batch_tokens
+        self._plans: deque[frozenset[str]] = deque(maxlen=_RECENT_PLANS)
+
+    def portions(self, waiting: frozenset[str]) -> _Portions:
+        """Of the next plan, for which those in `waiting` have tiles."""
+        lately = waiting.union(*self._plans)
+        if waiting:
+            self._plans.append(waiting)
+        if lately == waiting:
+            return _Portions(self._max_batch_tokens)
+        equal_part = self._max_batch_tokens // len(lately)
+        return _Portions(max(most_tile_tokens(self._max_batch_tokens), equal_part))
+
+
+class Planner:
+    """Tiles and steps that are ready. A plan is formed when the engine is idle, from all of it."""
+
+    def __init__(self, max_batch_tokens: int, weight_of: Callable[[str], float] = alike) -> None:
+        """`weight_of` a tenant: how many times the tokens of a tenant of weight 1 it gets."""
+        self.max_batch_tokens = max_batch_tokens
+        quantum = max(1, max_batch_tokens // _ROUNDS_PER_PLAN)
+        self._tenants: Ring[Ring[RunQueue]] = Ring(
+            quantum, lambda: Ring(quantum, RunQueue), weight_of
+        )
+        self._steps: list[StepRow] = []
+        self._apart: Tile | None = None  # met while a plan was filled; it has the next one
+        self._recent_tenants = _Recent(max_batch_tokens)
+        self._recent_runs = _Recent(max_batch_tokens)
+
+    def add(self, tenant: str, tiles: Sequence[Tile]) -> None:
+        """Queues the tiles of one call behind those of its run."""
+        for tile in tiles:
+            self._tenants.queue(tenant).queue(tile.training_run_id).add(tile)
+
+    def add_step(self, step: StepRow) -> None:
+        """Queues a step of a run of which nothing else is queued."""
+        self._steps.append(step)
+
+    def tokens_ahead(self, tenant: str, training_run_id: str) -> int | None:
+        """About how many tokens of other runs come before a run's next tile; None: it has none."""
+        runs = self._tenants.find(tenant)
+        queue = runs.find(training_run_id) if runs else None
+        if queue is None:
+            return None
+        head_tokens = queue.head_tokens()
+        return self.tokens_until(tenant, training_run_id, head_tokens) - head_tokens
+
+    def tokens_until(self, tenant: str, training_run_id: str | None, own_tokens: int) -> int:
+        """About how many tokens are computed until a tenant, or one run of it, has had
+        `own_tokens`, these included. 0 if nothing of it is queued.
+        """
+        runs = self._tenants.find(tenant)
+        if runs is None:
+            return 0
+        if training_run_id is not None:
+            if runs.find(training_run_id) is None:
+                return 0
+            own_tokens += runs.ahead(training_run_id, own_tokens)
+        return own_tokens + self._tenants.ahead(tenant, own_tokens)
+
+    def next_job(self) -> Plan | StepRows | None:
+        """What the engine should do now: all ready steps together, else a pass over tiles."""
+        if self._steps:
+            return self._next_steps()
+        if self._apart is not None:
+            tile, self._apart = self._apart, None
+            return Plan((tile,))
+        tiles: list[Tile] = []
+        room = self.max_batch_tokens
+        of_tenants = self._recent_tenants.portions(self._tenants.keys())
+        of_runs = self._recent_runs.portions(self._runs())
+        while tokens := self._tenants.head_tokens():
+            tenant, runs = self._tenants.head()
+            run, _ = runs.head()
+            fits = of_tenants.fits(tenant, tokens) and of_runs.fits(run, tokens)
+            if tiles and not (tokens <= room and fits):
+                break
+            of_tenants.take(tenant, tokens)
+            of_runs.take(run, tokens)
+            tile = self._tenants.pop()
+            if tile.isolated or tile.alone:
+                if not tiles:
+                    return Plan((tile,))
+                self._apart = tile
+                break
+            tiles.append(tile)
+            room -= tokens
+        return Plan(tuple(tiles)) if tiles else None
+
+    def _next_steps(self) -> StepRows:
+        alone = [step for step in self._steps if step.alone]
+        now = alone[:1] or self._steps
+        self._steps = [step for step in self._steps if step not in now]
+        return StepRows(tuple(now))
+
+    def _runs(self) -> frozenset[str]:
+        """The runs that have tiles queued."""
+        return frozenset().union(*(runs.keys() for runs in self._tenants.queues()))

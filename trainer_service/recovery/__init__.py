@@ -1,0 +1,1 @@
+"""The state folder, and how runs come back from it."""

@@ -1,0 +1,1 @@
+"""One training run: its calls, its order, its life."""

@@ -1,0 +1,197 @@
+"""Answers: dataclasses in, protobuf out."""
+
+from datetime import datetime
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mint_core.lora.spec import AdapterSpec
+from mint_core.rpc.errors import code_of
+from mintrpc.v1 import trainer_pb2, types_pb2
+from trainer_service.checkpoints.uploaded_runs import UploadedRun
+from trainer_service.queue.watching import CallEnd, Event, QueueProgress
+from trainer_service.run.calls import Computed, Discarded, Loaded, Outcome, Saved, Stepped
+from trainer_service.run.run import RunView
+from trainer_service.wire.pages import Page
+
+
+def create_response(view: RunView) -> trainer_pb2.CreateTrainingRunResponse:
+    return trainer_pb2.CreateTrainingRunResponse(
+        training_run=run_message(view), writer_epoch=view.writer_epoch
+    )
+
+
+def open_response(view: RunView) -> trainer_pb2.OpenTrainingRunResponse:
+    return trainer_pb2.OpenTrainingRunResponse(
+        training_run=run_message(view),
+        writer_epoch=view.writer_epoch,
+        next_sequence=view.next_sequence,
+        step=view.step,
+        gradient_pending=view.gradient_pending,
+        backward_count=view.backward_count,
+    )
+
+
+def list_response(
+    page: Page[RunView | UploadedRun],
+) -> trainer_pb2.ListTrainingRunsResponse:
+    return trainer_pb2.ListTrainingRunsResponse(
+        training_runs=[run_message(run) for run in page.entries],
+        next_page_token=page.next_page_token,
+        total_size=page.total_size,
+    )
+
+
+def forward_response(outcome: Outcome) -> trainer_pb2.ForwardResponse:
+    response = trainer_pb2.ForwardResponse()
+    _fill(response, outcome)
+    return response
+
+
+def forward_backward_response(outcome: Outcome) -> trainer_pb2.ForwardBackwardResponse:
+    response = trainer_pb2.ForwardBackwardResponse()
+    _fill(response, outcome)
+    return response
+
+
+def optim_step_response(outcome: Outcome) -> trainer_pb2.OptimStepResponse:
+    assert isinstance(outcome, Stepped)
+    return trainer_pb2.OptimStepResponse(step=outcome.step, metrics=outcome.metrics)
+
+
+def discard_response(outcome: Outcome) -> trainer_pb2.DiscardGradientResponse:
+    assert isinstance(outcome, Discarded)
+    return trainer_pb2.DiscardGradientResponse(gradient_discarded=outcome.gradient_discarded)
+
+
+def save_state_response(outcome: Outcome) -> trainer_pb2.SaveStateResponse:
+    assert isinstance(outcome, Saved)
+    return trainer_pb2.SaveStateResponse(
+        path=outcome.path,
+        revision_path=outcome.revision_path,
+        step=outcome.step,
+        gradient_pending=outcome.gradient_pending,
+    )
+
+
+def save_for_sampler_response(outcome: Outcome) -> trainer_pb2.SaveWeightsForSamplerResponse:
+    assert isinstance(outcome, Saved)
+    return trainer_pb2.SaveWeightsForSamplerResponse(
+        path=outcome.path, revision_path=outcome.revision_path, step=outcome.step
+    )
+
+
+def load_state_response(outcome: Outcome) -> trainer_pb2.LoadStateResponse:
+    assert isinstance(outcome, Loaded)
+    return trainer_pb2.LoadStateResponse(
+        step=outcome.step,
+        revision_path=outcome.revision_path,
+        gradient_discarded=outcome.gradient_discarded,
+    )
+
+
+def _state_message(view: RunView) -> str:
+    if view.lost:
+        return f"weights lost: {view.lost}"
+    return "; ".join(filter(None, (view.trouble, view.inexact_note)))
+
+
+def run_message(run: RunView | UploadedRun) -> trainer_pb2.TrainingRun:
+    return _trained(run) if isinstance(run, RunView) else _uploaded(run)
+
+
+def _uploaded(run: UploadedRun) -> trainer_pb2.TrainingRun:
+    manifest = run.last
+    return trainer_pb2.TrainingRun(
+        training_run_id=run.training_run_id,
+        base_model=manifest.base_model,
+        base_fingerprint=manifest.base_fingerprint,
+        lora_config=lora_config_message(manifest.spec),
+        metadata=manifest.metadata,
+        create_time=timestamp(run.first.create_time),
+        update_time=timestamp(manifest.create_time),
+        step=manifest.step,
+        state=trainer_pb2.TrainingRun.STATE_ACTIVE,
+        trained_modules=manifest.spec.modules,
+        kind=trainer_pb2.TrainingRun.KIND_UPLOADED,
+    )
+
+
+def _trained(view: RunView) -> trainer_pb2.TrainingRun:
+    origin = view.origin
+    states = trainer_pb2.TrainingRun
+    return trainer_pb2.TrainingRun(
+        training_run_id=origin.training_run_id,
+        base_model=origin.base_model,
+        base_fingerprint=origin.base_fingerprint,
+        lora_config=lora_config_message(origin.spec),
+        metadata=view.metadata,
+        create_time=timestamp(origin.create_time),
+        update_time=timestamp(view.update_time),
+        step=view.step,
+        next_sequence=view.next_sequence,
+        gradient_pending=view.gradient_pending,
+        state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
+        state_message=_state_message(view),
+        trainable_parameter_count=origin.trainable_parameter_count,
+        trained_modules=origin.spec.modules,
+        isolated=origin.isolated,
+        inexact_replay_count=view.inexact_replays,
+        kind=states.KIND_TRAINED,
+    )
+
+
+def watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
+    response = trainer_pb2.WatchTrainingRunResponse(event_time=timestamp(event.time))
+    match event.what:
+        case RunView() as view:
+            response.training_run.CopyFrom(run_message(view))
+        case QueueProgress(waiting_calls, forecast):
+            response.queue_progress.waiting_calls = waiting_calls
+            response.queue_progress.tokens_ahead = forecast.tokens_ahead
+            if forecast.wait_s is not None:
+                response.queue_progress.estimated_wait.FromNanoseconds(round(forecast.wait_s * 1e9))
+        case CallEnd() as end:
+            response.call_outcome.CopyFrom(_call_outcome(end))
+    return response
+
+
+def _call_outcome(end: CallEnd) -> trainer_pb2.CallOutcome:
+    return trainer_pb2.CallOutcome(
+        sequence=end.sequence,
+        method=end.method,
+        step=end.step,
+        code=code_of(end.error).value[0] if end.error else 0,
+        metrics=end.metrics,
+        missed_outcomes=end.missed,
+    )
+
+
+def lora_config_message(spec: AdapterSpec) -> types_pb2.LoraConfig:
+    """The configuration that would make the same adapter anew."""
+    return types_pb2.LoraConfig(
+        rank=spec.rank,
+        seed=spec.seed,
+        alpha=spec.alpha,
+        use_rslora=spec.use_rslora,
+        target_modules=spec.modules,
+    )
+
+
+def _fill(
+    response: trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse, outcome: Outcome
+) -> None:
+    """Writes in place: messages made apart would be copied once per level."""
+    assert isinstance(outcome, Computed)
+    for logprobs in outcome.logprobs:
+        tensor = response.outputs.add().logprobs
+        tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
+        tensor.shape.extend(logprobs.shape)
+        tensor.values = np.ascontiguousarray(logprobs, "<f4").tobytes()
+    response.metrics.update(outcome.metrics)
+
+
+def timestamp(time: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(time)
+    return stamp

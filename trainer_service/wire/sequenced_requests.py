@@ -1,0 +1,240 @@
+"""Requests of sequenced calls.
+
+What is wrong with a call's content does not take its place away: it is the outcome of its number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields as fields_of
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from mint_core.engine_host.pipe import ModelDescription
+from mint_core.errors import InvalidRequest, MintError
+from mint_core.rpc.errors import domain_error
+from mint_core.rpc.limits import MAX_DATA_PER_REQUEST
+from mintrpc.v1 import trainer_pb2, types_pb2
+from trainer_service.jobs import (
+    AdamParams,
+    Cispo,
+    CrossEntropy,
+    Dro,
+    Gspo,
+    ImportanceSampling,
+    Loss,
+    Ppo,
+)
+from trainer_service.run.calls import (
+    Call,
+    Compute,
+    Discard,
+    Load,
+    Method,
+    Place,
+    Refused,
+    Save,
+    SaveForSampler,
+    Step,
+    Work,
+)
+from trainer_service.wire import fields
+from trainer_service.wire.datums import parse_datum
+from trainer_service.wire.requests import canonical, parse_load, payload_hash, run_id
+
+LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
+
+ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
+
+
+def parse_call(
+    request: Message,
+    model: ModelDescription,
+    refusals: Sequence[MintError] = (),  # of the content, from before it was parsed
+) -> Call:
+    """Reads a sequenced request. Raises only what is wrong with its place.
+
+    Clears in it what may differ in a repeat.
+    """
+    method = cast(Method, request.DESCRIPTOR.name.removesuffix("Request"))
+    place, payload = _place(request)
+    work = Refused(refusals[0]) if refusals else _work(method, request, model)
+    return Call(place, method, work, payload)
+
+
+def parse_work(method: Method, payload: bytes, model: ModelDescription) -> Work:
+    """Reads the content of a call again from its payload."""
+    kind: Any = getattr(trainer_pb2, f"{method}Request")
+    return _work(method, kind.FromString(payload), model)
+
+
+def _work(method: Method, request: Message, model: ModelDescription) -> Work:
+    try:
+        return _PARSERS[method](request, model)
+    except Exception as error:
+        return Refused(domain_error(error))
+
+
+def _place(request: Any) -> tuple[Place, bytes]:
+    """The call's place and its payload, without what may differ in a repeat."""
+    training_run_id = run_id(request.training_run_id)
+    sequence = fields.within(request.sequence, "sequence", 1)
+    writer_epoch = fields.within(request.writer_epoch, "writer_epoch", 1)
+    acknowledged = fields.within(request.acknowledged_sequence, "acknowledged_sequence", 0)
+    request.ClearField("writer_epoch")
+    request.ClearField("acknowledged_sequence")
+    payload = canonical(request)
+    place = Place(
+        training_run_id=training_run_id,
+        sequence=sequence,
+        writer_epoch=writer_epoch,
+        acknowledged_sequence=acknowledged,
+        payload_hash=payload_hash(request, payload),
+    )
+    return place, payload
+
+
+def _parse_forward(request: trainer_pb2.ForwardRequest, model: ModelDescription) -> Compute:
+    return _parse_compute(request, model, backward=False)
+
+
+def _parse_forward_backward(
+    request: trainer_pb2.ForwardBackwardRequest, model: ModelDescription
+) -> Compute:
+    return _parse_compute(request, model, backward=True)
+
+
+def _parse_compute(request: ComputeRequest, model: ModelDescription, backward: bool) -> Compute:
+    if not request.data:
+        raise InvalidRequest("`data` is empty; a batch needs at least one datum", field="data")
+    if len(request.data) > MAX_DATA_PER_REQUEST:
+        raise InvalidRequest(
+            f"`data` has {len(request.data)} entries but at most {MAX_DATA_PER_REQUEST} are "
+            "taken; split the batch",
+            field="data",
+            count=len(request.data),
+        )
+    scope = _parse_scope(request.logprob_scope)
+    loss = parse_loss(request)
+    return Compute(
+        documents=tuple(
+            parse_datum(datum, f"data[{index}]", loss, model)
+            for index, datum in enumerate(request.data)
+        ),
+        loss=loss,
+        backward=backward,
+        weighted_only=scope == trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
+    )
+
+
+def _parse_scope(scope: int) -> int:
+    if scope not in trainer_pb2.LogprobScope.values():
+        raise InvalidRequest(
+            f"`logprob_scope` is {scope}, which this server does not know; use ALL or WEIGHTED",
+            field="logprob_scope",
+            value=scope,
+        )
+    return scope
+
+
+def parse_loss(request: ComputeRequest) -> Loss:
+    match request.WhichOneof("loss_fn"):
+        case "cross_entropy":
+            return CrossEntropy()
+        case "importance_sampling":
+            return ImportanceSampling()
+        case "ppo":
+            return Ppo(*_thresholds(request.ppo, "ppo", Ppo()))
+        case "cispo":
+            return Cispo(*_thresholds(request.cispo, "cispo", Cispo()))
+        case "dro":
+            if not request.dro.HasField("beta"):
+                raise InvalidRequest(
+                    "`dro.beta` is missing; dro has no default for it", field="dro.beta"
+                )
+            return Dro(fields.finite(request.dro.beta, "dro.beta"))
+        case "gspo":
+            return Gspo(*_thresholds(request.gspo, "gspo", Gspo()))
+        case _:
+            raise InvalidRequest(
+                "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
+                "`cispo`, `dro`, `gspo`",
+                field="loss_fn",
+            )
+
+
+def _thresholds(
+    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo,
+    where: str,
+    default: Ppo | Cispo | Gspo,
+) -> tuple[float, float]:
+    low, high = (
+        fields.finite(getattr(given if given.HasField(name) else default, name), f"{where}.{name}")
+        for name in ("clip_low_threshold", "clip_high_threshold")
+    )
+    if high < low:
+        raise InvalidRequest(
+            f"`{where}.clip_high_threshold` is {high:g}, less than `clip_low_threshold` {low:g}; "
+            "both are bounds of the ratio, such as 0.8 and 1.2",
+            field=f"{where}.clip_high_threshold",
+            clip_low_threshold=low,
+            clip_high_threshold=high,
+        )
+    return low, high
+
+
+def parse_adam_params(given: types_pb2.AdamParams) -> AdamParams:
+    default = AdamParams()
+    values = {
+        entry.name: fields.finite(
+            getattr(given if given.HasField(entry.name) else default, entry.name),
+            f"adam_params.{entry.name}",
+            below=1.0 if entry.name.startswith("beta") else float("inf"),
+        )
+        for entry in fields_of(AdamParams)
+    }
+    return AdamParams(**values)
+
+
+def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) -> Step:
+    count = request.backward_count if request.HasField("backward_count") else None
+    if count is not None:
+        fields.within(count, "backward_count", 0)
+    return Step(adam_params=parse_adam_params(request.adam_params), backward_count=count)
+
+
+def _parse_discard(request: trainer_pb2.DiscardGradientRequest, model: ModelDescription) -> Discard:
+    return Discard()
+
+
+def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> Save:
+    return Save(
+        name=fields.check_name(request.name),
+        overwrite=request.overwrite,
+        ttl_s=fields.ttl_s(request),
+        metadata=fields.metadata(request.metadata),
+    )
+
+
+def _parse_save_for_sampler(
+    request: trainer_pb2.SaveWeightsForSamplerRequest, model: ModelDescription
+) -> SaveForSampler:
+    return SaveForSampler(
+        name=fields.check_name(request.name) if request.name else None,
+        ttl_s=fields.ttl_s(request),
+        metadata=fields.metadata(request.metadata),
+    )
+
+
+def _parse_load(request: trainer_pb2.LoadStateRequest, model: ModelDescription) -> Load:
+    return parse_load(request.path, request.with_optimizer, "path")
+
+
+_PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
+    "Forward": _parse_forward,
+    "ForwardBackward": _parse_forward_backward,
+    "OptimStep": _parse_step,
+    "DiscardGradient": _parse_discard,
+    "SaveState": _parse_save,
+    "SaveWeightsForSampler": _parse_save_for_sampler,
+    "LoadState": _parse_load,
+}
