@@ -16,10 +16,10 @@ from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from checkpoint_store.opening import open_store
 from mint_core.errors import AlreadyExists, CheckpointNotFound, FailedPrecondition
 from tests.object_servers import BUCKET, ObjectServer
-from tests.unit.checkpoint_store import test_copies as copy_tests
 from tests.unit.checkpoint_store import test_retention as retention_tests
 from tests.unit.checkpoint_store import test_store as store_tests
 from tests.unit.checkpoint_store.conftest import SPEC, Publish, adapter
+from tests.unit.checkpoint_store.objects import test_copies as copy_tests
 
 PATH = "mint://r-1/weights/s"
 FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors")

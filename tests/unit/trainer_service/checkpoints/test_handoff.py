@@ -23,7 +23,7 @@ from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
 from tests.object_servers import ObjectServer
 from tests.unit.checkpoint_store.conftest import SPEC
 from tests.unit.checkpoint_store.rows import LAYOUT, NUMBERS_BYTES, write_numbers
-from tests.unit.trainer_service.test_backlog import origin
+from tests.unit.trainer_service.queue.test_backlog import origin
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import WriteRow, WrittenRow
