@@ -41,8 +41,18 @@ class Manifest:
     head_untied: bool = False  # of a merged model: whether its head was tied in the base model
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
+    # Drawn at random for that call: one of the same number after a backup was restored is another.
+    mark: str = ""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     files_folder: str = ""  # in the name's folder; empty: they are beside the manifest
+
+    @property
+    def maker(self) -> tuple[str, str, int] | None:
+        """What makes the revision once: a request, or a call of its run. Calls of servers that drew
+        no marks are known by their numbers.
+        """
+        maker = self.request, self.mark, 0 if self.mark else self.sequence
+        return maker if any(maker) else None
 
     @property
     def path(self) -> CheckpointPath:
@@ -91,6 +101,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "head_untied": manifest.head_untied,
         "request": manifest.request,
         "sequence": manifest.sequence,
+        "mark": manifest.mark,
         "files": {
             name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
             for name, entry in manifest.files.items()
@@ -140,6 +151,7 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         head_untied=content.get("head_untied", False),
         request=content.get("request", ""),
         sequence=content.get("sequence", 0),
+        mark=content.get("mark", ""),
         files={name: FileEntry(**entry) for name, entry in content["files"].items()},
         files_folder=content.get("files_folder", ""),
     )

@@ -70,7 +70,7 @@ class Publisher:
         publishes once more is there already: a crash may have hidden that.
         """
         path = manifest.path
-        if made := self.made(path, manifest.request, manifest.sequence):
+        if made := self.made(manifest):
             revisions.settle(self._layout.name_folder(path))
             return Published(made)
         described = replace(
@@ -94,13 +94,17 @@ class Publisher:
         revision = revisions.place(staging, self._layout.name_folder(path), prepare)
         return Published(replace(described, revision=revision))
 
-    def made(self, path: CheckpointPath, request: str, sequence: int = 0) -> Manifest | None:
-        """The revision of a name that a request, or else a call of its run, has made."""
-        if not request and not sequence:
+    def made(self, manifest: Manifest) -> Manifest | None:
+        """The revision of the same name that the same request or call has made."""
+        if manifest.maker is None:
             return None
-        makers = request, sequence
-        held = self._layout.revisions_of(path)
-        return next((m for m in held if (m.request, m.sequence) == makers), None)
+        held = self._layout.revisions_of(manifest.path)
+        return next((m for m in held if m.maker == manifest.maker), None)
+
+    def made_by(self, path: CheckpointPath, request: str) -> Manifest | None:
+        """The revision of a name that a request has made."""
+        held = self._layout.revisions_of(path) if request else []
+        return next((m for m in held if m.request == request), None)
 
 
 def share_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -132,6 +136,7 @@ def new_manifest(
     head_untied: bool = False,
     request: str = "",
     sequence: int = 0,
+    mark: str = "",
 ) -> Manifest:
     """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
     return Manifest(
@@ -152,4 +157,5 @@ def new_manifest(
         head_untied=head_untied,
         request=request,
         sequence=sequence,
+        mark=mark,
     )

@@ -81,12 +81,13 @@ class CheckpointStore:
         step: int,
         metadata: Mapping[str, str] | None = None,
         sequence: int = 0,
+        mark: str = "",
         overwrite: bool = True,
         expire_time: datetime | None = None,
     ) -> Published:
         """Saves the next revision of a name, or an unnamed snapshot. Readers see all or nothing.
 
-        Without `overwrite`, a name that exists is AlreadyExists. With a `sequence`, to save it once
+        Without `overwrite`, a name that exists is AlreadyExists. With a `mark`, to save it once
         more under the same name changes nothing: a crash may have hidden that it was saved.
         """
         manifest = new_manifest(
@@ -101,6 +102,7 @@ class CheckpointStore:
             metadata=metadata,
             expire_time=expire_time,
             sequence=sequence,
+            mark=mark,
         )
         return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
 
@@ -159,7 +161,7 @@ class CheckpointStore:
         """
         asked = parse_path(path)
         target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
-        if made := self._publisher.made(target, request):
+        if made := self._publisher.made_by(target, request):
             return Published(made)
         found = self.open(path, tenant=tenant)
         manifest = replace(
@@ -171,6 +173,7 @@ class CheckpointStore:
             source=str(found.manifest.revision_path),
             request=request,
             sequence=0,
+            mark="",
         )
         if not found.stored:
             return self.publish_as(manifest, found.weights(), overwrite=False)
@@ -311,7 +314,7 @@ class CheckpointStore:
     def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
         """The revision of that kind and of a path's name that a request has made."""
         asked = parse_path(path)
-        return self._publisher.made(replace(asked.at(None), kind=kind), request)
+        return self._publisher.made_by(replace(asked.at(None), kind=kind), request)
 
     def has_deleted(self, training_run_id: str, request: str) -> bool:
         """Whether a request has deleted a checkpoint of a run."""

@@ -5,6 +5,7 @@ from checkpoint_store.opening import open_store
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
+from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
@@ -50,6 +51,7 @@ class SamplerService:
             max_wait_s=config.max_wait_s,
         )
         self._served: ModelDescription | None = None
+        self.tasks = Tasks()
 
     def add_to(self, server: RpcServer) -> None:
         offer = Offer(role="sampler", features=FEATURES)

@@ -11,7 +11,7 @@ from trainer_service.checkpoints.uploaded_runs import (
     is_uploaded,
     uploaded_runs,
 )
-from trainer_service.run.run import RunView
+from trainer_service.run.description import RunView
 from trainer_service.runs import Runs
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, Place, page_of, place
@@ -48,27 +48,27 @@ class RunDirectory:
         chosen = [run for run in runs if wanted <= _metadata(run).items()]
         return page_of(chosen, _place, request.page)
 
-    async def delete(self, tenant: str, request: DeleteRun) -> None:
+    async def delete(self, tenant: str, request: DeleteRun) -> bytes:
         if not is_uploaded(request.training_run_id):
-            await self._runs.delete(tenant, request)
-            return
+            return await self._runs.delete(tenant, request)
         if not request.delete_checkpoints:
             raise FailedPrecondition(
                 f"training run `{request.training_run_id}` consists of its uploaded checkpoints; "
                 "set `delete_checkpoints` to delete it with them",
                 training_run_id=request.training_run_id,
             )
-        await self._once.run(
+        return await self._once.run(
             tenant, request.identity, lambda: asyncio.to_thread(self._delete, tenant, request)
         )
 
-    def _delete(self, tenant: str, request: DeleteRun) -> None:
+    def _delete(self, tenant: str, request: DeleteRun) -> bytes:
         run, digest = request.training_run_id, request.identity.digest(tenant)
         found = self._store.list(tenant=tenant, training_run_id=run)
         if not found and not self._store.has_deleted(run, digest):
             raise TrainingRunNotFound(run)
         for manifest in found:
             self._store.delete(str(manifest.path), tenant=tenant, request=digest)
+        return b""
 
 
 def _metadata(run: RunView | UploadedRun) -> Mapping[str, str]:

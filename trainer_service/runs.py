@@ -1,147 +1,171 @@
 """All runs: made, found, opened, listed, changed, deleted. Another tenant's is not found."""
 
 import asyncio
-import copy
 import itertools
 import logging
 import math
-import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavailable
+from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
-from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.uploaded_runs import is_uploaded
+from trainer_service.creation import Creation
 from trainer_service.errors import TrainingRunUploaded
-from trainer_service.jobs import CreateRow, DropRow, Plan, RowDescription, TileResult, tile_tokens
-from trainer_service.journal.ledger import PastRun
-from trainer_service.journal.records import SnapshotRecord
-from trainer_service.queue.backlog import Backlogs
-from trainer_service.queue.planner import most_tile_tokens
-from trainer_service.queue.scheduler import NotStarted, Scheduler
+from trainer_service.jobs import DropRow
+from trainer_service.journal.changes import decode_reply
+from trainer_service.journal.codec import encode_origin
+from trainer_service.journal.ledger import Ledger, PastRun
+from trainer_service.journal.records import RunRecord
+from trainer_service.queue.admission import Admission
 from trainer_service.queue.watching import Watch
-from trainer_service.recovery.durability import Durability
-from trainer_service.run.call_numbers import SequenceLimits
-from trainer_service.run.calls import Call, Load, Outcome
-from trainer_service.run.execution import Execution
+from trainer_service.run.call_numbers import CallLimits, PastNumber
+from trainer_service.run.calls import Call
+from trainer_service.run.description import RunOrigin, RunState, RunView
+from trainer_service.run.loop import RunLoop
 from trainer_service.run.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
-from trainer_service.run.run import Run, RunHooks, RunOrigin, RunState, RunView
+from trainer_service.run.run import Run
+from trainer_service.run.services import RunServices
 from trainer_service.wire.idempotency import REMEMBERED_S, Once
 from trainer_service.wire.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
+from trainer_service.wire.responses import create_response, open_response, update_response
 
 logger = logging.getLogger(__name__)
 
-MOST_ATTEMPTS = 3  # at a row with which engines die
-FINISHING_SHARE = 0.6  # of the time of a drain, for calls under way; the rest is for snapshots
+FINISHING_SHARE = 0.6  # of the time of a drain, for calls under way; the rest is for saving rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """Of a run that is gone for its callers."""
+
+    named: bool  # whether its named checkpoints go too
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Runs:
-    """The runs of this trainer. They outlive the process, and its engine: the journal has them."""
+    """The runs of this trainer. They outlive the process, and its engine: the journal has them.
+
+    What changes a run and acts once answers with the bytes that are remembered.
+    """
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        checkpoints: Checkpoints,
+        services: RunServices,
+        ledger: Ledger,
+        admission: Admission,
+        limits: CallLimits,
         metrics: Metrics,
-        limits: SequenceLimits,
-        backlogs: Backlogs,
-        durability: Durability,
         retention_s: float = math.inf,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._scheduler = scheduler
-        self._checkpoints = checkpoints
+        self._services = services
+        self._scheduler = services.scheduler
+        self._ledger = ledger
+        self._admission = admission
         self._limits = limits
-        self._backlogs = backlogs
         self._retention_s = retention_s
         self._clock = clock
         self._expiries = Expiries(metrics)
-        self._durability = durability
-        self._ledger = durability.ledger
-        self._execution = Execution(scheduler, checkpoints, metrics, backlogs, durability)
+        self._creation = Creation(services)
         self._once = Once()
         self._runs: dict[str, Run] = {}  # oldest first
-        self._draining: MintError | None = None
-        self._hooks = RunHooks(
-            accept=self._execution.accept,
-            acknowledge=self._ledger.acknowledged,
-            refusal=lambda origin, before: self._refusal() or backlogs.refusal(origin, before),
-        )
-        scheduler.on_progress = self._stir_watchers
-        scheduler.on_pass = self._note_pass
-        checkpoints.handoff.on_trouble = self._note_trouble
-        durability.journal.on_failure = self._abandon
-        self._unanswered = self._recall()
-        self._resumed = False  # whether they have taken their turns
-        self._numbers = itertools.count(self._ledger.next_number())
+        self._loops: dict[Run, RunLoop] = {}
+        self._closing: dict[Run, _Removal] = {}
+        self._recalled = False  # whether accepted calls of before a restart have their places
+        self._past = list(self._recall())
+        self._numbers = itertools.count(ledger.next_number())
 
-    def _recall(self) -> list[tuple[Run, PastRun]]:
-        """Takes in what the journal knows. Returns the runs that have calls to be answered."""
-        unanswered = []
+    def _recall(self) -> Iterable[tuple[Run, PastRun]]:
+        """Takes in what the journal knows."""
+        files = {}
         for past in self._ledger.load_runs():
-            record = past.record
-            retention = Retention(record.retention_s, self._clock)
-            retention.resume(time.time() - record.state.update_time_s)
-            run = self._run(past.origin, record.state, record.metadata, retention)
-            past.bring_back(run)
-            self._ledger.know(run)
-            self._runs[run.id] = run
-            unanswered.append((run, past))
-        for tenant, identity, since_s, view in self._ledger.load_requests():
-            self._once.recall(tenant, identity, since_s, view)
-        self._durability.snapshots.keep(
-            {run.id: past.file for run, past in unanswered if past.file is not None}
-        )
-        return unanswered
+            state = past.record.state
+            retention = Retention(past.record.retention_s, self._clock)
+            retention.resume(time.time() - state.update_time_s)
+            run = self._add(past.origin, state, past.record.metadata, retention)
+            run.closing = past.record.removing is not None
+            numbers = [
+                PastNumber(
+                    call.sequence,
+                    call.payload_hash,
+                    None if call.answer is None else decode_reply(call.answer),
+                )
+                for call in past.calls
+            ]
+            run.numbers.resume(state.acknowledged, state.writer_epoch, numbers)
+            ended = [number.sequence for number in numbers if number.reply is not None]
+            run.ended = max(ended, default=state.acknowledged)
+            run.unsaved.calls = int(past.dirty)
+            if past.saved_row is not None:
+                files[run.id] = past.saved_row.file
+            yield run, past
+        for request in self._ledger.load_requests():
+            identity = Identity(request.request_id, request.payload_hash)
+            self._once.recall(request.tenant, identity, request.time_s, request.answer)
+        self._services.saved_rows.keep(files)
 
-    def resume(self) -> None:
+    def start(self) -> None:
         """Goes on with the calls that were accepted before a restart, once there is a model."""
-        unanswered, self._unanswered = self._unanswered, []
-        self._resumed = True
-        for run, past in unanswered:
-            for call in past.unanswered(run, self._scheduler.model):
-                self._execution.start(run, call)
+        past, self._past = self._past, []
+        for run, before in past:
+            if run.closing:
+                self._closing[run] = _Removal(named=bool(before.record.removing))
+                self._services.tasks.start(self._remove_later(run), f"removal of {run.id}")
+                continue
+            self._loops[run] = RunLoop(run, self._services)
+            for call in before.unanswered(self._scheduler.model):
+                run.begin(call)
+        self._recalled = True
+        self._services.tasks.start(self._keep_expiring(), "expiry of runs")
+        self._services.tasks.start(self._await_failure(), "watch over the journal")
 
-    async def submit(self, tenant: str, call: Call) -> Outcome:
-        """Brings a sequenced call to its run and returns its outcome, or raises it."""
-        self._check_journal()
+    async def submit(self, tenant: str, call: Call) -> bytes:
+        """Brings a sequenced call to its run and returns its answer, or raises it."""
+        self._admission.check_answers()
         run = self._find(tenant, call.place.training_run_id)
-        arrival = run.sequence.arrive(call)
+        arrival = run.arrive(call)
         try:
-            outcome = await arrival.outcome
+            reply = await arrival.reply
         finally:
-            run.sequence.leave(arrival)
-        if isinstance(outcome, MintError):
-            raise copy.copy(outcome)  # repeats raise it too, each with a trace of its own
-        return outcome
+            run.numbers.leave(arrival)
+        if reply.failed:
+            raise Recorded(reply.content)
+        return reply.content
 
-    async def create(self, tenant: str, request: CreateRun) -> RunView:
+    async def create(self, tenant: str, request: CreateRun) -> bytes:
         return await self._once.run(tenant, request.identity, lambda: self._create(tenant, request))
 
-    async def open(self, tenant: str, request: OpenRun) -> RunView:
+    async def open(self, tenant: str, request: OpenRun) -> bytes:
         """Fences earlier writers, and waits for the calls they were promised."""
         return await self._once.run(tenant, request.identity, lambda: self._open(tenant, request))
 
+    async def update(self, tenant: str, request: UpdateRun) -> bytes:
+        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+
+    async def delete(self, tenant: str, request: DeleteRun) -> bytes:
+        return await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
+
     def get(self, tenant: str, training_run_id: str) -> RunView:
-        return self._find(tenant, training_run_id).view()
+        return self._view(self._find(tenant, training_run_id))
 
     def views(self, tenant: str) -> list[RunView]:
         """The tenant's runs."""
-        return [run.view() for run in self._runs.values() if run.origin.tenant == tenant]
-
-    async def update(self, tenant: str, request: UpdateRun) -> RunView:
-        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
-
-    async def delete(self, tenant: str, request: DeleteRun) -> None:
-        await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
+        runs = (run for run in self._runs.values() if run.origin.tenant == tenant)
+        return [self._view(run) for run in runs if not run.closing]
 
     def watch(self, tenant: str, training_run_id: str) -> Watch:
         run = self._find(tenant, training_run_id)
-        return Watch(run, lambda: self._scheduler.forecast(tenant, training_run_id))
+        return Watch(
+            run,
+            partial(self._view, run),
+            partial(self._scheduler.forecast, tenant, training_run_id),
+            [self._scheduler.followers, self._services.checkpoints.handoff.followers],
+        )
 
     def all(self) -> Iterable[Run]:
         return self._runs.values()
@@ -151,226 +175,181 @@ class Runs:
         for run in self._runs.values():
             run.end_watches(Unavailable("the server is shutting down; watch again"))
 
-    async def keep_expiring(self) -> None:
-        """Deletes abandoned runs, now and then, until cancelled."""
+    async def expire(self) -> None:
+        """Deletes the runs that nobody has called for their retention time. What has a name in
+        the store stays. Deletions that have failed are tried again.
+        """
+        for run in list(self._runs.values()):
+            if run in self._closing:
+                await self._remove_later(run)
+            elif run.abandoned:
+                await self._close(run, None, named=False)
+                await self._remove_later(run)
+                self._expiries.add(run.origin.tenant, run.id, run.retention.limit_s)
+
+    async def drain(self, limit_s: float) -> None:
+        """Accepts nothing more, lets what is under way end, and has rows saved, as far as there is
+        time: what is left is in the journal.
+        """
+        self._admission.draining = Unavailable("the server is shutting down; send the call again")
+        started_s = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FINISHING_SHARE * limit_s):
+                for run in list(self._loops):
+                    await run.inbox.at_rest.wait()
+        self._scheduler.hold()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s - (time.monotonic() - started_s)):
+                idle = [run for run in self._loops if run.inbox.at_rest.is_set()]
+                await self._services.saved_rows.cover(idle)
+                await self._ledger.journal.flush()
+        self._abandon(self._admission.draining)
+
+    async def _keep_expiring(self) -> None:
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
             await self.expire()
             self._ledger.forget_requests(REMEMBERED_S)
 
-    async def expire(self) -> None:
-        """Deletes the runs that nobody has called for their retention time. What has a name in
-        the store stays.
-        """
-        for run in [run for run in self._runs.values() if run.abandoned]:
-            if not run.abandoned:
-                continue  # it was called while another was deleted
-            try:
-                await self._remove(run, None, delete_checkpoints=False)
-            except (MintError, OSError):
-                logger.exception("run=%s could not be deleted; it will be tried again", run.id)
-            else:
-                self._expiries.add(run.origin.tenant, run.id, run.retention.limit_s)
-
-    async def drain(self, limit_s: float) -> None:
-        """Accepts nothing more, lets what is under way end, and has rows written, as far as there
-        is time: what is left is in the journal.
-        """
-        self._draining = Unavailable("the server is shutting down; send the call again")
-        started_s = time.monotonic()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FINISHING_SHARE * limit_s):
-                await self._execution.finish()
-        self._scheduler.hold()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(limit_s - (time.monotonic() - started_s)):
-                idle = [run for run in self._runs.values() if not run.turns.busy]
-                await self._durability.snapshots.cover_all(idle)
-                await self._ledger.flush()
-        self._abandon(self._draining)
-
-    async def stop(self) -> None:
-        await self._execution.stop()
-
-    def _refusal(self) -> MintError | None:
-        """Why no call is accepted now, if so."""
-        return self._draining or self._durability.refusal()
-
-    def _check_journal(self) -> None:
-        """Raises if nothing can be promised any more, old or new."""
-        if self._durability.journal.failed and (trouble := self._durability.journal.trouble()):
-            raise trouble
-
-    def _check_accepting(self) -> None:
-        """Raises if no request that changes something is accepted now."""
-        if error := self._draining or self._durability.journal.trouble():
-            raise error
-
-    def _check_resumed(self) -> None:
-        """Raises if a run's accepted calls may not have their turns yet, before which nothing that
-        waits for them must come.
-        """
-        if not self._resumed:
-            raise Unavailable("the base model is still being loaded; send the call again")
+    async def _await_failure(self) -> None:
+        """Sends all callers away when the journal has failed."""
+        self._abandon(await self._ledger.journal.failed())
 
     def _abandon(self, error: MintError) -> None:
         """Sends all callers away: nothing more will be answered."""
         for run in self._runs.values():
-            run.sequence.abandon(error)
+            run.numbers.abandon(error)
 
-    def _note_pass(self, plan: Plan, results: Sequence[TileResult], elapsed_s: float) -> None:
-        self._ledger.passed(plan.tiles)
-        tokens = sum(map(tile_tokens, plan.tiles))
-        for tile in plan.tiles:
-            if run := self._runs.get(tile.training_run_id):
-                run.exposure.seconds += elapsed_s * tile_tokens(tile) / tokens
-
-    def _stir_watchers(self) -> None:
-        for run in self._runs.values():
-            run.stir_watchers()
-
-    def _note_trouble(self, training_run_id: str, trouble: str) -> None:
-        if run := self._runs.get(training_run_id):
-            run.trouble = trouble
-            run.stir_watchers()
+    def _view(self, run: Run) -> RunView:
+        trouble = self._services.checkpoints.handoff.troubles.get(run.id, "")
+        return replace(run.view(), trouble=trouble)
 
     def _find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
         if is_uploaded(training_run_id):
             raise TrainingRunUploaded(training_run_id)
-        if run is None or run.origin.tenant != tenant:
+        if run is None or run.origin.tenant != tenant or run.closing:
             raise self._expiries.not_found(tenant, training_run_id)
         run.retention.touch()
         return run
 
-    async def _create(self, tenant: str, request: CreateRun) -> RunView:
-        self._check_accepting()
-        if error := self._durability.refusal():
+    def _find_changing(self, tenant: str, training_run_id: str) -> Run:
+        """A run that is to be opened or deleted, which waits for its accepted calls."""
+        self._admission.check_changes()
+        if not self._recalled:
+            raise Unavailable("the base model is still being loaded; send the call again")
+        return self._find(tenant, training_run_id)
+
+    async def _create(self, tenant: str, request: CreateRun) -> bytes:
+        if error := self._admission.refusal():
             raise error
-        run, snapshot = await self._make(tenant, request)
-        view = run.view()
-        self._ledger.created(run, snapshot, request.identity, view)
-        await self._ledger.flush()
-        if snapshot is not None:
-            self._durability.snapshots.replaced(run, snapshot)
-        self._runs[run.id] = run
-        return view
-
-    async def _make(self, tenant: str, request: CreateRun) -> tuple[Run, SnapshotRecord | None]:
-        """Makes a run and its row; one that starts from a checkpoint is on disk apart from it."""
-        training_run_id = f"run-{secrets.token_hex(8)}"
-        job = await self._row_to_make(training_run_id, tenant, request)
-        deaths = 0
-        while deaths < MOST_ATTEMPTS:
-            life = await self._scheduler.up()
-            try:
-                description: RowDescription = await self._scheduler.row(job, life)
-                run = self._new_run(tenant, request, job, description)
-                run.presence.life = life
-                if job.start is None:
-                    return run, None
-                return run, await self._durability.snapshots.take(run, 0)
-            except EngineDied as death:
-                deaths += not isinstance(death, NotStarted)
-                logger.warning("an engine ended while a run was made: %s", death.message)
-        raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
-
-    def _new_run(
-        self, tenant: str, request: CreateRun, job: CreateRow, description: RowDescription
-    ) -> Run:
-        model = self._scheduler.model
-        origin = RunOrigin(
-            training_run_id=job.training_run_id,
-            tenant=tenant,
-            number=next(self._numbers),
-            base_model=model.name,
-            base_fingerprint=model.fingerprint,
-            spec=description.spec,
-            trainable_parameter_count=description.trainable_parameter_count,
-            row_bytes=description.row_bytes,
-            create_time=datetime.now(UTC),
-            isolated=request.isolated,
-            tile_tokens=most_tile_tokens(self._scheduler.max_batch_tokens),
-        )
-        state = RunState(
-            step=job.start.step if job.start else 0, update_time_s=origin.create_time.timestamp()
-        )
+        made = await self._creation.make(tenant, request, lambda: next(self._numbers))
         retention = Retention(request.retention_s or self._retention_s, self._clock)
-        return self._run(origin, state, request.metadata, retention)
+        run = self._add(made.origin, made.state, request.metadata, retention, listed=False)
+        run.row_life = made.life
+        answer = create_response(run.view())
+        record = RunRecord(
+            number=run.origin.number,
+            training_run_id=run.id,
+            origin=encode_origin(run.origin),
+            metadata=run.metadata,
+            retention_s=run.retention.limit_s,
+            removing=None,
+            state=run.state(),
+        )
+        await run.journal.created(record, made.saved_row, request.identity, answer)
+        if made.saved_row is not None:
+            self._services.saved_rows.replaced(run, made.saved_row)
+        self._runs[run.id] = run
+        self._loops[run] = RunLoop(run, self._services)
+        return answer
 
-    def _run(
+    def _add(
         self,
         origin: RunOrigin,
         state: RunState,
         metadata: Mapping[str, str],
         retention: Retention,
+        *,
+        listed: bool = True,
     ) -> Run:
-        return Run(
+        run = Run(
             origin,
             state,
             metadata=metadata,
-            hooks=self._hooks,
-            limits=self._limits,
             retention=retention,
+            journal=self._ledger.of_run(origin),
+            admission=self._admission,
+            limits=self._limits,
         )
+        if listed:
+            self._runs[run.id] = run
+        return run
 
-    async def _row_to_make(
-        self, training_run_id: str, tenant: str, request: CreateRun
-    ) -> CreateRow:
-        source = request.source
-        if not isinstance(source, Load):
-            return CreateRow(training_run_id=training_run_id, request=source)
-        opened = await self._checkpoints.open(source, tenant)
-        model = self._scheduler.model
-        opened.check_base(model.name, model.fingerprint)
-        opened.check_rank(model)
-        start = await opened.arrays()
-        return CreateRow(training_run_id=training_run_id, request=opened.spec, start=start)
-
-    async def _open(self, tenant: str, request: OpenRun) -> RunView:
-        self._check_accepting()
-        self._check_resumed()
-        run = self._find(tenant, request.training_run_id)
+    async def _open(self, tenant: str, request: OpenRun) -> bytes:
+        run = self._find_changing(tenant, request.training_run_id)
         run.check_usable()
-        writer_epoch = run.sequence.open()
-        self._ledger.fenced(run)
-        async with run.turns.take(exclusive=True):
+        writer_epoch = run.open()
+
+        async def answer() -> bytes:
             run.check_usable()
             # Another may have opened it since.
-            view = replace(run.view(), writer_epoch=writer_epoch)
-            self._ledger.opened(run, request.identity, view)
-        await self._ledger.flush()
-        return view
+            return open_response(replace(self._view(run), writer_epoch=writer_epoch))
 
-    async def _update(self, tenant: str, request: UpdateRun) -> RunView:
-        self._check_accepting()
+        answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
+        await run.journal.answered(run.state(), request.identity, answered)
+        return answered
+
+    async def _update(self, tenant: str, request: UpdateRun) -> bytes:
+        self._admission.check_changes()
         run = self._find(tenant, request.training_run_id)
         run.check_usable()
         run.metadata = request.metadata
         run.stir_watchers()
-        view = run.view()
-        self._ledger.updated(run, request.identity, view)
-        await self._ledger.flush()
-        return view
+        answer = update_response(self._view(run))
+        await run.journal.updated(run.metadata, request.identity, answer)
+        return answer
 
-    async def _delete(self, tenant: str, request: DeleteRun) -> None:
-        self._check_accepting()
-        self._check_resumed()
-        run = self._find(tenant, request.training_run_id)
-        await self._remove(run, request.identity, delete_checkpoints=request.delete_checkpoints)
+    async def _delete(self, tenant: str, request: DeleteRun) -> bytes:
+        run = self._runs.get(request.training_run_id)
+        if run is None or run.origin.tenant != tenant or run not in self._closing:
+            run = self._find_changing(tenant, request.training_run_id)
+            await self._close(run, request.identity, named=request.delete_checkpoints)
+        await self._remove(run)
+        return b""
 
-    async def _remove(
-        self, run: Run, identity: Identity | None, *, delete_checkpoints: bool
-    ) -> None:
-        """Deletes a run; one whose deletion a crash has cut short is there again, and unharmed."""
-        run.delete()
-        async with run.turns.take(exclusive=True):
-            await self._checkpoints.delete_run(run.origin, named=delete_checkpoints)
-            with suppress(EngineDied):  # and the row with it
-                await self._scheduler.row(DropRow(run.id), run.presence.life)
-            self._runs.pop(run.id, None)
-            self._ledger.removed(run, identity)
-        await self._ledger.flush()
+    async def _close(self, run: Run, identity: Identity | None, *, named: bool) -> None:
+        """Has a run gone for its callers as soon as that is on disk. From then on it is removed,
+        whatever happens, if need be after a restart.
+        """
+        run.closing = True
+        await run.journal.removal_begun(identity, named=named)
+        gone = TrainingRunNotFound(run.id)
+        run.abandon(gone)
+        self._scheduler.withdraw(run.id, gone)
+        self._closing[run] = _Removal(named)
+
+    async def _remove(self, run: Run) -> None:
+        """Removes what a run that is closing has left, and its record last."""
+        removal = self._closing[run]
+        async with removal.lock:
+            if run not in self._closing:
+                return  # somebody else has
+            if loop := self._loops.get(run):
+                await loop.end()
+            await self._services.checkpoints.delete_run(run.origin, named=removal.named)
+            if run.row_life:
+                with suppress(EngineDied):  # and the row with it
+                    await self._scheduler.row(DropRow(run.id), run.row_life)
+            self._services.saved_rows.forget(run)
+            await run.journal.removed()
+            del self._runs[run.id], self._closing[run]
+            self._loops.pop(run, None)
         run.end_watches()  # behind the ends of its calls
-        self._durability.snapshots.forget(run)
+
+    async def _remove_later(self, run: Run) -> None:
+        try:
+            await self._remove(run)
+        except (MintError, OSError):
+            logger.exception("run=%s could not be deleted; it will be tried again", run.id)

@@ -9,6 +9,7 @@ from checkpoint_store.opening import open_store
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.access import KeyRing
+from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
@@ -21,11 +22,17 @@ from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
+from trainer_service.journal.ledger import Ledger
+from trainer_service.journal.schema import SAVED_ROWS
+from trainer_service.journal.writer import Journal
+from trainer_service.queue.admission import Admission
 from trainer_service.queue.backlog import Backlogs
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.queue.usage import Usage
-from trainer_service.recovery.durability import Durability
-from trainer_service.run.call_numbers import SequenceLimits
+from trainer_service.recovery.saved_rows import SavedRows
+from trainer_service.recovery.state_size import StateSize
+from trainer_service.run.call_numbers import CallLimits
+from trainer_service.run.services import RunServices
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.servicer import TrainerServicer
@@ -47,55 +54,43 @@ class TrainerService:
         keys: KeyRing | None,
         engine_module: str = ENGINE_MODULE,
     ) -> None:
-        self._sampler_address = config.sampler_address
-        self.engine = EngineProcess(
-            engine_module, config.engine_config(), on_death=lambda why: self._scheduler.lose(why)
-        )
+        self._config = config
+        self.tasks = Tasks()
+        self.engine = EngineProcess(engine_module, config.engine_config())
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
-        self._scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
-        self._checkpoints = checkpoints = _checkpoints(config)
-        store, sweeper = checkpoints.store, checkpoints.sweeper
-        self._checkpoint_servicer = CheckpointServicer(
-            Archive(store, checkpoints.handoff, sweeper),
-            Downloads(store),
-            Uploads(store, sweeper),
-            Exports(store, sweeper, threads=config.threads),
-            self._scheduler,
+        self._scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
+        self._checkpoints = _checkpoints(config)
+        self._journal = Journal(config.state_folder)
+        self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
+        backlogs = Backlogs(
+            Load(count=config.queue_calls, tokens=config.queue_tokens),
+            per_run=keys is None,
+            predict=scheduler.predict_s,
         )
-        self._sweeping: list[asyncio.Task[None]] = []
-        self._drain_s = config.drain_s
-        self._durability = Durability(
-            config.state_folder,
-            self._scheduler,
-            metrics,
-            snapshot_s=config.snapshot_s,
-            quota_bytes=int(config.state_quota_gib * 2**30),
-        )
-        self._runs = Runs(
-            self._scheduler,
-            self._checkpoints,
-            metrics,
-            SequenceLimits(gap_s=config.gap_s),
-            Backlogs(
-                Load(count=config.queue_calls, tokens=config.queue_tokens),
-                per_run=keys is None,
-                predict=self._scheduler.predict_s,
+        self._admission = Admission(self._journal, self._size, backlogs, metrics.queue_depth)
+        self._services = RunServices(
+            scheduler=scheduler,
+            checkpoints=self._checkpoints,
+            saved_rows=SavedRows(
+                scheduler,
+                config.state_folder.absolute() / SAVED_ROWS,
+                self.tasks,
+                interval_s=config.snapshot_s,
+                metrics=metrics,
             ),
-            self._durability,
+            tasks=self.tasks,
+            metrics=metrics,
+        )
+        self._ledger = Ledger(self._journal)
+        self._runs = Runs(
+            self._services,
+            self._ledger,
+            self._admission,
+            CallLimits(gap_s=config.gap_s),
+            metrics,
             retention_s=config.retention_days * 86_400,
         )
-        for place in ("device", "host", "disk"):
-            metrics.gauge(
-                "mint_rows",
-                "Training runs whose weights, gradient and moments are there",
-                partial(self._rows_in, place),
-                place=place,
-            )
-        metrics.gauge(
-            "mint_unstored_snapshots",
-            "Snapshots in memory that the store does not have yet",
-            lambda: self._checkpoints.handoff.unstored,
-        )
+        self._add_gauges(metrics)
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
@@ -110,14 +105,14 @@ class TrainerService:
         )
         server.add(
             checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
-            self._checkpoint_servicer,
+            self._checkpoint_servicer(),
             "mintrpc.v1.CheckpointService",
         )
         offer = Offer(
             role="trainer",
             loss_fns=LOSS_FNS,
             features=FEATURES,
-            sampler_address=self._sampler_address,
+            sampler_address=self._config.sampler_address,
         )
         add_model_service(
             server,
@@ -127,31 +122,65 @@ class TrainerService:
     async def start(self) -> None:
         """Starts the engine, and goes on where the journal ends. Raises what keeps it from that."""
         hello = await self.engine.start()
-        self._durability.ledger.check_base(hello.model)
-        self._durability.start(self._runs.all)
+        self._ledger.check_base(hello.model)
+        self._journal.start()
         self._scheduler.welcome(hello)
         self._checkpoints.handoff.start()
-        self._runs.resume()
-        self._sweeping = [
-            asyncio.create_task(self._checkpoints.sweeper.run()),
-            asyncio.create_task(self._runs.keep_expiring()),
-        ]
+        self._runs.start()
+        for name, work in {
+            "scheduler": self._scheduler.run(),
+            "state's size": self._size.keep_measured(),
+            "rows of idle runs": self._services.saved_rows.cover_idle(self._runs.all),
+            "sweeper": self._checkpoints.sweeper.run(),
+        }.items():
+            self.tasks.start(work, name)
+
+    async def _drain(self) -> None:
+        """Brings what is under way to an end, within its time."""
+        await self._runs.drain(self._config.drain_s)
+
+    async def stop(self) -> None:
+        await self.tasks.stop()
+        await asyncio.to_thread(self._journal.close)
+        await self.engine.close()
+        await self._checkpoints.handoff.stop()
+
+    def _checkpoint_servicer(self) -> CheckpointServicer:
+        store, sweeper = self._checkpoints.store, self._checkpoints.sweeper
+        return CheckpointServicer(
+            Archive(store, self._checkpoints.handoff, sweeper),
+            Downloads(store),
+            Uploads(store, sweeper),
+            Exports(store, sweeper, threads=self._config.threads),
+            self._scheduler,
+        )
+
+    def _add_gauges(self, metrics: Metrics) -> None:
+        for place in ("device", "host", "disk"):
+            metrics.gauge(
+                "mint_rows",
+                "Training runs whose weights, gradient and moments are there",
+                partial(self._rows_in, place),
+                place=place,
+            )
+        for name, help, read in (
+            (
+                "mint_unstored_snapshots",
+                "Snapshots in memory that the store does not have yet",
+                lambda: float(self._checkpoints.handoff.unstored),
+            ),
+            ("mint_journal_commits", "Transactions on disk", lambda: float(self._journal.commits)),
+            (
+                "mint_journal_commit_seconds",
+                "Time that they have taken in all",
+                lambda: self._journal.commit_seconds,
+            ),
+        ):
+            metrics.gauge(name, help, read)
 
     def _rows_in(self, place: str) -> float:
         counts: RowCounts | None = self.engine.report
         return float(getattr(counts, place, 0))
-
-    async def _drain(self) -> None:
-        """Brings what is under way to an end, within its time."""
-        await self._runs.drain(self._drain_s)
-
-    async def stop(self) -> None:
-        for sweeping in self._sweeping:
-            sweeping.cancel()
-        await self._runs.stop()
-        await self._durability.stop()
-        await self.engine.close()
-        await self._checkpoints.handoff.stop()
 
 
 def _checkpoints(config: TrainerConfig) -> Checkpoints:

@@ -1,4 +1,7 @@
-"""The RPCs of TrainerService."""
+"""The RPCs of TrainerService.
+
+The answers to what is executed once are bytes, made when it was.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,11 +13,13 @@ from google.protobuf.message import Message
 from mint_core.rpc.caller import caller, note, records_refusals
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.run.calls import Call, Outcome
+from trainer_service.run.calls import Call
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.wire import requests, responses
 from trainer_service.wire.sequenced_requests import LARGE_BYTES, parse_call
+
+Encoded = Any  # bytes of a response, of which the generated types know nothing
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
@@ -27,17 +32,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def CreateTrainingRun(
         self, request: trainer_pb2.CreateTrainingRunRequest, context: Any
-    ) -> trainer_pb2.CreateTrainingRunResponse:
+    ) -> Encoded:
         """See trainer.proto."""
         parsed = requests.parse_create(request, self._scheduler.model)
-        return responses.create_response(await self._runs.create(caller().tenant, parsed))
+        return await self._runs.create(caller().tenant, parsed)
 
     async def OpenTrainingRun(
         self, request: trainer_pb2.OpenTrainingRunRequest, context: Any
-    ) -> trainer_pb2.OpenTrainingRunResponse:
+    ) -> Encoded:
         """See trainer.proto."""
         parsed = requests.parse_open(request)
-        return responses.open_response(await self._runs.open(caller().tenant, parsed))
+        return await self._runs.open(caller().tenant, parsed)
 
     async def GetTrainingRun(
         self, request: trainer_pb2.GetTrainingRunRequest, context: Any
@@ -56,66 +61,56 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def UpdateTrainingRun(
         self, request: trainer_pb2.UpdateTrainingRunRequest, context: Any
-    ) -> trainer_pb2.UpdateTrainingRunResponse:
+    ) -> Encoded:
         """See trainer.proto."""
-        view = await self._runs.update(caller().tenant, requests.parse_update(request))
-        return trainer_pb2.UpdateTrainingRunResponse(training_run=responses.run_message(view))
+        return await self._runs.update(caller().tenant, requests.parse_update(request))
 
     async def DeleteTrainingRun(
         self, request: trainer_pb2.DeleteTrainingRunRequest, context: Any
-    ) -> trainer_pb2.DeleteTrainingRunResponse:
+    ) -> Encoded:
         """See trainer.proto."""
-        await self._directory.delete(caller().tenant, requests.parse_delete(request))
-        return trainer_pb2.DeleteTrainingRunResponse()
+        return await self._directory.delete(caller().tenant, requests.parse_delete(request))
 
     @records_refusals
-    async def Forward(
-        self, request: trainer_pb2.ForwardRequest, context: Any
-    ) -> trainer_pb2.ForwardResponse:
+    async def Forward(self, request: trainer_pb2.ForwardRequest, context: Any) -> Encoded:
         """See trainer.proto."""
-        return responses.forward_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
     async def ForwardBackward(
         self, request: trainer_pb2.ForwardBackwardRequest, context: Any
-    ) -> trainer_pb2.ForwardBackwardResponse:
+    ) -> Encoded:
         """See trainer.proto."""
-        return responses.forward_backward_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
-    async def OptimStep(
-        self, request: trainer_pb2.OptimStepRequest, context: Any
-    ) -> trainer_pb2.OptimStepResponse:
+    async def OptimStep(self, request: trainer_pb2.OptimStepRequest, context: Any) -> Encoded:
         """See trainer.proto."""
-        return responses.optim_step_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
     async def DiscardGradient(
         self, request: trainer_pb2.DiscardGradientRequest, context: Any
-    ) -> trainer_pb2.DiscardGradientResponse:
+    ) -> Encoded:
         """See trainer.proto."""
-        return responses.discard_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
-    async def SaveState(
-        self, request: trainer_pb2.SaveStateRequest, context: Any
-    ) -> trainer_pb2.SaveStateResponse:
+    async def SaveState(self, request: trainer_pb2.SaveStateRequest, context: Any) -> Encoded:
         """See trainer.proto."""
-        return responses.save_state_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
-    async def LoadState(
-        self, request: trainer_pb2.LoadStateRequest, context: Any
-    ) -> trainer_pb2.LoadStateResponse:
+    async def LoadState(self, request: trainer_pb2.LoadStateRequest, context: Any) -> Encoded:
         """See trainer.proto."""
-        return responses.load_state_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     @records_refusals
     async def SaveWeightsForSampler(
         self, request: trainer_pb2.SaveWeightsForSamplerRequest, context: Any
-    ) -> trainer_pb2.SaveWeightsForSamplerResponse:
+    ) -> Encoded:
         """See trainer.proto."""
-        return responses.save_for_sampler_response(await self._sequenced(request))
+        return await self._sequenced(request)
 
     async def WatchTrainingRun(
         self, request: trainer_pb2.WatchTrainingRunRequest, context: Any
@@ -126,7 +121,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             async for event in events:
                 yield responses.watch_response(event)
 
-    async def _sequenced(self, request: Message) -> Outcome:
+    async def _sequenced(self, request: Message) -> bytes:
         call = await self._parse(request)
         try:
             return await self._runs.submit(caller().tenant, call)

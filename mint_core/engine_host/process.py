@@ -169,6 +169,7 @@ class EngineProcess:
         self._restart: asyncio.TimerHandle | None = None
         self._restart_delay_s = RESTART_DELAY_S
         self.restarts = 0
+        self.life = 1  # of the engine that is up, or comes next: each has a number of its own
         self.closed = False
         self.changed = asyncio.Event()  # set when `ready` changes, for one reader who clears it
 
@@ -309,6 +310,7 @@ class EngineProcess:
         why = self._why_killed or f"the engine ended with {_exit(child.exit_code)}"
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
+            self.life += 1
             self._on_death(why)
             self._mourn(f"{why}; another is starting")
         elif self.restarts == 0 and not self._restart:

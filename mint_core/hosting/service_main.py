@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import FailedPrecondition, MintError
+from mint_core.errors import EngineFault, FailedPrecondition, MintError
 from mint_core.hosting.access import KeyRing
 from mint_core.hosting.service_config import ServiceConfig, host_and_port
+from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
@@ -41,6 +42,10 @@ class Service(Protocol):
 
     async def stop(self) -> None:
         """Ends the engine."""
+
+    @property
+    def tasks(self) -> Tasks:
+        """What it does in the background: it cannot go on without any of it."""
 
 
 Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
@@ -89,7 +94,7 @@ class _Life:
             addresses = await self._listen(server, metrics)
             if await first(service.start(), stopped):
                 self._announce(addresses)
-                await first(_follow(service.engine, server), stopped)
+                await first(_serve(service, server), stopped)
         finally:
             await server.stop(GRACE_S)
             await service.stop()
@@ -184,6 +189,16 @@ async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool
     if ended:
         working.result()  # raises what the work raised
     return ended
+
+
+async def _serve(service: Service, server: RpcServer) -> None:
+    """Follows the engine's state. Raises if the service cannot go on."""
+    following = asyncio.create_task(_follow(service.engine, server))
+    try:
+        error = await service.tasks.failure()
+        raise EngineFault(f"one of its tasks has died: {error}") from error
+    finally:
+        following.cancel()
 
 
 async def _follow(engine: EngineProcess, server: RpcServer) -> None:

@@ -33,8 +33,23 @@ _VALUE_BYTES = 256
 _METADATA_BYTES = 1024
 
 
+class Recorded(errors.MintError):
+    """A refusal that was given before, and is given again to the byte."""
+
+    def __init__(self, encoded: bytes) -> None:
+        """`encoded`: of `to_status`. Raises DecodeError if it is no such thing."""
+        self.status = status_pb2.Status.FromString(encoded)
+        info = error_details_pb2.ErrorInfo()
+        if self.status.details:
+            self.status.details[0].Unpack(info)
+        super().__init__(self.status.message, **info.metadata)
+        self.reason = info.reason
+
+
 def code_of(error: errors.MintError) -> grpc.StatusCode:
     """Returns the code of the nearest class in the table."""
+    if isinstance(error, Recorded):
+        return next(code for code in grpc.StatusCode if code.value[0] == error.status.code)
     for kind in type(error).__mro__:
         if kind in _CODES:
             return _CODES[kind]
@@ -55,6 +70,8 @@ def domain_error(error: Exception) -> errors.MintError:
 
 def to_status(error: errors.MintError) -> status_pb2.Status:
     """Returns the error as it goes on the wire."""
+    if isinstance(error, Recorded):
+        return error.status
     message = _shorten(error.message, _MESSAGE_BYTES)
     status = status_pb2.Status(code=code_of(error).value[0], message=message)
     for detail in _details(error, message):

@@ -71,7 +71,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(
-            serve, response_serializer=handler.response_serializer
+            serve, response_serializer=_passing_bytes(handler.response_serializer)
         )
 
     def _unary_stream(self, method: str, handler: Handler) -> Handler:
@@ -136,6 +136,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if self._keys is None:
             return DEFAULT_TENANT
         return self._keys.tenant_of(_key(context))
+
+
+def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
+    """Lets a method answer with a message that is encoded already."""
+    return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
 def _read(handler: Handler, raw: bytes) -> Message:

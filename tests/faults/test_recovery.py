@@ -28,7 +28,7 @@ from tests.trainer_rpc import (
     lora_config,
     refused,
 )
-from trainer_service.recovery.recovery import MOST_DEATHS
+from trainer_service.run.restoring import MOST_DEATHS
 
 
 def journal(folder: Path, query: str) -> list[Any]:
@@ -234,7 +234,7 @@ def test_a_rolling_restart_writes_rows_and_loses_nothing(tmp_path: Path) -> None
         service.restart()
 
         assert service.exits == [0]
-        assert journal(tmp_path, "SELECT sequence FROM snapshots") == [(5,)]
+        assert journal(tmp_path, "SELECT sequence FROM saved_rows") == [(5,)]
         assert journal(tmp_path, "SELECT count(*) FROM payloads") == [(0,)]
         answers.append(pending.result())
         answers.append(resend(run, run.optim_step(adam_params=ADAM)))

@@ -20,8 +20,8 @@ from trainer_service.checkpoints.handoff import Handoff, Write
 from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.errors import CheckpointMismatch
 from trainer_service.jobs import RowArrays
-from trainer_service.run.calls import Load, Save, SaveForSampler
-from trainer_service.run.run import RunOrigin
+from trainer_service.run.calls import Call, Load, Save, SaveForSampler
+from trainer_service.run.description import RunOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Checkpoints:
         return Opened(checkpoint, load.with_optimizer)
 
     async def publish_state(
-        self, origin: RunOrigin, arrays: RowArrays, save: Save, sequence: int
+        self, origin: RunOrigin, arrays: RowArrays, save: Save, call: Call
     ) -> Published:
         """Publishes training state; that of the same call once."""
         expire_time = self._expire_time(save.ttl_s)
@@ -131,18 +131,24 @@ class Checkpoints:
             exp_avg_sq=arrays.exp_avg_sq,
             step=arrays.step,
             metadata=save.metadata,
-            sequence=sequence,
+            sequence=call.place.sequence,
+            mark=call.mark,
             overwrite=save.overwrite,
             expire_time=expire_time,
         )
 
     async def publish_adapter(
-        self, origin: RunOrigin, save: SaveForSampler, sequence: int, write: Write
+        self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write
     ) -> Published:
         """Publishes an adapter for samplers; `write` has the engine write its row."""
         expire_time = self._expire_time(save.ttl_s)
         return await self.handoff.publish(
-            origin, save, write, sequence=sequence, expire_time=expire_time
+            origin,
+            save,
+            write,
+            sequence=call.place.sequence,
+            mark=call.mark,
+            expire_time=expire_time,
         )
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:

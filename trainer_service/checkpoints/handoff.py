@@ -29,7 +29,7 @@ from mint_core.errors import CheckpointNotFound, MintError
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import WriteRow, WrittenRow
 from trainer_service.run.calls import SaveForSampler
-from trainer_service.run.run import RunOrigin
+from trainer_service.run.description import RunOrigin
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Handoff:
         self._writing = asyncio.Lock()  # held while the store is written to in the background
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
-        # Is told what is wrong with a run's snapshots; empty: nothing any more.
-        self.on_trouble: Callable[[str, str], None] = lambda training_run_id, trouble: None
+        self.troubles: dict[str, str] = {}  # what is wrong with a run's snapshots
+        self.followers: set[asyncio.Event] = set()  # set when that changes, by those who follow it
 
     @property
     def unstored(self) -> int:
@@ -69,6 +69,7 @@ class Handoff:
         write: Write,
         *,
         sequence: int,
+        mark: str,
         expire_time: datetime | None,
     ) -> Published:
         """Publishes a run's weights; those of the same named call once."""
@@ -83,6 +84,7 @@ class Handoff:
             step=0,  # until the engine says which
             metadata=save.metadata,
             sequence=sequence,
+            mark=mark,
             expire_time=expire_time,
         )
         if self._memory is not None:
@@ -241,13 +243,22 @@ class Handoff:
         self._memory.give_up(revision)
         why = error.strerror if isinstance(error, OSError) else str(error)
         trouble = f"snapshot `{revision}` is in memory alone, since it cannot be stored: {why}"
-        self.on_trouble(revision.training_run_id, trouble)
+        self._tell(revision.training_run_id, trouble)
 
     def _note_success(self, revision: CheckpointPath) -> None:
         if all(other.training_run_id != revision.training_run_id for other in self._failed):
-            self.on_trouble(revision.training_run_id, "")
+            self._tell(revision.training_run_id, "")
         self._waiting.extendleft(reversed(self._failed))
         self._failed = []
+
+    def _tell(self, training_run_id: str, trouble: str) -> None:
+        if trouble == self.troubles.get(training_run_id, ""):
+            return
+        self.troubles[training_run_id] = trouble
+        if not trouble:
+            del self.troubles[training_run_id]
+        for follower in self.followers:
+            follower.set()
 
 
 def _job(manifest: Manifest, draft: Path) -> WriteRow:

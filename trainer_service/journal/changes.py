@@ -4,40 +4,31 @@ no replay needs it any more.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
-from trainer_service.journal.queries import PLANS_BETWEEN
 from trainer_service.journal.records import (
-    SEQUENCE_BITS,
-    Effect,
     RequestRecord,
     RunRecord,
-    SnapshotRecord,
-    TileRecord,
-    key,
-    last_key,
-    place,
+    call_id,
+    last_id,
     signed,
 )
-from trainer_service.run.run import RunState
+from trainer_service.run.calls import Effect, Reply, SavedRow
+from trainer_service.run.description import RunState
 
-_ACKNOWLEDGED = "SELECT acknowledged FROM states WHERE run = ?"
+_MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
 
 
-def add_run(db: sqlite3.Connection, record: RunRecord, training_run_id: str) -> None:
+def add_run(db: sqlite3.Connection, record: RunRecord) -> None:
+    metadata = json.dumps(dict(record.metadata))
     db.execute(
         "INSERT INTO runs (number, training_run_id, origin, metadata, retention_s)"
         " VALUES (?, ?, ?, ?, ?)",
-        (
-            record.number,
-            training_run_id,
-            record.origin,
-            json.dumps(dict(record.metadata)),
-            record.retention_s,
-        ),
+        (record.number, record.training_run_id, record.origin, metadata, record.retention_s),
     )
     db.execute("INSERT INTO states VALUES (?, 0, 0, 0, 0, 0, 0, 0, 0, '')", (record.number,))
     set_state(db, record.number, record.state)
+    note_server(db, {"last_run": str(record.number)})
 
 
 def set_metadata(db: sqlite3.Connection, run: int, metadata: Mapping[str, str]) -> None:
@@ -46,7 +37,6 @@ def set_metadata(db: sqlite3.Connection, run: int, metadata: Mapping[str, str]) 
 
 
 def set_state(db: sqlite3.Connection, run: int, state: RunState) -> None:
-    """Changes the state of a run, if it is still there."""
     gradient = state.gradient
     db.execute(
         "UPDATE states SET step = ?, writer_epoch = ?, acknowledged = ?, backward_count = ?,"
@@ -68,23 +58,32 @@ def set_state(db: sqlite3.Connection, run: int, state: RunState) -> None:
 
 
 def accept(
-    db: sqlite3.Connection, call: int, method: str, payload_hash: bytes, payload: bytes
+    db: sqlite3.Connection, call: int, method: str, payload_hash: bytes, mark: str, payload: bytes
 ) -> None:
     db.execute(
-        "INSERT INTO calls (id, method, hash) VALUES (?, ?, ?)", (call, method, payload_hash)
+        "INSERT INTO calls (id, method, hash, mark) VALUES (?, ?, ?, ?)",
+        (call, method, payload_hash, mark),
     )
     db.execute("INSERT INTO payloads VALUES (?, ?)", (call, payload))
 
 
 def end(
-    db: sqlite3.Connection, call: int, effect: Effect, digest: int | None, answer: bytes
+    db: sqlite3.Connection, call: int, effect: Effect, digest: int | None, reply: Reply
 ) -> None:
     db.execute(
         "UPDATE calls SET effect = ?, digest = ? WHERE id = ?", (effect, signed(digest), call)
     )
-    db.execute("INSERT INTO answers VALUES (?, ?)", (call, answer))
+    db.execute("INSERT INTO answers VALUES (?, ?)", (call, encode_reply(reply)))
     if effect not in (Effect.ADD, Effect.STEP):
-        _release(db, [call])
+        db.execute("DELETE FROM payloads WHERE id = ?", (call,))
+
+
+def encode_reply(reply: Reply) -> bytes:
+    return (_STATUS if reply.failed else _MESSAGE) + reply.content
+
+
+def decode_reply(answer: bytes) -> Reply:
+    return Reply(answer[1:], answer[:1] == _STATUS)
 
 
 def die(db: sqlite3.Connection, call: int) -> None:
@@ -94,48 +93,39 @@ def die(db: sqlite3.Connection, call: int) -> None:
 
 def acknowledge(db: sqlite3.Connection, run: int, before: int, upto: int) -> None:
     """Drops the answers behind `before` up to `upto`, and calls of which nothing is needed."""
-    span = key(run, before + 1), key(run, upto)
+    span = call_id(run, before + 1), call_id(run, upto)
     db.execute("DELETE FROM answers WHERE id BETWEEN ? AND ?", span)
     db.execute("UPDATE states SET acknowledged = max(acknowledged, ?) WHERE run = ?", (upto, run))
     db.execute(
-        "DELETE FROM calls WHERE id BETWEEN ? AND ? AND (effect = 0 OR id <= ?)"
-        " AND id NOT IN (SELECT call FROM tiles WHERE call BETWEEN ? AND ?)",
-        (*span, key(run, _covered(db, run)), *span),
+        "DELETE FROM calls WHERE id BETWEEN ? AND ? AND (effect = 0 OR id <= ?)",
+        (*span, call_id(run, _covered(db, run))),
     )
 
 
-def add_plan(db: sqlite3.Connection, plan: int, tiles: Sequence[TileRecord]) -> None:
-    db.executemany(
-        "INSERT INTO tiles VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (plan, place, key(tile.run, tile.sequence), tile.tile, tile.first, tile.documents)
-            for place, tile in enumerate(tiles)
-        ],
-    )
-
-
-def cover(
-    db: sqlite3.Connection, run: int, snapshot: SnapshotRecord, *, shared_plans: bool
-) -> None:
-    """Puts a snapshot in the place of the run's earlier one, and of the calls that are in it.
-
-    With `shared_plans`, a plan keeps its documents until no run needs them.
-    """
+def cover(db: sqlite3.Connection, run: int, row: SavedRow) -> None:
+    """Puts a saved row in the place of the run's earlier one, and of the calls that are in it."""
     db.execute(
-        "REPLACE INTO snapshots VALUES (?, ?, ?, ?)",
-        (run, snapshot.sequence, snapshot.file, snapshot.size_bytes),
+        "REPLACE INTO saved_rows VALUES (?, ?, ?, ?)", (run, row.sequence, row.file, row.size_bytes)
     )
-    _drop_tiles(db, key(run, 0), key(run, snapshot.sequence), shared_plans)
+    first = call_id(run, 0)
+    db.execute("DELETE FROM payloads WHERE id BETWEEN ? AND ?", (first, call_id(run, row.sequence)))
+    (acknowledged,) = db.execute("SELECT acknowledged FROM states WHERE run = ?", (run,)).fetchone()
+    done = call_id(run, min(row.sequence, acknowledged))
+    db.execute("DELETE FROM calls WHERE id BETWEEN ? AND ?", (first, done))
 
 
-def remove_run(db: sqlite3.Connection, run: int, *, shared_plans: bool) -> None:
-    """Removes all of a run that no other needs."""
-    span = (key(run, 0), last_key(run))
-    db.execute("UPDATE runs SET deleted = 1 WHERE number = ?", (run,))
-    for table in ("states", "snapshots"):
+def begin_removal(db: sqlite3.Connection, run: int, *, named: bool) -> None:
+    """Notes that a run is gone for its callers; `named`: that its named checkpoints go too."""
+    db.execute("UPDATE runs SET removing = ? WHERE number = ?", (named, run))
+
+
+def remove_run(db: sqlite3.Connection, run: int) -> None:
+    span = (call_id(run, 0), last_id(run))
+    for table in ("answers", "payloads", "calls"):
+        db.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", span)
+    for table in ("states", "saved_rows"):
         db.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
-    db.execute("DELETE FROM answers WHERE id BETWEEN ? AND ?", span)
-    _drop_tiles(db, *span, shared_plans)
+    db.execute("DELETE FROM runs WHERE number = ?", (run,))
 
 
 def add_request(db: sqlite3.Connection, request: RequestRecord) -> None:
@@ -160,70 +150,5 @@ def note_server(db: sqlite3.Connection, values: Mapping[str, str]) -> None:
 
 
 def _covered(db: sqlite3.Connection, run: int) -> int:
-    found = db.execute("SELECT sequence FROM snapshots WHERE run = ?", (run,)).fetchone()
+    found = db.execute("SELECT sequence FROM saved_rows WHERE run = ?", (run,)).fetchone()
     return int(found[0]) if found else 0
-
-
-def _drop_tiles(db: sqlite3.Connection, first: int, last: int, shared_plans: bool) -> None:
-    """Drops what the calls from `first` to `last` were sent, which no replay of their run needs."""
-    span = (first, last)
-    if shared_plans:
-        _drop_plans(db, first, last)
-    else:
-        db.execute("DELETE FROM tiles WHERE call BETWEEN ? AND ?", span)
-    held = "id IN (SELECT call FROM tiles WHERE call BETWEEN ? AND ?)"
-    db.execute(f"DELETE FROM payloads WHERE id BETWEEN ? AND ? AND NOT {held}", span * 2)
-    found = db.execute(_ACKNOWLEDGED, (place(first)[0],)).fetchone()
-    last_answered = min(last, key(place(first)[0], found[0])) if found else last
-    done = (first, last_answered)
-    db.execute(f"DELETE FROM calls WHERE id BETWEEN ? AND ? AND NOT {held}", done * 2)
-    db.execute(
-        "DELETE FROM runs WHERE deleted AND NOT EXISTS (SELECT 1 FROM calls WHERE id BETWEEN"
-        f" number << {SEQUENCE_BITS} AND ((number + 1) << {SEQUENCE_BITS}) - 1)"
-    )
-
-
-def _drop_plans(db: sqlite3.Connection, first: int, last: int) -> None:
-    """Drops the plans with tiles of these calls that no run needs, and what was sent for them."""
-    for (plan,) in db.execute(PLANS_BETWEEN, (first, last)).fetchall():
-        if not _needed(db, plan):
-            calls = db.execute("SELECT DISTINCT call FROM tiles WHERE plan = ?", (plan,)).fetchall()
-            db.execute("DELETE FROM tiles WHERE plan = ?", (plan,))
-            _release(db, [call for (call,) in calls])
-
-
-def _needed(db: sqlite3.Connection, plan: int) -> bool:
-    """Whether a run would have to compute some of the plan again."""
-    calls = db.execute("SELECT DISTINCT call FROM tiles WHERE plan = ?", (plan,)).fetchall()
-    return any(_to_replay(db, call) for (call,) in calls)
-
-
-def _to_replay(db: sqlite3.Connection, call: int) -> bool:
-    """Whether a call has not ended, or would have to be computed again."""
-    run, sequence = place(call)
-    found = db.execute("SELECT effect FROM calls WHERE id = ?", (call,)).fetchone()
-    if found is None or _is_deleted(db, run):
-        return False
-    if found[0] is None:
-        return True
-    return found[0] != Effect.NONE and sequence > _covered(db, run)
-
-
-def _is_deleted(db: sqlite3.Connection, run: int) -> bool:
-    found = db.execute("SELECT deleted FROM runs WHERE number = ?", (run,)).fetchone()
-    return found is None or bool(found[0])
-
-
-def _release(db: sqlite3.Connection, calls: Iterable[int]) -> None:
-    """Drops what was sent with calls that need not be computed again, here or beside others; the
-    calls too once they are acknowledged.
-    """
-    for call in calls:
-        held = db.execute("SELECT 1 FROM tiles WHERE call = ? LIMIT 1", (call,)).fetchone()
-        if held or _to_replay(db, call):
-            continue
-        db.execute("DELETE FROM payloads WHERE id = ?", (call,))
-        run, sequence = place(call)
-        found = db.execute(_ACKNOWLEDGED, (run,)).fetchone()
-        if found is None or sequence <= found[0]:
-            db.execute("DELETE FROM calls WHERE id = ?", (call,))

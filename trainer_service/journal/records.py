@@ -2,32 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 
-from trainer_service.run.run import RunState
+from trainer_service.run.calls import Effect
+from trainer_service.run.description import RunState
 
 SEQUENCE_BITS = 32  # of a call's id
 _SIGNED = 2**64  # SQLite's integers are signed
 
 
-class Effect(IntEnum):
-    """What a call that has ended did to its run's row."""
-
-    NONE = 0
-    ADD = 1  # to the gradient
-    STEP = 2
-    CLEAR = 3  # the gradient
-
-
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     number: int
+    training_run_id: str
     origin: str  # JSON, see codec.py
     metadata: Mapping[str, str]
     retention_s: float
+    removing: bool | None  # whether its named checkpoints go too; None: it is not being deleted
     state: RunState
-    covered: int  # sequence of the last call in the snapshot; 0: there is none
-    dirty: bool  # whether calls behind it have changed the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +26,10 @@ class CallRecord:
     sequence: int
     method: str
     payload_hash: bytes
+    mark: str
     deaths: int
     payload: bytes | None  # of calls that have not ended
     answer: bytes | None  # of the others, unless acknowledged
-
-
-@dataclass(frozen=True, slots=True)
-class TileRecord:
-    """Documents `first` to `first + documents` of a call, computed in a plan."""
-
-    run: int
-    sequence: int
-    tile: int
-    first: int
-    documents: int
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotRecord:
-    sequence: int
-    file: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +37,7 @@ class RequestRecord:
     tenant: str
     request_id: str
     payload_hash: bytes
-    answer: str  # JSON
+    answer: bytes  # the response message
     time_s: float
 
 
@@ -85,19 +59,18 @@ class Payload:
     payload: bytes
 
 
-def key(run: int, sequence: int) -> int:
-    """A call's id."""
+def call_id(run: int, sequence: int) -> int:
     return run << SEQUENCE_BITS | sequence
 
 
-def place(call: int) -> tuple[int, int]:
-    """The run's number and the sequence of a call's id."""
-    return call >> SEQUENCE_BITS, call & ((1 << SEQUENCE_BITS) - 1)
+def sequence_of(call: int) -> int:
+    """The sequence in a call's id."""
+    return call & ((1 << SEQUENCE_BITS) - 1)
 
 
-def last_key(run: int) -> int:
+def last_id(run: int) -> int:
     """The highest id that a call of a run may have."""
-    return key(run + 1, 0) - 1
+    return call_id(run + 1, 0) - 1
 
 
 def signed(digest: int | None) -> int | None:

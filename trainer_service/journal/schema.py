@@ -1,17 +1,19 @@
 """The journal's tables, and what keeps a database from being used."""
 
 import fcntl
+import itertools
 import os
 import shutil
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition
+from trainer_service.journal.first_version import encode_answers, keep_last_number
 
 DATABASE = "journal.db"
-SNAPSHOTS = "snapshots"  # folder of the rows
+SAVED_ROWS = "snapshots"  # folder of the rows
 _LOCK = "lock"
 MIN_FREE_BYTES = 64 * 1024 * 1024  # at start
 # Small: a step changes a few dozen bytes on each of a dozen pages, all of which are written, twice.
@@ -78,8 +80,26 @@ CREATE TABLE requests (
     PRIMARY KEY (tenant, request_id)
 ) WITHOUT ROWID;
 """
+# An answer is bytes; a pass needs no record of its own, since a run's calls are replayed by
+# themselves; numbers of runs are never given twice; a run that is being deleted says so.
+_SECOND = """
+DROP TABLE tiles;
+ALTER TABLE snapshots RENAME TO saved_rows;
+DELETE FROM runs WHERE deleted;
+DELETE FROM calls WHERE id >> 32 NOT IN (SELECT number FROM runs);
+DELETE FROM payloads WHERE id NOT IN (SELECT id FROM calls);
+DELETE FROM answers WHERE id NOT IN (SELECT id FROM calls);
+ALTER TABLE runs DROP COLUMN deleted;
+-- NULL: it is not being deleted; 1: with its named checkpoints
+ALTER TABLE runs ADD COLUMN removing INTEGER;
+ALTER TABLE calls ADD COLUMN mark TEXT NOT NULL DEFAULT '';
+"""
+Migration = str | Callable[[sqlite3.Connection], None]
 # Each brings a database from its place in the list to the next version; they are never changed.
-MIGRATIONS: Sequence[str] = (_FIRST,)
+MIGRATIONS: Sequence[Sequence[Migration]] = (
+    (_FIRST,),
+    (keep_last_number, _SECOND, encode_answers),
+)
 
 
 class StateRefused(FailedPrecondition):
@@ -95,7 +115,7 @@ def lock_folder(folder: Path) -> int:
     """Makes the folder and locks it until the descriptor is closed, or the process has ended."""
     try:
         make_folder(folder)
-        make_folder(folder / SNAPSHOTS)
+        make_folder(folder / SAVED_ROWS)
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateRefused(folder, f"cannot be used: {error.strerror}; choose another") from error
@@ -166,13 +186,18 @@ def _version(database: sqlite3.Connection, folder: Path) -> int:
 
 
 def migrate(
-    database: sqlite3.Connection, version: int, migrations: Sequence[str] = MIGRATIONS
+    database: sqlite3.Connection,
+    version: int,
+    migrations: Sequence[Sequence[Migration]] = MIGRATIONS,
 ) -> None:
     """Brings the tables from a version to the newest, all of the way or not at all."""
     database.execute("BEGIN IMMEDIATE")  # a disk that cannot be written shows here
     try:
-        for statements in migrations[version:]:
-            for statement in statements.split(";\n"):
+        for part in itertools.chain.from_iterable(migrations[version:]):
+            if callable(part):
+                part(database)
+                continue
+            for statement in part.split(";\n"):
                 database.execute(statement)
         database.execute(f"PRAGMA user_version = {len(migrations)}")
         database.execute(f"PRAGMA application_id = {_APPLICATION}")

@@ -1,7 +1,11 @@
 """The journal's thread: all that is ready goes to disk in one transaction, with one fsync.
 
-Writes take effect in their order, and `then` is called once they are on disk. What nobody waits
-for stays in the open transaction for a moment and goes with the next that somebody waits for.
+Writes take effect in their order, and their futures are done once they are on disk. What nobody
+waits for soon stays in the open transaction for a moment and goes with the next that somebody does.
+
+The journal is crash-only. A write that is bad by itself is left out and its future alone says so;
+whatever else goes wrong ends the journal for good: all futures raise it, and so does each write
+from then on.
 """
 
 import asyncio
@@ -23,7 +27,7 @@ from trainer_service.journal.schema import DATABASE, lock_folder, open_database
 
 logger = logging.getLogger(__name__)
 
-LINGER_S = 0.1  # how long a write waits that nobody waits for
+LINGER_S = 0.1  # how long a write waits that nobody waits for soon
 RETRY_S = 1.0  # after a full disk
 IDLE_S = 0.2  # without a write, after which the log is brought into the database
 MOST_PAGES_FREED = 2000  # at a time
@@ -31,6 +35,16 @@ LONGEST_LOG_BYTES = 32 * 1024 * 1024  # after which it is even while there are w
 
 T = TypeVar("T")
 Statement = Callable[[sqlite3.Connection], Any]
+Written = asyncio.Future[Any]
+
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # the second: of the log's index
+# What of the database's errors is the statement's own doing.
+_OWN = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
 
 
 class JournalFull(ResourceExhausted):
@@ -45,15 +59,25 @@ class JournalFailed(Unavailable):
     reason = "JOURNAL_FAILED"
 
 
+class RecordRefused(MintError):
+    """One write could not be: it and nothing else."""
+
+
 class _GivenUp(Exception):
     """There was no room before the end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     statements: Sequence[Statement]
-    then: Callable[[], None] | None  # on the event loop, once it is on disk
-    answer: Callable[[Any], None] | None = None  # on the journal's thread: a read's result
+    done: Written
+    soon: bool
+    read: bool = False  # nothing is changed: the result is told at once, and once
+    result: Any = None  # what the last statement has returned
+
+    def execute(self, database: sqlite3.Connection) -> None:
+        for statement in self.statements:
+            self.result = statement(database)
 
 
 class Journal:
@@ -72,14 +96,15 @@ class Journal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="journal")
         self._pending: list[_Entry] = []  # of the transaction
-        self._trouble: MintError | None = None
+        self._full: JournalFull | None = None
+        self._failure: JournalFailed | None = None
+        self._has_failed = asyncio.Event()
         self._closing = threading.Event()
-        self.on_failure: Callable[[MintError], None] = lambda error: None
         self.commits = 0
         self.commit_seconds = 0.0
 
     def start(self) -> None:
-        """Starts the thread; `then` and `on_failure` are called on the loop that runs now."""
+        """Starts the thread; futures are done on the loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -94,53 +119,58 @@ class Journal:
 
     def trouble(self) -> MintError | None:
         """Why nothing may be accepted now, if so."""
-        return self._trouble
+        return self._failure or self._full
 
     @property
-    def failed(self) -> bool:
-        """Whether no write will come to disk any more."""
-        return isinstance(self._trouble, JournalFailed)
+    def failure(self) -> JournalFailed | None:
+        """Why no write will come to disk any more, if so."""
+        return self._failure
 
-    def write(self, *statements: Statement, then: Callable[[], None] | None = None) -> None:
-        """Has statements take effect together; they may be run again, after a full disk."""
-        self._queue.put(_Entry(statements, then))
+    async def failed(self) -> JournalFailed:
+        """Waits until no write will come to disk any more, and says why."""
+        await self._has_failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    def write(self, *statements: Statement, soon: bool = True) -> Written:
+        """Has statements take effect together; they may be run again, after a full disk or beside a
+        bad write. Without `soon` it may take a moment.
+        """
+        return self._put(statements, soon=soon)
 
     async def flush(self) -> None:
         """Waits until all that was written before is on disk. Raises JournalFailed."""
-        if not self._thread.is_alive():
-            return
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.write(then=lambda: _settle(done, None))
-        await self._or_failure(done)
+        await self._put(())
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Runs a query behind all that was written before it. Raises JournalFailed."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
+        result: T = await self._put((query,), read=True)
+        return result
 
-        def answer(result: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_settle, done, result)
-
-        self._queue.put(_Entry((query,), None, answer))
-        return await self._or_failure(done)
-
-    async def _or_failure(self, done: "asyncio.Future[T]") -> T:
-        while True:
-            if self._trouble is not None and self.failed:
-                raise self._trouble
-            finished, _ = await asyncio.wait({done}, timeout=RETRY_S)
-            if finished:
-                return done.result()
+    def _put(
+        self, statements: Sequence[Statement], *, soon: bool = True, read: bool = False
+    ) -> Written:
+        done: Written = asyncio.get_running_loop().create_future()
+        if self._failure is not None:
+            _fail(done, self._failure)
+        else:
+            self._queue.put(_Entry(statements, done, soon, read))
+        return done
 
     def _run(self) -> None:
         try:
             while self._turn():
                 pass
-        except sqlite3.Error as error:
-            self._fail(error)
         except _GivenUp:
             logger.error("the journal ends on a full disk: what is not on it was never answered")
+        except BaseException as error:  # whatever it is: nobody else would see it
+            logger.critical("the journal has failed; restart the server", exc_info=error)
+            self._end(
+                JournalFailed(
+                    f"the server's journal cannot be written ({error}), so nothing is accepted or "
+                    "answered; once its disk works, restart the server: it goes on where it was"
+                )
+            )
 
     def _turn(self) -> bool:
         """Takes what is ready and writes it. Returns whether there is more to come."""
@@ -160,28 +190,53 @@ class Journal:
             if each is None:
                 self._commit()
                 return False
-            self._apply(each)
-        if any(entry.then for entry in self._pending):
+            self._take(each)
+        if any(entry.soon for entry in self._pending):
             self._commit()
         return True
 
-    def _apply(self, entry: _Entry) -> None:
-        if not self.database.in_transaction:
-            self.database.execute("BEGIN IMMEDIATE")
-        self._pending.append(entry)
+    def _take(self, entry: _Entry) -> None:
+        if not entry.read:
+            self._pending.append(entry)
         try:
-            self._execute(entry)
-        except sqlite3.OperationalError as error:
-            if not _disk_full(error):
+            if not self.database.in_transaction:
+                self.database.execute("BEGIN IMMEDIATE")
+            entry.execute(self.database)
+        except sqlite3.Error as error:
+            if _is_full(error):
+                self._wait_for_room(error)
+            elif isinstance(error, _OWN):
+                self._leave_out(entry, error)
+                return
+            else:
                 raise
-            self._wait_for_room(error)
+        except Exception as error:  # of what was to be written
+            self._leave_out(entry, error)
+            return
+        if entry.read:
+            self._post(_settle, [entry])
 
-    def _execute(self, entry: _Entry) -> None:
-        result = None
-        for statement in entry.statements:
-            result = statement(self.database)
-        if entry.answer is not None:
-            entry.answer(result)
+    def _leave_out(self, entry: _Entry, error: Exception) -> None:
+        """Does the open transaction again without one entry, whose own fault it is."""
+        logger.error("a record was refused by the journal", exc_info=error)
+        if not entry.read:
+            self._pending.remove(entry)
+        refused = RecordRefused(f"what was to be noted is refused by the journal: {error}")
+        self._post(_fail, entry.done, refused)
+        try:
+            self._again()
+        except sqlite3.OperationalError as again:
+            if not _is_full(again):
+                raise
+            self._wait_for_room(again)
+
+    def _again(self) -> None:
+        """Does the open transaction from its beginning."""
+        if self.database.in_transaction:
+            self.database.execute("ROLLBACK")
+        self.database.execute("BEGIN IMMEDIATE")
+        for entry in self._pending:
+            entry.execute(self.database)
 
     def _commit(self) -> None:
         started_s = time.monotonic()
@@ -190,58 +245,57 @@ class Journal:
             if self.database.in_transaction:
                 self.database.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            if not _disk_full(error):
+            if not _is_full(error):
                 raise
             self._wait_for_room(error)
             self._commit()
             return
         fault_point("journal:after-commit")
-        self._trouble = None
+        self._full = None
         self.commits += 1
         self.commit_seconds += time.monotonic() - started_s
-        settled, self._pending = self._pending, []
-        thens = [entry.then for entry in settled if entry.then]
-        if thens:
-            self._post(lambda: _call(thens))
+        written, self._pending = self._pending, []
+        self._post(_settle, written)
         if self._log_bytes() > LONGEST_LOG_BYTES:
             self._empty_log()
 
     def _wait_for_room(self, error: sqlite3.Error) -> None:
         """Does the open transaction again until the disk takes it."""
         logger.error("the journal's disk is full: nothing is accepted until there is room")
-        self._trouble = JournalFull(
+        self._full = JournalFull(
             "the disk of the server's state is full; nothing that was accepted is lost, and "
             "accepted calls are answered once there is room: send the call again",
             retry_after_s=RETRY_S,
         )
         while True:
-            if self.database.in_transaction:
-                self.database.execute("ROLLBACK")
             if self._closing.wait(RETRY_S):  # nothing tells of room
                 raise _GivenUp from error
             try:
-                self.database.execute("BEGIN IMMEDIATE")
-                for entry in self._pending:
-                    if entry.answer is None:
-                        self._execute(entry)
+                self._again()
                 return
             except sqlite3.OperationalError as again:
-                if not _disk_full(again):
+                if not _is_full(again):
                     raise again from error
 
-    def _fail(self, error: sqlite3.Error) -> None:
-        logger.critical("the journal cannot be written: %s; restart the server", error)
-        failure = JournalFailed(
-            f"the server's journal cannot be written ({error}), so nothing is accepted or "
-            "answered; once its disk works, restart the server: it goes on where it was"
-        )
-        self._trouble = failure
-        self._post(lambda: self.on_failure(failure))
+    def _end(self, failure: JournalFailed) -> None:
+        self._failure = failure  # from now on nothing is put into the queue
 
-    def _post(self, callback: Callable[[], None]) -> None:
+        def tell() -> None:
+            self._has_failed.set()
+            left = self._pending
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if entry := self._queue.get_nowait():
+                        left.append(entry)
+            for entry in left:
+                _fail(entry.done, failure)
+
+        self._post(tell)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(callback)
+            self._loop.call_soon_threadsafe(callback, *args)
 
     def _log_bytes(self) -> int:
         try:
@@ -256,21 +310,22 @@ class Journal:
             self.database.executescript(f"PRAGMA incremental_vacuum({MOST_PAGES_FREED})")
             self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.OperationalError as error:
-            if not _disk_full(error):
+            if not _is_full(error):
                 raise
             logger.warning("the journal's log could not be emptied: %s", error)
 
 
-def _disk_full(error: sqlite3.Error) -> bool:
-    full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # the second: of the log's index
-    return getattr(error, "sqlite_errorcode", None) in full
+def _is_full(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", None) in _FULL
 
 
-def _settle(future: "asyncio.Future[T]", result: T) -> None:
+def _settle(entries: Sequence[_Entry]) -> None:
+    for entry in entries:
+        if not entry.done.done():
+            entry.done.set_result(entry.result)
+
+
+def _fail(future: Written, error: MintError) -> None:
     if not future.done():
-        future.set_result(result)
-
-
-def _call(callbacks: Sequence[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        callback()
+        future.set_exception(error)
+        future.exception()  # retrieved: nobody need wait for it

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from mint_core.backlog import Backlog, Load, retry_after_s
 from trainer_service.errors import QueueFull
 from trainer_service.run.calls import Call
-from trainer_service.run.run import RunOrigin
+from trainer_service.run.description import RunOrigin
 
 # Says when a tenant, or one run of it, will have had so many more tokens computed, in seconds.
 Predict = Callable[[str, str | None, int], float]

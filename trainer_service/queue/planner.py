@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
 from trainer_service.queue.round_robin import Ring, RunQueue, alike
-from trainer_service.run.calls import Call, Compute
+from trainer_service.run.calls import Compute
 
 # A round gives each tenant a plan's tokens by this number: with small turns, a small request passes
 # those that are about as small and not the large ones.
@@ -26,19 +26,35 @@ _RECENT_PLANS = 4
 DEATHS_UNTIL_ALONE = 2
 
 
+Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
+
+
+def key_of(work: Tile | StepRow) -> Key:
+    """What tells work that waits from other work."""
+    if isinstance(work, StepRow):
+        return work.training_run_id, 0, 0
+    return work.training_run_id, work.sequence, work.index
+
+
 def cut(
-    call: Call, compute: Compute, tile_tokens: int, *, isolated: bool = False
+    compute: Compute,
+    tile_tokens: int,
+    *,
+    training_run_id: str,
+    sequence: int,
+    isolated: bool = False,
+    deaths: int = 0,
 ) -> tuple[Tile, ...]:
     """Cuts a call at document boundaries, by its own data alone: no neighbour changes its result.
 
-    A document longer than a tile may be is a tile of its own.
+    A document longer than a tile may be is a tile of its own. `deaths` of engines had the call.
     """
     tiles = []
     first = 0
     for index, documents in enumerate(_groups(compute.documents, tile_tokens)):
         tile = Tile(
-            training_run_id=call.place.training_run_id,
-            sequence=call.place.sequence,
+            training_run_id=training_run_id,
+            sequence=sequence,
             index=index,
             first=first,
             documents=documents,
@@ -46,7 +62,7 @@ def cut(
             backward=compute.backward,
             weighted_only=compute.weighted_only,
             isolated=isolated,
-            alone=call.course.deaths >= DEATHS_UNTIL_ALONE,
+            alone=deaths >= DEATHS_UNTIL_ALONE,
         )
         tiles.append(tile)
         first += len(documents)
@@ -127,6 +143,20 @@ class Planner:
         """Queues a step of a run of which nothing else is queued."""
         self._steps.append(step)
 
+    def withdraw(self, training_run_id: str) -> list[Key]:
+        """Takes back all that a run has queued, and says what that was."""
+        taken: list[Tile | StepRow] = [s for s in self._steps if _is_of(training_run_id, s)]
+        self._steps = [step for step in self._steps if not _is_of(training_run_id, step)]
+        if self._apart is not None and _is_of(training_run_id, self._apart):
+            taken.append(self._apart)
+            self._apart = None
+        for tenant, runs in self._tenants.items():
+            if queue := runs.take(training_run_id):
+                taken += queue.tiles()
+                if not runs.tokens:
+                    self._tenants.take(tenant)
+        return [key_of(work) for work in taken]
+
     def tokens_ahead(self, tenant: str, training_run_id: str) -> int | None:
         """About how many tokens of other runs come before a run's next tile; None: it has none."""
         runs = self._tenants.find(tenant)
@@ -186,4 +216,8 @@ class Planner:
 
     def _runs(self) -> frozenset[str]:
         """The runs that have tiles queued."""
-        return frozenset().union(*(runs.keys() for runs in self._tenants.queues()))
+        return frozenset().union(*(runs.keys() for _, runs in self._tenants.items()))
+
+
+def _is_of(training_run_id: str, work: Tile | StepRow) -> bool:
+    return work.training_run_id == training_run_id

@@ -39,6 +39,9 @@ class RunQueue:
     def head_tokens(self) -> int:
         return self._tiles[0][1] if self._tiles else 0
 
+    def tiles(self) -> list[Tile]:
+        return [tile for tile, _ in self._tiles]
+
     def pop(self) -> Tile:
         tile, tokens = self._tiles.popleft()
         self.tokens -= tokens
@@ -112,9 +115,14 @@ class Ring(Generic[Q]):
         key = self._next()
         return key, self._shares[key].queue
 
-    def queues(self) -> list[Q]:
-        """Those that have something in them."""
-        return [share.queue for share in self._shares.values()]
+    def items(self) -> list[tuple[str, Q]]:
+        """The queues that have something in them, by key."""
+        return [(key, share.queue) for key, share in self._shares.items()]
+
+    def take(self, key: str) -> Q | None:
+        """Takes a queue out, with all that is in it."""
+        share = self._shares.pop(key, None)
+        return share.queue if share else None
 
     def keys(self) -> frozenset[str]:
         """Whose queues have something in them."""

@@ -1,10 +1,15 @@
-"""The front's hand on the engine: the next plan when it is idle, and jobs on rows as they come."""
+"""The front's hand on the engine: schedule, run, hand out; and jobs on rows as they come.
+
+The loop is `run`: the next plan, or all optimizer steps that are ready, when the engine is idle;
+then the engine; then each call that is done gets what it came to, and what its run hands in behind
+it is waited for before the next plan is made.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mint_core.engine_host.pipe import Hello, ModelDescription
@@ -20,7 +25,7 @@ from trainer_service.jobs import (
     TileResult,
     tile_tokens,
 )
-from trainer_service.queue.planner import Planner
+from trainer_service.queue.planner import Key, Planner, key_of
 from trainer_service.queue.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -30,11 +35,9 @@ LIMIT_FACTOR = 10.0  # of the time that a plan is predicted to take
 # Until a plan has been timed:
 FIRST_GUESS_S = 0.05  # per token, for the engine's silence
 FIRST_PREDICTION_S = 1.0  # of any wait
-# Turns of the event loop in which calls that waited for a plan's results hand in what comes next,
-# such as the optimizer steps of its runs: they then go before the next plan, and together.
-FOLLOW_UP_TURNS = 4
-
-_Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
+# Runs whose calls a plan has ended hand in what comes next, such as optimizer steps, or say that
+# they have nothing: it then goes before the next plan, and together. The engine waits no longer.
+FOLLOW_UP_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +48,40 @@ class Forecast:
     wait_s: float | None  # None: no plan has been timed yet
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiter:
-    """Who waits for a tile or step that is not with the engine yet."""
+@dataclass(slots=True, eq=False)
+class Handed:
+    """What a run has handed in, and waits for as a whole."""
 
+    training_run_id: str
     tenant: str
-    future: asyncio.Future[Any]
+    billed: bool  # False: it is done again after a death
+    results: dict[Key, Any]  # or errors; None: to come
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    seconds: float = 0.0  # of the engine, its share
+
+    def put(self, key: Key, result: Any, seconds: float = 0.0) -> bool:
+        """Takes a result or an error in. Returns whether that was the last."""
+        self.results[key] = result
+        self.seconds += seconds
+        if any(each is None for each in self.results.values()):
+            return False
+        errors = [each for each in self.results.values() if isinstance(each, MintError)]
+        if not errors:
+            self.done.set_result(None)
+        else:  # that the engine had some of it counts for more than what it was not given
+            self.done.set_exception(min(errors, key=lambda error: isinstance(error, NotStarted)))
+            self.done.exception()  # retrieved: its run may be gone
+        return True
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Running:
     """What the engine is busy with."""
 
     job: Plan | StepRows
+    handed: Sequence[Handed]  # of which its tiles or steps are
     start_s: float  # as time.monotonic()
 
     @property
@@ -72,8 +96,8 @@ class NotStarted(EngineDied):
 class Scheduler:
     """Feeds one engine. All methods belong to one event loop.
 
-    Rows live in the engine alone: when it dies, `lose` is called, all work for its rows fails with
-    EngineDied, and a new `life` begins. A job for a row names the life in which it was there.
+    Rows live in the engine alone: when it dies, all work for its rows fails with EngineDied, and a
+    new `life` begins. A job for a row names the life in which it was there.
     """
 
     def __init__(
@@ -85,15 +109,21 @@ class Scheduler:
         self._weight_of = weight_of
         self._hello: Hello | None = None  # of the engine in use; kept until another is up
         self._planner = Planner(1)
-        self._waiting: dict[_Key, _Waiter] = {}
-        self._busy: asyncio.Task[None] | None = None
-        self._running: _Job | None = None
+        self._waiting: dict[Key, Handed] = {}  # not with the engine yet
+        self._life = engine.life  # of what waits
+        self._more = asyncio.Event()  # something was handed in
+        self._expected: set[str] = set()  # runs whose next word is waited for
+        self._all_said = asyncio.Event()  # none is
+        self._running: _Running | None = None
         self._token_s: float | None = None  # as learned from plans
         self._held = False
-        self.life = 1  # of the engine that is up, or comes next
-        self.on_progress: Callable[[], None] = lambda: None  # what forecasts say has changed
-        # Told of each pass, with its results and how long it took, before those who wait are.
-        self.on_pass: Callable[[Plan, Sequence[TileResult], float], None] = lambda *_: None
+        # Set when forecasts change, by those who follow them.
+        self.followers: set[asyncio.Event] = set()
+
+    @property
+    def life(self) -> int:
+        """Of the engine that is up, or comes next."""
+        return self._engine.life
 
     @property
     def description(self) -> ModelDescription | None:
@@ -115,15 +145,8 @@ class Scheduler:
         """Takes note of an engine that is up and has no rows yet."""
         if hello is not self._hello:
             self._hello = hello
+            self._forget_the_dead()
             self._planner = Planner(hello.max_batch_tokens, self._weight_of)
-
-    def lose(self, why: str) -> None:
-        """Fails what waits for an engine that died. What was with it fails by itself."""
-        self.life += 1
-        self._planner = Planner(self._planner.max_batch_tokens, self._weight_of)
-        waiting, self._waiting = self._waiting, {}
-        for waiter in waiting.values():
-            _fail(waiter.future, NotStarted(why))
 
     async def up(self) -> int:
         """Waits until an engine is up and returns its life. Unavailable when the service ends."""
@@ -143,7 +166,65 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether the engine computes."""
-        return self._busy is not None
+        return self._running is not None
+
+    async def run(self) -> None:
+        """Feeds the engine, until cancelled."""
+        while True:
+            job = await self._schedule()
+            handed = [self._waiting.pop(key) for key in _keys(job)]
+            self._running = running = _Running(job, handed, time.monotonic())
+            self._tell_followers()
+            try:
+                results = await self._call(job, silence_limit_s=self._limit_s(job))
+            except Exception as raised:
+                self._hand_out(running, [domain_error(raised)] * len(handed))
+            else:
+                elapsed_s = time.monotonic() - running.start_s
+                self._account(running, results, elapsed_s)
+                self._hand_out(running, results, elapsed_s)
+            finally:
+                self._running = None
+
+    async def _schedule(self) -> Plan | StepRows:
+        """What the engine does next, once there is something."""
+        await self._follow_ups()
+        while True:
+            self._forget_the_dead()
+            if not self._held and (job := self._planner.next_job()):
+                return job
+            self._tell_followers()
+            self._more.clear()
+            await self._more.wait()
+            # After all that is ready now, so that it goes together.
+            await asyncio.sleep(0)
+
+    async def _follow_ups(self) -> None:
+        if self._expected:
+            self._all_said.clear()
+            try:
+                async with asyncio.timeout(FOLLOW_UP_S):
+                    await self._all_said.wait()
+            except TimeoutError:
+                self._expected.clear()
+
+    def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:
+        """Gives each who waits its results, or the errors that stand for them."""
+        keys, shares = _keys(running.job), _shares(running.job)
+        for key, share, handed, result in zip(keys, shares, running.handed, results, strict=True):
+            if handed.put(key, result, share * elapsed_s):
+                self._expected.add(handed.training_run_id)
+
+    def _forget_the_dead(self) -> None:
+        """Fails what waited for an engine that has died. What was with it fails by itself."""
+        if self._life == self._engine.life:
+            return
+        self._life = self._engine.life
+        self._planner = Planner(self._planner.max_batch_tokens, self._weight_of)
+        waiting, self._waiting = self._waiting, {}
+        self._expected.clear()
+        for key, handed in waiting.items():
+            handed.put(key, NotStarted("the engine has ended"))
 
     async def row(
         self, job: object, life: int, on_part: Callable[[Any], None] | None = None
@@ -153,26 +234,51 @@ class Scheduler:
             raise NotStarted("the engine with the row has ended")
         return await self._call(job, on_part=on_part)
 
-    async def replay(self, job: Plan | StepRows, life: int) -> Any:
-        """Does past work again, beside what is new."""
-        if life != self.life:
-            raise NotStarted("the engine with the rows has ended")
-        return await self._call(job, silence_limit_s=self._limit_s(job))
-
-    async def compute(self, tenant: str, tiles: Sequence[Tile]) -> list[TileResult]:
-        """Computes the tiles of one call, beside those of others."""
+    async def compute(
+        self, tenant: str, tiles: Sequence[Tile], life: int, *, billed: bool = True
+    ) -> tuple[list[TileResult], float]:
+        """Computes the tiles of one call, beside those of others, on a row that was there in that
+        life; and how long the engine took.
+        """
+        keys = map(key_of, tiles)
+        run = tiles[0].training_run_id
+        handed = self._hand_in(Handed(run, tenant, billed, dict.fromkeys(keys)), life)
         self._planner.add(tenant, tiles)
-        keys = [(tile.training_run_id, tile.sequence, tile.index) for tile in tiles]
-        return await self._results(tenant, keys)
+        await handed.done
+        return list(handed.results.values()), handed.seconds
 
-    async def step(self, tenant: str, step: StepRow) -> StepResult:
-        """Takes an optimizer step, beside those of other runs."""
+    async def step(
+        self, tenant: str, step: StepRow, life: int, *, billed: bool = True
+    ) -> StepResult:
+        """Takes an optimizer step, beside those of other runs; see `compute`."""
+        key = key_of(step)
+        handed = self._hand_in(Handed(step.training_run_id, tenant, billed, {key: None}), life)
         self._planner.add_step(step)
-        result: StepResult
-        (result,) = await self._results(tenant, [(step.training_run_id, 0, 0)])
+        await handed.done
+        result: StepResult = handed.results[key]
         if result.error is not None:
             raise result.error
         return result
+
+    def _hand_in(self, handed: Handed, life: int) -> Handed:
+        if life != self.life:
+            raise NotStarted("the engine with the row has ended")
+        self._forget_the_dead()
+        self._waiting.update(dict.fromkeys(handed.results, handed))
+        self.has_nothing_more(handed.training_run_id)
+        self._more.set()
+        return handed
+
+    def has_nothing_more(self, training_run_id: str) -> None:
+        """Says that a run has handed in all it has for now: the engine need not wait for it."""
+        self._expected.discard(training_run_id)
+        if not self._expected:
+            self._all_said.set()
+
+    def withdraw(self, training_run_id: str, error: MintError) -> None:
+        """Takes back all that a run has handed in and the engine does not have yet."""
+        for key in self._planner.withdraw(training_run_id):
+            self._waiting.pop(key).put(key, error)
 
     def forecast(self, tenant: str, training_run_id: str) -> Forecast:
         """What is ahead of a run now: nothing if none of its tiles waits for a plan."""
@@ -198,47 +304,9 @@ class Scheduler:
         predicted_s = self._token_s * sum(map(tile_tokens, self._running.tiles))
         return max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
 
-    async def _results(self, tenant: str, keys: Sequence[_Key]) -> list[Any]:
-        loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in keys]
-        waiters = (_Waiter(tenant, future) for future in futures)
-        self._waiting.update(zip(keys, waiters, strict=True))
-        loop.call_soon(self._advance)  # after all that is ready now, so that it goes together
-        results = await asyncio.gather(*futures, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:  # that the engine had some of it counts for more than what it was not given
-            raise min(errors, key=lambda error: isinstance(error, NotStarted))
-        return results
-
-    def _advance(self) -> None:
-        if self._busy is None and not self._held and (job := self._planner.next_job()):
-            self._busy = asyncio.create_task(self._run(job))
-        self.on_progress()
-
-    async def _run(self, job: Plan | StepRows) -> None:
-        waiters = [self._waiting.pop(key) for key in _keys(job)]
-        start_s = time.monotonic()
-        self._running = _Job(job, start_s)
-        try:
-            results = await self._call(job, silence_limit_s=self._limit_s(job))
-        except Exception as raised:
-            error = domain_error(raised)
-            for waiter in waiters:
-                _fail(waiter.future, error)
-        else:
-            elapsed_s = time.monotonic() - start_s
-            self._account(job, results, waiters, elapsed_s)
-            if isinstance(job, Plan):
-                self.on_pass(job, results, elapsed_s)
-            for waiter, result in zip(waiters, results, strict=True):
-                if not waiter.future.done():
-                    waiter.future.set_result(result)
-            self._running = None
-            for _ in range(FOLLOW_UP_TURNS):
-                await asyncio.sleep(0)
-        finally:
-            self._busy = self._running = None
-            asyncio.get_running_loop().call_soon(self._advance)
+    def _tell_followers(self) -> None:
+        for follower in self.followers:
+            follower.set()
 
     async def _call(self, job: object, **options: Any) -> Any:
         try:
@@ -248,14 +316,9 @@ class Scheduler:
                 raise
             raise NotStarted(death.message) from death
 
-    def _account(
-        self,
-        job: Plan | StepRows,
-        results: Sequence[Any],
-        waiters: Sequence[_Waiter],
-        elapsed_s: float,
-    ) -> None:
-        tenants = [waiter.tenant for waiter in waiters]
+    def _account(self, running: _Running, results: Sequence[Any], elapsed_s: float) -> None:
+        tenants = [each.tenant if each.billed else None for each in running.handed]
+        job = running.job
         if isinstance(job, Plan):
             self._learn(job, elapsed_s)
             self._usage.add_pass(job, results, tenants, elapsed_s)
@@ -272,12 +335,13 @@ class Scheduler:
         self._token_s = 0.7 * known_s + 0.3 * measured_s
 
 
-def _keys(job: Plan | StepRows) -> list[_Key]:
+def _keys(job: Plan | StepRows) -> list[Key]:
+    return [key_of(each) for each in (job.steps if isinstance(job, StepRows) else job.tiles)]
+
+
+def _shares(job: Plan | StepRows) -> list[float]:
+    """Of the engine's time: that of a pass is shared by tokens; steps cost next to nothing."""
     if isinstance(job, StepRows):
-        return [(step.training_run_id, 0, 0) for step in job.steps]
-    return [(tile.training_run_id, tile.sequence, tile.index) for tile in job.tiles]
-
-
-def _fail(future: asyncio.Future[Any], error: MintError) -> None:
-    if not future.done():
-        future.set_exception(error)
+        return [0.0] * len(job.steps)
+    tokens = [tile_tokens(tile) for tile in job.tiles]
+    return [each / sum(tokens) for each in tokens]

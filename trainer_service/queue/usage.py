@@ -26,25 +26,32 @@ class Usage:
         )
 
     def add_pass(
-        self, plan: Plan, results: Sequence[TileResult], tenants: Sequence[str], elapsed_s: float
+        self,
+        plan: Plan,
+        results: Sequence[TileResult],
+        tenants: Sequence[str | None],
+        elapsed_s: float,
     ) -> None:
-        """Counts a pass; `tenants` are those of its tiles."""
-        tokens: Counter[str] = Counter()
+        """Counts a pass; `tenants` are those of its tiles, None of what is done again."""
+        tokens: Counter[str | None] = Counter()
         for tile, result, tenant in zip(plan.tiles, results, tenants, strict=True):
             tokens[tenant] += tile_tokens(tile)
-            if result.error is None:
+            if result.error is None and tenant is not None:
                 self._tokens.labels(tenant, "forward").inc(tile_tokens(tile))
                 self._tokens.labels(tenant, "backward").inc(tile_tokens(tile) * tile.backward)
         self._share(tokens, elapsed_s)
 
     def add_steps(
-        self, results: Sequence[StepResult], tenants: Sequence[str], elapsed_s: float
+        self, results: Sequence[StepResult], tenants: Sequence[str | None], elapsed_s: float
     ) -> None:
         """Counts optimizer steps; `tenants` are those of their runs."""
         for result, tenant in zip(results, tenants, strict=True):
-            self._optim_steps.labels(tenant).inc(result.error is None)
+            if tenant is not None:
+                self._optim_steps.labels(tenant).inc(result.error is None)
         self._share(Counter(tenants), elapsed_s)
 
-    def _share(self, parts: Counter[str], elapsed_s: float) -> None:
+    def _share(self, parts: Counter[str | None], elapsed_s: float) -> None:
         for tenant, part in parts.items():
+            if tenant is None:
+                continue
             self._engine_seconds.labels(tenant).inc(elapsed_s * part / parts.total())

@@ -6,14 +6,15 @@ reader costs its last outcomes, and gets the state as it is when it reads.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from mint_core.errors import MintError
 from trainer_service.queue.scheduler import Forecast
-from trainer_service.run.calls import Call, Computed, Method, Outcome, Stepped
-from trainer_service.run.run import Run, RunView
+from trainer_service.run.calls import Call, Method, Outcome
+from trainer_service.run.description import RunView
+from trainer_service.run.run import Run
 
 INTERVAL_S = 0.25  # between two looks at state and queue
 KEPT_ENDS = 256  # that wait for a slow reader
@@ -48,9 +49,17 @@ class Event:
 class Watch:
     """One watcher of a run. All methods belong to one event loop."""
 
-    def __init__(self, run: Run, forecast: Callable[[], Forecast]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        view: Callable[[], RunView],
+        forecast: Callable[[], Forecast],
+        followed: Sequence[set[asyncio.Event]],  # who is there is set when view or forecast change
+    ) -> None:
         self._run = run
+        self._look = view
         self._forecast = forecast
+        self._followed = followed
         self._stirred = asyncio.Event()
         self._ends: deque[Event] = deque()
         self._missed = 0
@@ -67,6 +76,8 @@ class Watch:
         Raises what `end` was told.
         """
         self._run.watchers.add(self)
+        for followers in self._followed:
+            followers.add(self._stirred)
         self.stir()
         try:
             while self._ends or not self._ended:
@@ -80,6 +91,8 @@ class Watch:
                 raise self._error
         finally:
             self._run.watchers.discard(self)
+            for followers in self._followed:
+                followers.discard(self._stirred)
             if self._timer:
                 self._timer.cancel()
 
@@ -96,8 +109,8 @@ class Watch:
             sequence=call.place.sequence,
             method=call.method,
             step=self._run.step,
-            error=outcome if isinstance(outcome, MintError) else None,
-            metrics=outcome.metrics if isinstance(outcome, Computed | Stepped) else {},
+            error=outcome.error,
+            metrics=outcome.metrics,
         )
         self._ends.append(Event(datetime.now(UTC), end))
         self.stir()
@@ -122,11 +135,11 @@ class Watch:
             return
         self._next_look_s = loop.time() + INTERVAL_S
         now = datetime.now(UTC)
-        view = self._run.view()
+        view = self._look()
         if self._view is None or _state(view) != _state(self._view):
             self._view = view
             yield Event(now, view)
-        progress = QueueProgress(self._run.sequence.in_flight, self._forecast())
+        progress = QueueProgress(self._run.numbers.in_flight, self._forecast())
         if progress != self._progress:
             self._progress = progress
             yield Event(now, progress)

@@ -14,7 +14,7 @@ from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition, MintError
 from trainer_service.journal import queries, records
 from trainer_service.journal.codec import decode_origin
-from trainer_service.journal.schema import DATABASE, MIGRATIONS, SNAPSHOTS, StateRefused
+from trainer_service.journal.schema import DATABASE, MIGRATIONS, SAVED_ROWS, StateRefused
 from trainer_service.recovery.state_check import problems
 
 MOST_ATTEMPTS = 20  # at a copy of which the server removes a file meanwhile
@@ -46,8 +46,8 @@ def inspect(folder: Path) -> list[str]:
             f" {server.get('base_fingerprint', '')}".rstrip(),
             f"journal    {(folder / DATABASE).stat().st_size / 2**20:.1f} MiB",
             f"requests   {len(list(queries.load_requests(database)))} remembered",
-            "run, tenant, step, calls accepted, in the snapshot, to be done again, unanswered,"
-            " snapshot MiB",
+            "run, tenant, step, calls accepted, in the saved row, to be done again, unanswered,"
+            " saved row MiB",
         ]
         lines += [_run_line(database, record) for record in queries.load_runs(database)]
     return lines
@@ -57,37 +57,37 @@ def _run_line(database: sqlite3.Connection, record: records.RunRecord) -> str:
     origin = decode_origin(record.origin)
     calls = list(queries.load_calls(database, record.number, record.state.acknowledged))
     accepted = max([call.sequence for call in calls], default=record.state.acknowledged)
-    snapshot = queries.load_snapshot(database, record.number)
-    again = len(queries.load_past(database, record.number, record.covered))
-    unanswered = sum(call.payload is not None for call in calls)
-    size_bytes = snapshot.size_bytes if snapshot else 0
+    row = queries.load_saved_row(database, record.number)
+    covered, size_bytes = (row.sequence, row.size_bytes) if row else (0, 0)
+    again = len(queries.load_past(database, record.number, covered))
+    unanswered = sum(call.answer is None for call in calls)
     return (
         f"{origin.training_run_id} {origin.tenant} {record.state.step} {accepted}"
-        f" {record.covered} {again} {unanswered} {size_bytes / 2**20:.1f}"
+        f" {covered} {again} {unanswered} {size_bytes / 2**20:.1f}"
     )
 
 
 def verify(folder: Path) -> list[str]:
     """All that is missing or wrong; nothing if the folder is whole."""
     with reading(folder) as database:
-        return list(problems(database, folder / SNAPSHOTS))
+        return list(problems(database, folder / SAVED_ROWS))
 
 
 def backup(folder: Path, target: Path) -> None:
     """Copies a folder, as it is at one moment, to one that is empty or new."""
     if target.exists() and any(target.iterdir()):
         raise FailedPrecondition(f"{target} is not empty; give a new folder")
-    make_folder(target / SNAPSHOTS)
+    make_folder(target / SAVED_ROWS)
     for _ in range(MOST_ATTEMPTS):
         wanted = _copy_journal(folder, target)
         if all(_copied(folder, target, name) for name in wanted):
             break  # else: the server has replaced a row, and the journal too
     else:
         raise FailedPrecondition(f"{folder} changes faster than it can be copied; try again")
-    for path in (target / SNAPSHOTS).iterdir():
+    for path in (target / SAVED_ROWS).iterdir():
         if path.name not in wanted:
             path.unlink()
-    flush_folder(target / SNAPSHOTS)
+    flush_folder(target / SAVED_ROWS)
     flush_folder(target)
 
 
@@ -99,17 +99,17 @@ def _copy_journal(folder: Path, target: Path) -> list[str]:
     ):
         database.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # one file, whole
-        return [file for (file,) in copy.execute("SELECT file FROM snapshots")]
+        return [file for (file,) in copy.execute("SELECT file FROM saved_rows")]
 
 
 def _copied(folder: Path, target: Path, name: str) -> bool:
     """Whether a row's file is in the copy now."""
-    copy = target / SNAPSHOTS / name
+    copy = target / SAVED_ROWS / name
     if copy.exists():
         return True
     draft = copy.with_name(f".{name}.draft")
     try:
-        shutil.copyfile(folder / SNAPSHOTS / name, draft)
+        shutil.copyfile(folder / SAVED_ROWS / name, draft)
     except FileNotFoundError:
         return False
     draft.rename(copy)

@@ -6,50 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
 
-from mint_core.errors import MintError
 from mintrpc.v1 import trainer_pb2
 from trainer_service.journal import codec, queries, records
-from trainer_service.journal.records import Effect, PastCall, TileRecord
+from trainer_service.journal.changes import decode_reply
+from trainer_service.journal.records import PastCall
 from trainer_service.recovery import snapshot_files
-from trainer_service.recovery.replay_order import Pass, replay_order
 from trainer_service.recovery.snapshot_files import SnapshotDamaged
-from trainer_service.run.calls import Method
-from trainer_service.wire.requests import payload_hash
+from trainer_service.run.calls import Effect
+from trainer_service.wire.sequenced_requests import request_kind
 
 
-def problems(database: sqlite3.Connection, snapshots: Path) -> Iterator[str]:
+def problems(database: sqlite3.Connection, saved_rows: Path) -> Iterator[str]:
     """Each of them in a sentence."""
     for (found,) in database.execute("PRAGMA integrity_check"):
         if found != "ok":
             yield f"the database is damaged: {found}"
     for record in list(queries.load_runs(database)):
-        run = codec.decode_origin(record.origin).training_run_id
-        for problem in _of_run(database, record, snapshots):
-            yield f"{run}: {problem}"
+        for problem in _of_run(database, record, saved_rows):
+            yield f"{record.training_run_id}: {problem}"
 
 
 def _of_run(
-    database: sqlite3.Connection, record: records.RunRecord, snapshots: Path
+    database: sqlite3.Connection, record: records.RunRecord, saved_rows: Path
 ) -> Iterator[str]:
-    if snapshot := queries.load_snapshot(database, record.number):
-        yield from _of_snapshot(snapshots / snapshot.file, snapshot.size_bytes)
+    row = queries.load_saved_row(database, record.number)
+    if row is not None:
+        yield from _of_saved_row(saved_rows / row.file, row.size_bytes)
     yield from _of_calls(database, record)
-    past = queries.load_past(database, record.number, record.covered)
-    adding = [records.key(record.number, c.sequence) for c in past if c.effect is Effect.ADD]
-    plans = queries.load_plans(database, adding)
-    wanted = [
-        tile
-        for item in replay_order({record.number: past}, plans)
-        if isinstance(item, Pass)
-        for tile in item.tiles
-        if tile in item.wanted
-    ]
-    for call in past:
-        yield from _of_past(database, record.number, call, wanted)
+    for call in queries.load_past(database, record.number, row.sequence if row else 0):
+        yield from _of_past(database, record.number, call)
 
 
-def _of_snapshot(path: Path, size_bytes: int) -> Iterator[str]:
+def _of_saved_row(path: Path, size_bytes: int) -> Iterator[str]:
     # Here, since torch takes seconds to import and the other commands need none.
     from trainer_service.engine.digests import damaged_parts
 
@@ -76,39 +66,29 @@ def _of_calls(database: sqlite3.Connection, record: records.RunRecord) -> Iterat
 
 
 def _readable(method: str, answer: bytes) -> bool:
+    reply = decode_reply(answer)
+    kind: Any = getattr(trainer_pb2, f"{method}Response")
     try:
-        codec.decode_outcome(method, answer)  # type: ignore[arg-type]  # as it was written
-    except (DecodeError, ValueError, KeyError, MintError):
+        (status_pb2.Status if reply.failed else kind).FromString(reply.content)
+    except DecodeError:
         return False
-    return True
+    return answer[:1] in (b"M", b"S")
 
 
-def _of_past(
-    database: sqlite3.Connection, run: int, call: PastCall, tiles: list[TileRecord]
-) -> Iterator[str]:
+def _of_past(database: sqlite3.Connection, run: int, call: PastCall) -> Iterator[str]:
     """What is wrong with a call that would be done again."""
     if call.effect is Effect.CLEAR:
         return
     found = queries.find_payload(database, run, call.sequence)
     if found is None:
         yield f"the request of call {call.sequence} is missing"
-        return
-    request = _request(found)
-    if request is None:
+    elif not codec.is_as_sent(found) or not _is_request(found):
         yield f"the request of call {call.sequence} is not the one that was sent"
-    elif call.effect is Effect.ADD:
-        mine = [tile for tile in tiles if tile.sequence == call.sequence]
-        ends = [0, *(tile.first + tile.documents for tile in mine)]
-        if [tile.first for tile in mine] != ends[:-1] or ends[-1] != len(request.data):
-            yield f"the passes of call {call.sequence} are not all known"
 
 
-def _request(found: records.Payload) -> Any:
-    """The request, if it is as it was when its hash was taken."""
-    method: Method = found.method  # type: ignore[assignment]  # as it was written
-    content = codec.payload(found.payload)
+def _is_request(found: records.Payload) -> bool:
     try:
-        request = getattr(trainer_pb2, f"{method}Request").FromString(content)
+        request_kind(codec.method_of(found.method)).FromString(codec.content_of(found.payload))
     except DecodeError:
-        return None
-    return request if payload_hash(request, content) == found.payload_hash else None
+        return False
+    return True

@@ -1,12 +1,13 @@
 """The order of a run's calls: early arrivals wait, repeats get the same answer, a number acts once.
 
-All state of that promise is here: `_admit` is where a call is accepted, `record` where it gets its
-outcome, `release` where that is told, once the journal has it on disk.
+All state of that promise is here: `_admit` is where a call is accepted, `record` where its outcome
+is known, `answer` where it is told, once the journal has it on disk. Nothing here waits.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
@@ -18,11 +19,13 @@ from trainer_service.errors import (
     TooManyCallsInFlight,
     WriterFenced,
 )
-from trainer_service.run.calls import Call, Outcome, Place, Refused, size_bytes
+from trainer_service.run.calls import Call, Place, Refused, Reply
+
+_SMALL_BYTES = 1024  # of an answer, beside its content, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceLimits:
+class CallLimits:
     """Of one run."""
 
     held_calls: int = 64
@@ -34,15 +37,14 @@ class SequenceLimits:
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """A call as one RPC brought it. `outcome` is that RPC's own: to cancel it cancels no more."""
+    """A call as one RPC brought it. `reply` is that RPC's own: to cancel it cancels no more."""
 
     call: Call
-    outcome: asyncio.Future[Outcome]
+    reply: asyncio.Future[Reply]
     timer: asyncio.TimerHandle | None = None  # while it is held
 
     def fail(self, error: MintError) -> None:
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
+        _fail(self.reply, error)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,9 +52,12 @@ class _Entry:
     """An accepted number."""
 
     payload_hash: bytes
-    waiting: list[Arrival] = field(default_factory=list)
-    outcome: Outcome | None = None
-    released: bool = False  # whether the outcome may be told
+    waiting: set[asyncio.Future[Reply]] = field(default_factory=set)  # RPCs that are here
+    reply: Reply | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return _SMALL_BYTES + len(self.reply.content) if self.reply else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +66,28 @@ class PastNumber:
 
     sequence: int
     payload_hash: bytes
-    outcome: Outcome | None  # None: it is still to come
+    reply: Reply | None  # None: it is still to come
 
 
-class Sequence:
+class Intake(Protocol):
+    """What stands behind the numbers of a run."""
+
+    def refusal(self, calls_before: int) -> MintError | None:
+        """Why no call is accepted now, if so; so many of the run come before it."""
+
+    def accept(self, call: Call) -> None:
+        """Takes the call whose number is next."""
+
+    def acknowledge(self, before: int, upto: int) -> None:
+        """Drops the answers behind one number, up to another."""
+
+
+class CallNumbers:
     """The numbers of one run. All methods belong to one event loop and return at once."""
 
-    def __init__(
-        self,
-        accept: Callable[[Call], None],  # called once per number, in order
-        limits: SequenceLimits,
-        refusal: Callable[[int], MintError | None] = lambda calls_before: None,
-        on_acknowledged: Callable[[int, int], None] = lambda before, upto: None,
-    ) -> None:
-        """`refusal`: why no call is accepted now, if so; told how many of the run come before.
-        `on_acknowledged`: told that answers behind one number, up to another, are dropped.
-        """
-        self._accept = accept
+    def __init__(self, intake: Intake, limits: CallLimits) -> None:
+        self._intake = intake
         self._limits = limits
-        self._refusal = refusal
-        self._on_acknowledged = on_acknowledged
         self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
@@ -98,7 +105,7 @@ class Sequence:
     def arrive(self, call: Call) -> Arrival:
         """Takes a call that an RPC brought. Raises refusals that are known at once.
 
-        Later ones, which use up nothing either, and the outcome come through the arrival.
+        Later ones, which use up nothing either, and the answer come through the arrival.
         """
         arrival = Arrival(call, asyncio.get_running_loop().create_future())
         self._place(arrival)
@@ -109,30 +116,26 @@ class Sequence:
         """Forgets an RPC that has ended. An early arrival goes too; an accepted call goes on."""
         if arrival.timer is not None:
             self._unhold(arrival)
+        elif entry := self._entries.get(arrival.call.place.sequence):
+            entry.waiting.discard(arrival.reply)
 
-    def record(self, sequence: int, outcome: Outcome) -> None:
-        """Gives an accepted number its outcome, which nobody is told yet."""
+    def answer(self, sequence: int, reply: Reply) -> None:
+        """Answers all who wait for an accepted number, and will ask for it."""
         entry = self._entries[sequence]
-        assert entry.outcome is None, f"sequence {sequence} ended twice"
-        entry.outcome = outcome
-        self._kept_bytes += size_bytes(outcome)
-
-    def release(self, sequence: int) -> None:
-        """Answers all who wait for a number, and will ask for it."""
-        entry = self._entries[sequence]
-        assert entry.outcome is not None, f"sequence {sequence} has no outcome to tell"
-        entry.released = True
+        assert entry.reply is None, f"sequence {sequence} is answered twice"
+        entry.reply = reply
+        self._kept_bytes += entry.size_bytes
         self._in_flight -= 1
-        while self._is_released(self._answered + 1):
+        while self._is_answered(self._answered + 1):
             self._answered += 1
-        for arrival in entry.waiting:
-            if not arrival.outcome.done():
-                arrival.outcome.set_result(entry.outcome)
+        for waiting in entry.waiting:
+            if not waiting.done():
+                waiting.set_result(reply)
         entry.waiting.clear()
 
-    def _is_released(self, sequence: int) -> bool:
+    def _is_answered(self, sequence: int) -> bool:
         entry = self._entries.get(sequence)
-        return entry is not None and entry.released
+        return entry is not None and entry.reply is not None
 
     def resume(self, acknowledged: int, writer_epoch: int, past: Iterable[PastNumber]) -> None:
         """Goes on behind the numbers of before a restart, given in order."""
@@ -144,17 +147,17 @@ class Sequence:
             self.next_sequence += 1
             self._entries[number.sequence] = _Entry(number.payload_hash)
             self._in_flight += 1
-            if number.outcome is not None:
-                self.record(number.sequence, number.outcome)
-                self.release(number.sequence)
+            if number.reply is not None:
+                self.answer(number.sequence, number.reply)
 
     def abandon(self, error: MintError) -> None:
-        """Fails all who wait: no outcome will be told any more."""
+        """Fails all who wait: nothing will be answered any more."""
         for entry in self._entries.values():
-            for arrival in entry.waiting:
-                arrival.fail(error)
+            for waiting in entry.waiting:
+                _fail(waiting, error)
             entry.waiting.clear()
-        self.close(error)
+        for arrival in self._take_held():
+            arrival.fail(error)
 
     def open(self) -> int:
         """Starts a new epoch: early arrivals are dropped and calls of older epochs fenced."""
@@ -162,11 +165,6 @@ class Sequence:
         for arrival in self._take_held():
             arrival.fail(WriterFenced(arrival.call.place.writer_epoch, self.writer_epoch))
         return self.writer_epoch
-
-    def close(self, error: MintError) -> None:
-        """Drops early arrivals; the run is gone."""
-        for arrival in self._take_held():
-            arrival.fail(error)
 
     def _place(self, arrival: Arrival) -> None:
         place = arrival.call.place
@@ -210,11 +208,9 @@ class Sequence:
         if acknowledged <= self.acknowledged:
             return
         for sequence in range(self.acknowledged + 1, acknowledged + 1):
-            outcome = self._entries.pop(sequence).outcome
-            assert outcome is not None
-            self._kept_bytes -= size_bytes(outcome)
-        self._on_acknowledged(self.acknowledged, acknowledged)
-        self.acknowledged = acknowledged
+            self._kept_bytes -= self._entries.pop(sequence).size_bytes
+        before, self.acknowledged = self.acknowledged, acknowledged
+        self._intake.acknowledge(before, acknowledged)
 
     def _repeat(self, arrival: Arrival) -> None:
         place = arrival.call.place
@@ -223,10 +219,10 @@ class Sequence:
         entry = self._entries[place.sequence]
         if entry.payload_hash != place.payload_hash:
             raise SequenceReused(place.sequence)
-        if entry.outcome is not None and entry.released:
-            arrival.outcome.set_result(entry.outcome)
+        if entry.reply is not None:
+            arrival.reply.set_result(entry.reply)
         else:
-            entry.waiting.append(arrival)
+            entry.waiting.add(arrival.reply)
 
     def _admit(self, arrival: Arrival) -> None:
         place = arrival.call.place
@@ -235,10 +231,10 @@ class Sequence:
             for later in self._take_held():
                 later.fail(self._full(later.call.place.sequence) or error)
             raise error
-        self._entries[place.sequence] = _Entry(place.payload_hash, [arrival])
+        self._entries[place.sequence] = _Entry(place.payload_hash, {arrival.reply})
         self.next_sequence += 1
         self._in_flight += 1
-        self._accept(arrival.call)
+        self._intake.accept(arrival.call)
 
     def _full(self, sequence: int) -> MintError | None:
         limits = self._limits
@@ -246,7 +242,7 @@ class Sequence:
             return TooManyCallsInFlight(limits.calls_in_flight)
         if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
             return AnswersUnacknowledged(len(self._entries), self._kept_bytes)
-        return self._refusal(sequence - self.next_sequence)
+        return self._intake.refusal(sequence - self.next_sequence)
 
     def _hold(self, arrival: Arrival) -> None:
         sequence = arrival.call.place.sequence
@@ -288,3 +284,8 @@ class Sequence:
                     self._place(arrival)
                 except MintError as error:
                     arrival.fail(error)
+
+
+def _fail(reply: asyncio.Future[Reply], error: MintError) -> None:
+    if not reply.done():
+        reply.set_exception(error)

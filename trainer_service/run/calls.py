@@ -1,11 +1,15 @@
 """Sequenced calls as the front knows them once they are parsed, and how they end."""
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Literal
 
 from mint_core.errors import MintError
-from trainer_service.jobs import AdamParams, Document, Floats, Loss
+from trainer_service.jobs import AdamParams, Document, Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,8 @@ class Course:
     wait_s: float | None = None  # from its acceptance to its turn
     run_s: float | None = None
     deaths: int = 0  # of engines that had it
+    noted: "asyncio.Future[Any] | None" = None  # that it was accepted, on disk; None: long since
+    accepted_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,9 @@ class Call:
     method: Method
     work: Work
     payload: bytes = field(default=b"", repr=False, compare=False)  # the request, canonical
+    # Drawn when the call is accepted, for what it makes in the store: a call of the same number in
+    # a state that was restored from a backup has another.
+    mark: str = ""
     course: Course = field(default_factory=Course, compare=False)
 
     @property
@@ -103,52 +112,65 @@ class Call:
         return self.method not in ("Forward", "ForwardBackward")
 
     @property
+    def computes(self) -> bool:
+        """Whether it is for the planner."""
+        return isinstance(self.work, Compute | Step)
+
+    @property
+    def needs_row(self) -> bool:
+        """Whether the engine must have the row. A step clears the gradient even if refused."""
+        return self.method == "OptimStep" or not isinstance(self.work, Refused)
+
+    @property
     def tokens(self) -> int:
         if not isinstance(self.work, Compute):
             return 0
         return sum(len(document.tokens) for document in self.work.documents)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    logprobs: tuple[Floats, ...]  # per datum
-    metrics: Mapping[str, float] = field(default_factory=dict)
+class Effect(IntEnum):
+    """What a call that has ended did to its run's row."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stepped:
-    step: int
-    metrics: Mapping[str, float]
-    weight_digest: int = field(default=0, compare=False)  # for the journal alone
+    NONE = 0
+    ADD = 1  # to the gradient
+    STEP = 2
+    CLEAR = 3  # the gradient
 
 
 @dataclass(frozen=True, slots=True)
-class Discarded:
-    gradient_discarded: bool
+class Reply:
+    """An answer as it is kept and sent, however often."""
+
+    content: bytes  # the response message; of a call that failed, a google.rpc.Status
+    failed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    path: str
-    revision_path: str
-    step: int
-    gradient_pending: bool
+@dataclass(frozen=True, slots=True)
+class SavedRow:
+    """A run's row in a file of the state folder."""
+
+    sequence: int  # of the last call that is in it
+    file: str
+    size_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    step: int
-    revision_path: str
-    gradient_discarded: bool
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a call has come to."""
 
+    make_reply: Callable[[], bytes]
+    effect: Effect = Effect.NONE
+    error: MintError | None = None
+    step: int | None = None  # of the run from now on; None: as before
+    digest: int | None = None  # of the weights after a step
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    saved_row: SavedRow | None = None  # of what the call has made of the row
 
-Outcome = Computed | Stepped | Discarded | Saved | Loaded | MintError
+    @property
+    def changes_row(self) -> bool:
+        return self.effect in (Effect.ADD, Effect.STEP)
 
-_SMALL_BYTES = 1024  # of an outcome without arrays, about
-
-
-def size_bytes(outcome: Outcome) -> int:
-    """What keeping an outcome costs, roughly."""
-    if not isinstance(outcome, Computed):
-        return _SMALL_BYTES
-    return _SMALL_BYTES + sum(array.nbytes for array in outcome.logprobs)
+    @cached_property
+    def reply(self) -> Reply:
+        """Made once, when it is first asked for: on the journal's thread, since it may be large."""
+        return Reply(self.make_reply(), self.error is not None)

@@ -1,263 +1,215 @@
-"""What accepted calls do. Each is a task of its own, whatever becomes of the RPC."""
+"""What calls do, and what they come to."""
 
-import asyncio
 import copy
-import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-from mint_core.errors import EngineDied, EngineFault, MintError, ResourceExhausted
+from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
-from mint_core.rpc.metrics import Metrics
-from trainer_service.checkpoints.checkpoints import Checkpoints
-from trainer_service.jobs import ClearGradient, ExportRow, LoadRow, StepRow, TileResult, tile_tokens
-from trainer_service.journal.ledger import effect_of
-from trainer_service.journal.records import Effect, SnapshotRecord
-from trainer_service.queue.backlog import Backlogs
+from trainer_service.jobs import (
+    ClearGradient,
+    ExportRow,
+    LoadRow,
+    StepRow,
+    TileResult,
+    tile_tokens,
+)
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
-from trainer_service.queue.scheduler import NotStarted, Scheduler
-from trainer_service.recovery.durability import Durability
 from trainer_service.run.calls import (
     Call,
     Compute,
-    Computed,
     Discard,
-    Discarded,
+    Effect,
     Load,
-    Loaded,
     Outcome,
     Refused,
     Save,
-    Saved,
     SaveForSampler,
     Step,
-    Stepped,
 )
 from trainer_service.run.run import Run
-from trainer_service.run.turns import Turn
-
-logger = logging.getLogger(__name__)
+from trainer_service.run.services import RunServices
+from trainer_service.run.unsaved import UnsavedWork
+from trainer_service.wire import replies
 
 
 class Execution:
-    """Runs accepted calls in their run's order and records their outcomes."""
+    """Of one run's calls. Whether they may run now is for the run's loop to know."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        checkpoints: Checkpoints,
-        metrics: Metrics,
-        backlogs: Backlogs,
-        durability: Durability,
-    ) -> None:
-        self._scheduler = scheduler
-        self._checkpoints = checkpoints
-        self._metrics = metrics
-        self._backlogs = backlogs
-        self._ledger = durability.ledger
-        self._recovery = durability.recovery
-        self._snapshots = durability.snapshots
-        self._tasks: set[asyncio.Task[None]] = set()
+    def __init__(self, run: Run, services: RunServices) -> None:
+        self._run = run
+        self._scheduler = services.scheduler
+        self._checkpoints = services.checkpoints
+        self._saved_rows = services.saved_rows
 
-    def accept(self, run: Run, call: Call) -> None:
-        """Starts a call whose place in its run is settled."""
-        self._ledger.accepted(run, call)
-        self.start(run, call)
-
-    def start(self, run: Run, call: Call) -> None:
-        """Starts a call that the journal knows."""
-        turn = run.turns.take(exclusive=call.exclusive)
-        self._metrics.queue_depth.inc()
-        self._backlogs.enter(run.origin, call)
-        task = asyncio.create_task(self._execute(run, call, turn))
-        run.stir_watchers()  # who look when the task has begun
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def finish(self) -> None:
-        """Waits until no call is under way."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    async def stop(self) -> None:
-        """Cancels what still runs: the journal has it, and it is done after the next start."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _execute(self, run: Run, call: Call, turn: Turn) -> None:
-        """The next call of the run goes on as soon as this one has an outcome; its caller is told
-        when that is on disk.
-        """
-        accepted_s = time.monotonic()
-        async with turn:
-            started_s = time.monotonic()
-            done = await self._lasting(run, call)
-            call.course.wait_s = started_s - accepted_s
-            call.course.run_s = time.monotonic() - started_s
-            run.settle(call, done.outcome)
-            self._ledger.ended(
-                run,
-                call,
-                done.outcome,
-                snapshot=done.snapshot,
-                then=lambda: self._answer(run, call, done),
-            )
-            if effect_of(call, done.outcome) in (Effect.ADD, Effect.STEP):
-                stepped = call.method == "OptimStep"
-                run.exposure.change(len(call.payload), stepped=stepped)
-                await self._snapshots.after(run, stepped=stepped)
-
-    def _answer(self, run: Run, call: Call, done: "_Done") -> None:
-        self._metrics.queue_depth.dec()
-        self._backlogs.leave(run.origin, call)
-        if done.snapshot is not None:
-            self._snapshots.replaced(run, done.snapshot)
-        run.answer(call, done.outcome)
-
-    async def _lasting(self, run: Run, call: Call) -> "_Done":
-        """What a call comes to. What an engine has done that is gone is done again by the next."""
-        presence = run.presence
+    async def attempt(self, call: Call) -> Outcome | EngineDied:
+        """Does a call. Returns what it has come to, or the death of the engine that was at it."""
+        course = call.course
+        started_s = time.monotonic()
+        course.wait_s = course.wait_s or started_s - course.accepted_s
         try:
-            with presence.execution():
-                while (done := await self._attempt(run, call)) is None:
-                    pass
-                return done
-        finally:
-            self._recovery.consider(run)  # others may have waited for this one
-
-    async def _attempt(self, run: Run, call: Call) -> "_Done | None":
-        """Does a call; None: an engine ended, and what it did is to be done again."""
-        try:
-            run.check_usable()
-            if not (isinstance(call.work, Refused) and call.method != "OptimStep"):
-                await self._recovery.present(run, call.place.sequence)
-            life = self._scheduler.life
-            done = await self._perform(run, call)
-        except NotStarted:
-            return None
+            self._run.check_usable()
+            return await self._perform(call)
         except EngineDied as death:
-            return self._note_death(run, call, death)
+            return death
         except Exception as raised:
-            return await self._fail(run, call, _final(domain_error(raised)))
-        return done if life == self._scheduler.life or isinstance(done.outcome, Saved) else None
+            return await self._fail(call, domain_error(raised))
+        finally:
+            course.run_s = time.monotonic() - started_s
 
-    def _note_death(self, run: Run, call: Call, death: EngineDied) -> "_Done | None":
-        """Gives a call up with which engine after engine has died, at last without neighbours."""
-        self._ledger.died(run, call)
-        call.course.deaths += 1
-        if call.course.deaths <= DEATHS_UNTIL_ALONE:
-            return None
-        logger.error("run=%s sequence=%d ends engines", run.id, call.place.sequence)
-        return _Done(
-            EngineFault(
-                f"{call.course.deaths} engines ended while they worked on this call, the last of "
-                f"them on nothing else ({death.message}); it is not tried again: the server's log "
-                "says why, and if memory was short, shorter sequences or fewer per call may do",
-                engine_deaths=call.course.deaths,
-            )
-        )
-
-    async def _fail(self, run: Run, call: Call, error: MintError) -> "_Done | None":
+    async def _fail(self, call: Call, error: MintError) -> Outcome | EngineDied:
         """The gradient is cleared after a step that was not taken."""
-        if call.method == "OptimStep" and run.gradient.touched:
+        if call.method == "OptimStep" and self._run.gradient.touched and not self._run.lost:
             try:
-                await self._scheduler.row(ClearGradient(run.id), run.presence.life)
-            except EngineDied:
-                return None
+                await self._row(ClearGradient(self._run.id))
+            except EngineDied as death:
+                return death
             except MintError:
-                run.presence.leave()  # the row is not what it should be: it is restored
-        return _Done(error)
+                self._run.row_life = 0  # it is not what it should be: it is restored
+        return refusal(call, error)
 
-    async def _perform(self, run: Run, call: Call) -> "_Done":
+    async def _row(self, job: object) -> None:
+        await self._scheduler.row(job, self._run.row_life)
+
+    async def _perform(self, call: Call) -> Outcome:
         match call.work:
             case Refused(error):
                 raise error
             case Compute() as compute:
-                return _Done(await self._compute(run, call, compute))
+                return await self._compute(call, compute)
             case Step() as step:
-                return _Done(await self._step(run, call, step))
+                return await self._step(call, step)
             case Discard():
-                return _Done(await self._discard(run))
-            case Save() | SaveForSampler() as save:
-                return _Done(await self._save(run, call, save))
+                return await self._discard()
+            case Save() as save:
+                return await self._save(call, save)
+            case SaveForSampler() as save:
+                return await self._save_for_sampler(call, save)
             case Load() as load:
-                return await self._load(run, call, load)
+                return await self._load(call, load)
 
-    async def _compute(self, run: Run, call: Call, compute: Compute) -> Computed:
-        most_tokens = min(run.origin.tile_tokens, self._scheduler.max_batch_tokens)
-        tiles = cut(call, compute, most_tokens, isolated=run.origin.isolated)
-        results = await self._scheduler.compute(run.origin.tenant, tiles)
+    async def _compute(self, call: Call, compute: Compute) -> Outcome:
+        run = self._run
+        tiles = cut(
+            compute,
+            min(run.origin.tile_tokens, self._scheduler.max_batch_tokens),
+            training_run_id=run.id,
+            sequence=call.place.sequence,
+            isolated=run.origin.isolated,
+            deaths=call.course.deaths,
+        )
+        results, seconds = await self._scheduler.compute(run.origin.tenant, tiles, run.row_life)
+        run.unsaved.seconds += seconds
         for result in results:
             if result.error is not None:
                 raise result.error
-        return Computed(
-            logprobs=tuple(logprobs for result in results for logprobs in result.logprobs),
-            metrics=merge_metrics(results, [tile_tokens(tile) for tile in tiles]),
+        metrics = merge_metrics(results, [tile_tokens(tile) for tile in tiles])
+        logprobs = [each for result in results for each in result.logprobs]
+        return Outcome(
+            make_reply=partial(
+                replies.computed, logprobs, metrics, backward=call.method == "ForwardBackward"
+            ),
+            effect=Effect.ADD if compute.backward else Effect.NONE,
+            metrics=metrics,
         )
 
-    async def _step(self, run: Run, call: Call, step: Step) -> Stepped:
-        if refusal := run.gradient.refusal(step.backward_count):
-            raise refusal
-        job = StepRow(run.id, step.adam_params, alone=call.course.deaths >= DEATHS_UNTIL_ALONE)
-        result = await self._scheduler.step(run.origin.tenant, job)
-        return Stepped(
+    async def _step(self, call: Call, step: Step) -> Outcome:
+        run = self._run
+        if refused := run.gradient.refusal(step.backward_count):
+            raise refused
+        alone = call.course.deaths >= DEATHS_UNTIL_ALONE
+        job = StepRow(run.id, step.adam_params, alone=alone)
+        result = await self._scheduler.step(run.origin.tenant, job, run.row_life)
+        metrics = {
+            "grad_norm:mean": result.grad_norm,
+            "learning_rate:mean": step.adam_params.learning_rate,
+        }
+        return Outcome(
+            make_reply=partial(replies.stepped, result.step, metrics),
+            effect=Effect.STEP,
             step=result.step,
-            metrics={
-                "grad_norm:mean": result.grad_norm,
-                "learning_rate:mean": step.adam_params.learning_rate,
-            },
-            weight_digest=result.weight_digest,
+            digest=result.weight_digest,
+            metrics=metrics,
         )
 
-    async def _discard(self, run: Run) -> Discarded:
-        if run.gradient.touched:
-            await self._scheduler.row(ClearGradient(run.id), run.presence.life)
-        return Discarded(run.gradient.pending)
+    async def _discard(self) -> Outcome:
+        gradient = self._run.gradient
+        if gradient.touched:
+            await self._row(ClearGradient(self._run.id))
+        return Outcome(make_reply=partial(replies.discarded, gradient.pending), effect=Effect.CLEAR)
 
-    async def _save(self, run: Run, call: Call, save: Save | SaveForSampler) -> Saved:
-        row = partial(self._scheduler.row, life=run.presence.life)
-        sequence = call.place.sequence
-        if isinstance(save, Save):
-            arrays = await row(ExportRow(run.id, with_optimizer=True))
-            published = await self._checkpoints.publish_state(run.origin, arrays, save, sequence)
-        else:
-            published = await self._checkpoints.publish_adapter(run.origin, save, sequence, row)
-        return Saved(
-            path=published.path,
-            revision_path=published.revision_path,
-            step=published.manifest.step,
-            gradient_pending=run.gradient.pending,
+    async def _save(self, call: Call, save: Save) -> Outcome:
+        run = self._run
+        await _noted(call)
+        arrays = await self._scheduler.row(ExportRow(run.id, with_optimizer=True), run.row_life)
+        published = await self._checkpoints.publish_state(run.origin, arrays, save, call)
+        return Outcome(
+            make_reply=partial(
+                replies.saved_state,
+                published.path,
+                published.revision_path,
+                published.manifest.step,
+                gradient_pending=run.gradient.pending,
+            )
         )
 
-    async def _load(self, run: Run, call: Call, load: Load) -> "_Done":
+    async def _save_for_sampler(self, call: Call, save: SaveForSampler) -> Outcome:
+        run = self._run
+        await _noted(call)
+        write = partial(self._scheduler.row, life=run.row_life)
+        published = await self._checkpoints.publish_adapter(run.origin, save, call, write)
+        return Outcome(
+            make_reply=partial(
+                replies.saved_for_sampler,
+                published.path,
+                published.revision_path,
+                published.manifest.step,
+            )
+        )
+
+    async def _load(self, call: Call, load: Load) -> Outcome:
         """The loaded row is on disk, apart from its checkpoint, before the call is answered."""
+        run = self._run
         checkpoint = await self._checkpoints.open(load, run.origin.tenant)
         checkpoint.check_fits(run.origin)
         arrays = await checkpoint.arrays()
         try:
-            await self._scheduler.row(LoadRow(run.id, arrays), run.presence.life)
-            snapshot = await self._snapshots.take(run, call.place.sequence)
+            await self._row(LoadRow(run.id, arrays))
+            sequence = call.place.sequence
+            saved_row = await self._saved_rows.take(run.id, sequence, run.row_life)
+            run.unsaved = UnsavedWork()
         except MintError:
-            run.presence.leave()  # half loaded: it is restored as it was before
+            run.row_life = 0  # half loaded: it is restored as it was before
             raise
-        return _Done(
-            Loaded(
-                step=arrays.step,
-                revision_path=checkpoint.revision_path,
+        return Outcome(
+            make_reply=partial(
+                replies.loaded,
+                checkpoint.revision_path,
+                arrays.step,
                 gradient_discarded=run.gradient.pending,
             ),
-            snapshot,
+            step=arrays.step,
+            saved_row=saved_row,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    outcome: Outcome
-    snapshot: SnapshotRecord | None = None  # of what the call has made of the row
+async def _noted(call: Call) -> None:
+    """Waits until the mark of a call is on disk: the store is touched only then."""
+    if call.course.noted is not None:
+        await call.course.noted
+
+
+def refusal(call: Call, error: MintError) -> Outcome:
+    """The outcome of a call that failed, without a wish to send it again: its number is used up."""
+    if isinstance(error, ResourceExhausted) and error.retry_after_s is not None:
+        error = copy.copy(error)
+        error.retry_after_s = None
+    return Outcome(
+        make_reply=partial(replies.refused, error),
+        effect=Effect.CLEAR if call.method == "OptimStep" else Effect.NONE,
+        error=error,
+    )
 
 
 def merge_metrics(results: Sequence[TileResult], tokens: Sequence[int]) -> Mapping[str, float]:
@@ -278,11 +230,3 @@ def merge_metrics(results: Sequence[TileResult], tokens: Sequence[int]) -> Mappi
             case suffix:
                 raise AssertionError(f"metric {name} has the unknown suffix {suffix}")
     return merged
-
-
-def _final(error: MintError) -> MintError:
-    """The error without a wish to send again: an accepted call has used up its number."""
-    if isinstance(error, ResourceExhausted) and error.retry_after_s is not None:
-        error = copy.copy(error)
-        error.retry_after_s = None
-    return error

@@ -1,70 +1,22 @@
-"""One training run as the front knows it."""
+"""One training run as the front knows it: what its calls and its end mean for it, at once."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
-from mint_core.lora.spec import AdapterSpec
 from trainer_service.errors import TrainingRunLost
-from trainer_service.run.call_numbers import Sequence as Numbers
-from trainer_service.run.call_numbers import SequenceLimits
-from trainer_service.run.calls import Call, Loaded, Outcome, Stepped
-from trainer_service.run.exposure import Exposure
-from trainer_service.run.gradient import Gradient, GradientCounts
-from trainer_service.run.presence import Presence
+from trainer_service.journal.run_journal import RunJournal
+from trainer_service.journal.writer import RecordRefused, Written
+from trainer_service.queue.admission import Admission
+from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
+from trainer_service.run.calls import Call, Outcome, Reply
+from trainer_service.run.description import RunOrigin, RunState, RunView
+from trainer_service.run.gradient import Gradient
+from trainer_service.run.inbox import Inbox
 from trainer_service.run.retention import Retention
-from trainer_service.run.turns import Turns
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOrigin:
-    """What never changes of a run."""
-
-    training_run_id: str
-    tenant: str
-    number: int  # of creation, ascending
-    base_model: str
-    base_fingerprint: str
-    spec: AdapterSpec
-    trainable_parameter_count: int
-    row_bytes: int  # of the weights as they lie in memory
-    create_time: datetime
-    isolated: bool
-    tile_tokens: int  # at which its calls are cut, whatever memory a later engine finds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """What changes of a run, as the journal keeps it."""
-
-    step: int = 0
-    writer_epoch: int = 1
-    acknowledged: int = 0
-    gradient: GradientCounts = field(default_factory=GradientCounts)
-    update_time_s: float  # since the epoch
-    inexact_replays: int = 0
-    inexact_note: str = ""  # of the last of them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunView:
-    """A run at one moment, for answers."""
-
-    origin: RunOrigin
-    metadata: Mapping[str, str]
-    update_time: datetime
-    step: int
-    next_sequence: int
-    writer_epoch: int
-    gradient_pending: bool
-    backward_count: int
-    lost: str  # why; empty while the run can be used
-    trouble: str  # what else is wrong; empty: nothing
-    inexact_replays: int = 0
-    inexact_note: str = ""
+from trainer_service.run.unsaved import UnsavedWork
 
 
 class Watcher(Protocol):
@@ -77,17 +29,11 @@ class Watcher(Protocol):
     def end(self, error: MintError | None) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RunHooks:
-    """What a run asks and tells those around it."""
-
-    accept: Callable[["Run", Call], None]
-    acknowledge: Callable[["Run", int, int], None]  # answers behind one number up to another
-    refusal: Callable[[RunOrigin, int], MintError | None]  # told the calls of the run before
-
-
 class Run:
-    """A run's state. Its weights, gradient and moments are in the engine."""
+    """A run's state, and the one place that decides what becomes of a call that arrives: `arrive`,
+    `open`, `abandon` act at once. Its loop empties the inbox; its weights, gradient and moments are
+    in the engine. All methods belong to one event loop.
+    """
 
     def __init__(
         self,
@@ -95,72 +41,98 @@ class Run:
         state: RunState,
         *,
         metadata: Mapping[str, str],
-        hooks: RunHooks,
-        limits: SequenceLimits,
         retention: Retention,
+        journal: RunJournal,
+        admission: Admission,
+        limits: CallLimits,
     ) -> None:
         self.origin = origin
         self.step = state.step
         self.metadata = metadata
         self.update_time = datetime.fromtimestamp(state.update_time_s, UTC)
         self.retention = retention
+        self.journal = journal
+        self._admission = admission
         self.gradient = Gradient(state.gradient)
-        self.turns = Turns()
+        self.unsaved = UnsavedWork()
+        self.numbers = CallNumbers(self, limits)
+        self.inbox = Inbox()
         self.watchers: set[Watcher] = set()
-        self.presence = Presence()
-        self.exposure = Exposure()
-        self.sequence = Numbers(
-            lambda call: hooks.accept(self, call),
-            limits,
-            partial(hooks.refusal, origin),
-            lambda before, upto: hooks.acknowledge(self, before, upto),
-        )
+        self.row_life = 0  # of the engine that has the row as it should be; 0: none has
+        self.ended = 0  # sequence of the last call that has an outcome
         self.inexact_replays = state.inexact_replays
         self.inexact_note = state.inexact_note
-        self.ended = 0  # sequence of the last call that has an outcome
-        self.trouble = ""
+        self.closing = False  # it is being deleted, or is gone
+        self._unanswered: dict[int, Call] = {}
         self._lost = ""
-        self._deleted = False
+        self._given_up: MintError | None = None  # its calls are not even taken
 
     @property
     def id(self) -> str:
         return self.origin.training_run_id
 
+    @property
+    def lost(self) -> bool:
+        """Whether the row cannot be restored."""
+        return bool(self._lost)
+
     def check_usable(self) -> None:
         """Raises if the run is gone, or cannot be restored."""
-        if self._deleted:
+        if self.closing:
             raise TrainingRunNotFound(self.id)
         if self._lost:
             raise TrainingRunLost(self.id, self._lost)
 
-    @property
-    def deleted(self) -> bool:
-        return self._deleted
+    # What comes from outside
 
-    def lose(self, why: str) -> None:
-        """Notes that the run's row cannot be restored."""
-        self._lost = self._lost or why
+    def arrive(self, call: Call) -> Arrival:
+        """Takes a call that an RPC brought: it is accepted, held, a repeat, or refused."""
+        if self.closing:
+            raise TrainingRunNotFound(self.id)
+        if self._given_up is not None:
+            raise self._given_up
+        return self.numbers.arrive(call)
+
+    def refusal(self, calls_before: int) -> MintError | None:
+        """See Intake."""
+        return self._admission.call_refusal(self.origin, calls_before)
+
+    def accept(self, call: Call) -> None:
+        """See Intake."""
+        call.course.noted = self._note(self.journal.accepted(call))
+        self.begin(call)
+
+    def begin(self, call: Call) -> None:
+        """Has a call that the journal knows executed."""
+        self._admission.enter(self.origin, call)
+        self._unanswered[call.place.sequence] = call
+        self.inbox.put(call)
         self.stir_watchers()
 
-    def replayed_inexactly(self, note: str) -> None:
-        """Notes that a restored row is not to the bit what it was."""
-        self.inexact_replays += 1
-        self.inexact_note = note
-        self.stir_watchers()
+    def acknowledge(self, before: int, upto: int) -> None:
+        """See Intake."""
+        self._note(self.journal.acknowledged(before, upto))
 
-    def delete(self) -> None:
-        """Fails calls that have not started; early arrivals are dropped."""
-        self._deleted = True
-        self.sequence.close(TrainingRunNotFound(self.id))
+    def open(self) -> int:
+        """Fences earlier writers, and returns the new epoch."""
+        epoch = self.numbers.open()
+        self._note(self.journal.fenced(self.state()))
+        return epoch
 
-    def stir_watchers(self) -> None:
-        """Notes that something has changed which is seen from outside."""
-        for watcher in self.watchers:
-            watcher.stir()
+    def abandon(self, error: MintError) -> None:
+        """Ends the run for its callers: who waits is told `error`, and nobody anything else."""
+        self.numbers.abandon(error)
+        self.inbox.abandon(error)
+        for call in list(self._unanswered.values()):
+            self._leave(call)
 
-    def settle(self, call: Call, outcome: Outcome) -> None:
-        """Makes an outcome that of its call. It is answered once it is on disk."""
-        sequence, failed = call.place.sequence, isinstance(outcome, MintError)
+    # What becomes of its calls
+
+    def settle(self, call: Call, outcome: Outcome) -> "asyncio.Future[Reply]":
+        """Makes an outcome that of its call. It is on disk, and may be told, when the future is
+        done.
+        """
+        sequence, failed = call.place.sequence, outcome.error is not None
         match call.method:
             case "ForwardBackward" if failed:
                 self.gradient.fail(sequence)
@@ -170,17 +142,61 @@ class Run:
                 self.gradient.clear()
             case "DiscardGradient" | "LoadState" if not failed:
                 self.gradient.clear()
-        if isinstance(outcome, Stepped | Loaded):
+        if outcome.step is not None:
             self.step = outcome.step
         self.ended = max(self.ended, sequence)
         self.touch()
-        self.sequence.record(sequence, outcome)
+        return self._note(self.journal.ended(call, outcome, self.state()))
 
-    def answer(self, call: Call, outcome: Outcome) -> None:
+    def answer(self, call: Call, outcome: Outcome, reply: Reply) -> None:
         """Tells an outcome that is on disk."""
-        self.sequence.release(call.place.sequence)
+        self._leave(call)
+        self.numbers.answer(call.place.sequence, reply)
         for watcher in self.watchers:
             watcher.call_ended(call, outcome)
+
+    def note_death(self, call: Call) -> None:
+        """Notes that an engine has died with a call."""
+        call.course.deaths += 1
+        self._note(self.journal.died(call))
+
+    def lose(self, why: str) -> None:
+        """Notes that the run's row cannot be restored."""
+        self._lost = self._lost or why
+        self.stir_watchers()
+
+    def give_up(self, why: str) -> None:
+        """Takes no more calls, until the next start: what is said of them could not be kept."""
+        self.lose(why)
+        self._given_up = TrainingRunLost(self.id, why)
+        self.abandon(self._given_up)
+
+    def replayed_inexactly(self, note: str) -> None:
+        """Notes that a restored row is not to the bit what it was."""
+        self.inexact_replays += 1
+        self.inexact_note = note
+        self._note(self.journal.replayed_inexactly(self.state()))
+        self.stir_watchers()
+
+    def _leave(self, call: Call) -> None:
+        if self._unanswered.pop(call.place.sequence, None):
+            self._admission.leave(self.origin, call)
+
+    def _note(self, written: Written) -> Written:
+        """Has the run alone suffer if the journal refuses what was to be noted of it."""
+        written.add_done_callback(self._check_noted)
+        return written
+
+    def _check_noted(self, written: Written) -> None:
+        if not written.cancelled() and isinstance(written.exception(), RecordRefused):
+            self.give_up("the journal refuses what was to be noted of it: the log says why")
+
+    # What is seen of it
+
+    def stir_watchers(self) -> None:
+        """Notes that something has changed which is seen from outside."""
+        for watcher in self.watchers:
+            watcher.stir()
 
     def end_watches(self, error: MintError | None = None) -> None:
         """Ends all watches: the run is gone, or `error` says why."""
@@ -190,7 +206,7 @@ class Run:
     @property
     def abandoned(self) -> bool:
         """Whether it may be deleted because nobody has called or watched it for long."""
-        return self.retention.over and not self.sequence.in_flight and not self.watchers
+        return self.retention.over and not self.numbers.in_flight and not self.watchers
 
     def touch(self) -> None:
         """Notes that a call has ended."""
@@ -200,8 +216,8 @@ class Run:
     def state(self) -> RunState:
         return RunState(
             step=self.step,
-            writer_epoch=self.sequence.writer_epoch,
-            acknowledged=self.sequence.acknowledged,
+            writer_epoch=self.numbers.writer_epoch,
+            acknowledged=self.numbers.acknowledged,
             gradient=self.gradient.counts,
             update_time_s=self.update_time.timestamp(),
             inexact_replays=self.inexact_replays,
@@ -214,12 +230,12 @@ class Run:
             metadata=self.metadata,
             update_time=self.update_time,
             step=self.step,
-            next_sequence=self.sequence.next_sequence,
-            writer_epoch=self.sequence.writer_epoch,
+            next_sequence=self.numbers.next_sequence,
+            writer_epoch=self.numbers.writer_epoch,
             gradient_pending=self.gradient.pending,
             backward_count=self.gradient.backward_count,
             lost=self._lost,
-            trouble=self.trouble,
+            trouble="",
             inexact_replays=self.inexact_replays,
             inexact_note=self.inexact_note,
         )

@@ -76,9 +76,9 @@ def canonical(request: Message) -> bytes:
     return request.SerializeToString(deterministic=True)
 
 
-def payload_hash(request: Message, content: bytes) -> bytes:
-    """A digest of a request whose canonical bytes are `content`."""
-    digest = hashlib.sha256(request.DESCRIPTOR.full_name.encode())
+def hash_of(kind: type[Message], content: bytes) -> bytes:
+    """A digest of a request of that kind whose canonical bytes are `content`."""
+    digest = hashlib.sha256(kind.DESCRIPTOR.full_name.encode())
     digest.update(content)
     return digest.digest()
 
@@ -239,5 +239,5 @@ def _run_kind(kind: int) -> Literal["", "trained", "uploaded"]:
 
 def identity_of(request: Message, field: str = "request_id") -> Identity:
     request_id: str = request.request_id  # type: ignore[attr-defined]
-    digest = payload_hash(request, canonical(request))
+    digest = hash_of(type(request), canonical(request))
     return Identity(fields.request_id(request_id, field), digest)

@@ -1,8 +1,7 @@
-"""Answers: dataclasses in, protobuf out."""
+"""Answers about runs: dataclasses in, protobuf out; those of requests that act once as bytes."""
 
 from datetime import datetime
 
-import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mint_core.lora.spec import AdapterSpec
@@ -10,18 +9,17 @@ from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service.checkpoints.uploaded_runs import UploadedRun
 from trainer_service.queue.watching import CallEnd, Event, QueueProgress
-from trainer_service.run.calls import Computed, Discarded, Loaded, Outcome, Saved, Stepped
-from trainer_service.run.run import RunView
+from trainer_service.run.description import RunView
 from trainer_service.wire.pages import Page
 
 
-def create_response(view: RunView) -> trainer_pb2.CreateTrainingRunResponse:
+def create_response(view: RunView) -> bytes:
     return trainer_pb2.CreateTrainingRunResponse(
         training_run=run_message(view), writer_epoch=view.writer_epoch
-    )
+    ).SerializeToString()
 
 
-def open_response(view: RunView) -> trainer_pb2.OpenTrainingRunResponse:
+def open_response(view: RunView) -> bytes:
     return trainer_pb2.OpenTrainingRunResponse(
         training_run=run_message(view),
         writer_epoch=view.writer_epoch,
@@ -29,7 +27,11 @@ def open_response(view: RunView) -> trainer_pb2.OpenTrainingRunResponse:
         step=view.step,
         gradient_pending=view.gradient_pending,
         backward_count=view.backward_count,
-    )
+    ).SerializeToString()
+
+
+def update_response(view: RunView) -> bytes:
+    return trainer_pb2.UpdateTrainingRunResponse(training_run=run_message(view)).SerializeToString()
 
 
 def list_response(
@@ -39,54 +41,6 @@ def list_response(
         training_runs=[run_message(run) for run in page.entries],
         next_page_token=page.next_page_token,
         total_size=page.total_size,
-    )
-
-
-def forward_response(outcome: Outcome) -> trainer_pb2.ForwardResponse:
-    response = trainer_pb2.ForwardResponse()
-    _fill(response, outcome)
-    return response
-
-
-def forward_backward_response(outcome: Outcome) -> trainer_pb2.ForwardBackwardResponse:
-    response = trainer_pb2.ForwardBackwardResponse()
-    _fill(response, outcome)
-    return response
-
-
-def optim_step_response(outcome: Outcome) -> trainer_pb2.OptimStepResponse:
-    assert isinstance(outcome, Stepped)
-    return trainer_pb2.OptimStepResponse(step=outcome.step, metrics=outcome.metrics)
-
-
-def discard_response(outcome: Outcome) -> trainer_pb2.DiscardGradientResponse:
-    assert isinstance(outcome, Discarded)
-    return trainer_pb2.DiscardGradientResponse(gradient_discarded=outcome.gradient_discarded)
-
-
-def save_state_response(outcome: Outcome) -> trainer_pb2.SaveStateResponse:
-    assert isinstance(outcome, Saved)
-    return trainer_pb2.SaveStateResponse(
-        path=outcome.path,
-        revision_path=outcome.revision_path,
-        step=outcome.step,
-        gradient_pending=outcome.gradient_pending,
-    )
-
-
-def save_for_sampler_response(outcome: Outcome) -> trainer_pb2.SaveWeightsForSamplerResponse:
-    assert isinstance(outcome, Saved)
-    return trainer_pb2.SaveWeightsForSamplerResponse(
-        path=outcome.path, revision_path=outcome.revision_path, step=outcome.step
-    )
-
-
-def load_state_response(outcome: Outcome) -> trainer_pb2.LoadStateResponse:
-    assert isinstance(outcome, Loaded)
-    return trainer_pb2.LoadStateResponse(
-        step=outcome.step,
-        revision_path=outcome.revision_path,
-        gradient_discarded=outcome.gradient_discarded,
     )
 
 
@@ -176,19 +130,6 @@ def lora_config_message(spec: AdapterSpec) -> types_pb2.LoraConfig:
         use_rslora=spec.use_rslora,
         target_modules=spec.modules,
     )
-
-
-def _fill(
-    response: trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse, outcome: Outcome
-) -> None:
-    """Writes in place: messages made apart would be copied once per level."""
-    assert isinstance(outcome, Computed)
-    for logprobs in outcome.logprobs:
-        tensor = response.outputs.add().logprobs
-        tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
-        tensor.shape.extend(logprobs.shape)
-        tensor.values = np.ascontiguousarray(logprobs, "<f4").tobytes()
-    response.metrics.update(outcome.metrics)
 
 
 def timestamp(time: datetime) -> Timestamp:

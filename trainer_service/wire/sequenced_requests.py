@@ -3,6 +3,7 @@
 What is wrong with a call's content does not take its place away: it is the outcome of its number.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import fields as fields_of
 from typing import Any, cast
@@ -39,7 +40,7 @@ from trainer_service.run.calls import (
 )
 from trainer_service.wire import fields
 from trainer_service.wire.datums import parse_datum
-from trainer_service.wire.requests import canonical, parse_load, payload_hash, run_id
+from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
 
 LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
 
@@ -58,13 +59,18 @@ def parse_call(
     method = cast(Method, request.DESCRIPTOR.name.removesuffix("Request"))
     place, payload = _place(request)
     work = Refused(refusals[0]) if refusals else _work(method, request, model)
-    return Call(place, method, work, payload)
+    named = isinstance(work, Save) or (isinstance(work, SaveForSampler) and work.name is not None)
+    return Call(place, method, work, payload, secrets.token_hex(16) if named else "")
 
 
 def parse_work(method: Method, payload: bytes, model: ModelDescription) -> Work:
     """Reads the content of a call again from its payload."""
-    kind: Any = getattr(trainer_pb2, f"{method}Request")
-    return _work(method, kind.FromString(payload), model)
+    return _work(method, request_kind(method).FromString(payload), model)
+
+
+def request_kind(method: Method) -> type[Message]:
+    kind: type[Message] = getattr(trainer_pb2, f"{method}Request")
+    return kind
 
 
 def _work(method: Method, request: Message, model: ModelDescription) -> Work:
@@ -88,7 +94,7 @@ def _place(request: Any) -> tuple[Place, bytes]:
         sequence=sequence,
         writer_epoch=writer_epoch,
         acknowledged_sequence=acknowledged,
-        payload_hash=payload_hash(request, payload),
+        payload_hash=hash_of(type(request), payload),
     )
     return place, payload
 

@@ -39,7 +39,7 @@ async def covered(front: Front, name: str) -> int:
     """The last call that is in the run's row on disk."""
     await front.runs._ledger.flush()
     database = sqlite3.connect(front.state / "journal.db")
-    query = "SELECT sequence FROM snapshots JOIN runs ON number = run WHERE training_run_id = ?"
+    query = "SELECT sequence FROM saved_rows JOIN runs ON number = run WHERE training_run_id = ?"
     found = database.execute(query, (name,)).fetchone()
     database.close()
     return int(found[0]) if found else 0

@@ -1,12 +1,12 @@
-"""How much of a run would have to be computed again after a crash: what its snapshot lacks."""
+"""How much of a run would have to be computed again after a crash: what its saved row lacks."""
 
 import time
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Exposure:
-    """Since the newest snapshot of one run."""
+class UnsavedWork:
+    """Since the row of one run was saved last."""
 
     calls: int = 0  # that have changed the row
     seconds: float = 0.0  # of the engine, this run's share
@@ -19,8 +19,8 @@ class Exposure:
         self.backlog_bytes = 0 if stepped else self.backlog_bytes + size_bytes
         self.changed_s = time.monotonic()
 
-    def add(self, other: "Exposure") -> None:
-        """Takes back what a snapshot that failed would have covered."""
+    def add(self, other: "UnsavedWork") -> None:
+        """Takes back what a row that could not be saved would have covered."""
         self.calls += other.calls
         self.seconds += other.seconds
         self.backlog_bytes += other.backlog_bytes

@@ -1,0 +1,105 @@
+"""Making a run: its row in an engine, and what is said of it."""
+
+import logging
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mint_core.errors import EngineDied, EngineFault
+from trainer_service.jobs import CreateRow, DropRow, RowDescription
+from trainer_service.queue.planner import most_tile_tokens
+from trainer_service.queue.scheduler import NotStarted
+from trainer_service.run.calls import Load, SavedRow
+from trainer_service.run.description import RunOrigin, RunState
+from trainer_service.run.services import RunServices
+from trainer_service.wire.requests import CreateRun
+
+logger = logging.getLogger(__name__)
+
+MOST_ATTEMPTS = 3  # at a row with which engines die
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    origin: RunOrigin
+    state: RunState
+    life: int  # of the engine that has the row
+    saved_row: SavedRow | None  # of one that starts from a checkpoint: on disk apart from it
+
+
+class Creation:
+    """All methods belong to one event loop."""
+
+    def __init__(self, services: RunServices) -> None:
+        self._scheduler = services.scheduler
+        self._checkpoints = services.checkpoints
+        self._saved_rows = services.saved_rows
+
+    async def make(self, tenant: str, request: CreateRun, number: Callable[[], int]) -> Made:
+        """Makes a row, and gives it a number once it is there."""
+        job = await self._row_to_make(f"run-{secrets.token_hex(8)}", tenant, request)
+        deaths = 0
+        while deaths < MOST_ATTEMPTS:
+            life = await self._scheduler.up()
+            try:
+                description: RowDescription = await self._scheduler.row(job, life)
+                saved_row = await self._save(job, life)
+            except EngineDied as death:
+                deaths += not isinstance(death, NotStarted)
+                logger.warning("an engine ended while a run was made: %s", death.message)
+            except BaseException:
+                await self._drop(job, life)
+                raise
+            else:
+                origin = self._origin(tenant, request, job, description, number())
+                created_s = origin.create_time.timestamp()
+                step = job.start.step if job.start else 0
+                return Made(origin, RunState(step=step, update_time_s=created_s), life, saved_row)
+        raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
+
+    async def _save(self, job: CreateRow, life: int) -> SavedRow | None:
+        if job.start is None:
+            return None
+        return await self._saved_rows.take(job.training_run_id, 0, life)
+
+    async def _drop(self, job: CreateRow, life: int) -> None:
+        with suppress(EngineDied):
+            await self._scheduler.row(DropRow(job.training_run_id), life)
+
+    def _origin(
+        self,
+        tenant: str,
+        request: CreateRun,
+        job: CreateRow,
+        description: RowDescription,
+        number: int,
+    ) -> RunOrigin:
+        model = self._scheduler.model
+        return RunOrigin(
+            training_run_id=job.training_run_id,
+            tenant=tenant,
+            number=number,
+            base_model=model.name,
+            base_fingerprint=model.fingerprint,
+            spec=description.spec,
+            trainable_parameter_count=description.trainable_parameter_count,
+            row_bytes=description.row_bytes,
+            create_time=datetime.now(UTC),
+            isolated=request.isolated,
+            tile_tokens=most_tile_tokens(self._scheduler.max_batch_tokens),
+        )
+
+    async def _row_to_make(
+        self, training_run_id: str, tenant: str, request: CreateRun
+    ) -> CreateRow:
+        source = request.source
+        if not isinstance(source, Load):
+            return CreateRow(training_run_id=training_run_id, request=source)
+        opened = await self._checkpoints.open(source, tenant)
+        model = self._scheduler.model
+        opened.check_base(model.name, model.fingerprint)
+        opened.check_rank(model)
+        start = await opened.arrays()
+        return CreateRow(training_run_id=training_run_id, request=opened.spec, start=start)

@@ -1,0 +1,59 @@
+"""Answers of sequenced calls, as the bytes that are kept and sent."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mint_core.errors import MintError
+from mint_core.rpc.errors import to_status
+from mintrpc.v1 import trainer_pb2, types_pb2
+from trainer_service.jobs import Floats
+
+
+def computed(
+    logprobs: Sequence[Floats],  # per datum, [n] or [n, k]
+    metrics: Mapping[str, float],
+    *,
+    backward: bool,
+) -> bytes:
+    response = trainer_pb2.ForwardBackwardResponse() if backward else trainer_pb2.ForwardResponse()
+    for each in logprobs:  # in place: messages made apart would be copied once per level
+        tensor = response.outputs.add().logprobs
+        tensor.dtype = types_pb2.TENSOR_DTYPE_FLOAT32
+        tensor.shape.extend(each.shape)
+        tensor.values = np.ascontiguousarray(each, "<f4").tobytes()
+    response.metrics.update(metrics)
+    return response.SerializeToString()
+
+
+def stepped(step: int, metrics: Mapping[str, float]) -> bytes:
+    return trainer_pb2.OptimStepResponse(step=step, metrics=metrics).SerializeToString()
+
+
+def discarded(gradient_discarded: bool) -> bytes:
+    response = trainer_pb2.DiscardGradientResponse(gradient_discarded=gradient_discarded)
+    return response.SerializeToString()
+
+
+def saved_state(path: str, revision_path: str, step: int, *, gradient_pending: bool) -> bytes:
+    return trainer_pb2.SaveStateResponse(
+        path=path, revision_path=revision_path, step=step, gradient_pending=gradient_pending
+    ).SerializeToString()
+
+
+def saved_for_sampler(path: str, revision_path: str, step: int) -> bytes:
+    return trainer_pb2.SaveWeightsForSamplerResponse(
+        path=path, revision_path=revision_path, step=step
+    ).SerializeToString()
+
+
+def loaded(revision_path: str, step: int, *, gradient_discarded: bool) -> bytes:
+    return trainer_pb2.LoadStateResponse(
+        revision_path=revision_path, step=step, gradient_discarded=gradient_discarded
+    ).SerializeToString()
+
+
+def refused(error: MintError) -> bytes:
+    """A google.rpc.Status."""
+    encoded: bytes = to_status(error).SerializeToString()
+    return encoded
