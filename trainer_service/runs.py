@@ -127,7 +127,7 @@ class Runs:
     async def submit(self, tenant: str, call: Call) -> bytes:
         """Brings a sequenced call to its run and returns its answer, or raises it."""
         self._admission.check_answers()
-        run = self._find(tenant, call.place.training_run_id)
+        run = self.find(tenant, call.place.training_run_id)
         arrival = run.arrive(call)
         try:
             reply = await arrival.reply
@@ -151,7 +151,7 @@ class Runs:
         return await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
 
     def get(self, tenant: str, training_run_id: str) -> RunView:
-        return self._view(self._find(tenant, training_run_id))
+        return self._view(self.find(tenant, training_run_id))
 
     def views(self, tenant: str) -> list[RunView]:
         """The tenant's runs."""
@@ -159,7 +159,7 @@ class Runs:
         return [self._view(run) for run in runs if not run.closing]
 
     def watch(self, tenant: str, training_run_id: str) -> Watch:
-        run = self._find(tenant, training_run_id)
+        run = self.find(tenant, training_run_id)
         return Watch(
             run,
             partial(self._view, run),
@@ -224,7 +224,7 @@ class Runs:
         trouble = self._services.checkpoints.handoff.troubles.get(run.id, "")
         return replace(run.view(), trouble=trouble)
 
-    def _find(self, tenant: str, training_run_id: str) -> Run:
+    def find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
         run = self._runs.get(training_run_id)
         if is_uploaded(training_run_id):
@@ -239,7 +239,7 @@ class Runs:
         self._admission.check_changes()
         if not self._recalled:
             raise Unavailable("the base model is still being loaded; send the call again")
-        return self._find(tenant, training_run_id)
+        return self.find(tenant, training_run_id)
 
     async def _create(self, tenant: str, request: CreateRun) -> bytes:
         if error := self._admission.refusal():
@@ -303,7 +303,7 @@ class Runs:
 
     async def _update(self, tenant: str, request: UpdateRun) -> bytes:
         self._admission.check_changes()
-        run = self._find(tenant, request.training_run_id)
+        run = self.find(tenant, request.training_run_id)
         run.check_usable()
         run.metadata = request.metadata
         run.stir_watchers()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from functools import partial
 
 from checkpoint_store import SnapshotFolder, SnapshotMemory, snapshot_folder
@@ -32,6 +33,7 @@ from trainer_service.queue.usage import Usage
 from trainer_service.recovery.saved_rows import SavedRows
 from trainer_service.recovery.state_size import StateSize
 from trainer_service.run.call_numbers import CallLimits
+from trainer_service.run.retention import Clock
 from trainer_service.run.services import RunServices
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
@@ -53,21 +55,22 @@ class TrainerService:
         metrics: Metrics,
         keys: KeyRing | None,
         engine_module: str = ENGINE_MODULE,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._config = config
         self.tasks = Tasks()
         self.engine = EngineProcess(engine_module, config.engine_config())
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
-        self._scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
+        self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
         self._checkpoints = _checkpoints(config)
-        self._journal = Journal(config.state_folder)
+        self.journal = Journal(config.state_folder)
         self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
         backlogs = Backlogs(
             Load(count=config.queue_calls, tokens=config.queue_tokens),
             per_run=keys is None,
             predict=scheduler.predict_s,
         )
-        self._admission = Admission(self._journal, self._size, backlogs, metrics.queue_depth)
+        self._admission = Admission(self.journal, self._size, backlogs, metrics.queue_depth)
         self._services = RunServices(
             scheduler=scheduler,
             checkpoints=self._checkpoints,
@@ -81,25 +84,30 @@ class TrainerService:
             tasks=self.tasks,
             metrics=metrics,
         )
-        self._ledger = Ledger(self._journal)
-        self._runs = Runs(
+        self._ledger = Ledger(self.journal)
+        self.runs = Runs(
             self._services,
             self._ledger,
             self._admission,
             CallLimits(gap_s=config.gap_s),
             metrics,
             retention_s=config.retention_days * 86_400,
+            clock=clock,
         )
         self._add_gauges(metrics)
+
+    @property
+    def saved_rows(self) -> SavedRows:
+        return self._services.saved_rows
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
         server.drain_by(self._drain)
-        server.before_stop(self._runs.end_watches)
+        server.before_stop(self.runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
             TrainerServicer(
-                self._runs, RunDirectory(self._runs, self._checkpoints.store), self._scheduler
+                self.runs, RunDirectory(self.runs, self._checkpoints.store), self.scheduler
             ),
             "mintrpc.v1.TrainerService",
         )
@@ -116,32 +124,32 @@ class TrainerService:
         )
         add_model_service(
             server,
-            ModelServicer(lambda: self._scheduler.description, lambda: self.engine.ready, offer),
+            ModelServicer(lambda: self.scheduler.description, lambda: self.engine.ready, offer),
         )
 
     async def start(self) -> None:
         """Starts the engine, and goes on where the journal ends. Raises what keeps it from that."""
         hello = await self.engine.start()
         self._ledger.check_base(hello.model)
-        self._journal.start()
-        self._scheduler.welcome(hello)
+        self.journal.start()
+        self.scheduler.welcome(hello)
         self._checkpoints.handoff.start()
-        self._runs.start()
+        self.runs.start()
         for name, work in {
-            "scheduler": self._scheduler.run(),
+            "scheduler": self.scheduler.run(),
             "state's size": self._size.keep_measured(),
-            "rows of idle runs": self._services.saved_rows.cover_idle(self._runs.all),
+            "rows of idle runs": self._services.saved_rows.cover_idle(self.runs.all),
             "sweeper": self._checkpoints.sweeper.run(),
         }.items():
             self.tasks.start(work, name)
 
     async def _drain(self) -> None:
         """Brings what is under way to an end, within its time."""
-        await self._runs.drain(self._config.drain_s)
+        await self.runs.drain(self._config.drain_s)
 
     async def stop(self) -> None:
         await self.tasks.stop()
-        await asyncio.to_thread(self._journal.close)
+        await asyncio.to_thread(self.journal.close)
         await self.engine.close()
         await self._checkpoints.handoff.stop()
 
@@ -152,7 +160,7 @@ class TrainerService:
             Downloads(store),
             Uploads(store, sweeper),
             Exports(store, sweeper, threads=self._config.threads),
-            self._scheduler,
+            self.scheduler,
         )
 
     def _add_gauges(self, metrics: Metrics) -> None:
@@ -169,11 +177,11 @@ class TrainerService:
                 "Snapshots in memory that the store does not have yet",
                 lambda: float(self._checkpoints.handoff.unstored),
             ),
-            ("mint_journal_commits", "Transactions on disk", lambda: float(self._journal.commits)),
+            ("mint_journal_commits", "Transactions on disk", lambda: float(self.journal.commits)),
             (
                 "mint_journal_commit_seconds",
                 "Time that they have taken in all",
-                lambda: self._journal.commit_seconds,
+                lambda: self.journal.commit_seconds,
             ),
         ):
             metrics.gauge(name, help, read)

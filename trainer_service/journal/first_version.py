@@ -36,7 +36,8 @@ def keep_last_number(db: sqlite3.Connection) -> None:
         " coalesce((SELECT max(id) >> 32 FROM calls), 0),"
         " coalesce((SELECT max(id) >> 32 FROM answers), 0))"
     ).fetchone()
-    db.execute("REPLACE INTO server VALUES ('last_run', ?)", (str(last),))
+    if last:
+        db.execute("REPLACE INTO server VALUES ('last_run', ?)", (str(last),))
 
 
 def encode_answers(db: sqlite3.Connection) -> None:

@@ -16,6 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class Journal:
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="journal")
+        self._taken: deque[_Entry | None] = deque()  # out of the queue, and not yet executed
         self._pending: list[_Entry] = []  # of the transaction
         self._full: JournalFull | None = None
         self._failure: JournalFailed | None = None
@@ -182,18 +184,21 @@ class Journal:
             elif self._log_bytes():
                 self._empty_log()
             return True
-        entries = [entry]
-        with contextlib.suppress(queue.Empty):
-            while True:
-                entries.append(self._queue.get_nowait())
-        for each in entries:
-            if each is None:
+        self._taken.append(entry)
+        self._take_all()
+        while self._taken:
+            if (entry := self._taken.popleft()) is None:
                 self._commit()
                 return False
-            self._take(each)
+            self._take(entry)
         if any(entry.soon for entry in self._pending):
             self._commit()
         return True
+
+    def _take_all(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._taken.append(self._queue.get_nowait())
 
     def _take(self, entry: _Entry) -> None:
         if not entry.read:
@@ -282,13 +287,10 @@ class Journal:
 
         def tell() -> None:
             self._has_failed.set()
-            left = self._pending
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    if entry := self._queue.get_nowait():
-                        left.append(entry)
-            for entry in left:
-                _fail(entry.done, failure)
+            self._take_all()
+            for entry in [*self._pending, *self._taken]:
+                if entry is not None:
+                    _fail(entry.done, failure)
 
         self._post(tell)
 

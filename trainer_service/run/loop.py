@@ -66,6 +66,8 @@ class RunLoop:
                 scheduler.has_nothing_more(run.id)
             if not self._under_way:
                 run.inbox.at_rest.set()
+            # Who look when what was begun has been handed in.
+            asyncio.get_running_loop().call_soon(run.stir_watchers)
             await run.inbox.stirred.wait()
 
     def _next(self) -> Work | None:

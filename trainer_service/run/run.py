@@ -107,7 +107,6 @@ class Run:
         self._admission.enter(self.origin, call)
         self._unanswered[call.place.sequence] = call
         self.inbox.put(call)
-        self.stir_watchers()
 
     def acknowledge(self, before: int, upto: int) -> None:
         """See Intake."""

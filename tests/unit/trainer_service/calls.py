@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer_service.jobs import AdamParams, CrossEntropy, Document, StepRow
+from trainer_service.jobs import AdamParams, CrossEntropy, Document, StepRow, Tile
+from trainer_service.queue.planner import cut
 from trainer_service.run.calls import Call, Compute, Discard, Method, Place, Work
 
 
@@ -41,6 +42,11 @@ def compute(*lengths: int, backward: bool = True) -> Compute:
         backward=backward,
         weighted_only=False,
     )
+
+
+def tiles(run: str, sequence: int, *lengths: int, tile_tokens: int = 16) -> tuple[Tile, ...]:
+    """Of a backward of documents of these lengths."""
+    return cut(compute(*lengths), tile_tokens, training_run_id=run, sequence=sequence)
 
 
 def step(run: str, **params: Any) -> StepRow:

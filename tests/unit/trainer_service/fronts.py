@@ -2,31 +2,26 @@
 
 import asyncio
 import itertools
-import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from checkpoint_store import CheckpointStore
-from mint_core.backlog import Load
-from mint_core.engine_host.process import EngineProcess
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
+from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.checkpoints.checkpoints import Checkpoints
+from trainer_service.config import TrainerConfig
 from trainer_service.jobs import AdamParams
-from trainer_service.queue.backlog import Backlogs
-from trainer_service.queue.scheduler import Scheduler
-from trainer_service.queue.usage import Usage
-from trainer_service.recovery.durability import Durability
-from trainer_service.run.call_numbers import SequenceLimits
-from trainer_service.run.calls import Call, Outcome, Step
+from trainer_service.run.calls import Call, Step
+from trainer_service.run.run import Run
 from trainer_service.runs import Runs
+from trainer_service.service import TrainerService
 from trainer_service.wire.requests import CreateRun, DeleteRun, Identity
 
 LIMIT_S = 30.0
-TENANT = "ann"
+TENANT = "default"
 
 
 @dataclass
@@ -43,15 +38,20 @@ class SetClock:
 class Front:
     """Runs of one tenant, made by number."""
 
-    runs: Runs
-    engine: EngineProcess
-    metrics: Metrics
+    service: TrainerService
     state: Path
     clock: SetClock
     _ids: Iterator[int] = field(default_factory=itertools.count)
 
+    @property
+    def runs(self) -> Runs:
+        return self.service.runs
+
+    def run(self, name: str) -> Run:
+        return self.runs.find(TENANT, name)
+
     def identity(self) -> Identity:
-        return Identity(str(next(self._ids)), b"")
+        return Identity(f"{self.state} {next(self._ids)}", b"")
 
     async def create(self, retention_s: float | None = None) -> str:
         request = CreateRun(
@@ -61,14 +61,23 @@ class Front:
             isolated=False,
             retention_s=retention_s,
         )
-        return (await self.runs.create(TENANT, request)).origin.training_run_id
+        answer = await self.runs.create(TENANT, request)
+        made = trainer_pb2.CreateTrainingRunResponse.FromString(answer)
+        return made.training_run.training_run_id
 
-    async def delete(self, run: str) -> None:
-        request = DeleteRun(training_run_id=run, identity=self.identity(), delete_checkpoints=False)
+    async def delete(self, run: str, identity: Identity | None = None) -> None:
+        request = DeleteRun(
+            training_run_id=run, identity=identity or self.identity(), delete_checkpoints=False
+        )
         await self.runs.delete(TENANT, request)
 
-    def submit(self, made: Call) -> asyncio.Task[Outcome]:
-        return asyncio.create_task(self.runs.submit(TENANT, made))
+    def submit(self, made: Call) -> asyncio.Task[Any]:
+        """Brings a call to its run; what the task returns is the response message."""
+        return asyncio.create_task(self._submit(made))
+
+    async def _submit(self, made: Call) -> Any:
+        kind: Any = getattr(trainer_pb2, f"{made.method}Response")
+        return kind.FromString(await self.runs.submit(TENANT, made))
 
 
 def backward(run: str, sequence: int, lengths: Sequence[int]) -> Call:
@@ -83,35 +92,21 @@ def optim_step(run: str, sequence: int) -> Call:
 @asynccontextmanager
 async def fronting(
     store: Path,
-    retention_s: float = math.inf,
+    retention_s: float = 1e9,
     engine_module: str = "tests.engines.trainer",
     snapshot_s: float = 60.0,
 ) -> AsyncIterator[Front]:
-    engine = EngineProcess(engine_module, "no settings", on_death=lambda why: scheduler.lose(why))
-    metrics, clock = Metrics(), SetClock()
-    scheduler = Scheduler(engine, Usage(metrics), lambda tenant: 1.0)
-    durability = Durability(store / ".state", scheduler, metrics, snapshot_s=snapshot_s)
-    limits = Load(count=1000, tokens=1_000_000)
-    backlogs = Backlogs(limits, per_run=False, predict=scheduler.predict_s)
-    runs = Runs(
-        scheduler,
-        Checkpoints(CheckpointStore(store)),
-        metrics,
-        SequenceLimits(),
-        backlogs,
-        durability,
-        retention_s=retention_s,
-        clock=clock,
+    clock = SetClock()
+    config = TrainerConfig(
+        base_model=str(store),
+        store=str(store),
+        snapshot_s=snapshot_s,
+        retention_days=retention_s / 86_400,
     )
-    front = Front(runs, engine, metrics, store / ".state", clock)
-
+    service = TrainerService(config, Metrics(), None, engine_module, clock)
     async with asyncio.timeout(LIMIT_S):
-        scheduler.welcome(await engine.start())
-        durability.start(runs.all)
-        runs.resume()
+        await service.start()
         try:
-            yield front
+            yield Front(service, store / ".state", clock)
         finally:
-            await runs.stop()
-            await durability.stop()
-            await engine.close()
+            await service.stop()

@@ -41,7 +41,6 @@ class Trainer:
     root: Path
     memory: SnapshotMemory | None
     handoff: Handoff
-    troubles: list[str] = field(default_factory=list)
     written: list[WriteRow] = field(default_factory=list)
     error: Exception | None = None  # what the engine says of rows in memory
 
@@ -56,12 +55,16 @@ class Trainer:
         return WrittenRow(LAYOUT, len(self.written))
 
     async def publish(
-        self, name: str | None = None, ttl_s: float | None = None, sequence: int = 0
+        self,
+        name: str | None = None,
+        ttl_s: float | None = None,
+        sequence: int = 0,
+        mark: str = "",
     ) -> Published:
         expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
         save = SaveForSampler(name=name, ttl_s=ttl_s, metadata={})
         return await self.handoff.publish(
-            RUN, save, self.write, sequence=sequence, expire_time=expire_time
+            RUN, save, self.write, sequence=sequence, mark=mark, expire_time=expire_time
         )
 
     @property
@@ -98,7 +101,6 @@ async def training(
     memory = SnapshotMemory(root / "memory", limit_bytes) if limit_bytes else None
     handoff = Handoff(CheckpointStore(root / "store"), memory)
     trainer = Trainer(root, memory, handoff)
-    handoff.on_trouble = lambda run, trouble: trainer.troubles.append(trouble)
     async with asyncio.timeout(LIMIT_S):
         handoff.start()
         yield trainer
@@ -148,10 +150,21 @@ async def test_a_named_checkpoint_is_stored_first_and_put_into_memory_beside(
 
 async def test_a_call_that_is_done_again_after_a_crash_names_one_revision(tmp_path: Path) -> None:
     async with training(tmp_path) as trainer:
-        first = await trainer.publish("a", sequence=7)
-        assert await trainer.publish("a", sequence=7) == first
-        later = await trainer.publish("a", sequence=8)
+        first = await trainer.publish("a", sequence=7, mark="x")
+        assert await trainer.publish("a", sequence=7, mark="x") == first
+        later = await trainer.publish("a", sequence=8, mark="y")
         assert later.revision_path == "mint://r-1/sampler_weights/a@2"
+
+
+async def test_a_call_of_another_timeline_makes_a_revision_of_its_own(tmp_path: Path) -> None:
+    """After a backup was restored the same number belongs to another call."""
+    async with training(tmp_path) as trainer:
+        first = await trainer.publish("a", sequence=7, mark="x")
+        other = await trainer.publish("a", sequence=7, mark="y")
+        assert (first.manifest.revision, other.manifest.revision) == (1, 2)
+        before_marks = await trainer.publish("b", sequence=7)
+        assert await trainer.publish("b", sequence=7) == before_marks
+        assert (await trainer.publish("b", sequence=7, mark="z")).manifest.revision == 2
 
 
 async def test_a_named_checkpoint_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
@@ -168,10 +181,12 @@ async def test_a_store_that_fails_is_told_and_tried_again_with_the_next(tmp_path
     async with training(tmp_path) as trainer:
         trainer.break_store()
         failed = [await trainer.publish() for _ in range(2)]
-        while len(trainer.troubles) < 2:
-            await asyncio.sleep(0)
-        assert failed[0].revision_path in trainer.troubles[0]
-        assert "cannot be stored" in trainer.troubles[0]
+        told = asyncio.Event()
+        trainer.handoff.followers.add(told)
+        while failed[1].revision_path not in trainer.handoff.troubles.get(RUN.training_run_id, ""):
+            await told.wait()
+            told.clear()
+        assert "cannot be stored" in trainer.handoff.troubles[RUN.training_run_id]
         assert trainer.handoff.unstored == 2
 
         trainer.mend_store()
@@ -179,8 +194,9 @@ async def test_a_store_that_fails_is_told_and_tried_again_with_the_next(tmp_path
         while trainer.handoff.unstored:
             await asyncio.sleep(0)
         assert all(trainer.stored(published) for published in (*failed, last))
-        while trainer.troubles[-1]:
+        while trainer.handoff.troubles:
             await asyncio.sleep(0)
+        assert told.is_set()
 
 
 async def test_what_never_could_be_stored_is_left_to_the_next_trainer(tmp_path: Path) -> None:

@@ -2,33 +2,25 @@
 
 from datetime import UTC, datetime
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mint_core import errors
-from mint_core.errors import InvalidRequest, MintError
+from mint_core.errors import InvalidRequest
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.engines.echo_jobs import MODEL
 from tests.trainer_rpc import datum
-from trainer_service.errors import GradientIncomplete, QueueFull, TrainingRunLost
+from trainer_service.errors import StateDamaged
 from trainer_service.journal import codec
+from trainer_service.journal.records import Payload
 from trainer_service.run.calls import (
     Call,
     Compute,
-    Computed,
-    Discarded,
-    Loaded,
-    Method,
-    Outcome,
     Refused,
-    Saved,
-    Stepped,
 )
-from trainer_service.run.run import RunOrigin, RunView
+from trainer_service.run.run import RunOrigin
 from trainer_service.wire.sequenced_requests import parse_call
 
 ORIGIN = RunOrigin(
@@ -44,56 +36,6 @@ ORIGIN = RunOrigin(
     isolated=True,
     tile_tokens=16,
 )
-OUTCOMES: list[tuple[Method, Outcome]] = [
-    ("OptimStep", Stepped(step=3, metrics={"grad_norm:mean": 0.5, "learning_rate:mean": 1e-4})),
-    ("DiscardGradient", Discarded(True)),
-    (
-        "SaveState",
-        Saved(path="mint://p", revision_path="mint://p@1", step=2, gradient_pending=True),
-    ),
-    (
-        "SaveWeightsForSampler",
-        Saved(path="mint://p", revision_path="mint://p@1", step=2, gradient_pending=False),
-    ),
-    ("LoadState", Loaded(step=2, revision_path="mint://p@1", gradient_discarded=True)),
-]
-ERRORS = [
-    InvalidRequest("`data[0]` is bad", field="data[0]", count=3),
-    GradientIncomplete(4),
-    TrainingRunLost("run-1", "why"),
-    errors.EngineFault("gone"),
-    errors.MintError("internal", incident="a1"),
-    errors.CheckpointNotFound("mint://p"),
-    QueueFull(calls=1, tokens=2, max_calls=3, max_tokens=4, retry_after_s=1.0),
-]
-
-
-@pytest.mark.parametrize(("method", "outcome"), OUTCOMES)
-def test_outcomes_come_back(method: Method, outcome: Outcome) -> None:
-    assert codec.decode_outcome(method, codec.encode_outcome(method, outcome)) == outcome
-
-
-@given(st.lists(st.lists(st.floats(width=32), max_size=5), max_size=3))
-def test_logprobs_come_back_bit_for_bit(values: list[list[float]]) -> None:
-    outcome = Computed(
-        logprobs=tuple(np.array(each, np.float32) for each in values), metrics={"loss:sum": 0.1}
-    )
-
-    found = codec.decode_outcome("Forward", codec.encode_outcome("Forward", outcome))
-
-    assert isinstance(found, Computed)
-    assert found.metrics == outcome.metrics
-    assert [a.tobytes() for a in found.logprobs] == [a.tobytes() for a in outcome.logprobs]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.reason)
-def test_refusals_come_back_as_callers_see_them(error: MintError) -> None:
-    found = codec.decode_outcome("OptimStep", codec.encode_outcome("OptimStep", error))
-
-    assert isinstance(found, MintError)
-    if isinstance(error, errors.ResourceExhausted):
-        error.retry_after_s = None  # what is recorded has none
-    assert to_status(found) == to_status(error)
 
 
 def request() -> trainer_pb2.ForwardBackwardRequest:
@@ -109,47 +51,45 @@ def request() -> trainer_pb2.ForwardBackwardRequest:
 
 def test_requests_are_read_again_as_they_were() -> None:
     call = parse_call(request(), MODEL)
-    encoded = codec.encode_request(call)
+    encoded = codec.encode_payload(call)
 
-    work = codec.decode_request("ForwardBackward", encoded, MODEL)
+    work = codec.decode_payload(found(call, encoded), "run-1", 4, MODEL)
 
     assert isinstance(work, Compute)
     assert isinstance(call.work, Compute)
-    (found,), (expected,) = work.documents, call.work.documents
-    assert found.tokens.tolist() == expected.tokens.tolist()
-    assert found.weights.tolist() == expected.weights.tolist()
-    assert codec.payload(encoded) == call.payload
+    (again,), (expected,) = work.documents, call.work.documents
+    assert again.tokens.tolist() == expected.tokens.tolist()
+    assert again.weights.tolist() == expected.weights.tolist()
+    assert codec.content_of(encoded) == call.payload
+
+
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_what_is_not_to_the_bit_what_was_sent_is_damage(place: int, bit: int) -> None:
+    call = parse_call(request(), MODEL)
+    encoded = bytearray(codec.encode_payload(call))
+    encoded[1 + place % (len(encoded) - 1)] ^= 1 << bit
+
+    for damaged in (bytes(encoded), bytes(encoded)[:-1], b"", b"M"):
+        with pytest.raises(StateDamaged, match="run-1"):
+            codec.decode_payload(found(call, damaged), "run-1", 4, MODEL)
 
 
 def test_what_was_refused_stays_refused_for_the_same_reason() -> None:
     call = parse_call(request(), MODEL, [InvalidRequest("`x` is unknown", field="x")])
     assert isinstance(call.work, Refused)
-    encoded = codec.encode_request(call)
+    encoded = codec.encode_payload(call)
 
-    work = codec.decode_request("ForwardBackward", encoded, MODEL)
+    work = codec.decode_payload(found(call, encoded), "run-1", 4, MODEL)
 
     assert isinstance(work, Refused)
     assert to_status(work.error) == to_status(call.work.error)
-    assert codec.payload(encoded) == b""
+    assert codec.content_of(encoded) == b""
     assert isinstance(call, Call)
 
 
-def test_runs_and_their_views_come_back() -> None:
-    view = RunView(
-        origin=ORIGIN,
-        metadata={"a": "b"},
-        update_time=datetime(2026, 11, 26, tzinfo=UTC),
-        step=3,
-        next_sequence=9,
-        writer_epoch=2,
-        gradient_pending=True,
-        backward_count=1,
-        lost="",
-        trouble="a disk is full",
-        inexact_replays=2,
-        inexact_note="other bits",
-    )
+def found(call: Call, encoded: bytes) -> Payload:
+    return Payload(call.method, call.place.payload_hash, encoded)
 
+
+def test_runs_come_back() -> None:
     assert codec.decode_origin(codec.encode_origin(ORIGIN)) == ORIGIN
-    assert codec.decode_view(codec.encode_view(view)) == view
-    assert codec.decode_view(codec.encode_view(None)) is None

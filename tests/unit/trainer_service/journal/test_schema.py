@@ -88,14 +88,18 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, place: int) -> None:
 def test_a_migration_happens_whole_or_not_at_all() -> None:
     database = sqlite3.connect(":memory:", isolation_level=None)
     migrate(database, 0)
-    more = (*MIGRATIONS, "ALTER TABLE calls ADD COLUMN note TEXT;\nUPDATE calls SET note = '';\n")
-    broken = (*more, "CREATE TABLE last (a);\nCREATE TABLE calls (a);\n")
+    version = len(MIGRATIONS)
+    more = (
+        *MIGRATIONS,
+        ("ALTER TABLE calls ADD COLUMN note TEXT;\nUPDATE calls SET note = '';\n",),
+    )
+    broken = (*more, ("CREATE TABLE last (a);\nCREATE TABLE calls (a);\n",))
 
     with pytest.raises(sqlite3.OperationalError, match="already exists"):
-        migrate(database, 1, broken)
-    assert database.execute("PRAGMA user_version").fetchone() == (1,)
+        migrate(database, version, broken)
+    assert database.execute("PRAGMA user_version").fetchone() == (version,)
     assert not database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'last'").fetchall()
 
-    migrate(database, 1, more)
-    assert database.execute("PRAGMA user_version").fetchone() == (2,)
+    migrate(database, version, more)
+    assert database.execute("PRAGMA user_version").fetchone() == (version + 1,)
     assert database.execute("SELECT note FROM calls").fetchall() == []

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mint_core.errors import MintError
 from trainer_service.journal import writer
 from trainer_service.journal.schema import DATABASE
-from trainer_service.journal.writer import Journal, JournalFailed, JournalFull
+from trainer_service.journal.writer import Journal, JournalFailed, JournalFull, RecordRefused
 
 LIMIT_S = 20.0
 
@@ -24,7 +23,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
     await asyncio.to_thread(made.close)
 
 
-def insert(name: str, value: str = "") -> writer.Statement:
+def insert(name: str, value: str | int = "") -> writer.Statement:
     return lambda db: db.execute("INSERT INTO server VALUES (?, ?)", (name, value))
 
 
@@ -46,7 +45,8 @@ async def test_who_waits_is_called_in_order_once_it_is_on_disk(
         seen.append((number, len(on_disk(tmp_path))))
 
     for number in range(50):
-        journal.write(insert(f"{number:02}"), then=lambda number=number: note(number))  # type: ignore[misc]
+        written = journal.write(insert(f"{number:02}"))
+        written.add_done_callback(lambda _, number=number: note(number))  # type: ignore[misc]
     await journal.flush()
 
     assert [number for number, _ in seen] == list(range(50))
@@ -55,7 +55,7 @@ async def test_who_waits_is_called_in_order_once_it_is_on_disk(
 
 
 async def test_what_nobody_waits_for_comes_to_disk_too(journal: Journal, tmp_path: Path) -> None:
-    journal.write(insert("alone"))
+    journal.write(insert("alone"), soon=False)
 
     while on_disk(tmp_path) != ["alone"]:
         await asyncio.sleep(0.01)
@@ -64,8 +64,7 @@ async def test_what_nobody_waits_for_comes_to_disk_too(journal: Journal, tmp_pat
 async def test_statements_of_one_write_take_effect_together(
     journal: Journal, tmp_path: Path
 ) -> None:
-    journal.write(insert("a"), insert("b"), then=lambda: None)
-    await journal.flush()
+    await journal.write(insert("a"), insert("b"))
 
     assert on_disk(tmp_path) == ["a", "b"]
     assert await journal.read(lambda db: db.execute("SELECT count(*) FROM server").fetchone()) == (
@@ -89,14 +88,15 @@ async def test_a_full_disk_is_waited_for(
     await journal.read(lambda db: db.execute(f"PRAGMA max_page_count = {pages + 5}").fetchall())
     told: list[str] = []
     for name in ("a", "b", "c"):
-        journal.write(insert(name, "x" * 12_000), then=lambda name=name: told.append(name))  # type: ignore[misc]
+        written = journal.write(insert(name, "x" * 12_000))
+        written.add_done_callback(lambda _, name=name: told.append(name))  # type: ignore[misc]
 
     while not isinstance(journal.trouble(), JournalFull):
         await asyncio.sleep(0.01)
     refusal = journal.trouble()
     assert isinstance(refusal, JournalFull)
     assert refusal.retry_after_s is not None
-    assert not journal.failed
+    assert journal.failure is None
     assert set(told) == set(on_disk(tmp_path))
     # The thread sleeps between attempts; a limit of the test's stands for the disk's.
     journal.database.execute("PRAGMA max_page_count = 100000")
@@ -111,7 +111,7 @@ async def test_it_ends_on_a_full_disk_without_waiting_for_room(tmp_path: Path) -
     journal = Journal(tmp_path)
     journal.database.execute("PRAGMA max_page_count = 1")  # as many as there are
     journal.start()
-    journal.write(insert("a", "x" * 100_000), then=lambda: pytest.fail("it is not on disk"))
+    written = journal.write(insert("a", "x" * 100_000))
     while journal.trouble() is None:
         await asyncio.sleep(0.01)
 
@@ -119,34 +119,86 @@ async def test_it_ends_on_a_full_disk_without_waiting_for_room(tmp_path: Path) -
         await asyncio.to_thread(journal.close)
 
     assert on_disk(tmp_path) == []
+    assert not written.done()
 
 
 async def test_after_any_other_fault_nothing_is_told_any_more(journal: Journal) -> None:
-    failures: list[MintError] = []
-    journal.on_failure = failures.append
-    journal.write(lambda db: db.execute("DROP TABLE calls"), then=lambda: None)
-    await journal.flush()
-    journal.write(lambda db: db.execute("SELECT * FROM calls"), then=lambda: pytest.fail("told"))
+    await journal.write(lambda db: db.execute("DROP TABLE calls"))
+    written = journal.write(lambda db: db.execute("SELECT * FROM calls"))
 
     with pytest.raises(JournalFailed, match="no such table"):
         await journal.flush()
     with pytest.raises(JournalFailed):
         await journal.read(lambda db: None)
-    assert journal.failed
-    assert failures == [journal.trouble()]
+    with pytest.raises(JournalFailed):
+        await written
+    assert journal.failure is journal.trouble() is await journal.failed()
+
+
+async def test_whatever_ends_its_thread_is_told_to_all_who_wait(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an error of the database: one that nobody thought of."""
+
+    def surprise(name: str) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(writer, "fault_point", surprise)
+    waiting = [journal.write(insert(str(number))) for number in range(3)]
+
+    for written in waiting:
+        with pytest.raises(JournalFailed, match="no memory"):
+            await written
+    with pytest.raises(JournalFailed):
+        await journal.flush()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        insert("twice"),  # what is there already
+        insert("number", 2**70),  # more than the database takes
+        insert("text", "\udc80"),  # no character
+        lambda db: 1 / 0,
+    ],
+)
+async def test_a_bad_write_is_refused_alone(
+    journal: Journal, tmp_path: Path, bad: writer.Statement
+) -> None:
+    await journal.write(insert("twice"))
+    before, refused, behind = [
+        journal.write(statement) for statement in (insert("before"), bad, insert("zzz"))
+    ]
+
+    with pytest.raises(RecordRefused):
+        await refused
+    await before
+    await behind
+
+    assert on_disk(tmp_path) == ["before", "twice", "zzz"]
+    assert journal.trouble() is None
+
+
+async def test_a_read_that_fails_harms_nobody(journal: Journal, tmp_path: Path) -> None:
+    written = journal.write(insert("a"))
+    with pytest.raises(RecordRefused):
+        await journal.read(lambda db: 1 / 0)
+
+    await written
+    assert on_disk(tmp_path) == ["a"]
 
 
 async def test_the_log_goes_into_the_database_when_there_is_time(
     journal: Journal, tmp_path: Path
 ) -> None:
-    journal.write(insert("a", "x" * 1_000_000), then=lambda: None)
+    journal.write(insert("a", "x" * 1_000_000))
     await journal.flush()
     log = tmp_path / f"{DATABASE}-wal"
 
     while log.stat().st_size:
         await asyncio.sleep(0.05)
     assert (tmp_path / DATABASE).stat().st_size > 1_000_000
-    journal.write(lambda db: db.execute("DELETE FROM server"), then=lambda: None)
+    journal.write(lambda db: db.execute("DELETE FROM server"))
     await journal.flush()
     while (tmp_path / DATABASE).stat().st_size > 500_000:  # free pages are given back
         await asyncio.sleep(0.05)

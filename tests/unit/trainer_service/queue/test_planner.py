@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.trainer_service.calls import call, compute, document, step
+from tests.unit.trainer_service.calls import compute, document, step
 from trainer_service.jobs import CrossEntropy, Plan, StepRows, Tile, tile_tokens
 from trainer_service.queue.planner import Planner, cut, most_tile_tokens
 from trainer_service.run.calls import Compute
@@ -21,7 +21,11 @@ def tiles(
     run: str, sequence: int, *lengths: int, budget: int = BUDGET, isolated: bool = False
 ) -> tuple[Tile, ...]:
     return cut(
-        call(sequence, run=run), compute(*lengths), most_tile_tokens(budget), isolated=isolated
+        compute(*lengths),
+        most_tile_tokens(budget),
+        training_run_id=run,
+        sequence=sequence,
+        isolated=isolated,
     )
 
 
@@ -57,7 +61,11 @@ def test_a_tile_has_as_many_targets_at_each_position() -> None:
         weighted_only=False,
     )
 
-    assert [len(tile.documents) for tile in cut(call(1), work, 400)] == [2, 2, 1]
+    assert [len(tile.documents) for tile in cut(work, 400, training_run_id="a", sequence=1)] == [
+        2,
+        2,
+        1,
+    ]
 
 
 def test_documents_of_different_runs_share_a_plan() -> None:
@@ -202,3 +210,21 @@ def test_an_idle_run_saves_no_share_up() -> None:
         planner.add("x", tiles("late", sequence, 32))
 
     assert Counter(order(planner)[:10])["late"] in (4, 5, 6)
+
+
+def test_what_a_run_has_queued_is_taken_back() -> None:
+    planner = Planner(BUDGET)
+    for run in ("a", "b"):
+        planner.add("ann", tiles(run, 1, 8, 16, isolated=run == "a"))
+        planner.add_step(step(run))
+    planner.add("bob", tiles("c", 1, 8))
+
+    taken = planner.withdraw("a")
+
+    assert sorted(taken) == [("a", 0, 0), ("a", 1, 0), ("a", 1, 1)]
+    assert planner.withdraw("a") == []
+    steps = planner.next_job()
+    assert isinstance(steps, StepRows)
+    assert [each.training_run_id for each in steps.steps] == ["b"]
+    left = [tile.training_run_id for plan in plans(planner) for tile in plan.tiles]
+    assert sorted(left) == ["b", "b", "c"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.trainer_service.calls import call, compute
+from tests.unit.trainer_service.calls import compute
 from trainer_service.jobs import Plan, Tile, tile_tokens
 from trainer_service.queue.planner import Planner, cut, most_tile_tokens
 
@@ -50,9 +50,10 @@ class History:
     def add(self, arrival: Arrival) -> None:
         sequence = len(self.added[arrival.run]) + 1
         tiles = cut(
-            call(sequence, run=arrival.run),
             compute(*arrival.lengths),
             most_tile_tokens(self.budget),
+            training_run_id=arrival.run,
+            sequence=sequence,
         )
         self.planner.add(arrival.tenant, tiles)
         self.added[arrival.run] += tiles

@@ -7,7 +7,7 @@ import pytest
 from mint_core.errors import EngineFault
 from mint_core.rpc.metrics import Metrics
 from tests.metrics import scrape, value
-from tests.unit.trainer_service.calls import call, compute
+from tests.unit.trainer_service.calls import compute
 from trainer_service.jobs import Plan, StepResult, Tile, TileResult
 from trainer_service.queue.planner import cut
 from trainer_service.queue.usage import Usage
@@ -18,7 +18,7 @@ TAKEN = StepResult(step=1, grad_norm=0.0)
 
 
 def tile(run: str, tokens: int, *, backward: bool) -> Tile:
-    (only,) = cut(call(1, run=run), compute(tokens, backward=backward), 10_000)
+    (only,) = cut(compute(tokens, backward=backward), 10_000, training_run_id=run, sequence=1)
     return only
 
 

@@ -13,7 +13,7 @@ from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
 from trainer_service.queue import watching
 from trainer_service.queue.watching import KEPT_ENDS, CallEnd, Event, QueueProgress
-from trainer_service.run.run import RunView
+from trainer_service.run.description import RunView
 from trainer_service.wire.requests import UpdateRun
 
 
@@ -157,12 +157,10 @@ async def test_a_watch_ends_when_the_run_is_deleted(tmp_path: Path) -> None:
             for reader, name in zip(readers, (run, run, other), strict=True)
         ]
         await asyncio.gather(*(reader.until(QueueProgress) for reader in readers))
-        last = front.submit(call(1, run=run, method="DiscardGradient"))
-        await asyncio.sleep(0)
+        await front.submit(call(1, run=run, method="DiscardGradient"))
         await front.delete(run)
 
         await asyncio.gather(*reads[:2])  # they end by themselves
-        await asyncio.gather(last, return_exceptions=True)
         assert not reads[2].done()
         reads[2].cancel()
         await asyncio.gather(reads[2], return_exceptions=True)
@@ -202,7 +200,7 @@ async def test_watchers_are_sent_away_when_the_service_stops(tmp_path: Path) -> 
 async def test_a_watcher_that_leaves_is_forgotten(tmp_path: Path) -> None:
     async with fronting(tmp_path) as front:
         run = await front.create()
-        watched = front.runs._find(TENANT, run)
+        watched = front.run(run)
         async with reading(front, run):
             async with reading(front, run):
                 assert len(watched.watchers) == 2
@@ -221,7 +219,7 @@ async def test_a_lost_run_says_so(tmp_path: Path) -> None:
     async with fronting(tmp_path) as front:
         run = await front.create()
         async with reading(front, run) as reader:
-            front.runs._find(TENANT, run).lose("as the test says")
+            front.run(run).lose("as the test says")
             while len(reader.views) < 2:
                 await asyncio.sleep(0.01)
 

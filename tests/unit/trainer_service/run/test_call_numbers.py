@@ -1,15 +1,16 @@
 """The order of calls, repeats, and what is kept for them."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence as Seq
 from random import Random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mint_core.errors import FailedPrecondition, InvalidRequest, ResourceExhausted
+from mint_core.errors import InvalidRequest, MintError, ResourceExhausted
 from tests.unit.trainer_service.calls import call
 from trainer_service.errors import (
     AnswerAcknowledged,
@@ -20,16 +21,28 @@ from trainer_service.errors import (
     TooManyCallsInFlight,
     WriterFenced,
 )
-from trainer_service.run.call_numbers import Arrival, Sequence, SequenceLimits
-from trainer_service.run.calls import Call, Computed, Discarded, Refused
+from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
+from trainer_service.run.calls import Call, Refused, Reply
+
+ANSWER = Reply(b"answer", failed=False)
 
 
 class Recorder:
-    """A sequence and the calls it has accepted."""
+    """Numbers, and the calls that they have let in."""
 
     def __init__(self, **limits: float) -> None:
         self.accepted: list[Call] = []
-        self.sequence = Sequence(self.accepted.append, SequenceLimits(**limits))  # type: ignore[arg-type]
+        self.acknowledged: list[tuple[int, int]] = []
+        self.sequence = CallNumbers(self, CallLimits(**limits))  # type: ignore[arg-type]
+
+    def refusal(self, calls_before: int) -> MintError | None:
+        return None
+
+    def accept(self, call: Call) -> None:
+        self.accepted.append(call)
+
+    def acknowledge(self, before: int, upto: int) -> None:
+        self.acknowledged.append((before, upto))
 
     @property
     def numbers(self) -> list[int]:
@@ -37,8 +50,7 @@ class Recorder:
 
     def answer(self, *sequences: int) -> None:
         for sequence in sequences:
-            self.sequence.record(sequence, Discarded(True))
-            self.sequence.release(sequence)
+            self.sequence.answer(sequence, ANSWER)
 
 
 async def test_calls_are_accepted_in_order_whatever_order_they_arrive_in() -> None:
@@ -60,7 +72,7 @@ def test_every_number_acts_once(order: Seq[int], repeats: Seq[int]) -> None:
 
         assert recorder.numbers == list(range(1, 9))
         for arrival in arrivals:
-            assert await arrival.outcome == Discarded(True)
+            assert await arrival.reply == ANSWER
 
     asyncio.run(run())
 
@@ -69,24 +81,21 @@ async def test_a_repeat_gets_the_recorded_outcome_or_waits_for_it() -> None:
     recorder = Recorder()
     first = recorder.sequence.arrive(call(1))
     pending = recorder.sequence.arrive(call(1))
-    assert not pending.outcome.done()
-    outcome = Discarded(False)
+    assert not pending.reply.done()
 
-    recorder.sequence.record(1, outcome)
-    recorder.sequence.release(1)
+    recorder.answer(1)
     late = recorder.sequence.arrive(call(1))
 
-    assert await first.outcome is await pending.outcome is await late.outcome is outcome
+    assert await first.reply is await pending.reply is await late.reply is ANSWER
     assert recorder.numbers == [1]
 
 
 async def test_an_error_is_an_outcome_too_and_uses_up_its_number() -> None:
     recorder = Recorder()
     recorder.sequence.arrive(call(1))
-    recorder.sequence.record(1, error := FailedPrecondition("no"))
-    recorder.sequence.release(1)
+    recorder.sequence.answer(1, error := Reply(b"no", failed=True))
 
-    assert await recorder.sequence.arrive(call(1)).outcome is error
+    assert await recorder.sequence.arrive(call(1)).reply is error
     assert recorder.sequence.next_sequence == 2
 
 
@@ -112,9 +121,9 @@ async def test_of_two_early_arrivals_with_one_number_the_first_wins() -> None:
     recorder.answer(1, 2)
 
     assert recorder.numbers == [1, 2]
-    assert await first.outcome == await again.outcome == Discarded(True)
+    assert await first.reply == await again.reply == ANSWER
     with pytest.raises(SequenceReused):
-        await other.outcome
+        await other.reply
 
 
 async def test_an_early_arrival_is_held_for_a_while_only() -> None:
@@ -122,7 +131,7 @@ async def test_an_early_arrival_is_held_for_a_while_only() -> None:
     early = recorder.sequence.arrive(call(3))
 
     with pytest.raises(SequenceGap) as caught:
-        await early.outcome
+        await early.reply
 
     assert caught.value.metadata == {"sequence": "3", "missing_sequence": "1"}
     assert "waits for 1, which has not arrived" in caught.value.message
@@ -154,11 +163,28 @@ async def test_an_accepted_call_outlives_its_rpc() -> None:
     recorder = Recorder()
     arrival = recorder.sequence.arrive(call(1))
 
-    arrival.outcome.cancel()
+    arrival.reply.cancel()
     recorder.sequence.leave(arrival)
     recorder.answer(1)
 
-    assert await recorder.sequence.arrive(call(1)).outcome == Discarded(True)
+    assert await recorder.sequence.arrive(call(1)).reply == ANSWER
+
+
+async def test_what_rpcs_brought_goes_with_them() -> None:
+    """The call itself is kept, and of its thousand repeats nothing."""
+    recorder = Recorder()
+    arrivals = [recorder.sequence.arrive(call(1)) for _ in range(1000)]
+    replies = [weakref.ref(arrival.reply) for arrival in arrivals]
+
+    for arrival in arrivals:
+        recorder.sequence.leave(arrival)
+    del arrival, arrivals
+    gc.collect()
+
+    assert not any(reply() for reply in replies)
+    assert Arrival not in map(type, gc.get_objects())
+    recorder.answer(1)
+    assert await recorder.sequence.arrive(call(1)).reply == ANSWER
 
 
 async def test_acknowledged_answers_are_dropped() -> None:
@@ -168,6 +194,7 @@ async def test_acknowledged_answers_are_dropped() -> None:
 
     recorder.sequence.arrive(call(2, acknowledged=1))
 
+    assert recorder.acknowledged == [(0, 1)]
     with pytest.raises(AnswerAcknowledged) as caught:
         recorder.sequence.arrive(call(1))
     assert caught.value.metadata == {"sequence": "1", "acknowledged_sequence": "1"}
@@ -218,8 +245,7 @@ async def test_unacknowledged_answers_are_kept_up_to_a_number() -> None:
 async def test_unacknowledged_answers_are_kept_up_to_a_size() -> None:
     recorder = Recorder(kept_bytes=1_000_000)
     recorder.sequence.arrive(call(1))
-    recorder.sequence.record(1, Computed(logprobs=(np.zeros(250_000, np.float32),)))
-    recorder.sequence.release(1)
+    recorder.sequence.answer(1, Reply(bytes(1_000_000), failed=False))
 
     with pytest.raises(AnswersUnacknowledged):
         recorder.sequence.arrive(call(2))
@@ -236,7 +262,7 @@ async def test_a_full_queue_refuses_the_number_and_all_above_it() -> None:
 
     for arrival in later:
         with pytest.raises(TooManyCallsInFlight):
-            await arrival.outcome
+            await arrival.reply
     with pytest.raises(ResourceExhausted):
         recorder.sequence.arrive(call(3))
     recorder.answer(1)
@@ -253,7 +279,7 @@ async def test_opening_fences_earlier_writers_and_drops_early_arrivals() -> None
     assert recorder.sequence.open() == 2
 
     with pytest.raises(WriterFenced) as caught:
-        await early.outcome
+        await early.reply
     assert caught.value.metadata == {"writer_epoch": "1", "current_writer_epoch": "2"}
     with pytest.raises(WriterFenced):
         recorder.sequence.arrive(call(2, epoch=1))
@@ -267,7 +293,7 @@ async def test_a_repeat_may_come_from_the_new_writer() -> None:
     recorder.answer(1)
     recorder.sequence.open()
 
-    assert await recorder.sequence.arrive(call(1, epoch=2)).outcome == Discarded(True)
+    assert await recorder.sequence.arrive(call(1, epoch=2)).reply == ANSWER
 
 
 async def test_an_epoch_that_was_never_given_uses_up_nothing() -> None:
@@ -281,10 +307,6 @@ async def test_an_epoch_that_was_never_given_uses_up_nothing() -> None:
 
 class Bounded(Recorder):
     """Accepts no call while two are under way, as a tenant's full queue does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequence = Sequence(self.accepted.append, SequenceLimits(), self.refusal)
 
     def refusal(self, calls_before: int) -> QueueFull | None:
         if self.sequence.in_flight < 2:
@@ -305,7 +327,7 @@ async def test_a_full_queue_refuses_a_number_and_all_above_it_and_uses_none_up()
             bounded.sequence.arrive(call(number))
         assert caught.value.retry_after_s == wait_s  # those above come later
     with pytest.raises(QueueFull) as caught:
-        await early.outcome
+        await early.reply
     assert caught.value.retry_after_s == 2.0
     assert bounded.sequence.next_sequence == 3
 
@@ -314,7 +336,7 @@ async def test_a_full_queue_refuses_a_number_and_all_above_it_and_uses_none_up()
     bounded.sequence.arrive(call(3))
     assert bounded.numbers == [1, 2, 3]
     with pytest.raises(QueueFull):
-        await above.outcome
+        await above.reply
     bounded.answer(2)
     bounded.sequence.arrive(call(4))
     assert bounded.numbers == [1, 2, 3, 4]
@@ -327,7 +349,7 @@ async def test_a_repeat_is_answered_though_the_queue_is_full() -> None:
     for number in (2, 3):
         bounded.sequence.arrive(call(number))
 
-    assert await bounded.sequence.arrive(call(1)).outcome == Discarded(True)
+    assert await bounded.sequence.arrive(call(1)).reply == ANSWER
 
 
 @settings(max_examples=50)
@@ -342,7 +364,7 @@ def test_calls_that_are_refused_and_sent_again_act_once_and_in_order(seed: int) 
         while done < 12:
             number = random.choice([n for n in waiting if n > done])
             arrival = waiting[number]
-            if arrival is None or (arrival.outcome.done() and arrival.outcome.exception()):
+            if arrival is None or (arrival.reply.done() and arrival.reply.exception()):
                 try:
                     waiting[number] = bounded.sequence.arrive(call(number))
                 except QueueFull:
@@ -351,6 +373,6 @@ def test_calls_that_are_refused_and_sent_again_act_once_and_in_order(seed: int) 
                 done += 1
                 bounded.answer(done)
         assert bounded.numbers == list(range(1, 13))
-        assert all(a is None or not a.outcome.exception() for a in waiting.values())
+        assert all(a is None or not a.reply.exception() for a in waiting.values())
 
     asyncio.run(run())

@@ -10,7 +10,6 @@ from mint_core.errors import NotFound
 from tests.unit.trainer_service.calls import call, compute
 from tests.unit.trainer_service.fronts import TENANT, Front, fronting
 from trainer_service.errors import TrainingRunExpired
-from trainer_service.run.calls import Computed
 from trainer_service.wire.requests import OpenRun
 
 LIMIT_S = 100.0
@@ -50,8 +49,6 @@ async def test_a_run_that_nobody_calls_is_deleted_and_says_why(front: Front) -> 
     with pytest.raises(NotFound) as other:
         front.runs.get("bob", hasty)
     assert not isinstance(other.value, TrainingRunExpired)
-    registry = front.metrics._registry
-    assert registry.get_sample_value("mint_training_runs_expired_total") == 2
 
 
 async def test_every_call_starts_the_time_again(front: Front) -> None:
@@ -75,6 +72,6 @@ async def test_a_call_that_takes_longer_than_the_retention_time_is_finished(fron
 
     await pass_time(front, LIMIT_S + 1)
 
-    assert isinstance(await long, Computed)
+    assert await long
     assert not expired(front, run)
     assert expired(front, other)

@@ -165,7 +165,7 @@ def test_the_hash_is_of_the_content_not_of_the_bytes() -> None:
     )
 
     def digest(request: trainer_pb2.CreateTrainingRunRequest) -> bytes:
-        return requests.payload_hash(request, requests.canonical(request))
+        return requests.hash_of(type(request), requests.canonical(request))
 
     assert digest(one) == digest(other)
     other.metadata["a"] = "2"

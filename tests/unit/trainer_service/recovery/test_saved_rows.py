@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.engines.rows import MAX_BATCH_TOKENS
-from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
-from trainer_service.recovery import snapshots
-from trainer_service.run.run import Run
+from tests.unit.trainer_service.fronts import Front, backward, fronting, optim_step
+from trainer_service.recovery import saved_rows
 
 assert MAX_BATCH_TOKENS > 20
 
@@ -27,17 +26,13 @@ async def front(tmp_path: Path) -> AsyncIterator[Front]:
         yield made
 
 
-def run_of(front: Front, name: str) -> Run:
-    return front.runs._find(TENANT, name)
-
-
 def files(front: Front) -> list[str]:
     return sorted(path.name for path in (front.state / "snapshots").iterdir())
 
 
 async def covered(front: Front, name: str) -> int:
     """The last call that is in the run's row on disk."""
-    await front.runs._ledger.flush()
+    await front.service.journal.flush()
     database = sqlite3.connect(front.state / "journal.db")
     query = "SELECT sequence FROM saved_rows JOIN runs ON number = run WHERE training_run_id = ?"
     found = database.execute(query, (name,)).fetchone()
@@ -61,14 +56,14 @@ async def until_covered(front: Front, name: str, sequence: int) -> None:
 async def test_a_row_is_written_at_the_first_step_after_enough_computing(front: Front) -> None:
     name = await front.create()
     await front.submit(backward(name, 1, [4]))
-    run_of(front, name).exposure.seconds = 2000.0
+    front.run(name).unsaved.seconds = 2000.0
     await front.submit(backward(name, 2, [4]))  # a boundary is waited for
     assert files(front) == []
 
     await front.submit(optim_step(name, 3))
 
     await until_covered(front, name, 3)
-    assert run_of(front, name).exposure.calls == 0
+    assert front.run(name).unsaved.calls == 0
     await front.submit(backward(name, 4, [4]))
     await front.submit(optim_step(name, 5))
     assert await covered(front, name) == 3  # and not again at the next
@@ -78,7 +73,7 @@ async def test_a_newer_row_takes_the_place_of_the_one_before(front: Front) -> No
     name = await front.create()
     for first in (1, 3):
         await front.submit(backward(name, first, [4]))
-        run_of(front, name).exposure.seconds = 2000.0
+        front.run(name).unsaved.seconds = 2000.0
         await front.submit(optim_step(name, first + 1))
         await until(front, f"{name}-{first + 1}")
     await front.delete(name)
@@ -89,14 +84,14 @@ async def test_a_long_backlog_is_written_with_its_gradient(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = await front.create()
-    monkeypatch.setattr(snapshots, "LONGEST_BACKLOG_BYTES", 1)
+    monkeypatch.setattr(saved_rows, "LONGEST_BACKLOG_BYTES", 1)
     call = backward(name, 1, [4])
     object.__setattr__(call, "payload", b"two")
 
     await front.submit(call)
 
     await until_covered(front, name, 1)
-    assert run_of(front, name).gradient.pending
+    assert front.run(name).gradient.pending
 
 
 async def test_idle_rows_are_written(tmp_path: Path) -> None:
@@ -110,14 +105,14 @@ async def test_idle_rows_are_written(tmp_path: Path) -> None:
 async def test_a_row_that_cannot_be_written_is_tried_again_and_loses_nothing(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshots, "RETRY_S", 0.0)
+    monkeypatch.setattr(saved_rows, "RETRY_S", 0.0)
     name = await front.create()
-    run = run_of(front, name)
+    run = front.run(name)
     (front.state / "snapshots").rmdir()
     await front.submit(backward(name, 1, [4]))
-    run.exposure.seconds = 2000.0
+    run.unsaved.seconds = 2000.0
     await front.submit(optim_step(name, 2))
-    while not run.exposure.calls:
+    while not run.unsaved.calls:
         await asyncio.sleep(0.01)
     (front.state / "snapshots").mkdir()
 
@@ -131,7 +126,7 @@ async def test_what_a_crash_left_beside_the_rows_is_removed(tmp_path: Path) -> N
     async with fronting_rows(tmp_path, 1000.0) as front:
         name = await front.create()
         await front.submit(backward(name, 1, [4]))
-        await front.runs._durability.snapshots.cover(run_of(front, name))
+        await front.service.saved_rows.want(front.run(name))
         await until(front, f"{name}-1")
         (front.state / "snapshots" / "run-x-7.safetensors").touch()
         (front.state / "snapshots" / ".draft").touch()
