@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineFault, FailedPrecondition, MintError
+from mint_core.errors import FailedPrecondition, MintError
 from mint_core.hosting.access import KeyRing
 from mint_core.hosting.service_config import ServiceConfig, host_and_port
 from mint_core.hosting.tasks import Tasks
@@ -48,6 +48,10 @@ class Service(Protocol):
         """What it does in the background: it cannot go on without any of it."""
 
 
+class TaskDied(Exception):
+    """A service lacks something that it does in the background."""
+
+
 Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
 
 
@@ -58,6 +62,9 @@ def run_service(config: ServiceConfig, role: Role, build: Build) -> int:
         asyncio.run(_Life(config, role, build).run())
     except MintError as error:
         logger.error("%s cannot start: %s", role, error.message)
+        return 1
+    except TaskDied as error:
+        logger.critical("%s cannot go on without a task that has died: %s", role, error)
         return 1
     return 0
 
@@ -196,7 +203,7 @@ async def _serve(service: Service, server: RpcServer) -> None:
     following = asyncio.create_task(_follow(service.engine, server))
     try:
         error = await service.tasks.failure()
-        raise EngineFault(f"one of its tasks has died: {error}") from error
+        raise TaskDied(str(error)) from error
     finally:
         following.cancel()
 

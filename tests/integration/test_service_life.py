@@ -91,6 +91,15 @@ def test_it_says_where_it_listens_and_stops_when_told(
     assert not psutil.pid_exists(engines[0].pid)
 
 
+def test_a_task_that_dies_ends_the_service_and_is_told(model: Path, tmp_path: Path) -> None:
+    with running(model, tmp_path, "--task-error", "out of luck") as (process, _):
+        assert process.wait(LIMIT_S) == 1
+
+    log = (tmp_path / "log").read_text()
+    assert "CRITICAL mint_core.hosting.tasks the task `doomed` has died\nTraceback" in log
+    assert log.endswith("cannot go on without a task that has died: out of luck\n")
+
+
 @contextmanager
 def starting(model: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A service whose engine has its pipe but does not listen to it, and that engine."""

@@ -187,10 +187,11 @@ class Journal:
         self._taken.append(entry)
         self._take_all()
         while self._taken:
-            if (entry := self._taken.popleft()) is None:
+            if (entry := self._taken[0]) is None:
                 self._commit()
                 return False
             self._take(entry)
+            self._taken.popleft()
         if any(entry.soon for entry in self._pending):
             self._commit()
         return True
