@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError, ResourceExhausted
 from mint_core.fault_points import fault_point
+from mint_core.lora.row_digest import digest
 
 FORMAT = "mint-row-1"
 RETRY_S = 1.0  # after a full disk
@@ -106,6 +107,12 @@ def read(path: Path, header: Header) -> dict[str, NDArray[np.float32]]:
     if any(len(vector) != header.length for vector in vectors.values()):
         raise SnapshotDamaged(path, "is shorter than it was written")
     return vectors
+
+
+def damaged_parts(path: Path, header: Header) -> list[str]:
+    """The vectors of a row's file that are not what was written."""
+    vectors = read(path, header).items()
+    return [part for part, vector in vectors if digest(vector) != header.digests[part]]
 
 
 def _encode_header(

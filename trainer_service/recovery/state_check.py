@@ -50,14 +50,11 @@ def _of_run(
 
 
 def _of_snapshot(path: Path, size_bytes: int) -> Iterator[str]:
-    # Here, since torch takes seconds to import and the other commands need none.
-    from trainer_service.engine.digests import damaged_parts
-
     try:
         header = snapshot_files.read_header(path)
         if path.stat().st_size != size_bytes:
             yield f"snapshot {path.name} is not the one that the journal tells of"
-        for part in damaged_parts(path, header):
+        for part in snapshot_files.damaged_parts(path, header):
             yield f"snapshot {path.name} has damaged {part}"
     except SnapshotDamaged as error:
         yield error.message

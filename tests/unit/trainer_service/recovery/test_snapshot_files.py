@@ -4,18 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from mint_core.lora.row_digest import digest
 from tests.power_loss import filmed
-from trainer_service.engine.digests import damaged_parts, digest
 from trainer_service.recovery import snapshot_files
-from trainer_service.recovery.snapshot_files import SnapshotDamaged
+from trainer_service.recovery.snapshot_files import SnapshotDamaged, damaged_parts
 
 
 def write(folder: Path, step: int) -> Path:
     path = folder / f"r-1-{step}.safetensors"
     parts = {part: np.full(40, step, np.float32) for part in ("weights", "exp_avg")}
-    digests = {part: digest(torch.from_numpy(vector)) for part, vector in parts.items()}
+    digests = {part: digest(vector) for part, vector in parts.items()}
     snapshot_files.write(path, parts, digests, {"training_run_id": "r-1", "step": str(step)})
     return path
 
