@@ -2,7 +2,7 @@
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest
-from checkpoint_store.memory.row_file import RowFile, describe_row, map_numbers, open_row
+from checkpoint_store.memory.published_row import PublishedRow, describe_row, map_numbers, open_row
 from checkpoint_store.memory.snapshot_folder import SnapshotFolder, snapshot_folder
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
 from checkpoint_store.opened import OpenCheckpoint
@@ -17,6 +17,7 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.publishing import Published, new_manifest
+from checkpoint_store.row_file import RowDamaged, RowFile, RowMissing, save_row, write_row
 from checkpoint_store.store import CheckpointStore, Swept
 
 __all__ = [
@@ -32,7 +33,10 @@ __all__ = [
     "Manifest",
     "OpenCheckpoint",
     "Published",
+    "PublishedRow",
+    "RowDamaged",
     "RowFile",
+    "RowMissing",
     "SnapshotFolder",
     "SnapshotMemory",
     "Swept",
@@ -43,5 +47,7 @@ __all__ = [
     "new_manifest",
     "open_row",
     "parse_path",
+    "save_row",
     "snapshot_folder",
+    "write_row",
 ]

@@ -13,7 +13,7 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.memory.row_file import RowFile
+from checkpoint_store.memory.published_row import PublishedRow
 from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
@@ -29,7 +29,7 @@ class OpenCheckpoint:
     # store's checkpoints it holds copies, for a while, once they are verified.
     folder: Path
     place: Place  # in the store
-    row: RowFile | None = None  # the same weights in memory
+    row: PublishedRow | None = None  # the same weights in memory
 
     @property
     def stored(self) -> bool:

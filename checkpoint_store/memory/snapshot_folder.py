@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from checkpoint_store.memory.row_file import RowFile, open_row
+from checkpoint_store.memory.published_row import PublishedRow, open_row
 from checkpoint_store.objects.object_store import is_object_address
 from checkpoint_store.paths import CheckpointPath
 
@@ -27,7 +27,7 @@ class SnapshotFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def find(self, revision: CheckpointPath) -> RowFile | None:
+    def find(self, revision: CheckpointPath) -> PublishedRow | None:
         """The row of a revision, if a trainer of this host has it in memory. Raises
         CheckpointDamaged.
         """

@@ -15,7 +15,7 @@ import psutil
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.memory.row_file import RowFile, describe_row, open_row
+from checkpoint_store.memory.published_row import PublishedRow, describe_row, open_row
 from checkpoint_store.memory.snapshot_folder import OWNER_PREFIX, is_private, place_of
 from checkpoint_store.paths import SAMPLER_WEIGHTS, CheckpointPath
 from mint_core.errors import FailedPrecondition
@@ -111,7 +111,7 @@ class SnapshotMemory:
             del self._drafts[draft]
             self._held[manifest.revision_path] = _Held(size_bytes, stored)
 
-    def open(self, revision: CheckpointPath) -> RowFile:
+    def open(self, revision: CheckpointPath) -> PublishedRow:
         """A row that is here."""
         return open_row(self._owned.path / place_of(revision), str(revision))
 
@@ -232,7 +232,7 @@ def _affordable_bytes(folder: Path) -> int:
     return int(MEMORY_SHARE * free_bytes)
 
 
-def _unnamed_rows(folder: Path) -> Iterator[RowFile]:
+def _unnamed_rows(folder: Path) -> Iterator[PublishedRow]:
     for file in folder.glob("*/*@*"):
         try:
             row = open_row(file, f"mint://{file.parent.name}/{SAMPLER_WEIGHTS}/{file.name}")

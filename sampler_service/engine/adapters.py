@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from checkpoint_store import RowFile, open_row
+from checkpoint_store import PublishedRow, open_row
 from mint_core.errors import MintError
 from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
@@ -88,7 +88,7 @@ class Adapters:
                 revision_path=revision_path,
             )
 
-    def _numbers(self, revision_path: str, file: RowFile) -> Tensor:  # [params]
+    def _numbers(self, revision_path: str, file: PublishedRow) -> Tensor:  # [params]
         """A row on the device."""
         if self._device.type == "cpu":
             return torch.from_numpy(file.numbers())
@@ -100,7 +100,7 @@ class Adapters:
         return pinned.to(self._device, non_blocking=True)
 
 
-def _open(job: LoadAdapter) -> RowFile:
+def _open(job: LoadAdapter) -> PublishedRow:
     try:
         return open_row(Path(job.file), job.revision_path)
     except (OSError, MintError) as error:

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_store import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
+from trainer_service.errors import SnapshotFailed
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -44,7 +46,6 @@ from trainer_service.jobs import (
     WriteRow,
     WrittenRow,
 )
-from trainer_service.recovery import snapshot_files
 
 MODULE = "lm_head"
 WIDTH = 16
@@ -157,17 +158,19 @@ class Rows:
         row = self._rows[job.training_run_id]
         self._pipe.send(Part(self._number, SnapshotCopied()))
         parts = {"weights": row.weights, "gradient": row.gradient}
-        digests = {part: digest(vector) for part, vector in parts.items()}
         about = {"step": str(row.step)}
-        return SnapshotWritten(snapshot_files.write(Path(job.path), parts, digests, about))
+        try:
+            return SnapshotWritten(save_row(Path(job.path), parts, about))
+        except OSError as error:
+            raise SnapshotFailed(error) from error
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
         if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
             raise MemoryError
-        header = snapshot_files.read_header(Path(job.path))
-        parts = snapshot_files.read(Path(job.path), header)
-        step = int(header.about["step"])
-        self._rows[job.training_run_id] = Row(job.spec, parts["weights"], parts["gradient"], step)
+        file = RowFile.open(Path(job.path))
+        weights, gradient = file.read("weights"), file.read("gradient")
+        step = int(file.about["step"])
+        self._rows[job.training_run_id] = Row(job.spec, weights, gradient, step)
         return RestoredRow("")
 
 

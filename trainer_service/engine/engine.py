@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_store import RowDamaged, RowFile
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
@@ -54,7 +55,6 @@ from trainer_service.jobs import (
     WriteRow,
     WrittenRow,
 )
-from trainer_service.recovery.snapshot_files import SnapshotDamaged, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -227,21 +227,21 @@ class Engine:
         return copy_row(job, self._rows.here(job.training_run_id), self.base)
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
-        path, name = Path(job.path), job.training_run_id
+        name = job.training_run_id
         try:
-            header = read_header(path)
+            file = RowFile.open(Path(job.path))
             trained = self._rows.add(name, self._bank.add(job.spec))
-            self._rows.here(name, *map(Part, header.digests))
-            read_row(path, trained.row, header)
-        except SnapshotDamaged as error:
+            self._rows.here(name, *map(Part, file.digests))
+            read_row(file, trained.row)
+        except RowDamaged as error:
             self._rows.remove(name)
             raise StateDamaged(name, error.message) from error
         except MintError:
             self._rows.remove(name)
             raise
-        trained.step = int(header.about["step"])
-        trained.gradient_pending = header.about["gradient_pending"] == "1"
-        return RestoredRow(difference(header, self.base))
+        trained.step = int(file.about["step"])
+        trained.gradient_pending = file.about["gradient_pending"] == "1"
+        return RestoredRow(difference(file, self.base))
 
     def _fill(self, training_run_id: str, start: RowArrays) -> None:
         if (start.exp_avg is None) != (start.exp_avg_sq is None):

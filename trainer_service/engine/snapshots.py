@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_store import RowDamaged, RowFile, save_row
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Part, Reply
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
+from trainer_service.errors import SnapshotFailed
 from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
-from trainer_service.recovery import snapshot_files
-from trainer_service.recovery.snapshot_files import Header, SnapshotDamaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +30,12 @@ class RowCopy:
     about: Mapping[str, str]
 
     def write(self, progress: Callable[[], None] = lambda: None) -> SnapshotWritten:
-        """Returns when the file is on disk."""
-        digests = {}
-        for part, vector in self.parts.items():
-            digests[part] = digest(vector)
-            progress()
+        """Returns when the file is on disk. Raises SnapshotFailed."""
         arrays = {part: vector.numpy() for part, vector in self.parts.items()}
-        return SnapshotWritten(
-            snapshot_files.write(self.path, arrays, digests, self.about, progress)
-        )
+        try:
+            return SnapshotWritten(save_row(self.path, arrays, self.about, progress))
+        except OSError as error:
+            raise SnapshotFailed(error) from error
 
 
 def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy:
@@ -77,20 +73,17 @@ def _processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def read_row(path: Path, row: AdapterRow, header: Header) -> None:
-    """Fills the parts of a row from its file. Raises SnapshotDamaged."""
-    if header.length != row.bank.row_size:
-        raise SnapshotDamaged(path, "lies otherwise in memory than this version's rows")
-    for part, vector in snapshot_files.read(path, header).items():
-        tensor = torch.from_numpy(vector)
-        if digest(tensor) != header.digests[part]:
-            raise SnapshotDamaged(path, f"has damaged {part}: its digest is another")
-        row.part(RowPart(part)).copy_(tensor)
+def read_row(file: RowFile, row: AdapterRow) -> None:
+    """Fills the parts of a row from its file. Raises RowDamaged."""
+    if file.length != row.bank.row_size:
+        raise RowDamaged(file.path, "lies otherwise in memory than this version's rows")
+    for part in file.digests:
+        row.part(RowPart(part)).copy_(torch.from_numpy(file.read(part)))
 
 
-def difference(header: Header, base: LoadedBase) -> str:
+def difference(file: RowFile, base: LoadedBase) -> str:
     """In which way the engine that wrote a file was another than this one."""
-    theirs, ours = json.loads(header.about["engine"]), engine_traits(base)
+    theirs, ours = json.loads(file.about["engine"]), engine_traits(base)
     return ", ".join(
         f"{name} was {theirs.get(name)} and is {value}"
         for name, value in ours.items()

@@ -13,11 +13,11 @@ from typing import Any
 from mint_core.errors import EngineDied, MintError
 from mint_core.fault_points import fault_point
 from mint_core.rpc.metrics import Metrics
+from trainer_service.errors import SnapshotFailed
 from trainer_service.jobs import SnapshotRow, SnapshotWritten
 from trainer_service.journal.ledger import Ledger
 from trainer_service.journal.records import SnapshotRecord
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.recovery.snapshot_files import SnapshotFailed
 from trainer_service.run.exposure import Exposure
 from trainer_service.run.run import Run
 

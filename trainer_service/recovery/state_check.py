@@ -7,13 +7,12 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from checkpoint_store import RowDamaged, RowFile
 from mint_core.errors import MintError
 from mintrpc.v1 import trainer_pb2
 from trainer_service.journal import codec, queries, records
 from trainer_service.journal.records import Effect, PastCall, TileRecord
-from trainer_service.recovery import snapshot_files
 from trainer_service.recovery.replay_order import Pass, replay_order
-from trainer_service.recovery.snapshot_files import SnapshotDamaged
 from trainer_service.run.calls import Method
 from trainer_service.wire.requests import payload_hash
 
@@ -51,12 +50,12 @@ def _of_run(
 
 def _of_snapshot(path: Path, size_bytes: int) -> Iterator[str]:
     try:
-        header = snapshot_files.read_header(path)
-        if path.stat().st_size != size_bytes:
-            yield f"snapshot {path.name} is not the one that the journal tells of"
-        for part in snapshot_files.damaged_parts(path, header):
-            yield f"snapshot {path.name} has damaged {part}"
-    except SnapshotDamaged as error:
+        row = RowFile.open(path)
+        if row.size_bytes != size_bytes:
+            yield f"row file {path.name} is not the one that the journal tells of"
+        for part in row.digests:
+            row.read(part)
+    except RowDamaged as error:
         yield error.message
 
 

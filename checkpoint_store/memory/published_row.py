@@ -29,7 +29,7 @@ _SIZES = struct.Struct("<QQQ")
 
 
 @dataclass(frozen=True, slots=True)
-class RowFile:
+class PublishedRow:
     """A file that is there, whole, and the adapter that was asked for."""
 
     path: Path
@@ -65,7 +65,7 @@ def describe_row(file: Path, manifest: Manifest, layout: RowLayout) -> None:
         opened.write(layout.encoded + encoded + sizes + digest + MAGIC)
 
 
-def open_row(file: Path, revision_path: str) -> RowFile:
+def open_row(file: Path, revision_path: str) -> PublishedRow:
     """Opens the file of a revision. Raises FileNotFoundError, or CheckpointDamaged if the file is
     anything else than that whole row.
     """
@@ -89,7 +89,7 @@ def open_row(file: Path, revision_path: str) -> RowFile:
     if str(described_by.revision_path) != revision_path:
         raise _damaged(file, revision_path, f"is that of `{described_by.revision_path}`")
     row_layout = RowLayout(head[:layout])
-    return RowFile(file, described_by, row_layout, size_bytes, numbers)
+    return PublishedRow(file, described_by, row_layout, size_bytes, numbers)
 
 
 def _damaged(file: Path, revision_path: str, problem: str) -> CheckpointDamaged:
