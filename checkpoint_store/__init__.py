@@ -2,7 +2,7 @@
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest
-from checkpoint_store.memory.published_row import PublishedRow, describe_row, map_numbers, open_row
+from checkpoint_store.memory.published_row import PublishedRow, open_row, write_published_row
 from checkpoint_store.memory.snapshot_folder import SnapshotFolder, snapshot_folder
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
 from checkpoint_store.opened import OpenCheckpoint
@@ -42,12 +42,11 @@ __all__ = [
     "Swept",
     "WeightsNotFinite",
     "check_name",
-    "describe_row",
-    "map_numbers",
     "new_manifest",
     "open_row",
     "parse_path",
     "save_row",
     "snapshot_folder",
+    "write_published_row",
     "write_row",
 ]

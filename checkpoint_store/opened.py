@@ -16,6 +16,7 @@ from checkpoint_store.manifest import Manifest
 from checkpoint_store.memory.published_row import PublishedRow
 from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
+from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.spec import AdapterArrays
 
@@ -83,5 +84,5 @@ class OpenCheckpoint:
         """Says CheckpointNotFound where a file is no longer there."""
         try:
             yield
-        except FileNotFoundError:  # deleted since it was opened
+        except (FileNotFoundError, RowMissing):  # deleted since it was opened
             raise CheckpointNotFound(str(self.manifest.revision_path)) from None

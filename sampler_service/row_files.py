@@ -7,7 +7,8 @@ import shutil
 import threading
 from pathlib import Path
 
-from checkpoint_store import Manifest, describe_row
+from checkpoint_store import Manifest, write_published_row
+from checkpoint_store.manifest import encode_manifest
 from mint_core.errors import FailedPrecondition, ResourceExhausted
 from mint_core.lora.row_layout import Floats, RowLayout
 from mint_core.owned_folder import OwnedFolder
@@ -52,8 +53,8 @@ class RowFiles:
         draft = file.with_suffix(".draft")  # nobody else makes the same one
         while True:
             try:
-                draft.write_bytes(row.data)
-                describe_row(draft, manifest, layout)
+                encoded = encode_manifest(manifest)
+                size_bytes = write_published_row(draft, row, layout, encoded)
                 break
             except OSError as error:
                 draft.unlink(missing_ok=True)
@@ -62,7 +63,6 @@ class RowFiles:
                         f"adapter `{revision_path}` cannot be written to `row_folder`: "
                         f"{error.strerror}; free disk space, or choose another folder"
                     ) from error
-        size_bytes = draft.stat().st_size
         draft.rename(file)
         with self._lock:
             self._sizes[revision_path] = size_bytes

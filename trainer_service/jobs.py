@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint_core.errors import MintError
-from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 
 Floats = NDArray[np.float32]
@@ -208,19 +207,14 @@ class ExportRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteRow:
-    """Writes the weights to a file as they lie in memory. Raises WeightsNotFinite, and
-    RowNotWritten if the file cannot be. Answer: `WrittenRow`.
+    """Writes the weights as the row file of a checkpoint. Raises WeightsNotFinite, and
+    RowNotWritten if the file cannot be. Answer: None.
     """
 
     training_run_id: str
     file: str
-    path: str  # of the checkpoint that is being made, for errors
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenRow:
-    layout: RowLayout
-    step: int
+    manifest: bytes  # of the checkpoint, as it is to stand in the file
+    path: str  # of the checkpoint, for errors
 
 
 @dataclass(frozen=True, slots=True)

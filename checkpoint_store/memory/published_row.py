@@ -1,96 +1,84 @@
-"""An adapter in a file as it lies in a bank's memory, so that reading it is mapping it.
-
-    numbers, float32 little-endian | layout, JSON | manifest, JSON | trailer
-
-The trailer has the sizes of the other parts and a SHA-256 of all but the numbers. The numbers come
-first, at the start of a page, and can be written by one process and described by another. A file
-is complete before it gets the name under which it is looked for.
+"""The row file of a revision. Beside the numbers it holds the manifest, and the layout by which
+they are read where rows lie otherwise.
 """
 
-import hashlib
-import mmap
-import os
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.manifest import Manifest, decode_manifest, encode_manifest
-from mint_core.lora.row_layout import RowLayout
-
-Floats = NDArray[np.float32]
-
-MAGIC = b"MINTROW1"  # with the version of this format
-_TRAILER = struct.Struct("<QQQ32s8s")  # sizes in bytes of numbers, layout, manifest; SHA-256; MAGIC
-_SIZES = struct.Struct("<QQQ")
+from checkpoint_store.manifest import Manifest, decode_manifest
+from checkpoint_store.row_file import WEIGHTS, RowDamaged, RowFile, RowMissing, write_row
+from mint_core.lora.row_layout import Floats, RowLayout
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedRow:
     """A file that is there, whole, and the adapter that was asked for."""
 
-    path: Path
+    file: RowFile
     manifest: Manifest
     layout: RowLayout
-    size_bytes: int  # of the file
-    _numbers_bytes: int = field(repr=False)
+    _revision_path: str
 
-    def numbers(self) -> Floats:
-        """The row [params], in the pages of the file; writing to it changes a copy."""
-        return map_numbers(self.path, self._numbers_bytes)
+    def numbers(self) -> Floats:  # [params]
+        """The row, in the pages of the file, not checked; writing to it changes a copy. Raises
+        RowMissing, CheckpointDamaged.
+        """
+        with _damage_of(self._revision_path):
+            return self.file.map(WEIGHTS)
 
     def weights(self) -> dict[str, Floats]:
-        """A and B by PEFT's names, as views of the file."""
-        return self.layout.matrices(self.numbers(), self.manifest.spec)
+        """A and B by PEFT's names, as views of the file, and as they were written. Raises as
+        `numbers`.
+        """
+        with _damage_of(self._revision_path):
+            row = self.file.check(WEIGHTS, self.file.map(WEIGHTS))
+        return self.layout.matrices(row, self.manifest.spec)
 
 
-def map_numbers(file: Path, size_bytes: int) -> Floats:
-    """The first bytes of a file, mapped. They stay readable when the file is removed."""
-    with file.open("rb") as opened:
-        pages = mmap.mmap(opened.fileno(), size_bytes, access=mmap.ACCESS_COPY)
-    return np.frombuffer(pages, "<f4")
-
-
-def describe_row(file: Path, manifest: Manifest, layout: RowLayout) -> None:
-    """Makes a row file of one that holds the numbers alone."""
-    numbers_bytes = file.stat().st_size
-    assert numbers_bytes == 4 * layout.size, "the numbers of another layout"
-    encoded = encode_manifest(manifest)
-    sizes = _SIZES.pack(numbers_bytes, len(layout.encoded), len(encoded))
-    digest = hashlib.sha256(sizes + layout.encoded + encoded).digest()
-    with file.open("ab") as opened:
-        opened.write(layout.encoded + encoded + sizes + digest + MAGIC)
+def write_published_row(
+    file: Path,
+    numbers: Floats,  # [params]
+    layout: RowLayout,
+    encoded_manifest: bytes,
+    progress: Callable[[], None] = lambda: None,
+) -> int:
+    """Writes to a file that is new, or was made beforehand, as `write_row`. With revision 0 in the
+    manifest the file is of that revision of the name under which it is put.
+    """
+    about = {"layout": layout.encoded.decode(), "manifest": encoded_manifest.decode()}
+    return write_row(file, {WEIGHTS: numbers}, about, progress)
 
 
 def open_row(file: Path, revision_path: str) -> PublishedRow:
-    """Opens the file of a revision. Raises FileNotFoundError, or CheckpointDamaged if the file is
-    anything else than that whole row.
+    """Opens the file of a revision. Raises RowMissing, or CheckpointDamaged if the file is anything
+    else than that whole row.
     """
-    with file.open("rb") as opened:
-        size_bytes = os.fstat(opened.fileno()).st_size
-        tail = os.pread(opened.fileno(), _TRAILER.size, max(0, size_bytes - _TRAILER.size))
-        if len(tail) < _TRAILER.size or not tail.endswith(MAGIC):
-            raise _damaged(file, revision_path, f"does not end in {MAGIC.decode()}")
-        numbers, layout, manifest, digest, _ = _TRAILER.unpack(tail)
-        described = numbers + layout + manifest + _TRAILER.size
-        if described != size_bytes:
-            problem = f"has {size_bytes} bytes where its trailer says {described}"
-            raise _damaged(file, revision_path, problem)
-        head = os.pread(opened.fileno(), layout + manifest, numbers)
-    if hashlib.sha256(tail[: _SIZES.size] + head).digest() != digest:
-        raise _damaged(file, revision_path, "has another header than was written")
+    with _damage_of(revision_path):
+        row = RowFile.open(file)
     try:
-        described_by = decode_manifest(head[layout:])
+        manifest = decode_manifest(row.about["manifest"].encode())
+        layout = RowLayout(row.about["layout"].encode())
+    except KeyError:
+        problem = "is not of a checkpoint"
+        raise CheckpointDamaged(revision_path, file.name, problem) from None
     except ValueError as error:
-        raise _damaged(file, revision_path, f"has a manifest that {error}") from None
-    if str(described_by.revision_path) != revision_path:
-        raise _damaged(file, revision_path, f"is that of `{described_by.revision_path}`")
-    row_layout = RowLayout(head[:layout])
-    return PublishedRow(file, described_by, row_layout, size_bytes, numbers)
+        problem = f"has a manifest that {error}"
+        raise CheckpointDamaged(revision_path, file.name, problem) from None
+    told = str(manifest.path.at(manifest.revision or None))
+    if told not in (revision_path, revision_path.rpartition("@")[0]):
+        raise CheckpointDamaged(revision_path, file.name, f"is that of `{told}`")
+    return PublishedRow(row, manifest, layout, revision_path)
 
 
-def _damaged(file: Path, revision_path: str, problem: str) -> CheckpointDamaged:
-    return CheckpointDamaged(revision_path, file.name, problem)
+@contextmanager
+def _damage_of(revision_path: str) -> Iterator[None]:
+    try:
+        yield
+    except RowMissing:
+        raise
+    except RowDamaged as error:
+        file = error.metadata["file"]
+        raise CheckpointDamaged(revision_path, file, error.problem) from error

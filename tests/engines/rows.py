@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_store import RowFile, save_row
+from checkpoint_store import RowFile, save_row, write_published_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
@@ -44,7 +44,6 @@ from trainer_service.jobs import (
     Tile,
     TileResult,
     WriteRow,
-    WrittenRow,
 )
 
 MODULE = "lm_head"
@@ -140,10 +139,10 @@ class Rows:
         moments = arrays(np.zeros(WIDTH, np.float32)) if job.with_optimizer else None
         return RowArrays(weights=weights, exp_avg=moments, exp_avg_sq=moments, step=row.step)
 
-    def _write(self, job: WriteRow) -> WrittenRow:
+    def _write(self, job: WriteRow) -> None:
         row = self._rows[job.training_run_id]
-        LAYOUT.row(row.spec, arrays(row.weights)).tofile(job.file)
-        return WrittenRow(LAYOUT, row.step)
+        numbers = LAYOUT.row(row.spec, arrays(row.weights))
+        write_published_row(Path(job.file), numbers, LAYOUT, job.manifest)
 
     def _load(self, job: LoadRow) -> None:
         self._clear(ClearGradient(job.training_run_id))

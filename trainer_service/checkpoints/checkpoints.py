@@ -137,12 +137,12 @@ class Checkpoints:
         )
 
     async def publish_adapter(
-        self, origin: RunOrigin, save: SaveForSampler, sequence: int, write: Write
+        self, origin: RunOrigin, save: SaveForSampler, write: Write, *, step: int, sequence: int
     ) -> Published:
-        """Publishes an adapter for samplers; `write` has the engine write its row."""
+        """Publishes an adapter for samplers; `write` has the engine write its row, of that step."""
         expire_time = self._expire_time(save.ttl_s)
         return await self.handoff.publish(
-            origin, save, write, sequence=sequence, expire_time=expire_time
+            origin, save, write, step=step, sequence=sequence, expire_time=expire_time
         )
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:

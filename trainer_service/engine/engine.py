@@ -22,7 +22,7 @@ from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
-from trainer_service.engine.row_writing import write_row
+from trainer_service.engine.row_writing import write_weights
 from trainer_service.engine.rows import (
     Rows,
     Span,
@@ -53,7 +53,6 @@ from trainer_service.jobs import (
     Tile,
     TileResult,
     WriteRow,
-    WrittenRow,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,6 +79,7 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
+        self._progress = progress
         device = self.base.device
         self._rows = Rows(
             config.row_memory_bytes or device_limit_bytes(device),
@@ -213,10 +213,8 @@ class Engine:
             step=trained.step,
         )
 
-    def _write(self, job: WriteRow) -> WrittenRow:
-        trained = self._rows.here(job.training_run_id)
-        write_row(trained.row, Path(job.file), job.path)
-        return WrittenRow(trained.row.bank.layout, trained.step)
+    def _write(self, job: WriteRow) -> None:
+        write_weights(job, self._rows.here(job.training_run_id).row, self._progress)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.

@@ -1,28 +1,25 @@
-"""Writes a row's weights to a file, as they lie in memory."""
+"""Writes a row's weights to a file from which samplers map them."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from checkpoint_store import WeightsNotFinite
+from checkpoint_store import WeightsNotFinite, write_published_row
 from mint_core.lora.bank import AdapterRow, Part
 from trainer_service.errors import RowNotWritten
+from trainer_service.jobs import WriteRow
 
 
-def write_row(row: AdapterRow, file: Path, path: str) -> None:
-    """Writes to a file that is new, or was made in that size beforehand. `path` names the
-    checkpoint in errors. Raises WeightsNotFinite, RowNotWritten.
-    """
-    vector = row.part(Part.WEIGHTS)
-    _check_finite(row, vector, path)
+def write_weights(job: WriteRow, row: AdapterRow, progress: Callable[[], None]) -> None:
+    """Raises WeightsNotFinite, RowNotWritten."""
+    vector, file = row.part(Part.WEIGHTS), Path(job.file)
+    _check_finite(row, vector, job.path)
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
-        with open(descriptor, "wb") as opened:
-            opened.write(vector.cpu().numpy().data.cast("B"))
+        write_published_row(file, vector.cpu().numpy(), row.bank.layout, job.manifest, progress)
     except OSError as error:
-        raise RowNotWritten(path, file.parent, error) from error
+        raise RowNotWritten(job.path, file.parent, error) from error
 
 
 def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:

@@ -225,7 +225,9 @@ class Execution:
             arrays = await row(ExportRow(run.id, with_optimizer=True))
             published = await self._checkpoints.publish_state(run.origin, arrays, save, sequence)
         else:
-            published = await self._checkpoints.publish_adapter(run.origin, save, sequence, row)
+            published = await self._checkpoints.publish_adapter(
+                run.origin, save, row, step=run.step, sequence=sequence
+            )
         return Saved(
             path=published.path,
             revision_path=published.revision_path,
