@@ -84,7 +84,7 @@ class Engine:
         self._rows = Rows(
             config.row_memory_bytes or device_limit_bytes(device),
             host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
-            files=RowFiles(Path(config.row_folder)),
+            files=RowFiles(Path(config.row_folder), progress),
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)
