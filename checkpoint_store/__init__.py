@@ -17,7 +17,6 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.publishing import Published, new_manifest
-from checkpoint_store.row_file import RowDamaged, RowFile, RowMissing, save_row, write_row
 from checkpoint_store.store import CheckpointStore, Swept
 
 __all__ = [
@@ -34,9 +33,6 @@ __all__ = [
     "OpenCheckpoint",
     "Published",
     "PublishedRow",
-    "RowDamaged",
-    "RowFile",
-    "RowMissing",
     "SnapshotFolder",
     "SnapshotMemory",
     "Swept",
@@ -45,8 +41,6 @@ __all__ = [
     "new_manifest",
     "open_row",
     "parse_path",
-    "save_row",
     "snapshot_folder",
     "write_published_row",
-    "write_row",
 ]

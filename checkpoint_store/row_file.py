@@ -68,14 +68,14 @@ class RowFile:
 
     @property
     def size_bytes(self) -> int:
-        return self._place(len(self.digests))
+        return self.start + 4 * self.length * len(self.digests)
 
     def read(self, part: str, into: Floats | None = None) -> Floats:  # [params]
         """A part, in memory of its own or of the caller's. Raises RowDamaged."""
         vector = np.empty(self.length, "<f4") if into is None else into
         assert len(vector) == self.length, "room for another row"
         with _opened(self.path) as file:
-            file.seek(self._place_of(part))
+            file.seek(self._place(part))
             size_bytes = file.readinto(vector.data.cast("B"))
         if size_bytes != vector.nbytes:
             raise RowDamaged(self.path, "is shorter than it was written")
@@ -87,7 +87,7 @@ class RowFile:
         """
         with _opened(self.path) as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return np.frombuffer(pages, "<f4", self.length, self._place_of(part))
+        return np.frombuffer(pages, "<f4", self.length, self._place(part))
 
     def check(self, part: str, vector: Floats) -> Floats:
         """The vector, if it is as the part was written. Raises RowDamaged."""
@@ -95,11 +95,8 @@ class RowFile:
             raise RowDamaged(self.path, f"has damaged {part}: its digest is another")
         return vector
 
-    def _place_of(self, part: str) -> int:
-        return self._place(list(self.digests).index(part))
-
-    def _place(self, number: int) -> int:
-        return self.start + 4 * self.length * number
+    def _place(self, part: str) -> int:
+        return self.start + 4 * self.length * list(self.digests).index(part)
 
 
 def write_row(
@@ -113,7 +110,7 @@ def write_row(
     """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)  # what was made is not given back
     with open(descriptor, "wb") as opened:
-        _write(opened, parts, about, progress)
+        opened.writelines(_pieces(parts, about, progress))
         return opened.truncate()
 
 
@@ -127,7 +124,11 @@ def save_row(
     draft = file.with_name(f".{file.name}.draft")
     try:
         with draft.open("wb") as opened:
-            size_bytes = _write(opened, parts, about, progress, flush=True)
+            for piece in _pieces(parts, about, progress):
+                opened.write(piece)
+                opened.flush()
+                os.fdatasync(opened.fileno())
+            size_bytes = opened.tell()
         fault_point("snapshot:before-rename")
         draft.rename(file)
         fault_point("snapshot:after-rename")
@@ -137,25 +138,17 @@ def save_row(
     return size_bytes
 
 
-def _write(
-    file: BinaryIO,
-    parts: Mapping[str, Floats],
-    about: Mapping[str, str],
-    progress: Progress,
-    *,
-    flush: bool = False,
-) -> int:
+def _pieces(
+    parts: Mapping[str, Floats], about: Mapping[str, str], progress: Progress
+) -> Iterator[bytes | memoryview]:
+    """What is to be written, in order. Whoever asks for more has written what there was."""
     ordered = dict(sorted(parts.items(), key=lambda part: part[0] != WEIGHTS))
-    file.write(_encode_header(ordered, about, progress))
+    yield _encode_header(ordered, about, progress)
     for vector in ordered.values():
         content = vector.data.cast("B")
         for start in range(0, len(content), CHUNK_BYTES):
-            file.write(content[start : start + CHUNK_BYTES])
-            if flush:
-                file.flush()
-                os.fdatasync(file.fileno())
+            yield content[start : start + CHUNK_BYTES]
             progress()
-    return file.tell()
 
 
 def _encode_header(

@@ -8,10 +8,9 @@ import threading
 from pathlib import Path
 
 from checkpoint_store import Manifest, write_published_row
-from checkpoint_store.manifest import encode_manifest
-from mint_core.errors import FailedPrecondition, ResourceExhausted
+from mint_core.errors import ResourceExhausted
 from mint_core.lora.row_layout import Floats, RowLayout
-from mint_core.owned_folder import OwnedFolder
+from mint_core.owned_folder import owned_row_folder
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +25,7 @@ class RowFiles:
 
     def __init__(self, parent: Path, limit_bytes: int = 0) -> None:
         """With `limit_bytes` 0, the limit is a share of the free space."""
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._owned = OwnedFolder(parent, _PREFIX)
-        except OSError as error:
-            raise FailedPrecondition(
-                f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
-            ) from error
+        self._owned = owned_row_folder(parent, _PREFIX)
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
         self._lock = threading.Lock()
@@ -53,8 +46,7 @@ class RowFiles:
         draft = file.with_suffix(".draft")  # nobody else makes the same one
         while True:
             try:
-                encoded = encode_manifest(manifest)
-                size_bytes = write_published_row(draft, row, layout, encoded)
+                size_bytes = write_published_row(draft, row, layout, manifest)
                 break
             except OSError as error:
                 draft.unlink(missing_ok=True)

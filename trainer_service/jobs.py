@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint_store import Manifest
 from mint_core.errors import MintError
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 
@@ -205,16 +206,14 @@ class ExportRow:
     with_optimizer: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class WriteRow:
     """Writes the weights as the row file of a checkpoint. Raises WeightsNotFinite, and
     RowNotWritten if the file cannot be. Answer: None.
     """
 
-    training_run_id: str
     file: str
-    manifest: bytes  # of the checkpoint, as it is to stand in the file
-    path: str  # of the checkpoint, for errors
+    manifest: Manifest  # as it is to stand in the file
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.manifest import Manifest, decode_manifest
+from checkpoint_store.manifest import Manifest, decode_manifest, encode_manifest
 from checkpoint_store.row_file import WEIGHTS, RowDamaged, RowFile, RowMissing, write_row
 from mint_core.lora.row_layout import Floats, RowLayout
 
@@ -42,13 +42,14 @@ def write_published_row(
     file: Path,
     numbers: Floats,  # [params]
     layout: RowLayout,
-    encoded_manifest: bytes,
+    manifest: Manifest,
     progress: Callable[[], None] = lambda: None,
 ) -> int:
-    """Writes to a file that is new, or was made beforehand, as `write_row`. With revision 0 in the
-    manifest the file is of that revision of the name under which it is put.
+    """Writes to a file that is new, or was made beforehand, as `write_row`. While the manifest has
+    no revision, the file is of that under whose name it is put.
     """
-    about = {"layout": layout.encoded.decode(), "manifest": encoded_manifest.decode()}
+    encoded = encode_manifest(manifest).decode()
+    about = {"layout": layout.encoded.decode(), "manifest": encoded}
     return write_row(file, {WEIGHTS: numbers}, about, progress)
 
 
@@ -59,18 +60,14 @@ def open_row(file: Path, revision_path: str) -> PublishedRow:
     with _damage_of(revision_path):
         row = RowFile.open(file)
     try:
-        manifest = decode_manifest(row.about["manifest"].encode())
-        layout = RowLayout(row.about["layout"].encode())
-    except KeyError:
-        problem = "is not of a checkpoint"
-        raise CheckpointDamaged(revision_path, file.name, problem) from None
+        manifest = decode_manifest(row.about.get("manifest", "").encode())
     except ValueError as error:
         problem = f"has a manifest that {error}"
         raise CheckpointDamaged(revision_path, file.name, problem) from None
-    told = str(manifest.path.at(manifest.revision or None))
+    told = str(manifest.revision_path)
     if told not in (revision_path, revision_path.rpartition("@")[0]):
         raise CheckpointDamaged(revision_path, file.name, f"is that of `{told}`")
-    return PublishedRow(row, manifest, layout, revision_path)
+    return PublishedRow(row, manifest, RowLayout(row.about["layout"].encode()), revision_path)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from checkpoint_store import CheckpointDamaged, PublishedRow, RowMissing, open_row
+from checkpoint_store import CheckpointDamaged, PublishedRow, open_row
+from checkpoint_store.row_file import RowMissing
 from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import stored_rank

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_store import RowFile, save_row, write_published_row
+from checkpoint_store import write_published_row
+from checkpoint_store.row_file import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
@@ -140,7 +141,7 @@ class Rows:
         return RowArrays(weights=weights, exp_avg=moments, exp_avg_sq=moments, step=row.step)
 
     def _write(self, job: WriteRow) -> None:
-        row = self._rows[job.training_run_id]
+        row = self._rows[job.manifest.training_run_id]
         numbers = LAYOUT.row(row.spec, arrays(row.weights))
         write_published_row(Path(job.file), numbers, LAYOUT, job.manifest)
 

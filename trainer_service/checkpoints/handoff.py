@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from checkpoint_store import (
     parse_path,
 )
 from checkpoint_store.errors import ObjectStoreFailed
-from checkpoint_store.manifest import encode_manifest
 from mint_core.errors import CheckpointNotFound, MintError
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import WriteRow
@@ -147,7 +145,7 @@ class Handoff:
     ) -> Published:
         announced = asyncio.create_task(asyncio.to_thread(self._announce, manifest))
         try:
-            await write(_job(manifest, draft))
+            await write(WriteRow(str(draft), manifest))
             try:
                 revision = manifest.revision_path
                 await asyncio.to_thread(memory.place, draft, revision, stored=False)
@@ -166,7 +164,7 @@ class Handoff:
     async def _beside_memory(
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
     ) -> Published:
-        await write(_job(manifest, draft))
+        await write(WriteRow(str(draft), manifest))
         published = await asyncio.to_thread(self._publish, manifest, draft)
         try:
             revision = published.manifest.revision_path
@@ -180,7 +178,7 @@ class Handoff:
     async def _without_memory(self, manifest: Manifest, write: Write) -> Published:
         draft = await asyncio.to_thread(self._store.draft)
         try:
-            await write(_job(manifest, draft))
+            await write(WriteRow(str(draft), manifest))
             return await asyncio.to_thread(self._publish, manifest, draft)
         finally:
             await asyncio.to_thread(draft.unlink, missing_ok=True)
@@ -247,14 +245,3 @@ class Handoff:
             self.on_trouble(revision.training_run_id, "")
         self._waiting.extendleft(reversed(self._failed))
         self._failed = []
-
-
-def _job(manifest: Manifest, draft: Path) -> WriteRow:
-    # The store numbers revisions of a name, once it has them.
-    encoded = encode_manifest(replace(manifest, revision=0) if manifest.named else manifest)
-    return WriteRow(
-        training_run_id=manifest.training_run_id,
-        file=str(draft),
-        manifest=encoded,
-        path=str(manifest.path),
-    )

@@ -15,14 +15,9 @@ def digest(vector: Tensor) -> int:  # [params] float32 -> 0 .. 2^64 - 1
         return row_digest.digest(vector.numpy())
     from trainer_service.engine.digest_kernel import block_sums  # Triton is not everywhere
 
-    sums = block_sums(words(vector), factors(vector.device))
+    words = vector.view(torch.int64)  # rows are of multiples of 8
+    sums = block_sums(words, factors(vector.device))
     return row_digest.combined(len(vector), sums.tolist())  # a GPU is waited for only here
-
-
-def words(vector: Tensor) -> Tensor:  # [params] -> [params / 2], rounded up
-    if len(vector) % 2:
-        vector = torch.cat([vector, vector.new_zeros(1)])
-    return vector.view(torch.int64)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_store import RowDamaged, RowFile
+from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
@@ -22,7 +22,6 @@ from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
-from trainer_service.engine.row_writing import write_weights
 from trainer_service.engine.rows import (
     Rows,
     Span,
@@ -30,7 +29,7 @@ from trainer_service.engine.rows import (
     device_limit_bytes,
     host_limit_bytes,
 )
-from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row
+from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row, write_weights
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
@@ -214,7 +213,7 @@ class Engine:
         )
 
     def _write(self, job: WriteRow) -> None:
-        write_weights(job, self._rows.here(job.training_run_id).row, self._progress)
+        write_weights(job, self._rows.here(job.manifest.training_run_id).row, self._progress)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_store import RowDamaged, RowFile, write_row
-from mint_core.errors import EngineFault, FailedPrecondition, ResourceExhausted
+from checkpoint_store.row_file import RowDamaged, RowFile, write_row
+from mint_core.errors import EngineFault, ResourceExhausted
 from mint_core.lora.bank import Part, zero_vector
-from mint_core.owned_folder import OwnedFolder
+from mint_core.owned_folder import owned_row_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,7 @@ class RowFiles:
     """One row file per row. It need not outlive the machine, so it is not flushed to disk."""
 
     def __init__(self, parent: Path, progress: Callable[[], None] = lambda: None) -> None:
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._folder = OwnedFolder(parent, _PREFIX).path
-        except OSError as error:
-            raise FailedPrecondition(
-                f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
-            ) from error
+        self._folder = owned_row_folder(parent, _PREFIX).path
         self._progress = progress
         self._names: set[str] = set()
 
@@ -79,9 +73,8 @@ class RowFiles:
 
     def drop(self, name: str) -> None:
         """Removes a row, if it is here."""
-        if name in self._names:
-            self._names.remove(name)
-            self._path(name).unlink(missing_ok=True)
+        self._names.discard(name)
+        self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.row"

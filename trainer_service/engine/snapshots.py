@@ -1,4 +1,4 @@
-"""Rows to files, in the background, and back."""
+"""Rows to files, some of them in the background, and back."""
 
 import json
 import platform
@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint_store import RowDamaged, RowFile, save_row
+from checkpoint_store import WeightsNotFinite, write_published_row
+from checkpoint_store.row_file import RowDamaged, RowFile, save_row
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Part, Reply
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
 from trainer_service.engine.rows import TrainedRow
-from trainer_service.errors import SnapshotFailed
-from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
+from trainer_service.errors import RowNotWritten, SnapshotFailed
+from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten, WriteRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,24 @@ def difference(file: RowFile, base: LoadedBase) -> str:
         for name, value in ours.items()
         if theirs.get(name) != value
     )
+
+
+def write_weights(job: WriteRow, row: AdapterRow, progress: Callable[[], None]) -> None:
+    """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
+    vector, file, path = row.part(RowPart.WEIGHTS), Path(job.file), str(job.manifest.path)
+    _check_finite(row, vector, path)
+    try:
+        write_published_row(file, vector.cpu().numpy(), row.bank.layout, job.manifest, progress)
+    except OSError as error:
+        raise RowNotWritten(path, file.parent, error) from error
+
+
+def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:
+    if vector.sum().isfinite():  # so all of them are; 20 times as fast as to ask each
+        return
+    for name, array in row.export(RowPart.WEIGHTS).items():
+        if not np.isfinite(array).all():
+            raise WeightsNotFinite(path, name)
 
 
 class SnapshotWriter:

@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from checkpoint_store import RowDamaged, RowFile
+from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.errors import MintError
 from mintrpc.v1 import trainer_pb2
 from trainer_service.journal import codec, queries, records

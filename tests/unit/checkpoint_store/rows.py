@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from checkpoint_store import Manifest, SnapshotMemory, new_manifest, write_published_row
-from checkpoint_store.manifest import encode_manifest
 from mint_core.lora.row_layout import Matrix, RowLayout
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 
@@ -36,7 +35,7 @@ def write_snapshot(
 ) -> None:
     """Writes the row of an adapter that is drawn from the seed."""
     numbers = layout.row(SPEC, adapter(seed)["weights"])
-    write_published_row(file, numbers, layout, encode_manifest(manifest))
+    write_published_row(file, numbers, layout, manifest)
 
 
 def remember(

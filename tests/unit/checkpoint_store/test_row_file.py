@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from checkpoint_store import RowDamaged, RowFile, RowMissing, row_file, save_row, write_row
+from checkpoint_store import row_file
+from checkpoint_store.row_file import RowDamaged, RowFile, RowMissing, save_row, write_row
 from mint_core.lora.row_layout import Floats
 from tests.power_loss import filmed
 

@@ -17,7 +17,6 @@ from checkpoint_store import (
     SnapshotFolder,
     SnapshotMemory,
 )
-from checkpoint_store.manifest import decode_manifest
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
@@ -50,11 +49,11 @@ class Trainer:
         self.written.append(job)
         if self.error is not None and "draft-" in job.file:
             raise self.error
-        manifest, number = decode_manifest(job.manifest), len(self.written)
+        number = len(self.written)
         try:
-            await asyncio.to_thread(write_snapshot, Path(job.file), manifest, number)
+            await asyncio.to_thread(write_snapshot, Path(job.file), job.manifest, number)
         except OSError as error:
-            raise RowNotWritten(job.path, Path(job.file), error) from error
+            raise RowNotWritten(str(job.manifest.path), Path(job.file), error) from error
 
     async def publish(
         self, name: str | None = None, ttl_s: float | None = None, sequence: int = 0
