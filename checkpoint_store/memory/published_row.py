@@ -2,14 +2,14 @@
 they are read where rows lie otherwise.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest, decode_manifest, encode_manifest
-from checkpoint_store.row_file import WEIGHTS, RowDamaged, RowFile, RowMissing, write_row
+from checkpoint_store.row_file import WEIGHTS, Progress, RowDamaged, RowFile, RowMissing, write_row
 from mint_core.lora.row_layout import Floats, RowLayout
 
 
@@ -43,7 +43,7 @@ def write_published_row(
     numbers: Floats,  # [params]
     layout: RowLayout,
     manifest: Manifest,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = lambda: None,
 ) -> int:
     """Writes to a file that is new, or was made beforehand, as `write_row`. While the manifest has
     no revision, the file is of that under whose name it is put.

@@ -56,6 +56,7 @@ def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy
             "adapter": json.dumps(asdict(trained.row.spec)),
             "base_fingerprint": base.description.fingerprint,
             "engine": json.dumps(engine_traits(base)),
+            "layout": trained.row.bank.layout.encoded.decode(),  # older files lack it
         },
     )
 
@@ -77,7 +78,8 @@ def _processor() -> str:
 
 def read_row(file: RowFile, row: AdapterRow) -> None:
     """Fills the parts of a row from its file. Raises RowDamaged."""
-    if file.length != row.bank.row_size:
+    layout = row.bank.layout.encoded.decode()
+    if file.length != row.bank.row_size or file.about.get("layout", layout) != layout:
         raise RowDamaged(file.path, "lies otherwise in memory than this version's rows")
     for part in file.digests:
         row.part(RowPart(part)).copy_(torch.from_numpy(file.read(part)))
