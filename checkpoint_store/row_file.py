@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +64,26 @@ class RowFile:
     def open(cls, path: Path) -> "RowFile":
         """Raises RowDamaged, also if it is shorter or longer than it should be."""
         with _opened(path) as file:
-            return _read_header(path, file)
+            size_bytes = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            encoded = file.read(length if length < size_bytes else 0)
+        try:
+            content: dict[str, Any] = json.loads(encoded)
+            own_digest = content["__metadata__"].pop(_OWN_DIGEST, None)
+            if own_digest not in (None, _digest(content)):
+                raise RowDamaged(path, "has a header that does not match its own digest")
+            about = content.pop("__metadata__")
+            digests = {part: int(about.pop(f"digest.{part}"), 16) for part in content}
+            ((numbers,),) = {tuple(entry["shape"]) for entry in content.values()}
+            found_format = about["format"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RowDamaged(path, f"is torn, or not of format {FORMAT}") from None
+        if found_format != FORMAT:
+            raise RowDamaged(path, f"has format {found_format}, and {FORMAT} is read here")
+        row = cls(path, about, digests, numbers, 8 + length)
+        if size_bytes != row.size_bytes:
+            raise RowDamaged(path, f"has {size_bytes} bytes, not those it was written with")
+        return row
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +125,8 @@ def write_row(
     progress: Progress = lambda: None,
 ) -> int:
     """Writes to a file that is new, or was made as large or larger beforehand. It is whole when
-    this returns, and perhaps not on disk. Returns its size. Raises OSError.
+    this returns, and perhaps not on disk. Returns its size. Raises OSError. A digest that `about`
+    tells under its name in the header is believed: it need not be taken again.
     """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)  # what was made is not given back
     with open(descriptor, "wb") as opened:
@@ -158,7 +178,8 @@ def _encode_header(
     content: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for part, vector in parts.items():
-        metadata[f"digest.{part}"] = f"{digest(vector):016x}"
+        name = f"digest.{part}"
+        metadata[name] = metadata.get(name) or f"{digest(vector):016x}"
         progress()
         start, end = end, end + vector.nbytes
         content[part] = {"dtype": "F32", "shape": [len(vector)], "data_offsets": [start, end]}
@@ -177,28 +198,6 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise RowMissing(path, "is not there") from None
     except OSError as error:
         raise RowDamaged(path, f"cannot be read: {error.strerror}") from error
-
-
-def _read_header(path: Path, file: BinaryIO) -> RowFile:
-    size_bytes = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        content: dict[str, Any] = json.loads(file.read(length if length < size_bytes else 0))
-        own_digest = content["__metadata__"].pop(_OWN_DIGEST, None)
-        if own_digest not in (None, _digest(content)):
-            raise RowDamaged(path, "has a header that does not match its own digest")
-        about = content.pop("__metadata__")
-        digests = {part: int(about.pop(f"digest.{part}"), 16) for part in content}
-        ((numbers,),) = {tuple(entry["shape"]) for entry in content.values()}
-        found_format = about["format"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RowDamaged(path, f"is torn, or not of format {FORMAT}") from None
-    if found_format != FORMAT:
-        raise RowDamaged(path, f"has format {found_format}, and {FORMAT} is read here")
-    row = RowFile(path, about, digests, numbers, 8 + length)
-    if size_bytes != row.size_bytes:
-        raise RowDamaged(path, f"has {size_bytes} bytes, not those it was written with")
-    return row
 
 
 def _digest(content: dict[str, object]) -> str:

@@ -20,20 +20,19 @@ class PublishedRow:
     file: RowFile
     manifest: Manifest
     layout: RowLayout
-    _revision_path: str
 
     def numbers(self) -> Floats:  # [params]
         """The row, in the pages of the file, not checked; writing to it changes a copy. Raises
         RowMissing, CheckpointDamaged.
         """
-        with _damage_of(self._revision_path):
+        with _damage_of(str(self.manifest.revision_path)):
             return self.file.map(WEIGHTS)
 
     def weights(self) -> dict[str, Floats]:
         """A and B by PEFT's names, as views of the file, and as they were written. Raises as
         `numbers`.
         """
-        with _damage_of(self._revision_path):
+        with _damage_of(str(self.manifest.revision_path)):
             row = self.file.check(WEIGHTS, self.file.map(WEIGHTS))
         return self.layout.matrices(row, self.manifest.spec)
 
@@ -44,12 +43,14 @@ def write_published_row(
     layout: RowLayout,
     manifest: Manifest,
     progress: Progress = lambda: None,
+    digest: int = 0,  # of the numbers, if it is known
 ) -> int:
     """Writes to a file that is new, or was made beforehand, as `write_row`. While the manifest has
     no revision, the file is of that under whose name it is put.
     """
-    encoded = encode_manifest(manifest).decode()
-    about = {"layout": layout.encoded.decode(), "manifest": encoded}
+    about = {"layout": layout.encoded.decode(), "manifest": encode_manifest(manifest).decode()}
+    if digest:
+        about[f"digest.{WEIGHTS}"] = f"{digest:016x}"
     return write_row(file, {WEIGHTS: numbers}, about, progress)
 
 
@@ -62,12 +63,11 @@ def open_row(file: Path, revision_path: str) -> PublishedRow:
     try:
         manifest = decode_manifest(row.about.get("manifest", "").encode())
     except ValueError as error:
-        problem = f"has a manifest that {error}"
-        raise CheckpointDamaged(revision_path, file.name, problem) from None
+        raise CheckpointDamaged(revision_path, file.name, f"has a manifest that {error}") from None
     told = str(manifest.revision_path)
     if told not in (revision_path, revision_path.rpartition("@")[0]):
         raise CheckpointDamaged(revision_path, file.name, f"is that of `{told}`")
-    return PublishedRow(row, manifest, RowLayout(row.about["layout"].encode()), revision_path)
+    return PublishedRow(row, manifest, RowLayout(row.about["layout"].encode()))
 
 
 @contextmanager
@@ -77,5 +77,4 @@ def _damage_of(revision_path: str) -> Iterator[None]:
     except RowMissing:
         raise
     except RowDamaged as error:
-        file = error.metadata["file"]
-        raise CheckpointDamaged(revision_path, file, error.problem) from error
+        raise CheckpointDamaged(revision_path, error.metadata["file"], error.problem) from error

@@ -14,6 +14,7 @@ from uuid import uuid4
 import psutil
 
 from checkpoint_store.errors import CheckpointDamaged
+from checkpoint_store.manifest import Manifest
 from checkpoint_store.memory.published_row import PublishedRow, open_row
 from checkpoint_store.memory.snapshot_folder import OWNER_PREFIX, is_private, place_of
 from checkpoint_store.paths import SAMPLER_WEIGHTS, CheckpointPath
@@ -67,28 +68,26 @@ class SnapshotMemory:
 
     def draft(self, numbers_bytes: int) -> Path | None:
         """A file to write a row to; None if there is no room now."""
-        size_bytes = numbers_bytes + _HEADER_BYTES
         with self._lock:
             draft, self._spare = self._spare, None
-            if draft is not None and draft.exists() and draft.stat().st_size == size_bytes:
+            if draft and draft.exists() and self._drafts[draft] == numbers_bytes + _HEADER_BYTES:
                 return draft
         if draft is not None:
             self.discard(draft)
-        return self._new_draft(size_bytes)
+        return self._new_draft(numbers_bytes)
 
     def prepare(self, numbers_bytes: int) -> None:
-        """Takes the memory of the next draft now, if it is of this size: that is half of the time
-        that writing to a new one takes.
+        """Takes the memory of the next draft now, if it is of this size: that is a fifth of the
+        time that writing to a new one takes.
         """
         if self._spare is not None:
             return
-        size_bytes = numbers_bytes + _HEADER_BYTES
-        draft = self._new_draft(size_bytes)
+        draft = self._new_draft(numbers_bytes)
         if draft is None:
             return
         try:
             with draft.open("wb") as opened:
-                os.posix_fallocate(opened.fileno(), 0, size_bytes)
+                os.posix_fallocate(opened.fileno(), 0, self._drafts[draft])
         except OSError:  # others than us have filled the memory
             self.discard(draft)
         else:
@@ -100,15 +99,14 @@ class SnapshotMemory:
             self._drafts.pop(draft, None)
         draft.unlink(missing_ok=True)
 
-    def place(self, draft: Path, revision: CheckpointPath, *, stored: bool) -> None:
+    def place(self, draft: Path, manifest: Manifest, *, stored: bool) -> None:
         """Shows a row, which was written to a draft, to samplers."""
-        size_bytes = draft.stat().st_size
-        file = self._owned.path / place_of(revision)
+        file = self._owned.path / place_of(manifest.revision_path)
         with self._lock:
             file.parent.mkdir(exist_ok=True)
             draft.rename(file)
             del self._drafts[draft]
-            self._held[revision] = _Held(size_bytes, stored)
+            self._held[manifest.revision_path] = _Held(file.stat().st_size, stored)
 
     def open(self, revision: CheckpointPath) -> PublishedRow:
         """A row that is here."""
@@ -182,7 +180,8 @@ class SnapshotMemory:
             with suppress(FileNotFoundError):  # the last who was there has just removed it
                 return OwnedFolder(folder, OWNER_PREFIX, rescue=self._rescue)
 
-    def _new_draft(self, size_bytes: int) -> Path | None:
+    def _new_draft(self, numbers_bytes: int) -> Path | None:
+        size_bytes = numbers_bytes + _HEADER_BYTES
         with self._lock:
             victims = []
             room_bytes = self._limit_bytes - self.size_bytes

@@ -21,7 +21,8 @@ _MASK = 2**64 - 1
 
 def digest(vector: Floats) -> int:  # [numbers], contiguous -> 0 .. 2^64 - 1
     """The digest of a part of a row."""
-    words = _words(vector)
+    even = np.append(vector, np.float32(0)) if len(vector) % 2 else vector
+    words = even.view(np.uint64)  # [numbers / 2], rounded up
     blocks = (words[start : start + BLOCK] for start in range(0, len(words), BLOCK))
     return combined(len(vector), (int(np.dot(block, FACTORS[: len(block)])) for block in blocks))
 
@@ -32,12 +33,6 @@ def combined(length: int, sums: Iterable[int]) -> int:
     for each in sums:
         total = (total * _BETWEEN + each) & _MASK
     return total
-
-
-def _words(vector: Floats) -> NDArray[np.uint64]:  # [numbers] -> [numbers / 2], rounded up
-    if len(vector) % 2:
-        vector = np.append(vector, np.float32(0))
-    return vector.view(np.uint64)
 
 
 def _factors() -> NDArray[np.uint64]:  # [BLOCK]

@@ -147,8 +147,7 @@ class Handoff:
         try:
             await write(WriteRow(str(draft), manifest))
             try:
-                revision = manifest.revision_path
-                await asyncio.to_thread(memory.place, draft, revision, stored=False)
+                await asyncio.to_thread(memory.place, draft, manifest, stored=False)
             except OSError as error:
                 raise RowNotWritten(str(manifest.path), draft.parent, error) from error
         except BaseException:
@@ -167,8 +166,7 @@ class Handoff:
         await write(WriteRow(str(draft), manifest))
         published = await asyncio.to_thread(self._publish, manifest, draft)
         try:
-            revision = published.manifest.revision_path
-            await asyncio.to_thread(memory.place, draft, revision, stored=True)
+            await asyncio.to_thread(memory.place, draft, published.manifest, stored=True)
         except OSError:
             logger.exception("%s is stored and not in memory", published.revision_path)
         else:

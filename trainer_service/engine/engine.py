@@ -164,8 +164,8 @@ class Engine:
             if error is None:
                 result = next(stepped)
                 if result.error is None:
-                    weights = trained.row.part(Part.WEIGHTS)
-                    result = replace(result, weight_digest=digest(weights))
+                    trained.weight_digest = digest(trained.row.part(Part.WEIGHTS))
+                    result = replace(result, weight_digest=trained.weight_digest)
                 trained.gradient_pending = False
             else:
                 result = StepResult(step=trained.step, grad_norm=0.0, error=error)
@@ -213,7 +213,7 @@ class Engine:
         )
 
     def _write(self, job: WriteRow) -> None:
-        write_weights(job, self._rows.here(job.manifest.training_run_id).row, self._progress)
+        write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.
@@ -245,6 +245,7 @@ class Engine:
             raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
         trained = self._rows.here(training_run_id, *(MOMENTS if start.exp_avg else ()))
         row = trained.row
+        trained.weight_digest = 0
         row.load(Part.WEIGHTS, start.weights)
         if start.exp_avg is None or start.exp_avg_sq is None:
             for part in MOMENTS:

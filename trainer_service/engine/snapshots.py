@@ -4,7 +4,7 @@ import json
 import platform
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_store import WeightsNotFinite, write_published_row
-from checkpoint_store.row_file import RowDamaged, RowFile, save_row
+from checkpoint_store.row_file import Progress, RowDamaged, RowFile, save_row
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Part, Reply
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
+from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.errors import RowNotWritten, SnapshotFailed
 from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten, WriteRow
@@ -31,7 +32,7 @@ class RowCopy:
     parts: Mapping[str, Tensor]  # vectors [params] in host memory
     about: Mapping[str, str]
 
-    def write(self, progress: Callable[[], None] = lambda: None) -> SnapshotWritten:
+    def write(self, progress: Progress = lambda: None) -> SnapshotWritten:
         """Returns when the file is on disk. Raises SnapshotFailed."""
         arrays = {part: vector.numpy() for part, vector in self.parts.items()}
         try:
@@ -95,12 +96,15 @@ def difference(file: RowFile, base: LoadedBase) -> str:
     )
 
 
-def write_weights(job: WriteRow, row: AdapterRow, progress: Callable[[], None]) -> None:
+def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:
     """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
-    vector, file, path = row.part(RowPart.WEIGHTS), Path(job.file), str(job.manifest.path)
+    row, file, path = trained.row, Path(job.file), str(job.manifest.path)
+    vector = row.part(RowPart.WEIGHTS)
     _check_finite(row, vector, path)
+    trained.weight_digest = known = trained.weight_digest or digest(vector)
+    numbers, layout = vector.cpu().numpy(), row.bank.layout
     try:
-        write_published_row(file, vector.cpu().numpy(), row.bank.layout, job.manifest, progress)
+        write_published_row(file, numbers, layout, job.manifest, progress, known)
     except OSError as error:
         raise RowNotWritten(path, file.parent, error) from error
 

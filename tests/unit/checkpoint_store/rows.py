@@ -45,5 +45,5 @@ def remember(
     draft = memory.draft(NUMBERS_BYTES)
     assert draft is not None
     write_snapshot(draft, manifest, seed)
-    memory.place(draft, manifest.revision_path, stored=stored)
+    memory.place(draft, manifest, stored=stored)
     return manifest

@@ -293,7 +293,7 @@ async def test_a_row_that_lies_otherwise_is_laid_out_anew(tmp_path: Path) -> Non
         draft = front.memory.draft(NUMBERS_BYTES)
         assert draft is not None
         write_snapshot(draft, manifest, 5, other_layout())
-        front.memory.place(draft, manifest.revision_path, stored=False)
+        front.memory.place(draft, manifest, stored=False)
         path = str(manifest.revision_path)
 
         assert await front.use(path) == (path,)

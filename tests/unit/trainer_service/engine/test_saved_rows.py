@@ -1,14 +1,18 @@
-"""Rows that the engine saves: restored to the bit, or refused by name."""
+"""Rows that the engine writes: restored to the bit or refused by name, and mapped by samplers."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from checkpoint_store import new_manifest, open_row
 from checkpoint_store.row_file import RowFile, write_row
+from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, make_documents, make_engine
+from trainer_service.engine import digests, snapshots
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.snapshots import RowCopy
 from trainer_service.errors import SnapshotFailed, StateDamaged
@@ -16,10 +20,13 @@ from trainer_service.jobs import (
     AdamParams,
     CrossEntropy,
     DropRow,
+    LoadRow,
     RestoredRow,
     RestoreRow,
+    RowArrays,
     SnapshotRow,
     SnapshotWritten,
+    WriteRow,
 )
 
 RUN = "r-1"
@@ -118,3 +125,60 @@ def test_a_row_that_cannot_be_written_says_so(engine: Engine, tmp_path: Path) ->
     with pytest.raises(SnapshotFailed, match="No such file"):
         save(engine, tmp_path / "none" / "row").write()
     assert not list(tmp_path.iterdir())
+
+
+class Published:
+    """Has files for samplers written, and checks each by its digest and by the run's weights."""
+
+    def __init__(self, engine: Engine, run: EngineRun, folder: Path) -> None:
+        self._engine, self._run, self._folder = engine, run, folder
+        self.taken = 0  # digests
+
+    def digest(self, vector: Tensor) -> int:
+        self.taken += 1
+        return digests.digest(vector)
+
+    def write(self) -> int:
+        """How many digests were taken for it."""
+        model, before = self._engine.description, self.taken
+        manifest = new_manifest(
+            training_run_id=RUN,
+            kind="sampler_weights",
+            name=None,
+            tenant="t",
+            base_model=model.name,
+            base_fingerprint=model.fingerprint,
+            spec=self._run.spec,
+            step=2,
+        )
+        file = self._folder / manifest.name
+        self._engine.run(WriteRow(str(file), manifest))
+        taken = self.taken - before
+        row = open_row(file, str(manifest.revision_path))
+        assert row.manifest == manifest
+        weights, expected = row.weights(), self._run.export(False).weights
+        assert weights.keys() == expected.keys()
+        assert all(np.array_equal(weights[name], expected[name]) for name in expected)
+        return taken
+
+
+def test_the_digest_of_a_step_serves_until_weights_change(
+    engine: Engine, run: EngineRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Published(engine, run, tmp_path)
+    monkeypatch.setattr(snapshots, "digest", published.digest)
+    assert published.write() == 0
+    engine._rows[RUN].row.part(Part.GRADIENT).fill_(np.nan)
+    assert run.step(AdamParams(learning_rate=1e-2)).error is not None
+    assert published.write() == 0
+
+    before = run.export()
+    for start in (RowArrays(weights=before.weights), before):
+        engine.run(LoadRow(RUN, start))
+        assert [published.write() for _ in range(2)] == [1, 0]
+    save(engine, tmp_path / "row").write()
+    restore(engine, run, tmp_path / "row")
+    assert published.write() == 1
+    run.compute(run.tile(make_documents(4, (7,)), CrossEntropy()))
+    run.step(AdamParams(learning_rate=1e-2))
+    assert published.write() == 0
