@@ -2,7 +2,7 @@
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest
-from checkpoint_store.memory.row_file import RowFile, describe_row, map_numbers, open_row
+from checkpoint_store.memory.published_row import PublishedRow, open_row, write_published_row
 from checkpoint_store.memory.snapshot_folder import SnapshotFolder, snapshot_folder
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
 from checkpoint_store.opened import OpenCheckpoint
@@ -32,16 +32,15 @@ __all__ = [
     "Manifest",
     "OpenCheckpoint",
     "Published",
-    "RowFile",
+    "PublishedRow",
     "SnapshotFolder",
     "SnapshotMemory",
     "Swept",
     "WeightsNotFinite",
     "check_name",
-    "describe_row",
-    "map_numbers",
     "new_manifest",
     "open_row",
     "parse_path",
     "snapshot_folder",
+    "write_published_row",
 ]

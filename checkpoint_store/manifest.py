@@ -28,7 +28,7 @@ class Manifest:
     training_run_id: str
     kind: CheckpointKind
     name: str
-    revision: int
+    revision: int  # 0 until the store has numbered it
     base_model: str
     base_fingerprint: str
     spec: AdapterSpec
@@ -61,7 +61,7 @@ class Manifest:
 
     @property
     def revision_path(self) -> CheckpointPath:
-        return self.path.at(self.revision)
+        return self.path.at(self.revision or None)
 
     @property
     def size_bytes(self) -> int:

@@ -13,9 +13,10 @@ from checkpoint_store.adapter_files import (
     read_weights,
 )
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.memory.row_file import RowFile
+from checkpoint_store.memory.published_row import PublishedRow
 from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
+from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.spec import AdapterArrays
 
@@ -29,7 +30,7 @@ class OpenCheckpoint:
     # store's checkpoints it holds copies, for a while, once they are verified.
     folder: Path
     place: Place  # in the store
-    row: RowFile | None = None  # the same weights in memory
+    row: PublishedRow | None = None  # the same weights in memory
 
     @property
     def stored(self) -> bool:
@@ -83,5 +84,5 @@ class OpenCheckpoint:
         """Says CheckpointNotFound where a file is no longer there."""
         try:
             yield
-        except FileNotFoundError:  # deleted since it was opened
+        except (FileNotFoundError, RowMissing):  # deleted since it was opened
             raise CheckpointNotFound(str(self.manifest.revision_path)) from None

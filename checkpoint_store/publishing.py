@@ -144,7 +144,7 @@ def new_manifest(
         training_run_id=check_name(training_run_id, field="training_run_id"),
         kind=kind,
         name=generated_name() if name is None else check_new_name(name),
-        revision=1,
+        revision=1 if name is None else 0,
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         spec=spec,

@@ -15,7 +15,7 @@ from checkpoint_store import adapter_files, retention, revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
-from checkpoint_store.memory.row_file import RowFile
+from checkpoint_store.memory.published_row import PublishedRow
 from checkpoint_store.memory.snapshot_folder import SnapshotFolder
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
@@ -358,14 +358,14 @@ class CheckpointStore:
                 return manifest
         raise CheckpointNotFound(str(asked))
 
-    def _opened(self, manifest: Manifest, row: RowFile | None = None) -> OpenCheckpoint:
+    def _opened(self, manifest: Manifest, row: PublishedRow | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)
         if isinstance(place, ObjectPath):
             assert self._copies is not None
             return OpenCheckpoint(manifest, self._copies.folder(manifest), place, row)
         return OpenCheckpoint(manifest, place, place, row)
 
-    def _row_of(self, manifest: Manifest) -> RowFile | None:
+    def _row_of(self, manifest: Manifest) -> PublishedRow | None:
         """A stored revision in memory."""
         if manifest.kind != SAMPLER_WEIGHTS:
             return None
@@ -376,7 +376,7 @@ class CheckpointStore:
 
     def _row(
         self, revision: CheckpointPath
-    ) -> tuple[RowFile, None] | tuple[None, CheckpointDamaged | None]:
+    ) -> tuple[PublishedRow, None] | tuple[None, CheckpointDamaged | None]:
         """A revision in memory, or what is wrong with it."""
         if self._snapshots is None:
             return None, None

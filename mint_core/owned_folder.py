@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mint_core.errors import FailedPrecondition
+
 
 class OwnedFolder:
     """A new folder in `parent`, and the end of those whose owners are gone. Raises OSError."""
@@ -37,6 +39,17 @@ class OwnedFolder:
     def release(self) -> None:
         """Leaves the folder to the next process that looks."""
         os.close(self._lock)
+
+
+def owned_row_folder(parent: Path, prefix: str) -> OwnedFolder:
+    """One for rows, in the folder that the option `row_folder` names. Raises FailedPrecondition."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return OwnedFolder(parent, prefix)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
+        ) from error
 
 
 def _abandoned(parent: Path, prefix: str) -> Iterator[Path]:

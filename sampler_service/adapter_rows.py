@@ -172,7 +172,7 @@ class AdapterRows:
         if len(self._known) >= MOST_KNOWN:
             del self._known[next(iter(self._known))]
         known = self._known.setdefault(path, _Known(manifest.tenant, rank))
-        known.in_memory = found.row.path if found.row else None
+        known.in_memory = found.row.file.path if found.row else None
         known.checked_s = time.monotonic()
         return known
 

@@ -7,10 +7,10 @@ import shutil
 import threading
 from pathlib import Path
 
-from checkpoint_store import Manifest, describe_row
-from mint_core.errors import FailedPrecondition, ResourceExhausted
+from checkpoint_store import Manifest, write_published_row
+from mint_core.errors import ResourceExhausted
 from mint_core.lora.row_layout import Floats, RowLayout
-from mint_core.owned_folder import OwnedFolder
+from mint_core.owned_folder import owned_row_folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,7 @@ class RowFiles:
 
     def __init__(self, parent: Path, limit_bytes: int = 0) -> None:
         """With `limit_bytes` 0, the limit is a share of the free space."""
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._owned = OwnedFolder(parent, _PREFIX)
-        except OSError as error:
-            raise FailedPrecondition(
-                f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
-            ) from error
+        self._owned = owned_row_folder(parent, _PREFIX)
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
         self._lock = threading.Lock()
@@ -52,8 +46,7 @@ class RowFiles:
         draft = file.with_suffix(".draft")  # nobody else makes the same one
         while True:
             try:
-                draft.write_bytes(row.data)
-                describe_row(draft, manifest, layout)
+                size_bytes = write_published_row(draft, row, layout, manifest)
                 break
             except OSError as error:
                 draft.unlink(missing_ok=True)
@@ -62,7 +55,6 @@ class RowFiles:
                         f"adapter `{revision_path}` cannot be written to `row_folder`: "
                         f"{error.strerror}; free disk space, or choose another folder"
                     ) from error
-        size_bytes = draft.stat().st_size
         draft.rename(file)
         with self._lock:
             self._sizes[revision_path] = size_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint_store import Manifest, describe_row, parse_path
+from checkpoint_store import Manifest, parse_path, write_published_row
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
@@ -67,8 +67,8 @@ class SamplerEngine:
         with tempfile.TemporaryDirectory() as folder:  # a row stays when its file is gone
             file = Path(folder, "row")
             layout = self.engine.adapters.layout(spec.rank)
-            file.write_bytes(layout.row(spec, arrays).data)
-            describe_row(file, manifest_of(path, spec), layout)
+            row, manifest = layout.row(spec, arrays), manifest_of(path, spec)
+            write_published_row(file, row, layout, manifest)
             self.engine.accept(0, LoadAdapter(path, str(file)))
         self.arrays[path] = arrays
 

@@ -1,5 +1,6 @@
 """What the trainer's front refuses, each with a reason of its own."""
 
+import errno
 from pathlib import Path
 
 from mint_core.errors import (
@@ -220,6 +221,19 @@ class CheckpointMismatch(FailedPrecondition):
     """The checkpoint belongs to another base model or shape of adapter."""
 
     reason = "CHECKPOINT_MISMATCH"
+
+
+class SnapshotFailed(ResourceExhausted):
+    """The disk did not take a saved row; the one before it is as good as ever."""
+
+    reason = "SNAPSHOT_FAILED"
+
+    def __init__(self, error: OSError) -> None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        super().__init__(
+            f"a row could not be written: {error.strerror}",
+            retry_after_s=RETRY_AFTER_S if full else None,
+        )
 
 
 class RowNotWritten(ResourceExhausted):

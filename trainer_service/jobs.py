@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint_store import Manifest
 from mint_core.errors import MintError
-from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 
 Floats = NDArray[np.float32]
@@ -206,21 +206,14 @@ class ExportRow:
     with_optimizer: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class WriteRow:
-    """Writes the weights to a file as they lie in memory. Raises WeightsNotFinite, and
-    RowNotWritten if the file cannot be. Answer: `WrittenRow`.
+    """Writes the weights as the row file of a checkpoint. Raises WeightsNotFinite, and
+    RowNotWritten if the file cannot be. Answer: None.
     """
 
-    training_run_id: str
     file: str
-    path: str  # of the checkpoint that is being made, for errors
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenRow:
-    layout: RowLayout
-    step: int
+    manifest: Manifest  # as it is to stand in the file
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavailable
+from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
 from trainer_service.checkpoints.uploaded_runs import is_uploaded
@@ -21,6 +22,7 @@ from trainer_service.journal.changes import decode_reply
 from trainer_service.journal.codec import encode_origin
 from trainer_service.journal.ledger import Ledger, PastRun
 from trainer_service.journal.records import RunRecord
+from trainer_service.journal.writer import Written
 from trainer_service.queue.admission import Admission
 from trainer_service.queue.watching import Watch
 from trainer_service.run.call_numbers import CallLimits, PastNumber
@@ -44,6 +46,7 @@ class _Removal:
     """Of a run that is gone for its callers."""
 
     named: bool  # whether its named checkpoints go too
+    begun: Written | None = None  # done when that is on disk; None: it was before the start
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -324,15 +327,19 @@ class Runs:
         whatever happens, if need be after a restart.
         """
         run.closing = True
-        await run.journal.removal_begun(identity, named=named)
+        begun = run.journal.removal_begun(identity, named=named)
+        self._closing[run] = _Removal(named, begun)
+        await begun
+        fault_point("removal:begun")
         gone = TrainingRunNotFound(run.id)
         run.abandon(gone)
         self._scheduler.withdraw(run.id, gone)
-        self._closing[run] = _Removal(named)
 
     async def _remove(self, run: Run) -> None:
         """Removes what a run that is closing has left, and its record last."""
         removal = self._closing[run]
+        if removal.begun is not None:
+            await removal.begun
         async with removal.lock:
             if run not in self._closing:
                 return  # somebody else has
@@ -343,6 +350,7 @@ class Runs:
                 with suppress(EngineDied):  # and the row with it
                     await self._scheduler.row(DropRow(run.id), run.row_life)
             self._services.saved_rows.forget(run)
+            fault_point("removal:before-record")
             await run.journal.removed()
             del self._runs[run.id], self._closing[run]
             self._loops.pop(run, None)

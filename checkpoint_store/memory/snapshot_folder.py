@@ -11,9 +11,10 @@ import os
 import stat
 from pathlib import Path
 
-from checkpoint_store.memory.row_file import RowFile, open_row
+from checkpoint_store.memory.published_row import PublishedRow, open_row
 from checkpoint_store.objects.object_store import is_object_address
 from checkpoint_store.paths import CheckpointPath
+from checkpoint_store.row_file import RowMissing
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class SnapshotFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def find(self, revision: CheckpointPath) -> RowFile | None:
+    def find(self, revision: CheckpointPath) -> PublishedRow | None:
         """The row of a revision, if a trainer of this host has it in memory. Raises
         CheckpointDamaged.
         """
@@ -39,7 +40,7 @@ class SnapshotFolder:
         for owner in self.path.glob(f"{OWNER_PREFIX}*"):
             try:
                 return open_row(owner / place_of(revision), str(revision))
-            except (FileNotFoundError, NotADirectoryError):
+            except RowMissing:
                 continue
         return None
 

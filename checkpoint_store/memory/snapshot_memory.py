@@ -15,17 +15,16 @@ import psutil
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.memory.row_file import RowFile, describe_row, open_row
+from checkpoint_store.memory.published_row import PublishedRow, open_row
 from checkpoint_store.memory.snapshot_folder import OWNER_PREFIX, is_private, place_of
 from checkpoint_store.paths import SAMPLER_WEIGHTS, CheckpointPath
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.row_layout import RowLayout
 from mint_core.owned_folder import OwnedFolder
 
 logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.1  # of what is free, where no limit is given
-_DESCRIPTION_BYTES = 64 * 1024  # of a row file, beside its numbers: about what it takes
+_HEADER_BYTES = 64 * 1024  # of a row file, beside its numbers: about what it takes
 
 
 @dataclass(slots=True)
@@ -68,18 +67,18 @@ class SnapshotMemory:
         return [revision for revision, held in self._held.items() if not held.stored]
 
     def draft(self, numbers_bytes: int) -> Path | None:
-        """A file to write a row's numbers to; None if there is no room now."""
+        """A file to write a row to; None if there is no room now."""
         with self._lock:
             draft, self._spare = self._spare, None
-            if draft is not None and draft.exists() and draft.stat().st_size == numbers_bytes:
+            if draft and draft.exists() and self._drafts[draft] == numbers_bytes + _HEADER_BYTES:
                 return draft
         if draft is not None:
             self.discard(draft)
         return self._new_draft(numbers_bytes)
 
     def prepare(self, numbers_bytes: int) -> None:
-        """Takes the memory of the next draft now, if it is of this size: that is half of the time
-        that writing to a new one takes.
+        """Takes the memory of the next draft now, if it is of this size: that is a fifth of the
+        time that writing to a new one takes.
         """
         if self._spare is not None:
             return
@@ -88,7 +87,7 @@ class SnapshotMemory:
             return
         try:
             with draft.open("wb") as opened:
-                os.posix_fallocate(opened.fileno(), 0, numbers_bytes)
+                os.posix_fallocate(opened.fileno(), 0, self._drafts[draft])
         except OSError:  # others than us have filled the memory
             self.discard(draft)
         else:
@@ -100,18 +99,16 @@ class SnapshotMemory:
             self._drafts.pop(draft, None)
         draft.unlink(missing_ok=True)
 
-    def place(self, draft: Path, manifest: Manifest, layout: RowLayout, *, stored: bool) -> None:
-        """Shows a row, whose numbers a draft has, to samplers."""
-        describe_row(draft, manifest, layout)
-        size_bytes = draft.stat().st_size
+    def place(self, draft: Path, manifest: Manifest, *, stored: bool) -> None:
+        """Shows a row, which was written to a draft, to samplers."""
         file = self._owned.path / place_of(manifest.revision_path)
         with self._lock:
             file.parent.mkdir(exist_ok=True)
             draft.rename(file)
             del self._drafts[draft]
-            self._held[manifest.revision_path] = _Held(size_bytes, stored)
+            self._held[manifest.revision_path] = _Held(file.stat().st_size, stored)
 
-    def open(self, revision: CheckpointPath) -> RowFile:
+    def open(self, revision: CheckpointPath) -> PublishedRow:
         """A row that is here."""
         return open_row(self._owned.path / place_of(revision), str(revision))
 
@@ -184,7 +181,7 @@ class SnapshotMemory:
                 return OwnedFolder(folder, OWNER_PREFIX, rescue=self._rescue)
 
     def _new_draft(self, numbers_bytes: int) -> Path | None:
-        size_bytes = numbers_bytes + _DESCRIPTION_BYTES
+        size_bytes = numbers_bytes + _HEADER_BYTES
         with self._lock:
             victims = []
             room_bytes = self._limit_bytes - self.size_bytes
@@ -222,8 +219,8 @@ class SnapshotMemory:
         for row in _unnamed_rows(abandoned):
             file = ours / place_of(row.manifest.revision_path)
             file.parent.mkdir(exist_ok=True)
-            row.path.rename(file)
-            held = _Held(row.size_bytes, stored=False, kept=False)
+            row.file.path.rename(file)
+            held = _Held(row.file.size_bytes, stored=False, kept=False)
             self._held[row.manifest.revision_path] = held
 
 
@@ -232,7 +229,7 @@ def _affordable_bytes(folder: Path) -> int:
     return int(MEMORY_SHARE * free_bytes)
 
 
-def _unnamed_rows(folder: Path) -> Iterator[RowFile]:
+def _unnamed_rows(folder: Path) -> Iterator[PublishedRow]:
     for file in folder.glob("*/*@*"):
         try:
             row = open_row(file, f"mint://{file.parent.name}/{SAMPLER_WEIGHTS}/{file.name}")

@@ -7,8 +7,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from checkpoint_store import RowFile, open_row
-from mint_core.errors import MintError
+from checkpoint_store import CheckpointDamaged, PublishedRow, open_row
+from checkpoint_store.row_file import RowMissing
 from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import stored_rank
@@ -68,12 +68,10 @@ class Adapters:
     def load(self, job: LoadAdapter) -> None:
         if job.revision_path in self._rows:
             return
-        file = _open(job)
-        row = self._bank.add(file.manifest.spec)
-        if file.layout != row.bank.layout:
-            raise RowUnusable(f"the numbers of `{job.file}` lie otherwise than rows do here")
-        row.come_back({Part.WEIGHTS: self._numbers(job.revision_path, file)})
-        self._rows[job.revision_path] = row
+        try:
+            self._rows[job.revision_path] = self._mapped(job)
+        except (RowMissing, CheckpointDamaged) as error:
+            raise RowUnusable(f"`{job.file}` cannot be used: {error}") from error
 
     def drop(self, job: DropAdapter) -> None:
         row = self._rows.pop(job.revision_path, None)
@@ -88,23 +86,24 @@ class Adapters:
                 revision_path=revision_path,
             )
 
-    def _numbers(self, revision_path: str, file: RowFile) -> Tensor:  # [params]
+    def _mapped(self, job: LoadAdapter) -> AdapterRow:
+        published = open_row(Path(job.file), job.revision_path)
+        row = self._bank.add(published.manifest.spec)
+        if published.layout != row.bank.layout:
+            raise RowUnusable(f"the numbers of `{job.file}` lie otherwise than rows do here")
+        row.come_back({Part.WEIGHTS: self._numbers(job.revision_path, published)})
+        return row
+
+    def _numbers(self, revision_path: str, published: PublishedRow) -> Tensor:  # [params]
         """A row on the device."""
         if self._device.type == "cpu":
-            return torch.from_numpy(file.numbers())
+            return torch.from_numpy(published.numbers())
         if revision_path in self._host:
             pinned = self._host.get(revision_path)
         else:
-            pinned = torch.from_numpy(file.numbers()).pin_memory()
+            pinned = torch.from_numpy(published.numbers()).pin_memory()
             self._host.put(revision_path, pinned)
         return pinned.to(self._device, non_blocking=True)
-
-
-def _open(job: LoadAdapter) -> RowFile:
-    try:
-        return open_row(Path(job.file), job.revision_path)
-    except (OSError, MintError) as error:
-        raise RowUnusable(f"`{job.file}` cannot be used: {error}") from error
 
 
 def host_limit_bytes() -> int:

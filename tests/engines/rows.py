@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_store import write_published_row
+from checkpoint_store.row_file import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
+from trainer_service.errors import SnapshotFailed
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -42,9 +45,7 @@ from trainer_service.jobs import (
     Tile,
     TileResult,
     WriteRow,
-    WrittenRow,
 )
-from trainer_service.recovery import snapshot_files
 
 MODULE = "lm_head"
 WIDTH = 16
@@ -106,9 +107,15 @@ class Rows:
         for document in tile.documents:
             if POISON in document.tokens:
                 os._exit(9)
-            logprobs.append(np.float32(row.weights.sum()) - document.tokens.astype(np.float32))
+            each = np.float32(row.weights.sum()) - document.tokens.astype(np.float32)
+            logprobs.append(
+                np.broadcast_to(
+                    each.reshape(-1, *[1] * len(document.width)), document.targets.shape
+                )
+            )
             if tile.backward:
-                row.add(document.tokens, document.weights)
+                weights = document.weights.reshape(len(document.tokens), -1)
+                row.add(document.tokens, weights.sum(axis=1))
         total = float(sum(float(each.sum()) for each in logprobs))
         return TileResult(logprobs=tuple(logprobs), metrics={"loss:sum": total})
 
@@ -139,10 +146,10 @@ class Rows:
         moments = arrays(np.zeros(WIDTH, np.float32)) if job.with_optimizer else None
         return RowArrays(weights=weights, exp_avg=moments, exp_avg_sq=moments, step=row.step)
 
-    def _write(self, job: WriteRow) -> WrittenRow:
-        row = self._rows[job.training_run_id]
-        LAYOUT.row(row.spec, arrays(row.weights)).tofile(job.file)
-        return WrittenRow(LAYOUT, row.step)
+    def _write(self, job: WriteRow) -> None:
+        row = self._rows[job.manifest.training_run_id]
+        numbers = LAYOUT.row(row.spec, arrays(row.weights))
+        write_published_row(Path(job.file), numbers, LAYOUT, job.manifest)
 
     def _load(self, job: LoadRow) -> None:
         self._clear(ClearGradient(job.training_run_id))
@@ -157,17 +164,19 @@ class Rows:
         row = self._rows[job.training_run_id]
         self._pipe.send(Part(self._number, SnapshotCopied()))
         parts = {"weights": row.weights, "gradient": row.gradient}
-        digests = {part: digest(vector) for part, vector in parts.items()}
         about = {"step": str(row.step)}
-        return SnapshotWritten(snapshot_files.write(Path(job.path), parts, digests, about))
+        try:
+            return SnapshotWritten(save_row(Path(job.path), parts, about))
+        except OSError as error:
+            raise SnapshotFailed(error) from error
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
         if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
             raise MemoryError
-        header = snapshot_files.read_header(Path(job.path))
-        parts = snapshot_files.read(Path(job.path), header)
-        step = int(header.about["step"])
-        self._rows[job.training_run_id] = Row(job.spec, parts["weights"], parts["gradient"], step)
+        file = RowFile.open(Path(job.path))
+        weights, gradient = file.read("weights"), file.read("gradient")
+        step = int(file.about["step"])
+        self._rows[job.training_run_id] = Row(job.spec, weights, gradient, step)
         return RestoredRow("")
 
 

@@ -64,7 +64,7 @@ def test_a_whole_folder_is_called_so_and_damage_is_named(left: Path, tmp_path: P
     for damage, told in (
         (cut_a_row, "bytes, not those it was written with"),
         (flip_a_bit_of_a_row, "has damaged weights"),
-        (drop_a_row, "cannot be read: No such file"),
+        (drop_a_row, "is not there"),
         (change("UPDATE payloads SET payload = x'4d'"), "is not the one that was sent"),
         (change("DELETE FROM payloads"), "the request of call 1 is missing"),
         (change("UPDATE answers SET answer = x'4d0b'"), "cannot be read"),

@@ -152,11 +152,12 @@ def test_a_torn_row_is_refused_by_name_and_the_stored_one_is_sampled(host: Host)
     name = path.rpartition("/")[2]
     (row,) = host.root.glob(f"memory/*/*/{name}")
     row.write_bytes(row.read_bytes()[:-1])
+    size_bytes = row.stat().st_size
 
     assert tokens_of(host.sampler.sample(model_path=path))
 
     log = host.sampler.service.log_text()
-    assert f"`{name}` of checkpoint `{path}` does not end in" in log
+    assert f"`{name}` of checkpoint `{path}` has {size_bytes} bytes, not" in log
     assert f"adapter fetched path={path}" in log
 
 

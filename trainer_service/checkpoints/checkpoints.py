@@ -138,14 +138,15 @@ class Checkpoints:
         )
 
     async def publish_adapter(
-        self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write
+        self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write, *, step: int
     ) -> Published:
-        """Publishes an adapter for samplers; `write` has the engine write its row."""
+        """Publishes an adapter for samplers; `write` has the engine write its row, of that step."""
         expire_time = self._expire_time(save.ttl_s)
         return await self.handoff.publish(
             origin,
             save,
             write,
+            step=step,
             sequence=call.place.sequence,
             mark=call.mark,
             expire_time=expire_time,

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,20 +19,20 @@ from checkpoint_store import (
     Manifest,
     Published,
     SnapshotMemory,
-    map_numbers,
     new_manifest,
+    open_row,
     parse_path,
 )
 from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import CheckpointNotFound, MintError
 from trainer_service.errors import RowNotWritten
-from trainer_service.jobs import WriteRow, WrittenRow
+from trainer_service.jobs import WriteRow
 from trainer_service.run.calls import SaveForSampler
 from trainer_service.run.description import RunOrigin
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[WriteRow], Awaitable[WrittenRow]]  # has the engine do it
+Write = Callable[[WriteRow], Awaitable[None]]  # has the engine do it
 
 
 class Handoff:
@@ -68,6 +67,7 @@ class Handoff:
         save: SaveForSampler,
         write: Write,
         *,
+        step: int,
         sequence: int,
         mark: str,
         expire_time: datetime | None,
@@ -81,7 +81,7 @@ class Handoff:
             base_model=origin.base_model,
             base_fingerprint=origin.base_fingerprint,
             spec=origin.spec,
-            step=0,  # until the engine says which
+            step=step,
             metadata=save.metadata,
             sequence=sequence,
             mark=mark,
@@ -147,10 +147,9 @@ class Handoff:
     ) -> Published:
         announced = asyncio.create_task(asyncio.to_thread(self._announce, manifest))
         try:
-            written = await write(_job(manifest, draft))
-            manifest = replace(manifest, step=written.step)
+            await write(WriteRow(str(draft), manifest))
             try:
-                await asyncio.to_thread(memory.place, draft, manifest, written.layout, stored=False)
+                await asyncio.to_thread(memory.place, draft, manifest, stored=False)
             except OSError as error:
                 raise RowNotWritten(str(manifest.path), draft.parent, error) from error
         except BaseException:
@@ -166,11 +165,10 @@ class Handoff:
     async def _beside_memory(
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
     ) -> Published:
-        written = await write(_job(manifest, draft))
-        published = await self._publish(manifest, draft, written)
+        await write(WriteRow(str(draft), manifest))
+        published = await asyncio.to_thread(self._publish, manifest, draft)
         try:
-            layout = written.layout
-            await asyncio.to_thread(memory.place, draft, published.manifest, layout, stored=True)
+            await asyncio.to_thread(memory.place, draft, published.manifest, stored=True)
         except OSError:
             logger.exception("%s is stored and not in memory", published.revision_path)
         else:
@@ -180,17 +178,14 @@ class Handoff:
     async def _without_memory(self, manifest: Manifest, write: Write) -> Published:
         draft = await asyncio.to_thread(self._store.draft)
         try:
-            return await self._publish(manifest, draft, await write(_job(manifest, draft)))
+            await write(WriteRow(str(draft), manifest))
+            return await asyncio.to_thread(self._publish, manifest, draft)
         finally:
             await asyncio.to_thread(draft.unlink, missing_ok=True)
 
-    async def _publish(self, manifest: Manifest, draft: Path, written: WrittenRow) -> Published:
-        def publish() -> Published:
-            numbers = map_numbers(draft, 4 * written.layout.size)
-            weights = written.layout.matrices(numbers, manifest.spec)
-            return self._store.publish_as(replace(manifest, step=written.step), weights)
-
-        return await asyncio.to_thread(publish)
+    def _publish(self, manifest: Manifest, draft: Path) -> Published:
+        row = open_row(draft, str(manifest.revision_path))
+        return self._store.publish_as(manifest, row.weights())
 
     def _announce(self, manifest: Manifest) -> None:
         try:
@@ -259,9 +254,3 @@ class Handoff:
             del self.troubles[training_run_id]
         for follower in self.followers:
             follower.set()
-
-
-def _job(manifest: Manifest, draft: Path) -> WriteRow:
-    return WriteRow(
-        training_run_id=manifest.training_run_id, file=str(draft), path=str(manifest.path)
-    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
@@ -21,7 +22,6 @@ from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
-from trainer_service.engine.row_writing import write_row
 from trainer_service.engine.rows import (
     Rows,
     Span,
@@ -29,7 +29,7 @@ from trainer_service.engine.rows import (
     device_limit_bytes,
     host_limit_bytes,
 )
-from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row
+from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row, write_weights
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
@@ -52,9 +52,7 @@ from trainer_service.jobs import (
     Tile,
     TileResult,
     WriteRow,
-    WrittenRow,
 )
-from trainer_service.recovery.snapshot_files import SnapshotDamaged, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +78,12 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
+        self._progress = progress
         device = self.base.device
         self._rows = Rows(
             config.row_memory_bytes or device_limit_bytes(device),
             host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
-            files=RowFiles(Path(config.row_folder)),
+            files=RowFiles(Path(config.row_folder), progress),
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)
@@ -165,8 +164,8 @@ class Engine:
             if error is None:
                 result = next(stepped)
                 if result.error is None:
-                    weights = trained.row.part(Part.WEIGHTS)
-                    result = replace(result, weight_digest=digest(weights))
+                    trained.weight_digest = digest(trained.row.part(Part.WEIGHTS))
+                    result = replace(result, weight_digest=trained.weight_digest)
                 trained.gradient_pending = False
             else:
                 result = StepResult(step=trained.step, grad_norm=0.0, error=error)
@@ -213,10 +212,8 @@ class Engine:
             step=trained.step,
         )
 
-    def _write(self, job: WriteRow) -> WrittenRow:
-        trained = self._rows.here(job.training_run_id)
-        write_row(trained.row, Path(job.file), job.path)
-        return WrittenRow(trained.row.bank.layout, trained.step)
+    def _write(self, job: WriteRow) -> None:
+        write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
 
     def _load(self, job: LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.
@@ -227,27 +224,28 @@ class Engine:
         return copy_row(job, self._rows.here(job.training_run_id), self.base)
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
-        path, name = Path(job.path), job.training_run_id
+        name = job.training_run_id
         try:
-            header = read_header(path)
+            file = RowFile.open(Path(job.path))
             trained = self._rows.add(name, self._bank.add(job.spec))
-            self._rows.here(name, *map(Part, header.digests))
-            read_row(path, trained.row, header)
-        except SnapshotDamaged as error:
+            self._rows.here(name, *map(Part, file.digests))
+            read_row(file, trained.row)
+        except RowDamaged as error:
             self._rows.remove(name)
             raise StateDamaged(name, error.message) from error
         except MintError:
             self._rows.remove(name)
             raise
-        trained.step = int(header.about["step"])
-        trained.gradient_pending = header.about["gradient_pending"] == "1"
-        return RestoredRow(difference(header, self.base))
+        trained.step = int(file.about["step"])
+        trained.gradient_pending = file.about["gradient_pending"] == "1"
+        return RestoredRow(difference(file, self.base))
 
     def _fill(self, training_run_id: str, start: RowArrays) -> None:
         if (start.exp_avg is None) != (start.exp_avg_sq is None):
             raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
         trained = self._rows.here(training_run_id, *(MOMENTS if start.exp_avg else ()))
         row = trained.row
+        trained.weight_digest = 0
         row.load(Part.WEIGHTS, start.weights)
         if start.exp_avg is None or start.exp_avg_sq is None:
             for part in MOMENTS:

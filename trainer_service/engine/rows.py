@@ -29,6 +29,7 @@ class TrainedRow:
     row: AdapterRow
     step: int = 0
     gradient_pending: bool = False  # otherwise the gradient is zero
+    weight_digest: int = 0  # of the weights as they are; 0: not taken
     moved: tuple[Part, ...] = ()  # the parts that are kept elsewhere while the row is away
 
     def worth_keeping(self) -> dict[Part, Tensor]:

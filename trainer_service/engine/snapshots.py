@@ -1,25 +1,27 @@
-"""Rows to files, in the background, and back."""
+"""Rows to files, some of them in the background, and back."""
 
 import json
 import platform
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint_store import WeightsNotFinite, write_published_row
+from checkpoint_store.row_file import Progress, RowDamaged, RowFile, save_row
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Part, Reply
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.bank import Part as RowPart
 from mint_core.model.loading import LoadedBase
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
-from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten
-from trainer_service.recovery import snapshot_files
-from trainer_service.recovery.snapshot_files import Header, SnapshotDamaged
+from trainer_service.errors import RowNotWritten, SnapshotFailed
+from trainer_service.jobs import SnapshotCopied, SnapshotRow, SnapshotWritten, WriteRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +32,13 @@ class RowCopy:
     parts: Mapping[str, Tensor]  # vectors [params] in host memory
     about: Mapping[str, str]
 
-    def write(self, progress: Callable[[], None] = lambda: None) -> SnapshotWritten:
-        """Returns when the file is on disk."""
-        digests = {}
-        for part, vector in self.parts.items():
-            digests[part] = digest(vector)
-            progress()
+    def write(self, progress: Progress = lambda: None) -> SnapshotWritten:
+        """Returns when the file is on disk. Raises SnapshotFailed."""
         arrays = {part: vector.numpy() for part, vector in self.parts.items()}
-        return SnapshotWritten(
-            snapshot_files.write(self.path, arrays, digests, self.about, progress)
-        )
+        try:
+            return SnapshotWritten(save_row(self.path, arrays, self.about, progress))
+        except OSError as error:
+            raise SnapshotFailed(error) from error
 
 
 def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy:
@@ -58,6 +57,7 @@ def copy_row(job: SnapshotRow, trained: TrainedRow, base: LoadedBase) -> RowCopy
             "adapter": json.dumps(asdict(trained.row.spec)),
             "base_fingerprint": base.description.fingerprint,
             "engine": json.dumps(engine_traits(base)),
+            "layout": trained.row.bank.layout.encoded.decode(),  # older files lack it
         },
     )
 
@@ -77,25 +77,44 @@ def _processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def read_row(path: Path, row: AdapterRow, header: Header) -> None:
-    """Fills the parts of a row from its file. Raises SnapshotDamaged."""
-    if header.length != row.bank.row_size:
-        raise SnapshotDamaged(path, "lies otherwise in memory than this version's rows")
-    for part, vector in snapshot_files.read(path, header).items():
-        tensor = torch.from_numpy(vector)
-        if digest(tensor) != header.digests[part]:
-            raise SnapshotDamaged(path, f"has damaged {part}: its digest is another")
-        row.part(RowPart(part)).copy_(tensor)
+def read_row(file: RowFile, row: AdapterRow) -> None:
+    """Fills the parts of a row from its file. Raises RowDamaged."""
+    layout = row.bank.layout.encoded.decode()
+    if file.length != row.bank.row_size or file.about.get("layout", layout) != layout:
+        raise RowDamaged(file.path, "lies otherwise in memory than this version's rows")
+    for part in file.digests:
+        row.part(RowPart(part)).copy_(torch.from_numpy(file.read(part)))
 
 
-def difference(header: Header, base: LoadedBase) -> str:
+def difference(file: RowFile, base: LoadedBase) -> str:
     """In which way the engine that wrote a file was another than this one."""
-    theirs, ours = json.loads(header.about["engine"]), engine_traits(base)
+    theirs, ours = json.loads(file.about["engine"]), engine_traits(base)
     return ", ".join(
         f"{name} was {theirs.get(name)} and is {value}"
         for name, value in ours.items()
         if theirs.get(name) != value
     )
+
+
+def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:
+    """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
+    row, file, path = trained.row, Path(job.file), str(job.manifest.path)
+    vector = row.part(RowPart.WEIGHTS)
+    _check_finite(row, vector, path)
+    trained.weight_digest = known = trained.weight_digest or digest(vector)
+    numbers, layout = vector.cpu().numpy(), row.bank.layout
+    try:
+        write_published_row(file, numbers, layout, job.manifest, progress, known)
+    except OSError as error:
+        raise RowNotWritten(path, file.parent, error) from error
+
+
+def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:
+    if vector.sum().isfinite():  # so all of them are; 20 times as fast as to ask each
+        return
+    for name, array in row.export(RowPart.WEIGHTS).items():
+        if not np.isfinite(array).all():
+            raise WeightsNotFinite(path, name)
 
 
 class SnapshotWriter:

@@ -57,7 +57,9 @@ def load_runs(db: sqlite3.Connection) -> Iterator[RunRecord]:
 def load_calls(db: sqlite3.Connection, run: int, after: int) -> Iterator[CallRecord]:
     """The calls behind a number, in order: those that have not ended, and those with answers."""
     rows = db.execute(
-        "SELECT c.id, c.method, c.hash, c.mark, c.deaths, p.payload, a.answer FROM calls c"
+        "SELECT c.id, c.method, c.hash, c.mark, c.deaths,"
+        # What is damaged may be of another type: it is for others to tell.
+        " CAST(p.payload AS BLOB), CAST(a.answer AS BLOB) FROM calls c"
         " LEFT JOIN payloads p ON p.id = c.id AND c.effect IS NULL"
         " LEFT JOIN answers a ON a.id = c.id WHERE c.id BETWEEN ? AND ? ORDER BY c.id",
         (call_id(run, after + 1), last_id(run)),
@@ -94,8 +96,8 @@ def load_past(db: sqlite3.Connection, run: int, covered: int) -> list[PastCall]:
 def find_payload(db: sqlite3.Connection, run: int, sequence: int) -> Payload | None:
     """What was sent with a call, if it is still there."""
     found = db.execute(
-        "SELECT c.method, c.hash, p.payload FROM calls c JOIN payloads p ON p.id = c.id"
-        " WHERE c.id = ?",
+        "SELECT c.method, c.hash, CAST(p.payload AS BLOB) FROM calls c"
+        " JOIN payloads p ON p.id = c.id WHERE c.id = ?",
         (call_id(run, sequence),),
     ).fetchone()
     return Payload(*found) if found else None

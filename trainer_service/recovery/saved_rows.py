@@ -15,9 +15,9 @@ from mint_core.errors import EngineDied, MintError
 from mint_core.fault_points import fault_point
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.metrics import Metrics
+from trainer_service.errors import SnapshotFailed
 from trainer_service.jobs import SnapshotRow, SnapshotWritten
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.recovery.snapshot_files import SnapshotFailed
 from trainer_service.run.calls import SavedRow
 from trainer_service.run.run import Run
 from trainer_service.run.unsaved import UnsavedWork

@@ -8,12 +8,11 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
+from checkpoint_store.row_file import RowDamaged, RowFile
 from mintrpc.v1 import trainer_pb2
 from trainer_service.journal import codec, queries, records
 from trainer_service.journal.changes import decode_reply
 from trainer_service.journal.records import PastCall
-from trainer_service.recovery import snapshot_files
-from trainer_service.recovery.snapshot_files import SnapshotDamaged
 from trainer_service.run.calls import Effect
 from trainer_service.wire.sequenced_requests import request_kind
 
@@ -40,16 +39,13 @@ def _of_run(
 
 
 def _of_saved_row(path: Path, size_bytes: int) -> Iterator[str]:
-    # Here, since torch takes seconds to import and the other commands need none.
-    from trainer_service.engine.digests import damaged_parts
-
     try:
-        header = snapshot_files.read_header(path)
-        if path.stat().st_size != size_bytes:
-            yield f"snapshot {path.name} is not the one that the journal tells of"
-        for part in damaged_parts(path, header):
-            yield f"snapshot {path.name} has damaged {part}"
-    except SnapshotDamaged as error:
+        row = RowFile.open(path)
+        if row.size_bytes != size_bytes:
+            yield f"row file {path.name} is not the one that the journal tells of"
+        for part in row.digests:
+            row.read(part)
+    except RowDamaged as error:
         yield error.message
 
 

@@ -158,7 +158,9 @@ class Execution:
         run = self._run
         await _noted(call)
         write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.publish_adapter(run.origin, save, call, write)
+        published = await self._checkpoints.publish_adapter(
+            run.origin, save, call, write, step=run.step
+        )
         return Outcome(
             make_reply=partial(
                 replies.saved_for_sampler,
@@ -196,7 +198,7 @@ class Execution:
 
 async def _noted(call: Call) -> None:
     """Waits until the mark of a call is on disk: the store is touched only then."""
-    if call.course.noted is not None:
+    if call.mark and call.course.noted is not None:
         await call.course.noted
 
 

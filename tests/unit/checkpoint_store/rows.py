@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoint_store import Manifest, SnapshotMemory, new_manifest
+from checkpoint_store import Manifest, SnapshotMemory, new_manifest, write_published_row
 from mint_core.lora.row_layout import Matrix, RowLayout
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 
@@ -30,8 +30,12 @@ def snapshot(name: str | None = None, **changes: object) -> Manifest:
     return new_manifest(name=name, **(fields | changes))  # type: ignore[arg-type]
 
 
-def write_numbers(file: Path, seed: int = 0) -> None:
-    file.write_bytes(LAYOUT.row(SPEC, adapter(seed)["weights"]).data)
+def write_snapshot(
+    file: Path, manifest: Manifest, seed: int = 0, layout: RowLayout = LAYOUT
+) -> None:
+    """Writes the row of an adapter that is drawn from the seed."""
+    numbers = layout.row(SPEC, adapter(seed)["weights"])
+    write_published_row(file, numbers, layout, manifest)
 
 
 def remember(
@@ -40,6 +44,6 @@ def remember(
     """Puts an adapter into memory."""
     draft = memory.draft(NUMBERS_BYTES)
     assert draft is not None
-    write_numbers(draft, seed)
-    memory.place(draft, manifest, LAYOUT, stored=stored)
+    write_snapshot(draft, manifest, seed)
+    memory.place(draft, manifest, stored=stored)
     return manifest

@@ -7,9 +7,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory
+from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, open_row
 from mint_core.engine_host import process as engine_process
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, EngineFault, InvalidRequest
@@ -21,7 +22,13 @@ from sampler_service.jobs import BASE_MODEL, AdapterAbsent
 from sampler_service.row_files import RowFiles
 from tests.engines.sampler_jobs import Die, Use
 from tests.unit.checkpoint_store.conftest import adapter
-from tests.unit.checkpoint_store.rows import LAYOUT, NUMBERS_BYTES, remember, snapshot
+from tests.unit.checkpoint_store.rows import (
+    LAYOUT,
+    NUMBERS_BYTES,
+    remember,
+    snapshot,
+    write_snapshot,
+)
 
 LIMIT_S = 30.0
 RANKS = 8  # of each adapter, as it is stored
@@ -282,18 +289,18 @@ async def test_a_row_in_memory_needs_no_file_of_ours(tmp_path: Path) -> None:
 
 async def test_a_row_that_lies_otherwise_is_laid_out_anew(tmp_path: Path) -> None:
     async with serving(tmp_path) as front:
-        manifest, layout = snapshot(), other_layout()
+        manifest = snapshot()
         draft = front.memory.draft(NUMBERS_BYTES)
         assert draft is not None
-        draft.write_bytes(layout.row(manifest.spec, adapter(seed=5)["weights"]).data)
-        front.memory.place(draft, manifest, layout, stored=False)
+        write_snapshot(draft, manifest, 5, other_layout())
+        front.memory.place(draft, manifest, stored=False)
         path = str(manifest.revision_path)
 
         assert await front.use(path) == (path,)
 
         (file,) = front.row_files()
-        expected = LAYOUT.row(manifest.spec, adapter(seed=5)["weights"]).tobytes()
-        assert file.read_bytes()[: len(expected)] == expected
+        expected = LAYOUT.row(manifest.spec, adapter(seed=5)["weights"])
+        assert np.array_equal(open_row(file, path).numbers(), expected)
 
 
 async def test_a_row_that_has_left_memory_comes_from_the_store(tmp_path: Path) -> None:

@@ -4,8 +4,16 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from checkpoint_store import CheckpointStore
+from mint_core.errors import FailedPrecondition, TrainingRunNotFound
 from mintrpc.v1 import trainer_pb2
-from tests.unit.trainer_service.fronts import backward, fronting, optim_step
+from tests.unit.trainer_service.calls import call
+from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
+from trainer_service.jobs import CreateRow, DropRow, SnapshotRow
+from trainer_service.run.calls import Load, Save
+from trainer_service.wire.requests import CreateRun
 
 
 def job_of(answer: Any) -> float:
@@ -49,3 +57,65 @@ async def test_a_step_waits_for_its_own_backwards_alone(tmp_path: Path) -> None:
 
         assert jobs[3] == jobs[2] + 1
         assert jobs[3] < jobs[0] < jobs[1]
+
+
+async def test_a_deletion_that_fails_leaves_the_run_gone_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        kept = front.run(run)
+        with monkeypatch.context() as patch:
+
+            def fail(*args: object, **options: object) -> None:
+                raise OSError("the store is away")
+
+            patch.setattr(CheckpointStore, "delete_run", fail)
+            with pytest.raises(OSError, match="away"):
+                await front.delete(run)
+            with pytest.raises(TrainingRunNotFound):
+                front.run(run)
+            await front.runs.expire()
+            assert kept in front.runs.all()
+
+        await front.runs.expire()
+        assert kept not in front.runs.all()
+
+
+async def test_a_deletion_asked_for_again_is_the_same(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run, identity = await front.create(), front.identity()
+        await asyncio.gather(front.delete(run, identity), front.delete(run))
+        await front.delete(run, identity)  # remembered
+        with pytest.raises(TrainingRunNotFound):
+            await front.delete(run)
+
+
+async def test_a_run_that_could_not_be_saved_leaves_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fronting(tmp_path, engine_module="tests.engines.rows") as front:
+        run = await front.create()
+        save = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        await front.submit(call(1, run=run, method="SaveState", work=save))
+        jobs: list[object] = []
+        real = front.service.scheduler.row
+
+        async def watched(job: object, *args: Any, **options: Any) -> Any:
+            jobs.append(job)
+            if isinstance(job, SnapshotRow):
+                raise FailedPrecondition("no disk")
+            return await real(job, *args, **options)
+
+        monkeypatch.setattr(front.service.scheduler, "row", watched)
+        request = CreateRun(
+            identity=front.identity(),
+            source=Load(path=f"mint://{run}/weights/a", with_optimizer=True),
+            metadata={},
+            isolated=False,
+        )
+        with pytest.raises(FailedPrecondition, match="no disk"):
+            await front.runs.create(TENANT, request)
+
+        assert [type(job) for job in jobs] == [CreateRow, SnapshotRow, DropRow]
+        assert len(list(front.runs.all())) == 1

@@ -1,5 +1,6 @@
 """Snapshots in memory: found by others on the host, bounded, and gone with their trainer."""
 
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from checkpoint_store import (
 )
 from mint_core.errors import CheckpointNotFound, FailedPrecondition, InvalidRequest
 from tests.unit.checkpoint_store.conftest import adapter
+from tests.unit.checkpoint_store.memory.test_published_row import OLD_FILE
 from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, remember, snapshot
 
 ROOM_BYTES = NUMBERS_BYTES + 65536  # for one row
@@ -98,7 +100,7 @@ def test_a_draft_that_was_prepared_is_used_and_counts(folder: Path) -> None:
     memory.prepare(NUMBERS_BYTES)
     memory.prepare(NUMBERS_BYTES)
     (spare,) = folder.glob("*/draft-*")
-    assert spare.stat().st_size == NUMBERS_BYTES
+    assert spare.stat().st_size == ROOM_BYTES
     assert memory.size_bytes == ROOM_BYTES
 
     assert memory.draft(NUMBERS_BYTES) == spare
@@ -178,6 +180,22 @@ def test_the_next_trainer_takes_over_what_a_killed_one_left(folder: Path) -> Non
     assert memory.size_bytes < 2 * ROOM_BYTES
     memory.stored(rescued)
     assert memory.size_bytes == 0  # it was kept for the store alone
+
+
+def test_a_row_that_an_older_version_left_is_told_once_and_goes(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = folder / "trainer-gone/r-1/old@1"
+    left.parent.mkdir(parents=True)
+    folder.chmod(0o700)
+    shutil.copy(OLD_FILE, left)
+
+    memory = SnapshotMemory(folder)
+
+    assert not memory.unstored()
+    assert not left.exists()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "`old@1` of checkpoint `mint://r-1/sampler_weights/old@1` is torn, or not of" in warning
 
 
 def test_a_torn_row_is_refused_by_name_until_it_is_stored(

@@ -22,11 +22,11 @@ from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
 from tests.object_servers import ObjectServer
 from tests.unit.checkpoint_store.conftest import SPEC
-from tests.unit.checkpoint_store.rows import LAYOUT, NUMBERS_BYTES, write_numbers
+from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, write_snapshot
 from tests.unit.trainer_service.queue.test_backlog import origin
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.errors import RowNotWritten
-from trainer_service.jobs import WriteRow, WrittenRow
+from trainer_service.jobs import WriteRow
 from trainer_service.run.calls import SaveForSampler
 
 LIMIT_S = 30.0
@@ -44,15 +44,15 @@ class Trainer:
     written: list[WriteRow] = field(default_factory=list)
     error: Exception | None = None  # what the engine says of rows in memory
 
-    async def write(self, job: WriteRow) -> WrittenRow:
+    async def write(self, job: WriteRow) -> None:
         self.written.append(job)
         if self.error is not None and "draft-" in job.file:
             raise self.error
+        number = len(self.written)
         try:
-            await asyncio.to_thread(write_numbers, Path(job.file), len(self.written))
+            await asyncio.to_thread(write_snapshot, Path(job.file), job.manifest, number)
         except OSError as error:
-            raise RowNotWritten(job.path, Path(job.file), error) from error
-        return WrittenRow(LAYOUT, len(self.written))
+            raise RowNotWritten(str(job.manifest.path), Path(job.file), error) from error
 
     async def publish(
         self,
@@ -64,7 +64,7 @@ class Trainer:
         expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
         save = SaveForSampler(name=name, ttl_s=ttl_s, metadata={})
         return await self.handoff.publish(
-            RUN, save, self.write, sequence=sequence, mark=mark, expire_time=expire_time
+            RUN, save, self.write, step=1, sequence=sequence, mark=mark, expire_time=expire_time
         )
 
     @property
@@ -152,6 +152,10 @@ async def test_a_call_that_is_done_again_after_a_crash_names_one_revision(tmp_pa
     async with training(tmp_path) as trainer:
         first = await trainer.publish("a", sequence=7, mark="x")
         assert await trainer.publish("a", sequence=7, mark="x") == first
+        opened = trainer.here.open(first.path, tenant="ann")
+        assert opened.row is None  # that in memory is of the second time
+        stored = trainer.store.open(first.path, tenant="ann").weights()
+        assert all((opened.weights()[name] == stored[name]).all() for name in stored)
         later = await trainer.publish("a", sequence=8, mark="y")
         assert later.revision_path == "mint://r-1/sampler_weights/a@2"
 

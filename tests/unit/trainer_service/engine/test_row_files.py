@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint_store import row_file
 from mint_core.errors import EngineFault, FailedPrecondition
 from mint_core.lora.bank import Part
 from trainer_service.engine.row_files import RowFiles
@@ -31,14 +32,36 @@ def test_what_was_put_is_got_until_it_is_dropped(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/*"))) == 1
 
 
-def test_a_file_that_was_cut_short_is_no_row(tmp_path: Path) -> None:
+def test_a_row_that_is_not_what_was_put_is_a_fault_that_names_its_run(tmp_path: Path) -> None:
     files = RowFiles(tmp_path)
     files.put("a", PARTS)
     (path,) = tmp_path.glob("*/*")
-    path.write_bytes(path.read_bytes()[:-1])
-
-    with pytest.raises(EngineFault, match="shorter than it was written"):
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[-1] ^= 1  # of the last number
+    for damaged, why in (
+        (content[:-1], "bytes, not those it was written with"),
+        (content[:-20], "bytes, not those it was written with"),
+        (b"", "is torn"),
+        (bytes(flipped), "has damaged exp_avg"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(EngineFault, match=f"training run `a` cannot be read .* {why}") as fault:
+            files.get("a", 5)
+        assert fault.value.metadata["training_run_id"] == "a"
+    path.unlink()
+    with pytest.raises(EngineFault, match="is not there"):
         files.get("a", 5)
+
+
+def test_each_piece_is_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_file, "CHUNK_BYTES", 8)
+    signs: list[None] = []
+    files = RowFiles(tmp_path, lambda: signs.append(None))
+    files.put("a", PARTS)
+    assert len(signs) == len(PARTS) * (1 + 3)  # a digest, and 20 bytes in pieces of 8
+    files.get("a", 5)
+    assert len(signs) == len(PARTS) * 5
 
 
 def test_the_files_of_a_process_that_is_gone_are_removed_and_those_of_another_stay(

@@ -133,3 +133,22 @@ async def test_what_a_crash_left_beside_the_rows_is_removed(tmp_path: Path) -> N
 
     async with fronting_rows(tmp_path, 1000.0) as front:
         assert files(front) == [f"{name}-1.safetensors"]
+
+
+async def test_a_flooded_run_stops_no_other_row_from_being_saved(front: Front) -> None:
+    """Even if its own row is wanted first: it is saved when the run comes to rest."""
+    flooded, other = [await front.create() for _ in range(2)]
+    for name in (flooded, other):
+        await front.submit(backward(name, 1, [4]))
+    front.service.scheduler.hold()
+    calls = [front.submit(backward(flooded, number, [4])) for number in range(2, 66)]
+    while front.run(flooded).numbers.in_flight < 64 or front.run(flooded).inbox.first:
+        await asyncio.sleep(0)
+    first = front.service.saved_rows.want(front.run(flooded))
+
+    await front.service.saved_rows.want(front.run(other))
+
+    assert await covered(front, other) == 1
+    assert not first.done()
+    await front.delete(flooded)
+    await asyncio.gather(*calls, return_exceptions=True)

@@ -1,0 +1,184 @@
+"""Rows that the engine writes: restored to the bit or refused by name, and mapped by samplers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from checkpoint_store import new_manifest, open_row
+from checkpoint_store.row_file import RowFile, write_row
+from mint_core.lora.bank import Part
+from mint_core.lora.spec import LoraRequest
+from tests.engines_in_process import EngineRun, make_documents, make_engine
+from trainer_service.engine import digests, snapshots
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.snapshots import RowCopy
+from trainer_service.errors import SnapshotFailed, StateDamaged
+from trainer_service.jobs import (
+    AdamParams,
+    CrossEntropy,
+    DropRow,
+    LoadRow,
+    RestoredRow,
+    RestoreRow,
+    RowArrays,
+    SnapshotRow,
+    SnapshotWritten,
+    WriteRow,
+)
+
+RUN = "r-1"
+
+
+@pytest.fixture
+def engine(qwen3_folder: Path) -> Engine:
+    return make_engine(qwen3_folder)
+
+
+@pytest.fixture
+def run(engine: Engine) -> EngineRun:
+    """Two steps taken, and a gradient for the next."""
+    run = EngineRun(engine, RUN, LoraRequest(rank=8), random=1)
+    for seed in (1, 2, 3):
+        run.compute(run.tile(make_documents(seed, (7,)), CrossEntropy()))
+        if seed < 3:
+            run.step(AdamParams(learning_rate=1e-2))
+    return run
+
+
+def save(engine: Engine, path: Path) -> RowCopy:
+    copy = engine.run(SnapshotRow(training_run_id=RUN, sequence=5, path=str(path), optional=True))
+    assert isinstance(copy, RowCopy)
+    return copy
+
+
+def restore(engine: Engine, run: EngineRun, path: Path) -> object:
+    engine.run(DropRow(RUN))
+    return engine.run(RestoreRow(RUN, run.spec, str(path)))
+
+
+def changed(path: Path, about: dict[str, str], keep: Callable[[str], bool] = bool) -> None:
+    """Writes a file anew that tells of itself something else, with its numbers as they were."""
+    row = RowFile.open(path)
+    told = {name: value for name, value in (dict(row.about) | about).items() if keep(name)}
+    write_row(path, {part: row.read(part) for part in row.digests}, told)
+
+
+def test_what_was_saved_is_restored(engine: Engine, run: EngineRun, tmp_path: Path) -> None:
+    before = run.export()
+    signs: list[None] = []
+    written = save(engine, tmp_path / "row").write(lambda: signs.append(None))
+
+    assert written == SnapshotWritten((tmp_path / "row").stat().st_size)
+    assert len(signs) == 2 * 4  # a digest of each part, and each part in one piece
+    assert restore(engine, run, tmp_path / "row") == RestoredRow("")
+    after = run.export()
+    assert after.step == before.step == 2
+    for ours, theirs in (
+        (after.weights, before.weights),
+        (after.exp_avg, before.exp_avg),
+        (after.exp_avg_sq, before.exp_avg_sq),
+    ):
+        assert ours is not None
+        assert theirs is not None
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert run.step(AdamParams(learning_rate=1e-2)).grad_norm > 0  # the gradient came too
+
+
+def test_a_file_of_before_layouts_were_told_is_restored(
+    engine: Engine, run: EngineRun, tmp_path: Path
+) -> None:
+    save(engine, tmp_path / "row").write()
+    changed(tmp_path / "row", {}, keep=lambda name: name != "layout")
+    assert restore(engine, run, tmp_path / "row") == RestoredRow("")
+
+
+def test_a_row_that_lies_otherwise_is_refused(
+    engine: Engine, run: EngineRun, tmp_path: Path
+) -> None:
+    save(engine, tmp_path / "row").write()
+    layout = RowFile.open(tmp_path / "row").about["layout"]
+    changed(tmp_path / "row", {"layout": layout.replace("[[0,", "[[8,")})
+    with pytest.raises(StateDamaged, match="row file row lies otherwise in memory"):
+        restore(engine, run, tmp_path / "row")
+    assert engine.row_counts().device == 0
+
+
+def test_a_damaged_row_is_refused_by_its_file(
+    engine: Engine, run: EngineRun, tmp_path: Path
+) -> None:
+    save(engine, tmp_path / "row").write()
+    content = bytearray((tmp_path / "row").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "row").write_bytes(content)
+    with pytest.raises(StateDamaged, match="row file row has damaged"):
+        restore(engine, run, tmp_path / "row")
+    with pytest.raises(StateDamaged, match="row file none is not there"):
+        restore(engine, run, tmp_path / "none")
+    assert engine.row_counts().device == 0
+
+
+@pytest.mark.usefixtures("run")
+def test_a_row_that_cannot_be_written_says_so(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(SnapshotFailed, match="No such file"):
+        save(engine, tmp_path / "none" / "row").write()
+    assert not list(tmp_path.iterdir())
+
+
+class Published:
+    """Has files for samplers written, and checks each by its digest and by the run's weights."""
+
+    def __init__(self, engine: Engine, run: EngineRun, folder: Path) -> None:
+        self._engine, self._run, self._folder = engine, run, folder
+        self.taken = 0  # digests
+
+    def digest(self, vector: Tensor) -> int:
+        self.taken += 1
+        return digests.digest(vector)
+
+    def write(self) -> int:
+        """How many digests were taken for it."""
+        model, before = self._engine.description, self.taken
+        manifest = new_manifest(
+            training_run_id=RUN,
+            kind="sampler_weights",
+            name=None,
+            tenant="t",
+            base_model=model.name,
+            base_fingerprint=model.fingerprint,
+            spec=self._run.spec,
+            step=2,
+        )
+        file = self._folder / manifest.name
+        self._engine.run(WriteRow(str(file), manifest))
+        taken = self.taken - before
+        row = open_row(file, str(manifest.revision_path))
+        assert row.manifest == manifest
+        weights, expected = row.weights(), self._run.export(False).weights
+        assert weights.keys() == expected.keys()
+        assert all(np.array_equal(weights[name], expected[name]) for name in expected)
+        return taken
+
+
+def test_the_digest_of_a_step_serves_until_weights_change(
+    engine: Engine, run: EngineRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Published(engine, run, tmp_path)
+    monkeypatch.setattr(snapshots, "digest", published.digest)
+    assert published.write() == 0
+    engine._rows[RUN].row.part(Part.GRADIENT).fill_(np.nan)
+    assert run.step(AdamParams(learning_rate=1e-2)).error is not None
+    assert published.write() == 0
+
+    before = run.export()
+    for start in (RowArrays(weights=before.weights), before):
+        engine.run(LoadRow(RUN, start))
+        assert [published.write() for _ in range(2)] == [1, 0]
+    save(engine, tmp_path / "row").write()
+    restore(engine, run, tmp_path / "row")
+    assert published.write() == 1
+    run.compute(run.tile(make_documents(4, (7,)), CrossEntropy()))
+    run.step(AdamParams(learning_rate=1e-2))
+    assert published.write() == 0
