@@ -5,23 +5,22 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from mint import types
-from mint._async_names import awaited, on_thread
+from mint._async_names import awaited
 from mint._files import checkpoints as checkpoints
 from mint._files.download import download
+from mint._files.progress import Progress, check_progress
 from mint._files.upload import header_of, upload
 from mint._run import runs as runs
-from mint._run.opening import open_servers
 from mint._transport.call import Question, ask, submit
-from mint._transport.progress import Progress, check_progress
+from mint._transport.callers import on_thread
+from mint._transport.opening import open_servers
+from mint._transport.servers import Servers
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.types.checkpoints import CheckpointType
-
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
 
 AccessScope = Literal["owned", "accessible"]
 T = TypeVar("T")
@@ -37,7 +36,7 @@ class RestClient:
 
     def __init__(
         self,
-        _servers: "Servers | None" = None,
+        _servers: Servers | None = None,
         *,
         base_url: str | None = None,
         api_key: str | None = None,

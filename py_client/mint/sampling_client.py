@@ -3,21 +3,21 @@
 import secrets
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._sample_stream import SampleStream
+from mint._files.tokenizer import tokenizer_of
+from mint._sampling.handles import Handle
+from mint._sampling.sample_stream import SampleStream
 from mint._transport.call import Call, ask, check_size, settle
 from mint._transport.connection import Connection
+from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import CancellableFuture, SampleFuture
 from mint.types.params import integer, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
-
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
 
 T = TypeVar("T")
 _SEED_BITS = 63
@@ -31,7 +31,7 @@ class SamplingClient:
     pickled, and used in processes that were forked.
     """
 
-    def __init__(self, servers: "Servers", revision_path: str, base_model: str) -> None:
+    def __init__(self, servers: Servers, revision_path: str, base_model: str) -> None:
         self._servers = servers
         self._sampler = servers.sampler()
         self._revision_path = revision_path
@@ -115,15 +115,11 @@ class SamplingClient:
         """Text from which `from_sampler_handle` makes this client again, in any process that
         reaches the sampler. Holds no key.
         """
-        from mint._run.handles import Handle
-
         return str(Handle.of(self._sampler, self._revision_path, self._base_model))
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
         """The client that gave `handle`. The key is `api_key`, else that of the environment."""
-        from mint._run.handles import Handle  # which imports this module
-
         parsed = Handle.parse(handle)
         return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)
 
@@ -137,7 +133,7 @@ class SamplingClient:
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""
-        return self._servers.tokenizer(self._sampler, self._base_model)
+        return tokenizer_of(self._servers, self._sampler, self._base_model)
 
     sample_async = awaited(sample)
     compute_logprobs_async = awaited(compute_logprobs)
@@ -172,7 +168,24 @@ class SamplingClient:
         future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
 
 
-def resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
+def create_sampling_client(
+    servers: Servers, model_path: str | None, base_model: str | None
+) -> SamplingClient:
+    """A client of the newest revision at `model_path`, or without one of the base model."""
+    sampler = servers.sampler()
+    served = servers.served(sampler, base_model)
+    revision_path = ""
+    if model_path:
+        revision_path = _resolve_revision(sampler, model_path, base_model or "")
+    return SamplingClient(servers, revision_path, served.model_name)
+
+
+def sampling_client_of(servers: Servers, revision_path: str) -> SamplingClient:
+    """A client of a revision that is known to exist."""
+    return SamplingClient(servers, revision_path, servers.served(servers.sampler()).model_name)
+
+
+def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
     """The revision that a path names now. Scores one token, so that a path that the sampler cannot
     serve is refused here and not at the first sample."""
     request = sampler_pb2.ComputeLogprobsRequest(

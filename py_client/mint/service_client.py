@@ -7,14 +7,14 @@ from typing import Any, Self
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._run.opening import open_servers
 from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
 from mint._transport.call import Question, ask
+from mint._transport.opening import open_servers
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.rest_client import RestClient
-from mint.sampling_client import SamplingClient, refuse_retry_config
+from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.training_client import TrainingClient
 from mint.types.params import text, text_map
 from mintrpc.v1 import trainer_pb2
@@ -139,7 +139,7 @@ class ServiceClient:
         refuse_retry_config(retry_config)
         if not model_path:
             base_model = self._base_model(base_model)
-        return self._servers.create_sampling_client(model_path, base_model)
+        return create_sampling_client(self._servers, model_path, base_model)
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""

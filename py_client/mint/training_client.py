@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mint import types
 from mint._async_names import off_loop, submitted
+from mint._files.tokenizer import tokenizer_of
 from mint._run.backwards import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
 from mint._run.passes import LogprobScope, Passes, pass_template
@@ -14,15 +15,17 @@ from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._run.runs import open_run_again
 from mint._run.watch import RunWatch
 from mint._transport.call import ask
+from mint._transport.servers import Servers
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
-from mint.sampling_client import SamplingClient, refuse_retry_config
+from mint.sampling_client import (
+    SamplingClient,
+    create_sampling_client,
+    refuse_retry_config,
+    sampling_client_of,
+)
 from mint.types.params import text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
-
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
-
 
 SamplingClientKind = Literal["snapshot", "inflight"]
 _INFLIGHT = "inflight"  # the name under which they are published if none is given
@@ -36,7 +39,7 @@ class TrainingClient:
 
     training_run: types.TrainingRun  # as it was opened
 
-    def __init__(self, servers: "Servers", opened: Opened) -> None:
+    def __init__(self, servers: Servers, opened: Opened) -> None:
         self._servers = servers
         self._trainer = servers.trainer
         self._backwards = BackwardCount(opened.backward_count)
@@ -211,7 +214,7 @@ class TrainingClient:
         """
         refuse_retry_config(retry_config)
         saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
-        return self._servers.sampling_client_of(_sampled_path(saved, kind))
+        return sampling_client_of(self._servers, _sampled_path(saved, kind))
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -223,14 +226,12 @@ class TrainingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
         refuse_retry_config(retry_config)
         saved = await self.save_weights_for_sampler(_published_name(name, kind))
-        return await off_loop(type(self._servers).sampling_client_of)(
-            self._servers, _sampled_path(saved, kind)
-        )
+        return await off_loop(sampling_client_of)(self._servers, _sampled_path(saved, kind))
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
         """Returns a client of the revision at `model_path` that is now the newest."""
         refuse_retry_config(retry_config)
-        return self._servers.create_sampling_client(model_path, None)
+        return create_sampling_client(self._servers, model_path, None)
 
     def watch(self) -> RunWatch:
         """What happens to the run, as it happens: its state, its place in the queue, and how each
@@ -251,7 +252,7 @@ class TrainingClient:
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""
-        return self._servers.tokenizer(self._trainer, self.training_run.base_model)
+        return tokenizer_of(self._servers, self._trainer, self.training_run.base_model)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

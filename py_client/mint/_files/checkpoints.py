@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mint._run.runs import new_request_id
-from mint._transport.call import Question
+from mint._transport.call import Question, new_request_id
 from mint._transport.connection import Connection
 from mint.errors import InvalidInputError
 from mint.types.checkpoints import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from mint._files.checkpoints import get_checkpoint
+from mint._files.progress import Progress, reporting
 from mint._transport.call import ask
 from mint._transport.connection import Connection
-from mint._transport.progress import Progress, reporting
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError
 from mint.types.checkpoints import Checkpoint, CheckpointFile

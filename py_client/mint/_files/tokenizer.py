@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mint._async_names import on_thread
 from mint._transport.call import read_stream
+from mint._transport.callers import on_thread
 from mint._transport.connection import Connection
+from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError
 from mintrpc.v1 import model_pb2
 
@@ -22,8 +23,15 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def load_tokenizer(connection: Connection, base_model: str, fingerprint: str) -> Any:
-    """A Hugging Face tokenizer. Its files are fetched unless the cache has them, intact."""
+def tokenizer_of(servers: Servers, connection: Connection, base_model: str) -> Any:
+    """The tokenizer of a base model that is served there, a Hugging Face one, opened once."""
+    served = servers.served(connection, base_model)
+    fingerprint = served.tokenizer_fingerprint
+    return servers.once(fingerprint, lambda: _load(connection, served.model_name, fingerprint))
+
+
+def _load(connection: Connection, base_model: str, fingerprint: str) -> Any:
+    """Opens a tokenizer. Its files are fetched unless the cache has them, intact."""
     if not _FINGERPRINT.fullmatch(fingerprint):
         raise APIResponseValidationError(
             f"the server gives {fingerprint!r} as the tokenizer's fingerprint, which is no digest"

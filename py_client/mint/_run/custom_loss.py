@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint import types
-from mint._async_names import on_thread
 from mint._run.passes import (
     PER_SECOND,
     Part,
@@ -25,6 +24,7 @@ from mint._run.passes import (
     pass_template,
 )
 from mint._run.run_calls import Place, RunCalls
+from mint._transport.callers import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2, types_pb2

@@ -1,6 +1,5 @@
 """Training runs as a server keeps them: create, open, list, change, delete."""
 
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -8,18 +7,13 @@ from google.protobuf.message import Message
 
 from mint import types
 from mint._run.run_calls import Opened
-from mint._transport.call import Call, Question, Refusal, ask, check_size
+from mint._transport.call import Call, Question, Refusal, ask, check_size, new_request_id
 from mint._transport.connection import Connection
 from mint.types.params import integer, text, text_map
 from mint.types.responses import run_kind
 from mintrpc.v1 import trainer_pb2
 
 M = TypeVar("M", bound=Message)
-
-
-def new_request_id() -> str:
-    """An id under which the server knows a request again that is sent twice."""
-    return uuid.uuid4().hex
 
 
 def create_run(connection: Connection, request: trainer_pb2.CreateTrainingRunRequest) -> Opened:

@@ -1,6 +1,7 @@
 """One call, sent again until it has an answer."""
 
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -164,6 +165,11 @@ class Call(Generic[Q, R]):
         if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
             return self._silence.backoff_s()
         return asked_to_wait_s(failure)
+
+
+def new_request_id() -> str:
+    """An id under which the server knows a request again that is sent twice."""
+    return uuid.uuid4().hex
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:

@@ -10,6 +10,11 @@ import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeVar
+
+from mint.futures import APIFuture
+
+T = TypeVar("T")
 
 logger = logging.getLogger("mint")
 
@@ -57,3 +62,20 @@ class Callers:
 
 
 callers = Callers(most=4)
+_waiters = Callers(most=sys.maxsize)  # as many as wait at the same time
+
+
+def on_thread(function: Callable[[], T]) -> APIFuture[T]:
+    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
+    future: APIFuture[T] = APIFuture()
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as error:
+            future.fail(error)
+        else:
+            future.succeed(value)
+
+    _waiters.take(run)
+    return future

@@ -9,8 +9,8 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from mint._async_names import on_thread
 from mint._transport.call import LONGEST_S
+from mint._transport.callers import on_thread
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
 from mint._transport.sender import off_main_thread
