@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from mint._transport.callers import on_thread
+from mint._transport.threads import on_thread
 from mint.futures import APIFuture
 
 P = ParamSpec("P")

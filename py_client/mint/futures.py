@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -174,6 +174,16 @@ class SampleFuture(CancellableFuture[SampleResponse]):
     def prompt_cache_hit_tokens(self) -> int:
         """As in `SampleResponse`."""
         return self.result().prompt_cache_hit_tokens
+
+
+def run_into(future: APIFuture[T], function: Callable[[], T]) -> None:
+    """Gives a future what `function` returns or raises."""
+    try:
+        value = function()
+    except BaseException as error:
+        future.fail(error)
+    else:
+        future.succeed(value)
 
 
 def _no_answer_within(timeout: float | None) -> APITimeoutError:

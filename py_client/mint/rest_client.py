@@ -15,9 +15,9 @@ from mint._files.progress import Progress, check_progress
 from mint._files.upload import header_of, upload
 from mint._run import runs as runs
 from mint._transport.call import Question, ask, submit
-from mint._transport.callers import on_thread
 from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
+from mint._transport.threads import on_thread
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.types.checkpoints import CheckpointType

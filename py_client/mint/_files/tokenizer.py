@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mint._transport.call import read_stream
-from mint._transport.callers import on_thread
 from mint._transport.connection import Connection
 from mint._transport.servers import Servers
+from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError
 from mintrpc.v1 import model_pb2
 

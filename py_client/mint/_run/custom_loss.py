@@ -24,7 +24,7 @@ from mint._run.passes import (
     pass_template,
 )
 from mint._run.run_calls import Place, RunCalls
-from mint._transport.callers import on_thread
+from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2, types_pb2

@@ -12,7 +12,7 @@ from mint._run.losses import set_loss
 from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
 from mint.errors import APIResponseValidationError, InvalidInputError, MintError
-from mint.futures import APIFuture
+from mint.futures import APIFuture, run_into
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -208,13 +208,8 @@ def then(future: APIFuture[T], convert: Callable[[T], Any]) -> APIFuture[Any]:
     def ended(_: Any) -> None:
         if (error := future.exception()) is not None:
             converted.fail(error)
-            return
-        try:
-            value = convert(future.result())
-        except BaseException as raised:
-            converted.fail(raised)
         else:
-            converted.succeed(value)
+            run_into(converted, lambda: convert(future.result()))
 
     future.add_done_callback(ended)
     return converted

@@ -13,7 +13,7 @@ import grpc
 
 from mint._transport.call import Call, Refusal, check_size, settle
 from mint._transport.connection import Connection
-from mint._transport.sender import sender
+from mint._transport.threads import sender
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2
 

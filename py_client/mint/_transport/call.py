@@ -10,12 +10,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from mint._transport.callers import callers
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
-from mint._transport.scheduler import scheduler
-from mint._transport.sender import off_main_thread
 from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint._transport.threads import callers, off_main_thread
+from mint._transport.timer import timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 
@@ -95,7 +94,7 @@ class Call(Generic[Q, R]):
         self._sent = time.monotonic()
         connection = self._connection
         attempt_s = self._attempt_s if connection.contacted else connection.patience_s
-        if self._attaches and callers.take(partial(self._attempt, attempt_s)):
+        if self._attaches and callers.run_at_once(partial(self._attempt, attempt_s)):
             return
         off_main_thread(partial(self._post, attempt_s))
 
@@ -146,7 +145,7 @@ class Call(Generic[Q, R]):
         if delay_s is None:
             self._fail(failure)
         else:
-            scheduler.call_later(delay_s, self._send)
+            timer.call_later(delay_s, self._send)
 
     def _fail(self, failure: Failure) -> None:
         silence_s = self._silence.lasted_s(failure)

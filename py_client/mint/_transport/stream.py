@@ -10,11 +10,10 @@ from typing import Any, Generic, Self, TypeVar
 import grpc
 
 from mint._transport.call import LONGEST_S
-from mint._transport.callers import on_thread
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
-from mint._transport.sender import off_main_thread
 from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint._transport.threads import off_main_thread, on_thread
 from mint.futures import APIFuture
 
 T = TypeVar("T")

@@ -1,0 +1,43 @@
+"""Runs functions later, on one daemon thread of the process that starts when it is first needed."""
+
+import os
+import sched
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from mint._transport.threads import Threads
+
+
+class Timer:
+    """A schedule, and the thread that waits for what is due next. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._thread = Threads("mint-resend", most=1)
+        self.start_over()
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self.start_over)
+
+    def start_over(self) -> None:
+        """Forgets what is due, which is a matter of the process that forked."""
+        self._schedule = sched.scheduler(time.monotonic)
+        self._changed = threading.Event()
+        self._runs = False
+
+    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
+        """`function` must be quick and must not raise."""
+        self._schedule.enter(delay_s, 0, function)
+        self._changed.set()
+        if not self._runs:
+            self._thread.run(self._run)
+            self._runs = True  # not before: an interrupt may come between
+
+    def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            next_s = self._schedule.run(blocking=False)
+            self._changed.wait(next_s)
+
+
+timer = Timer()
