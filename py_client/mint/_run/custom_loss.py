@@ -7,6 +7,7 @@ are minus those derivatives has just that gradient.
 
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,7 @@ from mint._run.passes import (
     PassRequest,
     checked_batch,
     join,
+    pass_on,
     pass_template,
 )
 from mint._run.run_calls import Place, RunCalls
@@ -69,8 +71,15 @@ class CustomPass:
         calls, forward = self._passes.calls(
             [_forward_of(request) for request in self._backwards], "custom"
         )
-        forward.add_done_callback(lambda _: on_thread(lambda: self._go_on(forward)))
+        forward.add_done_callback(lambda _: self._forward_ended(forward))
         self._calls.enqueue(*calls, self._place)
+
+    def _forward_ended(self, forward: APIFuture[list[Part]]) -> None:
+        try:
+            on_thread(partial(self._go_on, forward))
+        except BaseException as error:  # there is no thread to be had
+            self.future.fail(error)
+            self._calls.fill(self._place, [])
 
     def _go_on(self, forward: APIFuture[list[Part]]) -> None:
         """Computes the loss and sends the backward; blocks while the loss is computed."""
@@ -82,7 +91,7 @@ class CustomPass:
                 loss, metrics, slopes = self._context.run(self._differentiate, scored)
             self._fill_in(slopes)
             calls, backward = self._passes.calls(self._backwards, "custom")
-            backward.add_done_callback(lambda _: self._end(parts, scored, backward, loss, metrics))
+            pass_on(backward, lambda ends: _output(parts, scored, ends, loss, metrics), self.future)
         except BaseException as error:
             self.future.fail(error)
         finally:
@@ -115,25 +124,22 @@ class CustomPass:
                 )
             message.loss_fn_inputs[_WEIGHTS].values = (-slope).astype("<f4").tobytes()
 
-    def _end(
-        self,
-        forward: Sequence[Part],
-        scored: types.ForwardBackwardOutput,
-        backward: APIFuture[list[Part]],
-        loss: float,
-        metrics: Mapping[str, float],
-    ) -> None:
-        if (error := backward.exception()) is not None:
-            self.future.fail(error)
-            return
-        parts = backward.result()
-        told = dict(join(parts).metrics)
-        told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
-        seconds = sum(part.seconds for part in (*forward, *parts))
-        if PER_SECOND in told and seconds > 0:
-            told[PER_SECOND] = told["tokens:sum"] / seconds
-        told = {"loss:sum": loss, **told, **metrics}
-        self.future.succeed(types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told))
+
+def _output(
+    forward: Sequence[Part],
+    scored: types.ForwardBackwardOutput,
+    backward: Sequence[Part],
+    loss: float,
+    metrics: Mapping[str, float],
+) -> types.ForwardBackwardOutput:
+    """The answer of both passes, with the loss's own metrics."""
+    told = dict(join(backward).metrics)
+    told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
+    seconds = sum(part.seconds for part in (*forward, *backward))
+    if PER_SECOND in told and seconds > 0:
+        told[PER_SECOND] = told["tokens:sum"] / seconds
+    told = {"loss:sum": loss, **told, **metrics}
+    return types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told)
 
 
 def _surrogate(datum: types.Datum, index: int) -> types.Datum:

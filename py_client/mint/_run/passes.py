@@ -16,6 +16,7 @@ from mint.futures import APIFuture, run_into
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
+U = TypeVar("U")
 LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
@@ -78,7 +79,8 @@ class Passes:
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Sends a batch; its answer comes as if it had been one message."""
         calls, parts = self.calls(requests, loss_fn)
-        joined = then(parts, join)
+        joined: APIFuture[types.ForwardBackwardOutput] = APIFuture()
+        pass_on(parts, join, joined)
         self._calls.enqueue(*calls)
         return joined
 
@@ -201,18 +203,16 @@ def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFutur
     return result
 
 
-def then(future: APIFuture[T], convert: Callable[[T], Any]) -> APIFuture[Any]:
-    """What `convert` makes of a result."""
-    converted: APIFuture[Any] = APIFuture()
+def pass_on(future: APIFuture[T], convert: Callable[[T], U], to: APIFuture[U]) -> None:
+    """Gives `to` what `convert` makes of a result, or the error."""
 
     def ended(_: Any) -> None:
         if (error := future.exception()) is not None:
-            converted.fail(error)
+            to.fail(error)
         else:
-            run_into(converted, lambda: convert(future.result()))
+            run_into(to, lambda: convert(future.result()))
 
     future.add_done_callback(ended)
-    return converted
 
 
 def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> Part:

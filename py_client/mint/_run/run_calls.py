@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from mint._transport.call import Call, Refusal, check_size, settle
+from mint._transport.call import Call, Refusal, broken_off, check_size, settle
 from mint._transport.connection import Connection
 from mint._transport.threads import sender
 from mint.futures import APIFuture
@@ -144,8 +144,13 @@ class RunCalls:
             if self._sending:
                 return
             self._sending = True
-        while (step := self._next_step()) is not None:
-            step()
+        try:
+            while (step := self._next_step()) is not None:
+                step()
+        except BaseException as error:
+            with self._lock:
+                self._sending = False
+            self._give_up_waiting(broken_off(self._connection, error))
 
     def _next_step(self) -> Callable[[], None] | None:
         with self._lock:
@@ -170,7 +175,7 @@ class RunCalls:
             call.request.writer_epoch = self._writer_epoch
             self._on_wire[self._next_sequence] = call
             self._next_sequence += 1
-            return call.start
+            return partial(call.run_part, call.start)
 
     def acknowledge(self, call: "SequencedCall") -> None:
         """Writes into the request of a call up to where all answers have been received."""
@@ -202,26 +207,31 @@ class RunCalls:
         del call.request, call.settle  # or, in a cycle with the call, they would be kept for long
 
     def _opened(self, outcome: Opened | Refusal) -> None:
-        with self._lock:
-            self._opening = False
-            lost: list[SequencedCall] = []
-            if isinstance(outcome, Refusal):
-                for entry in self._waiting:
-                    if isinstance(entry, Place):
-                        entry.lost = outcome
-                        lost.extend(entry.calls or ())
-                    else:
-                        lost.append(entry)
-                self._waiting.clear()
-            else:
+        if isinstance(outcome, Refusal):
+            self._give_up_waiting(outcome)
+        else:
+            with self._lock:
                 # What was on the wire either ended or was dropped; its calls will hear so.
-                self._out_of_step = False
+                self._opening = self._out_of_step = False
                 self._on_wire = {}
                 self._writer_epoch = outcome.writer_epoch
                 self._next_sequence = outcome.next_sequence
+        self._send_waiting()
+
+    def _give_up_waiting(self, outcome: Refusal) -> None:
+        """Ends the calls that wait. The next one has the run opened again first."""
+        with self._lock:
+            self._opening, self._out_of_step = False, True
+            entries, self._waiting = self._waiting, deque()
+            lost: list[SequencedCall] = []
+            for entry in entries:
+                if isinstance(entry, Place):
+                    entry.lost = outcome
+                    lost.extend(entry.calls or ())
+                else:
+                    lost.append(entry)
         for call in lost:
             call.settle(outcome)
-        self._send_waiting()
 
 
 def _nothing() -> None:

@@ -1,5 +1,6 @@
 """One call, sent again until it has an answer."""
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
 from mint._transport.silence import Silence, asked_to_wait_s, is_silence
-from mint._transport.threads import callers, off_main_thread
+from mint._transport.threads import OWN_ERROR, callers, off_main_thread
 from mint._transport.timer import timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
@@ -21,6 +22,8 @@ from mint.futures import APIFuture
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
+
+logger = logging.getLogger("mint")
 
 LONGEST_S = 3600.0  # for work that ends with its connection
 _STREAM_RETRY_S = 0.5
@@ -47,7 +50,7 @@ class Question(NamedTuple):
 class Call(Generic[Q, R]):
     """Sends `request` until there is an outcome, and hands that to `ended`, once, on any thread.
 
-    `ended` must not raise.
+    `ended` must not raise. If it does nevertheless, it is called again, with that.
     """
 
     def __init__(
@@ -71,7 +74,15 @@ class Call(Generic[Q, R]):
         self._silence = Silence(connection)
 
     def start(self) -> None:
+        """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
         self._send()
+
+    def run_part(self, part: Callable[[], None]) -> None:
+        """Runs a part of the call where nobody hears what it raises: that ends the call."""
+        try:
+            part()
+        except BaseException as error:
+            self._ended(broken_off(self._connection, error))
 
     def cancel(self) -> None:
         """Ends the RPC and sends no more; `ended` is still called."""
@@ -94,22 +105,22 @@ class Call(Generic[Q, R]):
         self._sent = time.monotonic()
         connection = self._connection
         attempt_s = self._attempt_s if connection.contacted else connection.patience_s
-        if self._attaches and callers.run_at_once(partial(self._attempt, attempt_s)):
-            return
-        off_main_thread(partial(self._post, attempt_s))
+        attempt = partial(self.run_part, partial(self._attempt, attempt_s))
+        if not (self._attaches and callers.run_at_once(attempt)):
+            off_main_thread(partial(self.run_part, partial(self._post, attempt_s)))
 
     def _post(self, attempt_s: float) -> None:
         """Begins an attempt that gRPC's own thread will end."""
         connection = self._connection
         try:
             rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
-        except Exception as error:
+        except ValueError as error:
             self._not_sent(error)
             return
         self._rpc = rpc
         if self._cancelled:
             rpc.cancel()
-        rpc.add_done_callback(self._attempt_ended)
+        rpc.add_done_callback(lambda rpc: self.run_part(partial(self._attempt_ended, rpc)))
 
     def _attempt(self, attempt_s: float) -> None:
         """Makes an attempt on this thread. It cannot be cancelled."""
@@ -119,7 +130,7 @@ class Call(Generic[Q, R]):
             )
         except grpc.RpcError as error:
             self._attempt_failed(failure_of(error))
-        except Exception as error:
+        except ValueError as error:
             self._not_sent(error)
         else:
             self._answered(answer)
@@ -134,18 +145,16 @@ class Call(Generic[Q, R]):
         self._connection.heard()
         self._ended(answer)
 
-    def _not_sent(self, error: Exception) -> None:
-        """The channel is closed, or headers are not legal; anything else is a fault of ours, for
-        which nobody must wait in vain.
-        """
-        self._fail(Failure(_Code.CANCELLED, str(error) or repr(error)))
+    def _not_sent(self, error: ValueError) -> None:
+        """The channel is closed, or headers are not legal."""
+        self._fail(Failure(_Code.CANCELLED, str(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
         delay_s = self._delay_s(failure)
         if delay_s is None:
             self._fail(failure)
         else:
-            timer.call_later(delay_s, self._send)
+            timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
         silence_s = self._silence.lasted_s(failure)
@@ -164,6 +173,13 @@ class Call(Generic[Q, R]):
         if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
             return self._silence.backoff_s()
         return asked_to_wait_s(failure)
+
+
+def broken_off(connection: Connection, error: BaseException) -> Refusal:
+    """What a call comes to by a fault of this client's own, which is logged."""
+    logger.error(OWN_ERROR, exc_info=error)
+    failure = Failure(_Code.UNKNOWN, f"{OWN_ERROR}, which is in the log: {error!r}")
+    return Refusal(failure, connection.error(failure))
 
 
 def new_request_id() -> str:

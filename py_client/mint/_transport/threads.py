@@ -18,6 +18,8 @@ from mint.futures import APIFuture, run_into
 T = TypeVar("T")
 logger = logging.getLogger("mint")
 
+OWN_ERROR = "a call ended in an error of the client's own"
+
 
 class Threads:
     """So many threads at most, started when first needed and kept. Thread-safe."""
@@ -52,20 +54,20 @@ class Threads:
 
     def _promise_one(self) -> None:
         with self._lock:
-            self._free -= 1
-            if self._free < 0 and self._started < self._most:
+            if self._free <= 0 and self._started < self._most:
                 name = f"{self._name}-{self._started + 1}"
                 threading.Thread(target=self._serve, name=name, daemon=True).start()
                 self._started += 1  # not before: an interrupt may come between
-                self._free += 1
+            else:
+                self._free -= 1
 
     def _serve(self) -> None:
         while True:
             function = self._work.get()
             try:
                 function()
-            except Exception:
-                logger.exception("a call ended in an error of the client's own")
+            except BaseException:  # a callback of the user's may even have called sys.exit
+                logger.exception(OWN_ERROR)
             del function  # or the last request and answer would be kept
             with self._lock:
                 self._free += 1

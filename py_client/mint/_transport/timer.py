@@ -1,5 +1,6 @@
 """Runs functions later, on one daemon thread of the process that starts when it is first needed."""
 
+import logging
 import os
 import sched
 import sys
@@ -7,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from mint._transport.threads import Threads
+from mint._transport.threads import OWN_ERROR, Threads
+
+logger = logging.getLogger("mint")
 
 
 class Timer:
@@ -26,7 +29,7 @@ class Timer:
         self._runs = False
 
     def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
-        """`function` must be quick and must not raise."""
+        """`function` must be quick. What it raises is logged, and nobody else hears of it."""
         self._schedule.enter(delay_s, 0, function)
         self._changed.set()
         if not self._runs:
@@ -36,7 +39,11 @@ class Timer:
     def _run(self) -> None:
         while True:
             self._changed.clear()
-            next_s = self._schedule.run(blocking=False)
+            try:
+                next_s = self._schedule.run(blocking=False)
+            except BaseException:
+                logger.exception(OWN_ERROR)
+                continue  # with what is due after it
             self._changed.wait(next_s)
 
 
