@@ -1,7 +1,9 @@
 """The outcomes of calls, as standard futures that can also be awaited, on any event loop."""
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from mint.errors import APITimeoutError, MintError
 from mint.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, Topk
 
 T = TypeVar("T")
+_LOOK_S = 0.5
 
 
 class _End(type(threading.RLock())):  # type: ignore[misc]
@@ -27,15 +30,14 @@ class _End(type(threading.RLock())):  # type: ignore[misc]
         if self._gate.locked():
             self._gate.release()
 
-    def wait(self, timeout: float | None) -> bool:
-        """Whether the outcome came in time. Not to be called while this is held."""
-        if timeout is None:
-            with self._gate:
-                return True
-        came = self._gate.acquire(timeout=max(timeout, 0.0))
-        if came:
+    def wait(self, timeout_s: float) -> None:
+        """Returns when there is an outcome, or after a while. Not to be called while this is held.
+
+        Not much later than after _LOOK_S: a signal that comes just before the wait begins, or to
+        another thread, does not break the wait off, and its handler would run at its end alone.
+        """
+        if self._gate.acquire(timeout=min(timeout_s, _LOOK_S)):
             self._gate.release()  # for the next that waits
-        return came
 
 
 class APIFuture(Future[T]):
@@ -57,8 +59,11 @@ class APIFuture(Future[T]):
         return super().exception(0)
 
     def _wait_until_done(self, timeout: float | None) -> None:
-        if not (self.done() or self._condition.wait(timeout) or self.done()):
-            raise _no_answer_within(timeout)
+        ends_s = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            if (left_s := ends_s - time.monotonic()) <= 0:
+                raise _no_answer_within(timeout)
+            self._condition.wait(left_s)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, for event loops."""
