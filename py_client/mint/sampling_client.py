@@ -10,8 +10,9 @@ from mint._async_names import awaited, off_loop
 from mint._files.tokenizer import tokenizer_of
 from mint._sampling.handles import Handle
 from mint._sampling.sample_stream import SampleStream
-from mint._transport.call import Call, ask, check_size, settle
+from mint._transport.call import Call, check_size, settle
 from mint._transport.connection import Connection
+from mint._transport.question import Question
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import CancellableFuture, SampleFuture
@@ -193,9 +194,8 @@ def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> 
         base_model=base_model,
         prompt=types.ModelInput.from_ints([0]).to_proto(),
     )
-    path = ask(
-        sampler, sampler.sampler.ComputeLogprobs, request, lambda answer: answer.revision_path
-    )
+    method = sampler.sampler.ComputeLogprobs
+    path: str = Question(sampler, method, request, lambda answer: answer.revision_path).ask()
     if not path:
         raise APIResponseValidationError(
             f"the sampler does not say which revision {model_path!r} is"

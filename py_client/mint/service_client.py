@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
-from mint._transport.call import Question, ask
 from mint._transport.opening import open_servers
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
@@ -143,8 +142,7 @@ class ServiceClient:
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""
-        run: types.TrainingRun = self._ask(get_run(self._servers.trainer, training_run_id))
-        return run
+        return get_run(self._servers.trainer, training_run_id).ask()
 
     def list_training_runs(
         self,
@@ -157,30 +155,25 @@ class ServiceClient:
         """One page of your runs, newest first: those whose metadata holds all of the filter, of
         both kinds unless `kind` is "trained" or "uploaded".
         """
-        question = list_runs(
+        return list_runs(
             self._servers.trainer,
             page_size=page_size,
             page_token=page_token,
             metadata=metadata_filter,
             kind=kind,
-        )
-        page: types.ListTrainingRunsResponse = self._ask(question)
-        return page
+        ).ask()
 
     def update_training_run(
         self, training_run_id: str, metadata: Mapping[str, str]
     ) -> types.TrainingRun:
         """Replaces a run's metadata."""
-        run: types.TrainingRun = self._ask(
-            update_run(self._servers.trainer, training_run_id, metadata)
-        )
-        return run
+        return update_run(self._servers.trainer, training_run_id, metadata).ask()
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        self._ask(delete_run(self._servers.trainer, training_run_id, delete_checkpoints))
+        delete_run(self._servers.trainer, training_run_id, delete_checkpoints).ask()
 
     def watch_training_run(self, training_run_id: str) -> RunWatch:
         """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
@@ -230,9 +223,6 @@ class ServiceClient:
     list_training_runs_async = off_loop(list_training_runs)
     update_training_run_async = off_loop(update_training_run)
     delete_training_run_async = off_loop(delete_training_run)
-
-    def _ask(self, question: Question) -> Any:
-        return ask(self._servers.trainer, *question)
 
     def _base_model(self, base_model: str | None) -> str:
         """The name to ask for; empty: what the server prefers."""

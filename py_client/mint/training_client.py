@@ -12,9 +12,8 @@ from mint._run.backwards import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
 from mint._run.passes import LogprobScope, Passes, pass_template
 from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._run.runs import open_run_again
+from mint._run.run_questions import get_run, open_run_again
 from mint._run.watch import RunWatch
-from mint._transport.call import ask
 from mint._transport.servers import Servers
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
@@ -241,14 +240,8 @@ class TrainingClient:
 
     def get_info(self) -> types.GetInfoResponse:
         """What this client trains, as the server sees it now."""
-        request = trainer_pb2.GetTrainingRunRequest(training_run_id=self.training_run_id)
-        run = ask(
-            self._trainer,
-            self._trainer.trainer.GetTrainingRun,
-            request,
-            lambda answer: types.TrainingRun.from_proto(answer.training_run),
-        )
-        return types.GetInfoResponse.from_run(run)
+        question = get_run(self._trainer, self.training_run_id)
+        return question.then(types.GetInfoResponse.from_run).ask()
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from mint._files.checkpoints import get_checkpoint
+from mint._files.checkpoint_questions import get_checkpoint
 from mint._files.progress import Progress, reporting
-from mint._transport.call import ask
 from mint._transport.connection import Connection
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError
@@ -181,7 +180,7 @@ def _stored(connection: Connection, path: str) -> Checkpoint:
     """The revision that a path means now, with its files."""
     ends_s = time.monotonic() + _STORED_LIMIT_S
     while True:
-        checkpoint: Checkpoint = ask(connection, *get_checkpoint(connection, path))
+        checkpoint = get_checkpoint(connection, path).ask()
         if checkpoint.files:
             return checkpoint
         if time.monotonic() > ends_s:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mint._files.progress import Progress, reporting
-from mint._transport.call import Call, new_request_id, settle
+from mint._transport.call import Call, settle
 from mint._transport.connection import Connection
+from mint._transport.question import new_request_id
 from mint.errors import InvalidInputError
 from mint.futures import APIFuture
 from mint.types.checkpoints import Checkpoint

@@ -2,11 +2,10 @@
 
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -37,14 +36,6 @@ class Refusal:
 
     failure: Failure
     error: APIError
-
-
-class Question(NamedTuple):
-    """A call that is to be made: what is asked, and how the answer is read."""
-
-    method: Any
-    request: Any
-    convert: Callable[[Any], Any]
 
 
 class Call(Generic[Q, R]):
@@ -182,11 +173,6 @@ def broken_off(connection: Connection, error: BaseException) -> Refusal:
     return Refusal(failure, connection.error(failure))
 
 
-def new_request_id() -> str:
-    """An id under which the server knows a request again that is sent twice."""
-    return uuid.uuid4().hex
-
-
 def check_size(connection: Connection, request: Message, field: str) -> None:
     """Refuses a request that the server would not take. Nothing has been sent then."""
     size_bytes = request.ByteSize() + _ROOM_BYTES
@@ -236,27 +222,3 @@ def read_stream(
             raise connection.error(failure, silence_s=silence_s) from None
         connection.silent(since, failure.message)
         time.sleep(_STREAM_RETRY_S)
-
-
-def submit(connection: Connection, question: Question) -> APIFuture[Any]:
-    """Sends a call."""
-    future: APIFuture[Any] = APIFuture()
-    ended = partial(settle, future, question.convert)
-    Call(connection, question.method, question.request, ended).start()
-    return future
-
-
-def ask(
-    connection: Connection,
-    method: "grpc.UnaryUnaryMultiCallable[Q, R]",
-    request: Q,
-    convert: Callable[[R], T],
-) -> T:
-    """Sends a call and waits for its answer."""
-    future: APIFuture[T] = APIFuture()
-    call = Call(connection, method, request, lambda outcome: settle(future, convert, outcome))
-    call.start()
-    try:
-        return future.result()
-    finally:
-        call.cancel()  # the wait may have been interrupted

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from mint import types
 from mint._transport.address import SAMPLER_PORT, Address, parse_address
-from mint._transport.call import ask
 from mint._transport.connection import Connection, Settings
+from mint._transport.question import Question
 from mint.errors import NotFoundError
 from mintrpc.v1 import model_pb2
 
@@ -35,12 +35,7 @@ class Servers:
         with self._lock:
             known = self._capabilities.get(connection)
             if fresh or known is None or not known.supported_models:
-                known = self._capabilities[connection] = ask(
-                    connection,
-                    connection.model.GetServerCapabilities,
-                    model_pb2.GetServerCapabilitiesRequest(),
-                    types.GetServerCapabilitiesResponse.from_proto,
-                )
+                known = self._capabilities[connection] = _capabilities_of(connection).ask()
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known
@@ -107,3 +102,12 @@ class Servers:
             metadata={"base_model": base_model or "", "served": names},
             field="base_model",
         )
+
+
+def _capabilities_of(connection: Connection) -> Question[types.GetServerCapabilitiesResponse]:
+    return Question(
+        connection,
+        connection.model.GetServerCapabilities,
+        model_pb2.GetServerCapabilitiesRequest(),
+        types.GetServerCapabilitiesResponse.from_proto,
+    )

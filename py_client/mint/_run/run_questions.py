@@ -1,37 +1,29 @@
 """Training runs as a server keeps them: create, open, list, change, delete."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
-
-from google.protobuf.message import Message
+from typing import Any
 
 from mint import types
 from mint._run.run_calls import Opened
-from mint._transport.call import Call, Question, Refusal, ask, check_size, new_request_id
+from mint._transport.call import Call, Refusal, check_size
 from mint._transport.connection import Connection
+from mint._transport.question import Question, new_request_id
 from mint.types.params import integer, text, text_map
 from mint.types.responses import run_kind
 from mintrpc.v1 import trainer_pb2
-
-M = TypeVar("M", bound=Message)
 
 
 def create_run(connection: Connection, request: trainer_pb2.CreateTrainingRunRequest) -> Opened:
     """Creates a run, which is open then."""
     request.request_id = new_request_id()
     check_size(connection, request, "user_metadata")
-    created = ask(connection, connection.trainer.CreateTrainingRun, request, _same)
-    return Opened(
-        training_run=created.training_run,
-        writer_epoch=created.writer_epoch,
-        next_sequence=max(1, created.training_run.next_sequence),
-        step=created.training_run.step,
-    )
+    return Question(connection, connection.trainer.CreateTrainingRun, request, _created).ask()
 
 
 def open_run(connection: Connection, training_run_id: str) -> Opened:
     """Takes a run over from whoever used it before."""
-    return ask(connection, connection.trainer.OpenTrainingRun, _opening(training_run_id), _same)
+    method = connection.trainer.OpenTrainingRun
+    return Question(connection, method, _opening(training_run_id), _same).ask()
 
 
 def open_run_again(
@@ -41,9 +33,9 @@ def open_run_again(
     Call(connection, connection.trainer.OpenTrainingRun, _opening(training_run_id), ended).start()
 
 
-def get_run(connection: Connection, training_run_id: str) -> Question:
+def get_run(connection: Connection, training_run_id: str) -> Question[types.TrainingRun]:
     request = trainer_pb2.GetTrainingRunRequest(training_run_id=text(training_run_id, _ID))
-    return Question(connection.trainer.GetTrainingRun, request, _run)
+    return Question(connection, connection.trainer.GetTrainingRun, request, _run)
 
 
 def list_runs(
@@ -54,7 +46,7 @@ def list_runs(
     skip: int = 0,
     metadata: Mapping[str, str] | None = None,
     kind: types.RunKind | None = None,
-) -> Question:
+) -> Question[types.ListTrainingRunsResponse]:
     request = trainer_pb2.ListTrainingRunsRequest(
         page_size=integer(page_size, "page_size"),
         page_token=text(page_token, "page_token"),
@@ -64,27 +56,29 @@ def list_runs(
     if kind is not None:
         request.kind = run_kind(kind)
     convert = types.ListTrainingRunsResponse.from_proto
-    return Question(connection.trainer.ListTrainingRuns, request, convert)
+    return Question(connection, connection.trainer.ListTrainingRuns, request, convert)
 
 
 def update_run(
     connection: Connection, training_run_id: str, metadata: Mapping[str, str]
-) -> Question:
+) -> Question[types.TrainingRun]:
     request = trainer_pb2.UpdateTrainingRunRequest(
         training_run_id=text(training_run_id, _ID),
         request_id=new_request_id(),
         metadata=text_map(metadata, "metadata"),
     )
-    return Question(connection.trainer.UpdateTrainingRun, request, _run)
+    return Question(connection, connection.trainer.UpdateTrainingRun, request, _run)
 
 
-def delete_run(connection: Connection, training_run_id: str, delete_checkpoints: bool) -> Question:
+def delete_run(
+    connection: Connection, training_run_id: str, delete_checkpoints: bool
+) -> Question[None]:
     request = trainer_pb2.DeleteTrainingRunRequest(
         training_run_id=text(training_run_id, _ID),
         request_id=new_request_id(),
         delete_checkpoints=delete_checkpoints,
     )
-    return Question(connection.trainer.DeleteTrainingRun, request, lambda answer: None)
+    return Question(connection, connection.trainer.DeleteTrainingRun, request, lambda answer: None)
 
 
 _ID = "training_run_id"
@@ -100,5 +94,14 @@ def _opening(training_run_id: str) -> trainer_pb2.OpenTrainingRunRequest:
     )
 
 
-def _same(answer: M) -> M:
+def _created(answer: trainer_pb2.CreateTrainingRunResponse) -> Opened:
+    return Opened(
+        training_run=answer.training_run,
+        writer_epoch=answer.writer_epoch,
+        next_sequence=max(1, answer.training_run.next_sequence),
+        step=answer.training_run.step,
+    )
+
+
+def _same(answer: Opened) -> Opened:
     return answer
