@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from mint._forks import refuse_calls_that_would_hang
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
 from mint._transport.silence import Silence, asked_to_wait_s, is_silence
@@ -66,6 +67,7 @@ class Call(Generic[Q, R]):
 
     def start(self) -> None:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
+        refuse_calls_that_would_hang()
         self._send()
 
     def run_part(self, part: Callable[[], None]) -> None:

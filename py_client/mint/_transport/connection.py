@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 
-from mint import _forks
 from mint._transport.address import Address
 from mint._transport.failures import Failure, error_of
 from mint._version import __version__
@@ -66,30 +65,10 @@ class Connection:
         self._warned = False
         self._lock = threading.Lock()
         self._channel = _channel(address)
-        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
-        self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
-        self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
-
-    @property
-    def model(self) -> model_pb2_grpc.ModelServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._model
-
-    @property
-    def trainer(self) -> trainer_pb2_grpc.TrainerServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._trainer
-
-    @property
-    def checkpoints(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._checkpoints
-
-    @property
-    def sampler(self) -> sampler_pb2_grpc.SamplerServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._sampler
+        self.model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
+        self.sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     @property
     def contacted(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
+from mint._forks import refuse_calls_that_would_hang
 from mint._transport.call import LONGEST_S
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
@@ -26,6 +27,7 @@ class Stream(ABC, Generic[T]):
     _attaches = True  # whether a stream that is opened again goes on where it was
 
     def __init__(self, connection: Connection, method: Any, request: Any) -> None:
+        refuse_calls_that_would_hang()
         self._connection = connection
         self._method = partial(method, request, metadata=connection.metadata)
         self._closed = threading.Event()
