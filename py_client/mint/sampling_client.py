@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._files.tokenizer import tokenizer_of
+from mint._files.tokenizer_files import tokenizer_of
 from mint._sampling.handles import Handle
 from mint._sampling.sample_stream import SampleStream
 from mint._transport.call import Call, check_size, settle

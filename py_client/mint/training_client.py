@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from mint import types
 from mint._async_names import off_loop, submitted
-from mint._files.tokenizer import tokenizer_of
+from mint._files.tokenizer_files import tokenizer_of
 from mint._run.backwards import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
 from mint._run.passes import LogprobScope, Passes, pass_template

@@ -26,7 +26,6 @@ T = TypeVar("T")
 logger = logging.getLogger("mint")
 
 LONGEST_S = 3600.0  # for work that ends with its connection
-_STREAM_RETRY_S = 0.5
 _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
@@ -201,26 +200,3 @@ def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | Refusal
         future.fail(APIResponseValidationError(message))
     else:
         future.succeed(value)
-
-
-def read_stream(
-    connection: Connection, method: "grpc.UnaryStreamMultiCallable[Q, R]", request: Q
-) -> list[R]:
-    """All messages of a short stream, from its start again if the connection breaks."""
-    since = time.monotonic()
-    while True:
-        rpc = method(request, timeout=connection.settings.attempt_s, metadata=connection.metadata)
-        try:
-            messages = list(rpc)
-        except grpc.RpcError:
-            failure = failure_of(rpc)
-        else:
-            connection.heard()
-            return messages
-        silence_s = time.monotonic() - since
-        if failure.code is not _Code.UNAVAILABLE:
-            raise connection.error(failure) from None
-        if silence_s > connection.patience_s or connection.closed:
-            raise connection.error(failure, silence_s=silence_s) from None
-        connection.silent(since, failure.message)
-        time.sleep(_STREAM_RETRY_S)
