@@ -17,7 +17,7 @@ from mint._run import run_questions as runs
 from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.futures import APIFuture
 from mint.types.checkpoints import CheckpointType
 from mintrpc.v1 import checkpoint_pb2
@@ -306,15 +306,12 @@ def _checkpoints_page(
 
 def _check_scope(access_scope: str) -> None:
     if access_scope not in ("owned", "accessible"):
-        raise InvalidInputError(
-            f"`access_scope` is {access_scope!r}; give 'owned' or 'accessible', which are the same "
-            "here",
-            field="access_scope",
+        raise refused(
+            "access_scope",
+            f"is {access_scope!r}; give 'owned' or 'accessible', which are the same here",
         )
 
 
 def _refuse(value: object, field: str) -> None:
     if value is not None:
-        raise InvalidInputError(
-            f"`{field}` cannot be set: there is no such thing here", field=field
-        )
+        raise refused(field, "cannot be set: there is no such thing here")

@@ -14,7 +14,7 @@ from mint._transport.call import Call, check_size, settle
 from mint._transport.connection import Connection
 from mint._transport.question import Question
 from mint._transport.servers import Servers
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
 from mint.types.params import integer, text
 from mint.types.samples import optional_logprobs
@@ -206,18 +206,17 @@ def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> 
 def refuse_retry_config(retry_config: object) -> None:
     """Calls are sent again by rules of this client's own."""
     if retry_config is not None:
-        raise InvalidInputError(
-            "`retry_config` cannot be set: calls are sent again until a server has been silent for "
+        raise refused(
+            "retry_config",
+            "cannot be set: calls are sent again until a server has been silent for "
             "the `timeout` of ServiceClient",
-            field="retry_config",
         )
 
 
 def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
     if not isinstance(prompt, types.ModelInput):
-        raise InvalidInputError(
-            f"`prompt` is a {type(prompt).__name__}; for token ids use ModelInput.from_ints",
-            field="prompt",
+        raise refused(
+            "prompt", f"is a {type(prompt).__name__}; for token ids use ModelInput.from_ints"
         )
     return prompt
 
@@ -226,18 +225,13 @@ def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams
     if params is None:
         return types.SamplingParams()
     if not isinstance(params, types.SamplingParams):
-        raise InvalidInputError(
-            f"`sampling_params` is a {type(params).__name__}; give types.SamplingParams",
-            field="sampling_params",
-        )
+        raise refused("sampling_params", f"is a {type(params).__name__}; give types.SamplingParams")
     return params
 
 
 def _checked_count(num_samples: int) -> int:
     if integer(num_samples, "num_samples") < 1:  # the contract reads 0 as 1
-        raise InvalidInputError(
-            f"`num_samples` is {num_samples}; it must be at least 1", field="num_samples"
-        )
+        raise refused("num_samples", f"is {num_samples}; it must be at least 1")
     return int(num_samples)
 
 
@@ -245,9 +239,8 @@ def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
     if integer(count, "prompt_logprobs_last_n") < 1:
-        raise InvalidInputError(
-            f"`prompt_logprobs_last_n` is {count}; it must be at least 1, or None for all tokens",
-            field="prompt_logprobs_last_n",
+        raise refused(
+            "prompt_logprobs_last_n", f"is {count}; it must be at least 1, or None for all tokens"
         )
     return int(count)
 
@@ -255,10 +248,9 @@ def _checked_last_n(count: int | None) -> int:
 def _checked_targets(targets: types.TensorData) -> types.TensorData:
     if not isinstance(targets, types.TensorData) or targets.dtype != "int64":
         kind = targets.dtype if isinstance(targets, types.TensorData) else type(targets).__name__
-        raise InvalidInputError(
-            f"`target_prompt_logprobs` is {kind}; give a TensorData of int64, "
-            "[prompt length - 1, k]",
-            field="target_prompt_logprobs",
+        raise refused(
+            "target_prompt_logprobs",
+            f"is {kind}; give a TensorData of int64, [prompt length - 1, k]",
         )
     return targets
 

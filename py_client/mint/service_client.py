@@ -10,7 +10,7 @@ from mint._async_names import awaited, off_loop
 from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
 from mint._transport.opening import open_servers
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.futures import APIFuture
 from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
@@ -246,7 +246,5 @@ class ServiceClient:
 
 def _positive(duration: timedelta, field: str) -> timedelta:
     if not isinstance(duration, timedelta) or duration <= timedelta(0):
-        raise InvalidInputError(
-            f"`{field}` is {duration!r}; give a positive datetime.timedelta", field=field
-        )
+        raise refused(field, f"is {duration!r}; give a positive datetime.timedelta")
     return duration

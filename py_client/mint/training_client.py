@@ -15,7 +15,7 @@ from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._run.run_questions import get_run, open_run_again
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.futures import APIFuture
 from mint.sampling_client import (
     SamplingClient,
@@ -116,10 +116,7 @@ class TrainingClient:
         with that error and the next `optim_step` is refused; the run goes on.
         """
         if loss_type_input not in (None, "logprobs"):
-            raise InvalidInputError(
-                f"`loss_type_input` is {loss_type_input!r}; losses are given logprobs",
-                field="loss_type_input",
-            )
+            raise refused("loss_type_input", f"is {loss_type_input!r}; losses are given logprobs")
         with self._lock:
             self._backwards.add()
             custom = CustomPass(self._passes, self._calls, data, loss_fn)
@@ -133,9 +130,8 @@ class TrainingClient:
         """One AdamW step on the accumulated gradient, which it clears."""
         adam_params = types.AdamParams() if adam_params is None else adam_params
         if not isinstance(adam_params, types.AdamParams):
-            raise InvalidInputError(
-                f"`adam_params` is a {type(adam_params).__name__}; give types.AdamParams",
-                field="adam_params",
+            raise refused(
+                "adam_params", f"is a {type(adam_params).__name__}; give types.AdamParams"
             )
         with self._lock:
             request = trainer_pb2.OptimStepRequest(
@@ -285,9 +281,7 @@ class TrainingClient:
 
 def _published_name(name: str | None, kind: str) -> str | None:
     if kind not in ("snapshot", "inflight"):
-        raise InvalidInputError(
-            f"`kind` is {kind!r}; it must be 'snapshot' or 'inflight'", field="kind"
-        )
+        raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
     return _INFLIGHT if name is None and kind == "inflight" else name
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mint._transport.connection import Connection
 from mint._transport.question import Question, new_request_id
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.types.checkpoints import (
     KIND_OF_TYPE,
     Checkpoint,
@@ -50,10 +50,9 @@ def list_checkpoints(
     )
     if checkpoint_type is not None:
         if checkpoint_type not in KIND_OF_TYPE:
-            raise InvalidInputError(
-                f"`checkpoint_type` is {checkpoint_type!r}; give one of "
-                f"{', '.join(KIND_OF_TYPE)}, or None for all",
-                field="checkpoint_type",
+            raise refused(
+                "checkpoint_type",
+                f"is {checkpoint_type!r}; give one of {', '.join(KIND_OF_TYPE)}, or None for all",
             )
         request.kind = KIND_OF_TYPE[checkpoint_type]  # type: ignore[assignment]
     return Question(
@@ -119,10 +118,9 @@ def export_checkpoint(
     connection: Connection, path: str, dtype: str | None, ttl_seconds: float | None
 ) -> Question[ExportResponse]:
     if dtype not in _DTYPES:
-        raise InvalidInputError(
-            f"`dtype` is {dtype!r}; give float32, bfloat16 or float16, or None for the base "
-            "model's own",
-            field="dtype",
+        raise refused(
+            "dtype",
+            f"is {dtype!r}; give float32, bfloat16 or float16, or None for the base model's own",
         )
     request = checkpoint_pb2.ExportCheckpointRequest(
         path=text(path, "path"),
@@ -138,9 +136,8 @@ def export_checkpoint(
 def page_size(limit: int) -> int:
     """How many entries to ask for at once."""
     if not 1 <= integer(limit, "limit") <= MAX_PAGE_SIZE:
-        raise InvalidInputError(
-            f"`limit` is {limit}; it must be 1 to {MAX_PAGE_SIZE}, and `offset` gives the rest",
-            field="limit",
+        raise refused(
+            "limit", f"is {limit}; it must be 1 to {MAX_PAGE_SIZE}, and `offset` gives the rest"
         )
     return int(limit)
 

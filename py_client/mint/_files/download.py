@@ -13,7 +13,7 @@ from mint._files.checkpoint_questions import get_checkpoint
 from mint._files.progress import Progress, reporting
 from mint._transport.connection import Connection
 from mint._transport.stream import Stream
-from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError
+from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError, refused
 from mint.types.checkpoints import Checkpoint, CheckpointFile
 from mintrpc.v1 import checkpoint_pb2
 
@@ -141,10 +141,10 @@ def _check_free(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
-        raise InvalidInputError(
-            f"`folder` {str(folder)!r} exists and is not an empty folder; choose another, or "
+        raise refused(
+            "folder",
+            f"{str(folder)!r} exists and is not an empty folder; choose another, or "
             "remove it first",
-            field="folder",
         )
 
 

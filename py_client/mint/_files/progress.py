@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 
 Progress = Callable[[int, int], None]  # is given bytes done and bytes in all
 
@@ -23,19 +23,18 @@ def reporting(progress: Progress | bool, total_bytes: int, what: str) -> Iterato
 def check_progress(progress: Progress | bool) -> None:
     """Refuses what cannot show progress, before anything is sent."""
     if not isinstance(progress, bool) and not callable(progress):
-        raise InvalidInputError(
-            f"`progress` is {progress!r}; give a function of (bytes done, bytes in all), or True "
-            "for a bar",
-            field="progress",
+        raise refused(
+            "progress",
+            f"is {progress!r}; give a function of (bytes done, bytes in all), or True for a bar",
         )
     if progress is True:
         try:
             import tqdm  # noqa: F401
         except ImportError:
-            raise InvalidInputError(
-                "`progress` is True and tqdm, which draws the bar, is not installed; install it, "
+            raise refused(
+                "progress",
+                "is True and tqdm, which draws the bar, is not installed; install it, "
                 "or give a function",
-                field="progress",
             ) from None
 
 

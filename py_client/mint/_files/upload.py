@@ -10,7 +10,7 @@ from mint._files.progress import Progress, reporting
 from mint._transport.call import Call, settle
 from mint._transport.connection import Connection
 from mint._transport.question import new_request_id
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
 from mint.futures import APIFuture
 from mint.types.checkpoints import Checkpoint
 from mint.types.params import text, text_map, ttl
@@ -121,7 +121,7 @@ def _missing(folder: Path, name: str) -> InvalidInputError:
             f"`{_PICKLED_FILE}` is a pickle, which could run code on the server: save the adapter "
             "with safetensors"
         )
-    return InvalidInputError(f"`folder` {str(folder)!r} has no `{name}`; {remedy}", field="folder")
+    return refused("folder", f"{str(folder)!r} has no `{name}`; {remedy}")
 
 
 def _checkpoint(answer: checkpoint_pb2.UploadCheckpointResponse) -> Checkpoint:

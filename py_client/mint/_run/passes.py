@@ -11,7 +11,7 @@ from mint import types
 from mint._run.losses import set_loss
 from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
-from mint.errors import APIResponseValidationError, InvalidInputError, MintError
+from mint.errors import APIResponseValidationError, MintError, refused
 from mint.futures import APIFuture, run_into
 from mintrpc.v1 import trainer_pb2
 
@@ -96,10 +96,10 @@ class Passes:
                 yield request
                 request, size_bytes = _copy(template), 0
             if datum_bytes > limit_bytes:
-                raise InvalidInputError(
-                    f"`data[{index}]` takes {datum_bytes} bytes, but the server takes "
+                raise refused(
+                    f"data[{index}]",
+                    f"takes {datum_bytes} bytes, but the server takes "
                     f"{self._connection.max_message_bytes} in a message; shorten it",
-                    field=f"data[{index}]",
                 )
             request.data.append(message)
             size_bytes += datum_bytes
@@ -109,15 +109,10 @@ class Passes:
 def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     """A batch of at least one datum."""
     if isinstance(data, types.Datum) or len(data) == 0:
-        raise InvalidInputError(
-            "`data` is empty or not a list; a batch needs at least one datum", field="data"
-        )
+        raise refused("data", "is empty or not a list; a batch needs at least one datum")
     for index, datum in enumerate(data):
         if not isinstance(datum, types.Datum):
-            raise InvalidInputError(
-                f"`data[{index}]` is a {type(datum).__name__}; give types.Datum",
-                field=f"data[{index}]",
-            )
+            raise refused(f"data[{index}]", f"is a {type(datum).__name__}; give types.Datum")
     return data
 
 
@@ -131,10 +126,7 @@ def pass_template(
     request = kind()
     set_loss(request, loss_fn, loss_fn_config)
     if logprob_scope not in _SCOPES:
-        raise InvalidInputError(
-            f"`logprob_scope` is {logprob_scope!r}; it must be 'all' or 'weighted'",
-            field="logprob_scope",
-        )
+        raise refused("logprob_scope", f"is {logprob_scope!r}; it must be 'all' or 'weighted'")
     request.logprob_scope = _SCOPES[logprob_scope]
     return request
 

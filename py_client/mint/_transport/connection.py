@@ -12,7 +12,7 @@ import grpc
 from mint._transport.address import Address
 from mint._transport.failures import Failure, error_of
 from mint._version import __version__
-from mint.errors import APIError, InvalidInputError
+from mint.errors import APIError, refused
 from mintrpc.v1 import (
     checkpoint_pb2_grpc,
     model_pb2_grpc,
@@ -149,9 +149,7 @@ def _channel(address: Address) -> grpc.Channel:
 
 def _metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
     if not settings.api_key.isascii() or not settings.api_key.isprintable():
-        raise InvalidInputError(
-            "`api_key` holds characters that no key has; check MINT_API_KEY", field="api_key"
-        )
+        raise refused("api_key", "holds characters that no key has; check MINT_API_KEY")
     headers = {name.lower(): value for name, value in settings.headers.items()}
     if settings.api_key:
         headers["authorization"] = f"Bearer {settings.api_key}"

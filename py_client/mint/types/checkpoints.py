@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, refused
 from mint.types.params import LoraConfig
 from mint.types.responses import TrainingRun, time_of
 from mintrpc.v1 import checkpoint_pb2
@@ -45,11 +45,11 @@ class ParsedCheckpointPath:
         """Raises InvalidInputError over what is no path."""
         match = _PATH.fullmatch(path) if isinstance(path, str) else None
         if match is None:
-            raise InvalidInputError(
-                f"`path` is {path!r}; give mint://<training_run_id>/<segment>/<name>, with "
+            raise refused(
+                "path",
+                f"is {path!r}; give mint://<training_run_id>/<segment>/<name>, with "
                 "@<revision> or without, where <segment> is weights, sampler_weights or "
                 "merged_weights",
-                field="path",
             )
         run, segment, name, revision = match.groups()
         number = None if revision is None else int(revision)

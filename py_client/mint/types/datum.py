@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.types._arrays import array_of
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
@@ -39,10 +39,9 @@ class Datum:
         self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
     ) -> None:
         if not isinstance(model_input, ModelInput):
-            raise InvalidInputError(
-                f"`model_input` is a {type(model_input).__name__}; for token ids use "
-                "ModelInput.from_ints",
-                field="model_input",
+            raise refused(
+                "model_input",
+                f"is a {type(model_input).__name__}; for token ids use ModelInput.from_ints",
             )
         object.__setattr__(self, "model_input", model_input)
         tensors = {name: _tensor(name, value) for name, value in (loss_fn_inputs or {}).items()}
@@ -60,10 +59,7 @@ def _tensor(name: str, value: Any) -> TensorData:
     array = array_of(value.to_numpy() if isinstance(value, TensorData) else value, field)
     if array.size and not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
-        raise InvalidInputError(
-            f"`{field}` holds {array.ravel()[index]} at {index}; every entry must be finite",
-            field=field,
-        )
+        raise refused(field, f"holds {array.ravel()[index]} at {index}; every entry must be finite")
     if name in _DTYPES:
         array = cast(array, _DTYPES[name], field)
     return TensorData(array)

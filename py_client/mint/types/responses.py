@@ -7,7 +7,7 @@ from typing import Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, refused
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import model_pb2, trainer_pb2
@@ -323,9 +323,7 @@ def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
     for value, known in _RUN_KINDS.items():
         if known == name:
             return value
-    raise InvalidInputError(
-        f"`kind` is {name!r}; give 'trained' or 'uploaded', or None for all", field="kind"
-    )
+    raise refused("kind", f"is {name!r}; give 'trained' or 'uploaded', or None for all")
 
 
 def _state_name(state: int) -> str:
