@@ -16,7 +16,7 @@ from mint._transport.question import Question
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
-from mint.types.params import integer, text
+from mint.types._checks import integer, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 

@@ -15,7 +15,7 @@ from mint.futures import APIFuture
 from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.training_client import TrainingClient
-from mint.types.params import text, text_map
+from mint.types._checks import text, text_map
 from mintrpc.v1 import trainer_pb2
 
 

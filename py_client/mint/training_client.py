@@ -23,7 +23,7 @@ from mint.sampling_client import (
     refuse_retry_config,
     sampling_client_of,
 )
-from mint.types.params import text, text_map, ttl
+from mint.types._checks import text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
 SamplingClientKind = Literal["snapshot", "inflight"]

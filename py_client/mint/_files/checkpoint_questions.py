@@ -6,6 +6,7 @@ from typing import Any
 from mint._transport.connection import Connection
 from mint._transport.question import Question, new_request_id
 from mint.errors import refused
+from mint.types._checks import integer, text, text_map, ttl
 from mint.types.checkpoints import (
     KIND_OF_TYPE,
     Checkpoint,
@@ -13,7 +14,6 @@ from mint.types.checkpoints import (
     CheckpointType,
     ExportResponse,
 )
-from mint.types.params import integer, text, text_map, ttl
 from mintrpc.v1 import checkpoint_pb2
 
 MAX_PAGE_SIZE = 1000

@@ -12,8 +12,8 @@ from mint._transport.connection import Connection
 from mint._transport.question import new_request_id
 from mint.errors import InvalidInputError, refused
 from mint.futures import APIFuture
+from mint.types._checks import text, text_map, ttl
 from mint.types.checkpoints import Checkpoint
-from mint.types.params import text, text_map, ttl
 from mintrpc.v1 import checkpoint_pb2
 
 CONFIG_FILE = "adapter_config.json"

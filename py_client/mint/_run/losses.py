@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mint.errors import InvalidInputError, refused
-from mint.types.params import number
+from mint.types._checks import number
 from mintrpc.v1 import trainer_pb2
 
 

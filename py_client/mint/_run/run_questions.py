@@ -8,7 +8,7 @@ from mint._run.run_calls import Opened
 from mint._transport.call import Call, Refusal, check_size
 from mint._transport.connection import Connection
 from mint._transport.question import Question, new_request_id
-from mint.types.params import integer, text, text_map
+from mint.types._checks import integer, text, text_map
 from mint.types.responses import run_kind
 from mintrpc.v1 import trainer_pb2
 

@@ -12,7 +12,7 @@ from mint._transport.connection import Connection, Settings
 from mint._transport.environment import read_environment
 from mint._transport.servers import Servers
 from mint.errors import refused
-from mint.types.params import text
+from mint.types._checks import text
 
 _shared: "WeakValueDictionary[tuple[object, ...], Servers]" = WeakValueDictionary()
 _lock = threading.Lock()

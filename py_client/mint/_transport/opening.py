@@ -8,7 +8,7 @@ from mint._transport.connection import Settings
 from mint._transport.environment import DEFAULT_BASE_URL, Environment, read_environment
 from mint._transport.servers import Servers
 from mint.errors import refused
-from mint.types.params import number, text, text_map
+from mint.types._checks import number, text, text_map
 
 DEFAULT_TIMEOUT_S = 3600.0
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
-
 from mint.errors import InvalidInputError, refused
+from mint.types._checks import integer, number, text
 from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
 
@@ -203,37 +202,6 @@ class SamplingParams:
         )
 
 
-def number(value: Any, field: str) -> float:
-    """A real number; text and booleans are refused."""
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise refused(field, f"is {value!r}; give a number")
-    return float(value)
-
-
-def text(value: Any, field: str) -> str:
-    """A text."""
-    if not isinstance(value, str):
-        raise refused(field, f"is {value!r}; give a text")
-    return value
-
-
-def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
-    """Texts by name; None means none."""
-    return {
-        text(name, field): text(value, f"{field}.{name}") for name, value in (entries or {}).items()
-    }
-
-
-def integer(value: Any, field: str, *, bits: int = 32) -> int:
-    """A whole number that fits the contract's field."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise refused(field, f"is {value!r}; give a whole number")
-    whole = int(value)
-    if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
-        raise refused(field, f"is {whole}, beyond {bits} bits")
-    return whole
-
-
 def _schema(schema: str | Mapping[str, Any]) -> str:
     """A JSON schema as text."""
     if not isinstance(schema, Mapping):
@@ -242,17 +210,6 @@ def _schema(schema: str | Mapping[str, Any]) -> str:
         return json.dumps(dict(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise refused("json_schema", f"is not JSON: {error}") from None
-
-
-def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
-    """How long something is kept; None: until it is deleted."""
-    if seconds is None:
-        return None
-    if not 0 < number(seconds, field) < float("inf"):
-        raise refused(field, f"is {seconds}; give a positive number, or None to keep it")
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
