@@ -1,0 +1,53 @@
+"""Values out of the contract's messages, field by field."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Self, TypeVar
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+T = TypeVar("T")
+
+
+class Answer:
+    """A dataclass whose fields are those of a message, or some of them, by the same names."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_proto(cls, message: Any) -> Self:
+        return read(cls, message)
+
+
+def read(kind: Callable[..., T], message: Message, /, **others: Any) -> T:
+    """A `kind` of the message's fields that have its fields' names, but for `others`."""
+    names = (name for name in _names(kind) if name not in others)
+    return kind(**{name: _plain(getattr(message, name)) for name in names}, **others)
+
+
+def optional(message: Message, name: str, convert: Callable[[Any], T]) -> T | None:
+    """What `convert` makes of a field; None if it is absent."""
+    return convert(getattr(message, name)) if message.HasField(name) else None
+
+
+def time_of(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _plain(value: Any) -> Any:
+    """Without protobuf."""
+    if isinstance(value, Timestamp):
+        return time_of(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
+    return value
