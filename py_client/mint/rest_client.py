@@ -4,8 +4,7 @@ import secrets
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 from mint import types
 from mint._async_names import awaited
@@ -14,6 +13,7 @@ from mint._files.download import download
 from mint._files.progress import Progress, check_progress
 from mint._files.upload import header_of, upload
 from mint._run import run_questions as runs
+from mint._transport.closing import Closing
 from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
@@ -26,7 +26,7 @@ AccessScope = Literal["owned", "accessible"]
 T = TypeVar("T")
 
 
-class RestClient:
+class RestClient(Closing):
     """Returns futures at once; an `*_async` name awaited gives the value. Made by
     `ServiceClient.create_rest_client`, or alone, with the same arguments and environment.
 
@@ -257,17 +257,6 @@ class RestClient:
         """Closes the connection, unless a ServiceClient shares it."""
         if self._owns:
             self._servers.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     get_server_capabilities_async = awaited(get_server_capabilities)
     get_training_run_async = awaited(get_training_run)

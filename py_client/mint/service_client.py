@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
-from typing import Self
 
 from mint import types
 from mint._async_names import awaited, off_loop
 from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
+from mint._transport.closing import Closing
 from mint._transport.opening import open_servers
 from mint.errors import refused
 from mint.futures import APIFuture
@@ -19,7 +18,7 @@ from mint.types._checks import text, text_map
 from mintrpc.v1 import trainer_pb2
 
 
-class ServiceClient:
+class ServiceClient(Closing):
     """Opens training runs and makes clients. Construction reads the environment and sends nothing.
 
     What is left out or None comes from the environment or the nearest `.env`: `base_url` from
@@ -197,17 +196,6 @@ class ServiceClient:
         """Closes the connections, also those of the clients made here. Calls without an answer
         fail; training calls that the server has accepted run on there."""
         self._servers.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     get_server_capabilities_async = off_loop(get_server_capabilities)
     create_lora_training_client_async = off_loop(create_lora_training_client)

@@ -2,15 +2,15 @@
 
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import partial
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from mint._forks import refuse_calls_that_would_hang
 from mint._transport.call import LONGEST_S
+from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
 from mint._transport.silence import Silence, asked_to_wait_s, is_silence
@@ -21,7 +21,7 @@ T = TypeVar("T")
 _Code = grpc.StatusCode
 
 
-class Stream(ABC, Generic[T]):
+class Stream(Closing, Generic[T]):
     """What a server sends, for one reader at a time, on any thread or event loop."""
 
     _attaches = True  # whether a stream that is opened again goes on where it was
@@ -41,17 +41,6 @@ class Stream(ABC, Generic[T]):
             return  # it is over, or the RPC is cancelled where it is opened
         self._closed.set()
         off_main_thread(self._rpc.cancel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __next__(self) -> T:
         # Not in gRPC: an interrupt there would leave its locks held, and nothing would come again.
