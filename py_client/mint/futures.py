@@ -108,13 +108,16 @@ class APIFuture(Future[T]):
 
     def succeed(self, value: T) -> None:
         """Gives the outcome, unless there is one."""
-        if not self.done():
+        if self._may_end():
             self.set_result(value)
 
     def fail(self, error: BaseException) -> None:
         """Gives the error that is the outcome, unless there is one."""
-        if not self.done():
+        if self._may_end():
             self.set_exception(error)
+
+    def _may_end(self) -> bool:
+        return not self.done()
 
 
 class CancellableFuture(APIFuture[T]):
@@ -131,15 +134,8 @@ class CancellableFuture(APIFuture[T]):
             if not self.done():
                 self.cancel()  # whoever awaited has gone
 
-    def succeed(self, value: T) -> None:
-        """Gives the outcome, unless there is one."""
-        if not self.done() and self.set_running_or_notify_cancel():
-            self.set_result(value)
-
-    def fail(self, error: BaseException) -> None:
-        """Gives the error that is the outcome, unless there is one."""
-        if not self.done() and self.set_running_or_notify_cancel():
-            self.set_exception(error)
+    def _may_end(self) -> bool:
+        return not self.done() and self.set_running_or_notify_cancel()
 
 
 class SampleFuture(CancellableFuture[SampleResponse]):

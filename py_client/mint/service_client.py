@@ -95,10 +95,7 @@ class ServiceClient(Closing):
 
         `base_model` left out is the checkpoint's, which the server must serve either way.
         """
-        source = trainer_pb2.CheckpointSource(path=text(path, "path"))
-        request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=text(base_model or "", "base_model"), checkpoint=source
-        )
+        request = _continuing(path, base_model, with_optimizer=False)
         return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state_with_optimizer(
@@ -111,10 +108,7 @@ class ServiceClient(Closing):
         retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
-        source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
-        request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=text(base_model or "", "base_model"), checkpoint=source
-        )
+        request = _continuing(path, base_model, with_optimizer=True)
         return self._create(request, user_metadata, isolated, retention)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:
@@ -230,6 +224,16 @@ class ServiceClient(Closing):
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
         return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+
+
+def _continuing(
+    path: str, base_model: str | None, *, with_optimizer: bool
+) -> trainer_pb2.CreateTrainingRunRequest:
+    """The request of a run that begins with a checkpoint's weights."""
+    return trainer_pb2.CreateTrainingRunRequest(
+        base_model=text(base_model or "", "base_model"),
+        checkpoint={"path": text(path, "path"), "with_optimizer": with_optimizer},
+    )
 
 
 def _positive(duration: timedelta, field: str) -> timedelta:
