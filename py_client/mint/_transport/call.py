@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from mint._forks import refuse_calls_that_would_hang
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
-from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint._transport.silence import Silence
 from mint._transport.threads import OWN_ERROR, callers, off_main_thread
 from mint._transport.timer import timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
@@ -62,7 +62,7 @@ class Call(Generic[Q, R]):
         self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
         self._rpc: Any = None
         self._cancelled = False
-        self._silence = Silence(connection)
+        self._silence = Silence(connection, attaches=attaches)
 
     def start(self) -> None:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
@@ -149,22 +149,16 @@ class Call(Generic[Q, R]):
             timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
-        silence_s = self._silence.lasted_s(failure)
-        self._ended(Refusal(failure, self._connection.error(failure, silence_s=silence_s)))
+        self._ended(Refusal(failure, self._silence.error(failure)))
 
     def _delay_s(self, failure: Failure) -> float | None:
         """Seconds until the call is sent again; None: it is not."""
-        if self._cancelled or self._connection.closed:
+        if self._cancelled:
             return None
-        if is_silence(self._connection, failure):
-            return self._silence.delay_s(failure, self._sent)
-        self._connection.heard()
-        self._silence.end()
-        if failure.code is _Code.DEADLINE_EXCEEDED:
-            return 0.0 if self._attaches else None
+        delay_s = self._silence.delay_s(failure, self._sent)
         if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
             return self._silence.backoff_s()
-        return asked_to_wait_s(failure)
+        return delay_s
 
 
 def broken_off(connection: Connection, error: BaseException) -> Refusal:

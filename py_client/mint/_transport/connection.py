@@ -61,7 +61,7 @@ class Connection:
         self.metadata = _metadata(settings)
         self.max_message_bytes = MAX_MESSAGE_BYTES
         self.closed = False
-        self._contacted = False
+        self.contacted = False  # whether the server has ever answered
         self._warned = False
         self._lock = threading.Lock()
         self._channel = _channel(address)
@@ -71,27 +71,18 @@ class Connection:
         self.sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     @property
-    def contacted(self) -> bool:
-        """Whether the server has ever answered."""
-        return self._contacted
-
-    @property
     def patience_s(self) -> float:
         """How long a call may go without any answer before it fails."""
         settings = self.settings
-        if self._contacted:
+        if self.contacted:
             return settings.timeout_s
         return min(settings.first_contact_s, settings.timeout_s)
 
-    def reached(self) -> None:
-        """Notes that a server is there."""
-        self._contacted = True
-
     def heard(self) -> None:
         """Notes that the server has answered."""
-        if not self._contacted or self._warned:
+        if not self.contacted or self._warned:
             with self._lock:
-                self._contacted = True
+                self.contacted = True
                 if self._warned:
                     self._warned = False
                     logger.warning("%s answers again", self.address.target)

@@ -49,7 +49,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
         ("_transport.call:Call._send", 2),  # on the thread that sends again
         ("_transport.call:Call._attempt", 1),  # on one that makes blocking calls
         ("_transport.call.failure_of", 1),
-        ("_transport.call.is_silence", 1),
+        ("_transport.silence._is_silence", 1),
         ("_run.run_calls:RunCalls.acknowledge", 1),  # on the thread that sends
         ("_run.run_calls:RunCalls.acknowledge", 2),
         ("_run.run_calls:RunCalls.ended", 1),
