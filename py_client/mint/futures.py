@@ -138,43 +138,23 @@ class CancellableFuture(APIFuture[T]):
         return not self.done() and self.set_running_or_notify_cancel()
 
 
+def _of_response(name: str) -> Any:
+    def field(future: APIFuture[SampleResponse]) -> Any:
+        return getattr(future.result(), name)
+
+    return property(field, doc="As in `SampleResponse`.")
+
+
 class SampleFuture(CancellableFuture[SampleResponse]):
     """A sample's outcome. Its response's fields are here too; reading one waits for the outcome."""
 
-    @property
-    def sequences(self) -> list[SampledSequence]:
-        """As in `SampleResponse`."""
-        return self.result().sequences
-
-    @property
-    def prompt_logprobs(self) -> list[float | None] | None:
-        """As in `SampleResponse`."""
-        return self.result().prompt_logprobs
-
-    @property
-    def topk_prompt_logprobs(self) -> list[Topk | None] | None:
-        """As in `SampleResponse`."""
-        return self.result().topk_prompt_logprobs
-
-    @property
-    def target_prompt_logprobs(self) -> TensorData | None:
-        """As in `SampleResponse`."""
-        return self.result().target_prompt_logprobs
-
-    @property
-    def prompt_alt_tokens(self) -> PromptAltTokens | None:
-        """As in `SampleResponse`."""
-        return self.result().prompt_alt_tokens
-
-    @property
-    def seed(self) -> int:
-        """As in `SampleResponse`."""
-        return self.result().seed
-
-    @property
-    def prompt_cache_hit_tokens(self) -> int:
-        """As in `SampleResponse`."""
-        return self.result().prompt_cache_hit_tokens
+    sequences: list[SampledSequence] = _of_response("sequences")
+    prompt_logprobs: list[float | None] | None = _of_response("prompt_logprobs")
+    topk_prompt_logprobs: list[Topk | None] | None = _of_response("topk_prompt_logprobs")
+    target_prompt_logprobs: TensorData | None = _of_response("target_prompt_logprobs")
+    prompt_alt_tokens: PromptAltTokens | None = _of_response("prompt_alt_tokens")
+    seed: int = _of_response("seed")
+    prompt_cache_hit_tokens: int = _of_response("prompt_cache_hit_tokens")
 
 
 def run_into(future: APIFuture[T], function: Callable[[], T]) -> None:
