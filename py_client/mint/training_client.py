@@ -41,6 +41,7 @@ class TrainingClient:
     def __init__(self, servers: Servers, opened: Opened) -> None:
         self._servers = servers
         self._trainer = servers.trainer
+        self._stub = servers.trainer.trainer
         self._backwards = BackwardCount(opened.backward_count)
         self._lock = threading.RLock()
         self.training_run = types.TrainingRun.from_proto(opened.training_run)
@@ -138,13 +139,13 @@ class TrainingClient:
                 adam_params=adam_params.to_proto(), backward_count=self._backwards.take()
             )
             return self._calls.submit(
-                self._trainer.trainer.OptimStep, request, types.OptimStepResponse.from_proto
+                self._stub.OptimStep, request, types.OptimStepResponse.from_proto
             )
 
     def discard_gradient(self) -> APIFuture[types.DiscardGradientResponse]:
         """Clears the accumulated gradient."""
         return self._clearing(
-            self._trainer.trainer.DiscardGradient,
+            self._stub.DiscardGradient,
             trainer_pb2.DiscardGradientRequest(),
             types.DiscardGradientResponse.from_proto,
         )
@@ -164,7 +165,7 @@ class TrainingClient:
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
-            self._trainer.trainer.SaveState, request, types.SaveWeightsResponse.from_proto
+            self._stub.SaveState, request, types.SaveWeightsResponse.from_proto
         )
 
     def load_state(self, path: str) -> APIFuture[types.LoadWeightsResponse]:
@@ -189,7 +190,7 @@ class TrainingClient:
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
-            self._trainer.trainer.SaveWeightsForSampler,
+            self._stub.SaveWeightsForSampler,
             request,
             types.SaveWeightsForSamplerResponse.from_proto,
         )
@@ -267,9 +268,7 @@ class TrainingClient:
         request = trainer_pb2.LoadStateRequest(
             path=text(path, "path"), with_optimizer=with_optimizer
         )
-        return self._clearing(
-            self._trainer.trainer.LoadState, request, types.LoadWeightsResponse.from_proto
-        )
+        return self._clearing(self._stub.LoadState, request, types.LoadWeightsResponse.from_proto)
 
     def _clearing(self, method: Any, request: Any, convert: Any) -> APIFuture[Any]:
         with self._lock:
