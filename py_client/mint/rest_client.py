@@ -11,7 +11,7 @@ from mint._async_names import awaited
 from mint._files import checkpoint_questions as checkpoints
 from mint._files.download import download
 from mint._files.progress import Progress, check_progress
-from mint._files.upload import header_of, upload
+from mint._files.upload import upload
 from mint._run import run_questions as runs
 from mint._transport.closing import Closing
 from mint._transport.opening import open_servers
@@ -227,18 +227,19 @@ class RestClient(Closing):
         """
         check_progress(progress)
 
-        def send() -> types.Checkpoint:
-            header = header_of(
+        return on_thread(
+            partial(
+                upload,
+                self._trainer,
                 Path(folder),
-                name,
+                name=name,
                 ttl_seconds=ttl_seconds,
                 user_metadata=user_metadata,
                 base_model=base_model,
                 with_optimizer=with_optimizer,
+                progress=progress,
             )
-            return upload(self._trainer, Path(folder), header, progress)
-
-        return on_thread(send)
+        )
 
     def export_checkpoint(
         self,

@@ -23,37 +23,29 @@ _PICKLED_FILE = "adapter_model.bin"
 _PIECE_BYTES = 1024 * 1024
 
 
-def header_of(
+def upload(
+    connection: Connection,
     folder: Path,
-    name: str,
     *,
+    name: str,
     ttl_seconds: float | None,
     user_metadata: Mapping[str, str] | None,
     base_model: str | None,
     with_optimizer: bool,
-) -> checkpoint_pb2.UploadHeader:
-    """Describes the files of a folder. Refuses a folder that lacks them."""
+    progress: Progress | bool,
+) -> Checkpoint:
+    """Sends the files and waits for what the server makes of them. Refuses a folder that lacks
+    them.
+    """
     names = [CONFIG_FILE, WEIGHTS_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-    for file_name in names:
-        if not (folder / file_name).is_file():
-            raise _missing(folder, file_name)
-    return checkpoint_pb2.UploadHeader(
+    header = checkpoint_pb2.UploadHeader(
         request_id=new_request_id(),
         name=text(name, "name"),
-        files=[_described(folder / file_name) for file_name in names],
+        files=[_described(folder, file_name) for file_name in names],
         metadata=text_map(user_metadata, "user_metadata"),
         ttl=ttl(ttl_seconds),
         base_model=text(base_model or "", "base_model"),
     )
-
-
-def upload(
-    connection: Connection,
-    folder: Path,
-    header: checkpoint_pb2.UploadHeader,
-    progress: Progress | bool,
-) -> Checkpoint:
-    """Sends the files and waits for what the server makes of them."""
     future: APIFuture[Checkpoint] = APIFuture()
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
@@ -98,14 +90,12 @@ class _UploadCall(Call[Any, Any]):
             done += offset
 
 
-def _described(file: Path) -> checkpoint_pb2.CheckpointFile:
-    digest, size_bytes = hashlib.sha256(), 0
-    for data in _pieces(file):
-        digest.update(data)
-        size_bytes += len(data)
-    return checkpoint_pb2.CheckpointFile(
-        name=file.name, size_bytes=size_bytes, sha256=digest.hexdigest()
-    )
+def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:
+    if not (folder / name).is_file():
+        raise _missing(folder, name)
+    with (folder / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return checkpoint_pb2.CheckpointFile(name=name, size_bytes=file.tell(), sha256=digest)
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
