@@ -1,9 +1,7 @@
 """Runs functions later, on one daemon thread of the process that starts when it is first needed."""
 
 import logging
-import os
 import sched
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,30 +11,28 @@ from mint._transport.threads import OWN_ERROR, Threads
 logger = logging.getLogger("mint")
 
 
-class Timer:
+class Timer(Threads):
     """A schedule, and the thread that waits for what is due next. Thread-safe."""
 
     def __init__(self) -> None:
-        self._thread = Threads("mint-resend", most=1)
-        self.start_over()
-        if sys.platform != "win32":
-            os.register_at_fork(after_in_child=self.start_over)
+        super().__init__("mint-resend", most=1)
 
     def start_over(self) -> None:
-        """Forgets what is due, which is a matter of the process that forked."""
+        """Forgets what is due too, which is a matter of the process that forked."""
+        super().start_over()
         self._schedule = sched.scheduler(time.monotonic)
         self._changed = threading.Event()
-        self._runs = False
+        self._waits = False
 
     def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
         """`function` must be quick. What it raises is logged, and nobody else hears of it."""
         self._schedule.enter(delay_s, 0, function)
         self._changed.set()
-        if not self._runs:
-            self._thread.run(self._run)
-            self._runs = True  # not before: an interrupt may come between
+        if not self._waits:
+            self.run(self._wait)
+            self._waits = True  # not before: an interrupt may come between
 
-    def _run(self) -> None:
+    def _wait(self) -> None:
         while True:
             self._changed.clear()
             try:
