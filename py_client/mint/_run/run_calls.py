@@ -155,20 +155,14 @@ class RunCalls:
     def _next_step(self) -> Callable[[], None] | None:
         with self._lock:
             full = len(self._on_wire) >= self._max_in_flight
-            if not self._waiting or self._opening or full:
+            if self._opening or full or not self._call_stands_first():
                 self._sending = False
                 return None
             if self._out_of_step:
                 self._opening = True
                 return partial(self._open_again, self._opened)
             call = self._waiting.popleft()
-            if isinstance(call, Place):
-                if call.calls is None:
-                    self._waiting.appendleft(call)
-                    self._sending = False
-                    return None
-                self._waiting.extendleft(reversed(call.calls))
-                return _nothing
+            assert isinstance(call, SequencedCall)
             if self._fenced is not None:
                 return partial(call.settle, self._fenced)
             call.request.sequence = call.sequence = self._next_sequence
@@ -176,6 +170,15 @@ class RunCalls:
             self._on_wire[self._next_sequence] = call
             self._next_sequence += 1
             return partial(call.run_part, call.start)
+
+    def _call_stands_first(self) -> bool:
+        """Whether a call is next, once places that have been filled are replaced by their calls."""
+        while self._waiting and isinstance(first := self._waiting[0], Place):
+            if first.calls is None:
+                return False
+            self._waiting.popleft()
+            self._waiting.extendleft(reversed(first.calls))
+        return bool(self._waiting)
 
     def acknowledge(self, call: "SequencedCall") -> None:
         """Writes into the request of a call up to where all answers have been received."""
@@ -232,10 +235,6 @@ class RunCalls:
                     lost.append(entry)
         for call in lost:
             call.settle(outcome)
-
-
-def _nothing() -> None:
-    """A step that does nothing."""
 
 
 class SequencedCall(Call[Any, Any]):
