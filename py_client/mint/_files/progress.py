@@ -11,13 +11,15 @@ Progress = Callable[[int, int], None]  # is given bytes done and bytes in all
 @contextmanager
 def reporting(progress: Progress | bool, total_bytes: int, what: str) -> Iterator[Progress]:
     """What to call after each piece."""
-    if progress is True:
-        with _bar(total_bytes, what) as report:
-            yield report
-    elif progress is False:
+    if progress is False:
         yield lambda done, total: None
-    else:
+    elif progress is not True:
         yield progress
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
+            yield lambda done, total: bar.update(done - bar.n)
 
 
 def check_progress(progress: Progress | bool) -> None:
@@ -36,11 +38,3 @@ def check_progress(progress: Progress | bool) -> None:
                 "is True and tqdm, which draws the bar, is not installed; install it, "
                 "or give a function",
             ) from None
-
-
-@contextmanager
-def _bar(total_bytes: int, what: str) -> Iterator[Progress]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
-        yield lambda done, total: bar.update(done - bar.n)

@@ -1,7 +1,7 @@
 """A PEFT folder to a server: announced with its digests, sent in pieces, again if need be."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mint.types._checks import text, text_map, ttl
 from mint.types.checkpoints import Checkpoint
 from mintrpc.v1 import checkpoint_pb2
 
+Parts = Iterator[checkpoint_pb2.UploadCheckpointRequest]
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -49,45 +50,35 @@ def upload(
     future: APIFuture[Checkpoint] = APIFuture()
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
-        call = _UploadCall(connection, folder, header, report, partial(settle, future, _checkpoint))
-        call.start()
+        parts = partial(_parts_of, folder, header, report)
+        _UploadCall(connection, parts, partial(settle, future, _checkpoint)).start()
         return future.result()
 
 
 class _UploadCall(Call[Any, Any]):
     """One upload: every attempt sends all of it under the same id."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        folder: Path,
-        header: checkpoint_pb2.UploadHeader,
-        report: Progress,
-        ended: Any,
-    ) -> None:
+    def __init__(self, connection: Connection, parts: Callable[[], Parts], ended: Any) -> None:
         method = connection.checkpoints.UploadCheckpoint
         super().__init__(connection, method, None, ended, attaches=False)  # type: ignore[arg-type]
-        self._folder = folder
-        self._header = header
-        self._report = report
+        self._parts = parts
 
     def before_attempt(self) -> None:
         self.request = self._parts()
 
-    def _parts(self) -> Iterator[checkpoint_pb2.UploadCheckpointRequest]:
-        yield checkpoint_pb2.UploadCheckpointRequest(header=self._header)
-        total = sum(file.size_bytes for file in self._header.files)
-        done = 0
-        for file in self._header.files:
-            offset = 0
-            for data in _pieces(self._folder / file.name):
-                piece = checkpoint_pb2.UploadPiece(
-                    file_name=file.name, offset_bytes=offset, data=data
-                )
-                yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
-                offset += len(data)
-                self._report(done + offset, total)
-            done += offset
+
+def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Progress) -> Parts:
+    yield checkpoint_pb2.UploadCheckpointRequest(header=header)
+    total = sum(file.size_bytes for file in header.files)
+    done = 0
+    for file in header.files:
+        offset = 0
+        for data in _pieces(folder / file.name):
+            piece = checkpoint_pb2.UploadPiece(file_name=file.name, offset_bytes=offset, data=data)
+            yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
+            offset += len(data)
+            report(done + offset, total)
+        done += offset
 
 
 def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,7 @@ class Passes:
 
     def _cut(self, template: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
         limit_bytes = self._connection.max_message_bytes - _ROOM_BYTES
-        request = _copy(template)
+        request = deepcopy(template)
         size_bytes = 0
         for index, datum in enumerate(data):
             message = datum.to_proto()
@@ -94,7 +95,7 @@ class Passes:
             full = len(request.data) == self._max_data or size_bytes + datum_bytes > limit_bytes
             if request.data and full:
                 yield request
-                request, size_bytes = _copy(template), 0
+                request, size_bytes = deepcopy(template), 0
             if datum_bytes > limit_bytes:
                 raise refused(
                     f"data[{index}]",
@@ -226,9 +227,3 @@ def _moved(error: BaseException, first: int) -> BaseException:
         error.metadata = {name: move(value) for name, value in error.metadata.items()}
         error.args = (error.message,)
     return error
-
-
-def _copy(template: PassRequest) -> PassRequest:
-    request = type(template)()
-    request.CopyFrom(template)  # type: ignore[arg-type]
-    return request

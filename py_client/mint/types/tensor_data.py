@@ -143,9 +143,7 @@ def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
         raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
         return array.astype(np.float32)
-    if array.size and array.dtype.kind == "f":
-        raise refused(field, "holds floats; give integers")
-    return array.astype(np.int64)
+    return integers_of(array, field).copy()
 
 
 def _dense(
