@@ -16,7 +16,7 @@ from mint._transport.question import Question
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
-from mint.types._checks import integer, text
+from mint.types._checks import USE_FROM_INTS, instance, integer, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 
@@ -214,19 +214,12 @@ def refuse_retry_config(retry_config: object) -> None:
 
 
 def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
-    if not isinstance(prompt, types.ModelInput):
-        raise refused(
-            "prompt", f"is a {type(prompt).__name__}; for token ids use ModelInput.from_ints"
-        )
-    return prompt
+    return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
 def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
-    if params is None:
-        return types.SamplingParams()
-    if not isinstance(params, types.SamplingParams):
-        raise refused("sampling_params", f"is a {type(params).__name__}; give types.SamplingParams")
-    return params
+    params = types.SamplingParams() if params is None else params
+    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
 
 
 def _checked_count(num_samples: int) -> int:

@@ -118,7 +118,8 @@ class ServiceClient(Closing):
         pending: go on with it, or call `discard_gradient`.
         """
         self._servers.capabilities(self._servers.trainer)
-        return TrainingClient(self._servers, open_run(self._servers.trainer, training_run_id))
+        opened = open_run(self._servers.trainer, training_run_id).ask()
+        return TrainingClient(self._servers, opened)
 
     def create_sampling_client(
         self,
@@ -223,7 +224,7 @@ class ServiceClient(Closing):
         self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
-        return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+        return TrainingClient(self._servers, create_run(self._servers.trainer, request).ask())
 
 
 def _continuing(

@@ -12,7 +12,7 @@ from mint._run.backwards import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
 from mint._run.passes import LogprobScope, Passes, pass_template
 from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._run.run_questions import get_run, open_run_again
+from mint._run.run_questions import get_run, open_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
 from mint.errors import refused
@@ -23,7 +23,7 @@ from mint.sampling_client import (
     refuse_retry_config,
     sampling_client_of,
 )
-from mint.types._checks import text, text_map, ttl
+from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
 SamplingClientKind = Literal["snapshot", "inflight"]
@@ -49,7 +49,7 @@ class TrainingClient:
         self._calls = RunCalls(
             self._trainer,
             opened,
-            partial(open_run_again, servers.trainer, self.training_run_id),
+            partial(open_run, servers.trainer, self.training_run_id),
             limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
         self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
@@ -130,10 +130,7 @@ class TrainingClient:
     ) -> APIFuture[types.OptimStepResponse]:
         """One AdamW step on the accumulated gradient, which it clears."""
         adam_params = types.AdamParams() if adam_params is None else adam_params
-        if not isinstance(adam_params, types.AdamParams):
-            raise refused(
-                "adam_params", f"is a {type(adam_params).__name__}; give types.AdamParams"
-            )
+        instance(adam_params, types.AdamParams, "adam_params", "give types.AdamParams")
         with self._lock:
             request = trainer_pb2.OptimStepRequest(
                 adam_params=adam_params.to_proto(), backward_count=self._backwards.take()

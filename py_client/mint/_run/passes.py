@@ -14,6 +14,7 @@ from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
 from mint.errors import APIResponseValidationError, MintError, refused
 from mint.futures import APIFuture, run_into
+from mint.types._checks import instance
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -112,8 +113,7 @@ def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     if isinstance(data, types.Datum) or len(data) == 0:
         raise refused("data", "is empty or not a list; a batch needs at least one datum")
     for index, datum in enumerate(data):
-        if not isinstance(datum, types.Datum):
-            raise refused(f"data[{index}]", f"is a {type(datum).__name__}; give types.Datum")
+        instance(datum, types.Datum, f"data[{index}]", "give types.Datum")
     return data
 
 

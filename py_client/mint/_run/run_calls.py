@@ -13,6 +13,7 @@ import grpc
 
 from mint._transport.call import Call, Refusal, broken_off, check_size, settle
 from mint._transport.connection import Connection
+from mint._transport.question import Question
 from mint._transport.threads import sender
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2
@@ -51,7 +52,7 @@ class RunCalls:
         self,
         connection: Connection,
         opened: Opened,
-        open_again: Callable[[Callable[[Opened | Refusal], None]], None],
+        open_again: Callable[[], Question[Opened]],
         max_in_flight: int,
     ) -> None:
         self._connection = connection
@@ -160,7 +161,7 @@ class RunCalls:
                 return None
             if self._out_of_step:
                 self._opening = True
-                return partial(self._open_again, self._opened)
+                return self._begin_opening
             call = self._waiting.popleft()
             assert isinstance(call, SequencedCall)
             if self._fenced is not None:
@@ -208,6 +209,9 @@ class RunCalls:
         self._send_waiting()
         call.settle(outcome)
         del call.request, call.settle  # or, in a cycle with the call, they would be kept for long
+
+    def _begin_opening(self) -> None:
+        self._open_again().call(self._opened).start()
 
     def _opened(self, outcome: Opened | Refusal) -> None:
         if isinstance(outcome, Refusal):

@@ -1,11 +1,11 @@
 """Training runs as a server keeps them: create, open, list, change, delete."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mint import types
 from mint._run.run_calls import Opened
-from mint._transport.call import Call, Refusal, check_size
+from mint._transport.call import check_size
 from mint._transport.connection import Connection
 from mint._transport.question import Question, new_request_id
 from mint.types._checks import integer, text, text_map
@@ -13,24 +13,21 @@ from mint.types.responses import run_kind
 from mintrpc.v1 import trainer_pb2
 
 
-def create_run(connection: Connection, request: trainer_pb2.CreateTrainingRunRequest) -> Opened:
+def create_run(
+    connection: Connection, request: trainer_pb2.CreateTrainingRunRequest
+) -> Question[Opened]:
     """Creates a run, which is open then."""
     request.request_id = new_request_id()
     check_size(connection, request, "user_metadata")
-    return Question(connection, connection.trainer.CreateTrainingRun, request, _created).ask()
+    return Question(connection, connection.trainer.CreateTrainingRun, request, _created)
 
 
-def open_run(connection: Connection, training_run_id: str) -> Opened:
+def open_run(connection: Connection, training_run_id: str) -> Question[Opened]:
     """Takes a run over from whoever used it before."""
-    method = connection.trainer.OpenTrainingRun
-    return Question(connection, method, _opening(training_run_id), _same).ask()
-
-
-def open_run_again(
-    connection: Connection, training_run_id: str, ended: Callable[[Opened | Refusal], None]
-) -> None:
-    """As `open_run`, without waiting."""
-    Call(connection, connection.trainer.OpenTrainingRun, _opening(training_run_id), ended).start()
+    request = trainer_pb2.OpenTrainingRunRequest(
+        training_run_id=text(training_run_id, _ID), request_id=new_request_id()
+    )
+    return Question(connection, connection.trainer.OpenTrainingRun, request, lambda answer: answer)
 
 
 def get_run(connection: Connection, training_run_id: str) -> Question[types.TrainingRun]:
@@ -88,12 +85,6 @@ def _run(answer: Any) -> types.TrainingRun:
     return types.TrainingRun.from_proto(answer.training_run)
 
 
-def _opening(training_run_id: str) -> trainer_pb2.OpenTrainingRunRequest:
-    return trainer_pb2.OpenTrainingRunRequest(
-        training_run_id=text(training_run_id, _ID), request_id=new_request_id()
-    )
-
-
 def _created(answer: trainer_pb2.CreateTrainingRunResponse) -> Opened:
     return Opened(
         training_run=answer.training_run,
@@ -101,7 +92,3 @@ def _created(answer: trainer_pb2.CreateTrainingRunResponse) -> Opened:
         next_sequence=max(1, answer.training_run.next_sequence),
         step=answer.training_run.step,
     )
-
-
-def _same(answer: Opened) -> Opened:
-    return answer

@@ -37,21 +37,21 @@ class Question(Generic[T]):
     def submit(self) -> APIFuture[T]:
         """Sends it."""
         future: APIFuture[T] = APIFuture()
-        self._call(future).start()
+        self.call(partial(settle, future, self.convert)).start()
         return future
 
     def ask(self) -> T:
         """Sends it and waits for the answer."""
         future: APIFuture[T] = APIFuture()
-        call = self._call(future)
+        call = self.call(partial(settle, future, self.convert))
         call.start()
         try:
             return future.result()
         finally:
             call.cancel()  # the wait may have been interrupted
 
-    def _call(self, future: APIFuture[T]) -> Call[Any, Any]:
-        ended = partial(settle, future, self.convert)
+    def call(self, ended: Callable[[Any], None]) -> Call[Any, Any]:
+        """The call, not sent yet. `ended` is given the server's message, or why there is none."""
         return Call(self.connection, self.method, self.request, ended)
 
 

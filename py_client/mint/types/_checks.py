@@ -1,11 +1,21 @@
 """Plain values that users give, as the contract's fields take them, or refused."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
 from mint.errors import refused
+
+T = TypeVar("T")
+USE_FROM_INTS = "for token ids use ModelInput.from_ints"
+
+
+def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
+    """A value of that type."""
+    if not isinstance(value, kind):
+        raise refused(field, f"is a {type(value).__name__}; {remedy}")
+    return value
 
 
 def number(value: Any, field: str) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mint.errors import refused
 from mint.types._arrays import array_of
+from mint.types._checks import USE_FROM_INTS, instance
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
@@ -38,11 +39,7 @@ class Datum:
     def __init__(
         self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
     ) -> None:
-        if not isinstance(model_input, ModelInput):
-            raise refused(
-                "model_input",
-                f"is a {type(model_input).__name__}; for token ids use ModelInput.from_ints",
-            )
+        model_input = instance(model_input, ModelInput, "model_input", USE_FROM_INTS)
         object.__setattr__(self, "model_input", model_input)
         tensors = {name: _tensor(name, value) for name, value in (loss_fn_inputs or {}).items()}
         object.__setattr__(self, "loss_fn_inputs", tensors)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mint.errors import InvalidInputError, refused
 from mint.types._arrays import integers_of
+from mint.types._checks import USE_FROM_INTS
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -96,11 +97,9 @@ class ModelInput:
     def __post_init__(self) -> None:
         chunks = list(self.chunks)
         for index, chunk in enumerate(chunks):
-            if not isinstance(chunk, EncodedTextChunk | ImageChunk | ImageAssetPointerChunk):
-                raise refused(
-                    f"chunks[{index}]",
-                    f"is a {type(chunk).__name__}; for token ids use ModelInput.from_ints",
-                )
+            if not isinstance(chunk, ModelInputChunk):
+                what = f"is a {type(chunk).__name__}; {USE_FROM_INTS}"
+                raise refused(f"chunks[{index}]", what)
         object.__setattr__(self, "chunks", chunks)
 
     @classmethod
