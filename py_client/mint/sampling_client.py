@@ -20,7 +20,7 @@ from mint.types._checks import USE_FROM_INTS, instance, integer, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 
-T = TypeVar("T")
+F = TypeVar("F", bound=CancellableFuture[Any])
 _SEED_BITS = 63
 
 
@@ -76,9 +76,7 @@ class SamplingClient:
             targets = _checked_targets(target_prompt_logprobs)
             request.target_prompt_logprobs.CopyFrom(targets.to_proto())
         convert = partial(_samples, num_samples)
-        future = SampleFuture()
-        self._submit(self._sampler.sampler.Sample, request, convert, future)
-        return future
+        return self._submit(self._sampler.sampler.Sample, request, convert, SampleFuture())
 
     def sample_stream(
         self,
@@ -109,8 +107,7 @@ class SamplingClient:
         )
         future: CancellableFuture[list[float | None]] = CancellableFuture()
         convert = partial(_logprobs, prompt.length)
-        self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
-        return future
+        return self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
 
     def get_sampler_handle(self) -> str:
         """Text from which `from_sampler_handle` makes this client again, in any process that
@@ -158,15 +155,14 @@ class SamplingClient:
             sampling_params=params,
         )
 
-    def _submit(
-        self, method: Any, request: Any, convert: Callable[[Any], T], future: CancellableFuture[T]
-    ) -> None:
+    def _submit(self, method: Any, request: Any, convert: Callable[[Any], Any], future: F) -> F:
         check_size(self._sampler, request, "prompt")
         call: Call[Any, Any] = Call(
             self._sampler, method, request, partial(settle, future, convert), attaches=False
         )
         call.start()
         future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
+        return future
 
 
 def create_sampling_client(

@@ -37,10 +37,11 @@ class ServiceClient(Closing):
     ) -> None:
         self._user_metadata = text_map(user_metadata, "user_metadata")
         self._environment, self._servers = open_servers(base_url, api_key, timeout, default_headers)
+        self._trainer = self._servers.trainer
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """What the server can do, asked anew."""
-        return self._servers.capabilities(self._servers.trainer, fresh=True)
+        return self._servers.capabilities(self._trainer, fresh=True)
 
     def create_lora_training_client(
         self,
@@ -117,8 +118,8 @@ class ServiceClient(Closing):
         `training_run` of the returned client says at which step it is and whether a gradient is
         pending: go on with it, or call `discard_gradient`.
         """
-        self._servers.capabilities(self._servers.trainer)
-        opened = open_run(self._servers.trainer, training_run_id).ask()
+        self._servers.capabilities(self._trainer)
+        opened = open_run(self._trainer, training_run_id).ask()
         return TrainingClient(self._servers, opened)
 
     def create_sampling_client(
@@ -136,7 +137,7 @@ class ServiceClient(Closing):
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""
-        return get_run(self._servers.trainer, training_run_id).ask()
+        return get_run(self._trainer, training_run_id).ask()
 
     def list_training_runs(
         self,
@@ -150,7 +151,7 @@ class ServiceClient(Closing):
         both kinds unless `kind` is "trained" or "uploaded".
         """
         return list_runs(
-            self._servers.trainer,
+            self._trainer,
             page_size=page_size,
             page_token=page_token,
             metadata=metadata_filter,
@@ -161,18 +162,18 @@ class ServiceClient(Closing):
         self, training_run_id: str, metadata: Mapping[str, str]
     ) -> types.TrainingRun:
         """Replaces a run's metadata."""
-        return update_run(self._servers.trainer, training_run_id, metadata).ask()
+        return update_run(self._trainer, training_run_id, metadata).ask()
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        delete_run(self._servers.trainer, training_run_id, delete_checkpoints).ask()
+        delete_run(self._trainer, training_run_id, delete_checkpoints).ask()
 
     def watch_training_run(self, training_run_id: str) -> RunWatch:
         """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
-        self._servers.capabilities(self._servers.trainer)
-        return RunWatch(self._servers.trainer, text(training_run_id, "training_run_id"))
+        self._servers.capabilities(self._trainer)
+        return RunWatch(self._trainer, text(training_run_id, "training_run_id"))
 
     def create_rest_client(self) -> RestClient:
         """Returns a client that manages checkpoints and runs, over the same connection."""
@@ -221,10 +222,10 @@ class ServiceClient(Closing):
         request.isolated = isolated
         if retention is not None:
             request.retention.FromTimedelta(_positive(retention, "retention"))
-        self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
+        self._servers.capabilities(self._trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
-        return TrainingClient(self._servers, create_run(self._servers.trainer, request).ask())
+        return TrainingClient(self._servers, create_run(self._trainer, request).ask())
 
 
 def _continuing(

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from mint import types
 from mint._run.passes import (
-    PER_SECOND,
     Part,
     Passes,
     PassRequest,
@@ -133,11 +132,8 @@ def _output(
     metrics: Mapping[str, float],
 ) -> types.ForwardBackwardOutput:
     """The answer of both passes, with the loss's own metrics."""
-    told = dict(join(backward).metrics)
+    told = dict(join(backward, sum(part.seconds for part in forward)).metrics)
     told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
-    seconds = sum(part.seconds for part in (*forward, *backward))
-    if PER_SECOND in told and seconds > 0:
-        told[PER_SECOND] = told["tokens:sum"] / seconds
     told = {"loss:sum": loss, **told, **metrics}
     return types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told)
 

@@ -22,7 +22,6 @@ U = TypeVar("U")
 LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
-PER_SECOND = "tokens_per_second:mean"
 
 _SCOPES: dict[str, trainer_pb2.LogprobScope] = {
     "all": trainer_pb2.LOGPROB_SCOPE_ALL,
@@ -132,14 +131,14 @@ def pass_template(
     return request
 
 
-def join(parts: Sequence[Part]) -> types.ForwardBackwardOutput:
-    """The answer to the whole batch."""
+def join(parts: Sequence[Part], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
+    """The answer to the whole batch, on which so many seconds had been spent before."""
     outputs = [part.output for part in parts]
     counts = [len(output.loss_fn_outputs) for output in outputs]
     metrics = merge_metrics([output.metrics for output in outputs], counts)
-    tokens, seconds = metrics.get("tokens:sum"), sum(part.seconds for part in parts)
+    tokens, seconds = metrics.get("tokens:sum"), sum((part.seconds for part in parts), earlier_s)
     if tokens is not None and seconds > 0:
-        metrics[PER_SECOND] = tokens / seconds
+        metrics["tokens_per_second:mean"] = tokens / seconds
     return types.ForwardBackwardOutput(
         outputs[0].loss_fn_output_type,
         [entry for output in outputs for entry in output.loss_fn_outputs],

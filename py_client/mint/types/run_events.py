@@ -56,15 +56,15 @@ class RunEvent:
     @classmethod
     def from_proto(cls, message: trainer_pb2.WatchTrainingRunResponse) -> "RunEvent | None":
         """None: an event that this client does not know."""
-        event_time = time_of(message.event_time)
-        match message.WhichOneof("event"):
-            case "training_run":
-                run = TrainingRun.from_proto(message.training_run)
-                return cls(event_time=event_time, training_run=run)
-            case "queue_progress":
-                progress = QueueProgress.from_proto(message.queue_progress)
-                return cls(event_time=event_time, queue_progress=progress)
-            case "call_outcome":
-                outcome = CallOutcome.from_proto(message.call_outcome)
-                return cls(event_time=event_time, call_outcome=outcome)
-        return None
+        name = message.WhichOneof("event")
+        if name is None:
+            return None
+        event = _EVENTS[name].from_proto(getattr(message, name))  # type: ignore[attr-defined]
+        return cls(event_time=time_of(message.event_time), **{name: event})
+
+
+_EVENTS = {
+    "training_run": TrainingRun,
+    "queue_progress": QueueProgress,
+    "call_outcome": CallOutcome,
+}
