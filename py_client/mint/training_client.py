@@ -8,9 +8,9 @@ from typing import Any, Literal, NoReturn
 from mint import types
 from mint._async_names import off_loop, submitted
 from mint._files.tokenizer_files import tokenizer_of
-from mint._run.backwards import BackwardCount
+from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
-from mint._run.passes import LogprobScope, Passes, pass_template
+from mint._run.passes import LogprobScope, Passes, bare_request
 from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._run.run_questions import get_run, open_run
 from mint._run.watch import RunWatch
@@ -73,8 +73,8 @@ class TrainingClient:
         logprob_scope: LogprobScope = "all",
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss, without a gradient."""
-        template = pass_template(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
-        return self._passes.submit(self._passes.requests(template, data), loss_fn)
+        bare = bare_request(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
+        return self._passes.submit(self._passes.requests(bare, data), loss_fn)
 
     def forward_backward(
         self,
@@ -90,10 +90,10 @@ class TrainingClient:
         """
         with self._lock:
             self._backwards.add()
-            template = pass_template(
+            bare = bare_request(
                 trainer_pb2.ForwardBackwardRequest, loss_fn, loss_fn_config, logprob_scope
             )
-            requests = self._passes.requests(template, data)
+            requests = self._passes.requests(bare, data)
             self._backwards.add(len(requests) - 1)
             return self._passes.submit(requests, loss_fn)
 

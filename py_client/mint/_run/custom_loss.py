@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from mint import types
 from mint._run.passes import (
-    Part,
+    BatchPart,
     Passes,
     PassRequest,
+    bare_request,
     checked_batch,
     join,
     pass_on,
-    pass_template,
 )
-from mint._run.run_calls import Place, RunCalls
+from mint._run.run_calls import Reservation, RunCalls
 from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
@@ -39,7 +39,7 @@ _TARGETS, _WEIGHTS = "target_tokens", "weights"
 
 class CustomPass:
     """One forward_backward_custom: a forward, the loss on a thread of its own, a backward in the
-    place that was kept for it. However the first two end, the place is filled, if with nothing.
+    place that was reserved for it. However the first two end, that is filled, if with nothing.
     """
 
     def __init__(
@@ -51,15 +51,13 @@ class CustomPass:
         self._calls = calls
         self._data = list(checked_batch(data))
         self._loss_fn = loss_fn
-        self._place = Place()
+        self._reserved = Reservation()
         self._context = contextvars.copy_context()
         self.future: APIFuture[types.ForwardBackwardOutput] = APIFuture()
-        template = pass_template(
-            trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted"
-        )
+        bare = bare_request(trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted")
         # With weights of 0, so that it is known now how many messages there will be.
         surrogates = [_surrogate(datum, index) for index, datum in enumerate(self._data)]
-        self._backwards = passes.requests(template, surrogates)
+        self._backwards = passes.requests(bare, surrogates)
 
     @property
     def num_backwards(self) -> int:
@@ -71,16 +69,16 @@ class CustomPass:
             [_forward_of(request) for request in self._backwards], "custom"
         )
         forward.add_done_callback(lambda _: self._forward_ended(forward))
-        self._calls.enqueue(*calls, self._place)
+        self._calls.enqueue(*calls, self._reserved)
 
-    def _forward_ended(self, forward: APIFuture[list[Part]]) -> None:
+    def _forward_ended(self, forward: APIFuture[list[BatchPart]]) -> None:
         try:
             on_thread(partial(self._go_on, forward))
         except BaseException as error:  # there is no thread to be had
             self.future.fail(error)
-            self._calls.fill(self._place, [])
+            self._calls.fill(self._reserved, [])
 
-    def _go_on(self, forward: APIFuture[list[Part]]) -> None:
+    def _go_on(self, forward: APIFuture[list[BatchPart]]) -> None:
         """Computes the loss and sends the backward; blocks while the loss is computed."""
         calls: list[Any] = []
         try:
@@ -94,7 +92,7 @@ class CustomPass:
         except BaseException as error:
             self.future.fail(error)
         finally:
-            self._calls.fill(self._place, calls)
+            self._calls.fill(self._reserved, calls)
 
     def _differentiate(
         self, scored: types.ForwardBackwardOutput
@@ -114,10 +112,10 @@ class CustomPass:
         messages = [datum for request in self._backwards for datum in request.data]
         for index, (message, slope) in enumerate(zip(messages, slopes, strict=True)):
             if not np.isfinite(slope).all():
-                place = np.argwhere(~np.isfinite(slope))[0].tolist()
+                entry = np.argwhere(~np.isfinite(slope))[0].tolist()
                 raise InvalidInputError(
                     f"the derivative of the loss with respect to the logprobs of `data[{index}]` "
-                    f"is {slope[tuple(place)]} at {place}; nothing of this batch was added to the "
+                    f"is {slope[tuple(entry)]} at {entry}; nothing of this batch was added to the "
                     "gradient",
                     field="loss_fn",
                 )
@@ -125,9 +123,9 @@ class CustomPass:
 
 
 def _output(
-    forward: Sequence[Part],
+    forward: Sequence[BatchPart],
     scored: types.ForwardBackwardOutput,
-    backward: Sequence[Part],
+    backward: Sequence[BatchPart],
     loss: float,
     metrics: Mapping[str, float],
 ) -> types.ForwardBackwardOutput:

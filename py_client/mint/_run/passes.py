@@ -34,7 +34,7 @@ _DATUM = re.compile(r"\bdata\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchPart:
     """The answer to one message of a batch."""
 
     output: types.ForwardBackwardOutput
@@ -51,15 +51,15 @@ class Passes:
 
     def requests(
         self,
-        template: PassRequest,  # without data
+        bare: PassRequest,  # without data
         data: Sequence[types.Datum],
     ) -> list[PassRequest]:
         """The batch in as few messages as the server takes."""
-        return list(self._cut(template, checked_batch(data)))
+        return list(self._cut(bare, checked_batch(data)))
 
     def calls(
         self, requests: Sequence[PassRequest], loss_fn: str
-    ) -> tuple[list[SequencedCall], APIFuture[list[Part]]]:
+    ) -> tuple[list[SequencedCall], APIFuture[list[BatchPart]]]:
         """The calls of a batch, not sent yet, and the future of their answers, in order."""
         calls, futures, firsts = [], [], [0]
         for request in requests:
@@ -85,9 +85,9 @@ class Passes:
         self._calls.enqueue(*calls)
         return joined
 
-    def _cut(self, template: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
+    def _cut(self, bare: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
         limit_bytes = self._connection.max_message_bytes - _ROOM_BYTES
-        request = deepcopy(template)
+        request = deepcopy(bare)
         size_bytes = 0
         for index, datum in enumerate(data):
             message = datum.to_proto()
@@ -95,7 +95,7 @@ class Passes:
             full = len(request.data) == self._max_data or size_bytes + datum_bytes > limit_bytes
             if request.data and full:
                 yield request
-                request, size_bytes = deepcopy(template), 0
+                request, size_bytes = deepcopy(bare), 0
             if datum_bytes > limit_bytes:
                 raise refused(
                     f"data[{index}]",
@@ -116,7 +116,7 @@ def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     return data
 
 
-def pass_template(
+def bare_request(
     kind: type[PassRequest],
     loss_fn: str,
     loss_fn_config: Mapping[str, float] | None,
@@ -131,7 +131,7 @@ def pass_template(
     return request
 
 
-def join(parts: Sequence[Part], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
+def join(parts: Sequence[BatchPart], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
     """The answer to the whole batch, on which so many seconds had been spent before."""
     outputs = [part.output for part in parts]
     counts = [len(output.loss_fn_outputs) for output in outputs]
@@ -172,7 +172,7 @@ _REDUCTIONS: dict[str, Callable[[Sequence[float], Sequence[int]], float]] = {
 
 def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFuture[list[T]]:
     """All results in order, once all calls have ended; or the error of the first that failed, with
-    the places of data as in the whole batch.
+    the indices of data as in the whole batch.
     """
     result: APIFuture[list[T]] = APIFuture()
     left = len(futures)
@@ -207,16 +207,16 @@ def pass_on(future: APIFuture[T], convert: Callable[[T], U], to: APIFuture[U]) -
     future.add_done_callback(ended)
 
 
-def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> Part:
+def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> BatchPart:
     if len(answer.outputs) != num_data:
         raise APIResponseValidationError(
             f"the answer has {len(answer.outputs)} outputs for {num_data} data"
         )
-    return Part(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
+    return BatchPart(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
 
 
 def _moved(error: BaseException, first: int) -> BaseException:
-    """The error with its places counted from the start of the batch."""
+    """The error with its data counted from the start of the batch."""
 
     def move(text: str) -> str:
         return _DATUM.sub(lambda match: f"data[{int(match[1]) + first}]", text)

@@ -31,7 +31,7 @@ _Code = grpc.StatusCode
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class NoAnswer:
     """The end of a call without an answer: what was said, and the exception for it."""
 
     failure: Failure
@@ -49,7 +49,7 @@ class Call(Generic[Q, R]):
         connection: Connection,
         method: "grpc.UnaryUnaryMultiCallable[Q, R]",
         request: Q,
-        ended: Callable[[R | Refusal], None],
+        ended: Callable[[R | NoAnswer], None],
         *,
         attaches: bool = True,
     ) -> None:
@@ -149,7 +149,7 @@ class Call(Generic[Q, R]):
             timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
-        self._ended(Refusal(failure, self._silence.error(failure)))
+        self._ended(NoAnswer(failure, self._silence.error(failure)))
 
     def _delay_s(self, failure: Failure) -> float | None:
         """Seconds until the call is sent again; None: it is not."""
@@ -161,11 +161,11 @@ class Call(Generic[Q, R]):
         return delay_s
 
 
-def broken_off(connection: Connection, error: BaseException) -> Refusal:
+def broken_off(connection: Connection, error: BaseException) -> NoAnswer:
     """What a call comes to by a fault of this client's own, which is logged."""
     logger.error(OWN_ERROR, exc_info=error)
     failure = Failure(_Code.UNKNOWN, f"{OWN_ERROR}, which is in the log: {error!r}")
-    return Refusal(failure, connection.error(failure))
+    return NoAnswer(failure, connection.error(failure))
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
@@ -180,15 +180,15 @@ def check_size(connection: Connection, request: Message, field: str) -> None:
         )
 
 
-def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | Refusal) -> None:
+def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | NoAnswer) -> None:
     """Gives a future its outcome."""
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, NoAnswer):
         future.fail(outcome.error)
         return
     try:
         value = convert(outcome)
-    except APIError as refusal:
-        future.fail(refusal)
+    except APIError as error:
+        future.fail(error)
     except Exception as unexpected:
         message = f"the answer cannot be read: {unexpected!r}"
         future.fail(APIResponseValidationError(message))

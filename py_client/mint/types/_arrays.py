@@ -11,9 +11,9 @@ from mint.errors import refused
 def array_of(values: Any, field: str) -> NDArray[Any]:
     """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
     if is_torch(values):
-        from mint._torch import array_of as torch_array_of
+        from mint._torch import host_array_of
 
-        values = torch_array_of(values)
+        values = host_array_of(values)
     try:
         array = np.asarray(values)
     except ValueError:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from mint.errors import APIResponseValidationError, refused
-from mint.types._messages import Answer, optional, read, time_of
+from mint.types._from_proto import FromMessage, optional, read, time_of
 from mint.types.params import LoraConfig
 from mint.types.responses import TrainingRun
 from mintrpc.v1 import checkpoint_pb2
@@ -65,7 +65,7 @@ class ParsedCheckpointPath:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointFile(Answer):
+class CheckpointFile(FromMessage):
     """`sha256` is in hexadecimal."""
 
     name: str

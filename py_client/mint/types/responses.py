@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 from mint.errors import APIResponseValidationError, refused
-from mint.types._messages import Answer, read
+from mint.types._from_proto import FromMessage, read
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import model_pb2, trainer_pb2
@@ -55,14 +55,14 @@ class OptimStepResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class DiscardGradientResponse(Answer):
+class DiscardGradientResponse(FromMessage):
     """Whether there was a gradient to discard."""
 
     gradient_discarded: bool
 
 
 @dataclass(frozen=True, slots=True)
-class SaveWeightsResponse(Answer):
+class SaveWeightsResponse(FromMessage):
     """`path` names the newest revision of the name, `revision_path` the saved one for good."""
 
     path: str
@@ -72,7 +72,7 @@ class SaveWeightsResponse(Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class SaveWeightsForSamplerResponse(Answer):
+class SaveWeightsForSamplerResponse(FromMessage):
     """`path` names the newest revision of the name, `revision_path` the saved one for good."""
 
     path: str
@@ -81,7 +81,7 @@ class SaveWeightsForSamplerResponse(Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadWeightsResponse(Answer):
+class LoadWeightsResponse(FromMessage):
     """`step` is that of the loaded state, 0 without optimizer."""
 
     step: int
@@ -215,7 +215,7 @@ class SupportedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits(Answer):
+class Limits(FromMessage):
     """What a client must not exceed. 0: the server does not say."""
 
     max_message_bytes: int

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import grpc
 
-from mint.types._messages import optional, read, time_of
+from mint.types._from_proto import optional, read, time_of
 from mint.types.responses import TrainingRun
 from mintrpc.v1 import trainer_pb2
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import APIResponseValidationError
-from mint.types._messages import optional, read
+from mint.types._from_proto import optional, read
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import sampler_pb2
 

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 T = TypeVar("T")
 
 
-class Answer:
+class FromMessage:
     """A dataclass whose fields are those of a message, or some of them, by the same names."""
 
     __slots__ = ()
