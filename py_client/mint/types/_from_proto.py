@@ -1,7 +1,7 @@
 """Values out of the contract's messages, field by field."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Self, TypeVar
@@ -44,10 +44,8 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     """Without protobuf."""
+    if isinstance(value, str | bytes | int | float):
+        return value
     if isinstance(value, Timestamp):
         return time_of(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return list(value)
-    return value
+    return dict(value) if isinstance(value, Mapping) else list(value)
