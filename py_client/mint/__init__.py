@@ -12,7 +12,7 @@ from types import ModuleType
 from mint import _forks as _forks  # before all that imports gRPC
 from mint import types
 from mint._run.watch import RunWatch
-from mint._sample_stream import SampleStream
+from mint._sampling.sample_stream import SampleStream
 from mint._version import __tinker_version__, __version__
 from mint.errors import (
     APIConnectionError,

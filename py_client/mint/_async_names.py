@@ -1,18 +1,15 @@
 """The `*_async` names of methods, of three kinds, each made from the plain one."""
 
 import functools
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from mint._transport.callers import Callers
+from mint._transport.threads import on_thread
 from mint.futures import APIFuture
 
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
-
-_waiters = Callers(most=sys.maxsize)  # as many as wait at the same time
 
 
 def off_loop(
@@ -25,22 +22,6 @@ def off_loop(
         return await on_thread(functools.partial(method, self, *args, **kwargs))
 
     return call
-
-
-def on_thread(function: Callable[[], T]) -> APIFuture[T]:
-    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
-    future: APIFuture[T] = APIFuture()
-
-    def run() -> None:
-        try:
-            value = function()
-        except BaseException as error:
-            future.fail(error)
-        else:
-            future.succeed(value)
-
-    _waiters.take(run)
-    return future
 
 
 def awaited(

@@ -12,7 +12,7 @@ from mint.errors import InvalidInputError
 Floats = NDArray[np.float32]
 
 
-def array_of(tensor: torch.Tensor) -> NDArray[Any]:
+def host_array_of(tensor: torch.Tensor) -> NDArray[Any]:
     """The tensor's values in host memory; half precision is widened to float32."""
     tensor = tensor.detach().cpu()
     if tensor.is_sparse or tensor.layout != torch.strided:
@@ -40,7 +40,7 @@ def differentiate(
         loss, metrics = _checked(loss_fn(list(data), list(leaves)))
         slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
     arrays = [
-        np.zeros_like(array) if slope is None else np.asarray(array_of(slope), np.float32)
+        np.zeros_like(array) if slope is None else np.asarray(host_array_of(slope), np.float32)
         for slope, array in zip(slopes, logprobs, strict=True)
     ]
     return loss.item(), metrics, arrays

@@ -64,8 +64,10 @@ class InvalidInputError(BadRequestError, ValueError):
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message, reason="INVALID_REQUEST", field=field)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, dict(self.__dict__))
+
+def refused(field: str, what: str) -> InvalidInputError:
+    """The refusal of an input by a sentence that begins with the name of its field."""
+    return InvalidInputError(f"`{field}` {what}", field=field)
 
 
 class AuthenticationError(APIStatusError):

@@ -1,8 +1,10 @@
 """The outcomes of calls, as standard futures that can also be awaited, on any event loop."""
 
 import asyncio
+import math
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from mint.errors import APITimeoutError, MintError
 from mint.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, Topk
 
 T = TypeVar("T")
+_LOOK_S = 0.5
 
 
 class _End(type(threading.RLock())):  # type: ignore[misc]
@@ -27,15 +30,14 @@ class _End(type(threading.RLock())):  # type: ignore[misc]
         if self._gate.locked():
             self._gate.release()
 
-    def wait(self, timeout: float | None) -> bool:
-        """Whether the outcome came in time. Not to be called while this is held."""
-        if timeout is None:
-            with self._gate:
-                return True
-        came = self._gate.acquire(timeout=max(timeout, 0.0))
-        if came:
+    def wait(self, timeout_s: float) -> None:
+        """Returns when there is an outcome, or after a while. Not to be called while this is held.
+
+        Not much later than after _LOOK_S: a signal that comes just before the wait begins, or to
+        another thread, does not break the wait off, and its handler would run at its end alone.
+        """
+        if self._gate.acquire(timeout=min(timeout_s, _LOOK_S)):
             self._gate.release()  # for the next that waits
-        return came
 
 
 class APIFuture(Future[T]):
@@ -57,8 +59,11 @@ class APIFuture(Future[T]):
         return super().exception(0)
 
     def _wait_until_done(self, timeout: float | None) -> None:
-        if not (self.done() or self._condition.wait(timeout) or self.done()):
-            raise _no_answer_within(timeout)
+        ends_s = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            if (left_s := ends_s - time.monotonic()) <= 0:
+                raise _no_answer_within(timeout)
+            self._condition.wait(left_s)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, for event loops."""
@@ -103,13 +108,16 @@ class APIFuture(Future[T]):
 
     def succeed(self, value: T) -> None:
         """Gives the outcome, unless there is one."""
-        if not self.done():
+        if self._may_end():
             self.set_result(value)
 
     def fail(self, error: BaseException) -> None:
         """Gives the error that is the outcome, unless there is one."""
-        if not self.done():
+        if self._may_end():
             self.set_exception(error)
+
+    def _may_end(self) -> bool:
+        return not self.done()
 
 
 class CancellableFuture(APIFuture[T]):
@@ -126,54 +134,37 @@ class CancellableFuture(APIFuture[T]):
             if not self.done():
                 self.cancel()  # whoever awaited has gone
 
-    def succeed(self, value: T) -> None:
-        """Gives the outcome, unless there is one."""
-        if not self.done() and self.set_running_or_notify_cancel():
-            self.set_result(value)
+    def _may_end(self) -> bool:
+        return not self.done() and self.set_running_or_notify_cancel()
 
-    def fail(self, error: BaseException) -> None:
-        """Gives the error that is the outcome, unless there is one."""
-        if not self.done() and self.set_running_or_notify_cancel():
-            self.set_exception(error)
+
+def _of_response(name: str) -> Any:
+    def field(future: APIFuture[SampleResponse]) -> Any:
+        return getattr(future.result(), name)
+
+    return property(field, doc="As in `SampleResponse`.")
 
 
 class SampleFuture(CancellableFuture[SampleResponse]):
     """A sample's outcome. Its response's fields are here too; reading one waits for the outcome."""
 
-    @property
-    def sequences(self) -> list[SampledSequence]:
-        """As in `SampleResponse`."""
-        return self.result().sequences
+    sequences: list[SampledSequence] = _of_response("sequences")
+    prompt_logprobs: list[float | None] | None = _of_response("prompt_logprobs")
+    topk_prompt_logprobs: list[Topk | None] | None = _of_response("topk_prompt_logprobs")
+    target_prompt_logprobs: TensorData | None = _of_response("target_prompt_logprobs")
+    prompt_alt_tokens: PromptAltTokens | None = _of_response("prompt_alt_tokens")
+    seed: int = _of_response("seed")
+    prompt_cache_hit_tokens: int = _of_response("prompt_cache_hit_tokens")
 
-    @property
-    def prompt_logprobs(self) -> list[float | None] | None:
-        """As in `SampleResponse`."""
-        return self.result().prompt_logprobs
 
-    @property
-    def topk_prompt_logprobs(self) -> list[Topk | None] | None:
-        """As in `SampleResponse`."""
-        return self.result().topk_prompt_logprobs
-
-    @property
-    def target_prompt_logprobs(self) -> TensorData | None:
-        """As in `SampleResponse`."""
-        return self.result().target_prompt_logprobs
-
-    @property
-    def prompt_alt_tokens(self) -> PromptAltTokens | None:
-        """As in `SampleResponse`."""
-        return self.result().prompt_alt_tokens
-
-    @property
-    def seed(self) -> int:
-        """As in `SampleResponse`."""
-        return self.result().seed
-
-    @property
-    def prompt_cache_hit_tokens(self) -> int:
-        """As in `SampleResponse`."""
-        return self.result().prompt_cache_hit_tokens
+def run_into(future: APIFuture[T], function: Callable[[], T]) -> None:
+    """Gives a future what `function` returns or raises."""
+    try:
+        value = function()
+    except BaseException as error:
+        future.fail(error)
+    else:
+        future.succeed(value)
 
 
 def _no_answer_within(timeout: float | None) -> APITimeoutError:

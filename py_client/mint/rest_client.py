@@ -4,30 +4,29 @@ import secrets
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 from mint import types
-from mint._async_names import awaited, on_thread
-from mint._files import checkpoints as checkpoints
+from mint._async_names import awaited
+from mint._files import checkpoint_questions as checkpoints
 from mint._files.download import download
-from mint._files.upload import header_of, upload
-from mint._run import runs as runs
-from mint._run.opening import open_servers
-from mint._transport.call import Question, ask, submit
-from mint._transport.progress import Progress, check_progress
-from mint.errors import InvalidInputError
+from mint._files.progress import Progress, check_progress
+from mint._files.upload import upload
+from mint._run import run_questions as runs
+from mint._transport.closing import Closing
+from mint._transport.opening import open_servers
+from mint._transport.servers import Servers
+from mint._transport.threads import on_thread
+from mint.errors import refused
 from mint.futures import APIFuture
 from mint.types.checkpoints import CheckpointType
-
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
+from mintrpc.v1 import checkpoint_pb2
 
 AccessScope = Literal["owned", "accessible"]
 T = TypeVar("T")
 
 
-class RestClient:
+class RestClient(Closing):
     """Returns futures at once; an `*_async` name awaited gives the value. Made by
     `ServiceClient.create_rest_client`, or alone, with the same arguments and environment.
 
@@ -37,7 +36,7 @@ class RestClient:
 
     def __init__(
         self,
-        _servers: "Servers | None" = None,
+        _servers: Servers | None = None,
         *,
         base_url: str | None = None,
         api_key: str | None = None,
@@ -61,7 +60,7 @@ class RestClient:
     ) -> APIFuture[types.TrainingRun]:
         """A run's description. `access_scope` makes no difference: nothing is shared here."""
         _check_scope(access_scope)
-        return self._ask(runs.get_run(self._trainer, training_run_id))
+        return runs.get_run(self._trainer, training_run_id).submit()
 
     def get_training_run_by_tinker_path(
         self, tinker_path: str, access_scope: AccessScope = "owned"
@@ -90,37 +89,36 @@ class RestClient:
             metadata=metadata_filter,
             kind=kind,
         )
-        return self._ask(question._replace(convert=partial(_runs_page, offset, limit)))
+        return question.then(partial(_runs_page, offset, limit)).submit()
 
     def update_training_run(
         self, training_run_id: str, user_metadata: Mapping[str, str]
     ) -> APIFuture[types.TrainingRun]:
         """Replaces a run's metadata."""
-        return self._ask(runs.update_run(self._trainer, training_run_id, user_metadata))
+        return runs.update_run(self._trainer, training_run_id, user_metadata).submit()
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> APIFuture[None]:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        question = runs.delete_run(self._trainer, training_run_id, delete_checkpoints)
-        return self._ask(question)
+        return runs.delete_run(self._trainer, training_run_id, delete_checkpoints).submit()
 
     # Checkpoints
 
     def get_checkpoint(self, path: str) -> APIFuture[types.Checkpoint]:
         """A checkpoint's description."""
-        return self._ask(checkpoints.get_checkpoint(self._trainer, path))
+        return checkpoints.get_checkpoint(self._trainer, path).submit()
 
     def get_weights_info_by_tinker_path(
         self, tinker_path: str
     ) -> APIFuture[types.WeightsInfoResponse]:
         """The base model and the adapter's shape."""
         question = checkpoints.get_checkpoint(self._trainer, tinker_path)
-        return self._ask(question._replace(convert=_weights_info))
+        return question.then(types.WeightsInfoResponse.from_checkpoint).submit()
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[types.CheckpointsListResponse]:
         """All named checkpoints of a run, newest first."""
-        return on_thread(partial(self._all_of_run, training_run_id))
+        return on_thread(partial(checkpoints.all_checkpoints, self._trainer, training_run_id))
 
     def list_user_checkpoints(
         self,
@@ -142,20 +140,19 @@ class RestClient:
             checkpoint_type=checkpoint_type,
             metadata=metadata_filter,
         )
-        convert = partial(checkpoints.page_of_checkpoints, offset=offset, limit=limit)
-        return self._ask(question._replace(convert=convert))
+        return question.then(partial(_checkpoints_page, offset, limit)).submit()
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: float | None
     ) -> APIFuture[types.Checkpoint]:
         """Has a checkpoint deleted so long from now; None: it is kept."""
-        return self._ask(checkpoints.set_lifetime(self._trainer, tinker_path, ttl_seconds))
+        return checkpoints.set_lifetime(self._trainer, tinker_path, ttl_seconds).submit()
 
     def set_checkpoint_metadata(
         self, path: str, user_metadata: Mapping[str, str]
     ) -> APIFuture[types.Checkpoint]:
         """Replaces a checkpoint's metadata."""
-        return self._ask(checkpoints.set_metadata(self._trainer, path, user_metadata))
+        return checkpoints.set_metadata(self._trainer, path, user_metadata).submit()
 
     def copy_checkpoint(
         self, path: str, name: str, *, ttl_seconds: float | None = None
@@ -163,7 +160,7 @@ class RestClient:
         """Copies a checkpoint under another name of its run, also an unnamed snapshot, which is
         kept then. The copy takes no room of its own. ConflictError if the name is taken.
         """
-        return self._ask(checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds))
+        return checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds).submit()
 
     def copy_weights(
         self,
@@ -180,7 +177,7 @@ class RestClient:
         _refuse(weights_access_token, "weights_access_token")
         name = f"copy-{secrets.token_hex(8)}"
         question = checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds)
-        return self._ask(question._replace(convert=lambda answer: answer.checkpoint.path))
+        return question.then(lambda copy: copy.path).submit()
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         """Deletes a checkpoint with all its revisions; `checkpoint_id` is as in `weights/a`."""
@@ -189,7 +186,7 @@ class RestClient:
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Deletes a checkpoint: with `@<revision>` that revision, without it all of them."""
         types.ParsedCheckpointPath.parse(tinker_path)
-        return self._ask(checkpoints.delete_checkpoint(self._trainer, tinker_path))
+        return checkpoints.delete_checkpoint(self._trainer, tinker_path).submit()
 
     def download_checkpoint(
         self, path: str, folder: str | Path, *, progress: Progress | bool = False
@@ -230,18 +227,19 @@ class RestClient:
         """
         check_progress(progress)
 
-        def send() -> types.Checkpoint:
-            header = header_of(
+        return on_thread(
+            partial(
+                upload,
+                self._trainer,
                 Path(folder),
-                name,
+                name=name,
                 ttl_seconds=ttl_seconds,
                 user_metadata=user_metadata,
                 base_model=base_model,
                 with_optimizer=with_optimizer,
+                progress=progress,
             )
-            return upload(self._trainer, Path(folder), header, progress)
-
-        return on_thread(send)
+        )
 
     def export_checkpoint(
         self,
@@ -254,23 +252,12 @@ class RestClient:
         answer's `path` then gives a model folder that any engine opens. Without `dtype`: the base
         model's own. The merged model is kept for `ttl_seconds`, or a day.
         """
-        return self._ask(checkpoints.export_checkpoint(self._trainer, path, dtype, ttl_seconds))
+        return checkpoints.export_checkpoint(self._trainer, path, dtype, ttl_seconds).submit()
 
     def close(self) -> None:
         """Closes the connection, unless a ServiceClient shares it."""
         if self._owns:
             self._servers.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     get_server_capabilities_async = awaited(get_server_capabilities)
     get_training_run_async = awaited(get_training_run)
@@ -292,46 +279,29 @@ class RestClient:
     upload_checkpoint_async = awaited(upload_checkpoint)
     export_checkpoint_async = awaited(export_checkpoint)
 
-    def _ask(self, question: Question) -> APIFuture[Any]:
-        return submit(self._trainer, question)
 
-    def _all_of_run(self, training_run_id: str) -> types.CheckpointsListResponse:
-        found: list[types.Checkpoint] = []
-        token = ""
-        while True:
-            question = checkpoints.list_checkpoints(
-                self._trainer,
-                limit=checkpoints.MAX_PAGE_SIZE,
-                training_run_id=training_run_id,
-                page_token=token,
-            )
-            answer = ask(self._trainer, *question)
-            found += [types.Checkpoint.from_proto(message) for message in answer.checkpoints]
-            token = answer.next_page_token
-            if not token:
-                return types.CheckpointsListResponse(found)
+def _runs_page(
+    offset: int, limit: int, page: types.ListTrainingRunsResponse
+) -> types.TrainingRunsResponse:
+    cursor = types.Cursor(offset, limit, page.total_size)
+    return types.TrainingRunsResponse(page.training_runs, cursor)
 
 
-def _runs_page(offset: int, limit: int, answer: Any) -> types.TrainingRunsResponse:
-    found = [types.TrainingRun.from_proto(message) for message in answer.training_runs]
-    return types.TrainingRunsResponse(found, types.Cursor(offset, limit, answer.total_size))
-
-
-def _weights_info(answer: Any) -> types.WeightsInfoResponse:
-    return types.WeightsInfoResponse.from_checkpoint(types.Checkpoint.from_proto(answer.checkpoint))
+def _checkpoints_page(
+    offset: int, limit: int, page: checkpoint_pb2.ListCheckpointsResponse
+) -> types.CheckpointsListResponse:
+    found = [types.Checkpoint.from_proto(message) for message in page.checkpoints]
+    return types.CheckpointsListResponse(found, types.Cursor(offset, limit, page.total_size))
 
 
 def _check_scope(access_scope: str) -> None:
     if access_scope not in ("owned", "accessible"):
-        raise InvalidInputError(
-            f"`access_scope` is {access_scope!r}; give 'owned' or 'accessible', which are the same "
-            "here",
-            field="access_scope",
+        raise refused(
+            "access_scope",
+            f"is {access_scope!r}; give 'owned' or 'accessible', which are the same here",
         )
 
 
 def _refuse(value: object, field: str) -> None:
     if value is not None:
-        raise InvalidInputError(
-            f"`{field}` cannot be set: there is no such thing here", field=field
-        )
+        raise refused(field, "cannot be set: there is no such thing here")

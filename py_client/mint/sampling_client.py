@@ -3,23 +3,24 @@
 import secrets
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._sample_stream import SampleStream
-from mint._transport.call import Call, ask, check_size, settle
+from mint._files.tokenizer_files import tokenizer_of
+from mint._sampling.handles import Handle
+from mint._sampling.sample_stream import SampleStream
+from mint._transport.call import Call, check_size, settle
 from mint._transport.connection import Connection
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint._transport.question import Question
+from mint._transport.servers import Servers
+from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
-from mint.types.params import integer, text
+from mint.types._checks import USE_FROM_INTS, instance, integer, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
-
-T = TypeVar("T")
+F = TypeVar("F", bound=CancellableFuture[Any])
 _SEED_BITS = 63
 
 
@@ -31,7 +32,7 @@ class SamplingClient:
     pickled, and used in processes that were forked.
     """
 
-    def __init__(self, servers: "Servers", revision_path: str, base_model: str) -> None:
+    def __init__(self, servers: Servers, revision_path: str, base_model: str) -> None:
         self._servers = servers
         self._sampler = servers.sampler()
         self._revision_path = revision_path
@@ -75,9 +76,7 @@ class SamplingClient:
             targets = _checked_targets(target_prompt_logprobs)
             request.target_prompt_logprobs.CopyFrom(targets.to_proto())
         convert = partial(_samples, num_samples)
-        future = SampleFuture()
-        self._submit(self._sampler.sampler.Sample, request, convert, future)
-        return future
+        return self._submit(self._sampler.sampler.Sample, request, convert, SampleFuture())
 
     def sample_stream(
         self,
@@ -108,22 +107,17 @@ class SamplingClient:
         )
         future: CancellableFuture[list[float | None]] = CancellableFuture()
         convert = partial(_logprobs, prompt.length)
-        self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
-        return future
+        return self._submit(self._sampler.sampler.ComputeLogprobs, request, convert, future)
 
     def get_sampler_handle(self) -> str:
         """Text from which `from_sampler_handle` makes this client again, in any process that
         reaches the sampler. Holds no key.
         """
-        from mint._run.handles import Handle
-
         return str(Handle.of(self._sampler, self._revision_path, self._base_model))
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
         """The client that gave `handle`. The key is `api_key`, else that of the environment."""
-        from mint._run.handles import Handle  # which imports this module
-
         parsed = Handle.parse(handle)
         return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)
 
@@ -137,7 +131,7 @@ class SamplingClient:
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""
-        return self._servers.tokenizer(self._sampler, self._base_model)
+        return tokenizer_of(self._servers, self._sampler, self._base_model)
 
     sample_async = awaited(sample)
     compute_logprobs_async = awaited(compute_logprobs)
@@ -161,18 +155,34 @@ class SamplingClient:
             sampling_params=params,
         )
 
-    def _submit(
-        self, method: Any, request: Any, convert: Callable[[Any], T], future: CancellableFuture[T]
-    ) -> None:
+    def _submit(self, method: Any, request: Any, convert: Callable[[Any], Any], future: F) -> F:
         check_size(self._sampler, request, "prompt")
         call: Call[Any, Any] = Call(
             self._sampler, method, request, partial(settle, future, convert), attaches=False
         )
         call.start()
         future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
+        return future
 
 
-def resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
+def create_sampling_client(
+    servers: Servers, model_path: str | None, base_model: str | None
+) -> SamplingClient:
+    """A client of the newest revision at `model_path`, or without one of the base model."""
+    sampler = servers.sampler()
+    served = servers.served(sampler, base_model)
+    revision_path = ""
+    if model_path:
+        revision_path = _resolve_revision(sampler, model_path, base_model or "")
+    return SamplingClient(servers, revision_path, served.model_name)
+
+
+def sampling_client_of(servers: Servers, revision_path: str) -> SamplingClient:
+    """A client of a revision that is known to exist."""
+    return SamplingClient(servers, revision_path, servers.served(servers.sampler()).model_name)
+
+
+def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
     """The revision that a path names now. Scores one token, so that a path that the sampler cannot
     serve is refused here and not at the first sample."""
     request = sampler_pb2.ComputeLogprobsRequest(
@@ -180,9 +190,8 @@ def resolve_revision(sampler: Connection, model_path: str, base_model: str) -> s
         base_model=base_model,
         prompt=types.ModelInput.from_ints([0]).to_proto(),
     )
-    path = ask(
-        sampler, sampler.sampler.ComputeLogprobs, request, lambda answer: answer.revision_path
-    )
+    method = sampler.sampler.ComputeLogprobs
+    path: str = Question(sampler, method, request, lambda answer: answer.revision_path).ask()
     if not path:
         raise APIResponseValidationError(
             f"the sampler does not say which revision {model_path!r} is"
@@ -193,38 +202,25 @@ def resolve_revision(sampler: Connection, model_path: str, base_model: str) -> s
 def refuse_retry_config(retry_config: object) -> None:
     """Calls are sent again by rules of this client's own."""
     if retry_config is not None:
-        raise InvalidInputError(
-            "`retry_config` cannot be set: calls are sent again until a server has been silent for "
+        raise refused(
+            "retry_config",
+            "cannot be set: calls are sent again until a server has been silent for "
             "the `timeout` of ServiceClient",
-            field="retry_config",
         )
 
 
 def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
-    if not isinstance(prompt, types.ModelInput):
-        raise InvalidInputError(
-            f"`prompt` is a {type(prompt).__name__}; for token ids use ModelInput.from_ints",
-            field="prompt",
-        )
-    return prompt
+    return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
 def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
-    if params is None:
-        return types.SamplingParams()
-    if not isinstance(params, types.SamplingParams):
-        raise InvalidInputError(
-            f"`sampling_params` is a {type(params).__name__}; give types.SamplingParams",
-            field="sampling_params",
-        )
-    return params
+    params = types.SamplingParams() if params is None else params
+    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
 
 
 def _checked_count(num_samples: int) -> int:
     if integer(num_samples, "num_samples") < 1:  # the contract reads 0 as 1
-        raise InvalidInputError(
-            f"`num_samples` is {num_samples}; it must be at least 1", field="num_samples"
-        )
+        raise refused("num_samples", f"is {num_samples}; it must be at least 1")
     return int(num_samples)
 
 
@@ -232,9 +228,8 @@ def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
     if integer(count, "prompt_logprobs_last_n") < 1:
-        raise InvalidInputError(
-            f"`prompt_logprobs_last_n` is {count}; it must be at least 1, or None for all tokens",
-            field="prompt_logprobs_last_n",
+        raise refused(
+            "prompt_logprobs_last_n", f"is {count}; it must be at least 1, or None for all tokens"
         )
     return int(count)
 
@@ -242,10 +237,9 @@ def _checked_last_n(count: int | None) -> int:
 def _checked_targets(targets: types.TensorData) -> types.TensorData:
     if not isinstance(targets, types.TensorData) or targets.dtype != "int64":
         kind = targets.dtype if isinstance(targets, types.TensorData) else type(targets).__name__
-        raise InvalidInputError(
-            f"`target_prompt_logprobs` is {kind}; give a TensorData of int64, "
-            "[prompt length - 1, k]",
-            field="target_prompt_logprobs",
+        raise refused(
+            "target_prompt_logprobs",
+            f"is {kind}; give a TensorData of int64, [prompt length - 1, k]",
         )
     return targets
 

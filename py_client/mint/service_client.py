@@ -2,25 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Self
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._run.opening import open_servers
-from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
-from mint._transport.call import Question, ask
-from mint.errors import InvalidInputError
+from mint._transport.closing import Closing
+from mint._transport.opening import open_servers
+from mint.errors import refused
 from mint.futures import APIFuture
 from mint.rest_client import RestClient
-from mint.sampling_client import SamplingClient, refuse_retry_config
+from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.training_client import TrainingClient
-from mint.types.params import text, text_map
+from mint.types._checks import text, text_map
 from mintrpc.v1 import trainer_pb2
 
 
-class ServiceClient:
+class ServiceClient(Closing):
     """Opens training runs and makes clients. Construction reads the environment and sends nothing.
 
     What is left out or None comes from the environment or the nearest `.env`: `base_url` from
@@ -39,10 +37,11 @@ class ServiceClient:
     ) -> None:
         self._user_metadata = text_map(user_metadata, "user_metadata")
         self._environment, self._servers = open_servers(base_url, api_key, timeout, default_headers)
+        self._trainer = self._servers.trainer
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """What the server can do, asked anew."""
-        return self._servers.capabilities(self._servers.trainer, fresh=True)
+        return self._servers.capabilities(self._trainer, fresh=True)
 
     def create_lora_training_client(
         self,
@@ -97,10 +96,7 @@ class ServiceClient:
 
         `base_model` left out is the checkpoint's, which the server must serve either way.
         """
-        source = trainer_pb2.CheckpointSource(path=text(path, "path"))
-        request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=text(base_model or "", "base_model"), checkpoint=source
-        )
+        request = _continuing(path, base_model, with_optimizer=False)
         return self._create(request, user_metadata, isolated, retention)
 
     def create_training_client_from_state_with_optimizer(
@@ -113,10 +109,7 @@ class ServiceClient:
         retention: timedelta | None = None,
     ) -> TrainingClient:
         """Creates a run that continues a checkpoint's: weights, optimizer state and step."""
-        source = trainer_pb2.CheckpointSource(path=text(path, "path"), with_optimizer=True)
-        request = trainer_pb2.CreateTrainingRunRequest(
-            base_model=text(base_model or "", "base_model"), checkpoint=source
-        )
+        request = _continuing(path, base_model, with_optimizer=True)
         return self._create(request, user_metadata, isolated, retention)
 
     def open_training_run(self, training_run_id: str) -> TrainingClient:
@@ -125,8 +118,9 @@ class ServiceClient:
         `training_run` of the returned client says at which step it is and whether a gradient is
         pending: go on with it, or call `discard_gradient`.
         """
-        self._servers.capabilities(self._servers.trainer)
-        return TrainingClient(self._servers, open_run(self._servers.trainer, training_run_id))
+        self._servers.capabilities(self._trainer)
+        opened = open_run(self._trainer, training_run_id).ask()
+        return TrainingClient(self._servers, opened)
 
     def create_sampling_client(
         self,
@@ -139,12 +133,11 @@ class ServiceClient:
         refuse_retry_config(retry_config)
         if not model_path:
             base_model = self._base_model(base_model)
-        return self._servers.create_sampling_client(model_path, base_model)
+        return create_sampling_client(self._servers, model_path, base_model)
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""
-        run: types.TrainingRun = self._ask(get_run(self._servers.trainer, training_run_id))
-        return run
+        return get_run(self._trainer, training_run_id).ask()
 
     def list_training_runs(
         self,
@@ -157,35 +150,30 @@ class ServiceClient:
         """One page of your runs, newest first: those whose metadata holds all of the filter, of
         both kinds unless `kind` is "trained" or "uploaded".
         """
-        question = list_runs(
-            self._servers.trainer,
+        return list_runs(
+            self._trainer,
             page_size=page_size,
             page_token=page_token,
             metadata=metadata_filter,
             kind=kind,
-        )
-        page: types.ListTrainingRunsResponse = self._ask(question)
-        return page
+        ).ask()
 
     def update_training_run(
         self, training_run_id: str, metadata: Mapping[str, str]
     ) -> types.TrainingRun:
         """Replaces a run's metadata."""
-        run: types.TrainingRun = self._ask(
-            update_run(self._servers.trainer, training_run_id, metadata)
-        )
-        return run
+        return update_run(self._trainer, training_run_id, metadata).ask()
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        self._ask(delete_run(self._servers.trainer, training_run_id, delete_checkpoints))
+        delete_run(self._trainer, training_run_id, delete_checkpoints).ask()
 
     def watch_training_run(self, training_run_id: str) -> RunWatch:
         """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
-        self._servers.capabilities(self._servers.trainer)
-        return RunWatch(self._servers.trainer, text(training_run_id, "training_run_id"))
+        self._servers.capabilities(self._trainer)
+        return RunWatch(self._trainer, text(training_run_id, "training_run_id"))
 
     def create_rest_client(self) -> RestClient:
         """Returns a client that manages checkpoints and runs, over the same connection."""
@@ -205,17 +193,6 @@ class ServiceClient:
         fail; training calls that the server has accepted run on there."""
         self._servers.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     get_server_capabilities_async = off_loop(get_server_capabilities)
     create_lora_training_client_async = off_loop(create_lora_training_client)
     create_training_client_from_state_async = off_loop(create_training_client_from_state)
@@ -231,9 +208,6 @@ class ServiceClient:
     update_training_run_async = off_loop(update_training_run)
     delete_training_run_async = off_loop(delete_training_run)
 
-    def _ask(self, question: Question) -> Any:
-        return ask(self._servers.trainer, *question)
-
     def _base_model(self, base_model: str | None) -> str:
         """The name to ask for; empty: what the server prefers."""
         return text(base_model or self._environment.base_model, "base_model")
@@ -248,15 +222,23 @@ class ServiceClient:
         request.isolated = isolated
         if retention is not None:
             request.retention.FromTimedelta(_positive(retention, "retention"))
-        self._servers.capabilities(self._servers.trainer)  # or else there would be a run unused
+        self._servers.capabilities(self._trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
-        return TrainingClient(self._servers, create_run(self._servers.trainer, request))
+        return TrainingClient(self._servers, create_run(self._trainer, request).ask())
+
+
+def _continuing(
+    path: str, base_model: str | None, *, with_optimizer: bool
+) -> trainer_pb2.CreateTrainingRunRequest:
+    """The request of a run that begins with a checkpoint's weights."""
+    return trainer_pb2.CreateTrainingRunRequest(
+        base_model=text(base_model or "", "base_model"),
+        checkpoint={"path": text(path, "path"), "with_optimizer": with_optimizer},
+    )
 
 
 def _positive(duration: timedelta, field: str) -> timedelta:
     if not isinstance(duration, timedelta) or duration <= timedelta(0):
-        raise InvalidInputError(
-            f"`{field}` is {duration!r}; give a positive datetime.timedelta", field=field
-        )
+        raise refused(field, f"is {duration!r}; give a positive datetime.timedelta")
     return duration

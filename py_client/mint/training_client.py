@@ -3,26 +3,28 @@
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mint import types
 from mint._async_names import off_loop, submitted
-from mint._run.backwards import BackwardCount
+from mint._files.tokenizer_files import tokenizer_of
+from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
-from mint._run.passes import LogprobScope, Passes, pass_template
+from mint._run.passes import LogprobScope, Passes, bare_request
 from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._run.runs import open_run_again
+from mint._run.run_questions import get_run, open_run
 from mint._run.watch import RunWatch
-from mint._transport.call import ask
-from mint.errors import InvalidInputError
+from mint._transport.servers import Servers
+from mint.errors import refused
 from mint.futures import APIFuture
-from mint.sampling_client import SamplingClient, refuse_retry_config
-from mint.types.params import text, text_map, ttl
+from mint.sampling_client import (
+    SamplingClient,
+    create_sampling_client,
+    refuse_retry_config,
+    sampling_client_of,
+)
+from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
-
-if TYPE_CHECKING:
-    from mint._transport.servers import Servers
-
 
 SamplingClientKind = Literal["snapshot", "inflight"]
 _INFLIGHT = "inflight"  # the name under which they are published if none is given
@@ -36,9 +38,10 @@ class TrainingClient:
 
     training_run: types.TrainingRun  # as it was opened
 
-    def __init__(self, servers: "Servers", opened: Opened) -> None:
+    def __init__(self, servers: Servers, opened: Opened) -> None:
         self._servers = servers
         self._trainer = servers.trainer
+        self._stub = servers.trainer.trainer
         self._backwards = BackwardCount(opened.backward_count)
         self._lock = threading.RLock()
         self.training_run = types.TrainingRun.from_proto(opened.training_run)
@@ -46,7 +49,7 @@ class TrainingClient:
         self._calls = RunCalls(
             self._trainer,
             opened,
-            partial(open_run_again, servers.trainer, self.training_run_id),
+            partial(open_run, servers.trainer, self.training_run_id),
             limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
         self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
@@ -70,8 +73,8 @@ class TrainingClient:
         logprob_scope: LogprobScope = "all",
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss, without a gradient."""
-        template = pass_template(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
-        return self._passes.submit(self._passes.requests(template, data), loss_fn)
+        bare = bare_request(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
+        return self._passes.submit(self._passes.requests(bare, data), loss_fn)
 
     def forward_backward(
         self,
@@ -87,10 +90,10 @@ class TrainingClient:
         """
         with self._lock:
             self._backwards.add()
-            template = pass_template(
+            bare = bare_request(
                 trainer_pb2.ForwardBackwardRequest, loss_fn, loss_fn_config, logprob_scope
             )
-            requests = self._passes.requests(template, data)
+            requests = self._passes.requests(bare, data)
             self._backwards.add(len(requests) - 1)
             return self._passes.submit(requests, loss_fn)
 
@@ -114,10 +117,7 @@ class TrainingClient:
         with that error and the next `optim_step` is refused; the run goes on.
         """
         if loss_type_input not in (None, "logprobs"):
-            raise InvalidInputError(
-                f"`loss_type_input` is {loss_type_input!r}; losses are given logprobs",
-                field="loss_type_input",
-            )
+            raise refused("loss_type_input", f"is {loss_type_input!r}; losses are given logprobs")
         with self._lock:
             self._backwards.add()
             custom = CustomPass(self._passes, self._calls, data, loss_fn)
@@ -130,23 +130,19 @@ class TrainingClient:
     ) -> APIFuture[types.OptimStepResponse]:
         """One AdamW step on the accumulated gradient, which it clears."""
         adam_params = types.AdamParams() if adam_params is None else adam_params
-        if not isinstance(adam_params, types.AdamParams):
-            raise InvalidInputError(
-                f"`adam_params` is a {type(adam_params).__name__}; give types.AdamParams",
-                field="adam_params",
-            )
+        instance(adam_params, types.AdamParams, "adam_params", "give types.AdamParams")
         with self._lock:
             request = trainer_pb2.OptimStepRequest(
                 adam_params=adam_params.to_proto(), backward_count=self._backwards.take()
             )
             return self._calls.submit(
-                self._trainer.trainer.OptimStep, request, types.OptimStepResponse.from_proto
+                self._stub.OptimStep, request, types.OptimStepResponse.from_proto
             )
 
     def discard_gradient(self) -> APIFuture[types.DiscardGradientResponse]:
         """Clears the accumulated gradient."""
         return self._clearing(
-            self._trainer.trainer.DiscardGradient,
+            self._stub.DiscardGradient,
             trainer_pb2.DiscardGradientRequest(),
             types.DiscardGradientResponse.from_proto,
         )
@@ -166,7 +162,7 @@ class TrainingClient:
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
-            self._trainer.trainer.SaveState, request, types.SaveWeightsResponse.from_proto
+            self._stub.SaveState, request, types.SaveWeightsResponse.from_proto
         )
 
     def load_state(self, path: str) -> APIFuture[types.LoadWeightsResponse]:
@@ -191,7 +187,7 @@ class TrainingClient:
             metadata=text_map(user_metadata, "user_metadata"),
         )
         return self._calls.submit(
-            self._trainer.trainer.SaveWeightsForSampler,
+            self._stub.SaveWeightsForSampler,
             request,
             types.SaveWeightsForSamplerResponse.from_proto,
         )
@@ -211,7 +207,7 @@ class TrainingClient:
         """
         refuse_retry_config(retry_config)
         saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
-        return self._servers.sampling_client_of(_sampled_path(saved, kind))
+        return sampling_client_of(self._servers, _sampled_path(saved, kind))
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -223,14 +219,12 @@ class TrainingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
         refuse_retry_config(retry_config)
         saved = await self.save_weights_for_sampler(_published_name(name, kind))
-        return await off_loop(type(self._servers).sampling_client_of)(
-            self._servers, _sampled_path(saved, kind)
-        )
+        return await off_loop(sampling_client_of)(self._servers, _sampled_path(saved, kind))
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
         """Returns a client of the revision at `model_path` that is now the newest."""
         refuse_retry_config(retry_config)
-        return self._servers.create_sampling_client(model_path, None)
+        return create_sampling_client(self._servers, model_path, None)
 
     def watch(self) -> RunWatch:
         """What happens to the run, as it happens: its state, its place in the queue, and how each
@@ -240,18 +234,12 @@ class TrainingClient:
 
     def get_info(self) -> types.GetInfoResponse:
         """What this client trains, as the server sees it now."""
-        request = trainer_pb2.GetTrainingRunRequest(training_run_id=self.training_run_id)
-        run = ask(
-            self._trainer,
-            self._trainer.trainer.GetTrainingRun,
-            request,
-            lambda answer: types.TrainingRun.from_proto(answer.training_run),
-        )
-        return types.GetInfoResponse.from_run(run)
+        question = get_run(self._trainer, self.training_run_id)
+        return question.then(types.GetInfoResponse.from_run).ask()
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""
-        return self._servers.tokenizer(self._trainer, self.training_run.base_model)
+        return tokenizer_of(self._servers, self._trainer, self.training_run.base_model)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -277,9 +265,7 @@ class TrainingClient:
         request = trainer_pb2.LoadStateRequest(
             path=text(path, "path"), with_optimizer=with_optimizer
         )
-        return self._clearing(
-            self._trainer.trainer.LoadState, request, types.LoadWeightsResponse.from_proto
-        )
+        return self._clearing(self._stub.LoadState, request, types.LoadWeightsResponse.from_proto)
 
     def _clearing(self, method: Any, request: Any, convert: Any) -> APIFuture[Any]:
         with self._lock:
@@ -291,9 +277,7 @@ class TrainingClient:
 
 def _published_name(name: str | None, kind: str) -> str | None:
     if kind not in ("snapshot", "inflight"):
-        raise InvalidInputError(
-            f"`kind` is {kind!r}; it must be 'snapshot' or 'inflight'", field="kind"
-        )
+        raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
     return _INFLIGHT if name is None and kind == "inflight" else name
 
 

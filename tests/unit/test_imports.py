@@ -1,7 +1,9 @@
 """Imports go one way (docs/design.md): who may import whom, who is free of torch and gRPC."""
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ MAY_IMPORT = {
     "trainer_service": {"mint_core", "checkpoint_store", "mintrpc"},
     "sampler_service": {"mint_core", "checkpoint_store", "mintrpc"},
 }
+# The same within the client; its public modules know all.
+_VALUES = {"errors", "types"}
+CLIENT_MAY_IMPORT = {
+    "types": {"errors", "_torch"},
+    "_transport": {*_VALUES, "futures", "_forks", "_version"},
+    "_run": {*_VALUES, "futures", "_transport", "_torch"},
+    "_sampling": {*_VALUES, "_transport"},
+    "_files": {*_VALUES, "futures", "_transport"},
+    "recipe": _VALUES,
+}
+MAX_FILES = 20  # of one folder
 # Where torch lives. Everything else, the fronts and the client above all, does without.
 TORCH = ("/engine/", "mint_core/lora/", "mint_core/model/", "mint_core/embedded_model.py")
 
@@ -105,3 +118,56 @@ def test_planner_jobs_and_engine_speak_no_protobuf(package: str) -> None:
     ]
     assert inside
     assert not [p for p in inside for name, _ in imports(p) if name.split(".")[0] == "mintrpc"]
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Files by the name under which they are imported."""
+    folder = ROOT / OURS[package]
+    return {
+        ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        ): path
+        for path in sources(package)
+    }
+
+
+def imported_modules(path: Path, known: Mapping[str, Path]) -> set[str]:
+    """Those of the known modules that a file imports: anywhere, also in functions or for types."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in known else node.module for name in names}
+    return found & known.keys()
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    known = modules(package)
+    graph = {name: imported_modules(path, known) - {name} for name, path in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("folder", CLIENT_MAY_IMPORT)
+def test_parts_of_the_client_know_only_what_lies_below_them(folder: str) -> None:
+    known = modules("mint")
+    inside = {name: path for name, path in known.items() if name.startswith(f"mint.{folder}.")}
+    found = [
+        f"{name} imports {other}"
+        for name, path in inside.items()
+        for other in imported_modules(path, known)
+        if other.split(".")[1] not in CLIENT_MAY_IMPORT[folder] | {folder}
+    ]
+    assert inside
+    assert not found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_folder_holds_more_files_than_a_reader_can_look_over(package: str) -> None:
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in sources(package))
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from mint._files.checkpoints import get_checkpoint
-from mint._transport.call import ask
+from mint._files.checkpoint_questions import get_checkpoint
+from mint._files.progress import Progress, reporting
 from mint._transport.connection import Connection
-from mint._transport.progress import Progress, reporting
 from mint._transport.stream import Stream
-from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError
+from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError, refused
 from mint.types.checkpoints import Checkpoint, CheckpointFile
 from mintrpc.v1 import checkpoint_pb2
 
@@ -142,10 +141,10 @@ def _check_free(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
-        raise InvalidInputError(
-            f"`folder` {str(folder)!r} exists and is not an empty folder; choose another, or "
+        raise refused(
+            "folder",
+            f"{str(folder)!r} exists and is not an empty folder; choose another, or "
             "remove it first",
-            field="folder",
         )
 
 
@@ -181,7 +180,7 @@ def _stored(connection: Connection, path: str) -> Checkpoint:
     """The revision that a path means now, with its files."""
     ends_s = time.monotonic() + _STORED_LIMIT_S
     while True:
-        checkpoint: Checkpoint = ask(connection, *get_checkpoint(connection, path))
+        checkpoint = get_checkpoint(connection, path).ask()
         if checkpoint.files:
             return checkpoint
         if time.monotonic() > ends_s:

@@ -1,21 +1,22 @@
 """A PEFT folder to a server: announced with its digests, sent in pieces, again if need be."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mint._run.runs import new_request_id
+from mint._files.progress import Progress, reporting
 from mint._transport.call import Call, settle
 from mint._transport.connection import Connection
-from mint._transport.progress import Progress, reporting
-from mint.errors import InvalidInputError
+from mint._transport.question import new_request_id
+from mint.errors import InvalidInputError, refused
 from mint.futures import APIFuture
+from mint.types._checks import text, text_map, ttl
 from mint.types.checkpoints import Checkpoint
-from mint.types.params import text, text_map, ttl
 from mintrpc.v1 import checkpoint_pb2
 
+Parts = Iterator[checkpoint_pb2.UploadCheckpointRequest]
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -23,89 +24,69 @@ _PICKLED_FILE = "adapter_model.bin"
 _PIECE_BYTES = 1024 * 1024
 
 
-def header_of(
+def upload(
+    connection: Connection,
     folder: Path,
-    name: str,
     *,
+    name: str,
     ttl_seconds: float | None,
     user_metadata: Mapping[str, str] | None,
     base_model: str | None,
     with_optimizer: bool,
-) -> checkpoint_pb2.UploadHeader:
-    """Describes the files of a folder. Refuses a folder that lacks them."""
+    progress: Progress | bool,
+) -> Checkpoint:
+    """Sends the files and waits for what the server makes of them. Refuses a folder that lacks
+    them.
+    """
     names = [CONFIG_FILE, WEIGHTS_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-    for file_name in names:
-        if not (folder / file_name).is_file():
-            raise _missing(folder, file_name)
-    return checkpoint_pb2.UploadHeader(
+    header = checkpoint_pb2.UploadHeader(
         request_id=new_request_id(),
         name=text(name, "name"),
-        files=[_described(folder / file_name) for file_name in names],
+        files=[_described(folder, file_name) for file_name in names],
         metadata=text_map(user_metadata, "user_metadata"),
         ttl=ttl(ttl_seconds),
         base_model=text(base_model or "", "base_model"),
     )
-
-
-def upload(
-    connection: Connection,
-    folder: Path,
-    header: checkpoint_pb2.UploadHeader,
-    progress: Progress | bool,
-) -> Checkpoint:
-    """Sends the files and waits for what the server makes of them."""
     future: APIFuture[Checkpoint] = APIFuture()
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
-        call = _UploadCall(connection, folder, header, report, partial(settle, future, _checkpoint))
-        call.start()
+        parts = partial(_parts_of, folder, header, report)
+        _UploadCall(connection, parts, partial(settle, future, _checkpoint)).start()
         return future.result()
 
 
 class _UploadCall(Call[Any, Any]):
     """One upload: every attempt sends all of it under the same id."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        folder: Path,
-        header: checkpoint_pb2.UploadHeader,
-        report: Progress,
-        ended: Any,
-    ) -> None:
+    def __init__(self, connection: Connection, parts: Callable[[], Parts], ended: Any) -> None:
         method = connection.checkpoints.UploadCheckpoint
         super().__init__(connection, method, None, ended, attaches=False)  # type: ignore[arg-type]
-        self._folder = folder
-        self._header = header
-        self._report = report
+        self._parts = parts
 
     def before_attempt(self) -> None:
         self.request = self._parts()
 
-    def _parts(self) -> Iterator[checkpoint_pb2.UploadCheckpointRequest]:
-        yield checkpoint_pb2.UploadCheckpointRequest(header=self._header)
-        total = sum(file.size_bytes for file in self._header.files)
-        done = 0
-        for file in self._header.files:
-            offset = 0
-            for data in _pieces(self._folder / file.name):
-                piece = checkpoint_pb2.UploadPiece(
-                    file_name=file.name, offset_bytes=offset, data=data
-                )
-                yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
-                offset += len(data)
-                self._report(done + offset, total)
-            done += offset
+
+def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Progress) -> Parts:
+    yield checkpoint_pb2.UploadCheckpointRequest(header=header)
+    total = sum(file.size_bytes for file in header.files)
+    done = 0
+    for file in header.files:
+        offset = 0
+        for data in _pieces(folder / file.name):
+            piece = checkpoint_pb2.UploadPiece(file_name=file.name, offset_bytes=offset, data=data)
+            yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
+            offset += len(data)
+            report(done + offset, total)
+        done += offset
 
 
-def _described(file: Path) -> checkpoint_pb2.CheckpointFile:
-    digest, size_bytes = hashlib.sha256(), 0
-    for data in _pieces(file):
-        digest.update(data)
-        size_bytes += len(data)
-    return checkpoint_pb2.CheckpointFile(
-        name=file.name, size_bytes=size_bytes, sha256=digest.hexdigest()
-    )
+def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:
+    if not (folder / name).is_file():
+        raise _missing(folder, name)
+    with (folder / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return checkpoint_pb2.CheckpointFile(name=name, size_bytes=file.tell(), sha256=digest)
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
@@ -121,7 +102,7 @@ def _missing(folder: Path, name: str) -> InvalidInputError:
             f"`{_PICKLED_FILE}` is a pickle, which could run code on the server: save the adapter "
             "with safetensors"
         )
-    return InvalidInputError(f"`folder` {str(folder)!r} has no `{name}`; {remedy}", field="folder")
+    return refused("folder", f"{str(folder)!r} has no `{name}`; {remedy}")
 
 
 def _checkpoint(answer: checkpoint_pb2.UploadCheckpointResponse) -> Checkpoint:

@@ -7,6 +7,7 @@ are minus those derivatives has just that gradient.
 
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint import types
-from mint._async_names import on_thread
 from mint._run.passes import (
-    PER_SECOND,
-    Part,
+    BatchPart,
     Passes,
     PassRequest,
+    bare_request,
     checked_batch,
     join,
-    pass_template,
+    pass_on,
 )
-from mint._run.run_calls import Place, RunCalls
+from mint._run.run_calls import Reservation, RunCalls
+from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2, types_pb2
@@ -38,7 +39,7 @@ _TARGETS, _WEIGHTS = "target_tokens", "weights"
 
 class CustomPass:
     """One forward_backward_custom: a forward, the loss on a thread of its own, a backward in the
-    place that was kept for it. However the first two end, the place is filled, if with nothing.
+    place that was reserved for it. However the first two end, that is filled, if with nothing.
     """
 
     def __init__(
@@ -50,15 +51,13 @@ class CustomPass:
         self._calls = calls
         self._data = list(checked_batch(data))
         self._loss_fn = loss_fn
-        self._place = Place()
+        self._reserved = Reservation()
         self._context = contextvars.copy_context()
         self.future: APIFuture[types.ForwardBackwardOutput] = APIFuture()
-        template = pass_template(
-            trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted"
-        )
+        bare = bare_request(trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted")
         # With weights of 0, so that it is known now how many messages there will be.
         surrogates = [_surrogate(datum, index) for index, datum in enumerate(self._data)]
-        self._backwards = passes.requests(template, surrogates)
+        self._backwards = passes.requests(bare, surrogates)
 
     @property
     def num_backwards(self) -> int:
@@ -69,10 +68,17 @@ class CustomPass:
         calls, forward = self._passes.calls(
             [_forward_of(request) for request in self._backwards], "custom"
         )
-        forward.add_done_callback(lambda _: on_thread(lambda: self._go_on(forward)))
-        self._calls.enqueue(*calls, self._place)
+        forward.add_done_callback(lambda _: self._forward_ended(forward))
+        self._calls.enqueue(*calls, self._reserved)
 
-    def _go_on(self, forward: APIFuture[list[Part]]) -> None:
+    def _forward_ended(self, forward: APIFuture[list[BatchPart]]) -> None:
+        try:
+            on_thread(partial(self._go_on, forward))
+        except BaseException as error:  # there is no thread to be had
+            self.future.fail(error)
+            self._calls.fill(self._reserved, [])
+
+    def _go_on(self, forward: APIFuture[list[BatchPart]]) -> None:
         """Computes the loss and sends the backward; blocks while the loss is computed."""
         calls: list[Any] = []
         try:
@@ -82,11 +88,11 @@ class CustomPass:
                 loss, metrics, slopes = self._context.run(self._differentiate, scored)
             self._fill_in(slopes)
             calls, backward = self._passes.calls(self._backwards, "custom")
-            backward.add_done_callback(lambda _: self._end(parts, scored, backward, loss, metrics))
+            pass_on(backward, lambda ends: _output(parts, scored, ends, loss, metrics), self.future)
         except BaseException as error:
             self.future.fail(error)
         finally:
-            self._calls.fill(self._place, calls)
+            self._calls.fill(self._reserved, calls)
 
     def _differentiate(
         self, scored: types.ForwardBackwardOutput
@@ -106,34 +112,28 @@ class CustomPass:
         messages = [datum for request in self._backwards for datum in request.data]
         for index, (message, slope) in enumerate(zip(messages, slopes, strict=True)):
             if not np.isfinite(slope).all():
-                place = np.argwhere(~np.isfinite(slope))[0].tolist()
+                entry = np.argwhere(~np.isfinite(slope))[0].tolist()
                 raise InvalidInputError(
                     f"the derivative of the loss with respect to the logprobs of `data[{index}]` "
-                    f"is {slope[tuple(place)]} at {place}; nothing of this batch was added to the "
+                    f"is {slope[tuple(entry)]} at {entry}; nothing of this batch was added to the "
                     "gradient",
                     field="loss_fn",
                 )
             message.loss_fn_inputs[_WEIGHTS].values = (-slope).astype("<f4").tobytes()
 
-    def _end(
-        self,
-        forward: Sequence[Part],
-        scored: types.ForwardBackwardOutput,
-        backward: APIFuture[list[Part]],
-        loss: float,
-        metrics: Mapping[str, float],
-    ) -> None:
-        if (error := backward.exception()) is not None:
-            self.future.fail(error)
-            return
-        parts = backward.result()
-        told = dict(join(parts).metrics)
-        told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
-        seconds = sum(part.seconds for part in (*forward, *parts))
-        if PER_SECOND in told and seconds > 0:
-            told[PER_SECOND] = told["tokens:sum"] / seconds
-        told = {"loss:sum": loss, **told, **metrics}
-        self.future.succeed(types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told))
+
+def _output(
+    forward: Sequence[BatchPart],
+    scored: types.ForwardBackwardOutput,
+    backward: Sequence[BatchPart],
+    loss: float,
+    metrics: Mapping[str, float],
+) -> types.ForwardBackwardOutput:
+    """The answer of both passes, with the loss's own metrics."""
+    told = dict(join(backward, sum(part.seconds for part in forward)).metrics)
+    told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
+    told = {"loss:sum": loss, **told, **metrics}
+    return types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told)
 
 
 def _surrogate(datum: types.Datum, index: int) -> types.Datum:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mint.errors import InvalidInputError
-from mint.types.params import number
+from mint.errors import InvalidInputError, refused
+from mint.types._checks import number
 from mintrpc.v1 import trainer_pb2
 
 
@@ -32,9 +32,7 @@ def set_loss(
 ) -> None:
     """Writes the loss into a request. Unknown names and options are refused."""
     if loss_fn not in _LOSSES:
-        raise InvalidInputError(
-            f"`loss_fn` is {loss_fn!r}; it must be one of {', '.join(_LOSSES)}", field="loss_fn"
-        )
+        raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(_LOSSES)}")
     loss, config = _LOSSES[loss_fn], dict(loss_fn_config or {})
     for name in config:
         if name not in loss.options:
@@ -45,9 +43,7 @@ def set_loss(
             )
     for name in loss.required:
         if name not in config:
-            raise InvalidInputError(
-                f"`loss_fn_config` lacks `{name}`, which {loss_fn} needs", field="loss_fn_config"
-            )
+            raise refused("loss_fn_config", f"lacks `{name}`, which {loss_fn} needs")
     message = getattr(request, loss_fn)
     message.SetInParent()
     for name, value in config.items():

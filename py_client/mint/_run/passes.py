@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -11,15 +12,16 @@ from mint import types
 from mint._run.losses import set_loss
 from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
-from mint.errors import APIResponseValidationError, InvalidInputError, MintError
-from mint.futures import APIFuture
+from mint.errors import APIResponseValidationError, MintError, refused
+from mint.futures import APIFuture, run_into
+from mint.types._checks import instance
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
+U = TypeVar("U")
 LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
-PER_SECOND = "tokens_per_second:mean"
 
 _SCOPES: dict[str, trainer_pb2.LogprobScope] = {
     "all": trainer_pb2.LOGPROB_SCOPE_ALL,
@@ -32,7 +34,7 @@ _DATUM = re.compile(r"\bdata\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchPart:
     """The answer to one message of a batch."""
 
     output: types.ForwardBackwardOutput
@@ -49,15 +51,15 @@ class Passes:
 
     def requests(
         self,
-        template: PassRequest,  # without data
+        bare: PassRequest,  # without data
         data: Sequence[types.Datum],
     ) -> list[PassRequest]:
         """The batch in as few messages as the server takes."""
-        return list(self._cut(template, checked_batch(data)))
+        return list(self._cut(bare, checked_batch(data)))
 
     def calls(
         self, requests: Sequence[PassRequest], loss_fn: str
-    ) -> tuple[list[SequencedCall], APIFuture[list[Part]]]:
+    ) -> tuple[list[SequencedCall], APIFuture[list[BatchPart]]]:
         """The calls of a batch, not sent yet, and the future of their answers, in order."""
         calls, futures, firsts = [], [], [0]
         for request in requests:
@@ -78,13 +80,14 @@ class Passes:
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Sends a batch; its answer comes as if it had been one message."""
         calls, parts = self.calls(requests, loss_fn)
-        joined = then(parts, join)
+        joined: APIFuture[types.ForwardBackwardOutput] = APIFuture()
+        pass_on(parts, join, joined)
         self._calls.enqueue(*calls)
         return joined
 
-    def _cut(self, template: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
+    def _cut(self, bare: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
         limit_bytes = self._connection.max_message_bytes - _ROOM_BYTES
-        request = _copy(template)
+        request = deepcopy(bare)
         size_bytes = 0
         for index, datum in enumerate(data):
             message = datum.to_proto()
@@ -92,12 +95,12 @@ class Passes:
             full = len(request.data) == self._max_data or size_bytes + datum_bytes > limit_bytes
             if request.data and full:
                 yield request
-                request, size_bytes = _copy(template), 0
+                request, size_bytes = deepcopy(bare), 0
             if datum_bytes > limit_bytes:
-                raise InvalidInputError(
-                    f"`data[{index}]` takes {datum_bytes} bytes, but the server takes "
+                raise refused(
+                    f"data[{index}]",
+                    f"takes {datum_bytes} bytes, but the server takes "
                     f"{self._connection.max_message_bytes} in a message; shorten it",
-                    field=f"data[{index}]",
                 )
             request.data.append(message)
             size_bytes += datum_bytes
@@ -107,19 +110,13 @@ class Passes:
 def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     """A batch of at least one datum."""
     if isinstance(data, types.Datum) or len(data) == 0:
-        raise InvalidInputError(
-            "`data` is empty or not a list; a batch needs at least one datum", field="data"
-        )
+        raise refused("data", "is empty or not a list; a batch needs at least one datum")
     for index, datum in enumerate(data):
-        if not isinstance(datum, types.Datum):
-            raise InvalidInputError(
-                f"`data[{index}]` is a {type(datum).__name__}; give types.Datum",
-                field=f"data[{index}]",
-            )
+        instance(datum, types.Datum, f"data[{index}]", "give types.Datum")
     return data
 
 
-def pass_template(
+def bare_request(
     kind: type[PassRequest],
     loss_fn: str,
     loss_fn_config: Mapping[str, float] | None,
@@ -129,22 +126,19 @@ def pass_template(
     request = kind()
     set_loss(request, loss_fn, loss_fn_config)
     if logprob_scope not in _SCOPES:
-        raise InvalidInputError(
-            f"`logprob_scope` is {logprob_scope!r}; it must be 'all' or 'weighted'",
-            field="logprob_scope",
-        )
+        raise refused("logprob_scope", f"is {logprob_scope!r}; it must be 'all' or 'weighted'")
     request.logprob_scope = _SCOPES[logprob_scope]
     return request
 
 
-def join(parts: Sequence[Part]) -> types.ForwardBackwardOutput:
-    """The answer to the whole batch."""
+def join(parts: Sequence[BatchPart], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
+    """The answer to the whole batch, on which so many seconds had been spent before."""
     outputs = [part.output for part in parts]
     counts = [len(output.loss_fn_outputs) for output in outputs]
     metrics = merge_metrics([output.metrics for output in outputs], counts)
-    tokens, seconds = metrics.get("tokens:sum"), sum(part.seconds for part in parts)
+    tokens, seconds = metrics.get("tokens:sum"), sum((part.seconds for part in parts), earlier_s)
     if tokens is not None and seconds > 0:
-        metrics[PER_SECOND] = tokens / seconds
+        metrics["tokens_per_second:mean"] = tokens / seconds
     return types.ForwardBackwardOutput(
         outputs[0].loss_fn_output_type,
         [entry for output in outputs for entry in output.loss_fn_outputs],
@@ -178,7 +172,7 @@ _REDUCTIONS: dict[str, Callable[[Sequence[float], Sequence[int]], float]] = {
 
 def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFuture[list[T]]:
     """All results in order, once all calls have ended; or the error of the first that failed, with
-    the places of data as in the whole batch.
+    the indices of data as in the whole batch.
     """
     result: APIFuture[list[T]] = APIFuture()
     left = len(futures)
@@ -201,35 +195,28 @@ def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFutur
     return result
 
 
-def then(future: APIFuture[T], convert: Callable[[T], Any]) -> APIFuture[Any]:
-    """What `convert` makes of a result."""
-    converted: APIFuture[Any] = APIFuture()
+def pass_on(future: APIFuture[T], convert: Callable[[T], U], to: APIFuture[U]) -> None:
+    """Gives `to` what `convert` makes of a result, or the error."""
 
     def ended(_: Any) -> None:
         if (error := future.exception()) is not None:
-            converted.fail(error)
-            return
-        try:
-            value = convert(future.result())
-        except BaseException as raised:
-            converted.fail(raised)
+            to.fail(error)
         else:
-            converted.succeed(value)
+            run_into(to, lambda: convert(future.result()))
 
     future.add_done_callback(ended)
-    return converted
 
 
-def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> Part:
+def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> BatchPart:
     if len(answer.outputs) != num_data:
         raise APIResponseValidationError(
             f"the answer has {len(answer.outputs)} outputs for {num_data} data"
         )
-    return Part(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
+    return BatchPart(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
 
 
 def _moved(error: BaseException, first: int) -> BaseException:
-    """The error with its places counted from the start of the batch."""
+    """The error with its data counted from the start of the batch."""
 
     def move(text: str) -> str:
         return _DATUM.sub(lambda match: f"data[{int(match[1]) + first}]", text)
@@ -239,9 +226,3 @@ def _moved(error: BaseException, first: int) -> BaseException:
         error.metadata = {name: move(value) for name, value in error.metadata.items()}
         error.args = (error.message,)
     return error
-
-
-def _copy(template: PassRequest) -> PassRequest:
-    request = type(template)()
-    request.CopyFrom(template)  # type: ignore[arg-type]
-    return request

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import grpc
 
-from mint._transport.call import Call, Refusal, check_size, settle
+from mint._transport.call import Call, NoAnswer, broken_off, check_size, settle
 from mint._transport.connection import Connection
-from mint._transport.sender import sender
+from mint._transport.question import Question
+from mint._transport.threads import sender
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2
 
@@ -31,12 +32,12 @@ Opened = trainer_pb2.OpenTrainingRunResponse
 MAX_IN_FLIGHT = 64  # where the server does not say
 
 
-class Place:
+class Reservation:
     """Where calls stand that are made later; those behind them wait until then."""
 
     def __init__(self) -> None:
         self.calls: list[SequencedCall] | None = None  # None: not made yet
-        self.lost: Refusal | None = None  # what they come to if they need not be sent any more
+        self.lost: NoAnswer | None = None  # what they come to if they need not be sent any more
 
 
 class RunCalls:
@@ -51,7 +52,7 @@ class RunCalls:
         self,
         connection: Connection,
         opened: Opened,
-        open_again: Callable[[Callable[[Opened | Refusal], None]], None],
+        open_again: Callable[[], Question[Opened]],
         max_in_flight: int,
     ) -> None:
         self._connection = connection
@@ -62,14 +63,14 @@ class RunCalls:
         self._lock = threading.Lock()
         self._writer_epoch = opened.writer_epoch
         self._next_sequence = opened.next_sequence
-        self._waiting: deque[SequencedCall | Place] = deque()
+        self._waiting: deque[SequencedCall | Reservation] = deque()
         self._on_wire: dict[int, SequencedCall] = {}  # by number, of the present epoch
         self._answer_s = 0.0  # when the last answer came
         self._working_thread: int | None = None
         self._sending = False
         self._out_of_step = False
         self._opening = False
-        self._fenced: Refusal | None = None
+        self._fenced: NoAnswer | None = None
 
     def submit(
         self,
@@ -100,7 +101,7 @@ class RunCalls:
         )
         return call, future
 
-    def enqueue(self, *entries: "SequencedCall | Place") -> None:
+    def enqueue(self, *entries: "SequencedCall | Reservation") -> None:
         """Queues calls, all or none, behind those queued before them."""
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -116,10 +117,10 @@ class RunCalls:
             self._waiting.extend(entries)
         sender.run(self._send_waiting)
 
-    def fill(self, place: Place, calls: "list[SequencedCall]") -> None:
-        """Puts calls in their place."""
+    def fill(self, reserved: Reservation, calls: "list[SequencedCall]") -> None:
+        """Puts calls where they were to stand."""
         with self._lock:
-            place.calls, lost = calls, place.lost
+            reserved.calls, lost = calls, reserved.lost
         if lost is not None:
             for call in calls:
                 call.settle(lost)
@@ -127,7 +128,7 @@ class RunCalls:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Marks this thread as one for which a place is waiting."""
+        """Marks this thread as one that a reservation is waiting for."""
         self._working_thread = threading.get_ident()
         try:
             yield
@@ -144,33 +145,41 @@ class RunCalls:
             if self._sending:
                 return
             self._sending = True
-        while (step := self._next_step()) is not None:
-            step()
+        try:
+            while (step := self._next_step()) is not None:
+                step()
+        except BaseException as error:
+            with self._lock:
+                self._sending = False
+            self._give_up_waiting(broken_off(self._connection, error))
 
     def _next_step(self) -> Callable[[], None] | None:
         with self._lock:
             full = len(self._on_wire) >= self._max_in_flight
-            if not self._waiting or self._opening or full:
+            if self._opening or full or not self._call_stands_first():
                 self._sending = False
                 return None
             if self._out_of_step:
                 self._opening = True
-                return partial(self._open_again, self._opened)
+                return self._begin_opening
             call = self._waiting.popleft()
-            if isinstance(call, Place):
-                if call.calls is None:
-                    self._waiting.appendleft(call)
-                    self._sending = False
-                    return None
-                self._waiting.extendleft(reversed(call.calls))
-                return _nothing
+            assert isinstance(call, SequencedCall)
             if self._fenced is not None:
                 return partial(call.settle, self._fenced)
             call.request.sequence = call.sequence = self._next_sequence
             call.request.writer_epoch = self._writer_epoch
             self._on_wire[self._next_sequence] = call
             self._next_sequence += 1
-            return call.start
+            return partial(call.run_part, call.start)
+
+    def _call_stands_first(self) -> bool:
+        """Whether a call is next, after filled reservations have given way to their calls."""
+        while self._waiting and isinstance(first := self._waiting[0], Reservation):
+            if first.calls is None:
+                return False
+            self._waiting.popleft()
+            self._waiting.extendleft(reversed(first.calls))
+        return bool(self._waiting)
 
     def acknowledge(self, call: "SequencedCall") -> None:
         """Writes into the request of a call up to where all answers have been received."""
@@ -192,7 +201,7 @@ class RunCalls:
             present = self._on_wire.get(call.sequence) is call
             if present:
                 del self._on_wire[call.sequence]
-            if present and isinstance(outcome, Refusal) and not outcome.failure.consumed:
+            if present and isinstance(outcome, NoAnswer) and not outcome.failure.consumed:
                 if outcome.failure.reason == "WRITER_FENCED" and not self._opening:
                     self._fenced = outcome
                 else:
@@ -201,31 +210,35 @@ class RunCalls:
         call.settle(outcome)
         del call.request, call.settle  # or, in a cycle with the call, they would be kept for long
 
-    def _opened(self, outcome: Opened | Refusal) -> None:
-        with self._lock:
-            self._opening = False
-            lost: list[SequencedCall] = []
-            if isinstance(outcome, Refusal):
-                for entry in self._waiting:
-                    if isinstance(entry, Place):
-                        entry.lost = outcome
-                        lost.extend(entry.calls or ())
-                    else:
-                        lost.append(entry)
-                self._waiting.clear()
-            else:
+    def _begin_opening(self) -> None:
+        self._open_again().call(self._opened).start()
+
+    def _opened(self, outcome: Opened | NoAnswer) -> None:
+        if isinstance(outcome, NoAnswer):
+            self._give_up_waiting(outcome)
+        else:
+            with self._lock:
                 # What was on the wire either ended or was dropped; its calls will hear so.
-                self._out_of_step = False
+                self._opening = self._out_of_step = False
                 self._on_wire = {}
                 self._writer_epoch = outcome.writer_epoch
                 self._next_sequence = outcome.next_sequence
-        for call in lost:
-            call.settle(outcome)
         self._send_waiting()
 
-
-def _nothing() -> None:
-    """A step that does nothing."""
+    def _give_up_waiting(self, outcome: NoAnswer) -> None:
+        """Ends the calls that wait. The next one has the run opened again first."""
+        with self._lock:
+            self._opening, self._out_of_step = False, True
+            entries, self._waiting = self._waiting, deque()
+            lost: list[SequencedCall] = []
+            for entry in entries:
+                if isinstance(entry, Reservation):
+                    entry.lost = outcome
+                    lost.extend(entry.calls or ())
+                else:
+                    lost.append(entry)
+        for call in lost:
+            call.settle(outcome)
 
 
 class SequencedCall(Call[Any, Any]):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
 
 TRAINER_PORT = 50051
 SAMPLER_PORT = 50052
@@ -55,6 +55,4 @@ def parse_address(url: str, name: str, default_port: int = TRAINER_PORT) -> Addr
 
 
 def _refusal(name: str, url: str, why: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"`{name}` is {url!r}: {why}; give host:port or http(s)://host[:port]", field=name
-    )
+    return refused(name, f"is {url!r}: {why}; give host:port or http(s)://host[:port]")

@@ -1,20 +1,21 @@
 """One call, sent again until it has an answer."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from mint._transport.callers import callers
+from mint._forks import refuse_calls_that_would_hang
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
-from mint._transport.scheduler import scheduler
-from mint._transport.sender import off_main_thread
-from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint._transport.silence import Silence
+from mint._transport.threads import OWN_ERROR, callers, off_main_thread
+from mint._transport.timer import timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 
@@ -22,32 +23,25 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
+logger = logging.getLogger("mint")
+
 LONGEST_S = 3600.0  # for work that ends with its connection
-_STREAM_RETRY_S = 0.5
 _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class NoAnswer:
     """The end of a call without an answer: what was said, and the exception for it."""
 
     failure: Failure
     error: APIError
 
 
-class Question(NamedTuple):
-    """A call that is to be made: what is asked, and how the answer is read."""
-
-    method: Any
-    request: Any
-    convert: Callable[[Any], Any]
-
-
 class Call(Generic[Q, R]):
     """Sends `request` until there is an outcome, and hands that to `ended`, once, on any thread.
 
-    `ended` must not raise.
+    `ended` must not raise. If it does nevertheless, it is called again, with that.
     """
 
     def __init__(
@@ -55,7 +49,7 @@ class Call(Generic[Q, R]):
         connection: Connection,
         method: "grpc.UnaryUnaryMultiCallable[Q, R]",
         request: Q,
-        ended: Callable[[R | Refusal], None],
+        ended: Callable[[R | NoAnswer], None],
         *,
         attaches: bool = True,
     ) -> None:
@@ -68,10 +62,19 @@ class Call(Generic[Q, R]):
         self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
         self._rpc: Any = None
         self._cancelled = False
-        self._silence = Silence(connection)
+        self._silence = Silence(connection, attaches=attaches)
 
     def start(self) -> None:
+        """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
+        refuse_calls_that_would_hang()
         self._send()
+
+    def run_part(self, part: Callable[[], None]) -> None:
+        """Runs a part of the call where nobody hears what it raises: that ends the call."""
+        try:
+            part()
+        except BaseException as error:
+            self._ended(broken_off(self._connection, error))
 
     def cancel(self) -> None:
         """Ends the RPC and sends no more; `ended` is still called."""
@@ -94,22 +97,22 @@ class Call(Generic[Q, R]):
         self._sent = time.monotonic()
         connection = self._connection
         attempt_s = self._attempt_s if connection.contacted else connection.patience_s
-        if self._attaches and callers.take(partial(self._attempt, attempt_s)):
-            return
-        off_main_thread(partial(self._post, attempt_s))
+        attempt = partial(self.run_part, partial(self._attempt, attempt_s))
+        if not (self._attaches and callers.run_at_once(attempt)):
+            off_main_thread(partial(self.run_part, partial(self._post, attempt_s)))
 
     def _post(self, attempt_s: float) -> None:
         """Begins an attempt that gRPC's own thread will end."""
         connection = self._connection
         try:
             rpc = self._method.future(self.request, timeout=attempt_s, metadata=connection.metadata)
-        except Exception as error:
+        except ValueError as error:
             self._not_sent(error)
             return
         self._rpc = rpc
         if self._cancelled:
             rpc.cancel()
-        rpc.add_done_callback(self._attempt_ended)
+        rpc.add_done_callback(lambda rpc: self.run_part(partial(self._attempt_ended, rpc)))
 
     def _attempt(self, attempt_s: float) -> None:
         """Makes an attempt on this thread. It cannot be cancelled."""
@@ -119,7 +122,7 @@ class Call(Generic[Q, R]):
             )
         except grpc.RpcError as error:
             self._attempt_failed(failure_of(error))
-        except Exception as error:
+        except ValueError as error:
             self._not_sent(error)
         else:
             self._answered(answer)
@@ -134,36 +137,35 @@ class Call(Generic[Q, R]):
         self._connection.heard()
         self._ended(answer)
 
-    def _not_sent(self, error: Exception) -> None:
-        """The channel is closed, or headers are not legal; anything else is a fault of ours, for
-        which nobody must wait in vain.
-        """
-        self._fail(Failure(_Code.CANCELLED, str(error) or repr(error)))
+    def _not_sent(self, error: ValueError) -> None:
+        """The channel is closed, or headers are not legal."""
+        self._fail(Failure(_Code.CANCELLED, str(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
         delay_s = self._delay_s(failure)
         if delay_s is None:
             self._fail(failure)
         else:
-            scheduler.call_later(delay_s, self._send)
+            timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
-        silence_s = self._silence.lasted_s(failure)
-        self._ended(Refusal(failure, self._connection.error(failure, silence_s=silence_s)))
+        self._ended(NoAnswer(failure, self._silence.error(failure)))
 
     def _delay_s(self, failure: Failure) -> float | None:
         """Seconds until the call is sent again; None: it is not."""
-        if self._cancelled or self._connection.closed:
+        if self._cancelled:
             return None
-        if is_silence(self._connection, failure):
-            return self._silence.delay_s(failure, self._sent)
-        self._connection.heard()
-        self._silence.end()
-        if failure.code is _Code.DEADLINE_EXCEEDED:
-            return 0.0 if self._attaches else None
+        delay_s = self._silence.delay_s(failure, self._sent)
         if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
             return self._silence.backoff_s()
-        return asked_to_wait_s(failure)
+        return delay_s
+
+
+def broken_off(connection: Connection, error: BaseException) -> NoAnswer:
+    """What a call comes to by a fault of this client's own, which is logged."""
+    logger.error(OWN_ERROR, exc_info=error)
+    failure = Failure(_Code.UNKNOWN, f"{OWN_ERROR}, which is in the log: {error!r}")
+    return NoAnswer(failure, connection.error(failure))
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
@@ -178,64 +180,17 @@ def check_size(connection: Connection, request: Message, field: str) -> None:
         )
 
 
-def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | Refusal) -> None:
+def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | NoAnswer) -> None:
     """Gives a future its outcome."""
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, NoAnswer):
         future.fail(outcome.error)
         return
     try:
         value = convert(outcome)
-    except APIError as refusal:
-        future.fail(refusal)
+    except APIError as error:
+        future.fail(error)
     except Exception as unexpected:
         message = f"the answer cannot be read: {unexpected!r}"
         future.fail(APIResponseValidationError(message))
     else:
         future.succeed(value)
-
-
-def read_stream(
-    connection: Connection, method: "grpc.UnaryStreamMultiCallable[Q, R]", request: Q
-) -> list[R]:
-    """All messages of a short stream, from its start again if the connection breaks."""
-    since = time.monotonic()
-    while True:
-        rpc = method(request, timeout=connection.settings.attempt_s, metadata=connection.metadata)
-        try:
-            messages = list(rpc)
-        except grpc.RpcError:
-            failure = failure_of(rpc)
-        else:
-            connection.heard()
-            return messages
-        silence_s = time.monotonic() - since
-        if failure.code is not _Code.UNAVAILABLE:
-            raise connection.error(failure) from None
-        if silence_s > connection.patience_s or connection.closed:
-            raise connection.error(failure, silence_s=silence_s) from None
-        connection.silent(since, failure.message)
-        time.sleep(_STREAM_RETRY_S)
-
-
-def submit(connection: Connection, question: Question) -> APIFuture[Any]:
-    """Sends a call."""
-    future: APIFuture[Any] = APIFuture()
-    ended = partial(settle, future, question.convert)
-    Call(connection, question.method, question.request, ended).start()
-    return future
-
-
-def ask(
-    connection: Connection,
-    method: "grpc.UnaryUnaryMultiCallable[Q, R]",
-    request: Q,
-    convert: Callable[[R], T],
-) -> T:
-    """Sends a call and waits for its answer."""
-    future: APIFuture[T] = APIFuture()
-    call = Call(connection, method, request, lambda outcome: settle(future, convert, outcome))
-    call.start()
-    try:
-        return future.result()
-    finally:
-        call.cancel()  # the wait may have been interrupted

@@ -9,11 +9,10 @@ from typing import Any
 
 import grpc
 
-from mint import _forks
 from mint._transport.address import Address
 from mint._transport.failures import Failure, error_of
 from mint._version import __version__
-from mint.errors import APIError, InvalidInputError
+from mint.errors import APIError, refused
 from mintrpc.v1 import (
     checkpoint_pb2_grpc,
     model_pb2_grpc,
@@ -62,57 +61,28 @@ class Connection:
         self.metadata = _metadata(settings)
         self.max_message_bytes = MAX_MESSAGE_BYTES
         self.closed = False
-        self._contacted = False
+        self.contacted = False  # whether the server has ever answered
         self._warned = False
         self._lock = threading.Lock()
         self._channel = _channel(address)
-        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
-        self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
-        self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
-
-    @property
-    def model(self) -> model_pb2_grpc.ModelServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._model
-
-    @property
-    def trainer(self) -> trainer_pb2_grpc.TrainerServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._trainer
-
-    @property
-    def checkpoints(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._checkpoints
-
-    @property
-    def sampler(self) -> sampler_pb2_grpc.SamplerServiceStub:
-        _forks.refuse_calls_that_would_hang()
-        return self._sampler
-
-    @property
-    def contacted(self) -> bool:
-        """Whether the server has ever answered."""
-        return self._contacted
+        self.model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
+        self.sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     @property
     def patience_s(self) -> float:
         """How long a call may go without any answer before it fails."""
         settings = self.settings
-        if self._contacted:
+        if self.contacted:
             return settings.timeout_s
         return min(settings.first_contact_s, settings.timeout_s)
 
-    def reached(self) -> None:
-        """Notes that a server is there."""
-        self._contacted = True
-
     def heard(self) -> None:
         """Notes that the server has answered."""
-        if not self._contacted or self._warned:
+        if not self.contacted or self._warned:
             with self._lock:
-                self._contacted = True
+                self.contacted = True
                 if self._warned:
                     self._warned = False
                     logger.warning("%s answers again", self.address.target)
@@ -170,9 +140,7 @@ def _channel(address: Address) -> grpc.Channel:
 
 def _metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
     if not settings.api_key.isascii() or not settings.api_key.isprintable():
-        raise InvalidInputError(
-            "`api_key` holds characters that no key has; check MINT_API_KEY", field="api_key"
-        )
+        raise refused("api_key", "holds characters that no key has; check MINT_API_KEY")
     headers = {name.lower(): value for name, value in settings.headers.items()}
     if settings.api_key:
         headers["authorization"] = f"Bearer {settings.api_key}"

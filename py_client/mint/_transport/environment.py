@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dotenv import dotenv_values, find_dotenv
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 
 DEFAULT_BASE_URL = "127.0.0.1:50051"
 DEFAULT_RANK = 16
@@ -43,8 +43,5 @@ def _rank(text: str) -> int:
     if not text:
         return DEFAULT_RANK
     if not text.isdecimal() or not int(text):
-        raise InvalidInputError(
-            f"`MINT_LORA_RANK` is {text!r}; set it to a whole number of at least 1",
-            field="MINT_LORA_RANK",
-        )
+        raise refused("MINT_LORA_RANK", f"is {text!r}; set it to a whole number of at least 1")
     return int(text)

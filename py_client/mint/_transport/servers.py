@@ -2,18 +2,17 @@
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from mint import types
-from mint._files.tokenizer import load_tokenizer
 from mint._transport.address import SAMPLER_PORT, Address, parse_address
-from mint._transport.call import ask
 from mint._transport.connection import Connection, Settings
+from mint._transport.question import Question
 from mint.errors import NotFoundError
-from mint.sampling_client import SamplingClient, resolve_revision
 from mintrpc.v1 import model_pb2
 
+T = TypeVar("T")
 _LOADING_RETRY_S = 0.5
 
 
@@ -26,7 +25,7 @@ class Servers:
         self._sampler_url = sampler_url
         self._sampler: Connection | None = None
         self._capabilities: dict[Connection, types.GetServerCapabilitiesResponse] = {}
-        self._tokenizers: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}
         self._lock = threading.RLock()
 
     def capabilities(
@@ -36,12 +35,7 @@ class Servers:
         with self._lock:
             known = self._capabilities.get(connection)
             if fresh or known is None or not known.supported_models:
-                known = self._capabilities[connection] = ask(
-                    connection,
-                    connection.model.GetServerCapabilities,
-                    model_pb2.GetServerCapabilitiesRequest(),
-                    types.GetServerCapabilitiesResponse.from_proto,
-                )
+                known = self._capabilities[connection] = _capabilities_of(connection).ask()
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known
@@ -57,31 +51,13 @@ class Servers:
                     self._sampler = Connection(address, self._settings, "MINT_SAMPLER_URL")
             return self._sampler
 
-    def create_sampling_client(
-        self, model_path: str | None, base_model: str | None
-    ) -> SamplingClient:
-        """A client of the newest revision at `model_path`, or without one of the base model."""
-        sampler = self.sampler()
-        served = self._served(sampler, base_model)
-        revision_path = ""
-        if model_path:
-            revision_path = resolve_revision(sampler, model_path, base_model or "")
-        return SamplingClient(self, revision_path, served.model_name)
-
-    def sampling_client_of(self, revision_path: str) -> SamplingClient:
-        """A client of a revision that is known to exist."""
-        return SamplingClient(self, revision_path, self._served(self.sampler(), None).model_name)
-
-    def tokenizer(self, connection: Connection, base_model: str) -> Any:
-        """The tokenizer of a served base model."""
-        served = self._served(connection, base_model)
-        fingerprint = served.tokenizer_fingerprint
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all clients of these servers."""
         with self._lock:
-            if fingerprint not in self._tokenizers:
-                self._tokenizers[fingerprint] = load_tokenizer(
-                    connection, served.model_name, fingerprint
-                )
-            return self._tokenizers[fingerprint]
+            if key not in self._made:
+                self._made[key] = make()
+            made: T = self._made[key]
+            return made
 
     @property
     def closed(self) -> bool:
@@ -112,7 +88,7 @@ class Servers:
             time.sleep(_LOADING_RETRY_S)
         return models
 
-    def _served(self, connection: Connection, base_model: str | None) -> types.SupportedModel:
+    def served(self, connection: Connection, base_model: str | None = None) -> types.SupportedModel:
         """The served model of that name, or the one that is served."""
         models = self._models(connection)
         for model in models:
@@ -126,3 +102,12 @@ class Servers:
             metadata={"base_model": base_model or "", "served": names},
             field="base_model",
         )
+
+
+def _capabilities_of(connection: Connection) -> Question[types.GetServerCapabilitiesResponse]:
+    return Question(
+        connection,
+        connection.model.GetServerCapabilities,
+        model_pb2.GetServerCapabilitiesRequest(),
+        types.GetServerCapabilitiesResponse.from_proto,
+    )

@@ -2,35 +2,36 @@
 
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import partial
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
-from mint._async_names import on_thread
+from mint._forks import refuse_calls_that_would_hang
 from mint._transport.call import LONGEST_S
+from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, failure_of
-from mint._transport.sender import off_main_thread
-from mint._transport.silence import Silence, asked_to_wait_s, is_silence
+from mint._transport.silence import Silence
+from mint._transport.threads import off_main_thread, on_thread
 from mint.futures import APIFuture
 
 T = TypeVar("T")
 _Code = grpc.StatusCode
 
 
-class Stream(ABC, Generic[T]):
+class Stream(Closing, Generic[T]):
     """What a server sends, for one reader at a time, on any thread or event loop."""
 
     _attaches = True  # whether a stream that is opened again goes on where it was
 
     def __init__(self, connection: Connection, method: Any, request: Any) -> None:
+        refuse_calls_that_would_hang()
         self._connection = connection
         self._method = partial(method, request, metadata=connection.metadata)
         self._closed = threading.Event()
-        self._silence = Silence(connection)
+        self._silence = Silence(connection, attaches=self._attaches)
         self._pending: APIFuture[T | None] | None = None
         self._rpc: Any = on_thread(self._open).result()
 
@@ -40,17 +41,6 @@ class Stream(ABC, Generic[T]):
             return  # it is over, or the RPC is cancelled where it is opened
         self._closed.set()
         off_main_thread(self._rpc.cancel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __next__(self) -> T:
         # Not in gRPC: an interrupt there would leave its locks held, and nothing would come again.
@@ -124,25 +114,13 @@ class Stream(ABC, Generic[T]):
         """Waits a little and opens the stream anew. Raises what has ended it for good."""
         if self._closed.is_set():
             return
-        delay_s = self._delay_s(failure)
+        delay_s = self._silence.delay_s(failure, time.monotonic())
         if delay_s is None:
             self._closed.set()
-            silence_s = self._silence.lasted_s(failure)
-            raise self._connection.error(failure, silence_s=silence_s) from None
+            raise self._silence.error(failure) from None
         if self._closed.wait(delay_s):
             return
         self._opening_again()
         self._rpc = self._open()
         if self._closed.is_set():  # `close` may have missed this RPC
             self._rpc.cancel()
-
-    def _delay_s(self, failure: Failure) -> float | None:
-        if self._connection.closed:
-            return None
-        if is_silence(self._connection, failure):
-            return self._silence.delay_s(failure, time.monotonic())
-        self._connection.heard()
-        self._silence.end()
-        if failure.code is _Code.DEADLINE_EXCEEDED:
-            return 0.0 if self._attaches else None
-        return asked_to_wait_s(failure)

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.recipe.renderers import Message, TrainOnWhat
 from mint.types import Datum, ModelInput
 
@@ -66,24 +66,18 @@ def _check(
     num_tokens: int, weights: NDArray[np.float32], max_length: int | None, reduction: str
 ) -> None:
     if weights.shape != (num_tokens,):
-        raise InvalidInputError(
-            f"`weights` has shape {list(weights.shape)} but `model_input` has {num_tokens} tokens; "
+        raise refused(
+            "weights",
+            f"has shape {list(weights.shape)} but `model_input` has {num_tokens} tokens; "
             "give one weight per token",
-            field="weights",
         )
     if not np.isfinite(weights).all():
-        raise InvalidInputError("`weights` holds NaN or Inf; give finite weights", field="weights")
+        raise refused("weights", "holds NaN or Inf; give finite weights")
     if max_length is not None and max_length < 2:
-        raise InvalidInputError(
-            f"`max_length` is {max_length}; a token and its target need at least 2",
-            field="max_length",
-        )
+        raise refused("max_length", f"is {max_length}; a token and its target need at least 2")
     if num_tokens < 2:
-        raise InvalidInputError(
-            f"`model_input` has {num_tokens} tokens; a token and its target need at least 2",
-            field="model_input",
+        raise refused(
+            "model_input", f"has {num_tokens} tokens; a token and its target need at least 2"
         )
     if reduction not in ("sum", "mean"):
-        raise InvalidInputError(
-            f"`reduction` is {reduction!r}; it must be 'sum' or 'mean'", field="reduction"
-        )
+        raise refused("reduction", f"is {reduction!r}; it must be 'sum' or 'mean'")

@@ -5,27 +5,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 
 
 def array_of(values: Any, field: str) -> NDArray[Any]:
     """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
     if is_torch(values):
-        from mint._torch import array_of as torch_array_of
+        from mint._torch import host_array_of
 
-        values = torch_array_of(values)
+        values = host_array_of(values)
     try:
         array = np.asarray(values)
     except ValueError:
-        raise InvalidInputError(
-            f"`{field}` is ragged; give every row the same length", field=field
-        ) from None
+        raise refused(field, "is ragged; give every row the same length") from None
     if array.size == 0:
         return array
     if array.dtype.kind not in "iuf":
-        raise InvalidInputError(
-            f"`{field}` holds {_kind_name(array)}; give integers or floats", field=field
-        )
+        raise refused(field, f"holds {_kind_name(array)}; give integers or floats")
     return array
 
 
@@ -33,7 +29,7 @@ def integers_of(values: Any, field: str) -> NDArray[np.int64]:
     """As `array_of`, whole numbers only, as int64."""
     array = array_of(values, field)
     if array.size and array.dtype.kind == "f":
-        raise InvalidInputError(f"`{field}` holds floats; give integers", field=field)
+        raise refused(field, "holds floats; give integers")
     return array.astype(np.int64, copy=False)
 
 

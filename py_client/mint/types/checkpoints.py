@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, refused
+from mint.types._from_proto import FromMessage, optional, read, time_of
 from mint.types.params import LoraConfig
-from mint.types.responses import TrainingRun, time_of
+from mint.types.responses import TrainingRun
 from mintrpc.v1 import checkpoint_pb2
 
 # Training state, an adapter alone, or a base model with an adapter merged into it.
@@ -45,11 +46,11 @@ class ParsedCheckpointPath:
         """Raises InvalidInputError over what is no path."""
         match = _PATH.fullmatch(path) if isinstance(path, str) else None
         if match is None:
-            raise InvalidInputError(
-                f"`path` is {path!r}; give mint://<training_run_id>/<segment>/<name>, with "
+            raise refused(
+                "path",
+                f"is {path!r}; give mint://<training_run_id>/<segment>/<name>, with "
                 "@<revision> or without, where <segment> is weights, sampler_weights or "
                 "merged_weights",
-                field="path",
             )
         run, segment, name, revision = match.groups()
         number = None if revision is None else int(revision)
@@ -64,7 +65,7 @@ class ParsedCheckpointPath:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointFile:
+class CheckpointFile(FromMessage):
     """`sha256` is in hexadecimal."""
 
     name: str
@@ -102,22 +103,13 @@ class Checkpoint:
             raise APIResponseValidationError(
                 f"checkpoint `{message.path}` is of kind {message.kind}, unknown to this client"
             )
-        expires = message.HasField("expire_time")
-        return cls(
-            path=message.path,
-            revision_path=message.revision_path,
+        return read(
+            cls,
+            message,
             checkpoint_type=_KINDS[message.kind],
-            training_run_id=message.training_run_id,
-            create_time=time_of(message.create_time),
-            expire_time=time_of(message.expire_time) if expires else None,
-            size_bytes=message.size_bytes,
-            base_model=message.base_model,
-            base_fingerprint=message.base_fingerprint,
+            expire_time=optional(message, "expire_time", time_of),
             lora_config=LoraConfig.from_proto(message.lora_config),
-            step=message.step,
-            metadata=dict(message.metadata),
-            files=[CheckpointFile(f.name, f.size_bytes, f.sha256) for f in message.files],
-            source_path=message.source_path,
+            files=[CheckpointFile.from_proto(file) for file in message.files],
         )
 
     # The names of the same in Tinker's SDK.

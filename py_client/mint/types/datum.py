@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.types._arrays import array_of
+from mint.types._checks import USE_FROM_INTS, instance
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
@@ -38,12 +39,7 @@ class Datum:
     def __init__(
         self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
     ) -> None:
-        if not isinstance(model_input, ModelInput):
-            raise InvalidInputError(
-                f"`model_input` is a {type(model_input).__name__}; for token ids use "
-                "ModelInput.from_ints",
-                field="model_input",
-            )
+        model_input = instance(model_input, ModelInput, "model_input", USE_FROM_INTS)
         object.__setattr__(self, "model_input", model_input)
         tensors = {name: _tensor(name, value) for name, value in (loss_fn_inputs or {}).items()}
         object.__setattr__(self, "loss_fn_inputs", tensors)
@@ -60,10 +56,7 @@ def _tensor(name: str, value: Any) -> TensorData:
     array = array_of(value.to_numpy() if isinstance(value, TensorData) else value, field)
     if array.size and not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
-        raise InvalidInputError(
-            f"`{field}` holds {array.ravel()[index]} at {index}; every entry must be finite",
-            field=field,
-        )
+        raise refused(field, f"holds {array.ravel()[index]} at {index}; every entry must be finite")
     if name in _DTYPES:
         array = cast(array, _DTYPES[name], field)
     return TensorData(array)

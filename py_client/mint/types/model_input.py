@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
 from mint.types._arrays import integers_of
+from mint.types._checks import USE_FROM_INTS
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -96,12 +97,9 @@ class ModelInput:
     def __post_init__(self) -> None:
         chunks = list(self.chunks)
         for index, chunk in enumerate(chunks):
-            if not isinstance(chunk, EncodedTextChunk | ImageChunk | ImageAssetPointerChunk):
-                raise InvalidInputError(
-                    f"`chunks[{index}]` is a {type(chunk).__name__}; for token ids use "
-                    "ModelInput.from_ints",
-                    field=f"chunks[{index}]",
-                )
+            if not isinstance(chunk, ModelInputChunk):
+                what = f"is a {type(chunk).__name__}; {USE_FROM_INTS}"
+                raise refused(f"chunks[{index}]", what)
         object.__setattr__(self, "chunks", chunks)
 
     @classmethod
@@ -124,10 +122,7 @@ class ModelInput:
         tokens: list[int] = []
         for index, chunk in enumerate(self.chunks):
             if not isinstance(chunk, EncodedTextChunk):
-                raise InvalidInputError(
-                    f"`chunks[{index}]` is a {chunk.type}, which has no token ids",
-                    field=f"chunks[{index}]",
-                )
+                raise refused(f"chunks[{index}]", f"is a {chunk.type}, which has no token ids")
             tokens.extend(chunk.tokens)
         return tokens
 
@@ -150,9 +145,7 @@ def token_list(tokens: Iterable[int], field: str) -> list[int]:
     """Token ids as plain integers. What no vocabulary can hold is refused."""
     array = integers_of(tokens, field)
     if array.ndim != 1:
-        raise InvalidInputError(
-            f"`{field}` has {array.ndim} dimensions; give a flat list of token ids", field=field
-        )
+        raise refused(field, f"has {array.ndim} dimensions; give a flat list of token ids")
     wrong = (array < 0) | (array > _MAX_TOKEN_ID)
     if wrong.any():
         index = int(wrong.argmax())
@@ -173,5 +166,5 @@ def _expected(expected_tokens: int | None) -> int:
 
 def _image_format(name: str) -> types_pb2.ImageFormat:
     if name not in _IMAGE_FORMATS:
-        raise InvalidInputError(f"`format` is {name!r}; it must be 'png' or 'jpeg'", field="format")
+        raise refused("format", f"is {name!r}; it must be 'png' or 'jpeg'")
     return _IMAGE_FORMATS[name]

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
-
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
+from mint.types._checks import integer, number, text
 from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
 
@@ -42,14 +41,9 @@ class AdamParams:
         if unknown:
             raise TypeError(_unknown_adam_option(next(iter(unknown))))
         if betas is not None and (beta1 is not None or beta2 is not None):
-            raise InvalidInputError(
-                "`betas` and `beta1` or `beta2` are both given; give one or the other",
-                field="betas",
-            )
+            raise refused("betas", "and `beta1` or `beta2` are both given; give one or the other")
         if betas is not None and len(betas) != 2:
-            raise InvalidInputError(
-                f"`betas` has {len(betas)} entries; give (beta1, beta2)", field="betas"
-            )
+            raise refused("betas", f"has {len(betas)} entries; give (beta1, beta2)")
         first, second = DEFAULT_BETAS if betas is None else betas
         values = {
             "learning_rate": learning_rate,
@@ -93,9 +87,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
-            raise InvalidInputError(
-                f"`target_modules` is the text {self.target_modules!r}; give a list of names",
-                field="target_modules",
+            raise refused(
+                "target_modules", f"is the text {self.target_modules!r}; give a list of names"
             )
         object.__setattr__(self, "target_modules", list(self.target_modules))
         switches = (self.train_attn, self.train_mlp, self.train_unembed)
@@ -105,10 +98,10 @@ class LoraConfig:
                 field="lora_config",
             )
         if self.target_modules and not all(switches):
-            raise InvalidInputError(
-                "`target_modules` stands instead of `train_attn`, `train_mlp` and `train_unembed`; "
+            raise refused(
+                "target_modules",
+                "stands instead of `train_attn`, `train_mlp` and `train_unembed`; "
                 "give one or the other",
-                field="target_modules",
             )
 
     def to_proto(self) -> types_pb2.LoraConfig:
@@ -188,9 +181,8 @@ class SamplingParams:
         texts, ids = _stops(self.stop)
         ids += token_list(self.stop_token_ids or [], "stop_token_ids")
         if self.regex is not None and self.json_schema is not None:
-            raise InvalidInputError(
-                "`regex` and `json_schema` are both set; a continuation can follow one of them",
-                field="regex",
+            raise refused(
+                "regex", "and `json_schema` are both set; a continuation can follow one of them"
             )
         return sampler_pb2.SamplingParams(
             max_tokens=None if self.max_tokens is None else integer(self.max_tokens, "max_tokens"),
@@ -210,37 +202,6 @@ class SamplingParams:
         )
 
 
-def number(value: Any, field: str) -> float:
-    """A real number; text and booleans are refused."""
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise InvalidInputError(f"`{field}` is {value!r}; give a number", field=field)
-    return float(value)
-
-
-def text(value: Any, field: str) -> str:
-    """A text."""
-    if not isinstance(value, str):
-        raise InvalidInputError(f"`{field}` is {value!r}; give a text", field=field)
-    return value
-
-
-def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
-    """Texts by name; None means none."""
-    return {
-        text(name, field): text(value, f"{field}.{name}") for name, value in (entries or {}).items()
-    }
-
-
-def integer(value: Any, field: str, *, bits: int = 32) -> int:
-    """A whole number that fits the contract's field."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidInputError(f"`{field}` is {value!r}; give a whole number", field=field)
-    whole = int(value)
-    if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
-        raise InvalidInputError(f"`{field}` is {whole}, beyond {bits} bits", field=field)
-    return whole
-
-
 def _schema(schema: str | Mapping[str, Any]) -> str:
     """A JSON schema as text."""
     if not isinstance(schema, Mapping):
@@ -248,37 +209,18 @@ def _schema(schema: str | Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInputError(
-            f"`json_schema` is not JSON: {error}", field="json_schema"
-        ) from None
-
-
-def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
-    """How long something is kept; None: until it is deleted."""
-    if seconds is None:
-        return None
-    if not 0 < number(seconds, field) < float("inf"):
-        raise InvalidInputError(
-            f"`{field}` is {seconds}; give a positive number, or None to keep it", field=field
-        )
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
+        raise refused("json_schema", f"is not JSON: {error}") from None
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
     if stop is not None and not hasattr(stop, "__iter__"):
-        raise InvalidInputError(
-            f"`stop` is {stop!r}; give a text, or a list of texts or of token ids", field="stop"
-        )
+        raise refused("stop", f"is {stop!r}; give a text, or a list of texts or of token ids")
     entries: list[Any] = [stop] if isinstance(stop, str) else [] if stop is None else list(stop)
     texts = [entry for entry in entries if isinstance(entry, str)]
     if "" in texts:
-        raise InvalidInputError("`stop` holds an empty text; leave it out", field="stop")
+        raise refused("stop", "holds an empty text; leave it out")
     if texts and len(texts) < len(entries):
-        raise InvalidInputError(
-            "`stop` mixes texts and token ids; give the ids as `stop_token_ids`", field="stop"
-        )
+        raise refused("stop", "mixes texts and token ids; give the ids as `stop_token_ids`")
     return texts, [] if texts else token_list(entries, "stop")
 
 

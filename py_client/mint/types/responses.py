@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, refused
+from mint.types._from_proto import FromMessage, read
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import model_pb2, trainer_pb2
@@ -56,18 +55,14 @@ class OptimStepResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class DiscardGradientResponse:
+class DiscardGradientResponse(FromMessage):
     """Whether there was a gradient to discard."""
 
     gradient_discarded: bool
 
-    @classmethod
-    def from_proto(cls, message: trainer_pb2.DiscardGradientResponse) -> "DiscardGradientResponse":
-        return cls(message.gradient_discarded)
-
 
 @dataclass(frozen=True, slots=True)
-class SaveWeightsResponse:
+class SaveWeightsResponse(FromMessage):
     """`path` names the newest revision of the name, `revision_path` the saved one for good."""
 
     path: str
@@ -75,37 +70,23 @@ class SaveWeightsResponse:
     step: int
     gradient_pending: bool
 
-    @classmethod
-    def from_proto(cls, message: trainer_pb2.SaveStateResponse) -> "SaveWeightsResponse":
-        return cls(message.path, message.revision_path, message.step, message.gradient_pending)
-
 
 @dataclass(frozen=True, slots=True)
-class SaveWeightsForSamplerResponse:
+class SaveWeightsForSamplerResponse(FromMessage):
     """`path` names the newest revision of the name, `revision_path` the saved one for good."""
 
     path: str
     revision_path: str
     step: int
 
-    @classmethod
-    def from_proto(
-        cls, message: trainer_pb2.SaveWeightsForSamplerResponse
-    ) -> "SaveWeightsForSamplerResponse":
-        return cls(message.path, message.revision_path, message.step)
-
 
 @dataclass(frozen=True, slots=True)
-class LoadWeightsResponse:
+class LoadWeightsResponse(FromMessage):
     """`step` is that of the loaded state, 0 without optimizer."""
 
     step: int
     revision_path: str
     gradient_discarded: bool
-
-    @classmethod
-    def from_proto(cls, message: trainer_pb2.LoadStateResponse) -> "LoadWeightsResponse":
-        return cls(message.step, message.revision_path, message.gradient_discarded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,24 +113,12 @@ class TrainingRun:
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
-        return cls(
-            training_run_id=message.training_run_id,
-            base_model=message.base_model,
-            base_fingerprint=message.base_fingerprint,
+        return read(
+            cls,
+            message,
             lora_config=LoraConfig.from_proto(message.lora_config),
-            metadata=dict(message.metadata),
-            create_time=time_of(message.create_time),
-            update_time=time_of(message.update_time),
-            step=message.step,
-            next_sequence=message.next_sequence,
-            gradient_pending=message.gradient_pending,
             state=_state_name(message.state),
-            state_message=message.state_message,
-            trainable_parameter_count=message.trainable_parameter_count,
-            trained_modules=list(message.trained_modules),
-            isolated=message.isolated,
             kind=_RUN_KINDS.get(message.kind, "trained"),
-            inexact_replay_count=message.inexact_replay_count,
         )
 
     @property
@@ -195,7 +164,7 @@ class ListTrainingRunsResponse:
         cls, message: trainer_pb2.ListTrainingRunsResponse
     ) -> "ListTrainingRunsResponse":
         runs = [TrainingRun.from_proto(run) for run in message.training_runs]
-        return cls(runs, message.next_page_token, message.total_size)
+        return read(cls, message, training_runs=runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,21 +209,13 @@ class SupportedModel:
 
     @classmethod
     def from_proto(cls, message: model_pb2.BaseModel) -> "SupportedModel":
-        return cls(
-            model_name=message.name,
-            max_context_length=message.context_length,
-            vocabulary_size=message.vocabulary_size,
-            max_lora_rank=message.max_lora_rank,
-            fingerprint=message.fingerprint,
-            dtype=message.dtype,
-            device=message.device,
-            tokenizer_fingerprint=message.tokenizer_fingerprint,
-            eos_token_ids=list(message.eos_token_ids),
+        return read(
+            cls, message, model_name=message.name, max_context_length=message.context_length
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(FromMessage):
     """What a client must not exceed. 0: the server does not say."""
 
     max_message_bytes: int
@@ -282,28 +243,13 @@ class GetServerCapabilitiesResponse:
     def from_proto(
         cls, message: model_pb2.GetServerCapabilitiesResponse
     ) -> "GetServerCapabilitiesResponse":
-        limits = message.limits
-        return cls(
+        return read(
+            cls,
+            message,
             supported_models=[SupportedModel.from_proto(model) for model in message.base_models],
-            server_version=message.server_version,
             role="sampler" if message.role == model_pb2.SERVICE_ROLE_SAMPLER else "trainer",
-            loss_fns=list(message.loss_fns),
-            limits=Limits(
-                max_message_bytes=limits.max_message_bytes,
-                max_data_per_request=limits.max_data_per_request,
-                max_calls_in_flight_per_run=limits.max_calls_in_flight_per_run,
-                max_samples_per_request=limits.max_samples_per_request,
-                max_topk_logprobs=limits.max_topk_logprobs,
-            ),
-            sampler_address=message.sampler_address,
-            bitwise_reproducible=message.bitwise_reproducible,
-            features=list(message.features),
-            engine_ready=message.engine_ready,
+            limits=Limits.from_proto(message.limits),
         )
-
-
-def time_of(stamp: Timestamp) -> datetime:
-    return stamp.ToDatetime(tzinfo=UTC)
 
 
 _STATES: Mapping[int, str] = {
@@ -323,9 +269,7 @@ def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
     for value, known in _RUN_KINDS.items():
         if known == name:
             return value
-    raise InvalidInputError(
-        f"`kind` is {name!r}; give 'trained' or 'uploaded', or None for all", field="kind"
-    )
+    raise refused("kind", f"is {name!r}; give 'trained' or 'uploaded', or None for all")
 
 
 def _state_name(state: int) -> str:

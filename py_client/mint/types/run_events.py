@@ -6,7 +6,8 @@ from datetime import datetime
 
 import grpc
 
-from mint.types.responses import TrainingRun, time_of
+from mint.types._from_proto import optional, read, time_of
+from mint.types.responses import TrainingRun
 from mintrpc.v1 import trainer_pb2
 
 _CODES: Mapping[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}  # by number
@@ -22,9 +23,8 @@ class QueueProgress:
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.QueueProgress) -> "QueueProgress":
-        wait = message.estimated_wait
-        wait_s = wait.ToTimedelta().total_seconds() if message.HasField("estimated_wait") else None
-        return cls(message.waiting_calls, message.tokens_ahead, wait_s)
+        wait = optional(message, "estimated_wait", lambda wait: wait.ToTimedelta().total_seconds())
+        return read(cls, message, estimated_wait_s=wait)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,7 @@ class CallOutcome:
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.CallOutcome) -> "CallOutcome":
-        return cls(
-            sequence=message.sequence,
-            method=message.method,
-            step=message.step,
-            code=_CODES.get(message.code, "UNKNOWN"),
-            metrics=dict(message.metrics),
-            missed_outcomes=message.missed_outcomes,
-        )
+        return read(cls, message, code=_CODES.get(message.code, "UNKNOWN"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +56,15 @@ class RunEvent:
     @classmethod
     def from_proto(cls, message: trainer_pb2.WatchTrainingRunResponse) -> "RunEvent | None":
         """None: an event that this client does not know."""
-        event_time = time_of(message.event_time)
-        match message.WhichOneof("event"):
-            case "training_run":
-                run = TrainingRun.from_proto(message.training_run)
-                return cls(event_time=event_time, training_run=run)
-            case "queue_progress":
-                progress = QueueProgress.from_proto(message.queue_progress)
-                return cls(event_time=event_time, queue_progress=progress)
-            case "call_outcome":
-                outcome = CallOutcome.from_proto(message.call_outcome)
-                return cls(event_time=event_time, call_outcome=outcome)
-        return None
+        name = message.WhichOneof("event")
+        if name is None:
+            return None
+        event = _EVENTS[name].from_proto(getattr(message, name))  # type: ignore[attr-defined]
+        return cls(event_time=time_of(message.event_time), **{name: event})
+
+
+_EVENTS = {
+    "training_run": TrainingRun,
+    "queue_progress": QueueProgress,
+    "call_outcome": CallOutcome,
+}

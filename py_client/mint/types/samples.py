@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import APIResponseValidationError
+from mint.types._from_proto import optional, read
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import sampler_pb2
 
@@ -74,13 +75,12 @@ class SampledSequence:
 
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampledSequence) -> "SampledSequence":
-        return cls(
-            tokens=list(message.tokens),
-            logprobs=list(message.logprobs),
+        topk = [_topk(entry) for entry in message.topk_logprobs]
+        return read(
+            cls,
+            message,
             stop_reason=_stop_reason(message.stop_reason),
-            model_logprobs=list(message.model_logprobs),
-            revision_path=message.revision_path,
-            topk_logprobs=[_topk(entry) for entry in message.topk_logprobs] or None,
+            topk_logprobs=topk or None,
         )
 
 
@@ -97,13 +97,8 @@ class SamplePart:
     @classmethod
     def from_proto(cls, message: sampler_pb2.StreamSampleResponse) -> "SamplePart":
         ended = message.stop_reason != sampler_pb2.STOP_REASON_UNSPECIFIED
-        return cls(
-            index=message.index,
-            tokens=list(message.tokens),
-            logprobs=list(message.logprobs),
-            model_logprobs=list(message.model_logprobs),
-            stop_reason=_stop_reason(message.stop_reason) if ended else None,
-        )
+        reason = _stop_reason(message.stop_reason) if ended else None
+        return read(cls, message, stop_reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,22 +150,16 @@ class SampleResponse:
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampleResponse) -> "SampleResponse":
         topk = [_topk(entry) or None for entry in message.topk_prompt_logprobs]
-        return cls(
+        targets = optional(message, "target_prompt_logprobs", TensorData.from_proto)
+        alternatives = optional(message, "prompt_alt_tokens", PromptAltTokens.from_proto)
+        return read(
+            cls,
+            message,
             sequences=[SampledSequence.from_proto(entry) for entry in message.sequences],
             prompt_logprobs=optional_logprobs(message.prompt_logprobs) or None,
             topk_prompt_logprobs=topk or None,
-            seed=message.seed,
-            prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
-            target_prompt_logprobs=(
-                TensorData.from_proto(message.target_prompt_logprobs)
-                if message.HasField("target_prompt_logprobs")
-                else None
-            ),
-            prompt_alt_tokens=(
-                PromptAltTokens.from_proto(message.prompt_alt_tokens)
-                if message.HasField("prompt_alt_tokens")
-                else None
-            ),
+            target_prompt_logprobs=targets,
+            prompt_alt_tokens=alternatives,
         )
 
 

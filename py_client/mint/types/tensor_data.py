@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, InvalidInputError, refused
 from mint.types._arrays import array_of, integers_of
 from mintrpc.v1 import types_pb2
 
@@ -48,13 +48,12 @@ class TensorData:
             array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None:
             if int(np.prod(shape, dtype=np.int64)) != array.size:
-                raise InvalidInputError(
-                    f"`shape` {list(shape)} does not fit the {array.size} entries of `data`",
-                    field="shape",
+                raise refused(
+                    "shape", f"{list(shape)} does not fit the {array.size} entries of `data`"
                 )
             array = array.reshape(tuple(shape))
         if array.ndim == 0:
-            raise InvalidInputError("`data` is a single number; give a list", field="data")
+            raise refused("data", "is a single number; give a list")
         array.flags.writeable = False
         self._array = array
 
@@ -141,14 +140,10 @@ class TensorData:
 def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
     """A copy as `dtype`. Floats do not become integers, and integers keep their value."""
     if dtype not in _WIRE_TYPES:
-        raise InvalidInputError(
-            f"`dtype` is {dtype!r}; it must be 'float32' or 'int64'", field="dtype"
-        )
+        raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
         return array.astype(np.float32)
-    if array.size and array.dtype.kind == "f":
-        raise InvalidInputError(f"`{field}` holds floats; give integers", field=field)
-    return array.astype(np.int64)
+    return integers_of(array, field).copy()
 
 
 def _dense(

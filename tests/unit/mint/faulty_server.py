@@ -190,6 +190,7 @@ class Model(model_pb2_grpc.ModelServiceServicer):
     def __init__(self, tokenizer: list[model_pb2.GetTokenizerResponse]) -> None:
         self.tokenizer = tokenizer
         self.tokenizer_calls = 0
+        self.broken_calls = 0  # so many of them break after their first piece
         self.metadata: list[dict[str, str]] = []
         self.fingerprint = "ab12ab12ab12"
         self.role = model_pb2.SERVICE_ROLE_SAMPLER  # of both: tests sample from the same port
@@ -214,6 +215,9 @@ class Model(model_pb2_grpc.ModelServiceServicer):
 
     def GetTokenizer(self, request: Any, context: Any) -> Iterator[Any]:
         self.tokenizer_calls += 1
+        if self.tokenizer_calls <= self.broken_calls:
+            yield self.tokenizer[0]
+            refuse(context, Fault(Code.UNAVAILABLE))
         yield from self.tokenizer
 
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 import mint
-from mint._transport.scheduler import scheduler
+from mint._transport.timer import timer
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Code, Fault, Server, running
 
@@ -158,7 +158,7 @@ def test_a_sample_cancelled_while_it_waits_to_come_again_is_not_sent(
 
     assert refused.cancel()
     later = threading.Event()
-    scheduler.call_later(1.0, later.set)
+    timer.call_later(1.0, later.set)
     assert later.wait(LIMIT_S)
     assert len(server.sampler.requests) == 1
 

@@ -9,7 +9,7 @@ import torch
 
 import mint
 from mint import types
-from mint._transport.call import Refusal
+from mint._transport.call import NoAnswer
 from mint._transport.failures import Failure, error_of
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
@@ -256,7 +256,7 @@ def test_a_run_that_cannot_be_opened_again_leaves_nobody_waiting(
     step = training.optim_step()
     assert reached.wait(LIMIT_S)
     gone = Failure(Code.NOT_FOUND, "deleted", "TRAINING_RUN_NOT_FOUND")
-    training._calls._opened(Refusal(gone, error_of(gone)))
+    training._calls._opened(NoAnswer(gone, error_of(gone)))
     leave.set()
 
     for call in (custom, step):

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import signal
 import subprocess
 import sys
 import threading
@@ -219,8 +220,6 @@ except (KeyboardInterrupt, InterruptedError) as error:
 @pytest.mark.parametrize("wait", ["endless", "timeout"])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGALRM"])
 def test_waits_are_interruptible(name: str, wait: str) -> None:
-    import signal
-
     with subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, name, wait], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -231,6 +230,31 @@ def test_waits_are_interruptible(name: str, wait: str) -> None:
         output, _ = process.communicate(timeout=LIMIT_S)
 
     assert output.strip() in ("KeyboardInterrupt", "InterruptedError")
+
+
+@pytest.mark.parametrize("timeout", [None, LIMIT_S])
+def test_a_signal_that_another_thread_received_interrupts_a_wait(timeout: float | None) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError("alarm")
+
+    def receive() -> None:
+        time.sleep(0.2)  # as in the test before
+        signal.pthread_kill(threading.get_ident(), signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    future: APIFuture[str] = APIFuture()
+    late = threading.Timer(5.0, future.succeed, ["too late"])
+    late.start()
+    receiver = threading.Thread(target=receive)
+    try:
+        receiver.start()
+        with pytest.raises(InterruptedError):
+            future.result(timeout)
+        assert not future.done()
+    finally:
+        late.cancel()
+        receiver.join()
+        signal.signal(signal.SIGALRM, before)
 
 
 LEFT_PENDING = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mint
-from mint._files.tokenizer import cache_folder
+from mint._files.tokenizer_files import cache_folder
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Server, running
 
@@ -60,6 +60,13 @@ def test_files_are_fetched_once_and_opened_once(server: Server) -> None:
     tokenizer(server)
 
     assert server.model.tokenizer_calls == 1
+
+
+def test_a_broken_connection_is_made_again(server: Server) -> None:
+    server.model.broken_calls = 2
+
+    assert tokenizer(server).encode("one two")
+    assert server.model.tokenizer_calls == 3
 
 
 def test_a_damaged_cache_is_fetched_again(server: Server) -> None:

@@ -1,6 +1,6 @@
 """Conversations as tokens, and back."""
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.recipe.renderers.chat_format import ChatFormat
 from mint.recipe.renderers.comparison import RendererMismatchWarning
 from mint.recipe.renderers.llama3 import Llama3
@@ -44,6 +44,4 @@ def _chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
             return Qwen3(tokenizer, thinking=True)
         case "qwen3_disable_thinking":
             return Qwen3(tokenizer, thinking=False)
-    raise InvalidInputError(
-        f"`name` is {name!r}; there are the renderers {', '.join(RENDERER_NAMES)}", field="name"
-    )
+    raise refused("name", f"is {name!r}; there are the renderers {', '.join(RENDERER_NAMES)}")

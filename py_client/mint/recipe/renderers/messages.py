@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import NotRequired, TypedDict
 
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
 
 CHAT_ROLES = ("system", "user", "assistant")
 
@@ -19,20 +19,17 @@ class Message(TypedDict):
 def check_messages(messages: Sequence[Message], roles: Collection[str]) -> None:
     """Refuses what cannot be rendered."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise InvalidInputError(
-            f"`messages` is a {type(messages).__name__}; give a list of messages", field="messages"
-        )
+        raise refused("messages", f"is a {type(messages).__name__}; give a list of messages")
     if not messages:
-        raise InvalidInputError("`messages` is empty; give at least one message", field="messages")
+        raise refused("messages", "is empty; give at least one message")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]", roles)
 
 
 def _check_message(message: object, field: str, roles: Collection[str]) -> None:
     if not isinstance(message, dict):
-        raise InvalidInputError(
-            f"`{field}` is a {type(message).__name__}; give a dict with `role` and `content`",
-            field=field,
+        raise refused(
+            field, f"is a {type(message).__name__}; give a dict with `role` and `content`"
         )
     for key in ("role", "content"):
         if key not in message:
@@ -46,12 +43,6 @@ def _check_message(message: object, field: str, roles: Collection[str]) -> None:
             )
     role, content = message["role"], message["content"]
     if role not in roles:
-        raise InvalidInputError(
-            f"`{field}.role` is {role!r}; this renderer knows {', '.join(roles)}",
-            field=f"{field}.role",
-        )
+        raise refused(f"{field}.role", f"is {role!r}; this renderer knows {', '.join(roles)}")
     if not isinstance(content, str):
-        raise InvalidInputError(
-            f"`{field}.content` is a {type(content).__name__}; give a string",
-            field=f"{field}.content",
-        )
+        raise refused(f"{field}.content", f"is a {type(content).__name__}; give a string")

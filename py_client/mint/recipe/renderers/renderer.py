@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.recipe.renderers.chat_format import ChatFormat
 from mint.recipe.renderers.comparison import warn_of_differences
 from mint.recipe.renderers.messages import Message, check_messages
@@ -51,9 +51,7 @@ class Renderer:
         check_messages(messages, self._format.roles)
         if role not in self._format.roles:
             known = ", ".join(self._format.roles)
-            raise InvalidInputError(
-                f"`role` is {role!r}; this renderer knows {known}", field="role"
-            )
+            raise refused("role", f"is {role!r}; this renderer knows {known}")
         text = self._format.prompt(messages, role) + (prefill or "")
         return ModelInput.from_ints(encode(self.tokenizer, text))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import count, groupby
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.recipe.renderers.chat_format import Rendered
 from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer, encode_with_starts, template_text
@@ -31,9 +31,7 @@ class Template:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
-            raise InvalidInputError(
-                "`tokenizer` has no chat template; use renderer `role_colon`", field="tokenizer"
-            )
+            raise refused("tokenizer", "has no chat template; use renderer `role_colon`")
         self._tokenizer = tokenizer
         self._marked = _GENERATION_MARK.search(str(tokenizer.chat_template)) is not None
         self._end, self.stops = self._find_end()
@@ -45,9 +43,7 @@ class Template:
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         if role != "assistant":
-            raise InvalidInputError(
-                f"`role` is {role!r}; a chat template prompts for the assistant alone", field="role"
-            )
+            raise refused("role", f"is {role!r}; a chat template prompts for the assistant alone")
         return template_text(self._tokenizer, messages, add_generation_prompt=True)
 
     def content_of(self, answer: str) -> str:
@@ -95,9 +91,8 @@ class Template:
             if text.startswith(prompt) and len(prompt) <= end:
                 start = len(prompt)
         if not found or start is None or not text.endswith(after) or end < start:
-            raise InvalidInputError(
-                f"`messages[{index}]` cannot be found in what the chat template makes of it; "
-                "use another renderer",
-                field=f"messages[{index}]",
+            raise refused(
+                f"messages[{index}]",
+                "cannot be found in what the chat template makes of it; use another renderer",
             )
         return start, end + len(self._end) if after.startswith(self._end) else end

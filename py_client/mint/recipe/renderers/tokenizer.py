@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mint.errors import InvalidInputError
+from mint.errors import InvalidInputError, refused
 from mint.recipe.renderers.messages import Message
 
 
@@ -39,10 +39,10 @@ def encode_with_starts(tokenizer: Tokenizer, text: str) -> tuple[list[int], list
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError:
-        raise InvalidInputError(
-            "`tokenizer` cannot say where in the text its tokens lie; use a fast tokenizer "
+        raise refused(
+            "tokenizer",
+            "cannot say where in the text its tokens lie; use a fast tokenizer "
             "(one with a tokenizer.json)",
-            field="tokenizer",
         ) from None
     starts, previous_end = [], 0
     for start, end in encoded["offset_mapping"]:

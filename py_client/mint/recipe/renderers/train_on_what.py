@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 from mint.recipe.renderers.messages import Message
 
 
@@ -20,10 +20,7 @@ class TrainOnWhat(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "TrainOnWhat":
-        raise InvalidInputError(
-            f"`train_on_what` is {value!r}; it must be one of {', '.join(cls)}",
-            field="train_on_what",
-        )
+        raise refused("train_on_what", f"is {value!r}; it must be one of {', '.join(cls)}")
 
 
 def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
@@ -32,17 +29,17 @@ def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) ->
         return [i for i, message in enumerate(messages) if _trainable(message, i)]
     for i, message in enumerate(messages):
         if "trainable" in message:
-            raise InvalidInputError(
-                f"`messages[{i}].trainable` is set, which `train_on_what` "
+            raise refused(
+                f"messages[{i}].trainable",
+                "is set, which `train_on_what` "
                 f"{train_on_what.value!r} does not read; use 'customized'",
-                field=f"messages[{i}].trainable",
             )
     chosen = _chosen(messages, train_on_what)
     if not chosen:
-        raise InvalidInputError(
-            f"`messages` has nothing to train on for `train_on_what` {train_on_what.value!r}; "
+        raise refused(
+            "messages",
+            f"has nothing to train on for `train_on_what` {train_on_what.value!r}; "
             f"its roles are {', '.join(message['role'] for message in messages)}",
-            field="messages",
         )
     return chosen
 
@@ -66,12 +63,7 @@ def _chosen(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int
 def _trainable(message: Message, index: int) -> bool:
     field = f"messages[{index}].trainable"
     if "trainable" not in message:
-        raise InvalidInputError(
-            f"`{field}` is missing; `train_on_what` 'customized' needs it in every message",
-            field=field,
-        )
+        raise refused(field, "is missing; `train_on_what` 'customized' needs it in every message")
     if not isinstance(message["trainable"], bool):
-        raise InvalidInputError(
-            f"`{field}` is {message['trainable']!r}; give true or false", field=field
-        )
+        raise refused(field, f"is {message['trainable']!r}; give true or false")
     return message["trainable"]

@@ -7,8 +7,8 @@ from mint._transport.address import parse_address
 from mint._transport.connection import Settings
 from mint._transport.environment import DEFAULT_BASE_URL, Environment, read_environment
 from mint._transport.servers import Servers
-from mint.errors import InvalidInputError
-from mint.types.params import number, text, text_map
+from mint.errors import refused
+from mint.types._checks import number, text, text_map
 
 DEFAULT_TIMEOUT_S = 3600.0
 
@@ -36,7 +36,5 @@ def _timeout(timeout: float | None) -> float:
         return DEFAULT_TIMEOUT_S
     seconds = number(timeout, "timeout")
     if math.isnan(seconds) or seconds <= 0:
-        raise InvalidInputError(
-            f"`timeout` is {timeout}; give a positive number of seconds", field="timeout"
-        )
+        raise refused("timeout", f"is {timeout}; give a positive number of seconds")
     return seconds

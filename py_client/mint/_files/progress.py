@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mint.errors import InvalidInputError
+from mint.errors import refused
 
 Progress = Callable[[int, int], None]  # is given bytes done and bytes in all
 
@@ -11,37 +11,30 @@ Progress = Callable[[int, int], None]  # is given bytes done and bytes in all
 @contextmanager
 def reporting(progress: Progress | bool, total_bytes: int, what: str) -> Iterator[Progress]:
     """What to call after each piece."""
-    if progress is True:
-        with _bar(total_bytes, what) as report:
-            yield report
-    elif progress is False:
+    if progress is False:
         yield lambda done, total: None
-    else:
+    elif progress is not True:
         yield progress
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
+            yield lambda done, total: bar.update(done - bar.n)
 
 
 def check_progress(progress: Progress | bool) -> None:
     """Refuses what cannot show progress, before anything is sent."""
     if not isinstance(progress, bool) and not callable(progress):
-        raise InvalidInputError(
-            f"`progress` is {progress!r}; give a function of (bytes done, bytes in all), or True "
-            "for a bar",
-            field="progress",
+        raise refused(
+            "progress",
+            f"is {progress!r}; give a function of (bytes done, bytes in all), or True for a bar",
         )
     if progress is True:
         try:
             import tqdm  # noqa: F401
         except ImportError:
-            raise InvalidInputError(
-                "`progress` is True and tqdm, which draws the bar, is not installed; install it, "
+            raise refused(
+                "progress",
+                "is True and tqdm, which draws the bar, is not installed; install it, "
                 "or give a function",
-                field="progress",
             ) from None
-
-
-@contextmanager
-def _bar(total_bytes: int, what: str) -> Iterator[Progress]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
-        yield lambda done, total: bar.update(done - bar.n)

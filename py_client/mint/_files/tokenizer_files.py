@@ -7,23 +7,30 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mint._async_names import on_thread
-from mint._transport.call import read_stream
 from mint._transport.connection import Connection
+from mint._transport.servers import Servers
+from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError
 from mintrpc.v1 import model_pb2
 
+Piece = model_pb2.GetTokenizerResponse
 _SUMS = "sha256.json"  # of every file, written last: a folder without it is not complete
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def load_tokenizer(connection: Connection, base_model: str, fingerprint: str) -> Any:
-    """A Hugging Face tokenizer. Its files are fetched unless the cache has them, intact."""
+def tokenizer_of(servers: Servers, connection: Connection, base_model: str) -> Any:
+    """The tokenizer of a base model that is served there, a Hugging Face one, opened once."""
+    served = servers.served(connection, base_model)
+    fingerprint = served.tokenizer_fingerprint
+    return servers.once(fingerprint, lambda: _load(connection, served.model_name, fingerprint))
+
+
+def _load(connection: Connection, base_model: str, fingerprint: str) -> Any:
+    """Opens a tokenizer. Its files are fetched unless the cache has them, intact."""
     if not _FINGERPRINT.fullmatch(fingerprint):
         raise APIResponseValidationError(
             f"the server gives {fingerprint!r} as the tokenizer's fingerprint, which is no digest"
@@ -42,6 +49,28 @@ def cache_folder() -> Path:
     return Path(root) / "mint" / "tokenizers"
 
 
+class _Pieces(Stream[Piece]):
+    """What the server sends of its files."""
+
+    _attaches = False  # it starts anew
+
+    def __init__(self, connection: Connection, base_model: str) -> None:
+        self._pieces: list[Piece] = []
+        request = model_pb2.GetTokenizerRequest(base_model=base_model)
+        super().__init__(connection, connection.model.GetTokenizer, request)
+
+    def all(self) -> list[Piece]:
+        """Waits for the last of them."""
+        next(self, None)
+        return self._pieces
+
+    def _read(self, message: Piece) -> None:
+        self._pieces.append(message)
+
+    def _opening_again(self) -> None:
+        self._pieces.clear()
+
+
 def _intact(folder: Path) -> bool:
     try:
         sums: dict[str, str] = json.loads((folder / _SUMS).read_text())
@@ -51,9 +80,8 @@ def _intact(folder: Path) -> bool:
 
 
 def _fetch(connection: Connection, base_model: str, folder: Path) -> None:
-    request = model_pb2.GetTokenizerRequest(base_model=base_model)
-    read = partial(read_stream, connection, connection.model.GetTokenizer, request)
-    pieces = on_thread(read).result()  # which an interrupt may end, but not gRPC's part of it
+    with _Pieces(connection, base_model) as stream:
+        pieces = stream.all()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
     try:
@@ -77,7 +105,7 @@ def _publish(staging: Path, folder: Path) -> None:
             raise
 
 
-def _files(pieces: Iterable[model_pb2.GetTokenizerResponse]) -> Iterator[tuple[str, bytes]]:
+def _files(pieces: Iterable[Piece]) -> Iterator[tuple[str, bytes]]:
     """Whole files out of their pieces, each checked against its digest."""
     whole: dict[str, bytearray] = {}
     for piece in pieces:

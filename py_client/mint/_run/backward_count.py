@@ -20,10 +20,7 @@ class BackwardCount:
 
     def take(self) -> int:
         """The count for an optimizer step, which clears the gradient also when it is refused."""
-        with self._lock:
-            count, self._count = self._count, 0
-            self._clears += 1
-            return count
+        return self._cleared()[0]
 
     def clear(self) -> Callable[[Future[Any]], None]:
         """Clears the count for a call that clears the gradient if it succeeds.
@@ -31,10 +28,7 @@ class BackwardCount:
         Returns what to call when it has ended: if it failed, and nothing else has cleared the
         count since, the backwards before it count again.
         """
-        with self._lock:
-            count, self._count = self._count, 0
-            self._clears += 1
-            clears = self._clears
+        count, clears = self._cleared()
 
         def ended(call: Future[Any]) -> None:
             if call.exception() is not None:
@@ -42,3 +36,9 @@ class BackwardCount:
                     self._count += count if self._clears == clears else 0
 
         return ended
+
+    def _cleared(self) -> tuple[int, int]:
+        with self._lock:
+            count, self._count = self._count, 0
+            self._clears += 1
+            return count, self._clears

@@ -11,8 +11,8 @@ from mint._transport.address import parse_address
 from mint._transport.connection import Connection, Settings
 from mint._transport.environment import read_environment
 from mint._transport.servers import Servers
-from mint.errors import InvalidInputError
-from mint.types.params import text
+from mint.errors import refused
+from mint.types._checks import text
 
 _shared: "WeakValueDictionary[tuple[object, ...], Servers]" = WeakValueDictionary()
 _lock = threading.Lock()
@@ -44,9 +44,7 @@ class Handle:
         try:
             return cls(**json.loads(base64.urlsafe_b64decode(text(handle, "handle"))))
         except (ValueError, TypeError):
-            raise InvalidInputError(
-                "`handle` is not what get_sampler_handle() gives", field="handle"
-            ) from None
+            raise refused("handle", "is not what get_sampler_handle() gives") from None
 
     def __str__(self) -> str:
         return base64.urlsafe_b64encode(json.dumps(asdict(self)).encode()).decode()

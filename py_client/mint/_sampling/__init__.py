@@ -1,0 +1,1 @@
+"""Samples as their script asks for them and gets them."""

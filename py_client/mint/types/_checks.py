@@ -1,0 +1,60 @@
+"""Plain values that users give, as the contract's fields take them, or refused."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+
+from mint.errors import refused
+
+T = TypeVar("T")
+USE_FROM_INTS = "for token ids use ModelInput.from_ints"
+
+
+def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
+    """A value of that type."""
+    if not isinstance(value, kind):
+        raise refused(field, f"is a {type(value).__name__}; {remedy}")
+    return value
+
+
+def number(value: Any, field: str) -> float:
+    """A real number; text and booleans are refused."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise refused(field, f"is {value!r}; give a number")
+    return float(value)
+
+
+def text(value: Any, field: str) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise refused(field, f"is {value!r}; give a text")
+    return value
+
+
+def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
+    """Texts by name; None means none."""
+    return {
+        text(name, field): text(value, f"{field}.{name}") for name, value in (entries or {}).items()
+    }
+
+
+def integer(value: Any, field: str, *, bits: int = 32) -> int:
+    """A whole number that fits the contract's field."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise refused(field, f"is {value!r}; give a whole number")
+    whole = int(value)
+    if not -(2 ** (bits - 1)) <= whole < 2 ** (bits - 1):
+        raise refused(field, f"is {whole}, beyond {bits} bits")
+    return whole
+
+
+def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
+    """How long something is kept; None: until it is deleted."""
+    if seconds is None:
+        return None
+    if not 0 < number(seconds, field) < float("inf"):
+        raise refused(field, f"is {seconds}; give a positive number, or None to keep it")
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
