@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.comparison import cpu_seconds, faster, report
 from benchmarks.sampler_workloads import Ours, adapter_path, agreement, random_requests
 from benchmarks.workloads import SMOLLM2
-from checkpoint_store.adapter_files import write_adapter
+from checkpoint_store.adapter_files import write_files
 from mint_core.lora.spec import LoraRequest
 
 ROUNDS = 5
@@ -55,7 +55,14 @@ def main() -> None:
         requests = Path(folder, "requests.json")
         requests.write_text(json.dumps([asdict(request) for request in REQUESTS]))
         spec = ours.sampler.row(adapter_path(0)).spec
-        write_adapter(Path(folder), spec, str(SMOLLM2), ours.arrays(0))
+        write_files(
+            Path(folder),
+            ours.arrays(0),
+            spec=spec,
+            base_model=str(SMOLLM2),
+            base_fingerprint="",
+            step=0,
+        )
         vllm = Vllm(Path(folder), requests)
         try:
             warm = vllm.round()  # it compiles on its first call

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +25,45 @@ EXP_AVG, EXP_AVG_SQ = "exp_avg.", "exp_avg_sq."  # before the weights' names
 BASE_FINGERPRINT, STEP = "base_fingerprint", "step"
 
 
-def write_adapter(
+Moments = tuple[AdapterArrays, AdapterArrays]  # first and second, by the weights' names
+Progress = Callable[[], None]  # called now and then: disks are slow
+
+
+def write_files(
     folder: Path,
+    weights: AdapterArrays,
+    moments: Moments | None = None,
+    *,
     spec: AdapterSpec,
     base_model: str,
-    weights: AdapterArrays,
-    *,
-    base_fingerprint: str = "",
-) -> None:
-    """Writes what `PeftModel.from_pretrained` opens."""
-    (folder / CONFIG_FILE).write_text(json.dumps(_peft_config(spec, base_model), indent=2) + "\n")
-    _save(folder / WEIGHTS_FILE, weights, {BASE_FINGERPRINT: base_fingerprint})
-
-
-def write_moments(
-    folder: Path, step: int, exp_avg: AdapterArrays, exp_avg_sq: AdapterArrays
-) -> None:
-    first = {EXP_AVG + name: array for name, array in exp_avg.items()}
-    second = {EXP_AVG_SQ + name: array for name, array in exp_avg_sq.items()}
-    _save(folder / OPTIMIZER_FILE, first | second, {STEP: str(step)})
+    base_fingerprint: str,
+    step: int,  # of the moments
+    progress: Progress = lambda: None,
+) -> dict[str, FileEntry]:
+    """Writes what `PeftModel.from_pretrained` opens, and beside it moments if there are any. All
+    files are on disk when this returns, and described.
+    """
+    config = json.dumps(_peft_config(spec, base_model), indent=2) + "\n"
+    about = {BASE_FINGERPRINT: base_fingerprint}
+    entries = {
+        CONFIG_FILE: _write(folder / CONFIG_FILE, [config.encode()], progress),
+        WEIGHTS_FILE: _write(folder / WEIGHTS_FILE, _safetensors(weights, about), progress),
+    }
+    if moments is not None:
+        first, second = moments
+        named = {EXP_AVG + name: array for name, array in first.items()}
+        named |= {EXP_AVG_SQ + name: array for name, array in second.items()}
+        pieces = _safetensors(named, {STEP: str(step)})
+        entries[OPTIMIZER_FILE] = _write(folder / OPTIMIZER_FILE, pieces, progress)
+    return entries
 
 
 def read_weights(folder: Path) -> dict[str, Floats]:
     return dict(load_file(folder / WEIGHTS_FILE))
 
 
-def read_moments(folder: Path) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """First and second moments, by the weights' names."""
+def read_moments(folder: Path) -> Moments:
+    """Of training state."""
     arrays = load_file(folder / OPTIMIZER_FILE)
     return with_prefix(arrays, EXP_AVG), with_prefix(arrays, EXP_AVG_SQ)
 
@@ -113,9 +125,24 @@ def verify_file(path: str, file: Path, entry: FileEntry) -> None:
         raise CheckpointDamaged(path, file.name, "does not match its SHA-256")
 
 
-def _save(file: Path, arrays: AdapterArrays, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file array by array. The library's writers would hold the interpreter
-    for all of it, in a front that has others to serve.
+def _write(file: Path, pieces: Iterable[bytes | memoryview], progress: Progress) -> FileEntry:
+    digest = hashlib.sha256()
+    with file.open("wb") as opened:
+        for piece in pieces:
+            digest.update(piece)
+            opened.write(piece)
+            progress()
+        size_bytes = opened.tell()
+        opened.flush()
+        os.fsync(opened.fileno())
+    return FileEntry(size_bytes, digest.hexdigest())
+
+
+def _safetensors(
+    arrays: AdapterArrays, metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file, array by array: the library's writers would hold the interpreter, and all
+    of it in memory.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     stop = 0
@@ -124,10 +151,9 @@ def _save(file: Path, arrays: AdapterArrays, metadata: Mapping[str, str]) -> Non
         header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            opened.write(np.ascontiguousarray(array, "<f4").data)
+    yield len(text).to_bytes(8, "little") + text
+    for array in arrays.values():
+        yield np.ascontiguousarray(array, "<f4").data.cast("B")
 
 
 def with_prefix(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:

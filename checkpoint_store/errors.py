@@ -1,6 +1,10 @@
 """What only the store can find wrong."""
 
-from mint_core.errors import FailedPrecondition, InvalidRequest
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mint_core.errors import FailedPrecondition, InvalidRequest, ResourceExhausted
 
 
 class CheckpointDamaged(FailedPrecondition):
@@ -42,3 +46,16 @@ class WeightsNotFinite(InvalidRequest):
             path=path,
             tensor=tensor,
         )
+
+
+@contextmanager
+def full_disk_told() -> Iterator[None]:
+    """Says ResourceExhausted where the store's disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceExhausted(
+            "the checkpoint store has no space left; delete checkpoints, then save again"
+        ) from error

@@ -11,8 +11,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
+from checkpoint_store.errors import full_disk_told
 from checkpoint_store.layout import StoreLayout
-from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
+from checkpoint_store.manifest import MANIFEST_FILE, FileEntry, Manifest, encode_manifest
 from checkpoint_store.paths import (
     CheckpointKind,
     CheckpointPath,
@@ -21,7 +22,7 @@ from checkpoint_store.paths import (
     generated_name,
 )
 from checkpoint_store.places import flush_folder, make_folder, write_durably
-from mint_core.errors import AlreadyExists, ResourceExhausted
+from mint_core.errors import AlreadyExists
 from mint_core.lora.spec import AdapterSpec
 
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)
@@ -53,15 +54,10 @@ class Publisher:
         """A folder to write in, on the store's file system, gone afterwards."""
         staging = self._layout.staging / uuid4().hex
         try:
-            make_folder(self._layout.staging)
-            staging.mkdir()
-            yield staging
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResourceExhausted(
-                "the checkpoint store has no space left; delete checkpoints, then save again"
-            ) from error
+            with full_disk_told():
+                make_folder(self._layout.staging)
+                staging.mkdir()
+                yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -137,6 +133,7 @@ def new_manifest(
     request: str = "",
     sequence: int = 0,
     mark: str = "",
+    files: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
     return Manifest(
@@ -158,4 +155,5 @@ def new_manifest(
         request=request,
         sequence=sequence,
         mark=mark,
+        files=files or {},
     )

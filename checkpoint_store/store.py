@@ -4,12 +4,11 @@ It keeps nothing in memory.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
 
 from checkpoint_store import adapter_files, retention, revisions
 from checkpoint_store.errors import CheckpointDamaged
@@ -28,10 +27,9 @@ from checkpoint_store.paths import (
     check_new_name,
     parse_path,
 )
-from checkpoint_store.places import Place, make_folder
-from checkpoint_store.publishing import Published, Publisher, new_manifest, share_files
+from checkpoint_store.places import Place
+from checkpoint_store.publishing import Published, Publisher, share_files
 from mint_core.errors import CheckpointNotFound, InvalidRequest
-from mint_core.lora.spec import AdapterArrays, AdapterSpec
 
 logger = logging.getLogger(__name__)
 
@@ -65,87 +63,25 @@ class CheckpointStore:
         self._publisher = Publisher(self._layout)
         self._snapshots = snapshots
 
-    def publish(
-        self,
-        *,
-        training_run_id: str,
-        kind: CheckpointKind,
-        name: str | None,
-        tenant: str,
-        base_model: str,
-        base_fingerprint: str,
-        spec: AdapterSpec,
-        weights: AdapterArrays,
-        exp_avg: AdapterArrays | None = None,
-        exp_avg_sq: AdapterArrays | None = None,
-        step: int,
-        metadata: Mapping[str, str] | None = None,
-        sequence: int = 0,
-        mark: str = "",
-        overwrite: bool = True,
-        expire_time: datetime | None = None,
-    ) -> Published:
-        """Saves the next revision of a name, or an unnamed snapshot. Readers see all or nothing.
-
-        Without `overwrite`, a name that exists is AlreadyExists. With a `mark`, to save it once
-        more under the same name changes nothing: a crash may have hidden that it was saved.
-        """
-        manifest = new_manifest(
-            training_run_id=training_run_id,
-            kind=kind,
-            name=name,
-            tenant=tenant,
-            base_model=base_model,
-            base_fingerprint=base_fingerprint,
-            spec=spec,
-            step=step,
-            metadata=metadata,
-            expire_time=expire_time,
-            sequence=sequence,
-            mark=mark,
-        )
-        return self.publish_as(manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
-
-    def publish_as(
-        self,
-        manifest: Manifest,
-        weights: AdapterArrays,
-        exp_avg: AdapterArrays | None = None,
-        exp_avg_sq: AdapterArrays | None = None,
-        *,
-        overwrite: bool = True,
-    ) -> Published:
-        """As `publish`, of what `new_manifest` has described. What one request has published twice
-        is there once.
-        """
-        assert (exp_avg is None) == (exp_avg_sq is None), "one moment without the other"
-        for arrays in (weights, exp_avg, exp_avg_sq):
-            if arrays is not None:
-                adapter_files.check_arrays(str(manifest.path), manifest.spec, arrays)
-        with self.staging() as staging:
-            adapter_files.write_adapter(
-                staging,
-                manifest.spec,
-                manifest.base_model,
-                weights,
-                base_fingerprint=manifest.base_fingerprint,
-            )
-            if exp_avg is not None and exp_avg_sq is not None:
-                adapter_files.write_moments(staging, manifest.step, exp_avg, exp_avg_sq)
-            published = self._publisher.place(staging, manifest, overwrite=overwrite)
-        if not manifest.named:
-            self.recant(manifest.path)
-        return published
-
     def staging(self) -> AbstractContextManager[Path]:
         """A folder to write in, on the store's file system, gone afterwards. A full disk is
         ResourceExhausted.
         """
         return self._publisher.staging()
 
-    def publish_folder(self, manifest: Manifest, staging: Path) -> Published:
-        """Publishes what has been written to a folder of `staging`, as it is."""
-        return self._publisher.place(staging, manifest, overwrite=True)
+    def publish_folder(
+        self, manifest: Manifest, staging: Path, *, overwrite: bool = True
+    ) -> Published:
+        """Publishes what has been written to a folder of `staging`, as the next revision of its
+        name. Readers see all of it or nothing.
+
+        Without `overwrite`, a name that exists is AlreadyExists. What one request or call has
+        published twice is there once: a crash may have hidden that it was.
+        """
+        published = self._publisher.place(staging, manifest, overwrite=overwrite)
+        if not manifest.named:
+            self.recant(manifest.path)
+        return published
 
     def copy(
         self,
@@ -156,14 +92,16 @@ class CheckpointStore:
         expire_time: datetime | None = None,
         request: str = "",
     ) -> Published:
-        """Publishes a revision once more, under another name of its run. A name that exists is
-        AlreadyExists, unless the same request has made it.
+        """Publishes a stored revision once more, under another name of its run. A name that exists
+        is AlreadyExists, unless the same request has made it.
         """
         asked = parse_path(path)
         target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
         if made := self._publisher.made_by(target, request):
             return Published(made)
-        found = self.open(path, tenant=tenant)
+        found = self.find_stored(path, tenant=tenant)
+        found.note_use()
+        self.verify(found)
         manifest = replace(
             found.manifest,
             name=target.name,
@@ -175,10 +113,6 @@ class CheckpointStore:
             sequence=0,
             mark="",
         )
-        if not found.stored:
-            return self.publish_as(manifest, found.weights(), overwrite=False)
-        if found.row is not None:
-            self.verify(found)  # what memory has is opened without its files
         with self.staging() as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)
@@ -199,11 +133,6 @@ class CheckpointStore:
         if not revisions.rewrite_manifest(folder, encode_manifest(changed)):
             raise CheckpointNotFound(path)
         return changed
-
-    def draft(self) -> Path:
-        """Where to write a row's numbers to, on the store's file system."""
-        make_folder(self._layout.staging)
-        return self._layout.staging / f"{uuid4().hex}.row"
 
     def has(self, revision: CheckpointPath) -> bool:
         """Whether a revision is stored, whoever's it is."""

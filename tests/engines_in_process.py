@@ -1,13 +1,18 @@
 """The trainer's engine in the test's own process, and data for it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint_store import Manifest, new_manifest
+from checkpoint_store.adapter_files import read_moments, read_weights, write_files
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
+from tests.checkpoint_files import source_of
 from tests.models import VOCABULARY_SIZE
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
@@ -17,13 +22,14 @@ from trainer_service.jobs import (
     Document,
     DropRow,
     EngineConfig,
-    ExportRow,
     Gspo,
     LoadRow,
     Loss,
     Plan,
-    RowArrays,
     RowDescription,
+    SaveCheckpoint,
+    SaveRow,
+    Source,
     StepResult,
     StepRow,
     StepRows,
@@ -48,6 +54,7 @@ def make_engine(
         "row_memory_bytes": 0,
         "host_row_memory_bytes": 0,
         "row_folder": str(folder / "rows"),
+        "saved_row_folder": str(folder),
     }
     return Engine(EngineConfig(**{**settings, **changes}), progress)  # type: ignore[arg-type]
 
@@ -103,19 +110,69 @@ def random_arrays(spec_arrays: AdapterArrays, seed: int) -> AdapterArrays:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowArrays:
+    """A row's content outside the engine, by PEFT's names."""
+
+    weights: AdapterArrays
+    exp_avg: AdapterArrays | None = None
+    exp_avg_sq: AdapterArrays | None = None
+    step: int = 0
+
+
+def manifest_of(name: str, spec: AdapterSpec, step: int = 0) -> Manifest:
+    return new_manifest(
+        training_run_id=name,
+        kind="weights",
+        name="a",
+        tenant="t",
+        base_model="tiny",
+        base_fingerprint="f00d",
+        spec=spec,
+        step=step,
+    )
+
+
+@contextlib.contextmanager
+def as_source(spec: AdapterSpec, arrays: RowArrays) -> Iterator[Source]:
+    """A checkpoint with that content, for a while."""
+    manifest = manifest_of("r", spec, arrays.step)
+    moments = None
+    if arrays.exp_avg is not None and arrays.exp_avg_sq is not None:
+        moments = arrays.exp_avg, arrays.exp_avg_sq
+    with TemporaryDirectory() as folder:
+        write_files(
+            Path(folder),
+            arrays.weights,
+            moments,
+            spec=spec,
+            base_model=manifest.base_model,
+            base_fingerprint=manifest.base_fingerprint,
+            step=arrays.step,
+        )
+        yield source_of(manifest, Path(folder), with_optimizer=moments is not None)
+
+
+def save(engine: Engine, job: SaveCheckpoint | SaveRow) -> object:
+    """Has a row saved, background and all."""
+    rest = engine.run(job)
+    assert callable(rest)
+    answer: object = rest(lambda: None)
+    return answer
+
+
 class EngineRun:
     """A run on an engine, in a test's words."""
 
     def __init__(
         self, engine: Engine, name: str, request: LoraRequest, *, random: int | None = None
     ) -> None:
-        self.engine, self.name, self._sequence = engine, name, 0
-        description = engine.run(CreateRow(training_run_id=name, request=request))
+        self.engine, self.name, self._sequence, self._taken = engine, name, 0, 0
+        description = engine.run(CreateRow(name, request))
         assert isinstance(description, RowDescription)
         self.spec: AdapterSpec = description.spec
         if random is not None:
-            start = RowArrays(weights=random_arrays(self.export(False).weights, random))
-            engine.run(LoadRow(training_run_id=name, start=start))
+            self.load(RowArrays(weights=random_arrays(self.export(False).weights, random)))
 
     def tile(
         self,
@@ -146,12 +203,22 @@ class EngineRun:
         assert isinstance(results, tuple)
         result = results[0]
         assert isinstance(result, StepResult)
+        self._taken = result.step
         return result
 
+    def load(self, arrays: RowArrays) -> None:
+        with as_source(self.spec, arrays) as source:
+            self.engine.run(LoadRow(self.name, source))
+        self._taken = arrays.step
+
     def export(self, with_optimizer: bool = True) -> RowArrays:
-        arrays = self.engine.run(ExportRow(self.name, with_optimizer))
-        assert isinstance(arrays, RowArrays)
-        return arrays
+        manifest = manifest_of(self.name, self.spec)
+        with TemporaryDirectory() as folder:
+            job = SaveCheckpoint(manifest=manifest, folder=folder, with_optimizer=with_optimizer)
+            save(self.engine, job)
+            weights = read_weights(Path(folder))
+            first, second = read_moments(Path(folder)) if with_optimizer else (None, None)
+        return RowArrays(weights=weights, exp_avg=first, exp_avg_sq=second, step=self._taken)
 
 
 def score(
@@ -161,8 +228,13 @@ def score(
     weights: AdapterArrays | None = None,  # of the adapter
 ) -> NDArray[np.float32]:
     """Logprobs of all tokens but the first, in a new run of the trainer."""
-    start = None if weights is None else RowArrays(weights=weights)
-    engine.run(CreateRow(training_run_id="scored", request=spec, start=start))
+    with contextlib.ExitStack() as stack:
+        if weights is not None:
+            assert isinstance(spec, AdapterSpec)
+            source = stack.enter_context(as_source(spec, RowArrays(weights=weights)))
+            engine.run(CreateRow("scored", source))
+        else:
+            engine.run(CreateRow("scored", spec))
     stream = np.array(tokens)
     document = Document(
         tokens=stream[:-1], targets=stream[1:], weights=np.ones(len(stream) - 1, np.float32)

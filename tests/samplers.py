@@ -15,6 +15,7 @@ from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
 from mintrpc.v1 import model_pb2, model_pb2_grpc, sampler_pb2, sampler_pb2_grpc, types_pb2
+from tests.checkpoint_files import publish_checkpoint
 from tests.engines_in_process import random_arrays
 from tests.servers import RunningService
 
@@ -68,7 +69,7 @@ class Sampler:
             "step": 1,
             **changes,
         }
-        return self.store.publish(**fields).revision_path  # type: ignore[arg-type]
+        return publish_checkpoint(self.store, **fields).revision_path  # type: ignore[arg-type]
 
 
 def model_input(tokens: tuple[int, ...]) -> types_pb2.ModelInput:

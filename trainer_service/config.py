@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mint_core.hosting.service_config import ServiceConfig, option
 from trainer_service.jobs import EngineConfig
+from trainer_service.journal.schema import SAVED_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,10 @@ class TrainerConfig(ServiceConfig):
     def state_folder(self) -> Path:
         return self.state or self.store_folder / ".state"
 
+    @property
+    def saved_row_folder(self) -> Path:
+        return self.state_folder.absolute() / SAVED_ROWS
+
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
             base_model=self.base_model,
@@ -116,5 +121,6 @@ class TrainerConfig(ServiceConfig):
             row_memory_bytes=self.row_memory_mib * 2**20,
             host_row_memory_bytes=self.host_row_memory_mib * 2**20,
             row_folder=str(self.row_folder or self.store_folder / ".rows"),
+            saved_row_folder=str(self.saved_row_folder),
             log_level=self.log_level,
         )

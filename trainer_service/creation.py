@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mint_core.errors import EngineDied, EngineFault
-from trainer_service.jobs import CreateRow, DropRow, RowDescription
+from trainer_service.jobs import CreateRow, DropRow, RowDescription, SavedRow, Source
 from trainer_service.queue.planner import most_tile_tokens
 from trainer_service.queue.scheduler import NotStarted
-from trainer_service.run.calls import Load, SavedRow
+from trainer_service.run.calls import Load
 from trainer_service.run.description import RunOrigin, RunState
 from trainer_service.run.services import RunServices
 from trainer_service.wire.requests import CreateRun
@@ -55,12 +55,12 @@ class Creation:
             else:
                 origin = self._origin(tenant, request, job, description, number())
                 created_s = origin.create_time.timestamp()
-                step = job.start.step if job.start else 0
+                step = job.request.step if isinstance(job.request, Source) else 0
                 return Made(origin, RunState(step=step, update_time_s=created_s), life, saved_row)
         raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
 
     async def _save(self, job: CreateRow, life: int) -> SavedRow | None:
-        if job.start is None:
+        if not isinstance(job.request, Source):
             return None
         return await self._saved_rows.take(job.training_run_id, 0, life)
 
@@ -96,10 +96,9 @@ class Creation:
     ) -> CreateRow:
         source = request.source
         if not isinstance(source, Load):
-            return CreateRow(training_run_id=training_run_id, request=source)
+            return CreateRow(training_run_id, source)
         opened = await self._checkpoints.open(source, tenant)
         model = self._scheduler.model
         opened.check_base(model.name, model.fingerprint)
         opened.check_rank(model)
-        start = await opened.arrays()
-        return CreateRow(training_run_id=training_run_id, request=opened.spec, start=start)
+        return CreateRow(training_run_id, opened.source)

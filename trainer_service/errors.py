@@ -223,7 +223,7 @@ class CheckpointMismatch(FailedPrecondition):
     reason = "CHECKPOINT_MISMATCH"
 
 
-class SnapshotFailed(ResourceExhausted):
+class RowNotSaved(ResourceExhausted):
     """The disk did not take a saved row; the one before it is as good as ever."""
 
     reason = "SNAPSHOT_FAILED"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from checkpoint_store import Manifest
 from mint_core.errors import MintError
-from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
+from mint_core.lora.spec import AdapterSpec, LoraRequest
 
 Floats = NDArray[np.float32]
 
@@ -108,6 +108,11 @@ class Tile:
     alone: bool = False  # whether it has a plan of its own, since engines have died with its call
 
 
+def saved_row_name(training_run_id: str, sequence: int) -> str:
+    """The file of a saved row."""
+    return f"{training_run_id}-{sequence}.safetensors"
+
+
 def tile_tokens(tile: Tile) -> int:
     return sum(len(document.tokens) for document in tile.documents)
 
@@ -131,12 +136,27 @@ class TileResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a row is filled from: the files of a checkpoint, which are verified, or where memory has
+    it the row file there. Without moments they and the step become 0.
+    """
+
+    revision_path: str
+    spec: AdapterSpec
+    folder: str
+    row_file: str  # in memory; empty: it is not there
+    with_optimizer: bool
+    step: int  # of the moments
+
+
+@dataclass(frozen=True, slots=True)
 class CreateRow:
-    """Makes a row: A drawn from the seed and B zero, or `start`. Answer: `RowDescription`."""
+    """Makes a row: A drawn from the seed and B zero, as one was made before, or as a checkpoint
+    says. Answer: `RowDescription`.
+    """
 
     training_run_id: str
-    request: LoraRequest | AdapterSpec  # a spec comes from a checkpoint
-    start: "RowArrays | None" = None
+    request: LoraRequest | AdapterSpec | Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,26 +206,6 @@ class ClearGradient:
     training_run_id: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowArrays:
-    """A row's content outside the engine. The moments use the weights' names; `exp_avg` is None
-    without optimizer.
-    """
-
-    weights: AdapterArrays
-    exp_avg: AdapterArrays | None = None
-    exp_avg_sq: AdapterArrays | None = None
-    step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ExportRow:
-    """Answer: `RowArrays`, with moments if asked for."""
-
-    training_run_id: str
-    with_optimizer: bool
-
-
 @dataclass(frozen=True, slots=True)
 class WriteRow:
     """Writes the weights as the row file of a checkpoint. Raises WeightsNotFinite, and
@@ -216,49 +216,72 @@ class WriteRow:
     manifest: Manifest  # as it is to stand in the file
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCheckpoint:
+    """Writes a row as the files of a checkpoint, in the background: a part, `Copied`, says that the
+    row may change again. Raises WeightsNotFinite, and ResourceExhausted on a full disk. Answer:
+    `Mapping[str, FileEntry]`.
+    """
+
+    manifest: Manifest
+    folder: str
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRow:
+    """Writes a row file as the files of its checkpoint, as `SaveCheckpoint` does. No row of the
+    engine's takes part.
+    """
+
+    file: str
+    manifest: Manifest
+    folder: str
+
+
 @dataclass(frozen=True, slots=True)
 class LoadRow:
-    """Replaces a row's content and clears its gradient; without moments they and the step become 0.
-    Answer: None.
+    """Replaces a row's content and clears its gradient. Answer: None.
 
     Shapes and names must be the row's own (InvalidRequest otherwise), values finite.
     """
 
     training_run_id: str
-    start: RowArrays
+    source: Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotRow:
-    """Writes a row into a file, in the background. A part, `SnapshotCopied`, says that the row may
-    change again. Answer: `SnapshotWritten`.
+class SaveRow:
+    """Writes a row to the folder of saved rows, in the background as `SaveCheckpoint`. Raises
+    RowNotSaved. Answer: `SavedRow`.
     """
 
     training_run_id: str
     sequence: int  # of the last call that is in it
-    path: str
     optional: bool  # whether things go on without it, so that an engine that cannot does so too
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotCopied:
-    pass
+class Copied:
+    """What is written in the background may change again."""
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotWritten:
-    """The file is on disk, whole."""
+class SavedRow:
+    """A run's row in a file of the state folder, whole."""
 
+    sequence: int  # of the last call that is in it
+    file: str  # name
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreRow:
-    """Makes a row anew from a file of SnapshotRow. Answer: `RestoredRow`."""
+    """Makes a row anew from a saved one. Answer: `RestoredRow`."""
 
     training_run_id: str
     spec: AdapterSpec
-    path: str
+    file: str  # name
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,4 +312,5 @@ class EngineConfig:
     row_memory_bytes: int  # of rows on the device; 0: computed from free memory
     host_row_memory_bytes: int  # of rows in host memory beside a GPU; 0: computed
     row_folder: str  # for the files of rows that fit in neither
+    saved_row_folder: str
     log_level: str = "INFO"

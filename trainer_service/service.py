@@ -24,7 +24,6 @@ from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
 from trainer_service.journal.ledger import Ledger
-from trainer_service.journal.schema import SAVED_ROWS
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
 from trainer_service.queue.backlog import Backlogs
@@ -62,7 +61,7 @@ class TrainerService:
         self.engine = EngineProcess(engine_module, config.engine_config())
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
-        self._checkpoints = _checkpoints(config)
+        self._checkpoints = _checkpoints(config, scheduler)
         self.journal = Journal(config.state_folder)
         self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
         backlogs = Backlogs(
@@ -76,7 +75,7 @@ class TrainerService:
             checkpoints=self._checkpoints,
             saved_rows=SavedRows(
                 scheduler,
-                config.state_folder.absolute() / SAVED_ROWS,
+                config.saved_row_folder,
                 self.tasks,
                 interval_s=config.snapshot_s,
                 metrics=metrics,
@@ -150,8 +149,8 @@ class TrainerService:
     async def stop(self) -> None:
         await self.tasks.stop()
         await asyncio.to_thread(self.journal.close)
+        await self._checkpoints.handoff.stop()  # the engine writes what is not stored yet
         await self.engine.close()
-        await self._checkpoints.handoff.stop()
 
     def _checkpoint_servicer(self) -> CheckpointServicer:
         store, sweeper = self._checkpoints.store, self._checkpoints.sweeper
@@ -191,11 +190,12 @@ class TrainerService:
         return float(getattr(counts, place, 0))
 
 
-def _checkpoints(config: TrainerConfig) -> Checkpoints:
+def _checkpoints(config: TrainerConfig, scheduler: Scheduler) -> Checkpoints:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
     if folder is None:
         logger.info("no shared memory here: snapshots go through the store")
-        return Checkpoints(open_store(config.store, config.store_folder, saves=True))
+        store = open_store(config.store, config.store_folder, saves=True)
+        return Checkpoints(store, None, scheduler.store)
     store = open_store(config.store, config.store_folder, SnapshotFolder(folder), saves=True)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
-    return Checkpoints(store, memory)
+    return Checkpoints(store, memory, scheduler.store)

@@ -16,6 +16,7 @@ from checkpoint_store.adapter_files import (
     OPTIMIZER_FILE,
     STEP,
     WEIGHTS_FILE,
+    Moments,
     with_prefix,
 )
 from checkpoint_store.foreign.base_copies import check_base_copies
@@ -38,12 +39,11 @@ _UNSUPPORTED_TENSORS = {  # parts of names, and what they are of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignAdapter:
-    """Arrays have PEFT's names. Without optimizer state the moments are None."""
+    """Arrays have PEFT's names. Without optimizer state there are no moments."""
 
     spec: AdapterSpec
     weights: Mapping[str, Floats]
-    exp_avg: Mapping[str, Floats] | None = None
-    exp_avg_sq: Mapping[str, Floats] | None = None
+    moments: Moments | None = None
     step: int = 0
 
 
@@ -221,7 +221,6 @@ def _with_moments(
     return ForeignAdapter(
         spec=spec,
         weights=weights,
-        exp_avg=with_prefix(moments, EXP_AVG),
-        exp_avg_sq=exp_avg_sq,
+        moments=(with_prefix(moments, EXP_AVG), exp_avg_sq),
         step=int(step),
     )

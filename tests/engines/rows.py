@@ -15,36 +15,40 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_store import write_published_row
+from checkpoint_store import FileEntry, Manifest, open_row, write_published_row
+from checkpoint_store.adapter_files import read_weights, write_files
+from checkpoint_store.errors import full_disk_told
 from checkpoint_store.row_file import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
-from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_name
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
-from trainer_service.errors import SnapshotFailed
+from trainer_service.errors import RowNotSaved
 from trainer_service.jobs import (
     ClearGradient,
+    Copied,
     CreateRow,
     DropRow,
-    ExportRow,
     Floats,
     LoadRow,
     Plan,
     RestoredRow,
     RestoreRow,
-    RowArrays,
     RowDescription,
-    SnapshotCopied,
-    SnapshotRow,
-    SnapshotWritten,
+    SaveCheckpoint,
+    SavedRow,
+    SaveRow,
+    Source,
     StepResult,
     StepRow,
     StepRows,
+    StoreRow,
     Tile,
     TileResult,
     WriteRow,
+    saved_row_name,
 )
 
 MODULE = "lm_head"
@@ -74,8 +78,9 @@ class Row:
 
 
 class Rows:
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, saved_rows: Path) -> None:
         self._pipe = pipe
+        self._saved_rows = saved_rows
         self._rows: dict[str, Row] = {}
         self._handlers: Mapping[type, Callable[[Any], object]] = {
             Plan: lambda job: tuple(self._tile(tile) for tile in job.tiles),
@@ -83,10 +88,11 @@ class Rows:
             CreateRow: self._create,
             DropRow: lambda job: self._rows.pop(job.training_run_id, None) and None,
             ClearGradient: self._clear,
-            ExportRow: self._export,
             WriteRow: self._write,
+            SaveCheckpoint: self._save,
+            StoreRow: self._store,
             LoadRow: self._load,
-            SnapshotRow: self._snapshot,
+            SaveRow: self._save_row,
             RestoreRow: self._restore,
         }
 
@@ -130,21 +136,45 @@ class Rows:
         return StepResult(step=row.step, grad_norm=norm, weight_digest=digest(row.weights))
 
     def _create(self, job: CreateRow) -> RowDescription:
-        spec = job.request if isinstance(job.request, AdapterSpec) else resolve(job.request)
+        spec = resolve(job.request) if isinstance(job.request, LoraRequest) else job.request
+        spec = spec.spec if isinstance(spec, Source) else spec
         weights = np.random.default_rng(spec.seed).random(WIDTH, np.float32)
         self._rows[job.training_run_id] = Row(spec, weights)
-        if job.start is not None:
-            self._fill(job.training_run_id, job.start)
+        if isinstance(job.request, Source):
+            self._fill(job.training_run_id, job.request)
         return RowDescription(spec=spec, trainable_parameter_count=WIDTH, row_bytes=4 * LAYOUT.size)
 
     def _clear(self, job: ClearGradient) -> None:
         self._rows[job.training_run_id].gradient[:] = 0
 
-    def _export(self, job: ExportRow) -> RowArrays:
-        row = self._rows[job.training_run_id]
-        weights = arrays(row.weights)
-        moments = arrays(np.zeros(WIDTH, np.float32)) if job.with_optimizer else None
-        return RowArrays(weights=weights, exp_avg=moments, exp_avg_sq=moments, step=row.step)
+    def _save(self, job: SaveCheckpoint) -> Mapping[str, FileEntry]:
+        weights = arrays(self._rows[job.manifest.training_run_id].weights)
+        return self._files(job.folder, job.manifest, weights, with_optimizer=job.with_optimizer)
+
+    def _store(self, job: StoreRow) -> Mapping[str, FileEntry]:
+        weights = open_row(Path(job.file), str(job.manifest.revision_path)).weights()
+        return self._files(job.folder, job.manifest, weights)
+
+    def _files(
+        self,
+        folder: str,
+        manifest: Manifest,
+        weights: AdapterArrays,
+        *,
+        with_optimizer: bool = False,
+    ) -> Mapping[str, FileEntry]:
+        self._pipe.send(Part(self._number, Copied()))
+        moments = arrays(np.zeros(WIDTH, np.float32))
+        with full_disk_told():
+            return write_files(
+                Path(folder),
+                weights,
+                (moments, moments) if with_optimizer else None,
+                spec=manifest.spec,
+                base_model=manifest.base_model,
+                base_fingerprint=manifest.base_fingerprint,
+                step=manifest.step,
+            )
 
     def _write(self, job: WriteRow) -> None:
         row = self._rows[job.manifest.training_run_id]
@@ -153,27 +183,33 @@ class Rows:
 
     def _load(self, job: LoadRow) -> None:
         self._clear(ClearGradient(job.training_run_id))
-        self._fill(job.training_run_id, job.start)
+        self._fill(job.training_run_id, job.source)
 
-    def _fill(self, name: str, start: RowArrays) -> None:
+    def _fill(self, name: str, source: Source) -> None:
         row = self._rows[name]
-        row.weights = start.weights[lora_a_name(MODULE)][0].copy()
-        row.step = start.step if start.exp_avg else 0
+        if source.row_file:
+            weights = open_row(Path(source.row_file), source.revision_path).weights()
+        else:
+            weights = read_weights(Path(source.folder))
+        row.weights = weights[lora_a_name(MODULE)][0].copy()
+        row.step = source.step
 
-    def _snapshot(self, job: SnapshotRow) -> SnapshotWritten:
+    def _save_row(self, job: SaveRow) -> SavedRow:
         row = self._rows[job.training_run_id]
-        self._pipe.send(Part(self._number, SnapshotCopied()))
+        self._pipe.send(Part(self._number, Copied()))
         parts = {"weights": row.weights, "gradient": row.gradient}
         about = {"step": str(row.step)}
+        name = saved_row_name(job.training_run_id, job.sequence)
         try:
-            return SnapshotWritten(save_row(Path(job.path), parts, about))
+            size_bytes = save_row(self._saved_rows / name, parts, about)
         except OSError as error:
-            raise SnapshotFailed(error) from error
+            raise RowNotSaved(error) from error
+        return SavedRow(job.sequence, name, size_bytes)
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
         if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
             raise MemoryError
-        file = RowFile.open(Path(job.path))
+        file = RowFile.open(self._saved_rows / job.file)
         weights, gradient = file.read("weights"), file.read("gradient")
         step = int(file.about["step"])
         self._rows[job.training_run_id] = Row(job.spec, weights, gradient, step)
@@ -203,7 +239,7 @@ def main() -> None:
     while Path(folder, HELD).exists():
         time.sleep(0.01)  # nothing tells of a file's end
     pipe.send(Hello(model, MAX_BATCH_TOKENS))
-    Rows(pipe).serve()
+    Rows(pipe, Path(config.saved_row_folder)).serve()
 
 
 if __name__ == "__main__":

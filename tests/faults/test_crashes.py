@@ -73,7 +73,7 @@ ENGINE_POINTS = (
     "engine:after-Plan@5",
     "engine:after-StepRows@4",
     "engine:after-LoadRow@1",
-    "engine:after-ExportRow@2",
+    "engine:after-SaveCheckpoint@2",
     "engine:after-CreateRow@3",
     "snapshot:before-rename@2",
     "snapshot:after-rename@3",

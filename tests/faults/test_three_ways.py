@@ -6,6 +6,7 @@ from typing import Any
 import mint
 from checkpoint_store import CheckpointStore
 from mint import types
+from tests.checkpoint_files import parts_of
 from tests.models import VOCABULARY_SIZE
 from tests.supervised import Supervised, supervised
 from tests.training_load import LIMIT_S, batch, train_all
@@ -17,14 +18,9 @@ State = dict[str, Any]
 def state_at(store: Path, path: str) -> State:
     """All numbers of a saved state, as bytes."""
     opened = CheckpointStore(store).open(path, tenant="default")
-    parts = {
-        "weights": opened.weights(),
-        "exp_avg": opened.exp_avg() or {},
-        "exp_avg_sq": opened.exp_avg_sq() or {},
-    }
     state = {
         f"{part} {name}": array.tobytes()
-        for part, arrays in parts.items()
+        for part, arrays in parts_of(opened).items()
         for name, array in arrays.items()
     }
     return state | {"step": opened.manifest.step}

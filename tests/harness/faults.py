@@ -29,11 +29,11 @@ ENGINE_POINTS = {
     "engine:after-Plan": 12,
     "engine:after-StepRows": 6,
     "engine:after-LoadRow": 1,
-    "engine:after-ExportRow": 2,
+    "engine:after-SaveCheckpoint": 2,
     "engine:after-WriteRow": 3,
     "engine:after-CreateRow": 3,
     "engine:after-RestoreRow": 3,
-    "engine:after-SnapshotRow": 3,
+    "engine:after-SaveRow": 3,
     "snapshot:before-rename": 3,
     "snapshot:after-rename": 3,
 }

@@ -15,6 +15,7 @@ from typing import Any
 import mint
 from checkpoint_store import CheckpointStore
 from mint_core.hosting.access import make_key
+from tests.checkpoint_files import moments
 from tests.harness import history
 from tests.harness.proxy import Proxy
 from tests.harness.user import script
@@ -161,7 +162,7 @@ class Stage:
             opened = CheckpointStore(self.folder / "store").open(path, tenant=tenant(user.number))
         except Exception as error:
             return final | {"weights": f"{type(error).__name__}"}
-        parts = (opened.weights(), opened.exp_avg() or {}, opened.exp_avg_sq() or {})
+        parts = (opened.weights(), *moments(opened))
         digest = hashlib.sha256()
         for part in parts:
             for name, array in sorted(part.items()):

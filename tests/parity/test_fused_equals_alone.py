@@ -14,6 +14,7 @@ from mint_core.lora.spec import LoraRequest
 from mint_core.model.attention import PackedAttention
 from tests.engines_in_process import (
     EngineRun,
+    RowArrays,
     for_loss,
     make_documents,
     make_engine,
@@ -32,7 +33,6 @@ from trainer_service.jobs import (
     ImportanceSampling,
     Loss,
     Ppo,
-    RowArrays,
     TileResult,
 )
 
@@ -221,8 +221,6 @@ def test_gradients_of_several_backwards_add_up_and_are_cleared_by_the_step(
 
 def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
     """With optimizer bitwise; without it visibly different."""
-    from trainer_service.jobs import LoadRow
-
     runs = {
         n: EngineRun(engine, f"resume-{n}", REQUESTS[3], random=4) for n in ("a", "with", "without")
     }
@@ -235,8 +233,8 @@ def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
     advance(runs["a"], range(3))
     saved = runs["a"].export()
     assert saved.step == 3
-    engine.run(LoadRow("resume-with", saved))
-    engine.run(LoadRow("resume-without", RowArrays(weights=saved.weights)))
+    runs["with"].load(saved)
+    runs["without"].load(RowArrays(weights=saved.weights))
     for run in runs.values():
         advance(run, range(3, 5))
     exports = {name: run.export() for name, run in runs.items()}

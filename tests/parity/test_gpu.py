@@ -8,8 +8,8 @@ import torch
 
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
-from tests.engines_in_process import EngineRun, make_documents, make_engine
-from trainer_service.jobs import AdamParams, CrossEntropy, RowArrays
+from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine
+from trainer_service.jobs import AdamParams, CrossEntropy
 
 pytestmark = [
     pytest.mark.gpu,

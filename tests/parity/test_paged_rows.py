@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mint_core.lora.spec import LoraRequest
-from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
+from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine, run_plan
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.row_files import RowStorageFull
 from trainer_service.jobs import (
@@ -14,9 +14,6 @@ from trainer_service.jobs import (
     ClearGradient,
     CrossEntropy,
     DropRow,
-    ExportRow,
-    LoadRow,
-    RowArrays,
     Tile,
 )
 
@@ -43,9 +40,9 @@ def make_runs(engine: Engine) -> list[EngineRun]:
     return [EngineRun(engine, f"run{i}", r, random=i) for i, r in enumerate(REQUESTS)]
 
 
-def train(engine: Engine, seed: int) -> list[list[float]]:
+def train(engine: Engine, seed: int) -> tuple[list[list[float]], list[RowArrays]]:
     """Runs in random company and order, with gradients of one to three backwards, some of them
-    thrown away; the norm of each step's gradient, by run.
+    thrown away; the norm of each step's gradient, by run, and the rows at the end.
     """
     rng = np.random.default_rng(seed)
     runs = make_runs(engine)
@@ -68,22 +65,17 @@ def train(engine: Engine, seed: int) -> list[list[float]]:
             elif fate < 0.8:
                 engine.run(ClearGradient(runs[i].name))
             elif fate < 0.9:
-                engine.run(LoadRow(runs[i].name, runs[i].export()))
-    return norms
+                runs[i].load(runs[i].export())
+    return norms, [run.export() for run in runs]
 
 
 @pytest.fixture(scope="module")
 def resident(qwen3_folder: Path) -> tuple[list[list[float]], list[RowArrays]]:
     """What becomes of the runs where all have room: their norms, and their rows at the end."""
     engine = make_engine(qwen3_folder)
-    norms = train(engine, 3)
+    trained = train(engine, 3)
     assert engine.row_counts().device == len(REQUESTS)
-    return norms, exported(engine)
-
-
-def exported(engine: Engine) -> list[RowArrays]:
-    rows = [engine.run(ExportRow(f"run{i}", True)) for i in range(len(REQUESTS))]
-    return [row for row in rows if isinstance(row, RowArrays)]
+    return trained
 
 
 @pytest.mark.parametrize("host_bytes", [0, LARGEST_ROW], ids=["disk", "host and disk"])
@@ -94,14 +86,13 @@ def test_paged_runs_equal_those_that_stay(
     engine = make_engine(
         qwen3_folder, row_memory_bytes=LARGEST_ROW, host_row_memory_bytes=host_bytes
     )
-    norms, rows = resident
+    norms, rows = train(engine, 3)
 
-    assert train(engine, 3) == norms
-
+    assert norms == resident[0]
     counts = engine.row_counts()
     assert counts.disk > 0
     assert bool(counts.host) == bool(host_bytes)
-    for ours, theirs in zip(exported(engine), rows, strict=True):
+    for ours, theirs in zip(rows, resident[1], strict=True):
         assert equal(ours, theirs)
 
 

@@ -13,7 +13,7 @@ from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, Stops
-from tests.engines_in_process import make_engine, run_plan
+from tests.engines_in_process import RowArrays, as_source, make_engine, run_plan
 from tests.models import (
     VOCABULARY_SIZE,
     tiny_gemma2,
@@ -25,7 +25,7 @@ from tests.models import (
     tiny_qwen3,
 )
 from tests.sampler_in_process import SamplerEngine
-from trainer_service.jobs import CreateRow, CrossEntropy, Document, RowArrays, Tile
+from trainer_service.jobs import CreateRow, CrossEntropy, Document, Tile
 
 TOLERANCE = 1e-5
 ALL = "mint://r-1/sampler_weights/all@1"
@@ -121,11 +121,11 @@ def test_model_logprobs_equal_the_trainers(
     )
     trainer = make_engine(qwen3_folder)
     if adapter == BASE_MODEL:
-        trainer.run(CreateRow(training_run_id="run", request=LoraRequest(rank=8)))  # B is zero
+        trainer.run(CreateRow("run", LoraRequest(rank=8)))  # B is zero
     else:
         spec = sampler.row(adapter).spec
-        start = RowArrays(weights=sampler.arrays[adapter])
-        trainer.run(CreateRow(training_run_id="run", request=spec, start=start))
+        with as_source(spec, RowArrays(weights=sampler.arrays[adapter])) as source:
+            trainer.run(CreateRow("run", source))
     (continuation,) = generated.continuations
     tokens = np.concatenate([np.array(prompt), continuation.tokens])
     document = Document(

@@ -4,10 +4,12 @@ The store blocks, so threads wait for it.
 """
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 from checkpoint_store import CheckpointStore, Manifest
 from mint_core.errors import CheckpointNotFound
+from trainer_service.checkpoints.downloads import stored
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.checkpoints.requests import (
     CopyCheckpoint,
@@ -73,6 +75,8 @@ class Archive:
         return await self._once.run(tenant, request.identity, lambda: self._copy(tenant, request))
 
     async def _copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
+        with suppress(CheckpointNotFound):  # of what was copied already, the source may be gone
+            await stored(self._store, tenant, request.path)
         published = await asyncio.to_thread(
             self._store.copy,
             request.path,

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from checkpoint_store import (
+    SAMPLER_WEIGHTS,
     WEIGHTS,
+    CheckpointKind,
     CheckpointStore,
+    Manifest,
     OpenCheckpoint,
     Published,
     SnapshotMemory,
+    new_manifest,
 )
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.checkpoints.handoff import Handoff, Write
+from trainer_service.checkpoints.staging import publish
 from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.errors import CheckpointMismatch
-from trainer_service.jobs import RowArrays
+from trainer_service.jobs import SaveCheckpoint, Source
 from trainer_service.run.calls import Call, Load, Save, SaveForSampler
 from trainer_service.run.description import RunOrigin
 
@@ -83,28 +88,29 @@ class Opened:
                     differs=what,
                 )
 
-    async def arrays(self) -> RowArrays:
-        return await asyncio.to_thread(self._read)
-
-    def _read(self) -> RowArrays:
-        checkpoint = self.checkpoint
-        if not self.with_optimizer:
-            return RowArrays(weights=checkpoint.weights())
-        return RowArrays(
-            weights=checkpoint.weights(),
-            exp_avg=checkpoint.exp_avg(),
-            exp_avg_sq=checkpoint.exp_avg_sq(),
-            step=checkpoint.manifest.step,
+    @property
+    def source(self) -> Source:
+        row = self.checkpoint.row
+        return Source(
+            revision_path=self.revision_path,
+            spec=self.spec,
+            folder=str(self.checkpoint.folder),
+            row_file=str(row.file.path) if row else "",
+            with_optimizer=self.with_optimizer,
+            step=self.checkpoint.manifest.step if self.with_optimizer else 0,
         )
 
 
 class Checkpoints:
     """The store, for the runs of this trainer."""
 
-    def __init__(self, store: CheckpointStore, memory: SnapshotMemory | None = None) -> None:
+    def __init__(
+        self, store: CheckpointStore, memory: SnapshotMemory | None, store_row: Write
+    ) -> None:
+        """`store_row` has an engine do a `StoreRow`."""
         self.store = store
         self.sweeper = Sweeper(store)
-        self.handoff = Handoff(store, memory)
+        self.handoff = Handoff(store, memory, store_row)
 
     async def open(self, load: Load, tenant: str) -> Opened:
         """Opens a checkpoint of the tenant's, whatever it fits."""
@@ -112,56 +118,59 @@ class Checkpoints:
         checkpoint = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
         return Opened(checkpoint, load.with_optimizer)
 
-    async def publish_state(
-        self, origin: RunOrigin, arrays: RowArrays, save: Save, call: Call
+    async def save_state(
+        self, origin: RunOrigin, save: Save, call: Call, write: Write, *, step: int
     ) -> Published:
-        """Publishes training state; that of the same call once."""
-        expire_time = self._expire_time(save.ttl_s)
-        return await asyncio.to_thread(
-            self.store.publish,
-            training_run_id=origin.training_run_id,
-            kind=WEIGHTS,
-            name=save.name,
-            tenant=origin.tenant,
-            base_model=origin.base_model,
-            base_fingerprint=origin.base_fingerprint,
-            spec=origin.spec,
-            weights=arrays.weights,
-            exp_avg=arrays.exp_avg,
-            exp_avg_sq=arrays.exp_avg_sq,
-            step=arrays.step,
-            metadata=save.metadata,
-            sequence=call.place.sequence,
-            mark=call.mark,
+        """Publishes training state; that of the same call once. `write` has the engine write the
+        run's row, of that step.
+        """
+        manifest = self._manifest(origin, WEIGHTS, save, call, step)
+        return await publish(
+            self.store,
+            manifest,
+            lambda folder: write(
+                SaveCheckpoint(manifest=manifest, folder=folder, with_optimizer=True)
+            ),
             overwrite=save.overwrite,
-            expire_time=expire_time,
         )
 
-    async def publish_adapter(
+    async def save_for_sampler(
         self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write, *, step: int
     ) -> Published:
-        """Publishes an adapter for samplers; `write` has the engine write its row, of that step."""
-        expire_time = self._expire_time(save.ttl_s)
-        return await self.handoff.publish(
-            origin,
-            save,
-            write,
-            step=step,
-            sequence=call.place.sequence,
-            mark=call.mark,
-            expire_time=expire_time,
-        )
+        """Publishes an adapter for samplers, as `save_state`."""
+        manifest = self._manifest(origin, SAMPLER_WEIGHTS, save, call, step)
+        return await self.handoff.publish(manifest, origin.row_bytes, write)
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
         await self.handoff.delete_run(origin, named=named)
 
-    def _expire_time(self, ttl_s: float | None) -> datetime | None:
-        if ttl_s is None:
-            return None
-        expire_time = datetime.now(UTC) + timedelta(seconds=ttl_s)
-        self.sweeper.note_expiry(expire_time)
-        return expire_time
+    def _manifest(
+        self,
+        origin: RunOrigin,
+        kind: CheckpointKind,
+        save: Save | SaveForSampler,
+        call: Call,
+        step: int,
+    ) -> Manifest:
+        expire_time = None
+        if save.ttl_s is not None:
+            expire_time = datetime.now(UTC) + timedelta(seconds=save.ttl_s)
+            self.sweeper.note_expiry(expire_time)
+        return new_manifest(
+            training_run_id=origin.training_run_id,
+            kind=kind,
+            name=save.name,
+            tenant=origin.tenant,
+            base_model=origin.base_model,
+            base_fingerprint=origin.base_fingerprint,
+            spec=origin.spec,
+            step=step,
+            metadata=save.metadata,
+            sequence=call.place.sequence,
+            mark=call.mark,
+            expire_time=expire_time,
+        )
 
 
 def _brief(value: object) -> str:

@@ -1,26 +1,21 @@
 """Merged models: made by a process that ends with its work, and kept in the store."""
 
 import asyncio
-import os
-import pickle
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from checkpoint_store import MERGED_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint, new_manifest
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import EngineFault, MintError
 from mint_core.rpc.model_service import tokenizer_files
+from trainer_service.checkpoints.apart import Merge, Merged, do_apart
 from trainer_service.checkpoints.checkpoints import Opened
 from trainer_service.checkpoints.downloads import stored
-from trainer_service.checkpoints.merge_job import Merge, Merged
 from trainer_service.checkpoints.requests import ExportCheckpoint
 from trainer_service.checkpoints.staging import staging
 from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.wire.idempotency import Once
 
 MODULE = "trainer_service.engine.merging"
-LIMIT_S = 3600.0
 
 
 class Exports:
@@ -64,7 +59,7 @@ class Exports:
                 dtype=request.dtype,
                 threads=self._threads,
             )
-            merged = await _run(job)
+            merged = await do_apart(MODULE, job)
             await asyncio.to_thread(_add_tokenizer, folder, model.folder)
             manifest = _manifest(source, request, digest, merged)
             published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
@@ -98,33 +93,3 @@ def _add_tokenizer(folder: Path, base_folder: str) -> None:
     for file in tokenizer_files(base_folder):
         with suppress(FileExistsError), (folder / file.name).open("xb") as opened:
             opened.write(file.content)
-
-
-async def _run(job: Merge) -> Merged:
-    """Does a merge in a process of its own. Raises what keeps it from its end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        MODULE,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # the devices are the engine's
-        process_group=0,
-    )
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            answer, _ = await process.communicate(pickle.dumps(job))
-    except TimeoutError:
-        raise EngineFault(f"the merge took more than {LIMIT_S:.0f} s and was ended") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if not answer:
-        raise EngineFault(
-            f"the merge ended with exit code {process.returncode}; the server's log says why"
-        )
-    outcome: Merged | MintError = pickle.loads(answer)
-    if isinstance(outcome, MintError):
-        raise outcome
-    return outcome

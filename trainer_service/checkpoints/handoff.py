@@ -11,35 +11,37 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from checkpoint_store import (
-    SAMPLER_WEIGHTS,
     CheckpointPath,
     CheckpointStore,
     Manifest,
     Published,
     SnapshotMemory,
-    new_manifest,
-    open_row,
     parse_path,
 )
 from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import CheckpointNotFound, MintError
+from trainer_service.checkpoints.staging import publish
 from trainer_service.errors import RowNotWritten
-from trainer_service.jobs import WriteRow
-from trainer_service.run.calls import SaveForSampler
+from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
 from trainer_service.run.description import RunOrigin
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[WriteRow], Awaitable[None]]  # has the engine do it
+Write = Callable[[object], Awaitable[Any]]  # has the engine do a job that writes a row
 
 
 class Handoff:
     """All methods belong to one event loop."""
 
-    def __init__(self, store: CheckpointStore, memory: SnapshotMemory | None) -> None:
+    def __init__(
+        self, store: CheckpointStore, memory: SnapshotMemory | None, store_row: Write
+    ) -> None:
+        """`store_row` has an engine do a `StoreRow`."""
         self._store = store
+        self._store_row = store_row
         self._memory = memory
         # Snapshots that the store does not have, in order: those to be written, and those that
         # could not be, which are tried again when another could.
@@ -61,43 +63,27 @@ class Handoff:
         """Stores what another trainer has left behind."""
         self._wake()
 
-    async def publish(
-        self,
-        origin: RunOrigin,
-        save: SaveForSampler,
-        write: Write,
-        *,
-        step: int,
-        sequence: int,
-        mark: str,
-        expire_time: datetime | None,
-    ) -> Published:
-        """Publishes a run's weights; those of the same named call once."""
-        manifest = new_manifest(
-            training_run_id=origin.training_run_id,
-            kind=SAMPLER_WEIGHTS,
-            name=save.name,
-            tenant=origin.tenant,
-            base_model=origin.base_model,
-            base_fingerprint=origin.base_fingerprint,
-            spec=origin.spec,
-            step=step,
-            metadata=save.metadata,
-            sequence=sequence,
-            mark=mark,
-            expire_time=expire_time,
-        )
+    async def publish(self, manifest: Manifest, row_bytes: int, write: Write) -> Published:
+        """Publishes a run's weights; those of the same named call once. `write` has the engine
+        write the run's row.
+        """
         if self._memory is not None:
-            draft = await asyncio.to_thread(self._memory.draft, origin.row_bytes)
+            draft = await asyncio.to_thread(self._memory.draft, row_bytes)
             if draft is not None:
-                publish = self._through_memory if save.name is None else self._beside_memory
+                way = self._beside_memory if manifest.named else self._through_memory
                 try:
-                    return await publish(self._memory, draft, manifest, write)
+                    return await way(self._memory, draft, manifest, write)
                 except RowNotWritten as error:  # others than us have filled the memory
                     logger.warning("%s", error.message)
                 finally:
                     self._memory.discard(draft)
-        return await self._without_memory(manifest, write)
+        return await publish(
+            self._store,
+            manifest,
+            lambda folder: write(
+                SaveCheckpoint(manifest=manifest, folder=folder, with_optimizer=False)
+            ),
+        )
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
@@ -166,7 +152,7 @@ class Handoff:
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
     ) -> Published:
         await write(WriteRow(str(draft), manifest))
-        published = await asyncio.to_thread(self._publish, manifest, draft)
+        published = await self._publish(manifest, draft)
         try:
             await asyncio.to_thread(memory.place, draft, published.manifest, stored=True)
         except OSError:
@@ -175,17 +161,12 @@ class Handoff:
             self._release_later(memory, published.manifest)
         return published
 
-    async def _without_memory(self, manifest: Manifest, write: Write) -> Published:
-        draft = await asyncio.to_thread(self._store.draft)
-        try:
-            await write(WriteRow(str(draft), manifest))
-            return await asyncio.to_thread(self._publish, manifest, draft)
-        finally:
-            await asyncio.to_thread(draft.unlink, missing_ok=True)
-
-    def _publish(self, manifest: Manifest, draft: Path) -> Published:
-        row = open_row(draft, str(manifest.revision_path))
-        return self._store.publish_as(manifest, row.weights())
+    async def _publish(self, manifest: Manifest, file: Path) -> Published:
+        return await publish(
+            self._store,
+            manifest,
+            lambda folder: self._store_row(StoreRow(str(file), manifest, folder)),
+        )
 
     def _announce(self, manifest: Manifest) -> None:
         try:
@@ -204,13 +185,14 @@ class Handoff:
 
     async def _write(self) -> None:
         """Stores what waits, one after the other."""
+        assert self._memory is not None
         while self._waiting:
             async with self._writing:
                 if not self._waiting:
                     return  # a run was deleted meanwhile
                 revision = self._current = self._waiting.popleft()
                 try:
-                    await asyncio.to_thread(self._store_snapshot, revision)
+                    await self._store_snapshot(self._memory, revision)
                 except Exception as error:
                     self._note_failure(revision, error)
                     if self._stopping and isinstance(error, ObjectStoreFailed):
@@ -220,13 +202,12 @@ class Handoff:
                 finally:
                     self._current = None
 
-    def _store_snapshot(self, revision: CheckpointPath) -> None:
-        assert self._memory is not None
-        row = self._memory.open(revision)
-        self._memory.prepare(4 * row.layout.size)
-        if not self._store.has(revision):
-            self._store.publish_as(row.manifest, row.weights())
-        self._memory.stored(revision)
+    async def _store_snapshot(self, memory: SnapshotMemory, revision: CheckpointPath) -> None:
+        row = await asyncio.to_thread(memory.open, revision)
+        await asyncio.to_thread(memory.prepare, 4 * row.layout.size)
+        if not await asyncio.to_thread(self._store.has, revision):
+            await self._publish(row.manifest, row.file.path)
+        await asyncio.to_thread(memory.stored, revision)
 
     def _note_failure(self, revision: CheckpointPath, error: Exception) -> None:
         assert self._memory is not None

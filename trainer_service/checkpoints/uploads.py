@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from checkpoint_store import (
@@ -14,9 +13,9 @@ from checkpoint_store import (
     Manifest,
     new_manifest,
 )
-from checkpoint_store.foreign.adapter import read_foreign_adapter
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, Unavailable
+from trainer_service.checkpoints.apart import Convert, Converted, do_apart
 from trainer_service.checkpoints.requests import Piece, Upload
 from trainer_service.checkpoints.staging import staging
 from trainer_service.checkpoints.sweeping import Sweeper
@@ -24,6 +23,7 @@ from trainer_service.checkpoints.uploaded_runs import uploaded_run_id
 from trainer_service.errors import RequestIdReused
 from trainer_service.wire.idempotency import Once
 
+MODULE = "trainer_service.checkpoints.conversion"
 SILENCE_LIMIT_S = 60.0  # between two pieces
 
 
@@ -43,10 +43,7 @@ class Uploads:
             await _receive(pieces, _Files(folder, upload.files))
 
             async def keep() -> Manifest:
-                publish = partial(self._publish, tenant, upload, folder, model)
-                manifest = await asyncio.to_thread(publish)
-                self._sweeper.note_expiry(manifest.expire_time)
-                return manifest
+                return await self._keep(tenant, upload, folder, model)
 
             kept = asyncio.ensure_future(self._once.run(tenant, upload.identity, keep))
             try:
@@ -54,31 +51,42 @@ class Uploads:
             finally:
                 await asyncio.wait([kept])  # its files are here, even if the caller has left
 
-    def _publish(
+    async def _keep(
         self, tenant: str, upload: Upload, folder: Path, model: ModelDescription
     ) -> Manifest:
         run = uploaded_run_id(tenant, upload.identity.request_id)
         request = upload.identity.digest(tenant)
-        for earlier in self._store.list(tenant=tenant, training_run_id=run):
+        for earlier in await asyncio.to_thread(
+            self._store.list, tenant=tenant, training_run_id=run
+        ):
             if not earlier.source and earlier.request != request:  # before a restart
                 raise RequestIdReused(upload.identity.request_id)
-        adapter = read_foreign_adapter(folder, model, upload.base_model)
-        manifest = new_manifest(
-            training_run_id=run,
-            kind=SAMPLER_WEIGHTS if adapter.exp_avg is None else WEIGHTS,
-            name=upload.name,
-            tenant=tenant,
-            base_model=model.name,
-            base_fingerprint=model.fingerprint,
-            spec=adapter.spec,
-            step=adapter.step,
-            metadata=upload.metadata,
-            expire_time=upload.expire_time,
-            request=request,
-        )
-        published = self._store.publish_as(
-            manifest, adapter.weights, adapter.exp_avg, adapter.exp_avg_sq, overwrite=False
-        )
+        async with staging(self._store) as output:
+            job = Convert(
+                folder=str(folder),
+                output_folder=str(output),
+                model=model,
+                base_model=upload.base_model,
+            )
+            converted: Converted = await do_apart(MODULE, job)
+            manifest = new_manifest(
+                training_run_id=run,
+                kind=WEIGHTS if converted.with_optimizer else SAMPLER_WEIGHTS,
+                name=upload.name,
+                tenant=tenant,
+                base_model=model.name,
+                base_fingerprint=model.fingerprint,
+                spec=converted.spec,
+                step=converted.step,
+                metadata=upload.metadata,
+                expire_time=upload.expire_time,
+                request=request,
+                files=converted.files,
+            )
+            published = await asyncio.to_thread(
+                self._store.publish_folder, manifest, output, overwrite=False
+            )
+        self._sweeper.note_expiry(upload.expire_time)
         return published.manifest
 
 

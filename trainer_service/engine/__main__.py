@@ -6,9 +6,9 @@ import logging
 
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from mint_core.errors import MintError
+from trainer_service.engine.background import Background
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.snapshots import RowCopy, SnapshotWriter
-from trainer_service.jobs import EngineConfig, SnapshotRow
+from trainer_service.jobs import EngineConfig, SaveRow
 
 
 def main() -> None:
@@ -28,12 +28,12 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
-    writer = SnapshotWriter(pipe)
+    background = Background(pipe)
     while (call := pipe.receive()) is not None:
         try:
             answer = engine.run(call.job)
-            if isinstance(answer, RowCopy):
-                writer.put(call.number, answer)
+            if callable(answer):
+                background.put(call.number, answer)
             else:
                 pipe.send(Reply(call.number, answer))
         except MintError as refusal:
@@ -41,7 +41,7 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
         except Exception as error:
             # Our bug, no memory, or the device's end: the front starts another engine, has the
             # rest done again, and finds out whose doing it is.
-            if not (isinstance(call.job, SnapshotRow) and call.job.optional):
+            if not (isinstance(call.job, SaveRow) and call.job.optional):
                 raise
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:

@@ -12,11 +12,12 @@ import torch
 
 from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import InvalidRequest, MintError
+from mint_core.errors import MintError
 from mint_core.lora.bank import TRAINING_PARTS, Part
-from mint_core.lora.spec import AdapterSpec, LoraRequest
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.engine.background import Rest
 from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import RowStep, step_rows
@@ -29,7 +30,15 @@ from trainer_service.engine.rows import (
     device_limit_bytes,
     host_limit_bytes,
 )
-from trainer_service.engine.snapshots import RowCopy, copy_row, difference, read_row, write_weights
+from trainer_service.engine.saving import (
+    difference,
+    read_saved_row,
+    save_checkpoint_later,
+    save_row_later,
+    store_row_later,
+    write_weights,
+)
+from trainer_service.engine.sources import read_source
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
@@ -37,18 +46,19 @@ from trainer_service.jobs import (
     CreateRow,
     DropRow,
     EngineConfig,
-    ExportRow,
     LoadRow,
     Plan,
     RestoredRow,
     RestoreRow,
-    RowArrays,
     RowCounts,
     RowDescription,
-    SnapshotRow,
+    SaveCheckpoint,
+    SaveRow,
+    Source,
     StepResult,
     StepRow,
     StepRows,
+    StoreRow,
     Tile,
     TileResult,
     WriteRow,
@@ -78,6 +88,7 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
+        self._saved_rows = Path(config.saved_row_folder)
         self._progress = progress
         device = self.base.device
         self._rows = Rows(
@@ -96,15 +107,16 @@ class Engine:
             CreateRow: self._create,
             DropRow: self._drop,
             ClearGradient: self._clear,
-            ExportRow: self._export,
             WriteRow: self._write,
+            SaveCheckpoint: self._save,
+            StoreRow: store_row_later,
             LoadRow: self._load,
-            SnapshotRow: self._snapshot,
+            SaveRow: self._save_row,
             RestoreRow: self._restore,
         }
 
     def run(self, job: object) -> object:
-        """Does a job and returns its answer; see trainer_service.jobs."""
+        """Does a job and returns its answer, or the `Rest` of it; see trainer_service.jobs."""
         return self._handlers[type(job)](job)
 
     def row_counts(self) -> RowCounts:
@@ -175,11 +187,12 @@ class Engine:
         return results
 
     def _create(self, job: CreateRow) -> RowDescription:
-        spec = self._resolve(job.request)
+        spec, start = self._start(job.request)
         trained = self._rows.add(job.training_run_id, self._bank.add(spec))
         try:
-            start = job.start or RowArrays(weights=initial_arrays(spec, self.base.shapes))
             self._fill(job.training_run_id, start)
+            if isinstance(job.request, Source):
+                trained.step = job.request.step
         except MintError:
             self._rows.remove(job.training_run_id)
             raise
@@ -189,10 +202,14 @@ class Engine:
             row_bytes=trained.row.bank.part_bytes,
         )
 
-    def _resolve(self, request: LoraRequest | AdapterSpec) -> AdapterSpec:
-        if isinstance(request, AdapterSpec):
-            return request
-        return resolve(request, self.base.description.linear_modules)
+    def _start(
+        self, request: LoraRequest | AdapterSpec | Source
+    ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays]]:
+        if isinstance(request, Source):
+            return request.spec, read_source(request)
+        if isinstance(request, LoraRequest):
+            request = resolve(request, self.base.description.linear_modules)
+        return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}
 
     def _drop(self, job: DropRow) -> None:
         self._rows.remove(job.training_run_id)
@@ -200,36 +217,29 @@ class Engine:
     def _clear(self, job: ClearGradient) -> None:
         self._rows[job.training_run_id].clear_gradient()
 
-    def _export(self, job: ExportRow) -> RowArrays:
-        trained = self._rows.here(job.training_run_id)
-        weights = trained.row.export(Part.WEIGHTS)
-        if not job.with_optimizer:
-            return RowArrays(weights=weights, step=trained.step)
-        return RowArrays(
-            weights=weights,
-            exp_avg=trained.row.export(Part.EXP_AVG),
-            exp_avg_sq=trained.row.export(Part.EXP_AVG_SQ),
-            step=trained.step,
-        )
-
     def _write(self, job: WriteRow) -> None:
         write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
 
-    def _load(self, job: LoadRow) -> None:
-        # First: the front counts on it whatever becomes of the load.
-        self._rows[job.training_run_id].clear_gradient()
-        self._fill(job.training_run_id, job.start)
+    def _save(self, job: SaveCheckpoint) -> Rest:
+        return save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
 
-    def _snapshot(self, job: SnapshotRow) -> RowCopy:
-        return copy_row(job, self._rows.here(job.training_run_id), self.base)
+    def _load(self, job: LoadRow) -> None:
+        trained = self._rows[job.training_run_id]
+        trained.clear_gradient()  # first: the front counts on it whatever becomes of the load
+        self._fill(job.training_run_id, read_source(job.source))
+        trained.step = job.source.step
+
+    def _save_row(self, job: SaveRow) -> Rest:
+        trained = self._rows.here(job.training_run_id)
+        return save_row_later(job, trained, self.base, self._saved_rows)
 
     def _restore(self, job: RestoreRow) -> RestoredRow:
         name = job.training_run_id
         try:
-            file = RowFile.open(Path(job.path))
+            file = RowFile.open(self._saved_rows / job.file)
             trained = self._rows.add(name, self._bank.add(job.spec))
             self._rows.here(name, *map(Part, file.digests))
-            read_row(file, trained.row)
+            read_saved_row(file, trained.row)
         except RowDamaged as error:
             self._rows.remove(name)
             raise StateDamaged(name, error.message) from error
@@ -240,21 +250,15 @@ class Engine:
         trained.gradient_pending = file.about["gradient_pending"] == "1"
         return RestoredRow(difference(file, self.base))
 
-    def _fill(self, training_run_id: str, start: RowArrays) -> None:
-        if (start.exp_avg is None) != (start.exp_avg_sq is None):
-            raise InvalidRequest("a checkpoint holds one Adam moment but not the other")
-        trained = self._rows.here(training_run_id, *(MOMENTS if start.exp_avg else ()))
-        row = trained.row
+    def _fill(self, training_run_id: str, parts: Mapping[Part, AdapterArrays]) -> None:
+        """Replaces weights and moments; without moments they become 0."""
+        trained = self._rows.here(training_run_id, *parts)
         trained.weight_digest = 0
-        row.load(Part.WEIGHTS, start.weights)
-        if start.exp_avg is None or start.exp_avg_sq is None:
-            for part in MOMENTS:
-                row.free(part)
-            trained.step = 0
-        else:
-            row.load(Part.EXP_AVG, start.exp_avg)
-            row.load(Part.EXP_AVG_SQ, start.exp_avg_sq)
-            trained.step = start.step
+        for part, arrays in parts.items():
+            trained.row.load(part, arrays)
+        for part in MOMENTS:
+            if part not in parts:
+                trained.row.free(part)
 
 
 @contextmanager

@@ -1,14 +1,9 @@
 """`python -m trainer_service.engine.merging`: merges an adapter into its base model. A process of
 its own, since it loads the model once more, which neither front nor engine should hold.
-
-Reads a pickled `Merge` from standard input, and writes `Merged` or a MintError to standard output.
 """
 
 import errno
 import os
-import pickle
-import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -17,45 +12,31 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from checkpoint_store.adapter_files import read_weights
-from mint_core.engine_host.pipe import die_with_the_front
-from mint_core.errors import EngineFault, MintError, ResourceExhausted
+from mint_core.errors import ResourceExhausted
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
 from mint_core.model.loading import check_memory
-from trainer_service.checkpoints.merge_job import Merge, Merged
+from trainer_service.checkpoints.apart import Merge, Merged, answer_once
 
 _CPU = torch.device("cpu")
 _SHARD_SIZE = "5GB"
 
 
-def main() -> None:
-    die_with_the_front()
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
-    job: Merge = pickle.load(sys.stdin.buffer)
-    with answers:
-        pickle.dump(_answer(job), answers)
-
-
-def _answer(job: Merge) -> Merged | MintError:
+def merge(job: Merge) -> Merged:
+    """Writes configuration and weights of the merged model."""
     try:
-        return merge(job)
-    except MintError as error:
-        return error
+        return _merge(job)
     except (OSError, SafetensorError) as error:
         if not _disk_full(error):
-            return _fault(error)
-        return ResourceExhausted(
+            raise
+        raise ResourceExhausted(
             "the checkpoint store has no space left for a merged model; delete checkpoints, then "
             "export again"
-        )
-    except Exception as error:
-        return _fault(error)
+        ) from error
 
 
 @torch.no_grad()
-def merge(job: Merge) -> Merged:
-    """Writes configuration and weights of the merged model."""
+def _merge(job: Merge) -> Merged:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
@@ -106,12 +87,5 @@ def _disk_full(error: Exception) -> bool:
     )
 
 
-def _fault(error: Exception) -> EngineFault:
-    traceback.print_exc()
-    return EngineFault(
-        f"the merge failed with {type(error).__name__}; the server's log has the details"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    answer_once(merge)

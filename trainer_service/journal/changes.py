@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Mapping
 
+from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
     RequestRecord,
     RunRecord,
@@ -13,7 +14,7 @@ from trainer_service.journal.records import (
     last_id,
     signed,
 )
-from trainer_service.run.calls import Effect, Reply, SavedRow
+from trainer_service.run.calls import Effect, Reply
 from trainer_service.run.description import RunState
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is

@@ -9,6 +9,7 @@ from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
 from trainer_service.errors import StateDamaged
+from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
 from trainer_service.journal.records import (
     PastCall,
@@ -17,7 +18,7 @@ from trainer_service.journal.records import (
     call_id,
 )
 from trainer_service.journal.writer import Journal, Statement, Written
-from trainer_service.run.calls import Call, Outcome, Reply, SavedRow, Work
+from trainer_service.run.calls import Call, Outcome, Reply, Work
 from trainer_service.run.description import RunOrigin, RunState
 from trainer_service.wire.requests import Identity
 from trainer_service.wire.sequenced_requests import LARGE_BYTES

@@ -38,6 +38,7 @@ FIRST_PREDICTION_S = 1.0  # of any wait
 # Runs whose calls a plan has ended hand in what comes next, such as optimizer steps, or say that
 # they have nothing: it then goes before the next plan, and together. The engine waits no longer.
 FOLLOW_UP_S = 0.02
+MOST_DEATHS = 3  # of engines during the same job that needs no row
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +228,25 @@ class Scheduler:
             handed.put(key, NotStarted("the engine has ended"))
 
     async def row(
-        self, job: object, life: int, on_part: Callable[[Any], None] | None = None
+        self, job: object, life: int, on_part: Callable[[Any], None] = lambda part: None
     ) -> Any:
         """Does a job on one row, which was there in that life."""
         if life != self.life:
             raise NotStarted("the engine with the row has ended")
         return await self._call(job, on_part=on_part)
+
+    async def store(self, job: object) -> Any:
+        """Does a job that needs no row, whichever engine is up. Raises EngineDied when several have
+        ended over it.
+        """
+        deaths = 0
+        while True:
+            try:
+                return await self._call(job, on_part=lambda part: None)
+            except EngineDied:
+                deaths += 1
+                if deaths == MOST_DEATHS:
+                    raise
 
     async def compute(
         self, tenant: str, tiles: Sequence[Tile], life: int, *, billed: bool = True

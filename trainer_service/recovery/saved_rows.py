@@ -15,10 +15,9 @@ from mint_core.errors import EngineDied, MintError
 from mint_core.fault_points import fault_point
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.metrics import Metrics
-from trainer_service.errors import SnapshotFailed
-from trainer_service.jobs import SnapshotRow, SnapshotWritten
+from trainer_service.errors import RowNotSaved
+from trainer_service.jobs import SavedRow, SaveRow
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.run.calls import SavedRow
 from trainer_service.run.run import Run
 from trainer_service.run.unsaved import UnsavedWork
 
@@ -119,7 +118,7 @@ class SavedRows:
         while True:
             try:
                 return await self._write(training_run_id, sequence, life, asyncio.Event())
-            except SnapshotFailed as failure:
+            except RowNotSaved as failure:
                 if failure.retry_after_s is None:
                     raise
                 logger.warning("run=%s waits for room on the state's disk", training_run_id)
@@ -162,9 +161,6 @@ class SavedRows:
             if self._wanted:
                 next(iter(self._wanted)).inbox.stir()
 
-    def path(self, row: SavedRow) -> Path:
-        return self._folder / row.file
-
     def _worth_it(self, run: Run) -> bool:
         present = run.row_life == self._scheduler.life
         waiting = time.monotonic() < self._not_before_s
@@ -179,17 +175,9 @@ class SavedRows:
         *,
         optional: bool = False,
     ) -> SavedRow:
-        path = self._folder / f"{training_run_id}-{sequence}.safetensors"
-        job = SnapshotRow(
-            training_run_id=training_run_id,
-            sequence=sequence,
-            path=str(path),
-            optional=optional,
-        )
-        written: SnapshotWritten = await self._scheduler.row(
-            job, life, on_part=lambda part: copied.set()
-        )
-        return SavedRow(sequence, path.name, written.size_bytes)
+        job = SaveRow(training_run_id=training_run_id, sequence=sequence, optional=optional)
+        row: SavedRow = await self._scheduler.row(job, life, on_part=lambda part: copied.set())
+        return row
 
     def _remove(self, file: str) -> None:
         path = self._folder / file  # perhaps large: to remove it takes a while

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from mint_core.errors import MintError
-from trainer_service.jobs import AdamParams, Document, Loss
+from trainer_service.jobs import AdamParams, Document, Loss, SavedRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +143,6 @@ class Reply:
 
     content: bytes  # the response message; of a call that failed, a google.rpc.Status
     failed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SavedRow:
-    """A run's row in a file of the state folder."""
-
-    sequence: int  # of the last call that is in it
-    file: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

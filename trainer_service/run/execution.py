@@ -9,7 +9,6 @@ from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
 from trainer_service.jobs import (
     ClearGradient,
-    ExportRow,
     LoadRow,
     StepRow,
     TileResult,
@@ -142,8 +141,8 @@ class Execution:
     async def _save(self, call: Call, save: Save) -> Outcome:
         run = self._run
         await _noted(call)
-        arrays = await self._scheduler.row(ExportRow(run.id, with_optimizer=True), run.row_life)
-        published = await self._checkpoints.publish_state(run.origin, arrays, save, call)
+        write = partial(self._scheduler.row, life=run.row_life)
+        published = await self._checkpoints.save_state(run.origin, save, call, write, step=run.step)
         return Outcome(
             make_reply=partial(
                 replies.saved_state,
@@ -158,7 +157,7 @@ class Execution:
         run = self._run
         await _noted(call)
         write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.publish_adapter(
+        published = await self._checkpoints.save_for_sampler(
             run.origin, save, call, write, step=run.step
         )
         return Outcome(
@@ -175,9 +174,9 @@ class Execution:
         run = self._run
         checkpoint = await self._checkpoints.open(load, run.origin.tenant)
         checkpoint.check_fits(run.origin)
-        arrays = await checkpoint.arrays()
+        source = checkpoint.source
         try:
-            await self._row(LoadRow(run.id, arrays))
+            await self._row(LoadRow(run.id, source))
             sequence = call.place.sequence
             saved_row = await self._saved_rows.take(run.id, sequence, run.row_life)
             run.unsaved = UnsavedWork()
@@ -188,10 +187,10 @@ class Execution:
             make_reply=partial(
                 replies.loaded,
                 checkpoint.revision_path,
-                arrays.step,
+                source.step,
                 gradient_discarded=run.gradient.pending,
             ),
-            step=arrays.step,
+            step=source.step,
             saved_row=saved_row,
         )
 

@@ -77,9 +77,9 @@ class Restoring:
         """Makes the row as it was when it was saved, or when it was created."""
         run, row = self._run, past.saved_row
         spec = run.origin.spec
-        job: object = CreateRow(training_run_id=run.id, request=spec)
+        job: object = CreateRow(run.id, spec)
         if row is not None:
-            job = RestoreRow(run.id, spec, str(self._services.saved_rows.path(row)))
+            job = RestoreRow(run.id, spec, row.file)
         await self._scheduler.row(DropRow(run.id), life)
         restored = await self._scheduler.row(job, life)
         if isinstance(restored, RestoredRow) and restored.differs and past.calls:

@@ -8,6 +8,7 @@ import pytest
 
 from checkpoint_store import CheckpointStore
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
+from tests.checkpoint_files import publish_checkpoint
 
 SPEC = AdapterSpec(
     rank=4, alpha=32.0, use_rslora=False, seed=7, modules=("lm_head", "model.layers.0.q_proj")
@@ -51,6 +52,6 @@ def publish(store: CheckpointStore) -> Publish:
             "weights": adapter()["weights"],
             "step": 3,
         }
-        return store.publish(name=name, **(arguments | changes)).revision_path  # type: ignore[arg-type]
+        return publish_checkpoint(store, name=name, **(arguments | changes)).revision_path  # type: ignore[arg-type]
 
     return publish

@@ -140,6 +140,7 @@ import os, sys
 from pathlib import Path
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
 from checkpoint_store import CheckpointStore
+from tests.checkpoint_files import publish_checkpoint
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 seen = 0
 def count(event, arguments):
@@ -153,9 +154,9 @@ def count(event, arguments):
         if seen == limit:
             os.kill(os.getpid(), 9)
 sys.addaudithook(count)
-CheckpointStore(root).publish(
-    training_run_id="r-1", kind="weights", name="s", tenant="t", base_model="b",
-    base_fingerprint="f", spec=SPEC, step=2, **adapter(seed=2),
+publish_checkpoint(
+    CheckpointStore(root), training_run_id="r-1", kind="weights", name="s", tenant="t",
+    base_model="b", base_fingerprint="f", spec=SPEC, step=2, **adapter(seed=2),
 )
 print("published")
 """

@@ -11,6 +11,7 @@ import pytest
 from checkpoint_store import CheckpointStore, new_manifest
 from mint_core.errors import ResourceExhausted
 from mint_core.lora.spec import AdapterSpec
+from tests.checkpoint_files import publish_as, publish_checkpoint
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 
 PAGE = 4096
@@ -33,7 +34,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def save(store: CheckpointStore, step: int, spec: AdapterSpec = SPEC) -> None:
-    store.publish(
+    publish_checkpoint(
+        store,
         training_run_id="r-1",
         kind="weights",
         name="a",
@@ -110,10 +112,10 @@ def test_a_snapshot_that_cannot_even_be_announced_is_told(disk: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         store.announce(manifest)
     with pytest.raises(ResourceExhausted, match="the checkpoint store has no space left"):
-        store.publish_as(manifest, adapter()["weights"])
+        publish_as(store, manifest, adapter()["weights"])
     filler.unlink()
 
-    store.publish_as(manifest, adapter()["weights"])
+    publish_as(store, manifest, adapter()["weights"])
     assert store.has(manifest.revision_path)
     assert names(disk) == [
         str(Path("r-1/sampler_weights", manifest.name, "1", file))

@@ -20,6 +20,7 @@ from sampler_service.adapter_rows import AdapterRows
 from sampler_service.adapters import Adapters
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent
 from sampler_service.row_files import RowFiles
+from tests.checkpoint_files import publish_as
 from tests.engines.sampler_jobs import Die, Use
 from tests.unit.checkpoint_store.conftest import adapter
 from tests.unit.checkpoint_store.rows import (
@@ -47,7 +48,7 @@ class Front:
 
     def publish(self, tenant: str = "t", name: str | None = None) -> str:
         manifest = snapshot(name=name or f"a{next(self._names)}", tenant=tenant)
-        return self.store.publish_as(manifest, adapter()["weights"]).revision_path
+        return publish_as(self.store, manifest, adapter()["weights"]).revision_path
 
     async def use(self, path: str, tenant: str = "t") -> tuple[str, ...]:
         """What the engine holds while the adapter is leased."""
@@ -306,7 +307,7 @@ async def test_a_row_that_lies_otherwise_is_laid_out_anew(tmp_path: Path) -> Non
 async def test_a_row_that_has_left_memory_comes_from_the_store(tmp_path: Path) -> None:
     async with serving(tmp_path, capacity=1) as front:
         manifest = remember(front.memory, snapshot(), stored=True)
-        front.store.publish_as(manifest, adapter()["weights"])
+        publish_as(front.store, manifest, adapter()["weights"])
         path = str(manifest.revision_path)
         await front.use(path)
         await front.use(front.publish())
@@ -358,7 +359,7 @@ async def test_a_snapshot_that_another_host_has_announced_is_waited_for(
         with pytest.raises(CheckpointNotFound):
             await front.use(str(manifest.path), "other")
         assert not waiting.done()
-        front.store.publish_as(manifest, adapter()["weights"])
+        publish_as(front.store, manifest, adapter()["weights"])
         assert await waiting == (str(manifest.revision_path),)
 
 

@@ -11,7 +11,7 @@ from mint_core.errors import FailedPrecondition, TrainingRunNotFound
 from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
-from trainer_service.jobs import CreateRow, DropRow, SnapshotRow
+from trainer_service.jobs import CreateRow, DropRow, SaveRow
 from trainer_service.run.calls import Load, Save
 from trainer_service.wire.requests import CreateRun
 
@@ -103,7 +103,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
 
         async def watched(job: object, *args: Any, **options: Any) -> Any:
             jobs.append(job)
-            if isinstance(job, SnapshotRow):
+            if isinstance(job, SaveRow):
                 raise FailedPrecondition("no disk")
             return await real(job, *args, **options)
 
@@ -117,5 +117,5 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
         with pytest.raises(FailedPrecondition, match="no disk"):
             await front.runs.create(TENANT, request)
 
-        assert [type(job) for job in jobs] == [CreateRow, SnapshotRow, DropRow]
+        assert [type(job) for job in jobs] == [CreateRow, SaveRow, DropRow]
         assert len(list(front.runs.all())) == 1

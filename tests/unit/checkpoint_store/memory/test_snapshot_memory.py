@@ -18,6 +18,7 @@ from checkpoint_store import (
     snapshot_folder,
 )
 from mint_core.errors import CheckpointNotFound, FailedPrecondition, InvalidRequest
+from tests.checkpoint_files import publish_as
 from tests.unit.checkpoint_store.conftest import adapter
 from tests.unit.checkpoint_store.memory.test_published_row import OLD_FILE
 from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, remember, snapshot
@@ -207,7 +208,7 @@ def test_a_torn_row_is_refused_by_name_until_it_is_stored(
 
     with pytest.raises(CheckpointDamaged, match=f"`{file.name}` of checkpoint"):
         seeing_store.open(str(manifest.path), tenant="t")
-    seeing_store.publish_as(manifest, adapter(seed=1)["weights"])
+    publish_as(seeing_store, manifest, adapter(seed=1)["weights"])
 
     opened = seeing_store.open(str(manifest.path), tenant="t")
     assert opened.row is None
@@ -223,9 +224,9 @@ def test_a_named_revision_is_the_stores_and_memory_only_makes_it_faster(
         seeing_store.open("mint://r-1/sampler_weights/a", tenant="t")
 
     manifest = snapshot(name="a")
-    published = seeing_store.publish_as(manifest, adapter(seed=2)["weights"])
+    published = publish_as(seeing_store, manifest, adapter(seed=2)["weights"])
     assert seeing_store.open(published.path, tenant="t").row is None
-    again = seeing_store.publish_as(manifest, adapter(seed=2)["weights"])
+    again = publish_as(seeing_store, manifest, adapter(seed=2)["weights"])
     remember(memory, again.manifest, seed=2, stored=True)
 
     opened = seeing_store.open(again.path, tenant="t")
@@ -244,7 +245,7 @@ def test_after_its_time_the_stored_copy_is_used(
     manifest = remember(SnapshotMemory(folder), snapshot(expire_time=past))
     with pytest.raises(CheckpointNotFound):
         seeing_store.open(str(manifest.path), tenant="t")
-    seeing_store.publish_as(manifest, adapter()["weights"])
+    publish_as(seeing_store, manifest, adapter()["weights"])
     assert seeing_store.open(str(manifest.path), tenant="t").row is None
 
 
@@ -281,7 +282,7 @@ def test_an_announced_snapshot_is_the_tenants_until_it_comes_or_a_day_has_passed
         with pytest.raises(CheckpointNotFound):
             store.open(str(manifest.path), tenant="t")
 
-    store.publish_as(coming, adapter()["weights"])
+    publish_as(store, coming, adapter()["weights"])
     assert not store.announced(str(coming.path), tenant="t")
     assert store.open(str(coming.path), tenant="t").manifest.revision == 1
 

@@ -15,6 +15,7 @@ from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from checkpoint_store.opening import open_store
 from mint_core.errors import AlreadyExists, CheckpointNotFound, FailedPrecondition
+from tests.checkpoint_files import moments, publish_as, publish_checkpoint
 from tests.object_servers import BUCKET, ObjectServer
 from tests.unit.checkpoint_store import test_retention as retention_tests
 from tests.unit.checkpoint_store import test_store as store_tests
@@ -99,7 +100,7 @@ def test_another_host_reads_what_this_one_has_saved(
 
     assert str(opened.manifest.revision_path) == state
     assert is_whole(elsewhere, PATH, 1)
-    assert opened.exp_avg().keys() == adapter()["exp_avg"].keys()
+    assert moments(opened)[0].keys() == adapter()["exp_avg"].keys()
     assert sorted(file.name for file in opened.folder.iterdir()) == sorted(FILES)
     assert tmp_path / "elsewhere" in opened.folder.parents
 
@@ -197,7 +198,7 @@ def test_a_snapshot_is_announced_stored_and_kept_by_its_use(
     assert store.announced(path, tenant="t")
     assert not store.announced(path, tenant="other")
 
-    store.publish_as(snapshot, adapter()["weights"])
+    publish_as(store, snapshot, adapter()["weights"])
 
     assert store.has(snapshot.revision_path)
     assert not store.announced(path, tenant="t")
@@ -208,7 +209,8 @@ def test_a_snapshot_is_announced_stored_and_kept_by_its_use(
 
 
 def save(store: CheckpointStore, step: int) -> None:
-    store.publish(
+    publish_checkpoint(
+        store,
         training_run_id="r-1",
         kind="weights",
         name="s",

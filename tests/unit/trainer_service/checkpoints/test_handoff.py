@@ -13,21 +13,25 @@ import pytest
 from checkpoint_store import (
     CheckpointPath,
     CheckpointStore,
+    Manifest,
     Published,
     SnapshotFolder,
     SnapshotMemory,
+    new_manifest,
+    open_row,
 )
+from checkpoint_store.adapter_files import write_files
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from mint_core.errors import CheckpointNotFound, EngineFault, ResourceExhausted
+from mint_core.lora.spec import AdapterArrays
 from tests.object_servers import ObjectServer
-from tests.unit.checkpoint_store.conftest import SPEC
+from tests.unit.checkpoint_store.conftest import SPEC, adapter
 from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, write_snapshot
 from tests.unit.trainer_service.queue.test_backlog import origin
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.errors import RowNotWritten
-from trainer_service.jobs import WriteRow
-from trainer_service.run.calls import SaveForSampler
+from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
 
 LIMIT_S = 30.0
 ROOM_BYTES = NUMBERS_BYTES + 65536
@@ -41,18 +45,24 @@ class Trainer:
     root: Path
     memory: SnapshotMemory | None
     handoff: Handoff
-    written: list[WriteRow] = field(default_factory=list)
+    written: list[WriteRow | SaveCheckpoint] = field(default_factory=list)
     error: Exception | None = None  # what the engine says of rows in memory
 
-    async def write(self, job: WriteRow) -> None:
+    async def write(self, job: object) -> object:
+        """As the engine does of one row after the other."""
+        assert isinstance(job, WriteRow | SaveCheckpoint)
         self.written.append(job)
-        if self.error is not None and "draft-" in job.file:
-            raise self.error
         number = len(self.written)
+        if isinstance(job, SaveCheckpoint):
+            weights = adapter(seed=number)["weights"]
+            return await asyncio.to_thread(_write_files, job.folder, job.manifest, weights)
+        if self.error is not None:
+            raise self.error
         try:
             await asyncio.to_thread(write_snapshot, Path(job.file), job.manifest, number)
         except OSError as error:
             raise RowNotWritten(str(job.manifest.path), Path(job.file), error) from error
+        return None
 
     async def publish(
         self,
@@ -62,10 +72,20 @@ class Trainer:
         mark: str = "",
     ) -> Published:
         expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
-        save = SaveForSampler(name=name, ttl_s=ttl_s, metadata={})
-        return await self.handoff.publish(
-            RUN, save, self.write, step=1, sequence=sequence, mark=mark, expire_time=expire_time
+        manifest = new_manifest(
+            training_run_id=RUN.training_run_id,
+            kind="sampler_weights",
+            name=name,
+            tenant=RUN.tenant,
+            base_model=RUN.base_model,
+            base_fingerprint=RUN.base_fingerprint,
+            spec=RUN.spec,
+            step=1,
+            sequence=sequence,
+            mark=mark,
+            expire_time=expire_time,
         )
+        return await self.handoff.publish(manifest, RUN.row_bytes, self.write)
 
     @property
     def folder(self) -> Path:
@@ -94,12 +114,30 @@ class Trainer:
         (self.root / "store").unlink()
 
 
+def _write_files(folder: str, manifest: Manifest, weights: AdapterArrays) -> object:
+    return write_files(
+        Path(folder),
+        weights,
+        spec=manifest.spec,
+        base_model=manifest.base_model,
+        base_fingerprint=manifest.base_fingerprint,
+        step=manifest.step,
+    )
+
+
+async def store_row(job: object) -> object:
+    """As an engine does it."""
+    assert isinstance(job, StoreRow)
+    row = await asyncio.to_thread(open_row, Path(job.file), str(job.manifest.revision_path))
+    return await asyncio.to_thread(_write_files, job.folder, job.manifest, row.weights())
+
+
 @asynccontextmanager
 async def training(
     root: Path, limit_bytes: int | None = 100 * ROOM_BYTES
 ) -> AsyncIterator[Trainer]:
     memory = SnapshotMemory(root / "memory", limit_bytes) if limit_bytes else None
-    handoff = Handoff(CheckpointStore(root / "store"), memory)
+    handoff = Handoff(CheckpointStore(root / "store"), memory, store_row)
     trainer = Trainer(root, memory, handoff)
     async with asyncio.timeout(LIMIT_S):
         handoff.start()
@@ -228,7 +266,7 @@ async def test_an_object_store_that_fails_is_asked_once_at_the_end(
     root = ObjectPath(ObjectStore(address), address.prefix)
     store = CheckpointStore(root, local=tmp_path / "beside")
     memory = SnapshotMemory(tmp_path / "memory", 100 * ROOM_BYTES)
-    trainer = Trainer(tmp_path, memory, Handoff(store, memory))
+    trainer = Trainer(tmp_path, memory, Handoff(store, memory, store_row))
     published = [await trainer.publish() for _ in range(3)]
     assert all(trainer.in_memory(each) for each in published)
     caplog.clear()

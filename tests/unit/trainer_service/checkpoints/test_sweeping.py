@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_store import CheckpointStore, Swept, parse_path
+from tests.checkpoint_files import publish_checkpoint
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 from trainer_service.checkpoints import sweeping
 from trainer_service.checkpoints.sweeping import Sweeper
@@ -37,7 +38,8 @@ class CountingStore(CheckpointStore):
         return super().sweep(now=now)
 
     def save(self, name: str, expire_time: datetime) -> str:
-        return self.publish(
+        return publish_checkpoint(
+            self,
             training_run_id="r-1",
             kind="sampler_weights",
             name=name,

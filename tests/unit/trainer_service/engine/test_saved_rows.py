@@ -1,40 +1,48 @@
 """Rows that the engine writes: restored to the bit or refused by name, and mapped by samplers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch import Tensor
 
-from checkpoint_store import new_manifest, open_row
+from checkpoint_store import WeightsNotFinite, new_manifest, open_row
 from checkpoint_store.row_file import RowFile, write_row
 from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
-from tests.engines_in_process import EngineRun, make_documents, make_engine
-from trainer_service.engine import digests, snapshots
+from tests.engines_in_process import (
+    EngineRun,
+    RowArrays,
+    make_documents,
+    make_engine,
+    manifest_of,
+    save,
+)
+from trainer_service.engine import digests, saving
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.snapshots import RowCopy
-from trainer_service.errors import SnapshotFailed, StateDamaged
+from trainer_service.errors import RowNotSaved, StateDamaged
 from trainer_service.jobs import (
     AdamParams,
     CrossEntropy,
     DropRow,
-    LoadRow,
     RestoredRow,
     RestoreRow,
-    RowArrays,
-    SnapshotRow,
-    SnapshotWritten,
+    SaveCheckpoint,
+    SavedRow,
+    SaveRow,
     WriteRow,
 )
 
 RUN = "r-1"
+SAVE = SaveRow(training_run_id=RUN, sequence=5, optional=True)
+FILE = "r-1-5.safetensors"
 
 
 @pytest.fixture
-def engine(qwen3_folder: Path) -> Engine:
-    return make_engine(qwen3_folder)
+def engine(qwen3_folder: Path, tmp_path: Path) -> Engine:
+    return make_engine(qwen3_folder, saved_row_folder=str(tmp_path))
 
 
 @pytest.fixture
@@ -48,15 +56,9 @@ def run(engine: Engine) -> EngineRun:
     return run
 
 
-def save(engine: Engine, path: Path) -> RowCopy:
-    copy = engine.run(SnapshotRow(training_run_id=RUN, sequence=5, path=str(path), optional=True))
-    assert isinstance(copy, RowCopy)
-    return copy
-
-
-def restore(engine: Engine, run: EngineRun, path: Path) -> object:
+def restore(engine: Engine, run: EngineRun, file: str = FILE) -> object:
     engine.run(DropRow(RUN))
-    return engine.run(RestoreRow(RUN, run.spec, str(path)))
+    return engine.run(RestoreRow(RUN, run.spec, file))
 
 
 def changed(path: Path, about: dict[str, str], keep: Callable[[str], bool] = bool) -> None:
@@ -69,13 +71,15 @@ def changed(path: Path, about: dict[str, str], keep: Callable[[str], bool] = boo
 def test_what_was_saved_is_restored(engine: Engine, run: EngineRun, tmp_path: Path) -> None:
     before = run.export()
     signs: list[None] = []
-    written = save(engine, tmp_path / "row").write(lambda: signs.append(None))
+    rest = engine.run(SAVE)
+    run.load(RowArrays(weights=before.weights))  # the row may change before it is written
+    assert callable(rest)
+    written = rest(lambda: signs.append(None))
 
-    assert written == SnapshotWritten((tmp_path / "row").stat().st_size)
+    assert written == SavedRow(5, FILE, (tmp_path / FILE).stat().st_size)
     assert len(signs) == 2 * 4  # a digest of each part, and each part in one piece
-    assert restore(engine, run, tmp_path / "row") == RestoredRow("")
+    assert restore(engine, run) == RestoredRow("")
     after = run.export()
-    assert after.step == before.step == 2
     for ours, theirs in (
         (after.weights, before.weights),
         (after.exp_avg, before.exp_avg),
@@ -84,46 +88,50 @@ def test_what_was_saved_is_restored(engine: Engine, run: EngineRun, tmp_path: Pa
         assert ours is not None
         assert theirs is not None
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
-    assert run.step(AdamParams(learning_rate=1e-2)).grad_norm > 0  # the gradient came too
+    stepped = run.step(AdamParams(learning_rate=1e-2))
+    assert stepped.grad_norm > 0  # the gradient came too
+    assert stepped.step == 3
 
 
 def test_a_file_of_before_layouts_were_told_is_restored(
     engine: Engine, run: EngineRun, tmp_path: Path
 ) -> None:
-    save(engine, tmp_path / "row").write()
-    changed(tmp_path / "row", {}, keep=lambda name: name != "layout")
-    assert restore(engine, run, tmp_path / "row") == RestoredRow("")
+    save(engine, SAVE)
+    changed(tmp_path / FILE, {}, keep=lambda name: name != "layout")
+    assert restore(engine, run) == RestoredRow("")
 
 
 def test_a_row_that_lies_otherwise_is_refused(
     engine: Engine, run: EngineRun, tmp_path: Path
 ) -> None:
-    save(engine, tmp_path / "row").write()
-    layout = RowFile.open(tmp_path / "row").about["layout"]
-    changed(tmp_path / "row", {"layout": layout.replace("[[0,", "[[8,")})
-    with pytest.raises(StateDamaged, match="row file row lies otherwise in memory"):
-        restore(engine, run, tmp_path / "row")
+    save(engine, SAVE)
+    layout = RowFile.open(tmp_path / FILE).about["layout"]
+    changed(tmp_path / FILE, {"layout": layout.replace("[[0,", "[[8,")})
+    with pytest.raises(StateDamaged, match=f"row file {FILE} lies otherwise in memory"):
+        restore(engine, run)
     assert engine.row_counts().device == 0
 
 
 def test_a_damaged_row_is_refused_by_its_file(
     engine: Engine, run: EngineRun, tmp_path: Path
 ) -> None:
-    save(engine, tmp_path / "row").write()
-    content = bytearray((tmp_path / "row").read_bytes())
+    save(engine, SAVE)
+    content = bytearray((tmp_path / FILE).read_bytes())
     content[-1] ^= 1
-    (tmp_path / "row").write_bytes(content)
-    with pytest.raises(StateDamaged, match="row file row has damaged"):
-        restore(engine, run, tmp_path / "row")
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(StateDamaged, match=f"row file {FILE} has damaged"):
+        restore(engine, run)
     with pytest.raises(StateDamaged, match="row file none is not there"):
-        restore(engine, run, tmp_path / "none")
+        restore(engine, run, "none")
     assert engine.row_counts().device == 0
 
 
 @pytest.mark.usefixtures("run")
 def test_a_row_that_cannot_be_written_says_so(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(SnapshotFailed, match="No such file"):
-        save(engine, tmp_path / "none" / "row").write()
+    tmp_path.rename(moved := tmp_path.with_name("moved"))
+    with pytest.raises(RowNotSaved, match="No such file"):
+        save(engine, SAVE)
+    moved.rename(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +174,7 @@ def test_the_digest_of_a_step_serves_until_weights_change(
     engine: Engine, run: EngineRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Published(engine, run, tmp_path)
-    monkeypatch.setattr(snapshots, "digest", published.digest)
+    monkeypatch.setattr(saving, "digest", published.digest)
     assert published.write() == 0
     engine._rows[RUN].row.part(Part.GRADIENT).fill_(np.nan)
     assert run.step(AdamParams(learning_rate=1e-2)).error is not None
@@ -174,11 +182,37 @@ def test_the_digest_of_a_step_serves_until_weights_change(
 
     before = run.export()
     for start in (RowArrays(weights=before.weights), before):
-        engine.run(LoadRow(RUN, start))
+        run.load(start)
         assert [published.write() for _ in range(2)] == [1, 0]
-    save(engine, tmp_path / "row").write()
-    restore(engine, run, tmp_path / "row")
+    save(engine, SAVE)
+    restore(engine, run)
     assert published.write() == 1
     run.compute(run.tile(make_documents(4, (7,)), CrossEntropy()))
     run.step(AdamParams(learning_rate=1e-2))
     assert published.write() == 0
+
+
+def test_no_checkpoint_is_written_of_what_is_not_finite(
+    engine: Engine, run: EngineRun, tmp_path: Path
+) -> None:
+    assert run.step(AdamParams(learning_rate=3e38, weight_decay=1e3)).error is None
+    for with_optimizer in (False, True):
+        job = SaveCheckpoint(
+            manifest=manifest_of(RUN, run.spec),
+            folder=str(tmp_path),
+            with_optimizer=with_optimizer,
+        )
+        with pytest.raises(WeightsNotFinite):
+            save(engine, job)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["weights", "exp_avg", "exp_avg_sq"])
+def test_no_row_is_filled_with_what_is_not_finite(run: EngineRun, part: str) -> None:
+    before = run.export()
+    arrays = {name: array.copy() for name, array in getattr(before, part).items()}
+    name = sorted(arrays)[0]
+    arrays[name][-1, -1] = np.inf
+    with pytest.raises(WeightsNotFinite) as caught:
+        run.load(replace(before, **{part: arrays}))
+    assert caught.value.metadata["tensor"] == name

@@ -1,0 +1,161 @@
+"""Rows to files, most of them in the background, and saved rows back."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint_store import FileEntry, Manifest, WeightsNotFinite, open_row, write_published_row
+from checkpoint_store.adapter_files import Moments, check_arrays, write_files
+from checkpoint_store.errors import full_disk_told
+from checkpoint_store.row_file import Progress, RowDamaged, RowFile, save_row
+from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.spec import AdapterArrays
+from mint_core.model.loading import LoadedBase
+from trainer_service.engine.background import Rest
+from trainer_service.engine.digests import digest
+from trainer_service.engine.rows import TrainedRow
+from trainer_service.errors import RowNotSaved, RowNotWritten
+from trainer_service.jobs import (
+    SaveCheckpoint,
+    SavedRow,
+    SaveRow,
+    StoreRow,
+    WriteRow,
+    saved_row_name,
+)
+
+
+def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
+    """Copies what of a row is needed to go on, the gradient if there is one."""
+    parts = {
+        part.value: vector.detach().to("cpu", copy=True)  # [params]
+        for part, vector in trained.worth_keeping().items()
+    }
+    about = {
+        "training_run_id": job.training_run_id,
+        "sequence": str(job.sequence),
+        "step": str(trained.step),
+        "gradient_pending": str(int(trained.gradient_pending)),
+        "adapter": json.dumps(asdict(trained.row.spec)),
+        "base_fingerprint": base.description.fingerprint,
+        "engine": json.dumps(engine_traits(base)),
+        "layout": trained.row.bank.layout.encoded.decode(),  # older files lack it
+    }
+
+    def write(progress: Progress) -> SavedRow:
+        arrays = {part: vector.numpy() for part, vector in parts.items()}
+        name = saved_row_name(job.training_run_id, job.sequence)
+        try:
+            size_bytes = save_row(folder / name, arrays, about, progress)
+        except OSError as error:
+            raise RowNotSaved(error) from error
+        return SavedRow(job.sequence, name, size_bytes)
+
+    return write
+
+
+def engine_traits(base: LoadedBase) -> dict[str, str]:
+    """On what a row's numbers may depend, beside all that is in the journal."""
+    device = base.device
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "dtype": base.description.dtype,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def read_saved_row(file: RowFile, row: AdapterRow) -> None:
+    """Fills the parts of a row from its file. Raises RowDamaged."""
+    layout = row.bank.layout.encoded.decode()
+    if file.length != row.bank.row_size or file.about.get("layout", layout) != layout:
+        raise RowDamaged(file.path, "lies otherwise in memory than this version's rows")
+    for part in file.digests:
+        row.part(Part(part)).copy_(torch.from_numpy(file.read(part)))
+
+
+def difference(file: RowFile, base: LoadedBase) -> str:
+    """In which way the engine that wrote a file was another than this one."""
+    theirs, ours = json.loads(file.about["engine"]), engine_traits(base)
+    return ", ".join(
+        f"{name} was {theirs.get(name)} and is {value}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    )
+
+
+def save_checkpoint_later(job: SaveCheckpoint, trained: TrainedRow) -> Rest:
+    """Copies weights, and moments if they are asked for."""
+    row = trained.row
+    weights = row.export(Part.WEIGHTS)
+    moments = None
+    if job.with_optimizer:
+        moments = row.export(Part.EXP_AVG), row.export(Part.EXP_AVG_SQ)
+    return lambda progress: _write_checkpoint(
+        job.folder, job.manifest, weights, moments, progress=progress
+    )
+
+
+def store_row_later(job: StoreRow) -> Rest:
+    """Of a row file, which may lie in memory."""
+
+    def write(progress: Progress) -> Mapping[str, FileEntry]:
+        weights = open_row(Path(job.file), str(job.manifest.revision_path)).weights()
+        return _write_checkpoint(job.folder, job.manifest, weights, progress=progress)
+
+    return write
+
+
+def _write_checkpoint(
+    folder: str,
+    manifest: Manifest,
+    weights: AdapterArrays,
+    moments: Moments | None = None,
+    *,
+    progress: Progress,
+) -> Mapping[str, FileEntry]:
+    for arrays in (weights, *(moments or ())):
+        check_arrays(str(manifest.path), manifest.spec, arrays)
+        progress()
+    with full_disk_told():
+        return write_files(
+            Path(folder),
+            weights,
+            moments,
+            spec=manifest.spec,
+            base_model=manifest.base_model,
+            base_fingerprint=manifest.base_fingerprint,
+            step=manifest.step,
+            progress=progress,
+        )
+
+
+def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:
+    """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
+    row, file, path = trained.row, Path(job.file), str(job.manifest.path)
+    vector = row.part(Part.WEIGHTS)
+    _check_finite(row, vector, path)
+    trained.weight_digest = known = trained.weight_digest or digest(vector)
+    numbers, layout = vector.cpu().numpy(), row.bank.layout
+    try:
+        write_published_row(file, numbers, layout, job.manifest, progress, known)
+    except OSError as error:
+        raise RowNotWritten(path, file.parent, error) from error
+
+
+def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:
+    if vector.sum().isfinite():  # so all of them are; 20 times as fast as to ask each
+        return
+    for name, array in row.export(Part.WEIGHTS).items():
+        if not np.isfinite(array).all():
+            raise WeightsNotFinite(path, name)
