@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -75,39 +75,11 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON that ends in its own digest, so that damage to the manifest shows too."""
-    spec = manifest.spec
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "tenant": manifest.tenant,
-        "training_run_id": manifest.training_run_id,
-        "kind": manifest.kind,
-        "name": manifest.name,
-        "revision": manifest.revision,
-        "base_model": manifest.base_model,
-        "base_fingerprint": manifest.base_fingerprint,
-        "adapter": {
-            "rank": spec.rank,
-            "alpha": spec.alpha,
-            "use_rslora": spec.use_rslora,
-            "seed": spec.seed,
-            "modules": list(spec.modules),
-        },
-        "step": manifest.step,
-        "create_time": manifest.create_time.isoformat(),
-        "expire_time": manifest.expire_time and manifest.expire_time.isoformat(),
-        "unused_limit_s": manifest.unused_limit_s,
-        "metadata": dict(manifest.metadata),
-        "source": manifest.source,
-        "head_untied": manifest.head_untied,
-        "request": manifest.request,
-        "sequence": manifest.sequence,
-        "mark": manifest.mark,
-        "files": {
-            name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
-            for name, entry in manifest.files.items()
-        },
-        "files_folder": manifest.files_folder,
-    }
+    content = asdict(manifest)
+    content["format_version"] = FORMAT_VERSION
+    content["adapter"] = content.pop("spec")
+    content["create_time"] = manifest.create_time.isoformat()
+    content["expire_time"] = manifest.expire_time and manifest.expire_time.isoformat()
     return json.dumps(content | {"manifest_sha256": _digest(content)}, indent=1).encode()
 
 
@@ -130,31 +102,17 @@ def decode_manifest(encoded: bytes) -> Manifest:
 
 
 def _from_content(content: dict[str, Any]) -> Manifest:
-    adapter = content["adapter"]
-    expire_time = content["expire_time"]
-    return Manifest(
-        tenant=content["tenant"],
-        training_run_id=content["training_run_id"],
-        kind=KINDS[content["kind"]],
-        name=content["name"],
-        revision=content["revision"],
-        base_model=content["base_model"],
-        base_fingerprint=content["base_fingerprint"],
-        spec=AdapterSpec(**(adapter | {"modules": tuple(adapter["modules"])})),
-        step=content["step"],
-        create_time=datetime.fromisoformat(content["create_time"]),
-        expire_time=expire_time and datetime.fromisoformat(expire_time),
-        unused_limit_s=content["unused_limit_s"],
-        metadata=content["metadata"],
-        # Older manifests lack these.
-        source=content.get("source", ""),
-        head_untied=content.get("head_untied", False),
-        request=content.get("request", ""),
-        sequence=content.get("sequence", 0),
-        mark=content.get("mark", ""),
-        files={name: FileEntry(**entry) for name, entry in content["files"].items()},
-        files_folder=content.get("files_folder", ""),
-    )
+    adapter, expire_time = content.pop("adapter"), content["expire_time"]
+    known = {field.name for field in fields(Manifest)}  # older manifests lack some
+    said = {name: value for name, value in content.items() if name in known}
+    said |= {
+        "kind": KINDS[content["kind"]],
+        "spec": AdapterSpec(**(adapter | {"modules": tuple(adapter["modules"])})),
+        "create_time": datetime.fromisoformat(content["create_time"]),
+        "expire_time": expire_time and datetime.fromisoformat(expire_time),
+        "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
+    }
+    return Manifest(**said)
 
 
 def _digest(content: dict[str, Any]) -> str:
