@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from mint_core.errors import MintError, ResourceExhausted, Unavailable
 from mint_core.fault_points import fault_point
-from trainer_service.journal.schema import DATABASE, lock_folder, open_database
+from trainer_service.journal.schema import lock_folder, open_database
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,9 @@ LINGER_S = 0.1  # how long a write waits that nobody waits for soon
 RETRY_S = 1.0  # after a full disk
 IDLE_S = 0.2  # without a write, after which the log is brought into the database
 MOST_PAGES_FREED = 2000  # at a time
-LONGEST_LOG_BYTES = 32 * 1024 * 1024  # after which it is even while there are writes
+# How long the thread does not hear of a write that nobody waits for soon: whoever made it has other
+# things to do first, and a thread that wakes up at once would take their time.
+LATER_S = 0.002
 
 T = TypeVar("T")
 Statement = Callable[[sqlite3.Connection], Any]
@@ -92,7 +94,9 @@ class Journal:
         except BaseException:
             os.close(self._lock)
             raise
-        self._log = folder / f"{DATABASE}-wal"
+        self._later: deque[_Entry] = deque()  # writes of which the thread does not know
+        self._hand_over_lock = threading.Lock()
+        self._tidy = False  # the log is in the database, and no page is free
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="journal")
@@ -113,6 +117,7 @@ class Journal:
     def close(self) -> None:
         """Blocks until all that was written is on disk; on a full disk the rest is given up."""
         self._closing.set()
+        self._hand_over()
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -152,12 +157,22 @@ class Journal:
     def _put(
         self, statements: Sequence[Statement], *, soon: bool = True, read: bool = False
     ) -> Written:
-        done: Written = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done: Written = loop.create_future()
         if self._failure is not None:
             _fail(done, self._failure)
-        else:
-            self._queue.put(_Entry(statements, done, soon, read))
+            return done
+        self._later.append(_Entry(statements, done, soon, read))
+        if soon:
+            self._hand_over()
+        elif len(self._later) == 1:
+            loop.call_later(LATER_S, self._hand_over)
         return done
+
+    def _hand_over(self) -> None:
+        with self._hand_over_lock:  # the end of the service comes from another thread
+            while self._later:
+                self._queue.put(self._later.popleft())
 
     def _run(self) -> None:
         try:
@@ -181,8 +196,8 @@ class Journal:
         except queue.Empty:
             if self._pending:
                 self._commit()
-            elif self._log_bytes():
-                self._empty_log()
+            elif not self._tidy:
+                self._tidy_up()
             return True
         self._taken.append(entry)
         self._take_all()
@@ -258,12 +273,11 @@ class Journal:
             return
         fault_point("journal:after-commit")
         self._full = None
+        self._tidy = False
         self.commits += 1
         self.commit_seconds += time.monotonic() - started_s
         written, self._pending = self._pending, []
         self._post(_settle, written)
-        if self._log_bytes() > LONGEST_LOG_BYTES:
-            self._empty_log()
 
     def _wait_for_room(self, error: sqlite3.Error) -> None:
         """Does the open transaction again until the disk takes it."""
@@ -288,6 +302,7 @@ class Journal:
 
         def tell() -> None:
             self._has_failed.set()
+            self._hand_over()
             self._take_all()
             for entry in [*self._pending, *self._taken]:
                 if entry is not None:
@@ -300,18 +315,14 @@ class Journal:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(callback, *args)
 
-    def _log_bytes(self) -> int:
-        try:
-            return self._log.stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def _empty_log(self) -> None:
-        """Brings the log into the database, so that it starts anew, and gives free pages back."""
+    def _tidy_up(self) -> None:
+        """Gives free pages back and brings the log into the database, so that it starts anew."""
         try:
             # `execute` would free one page.
             self.database.executescript(f"PRAGMA incremental_vacuum({MOST_PAGES_FREED})")
-            self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self.database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            ((free_pages,),) = self.database.execute("PRAGMA freelist_count").fetchall()
+            self._tidy = free_pages == 0
         except sqlite3.OperationalError as error:
             if not _is_full(error):
                 raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer_service.journal import writer
-from trainer_service.journal.schema import DATABASE
+from trainer_service.journal.schema import DATABASE, KEPT_LOG_BYTES
 from trainer_service.journal.writer import Journal, JournalFailed, JournalFull, RecordRefused
 
 LIMIT_S = 20.0
@@ -191,13 +191,19 @@ async def test_a_read_that_fails_harms_nobody(journal: Journal, tmp_path: Path) 
 async def test_the_log_goes_into_the_database_when_there_is_time(
     journal: Journal, tmp_path: Path
 ) -> None:
-    journal.write(insert("a", "x" * 1_000_000))
-    await journal.flush()
     log = tmp_path / f"{DATABASE}-wal"
-
-    while log.stat().st_size:
+    await journal.write(insert("a", "x" * 1_000_000))
+    while (tmp_path / DATABASE).stat().st_size < 1_000_000:
         await asyncio.sleep(0.05)
-    assert (tmp_path / DATABASE).stat().st_size > 1_000_000
+    size_bytes = log.stat().st_size
+    for number in range(10):
+        await journal.write(insert(f"b{number}", "x" * 10_000))
+    assert log.stat().st_size == size_bytes  # begun anew, in the file that is there
+    await journal.write(insert("c", "x" * 2 * KEPT_LOG_BYTES))
+    while (tmp_path / DATABASE).stat().st_size < 2 * KEPT_LOG_BYTES:
+        await asyncio.sleep(0.05)
+    await journal.write(insert("d"))
+    assert log.stat().st_size <= KEPT_LOG_BYTES
     journal.write(lambda db: db.execute("DELETE FROM server"))
     await journal.flush()
     while (tmp_path / DATABASE).stat().st_size > 500_000:  # free pages are given back
