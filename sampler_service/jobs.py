@@ -116,17 +116,15 @@ class Stops:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Continues a prompt, or with `num_samples` 0 only scores it. Answer: `Generated`; with
-    `stream`, a `SamplePart` for each sample after each pass, and then a `Generated` without
-    continuations.
+class Sampling:
+    """What a request asks for, all filled in: to continue a prompt, or with `num_samples` 0 only to
+    score it.
     """
 
-    request_id: int  # by which `Abort` names it
-    adapter: str  # revision path of a loaded adapter, or BASE_MODEL
+    model_path: str = BASE_MODEL  # as the request names the adapter
     prompt: Tokens  # [prompt], at least one token
-    num_samples: int
-    max_tokens: int  # of one continuation; prompt and continuation fit in the context
+    num_samples: int = 0
+    max_tokens: int = 0  # of one continuation; prompt and continuation fit in the context
     choice: Choice
     stops: Stops = field(default_factory=Stops)
     constraint: Constraint | None = None  # some stop token ends what matches
@@ -137,6 +135,17 @@ class Generate:
     prompt_alternatives: int = 0  # tokens to draw in place of each but the first
     scored_tokens: int | None = None  # of the prompt, its last ones; None: all but the first
     topk_sample_logprobs: int = 0  # not in a stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Does what a request asks for. Answer: `Generated`; with `stream`, a `SamplePart` for each
+    sample after each pass, and then a `Generated` without continuations.
+    """
+
+    request_id: int  # by which `Abort` names it
+    adapter: str  # revision path of a loaded adapter, or BASE_MODEL
+    sampling: Sampling
     tenant: str = ""  # tenants share passes and places equally
     stream: bool = False
     start_by_s: float | None = None  # time.monotonic() by which its first pass must have begun

@@ -24,6 +24,7 @@ from sampler_service.jobs import (
     Generated,
     LoadAdapter,
     SamplePart,
+    Sampling,
     Stops,
     Tokens,
 )
@@ -97,9 +98,7 @@ class SamplerEngine:
     ) -> int:
         """Sends a request and returns its number."""
         number = next(self._numbers)
-        job = Generate(
-            request_id=number,
-            adapter=adapter,
+        sampling = Sampling(
             prompt=np.array(prompt, np.int64),
             num_samples=num_samples,
             max_tokens=max_tokens,
@@ -112,6 +111,11 @@ class SamplerEngine:
             target_prompt_tokens=target_prompt_tokens,
             prompt_alternatives=prompt_alternatives,
             scored_tokens=scored_tokens,
+        )
+        job = Generate(
+            request_id=number,
+            adapter=adapter,
+            sampling=sampling,
             tenant=tenant,
             stream=stream,
             start_by_s=start_by_s,

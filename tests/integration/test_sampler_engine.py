@@ -7,23 +7,17 @@ import numpy as np
 
 from mint_core.engine_host.process import EngineProcess
 from sampler_service.config import SamplerConfig
-from sampler_service.jobs import BASE_MODEL, Choice, Generate, Generated, SamplePart
+from sampler_service.jobs import BASE_MODEL, Choice, Generate, Generated, SamplePart, Sampling
 
 LIMIT_S = 60.0
 KV_CACHE_TOKENS = 2048
 
 
-def generate(request_id: int, **wishes: object) -> Generate:
-    fields = {
-        "request_id": request_id,
-        "adapter": BASE_MODEL,
-        "prompt": np.arange(3, 40),
-        "num_samples": 3,
-        "max_tokens": 20,
-        "choice": Choice(seed=5),
-        **wishes,
-    }
-    return Generate(**fields)  # type: ignore[arg-type]
+def generate(request_id: int, *, stream: bool = False) -> Generate:
+    sampling = Sampling(
+        prompt=np.arange(3, 40), num_samples=3, max_tokens=20, choice=Choice(seed=5)
+    )
+    return Generate(request_id=request_id, adapter=BASE_MODEL, sampling=sampling, stream=stream)
 
 
 async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path) -> None:

@@ -14,7 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.errors import InvalidRequest
-from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.constraint_compiler import (
+    CompiledConstraint,
+    ConstraintCompiler,
+)
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint, Generated, StopReason, Stops
 from tests.models import VOCABULARY_SIZE
@@ -143,13 +146,15 @@ def test_a_constraint_that_cannot_be_followed_fails_its_own_request_alone(
 @pytest.fixture
 def held_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Lets constraints be compiled from when it is set."""
-    compile_now, free = Compiler.compile, threading.Event()
+    compile_now, free = ConstraintCompiler.compile, threading.Event()
 
-    def compile_later(compiler: Compiler, constraint: Constraint) -> "Future[CompiledConstraint]":
+    def compile_later(
+        compiler: ConstraintCompiler, constraint: Constraint
+    ) -> "Future[CompiledConstraint]":
         compiler._compiling.submit(free.wait, 60.0)
         return compile_now(compiler, constraint)
 
-    monkeypatch.setattr(Compiler, "compile", compile_later)
+    monkeypatch.setattr(ConstraintCompiler, "compile", compile_later)
     return free
 
 
@@ -181,7 +186,7 @@ def test_where_a_constraint_leads_no_further_its_request_fails_alone(
         lambda v, i: spell(v, i).replace(b"!", b"") if i > 2 else spell(v, i),
     )
     monkeypatch.setattr(
-        sampler.engine, "_compiler", Compiler(sampler.engine._vocabulary, VOCABULARY_SIZE)
+        sampler.engine, "_compiler", ConstraintCompiler(sampler.engine._vocabulary, VOCABULARY_SIZE)
     )
     neighbour = {"seed": 5, "max_tokens": 20, "num_samples": 2}
     expected = sampler.generate(PROMPT, **neighbour)

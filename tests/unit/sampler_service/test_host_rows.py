@@ -2,7 +2,7 @@
 
 import torch
 
-from sampler_service.engine.adapters import HostRows
+from sampler_service.engine.loaded_adapters import HostRows
 
 
 def row(value: float) -> torch.Tensor:

@@ -45,7 +45,7 @@ class HostRows:
         self.size_bytes += row.nbytes
 
 
-class Adapters:
+class LoadedAdapters:
     """Rows of the bank. The front decides which are here and drops none that is in use.
 
     On a CPU a row is the pages of its file. A GPU gets it from pinned host memory, which keeps

@@ -1,7 +1,10 @@
-"""Row files of this sampler's own, for adapters that came from the store in another form."""
+"""The folder of this sampler's own row files, for adapters that came from the store in another
+form.
+"""
 
 import errno
 import hashlib
+import itertools
 import logging
 import shutil
 import threading
@@ -18,7 +21,7 @@ DISK_SHARE = 0.2  # of what is free, where no limit is given
 _PREFIX = "sampler-"
 
 
-class RowFiles:
+class RowFolder:
     """Files up to a limit; those asked for least recently go first. The system keeps in memory what
     is in use. The folder ends with the process. Safe from any thread.
     """
@@ -29,6 +32,7 @@ class RowFiles:
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
         self._lock = threading.Lock()
+        self._numbers = itertools.count()  # of drafts
 
     def get(self, revision_path: str) -> Path | None:
         """The file of a revision, if it is here."""
@@ -43,7 +47,7 @@ class RowFiles:
         """Makes the file of a revision. Raises ResourceExhausted."""
         revision_path = str(manifest.revision_path)
         file = self._file(revision_path)
-        draft = file.with_suffix(".draft")  # nobody else makes the same one
+        draft = file.with_suffix(f".{next(self._numbers)}")  # nobody else makes the same one
         while True:
             try:
                 size_bytes = write_published_row(draft, row, layout, manifest)

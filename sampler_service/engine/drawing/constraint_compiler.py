@@ -27,7 +27,7 @@ MAX_REASON = 300  # characters of a refusal that may quote the constraint
 WHITESPACE = r"[ \n\t\r]{1,32}"
 
 
-class Compiler:
+class ConstraintCompiler:
     """Compiles constraints for one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, size: int) -> None:
