@@ -27,7 +27,7 @@ class _Continuation:
         self.repeated += len(part.tokens)
         if tuple(known) != part.tokens[: len(known)] or (fresh and self.stop_reason):
             raise EngineFault(
-                f"the engine ended after {len(self.tokens)} tokens of continuation {part.index}, "
+                f"the engine ended after {len(self.tokens)} tokens of continuation {part.sample}, "
                 "and the next one drew others from the same seed; sample again"
             )
         self.tokens.extend(fresh)
@@ -73,12 +73,12 @@ class PartBuffer:
 
     def put(self, part: SamplePart) -> None:
         """Takes in what the engine sends. Raises EngineFault if it is not what was sent before."""
-        continuation = self._continuations.setdefault(part.index, _Continuation())
+        continuation = self._continuations.setdefault(part.sample, _Continuation())
         had_ended = continuation.stop_reason
         fresh = continuation.add(part)
         if fresh or continuation.stop_reason is not had_ended:
             self.tokens += fresh
-            self._waiting[part.index] = None
+            self._waiting[part.sample] = None
             self._changed.set()
 
     async def finish(self) -> None:

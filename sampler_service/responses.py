@@ -40,7 +40,7 @@ def stream_sample_response(
     part: SamplePart, seed: int, revision_path: str
 ) -> sampler_pb2.StreamSampleResponse:
     return sampler_pb2.StreamSampleResponse(
-        index=part.index,
+        index=part.sample,
         tokens=part.tokens,
         logprobs=part.logprobs,
         model_logprobs=part.model_logprobs,

@@ -37,9 +37,7 @@ class SamplerService:
     """Holds the engine and hands work to it. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        self.engine = EngineProcess(
-            "sampler_service.engine", config.engine_config(), on_death=self._engine_died
-        )
+        self.engine = EngineProcess("sampler_service.engine", config, on_death=self._engine_died)
         self.tasks = Tasks()
         self._revisions = _revisions(config, self.engine, self.tasks)
         self._leases = AdapterLeases(

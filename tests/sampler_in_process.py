@@ -3,23 +3,25 @@
 import itertools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint_store import Manifest, parse_path, write_published_row
+from mint_core.engine_host.pipe import Failure, Part, Reply
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
-from sampler_service.engine.engine import Engine
+from sampler_service.config import SamplerConfig
+from sampler_service.engine.engine import Answer, Engine
 from sampler_service.jobs import (
     BASE_MODEL,
     Abort,
     Choice,
     Constraint,
-    EngineConfig,
     Generate,
     Generated,
     LoadAdapter,
@@ -31,6 +33,14 @@ from sampler_service.jobs import (
 from tests.engines_in_process import random_arrays
 
 ENDLESS = Stops()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(SamplerConfig):
+    """Allows caches that are smaller than a server's."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 class SamplerEngine:
@@ -45,11 +55,9 @@ class SamplerEngine:
             "threads": 1,
             "max_lora_rank": 128,
             "max_running_samples": 16,
-            "max_batch_tokens": 0,
             "kv_cache_tokens": 16_384,
-            "adapter_memory_bytes": 0,
         }
-        config = EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]
+        config = Config(**{**settings, **changes})  # type: ignore[arg-type]
         self.engine = Engine(config, lambda: None)
         self.model = self.engine.description
         self.arrays: dict[str, AdapterArrays] = {}  # of the loaded adapters
@@ -122,7 +130,7 @@ class SamplerEngine:
         )
         answer = self.engine.accept(number, job)
         if answer is not None:
-            self._take(*answer)
+            self._take(answer)
         return number
 
     def abort(self, number: int) -> None:
@@ -130,14 +138,15 @@ class SamplerEngine:
 
     def step(self) -> None:
         for answer in self.engine.step():
-            self._take(*answer)
+            self._take(answer)
 
-    def _take(self, number: int, value: SamplePart | Generated | MintError | None) -> None:
-        if isinstance(value, SamplePart):
-            assert number not in self._answers, "parts come before the answer"
-            self.parts.setdefault(number, []).append(value)
-        else:
-            self._answers[number] = value
+    def _take(self, answer: Answer) -> None:
+        match answer:
+            case Part(number, part):
+                assert number not in self._answers, "parts come before the answer"
+                self.parts.setdefault(number, []).append(part)
+            case Reply(number, value) | Failure(number, value):
+                self._answers[number] = value
 
     def drain(self) -> None:
         while self.engine.busy:

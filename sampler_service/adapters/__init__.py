@@ -1,1 +1,1 @@
-"""The adapters of the front: what a path means, its file, and a lease on its place in the engine."""
+"""Adapters in the front: what a path means, its row file, and a lease on it in the engine."""

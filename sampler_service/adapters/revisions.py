@@ -57,6 +57,10 @@ class Revision:
     checked_s: float = field(default_factory=time.monotonic)
 
     @property
+    def recent(self) -> bool:
+        return time.monotonic() - self.checked_s < CHECK_INTERVAL_S
+
+    @property
     def stored_rank(self) -> int:
         """Ranks that it takes of the engine's memory."""
         return stored_rank(self.rank)
@@ -82,9 +86,8 @@ class Revisions:
         adapter for this sampler. Requests that come together for a new revision share an answer.
         """
         known = self._known.get(path)
-        if known is not None and known.tenant == tenant:
-            if time.monotonic() - known.checked_s < CHECK_INTERVAL_S:
-                return known
+        if known is not None and known.tenant == tenant and known.recent:
+            return known
         key = (path, tenant)
         while True:
             joined = key in self._looks
@@ -169,16 +172,13 @@ class Revisions:
 
     async def _convert(self, revision: Revision) -> Path:
         """Makes a file of our own."""
-        started_s = time.perf_counter()
-        rank = revision.stored_rank
+        path, rank, started_s = revision.path, revision.stored_rank, time.perf_counter()
         if rank not in self._layouts:
             self._layouts[rank] = await self._engine.call(DescribeRows(revision.rank))
         file = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._lay_out, revision, self._layouts[rank]
         )
-        logger.info(
-            "adapter fetched path=%s s=%.4f", revision.path, time.perf_counter() - started_s
-        )
+        logger.info("adapter fetched path=%s s=%.4f", path, time.perf_counter() - started_s)
         return file
 
     def _lay_out(self, revision: Revision, layout: RowLayout) -> Path:

@@ -1,8 +1,6 @@
 """The engine: requests in, one pass at a time over all that run, answers out."""
 
-import dataclasses
 import heapq
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,12 +9,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.pipe import Failure, Part, Reply
 from mint_core.errors import FailedPrecondition, MintError
-from mint_core.lora.row_layout import RowLayout
-from mint_core.model.loading import LoadedBase, load_base
+from mint_core.model.loading import load_base
+from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from sampler_service.engine.cache.kv_cache import KvCache, affordable_tokens, layer_shapes
+from sampler_service.engine.cache.kv_cache import KvCache, layer_shapes
 from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.drawing.constraint_compiler import (
     CompiledConstraint,
@@ -27,7 +25,8 @@ from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.sampling import draw_tokens
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.engine.generation import Generation
-from sampler_service.engine.loaded_adapters import LoadedAdapters, affordable_ranks
+from sampler_service.engine.loaded_adapters import LoadedAdapters
+from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_bytes, within
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
@@ -36,20 +35,14 @@ from sampler_service.jobs import (
     Abort,
     DescribeRows,
     DropAdapter,
-    EngineConfig,
     Generate,
-    Generated,
     LoadAdapter,
-    SamplePart,
     WaitedTooLong,
 )
 
-logger = logging.getLogger(__name__)
-
 COMPILING_WAIT_S = 0.01  # between looks for new jobs, while nothing runs
 
-# The number of a call, and what it is told: a part of its answer, or all that is left of it.
-Answer = tuple[int, SamplePart | Generated | RowLayout | MintError | None]
+Answer = Part | Reply | Failure  # what a call is told
 
 
 class Engine:
@@ -57,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: SamplerConfig,
         progress: Callable[[], None],  # called while a pass goes on
     ) -> None:
         base = load_base(
@@ -70,14 +63,14 @@ class Engine:
             inference=True,
         )
         shapes = layer_shapes(base)
-        self.adapter_ranks = affordable_ranks(base, config.adapter_memory_bytes)
-        blocks = _blocks(config, base, affordable_tokens(shapes, base.device))
+        self.adapter_ranks = affordable_ranks(config, base)
+        blocks = cache_blocks(config, base, shapes.values())
         self.kv_cache_tokens = blocks * BLOCK_TOKENS
-        self.description = _within(base.description, self.kv_cache_tokens)
+        self.description = within(base.description, self.kv_cache_tokens)
         least = config.max_running_samples + CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = LoadedAdapters(base, config.host_adapter_memory_bytes)
+        self.adapters = LoadedAdapters(base, host_bytes(config))
         cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
         decoder = (
             Decoder(
@@ -90,7 +83,7 @@ class Engine:
             if base.device.type == "cuda"
             else None
         )
-        self._runner = Runner(base, cache, progress, decoder)
+        self.runner = Runner(base, cache, progress, decoder)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
         self._scheduler = Scheduler(
             BlockPool(blocks),
@@ -115,14 +108,14 @@ class Engine:
             case LoadAdapter():
                 self.adapters.load(job)
             case DescribeRows(rank):
-                return number, self.adapters.layout(rank)
+                return Reply(number, self.adapters.layout(rank))
             case DropAdapter():
                 self.adapters.drop(job)
             case Abort(request_id):
                 self._forget(request_id)
             case _:
                 raise AssertionError(f"unknown job {job!r}")
-        return number, None
+        return Reply(number, None)
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
@@ -130,7 +123,7 @@ class Engine:
         answers = [*self._begin_compiled(), *self._refuse_late()]
         step = self._scheduler.schedule()
         if step is not None:
-            computed = self._runner.run(step, self.adapters.rows)
+            computed = self.runner.run(step, self.adapters.rows)
             self._score(computed)
             tokens, ended = self._draw(step, computed)
             self._scheduler.update(step, tokens, ended)
@@ -155,9 +148,9 @@ class Engine:
                 continue
             del self._compiling[job.request_id]
             try:
-                answer = self._begin(number, job, compiling.result())
+                answer: Answer | None = self._begin(number, job, compiling.result())
             except MintError as refusal:
-                answer = number, refusal
+                answer = Failure(number, refusal)
             if answer is not None:
                 yield answer
 
@@ -166,7 +159,7 @@ class Engine:
     ) -> Answer | None:
         generation = Generation(number, job, self._vocabulary, constraint)
         if generation.done:
-            return number, generation.result()
+            return Reply(number, generation.result())
         self._generations[job.request_id] = generation
         if job.start_by_s is not None:
             heapq.heappush(self._start_by, (job.start_by_s, job.request_id))
@@ -187,7 +180,7 @@ class Engine:
             generation = self._generations.get(request_id)
             if generation is not None and not self._scheduler.begun(request_id):
                 self._forget(request_id)
-                yield generation.number, WaitedTooLong(generation.age_s)
+                yield Failure(generation.number, WaitedTooLong(generation.age_s))
 
     def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""
@@ -210,7 +203,7 @@ class Engine:
         ended: set[TokenSequence] = set()
         if not any(span.decodes for span in step.spans):
             return {}, ended
-        logits, sequences = self._runner.logits(computed)
+        logits, sequences = self.runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
         drawn = draw_tokens(logits, list(map(_draw_of, sequences, generations)))
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
@@ -235,46 +228,20 @@ class Engine:
             generation = self._generations[request_id]
             if generation.error is not None:
                 self._forget(request_id)
-                yield generation.number, generation.error
+                yield Failure(generation.number, generation.error)
                 continue
             for part in generation.new_parts:
-                yield generation.number, part
+                yield Part(generation.number, part)
             generation.new_parts.clear()
             if generation.done:
                 del self._generations[request_id]
-                yield generation.number, generation.result()
+                yield Reply(generation.number, generation.result())
 
     def _forget(self, request_id: int) -> None:
         if waiting := self._compiling.pop(request_id, None):
             waiting[2].cancel()
         self._generations.pop(request_id, None)
         self._scheduler.abort(request_id)
-
-
-def _blocks(config: EngineConfig, base: LoadedBase, affordable: int) -> int:
-    """How many blocks the cache gets."""
-    # More than every running sample at full length is of no use.
-    most = base.description.context_length * config.max_running_samples
-    blocks = min(config.kv_cache_tokens or affordable, most) // BLOCK_TOKENS
-    if not blocks:
-        raise FailedPrecondition(
-            f"there is room for {affordable} tokens in the key/value cache, and {BLOCK_TOKENS} are "
-            "the least; free memory, or serve a smaller model or dtype"
-        )
-    if blocks * BLOCK_TOKENS > affordable:
-        raise FailedPrecondition(
-            f"`kv_cache_tokens` is {config.kv_cache_tokens} but free memory holds {affordable}; "
-            "give less, or 0 to take what is free"
-        )
-    return blocks
-
-
-def _within(model: ModelDescription, cache_tokens: int) -> ModelDescription:
-    """The model with the context that the cache holds."""
-    context_length = min(model.context_length, cache_tokens)
-    logger.info("kv cache tokens=%d context_length=%d", cache_tokens, context_length)
-    bound = model.memory_bound or context_length < model.context_length
-    return dataclasses.replace(model, context_length=context_length, memory_bound=bound)
 
 
 def _draw_of(sequence: TokenSequence, generation: Generation) -> Draw:

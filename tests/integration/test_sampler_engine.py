@@ -27,7 +27,7 @@ async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path)
         device="cpu",
         kv_cache_tokens=KV_CACHE_TOKENS,
     )
-    engine = EngineProcess("sampler_service.engine", config.engine_config())
+    engine = EngineProcess("sampler_service.engine", config)
     async with asyncio.timeout(LIMIT_S):
         hello = await engine.start()
         try:
@@ -42,7 +42,7 @@ async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path)
     assert isinstance(streamed, Generated)
     assert streamed.continuations == ()
     for index, continuation in enumerate(whole.continuations):
-        own = [part for part in parts if part.index == index]
+        own = [part for part in parts if part.sample == index]
         assert [t for part in own for t in part.tokens] == continuation.tokens.tolist()
         assert [part.stop_reason for part in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].stop_reason == continuation.stop_reason

@@ -70,44 +70,37 @@ def score_span(
     logprobs[columns < 0] = np.nan
     top = _top(head, computed.hidden, piece, asked.topk_prompt_logprobs)
     alternatives = _alternatives(head, computed.hidden, piece, range(start, span.stop), asked)
-    return SpanScores(logprobs[:, 0], *_arrays(top), logprobs[:, 1:], *_arrays(alternatives))
+    return SpanScores(logprobs[:, 0], *_joined(top), logprobs[:, 1:], *_joined(alternatives))
 
 
-def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> _IdsAndLogprobs:
+def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> list[_IdsAndLogprobs]:
     """The k likeliest tokens of each row."""
     if not k:
         return _none(piece)
-    parts = [
+    return [
         head.likeliest(hidden, Piece(piece.segment, rows), k) for rows in piece.rows.split(ROWS)
     ]
-    return _joined(parts)
 
 
 def _alternatives(
     head: Head, hidden: Tensor, piece: Piece, positions: range, asked: Sampling
-) -> _IdsAndLogprobs:
+) -> list[_IdsAndLogprobs]:
     """Tokens that the model might have said after each of the positions, which are the rows'."""
     if not asked.prompt_alternatives:
         return _none(piece)
     drawn_by = alternative_uniforms(asked.choice.seed, positions, asked.prompt_alternatives)
     uniform = torch.from_numpy(drawn_by).to(hidden.device)
-    parts = []
-    for rows, uniforms in zip(piece.rows.split(ROWS), uniform.split(ROWS), strict=True):
-        logits = head.logits(hidden, [Piece(piece.segment, rows)])
-        parts.append(draw_alternatives(logits, uniforms))
-    return _joined(parts)
+    return [
+        draw_alternatives(head.logits(hidden, [Piece(piece.segment, rows)]), uniforms)
+        for rows, uniforms in zip(piece.rows.split(ROWS), uniform.split(ROWS), strict=True)
+    ]
 
 
-def _none(piece: Piece) -> _IdsAndLogprobs:
+def _none(piece: Piece) -> list[_IdsAndLogprobs]:
     none = torch.empty(len(piece.rows), 0)
-    return none.long(), none
+    return [(none.long(), none)]
 
 
-def _joined(parts: Sequence[_IdsAndLogprobs]) -> _IdsAndLogprobs:
+def _joined(parts: Sequence[_IdsAndLogprobs]) -> tuple[Tokens, Floats]:
     ids, logprobs = zip(*parts, strict=True)
-    return torch.cat(ids), torch.cat(logprobs)
-
-
-def _arrays(both: _IdsAndLogprobs) -> tuple[Tokens, Floats]:
-    ids, logprobs = both
-    return ids.cpu().numpy(), logprobs.cpu().numpy()
+    return torch.cat(ids).cpu().numpy(), torch.cat(logprobs).cpu().numpy()

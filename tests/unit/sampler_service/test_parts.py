@@ -113,8 +113,8 @@ async def test_any_pace_gives_the_same_tokens() -> None:
 
         task = asyncio.create_task(write())
         async for each in parts:
-            read[each.index].extend(each.tokens)
-            assert each == part(each.index, list(each.tokens))
+            read[each.sample].extend(each.tokens)
+            assert each == part(each.sample, list(each.tokens))
             for _ in range(chance.randrange(3)):
                 await asyncio.sleep(0)
         await asyncio.wait_for(task, LIMIT_S)
