@@ -30,12 +30,11 @@ LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
 
 def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) -> Sampling:
     """Refuses what can never work, then what this version lacks."""
-    _check_base_model(request.base_model, model)
-    params = request.sampling_params
+    model_path, params = _model_path(request, model), request.sampling_params
     prompt = parse_prompt(request.prompt, model)
     stops = _stops(params, model)
     return Sampling(
-        model_path=_model_path(request.model_path),
+        model_path=model_path,
         prompt=prompt,
         num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
         max_tokens=_max_tokens(params, len(prompt), model),
@@ -69,9 +68,8 @@ def parse_compute_logprobs(
     request: sampler_pb2.ComputeLogprobsRequest, model: ModelDescription
 ) -> Sampling:
     """A request that only scores its prompt."""
-    _check_base_model(request.base_model, model)
     return Sampling(
-        model_path=_model_path(request.model_path),
+        model_path=_model_path(request, model),
         prompt=parse_prompt(request.prompt, model),
         choice=Choice(seed=0),
         prompt_logprobs=True,
@@ -185,15 +183,16 @@ def _check_token_ids(tokens: Tokens, field: str, model: ModelDescription) -> Non
         )
 
 
-def _model_path(path: str) -> str:
-    if path:
-        parse_path(path, kind=SAMPLER_WEIGHTS, field="model_path")
-    return path
-
-
-def _check_base_model(base_model: str, model: ModelDescription) -> None:
-    if base_model not in ("", model.name):
-        raise BaseModelNotFound(base_model, model.name)
+def _model_path(
+    request: sampler_pb2.SampleRequest | sampler_pb2.ComputeLogprobsRequest,
+    model: ModelDescription,
+) -> str:
+    """Of an adapter, or empty for the base model, which must be the served one."""
+    if request.base_model not in ("", model.name):
+        raise BaseModelNotFound(request.base_model, model.name)
+    if request.model_path:
+        parse_path(request.model_path, kind=SAMPLER_WEIGHTS, field="model_path")
+    return request.model_path
 
 
 def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDescription) -> int:
@@ -254,12 +253,8 @@ def _top_k(value: int) -> int:
 
 
 def _top_p(value: float) -> float:
-    return _legal(
-        value,
-        "sampling_params.top_p",
-        0 < value <= 1,
-        "above 0 and at most 1; 1 leaves all tokens in",
-    )
+    wanted = "above 0 and at most 1; 1 leaves all tokens in"
+    return _legal(value, "sampling_params.top_p", 0 < value <= 1, wanted)
 
 
 def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops:
@@ -278,12 +273,12 @@ def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops
 
 def _within(value: int, field: str, least: int, most: int | None = None) -> int:
     legal = value >= least and (most is None or value <= most)
-    return _legal(
-        value, field, legal, f"at least {least}" if most is None else f"{least} to {most}"
-    )
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    return _legal(value, field, legal, wanted)
 
 
 def _legal(value: N, field: str, legal: bool, wanted: str) -> N:
+    """The value, which is refused if it is not legal."""
     if not legal:
         told = f"{value:g}" if isinstance(value, float) else value
         raise InvalidRequest(f"`{field}` is {told} but must be {wanted}", field=field, value=value)

@@ -31,16 +31,15 @@ class RowFolder:
         self._owned = owned_row_folder(parent, _PREFIX)
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._numbers = itertools.count()  # of drafts
 
     def get(self, revision_path: str) -> Path | None:
         """The file of a revision, if it is here."""
         with self._lock:
-            size_bytes = self._sizes.pop(revision_path, None)
-            if size_bytes is None:
+            if revision_path not in self._sizes:
                 return None
-            self._sizes[revision_path] = size_bytes
+            self._sizes[revision_path] = self._sizes.pop(revision_path)
         return self._file(revision_path)
 
     def put(self, manifest: Manifest, layout: RowLayout, row: Floats) -> Path:
@@ -62,8 +61,8 @@ class RowFolder:
         draft.rename(file)
         with self._lock:
             self._sizes[revision_path] = size_bytes
-        while sum(self._sizes.values()) > self._limit_bytes and len(self._sizes) > 1:
-            self._drop_oldest()
+            while sum(self._sizes.values()) > self._limit_bytes and len(self._sizes) > 1:
+                self._drop_oldest()
         return file
 
     def drop(self, revision_path: str) -> None:
@@ -78,12 +77,9 @@ class RowFolder:
     def _drop_oldest(self) -> bool:
         """Whether there was one to remove."""
         with self._lock:
-            oldest = next(iter(self._sizes), None)
-            if oldest is None:
-                return False
-            del self._sizes[oldest]
-            self._file(oldest).unlink(missing_ok=True)
-            return True
+            oldest = next(iter(self._sizes), "")
+            self.drop(oldest)
+            return bool(oldest)
 
     def _file(self, revision_path: str) -> Path:
         name = hashlib.sha256(revision_path.encode()).hexdigest()[:32]

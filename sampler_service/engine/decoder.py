@@ -196,8 +196,7 @@ def reads_lengths(config: Any) -> bool:
 def _attention_of(device: torch.device) -> DecodeAttention:
     if device.type != "cuda":
         return plain_attention
-    from sampler_service.engine.cache.paged_kernels import (
-        paged_attention,  # Triton is not everywhere
-    )
+    # Here, since Triton is not everywhere.
+    from sampler_service.engine.cache.paged_kernels import paged_attention
 
     return paged_attention

@@ -36,7 +36,7 @@ class Tenant:
     running: Line = field(default_factory=list)  # have a place
     ready: Line = field(default_factory=list)  # want a place, and have the blocks for it
     fresh: Line = field(default_factory=list)  # want a place, and hold nothing
-    num_sequences: int = 0
+    num_requests: int = 0
 
     @property
     def waits(self) -> bool:
@@ -69,20 +69,16 @@ class Tenants:
 
     def want(self, name: str) -> None:
         """Notes that a tenant has a new request."""
-        tenant = self._by_name.get(name)
-        if tenant is None:
-            self._by_name[name] = Tenant(name, self._reached_tokens)
-        elif not tenant.waits:
+        tenant = self._by_name.setdefault(name, Tenant(name, self._reached_tokens))
+        tenant.num_requests += 1
+        if not tenant.waits:
             tenant.served_tokens = max(tenant.served_tokens, self._reached_tokens)
 
-    def enter(self, sequence: TokenSequence) -> None:
-        self.of(sequence).num_sequences += 1
-
-    def leave(self, sequence: TokenSequence) -> None:
-        tenant = self.of(sequence)
-        tenant.num_sequences -= 1
-        if not tenant.num_sequences:
-            del self._by_name[tenant.name]
+    def leave(self, name: str) -> None:
+        """Notes that a request of a tenant has ended."""
+        self._by_name[name].num_requests -= 1
+        if not self._by_name[name].num_requests:
+            del self._by_name[name]
 
     def note_reached(self) -> None:
         """Takes note of how far those who wait have come; if none does, all have what they want."""
