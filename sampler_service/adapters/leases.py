@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,29 +171,23 @@ class AdapterLeases:
 
     def _next(self) -> _Wish | None:
         """The wish to be granted next: tenants take turns, and each has its own in order."""
-        ready = (w for w in self._wishes.values() if w.file is not None and not self._blocked(w))
+        leaving = {path for path, held in self._held.items() if held.leaving}  # to come again later
+        ready = (w for p, w in self._wishes.items() if w.file is not None and p not in leaving)
         return min(ready, key=lambda wish: self._turns.get(wish.revision.tenant, 0), default=None)
 
-    def _blocked(self, wish: _Wish) -> bool:
-        """Whether the adapter is there and has to go before it can come again."""
-        held = self._held.get(wish.revision.path)
-        return held is not None and held.leaving
-
     def _make_room(self, wish: _Wish) -> bool:
-        while wish.revision.path not in self._held and not self._fits(wish.revision):
+        while wish.revision.path not in self._held and max(self._lacking([wish])) > 0:
             idle = next((h for h in self._held.values() if h.idle), None)
             if idle is None:
                 return False
             self._drop(idle)
         return True
 
-    @property
-    def _ranks(self) -> int:
-        return sum(held.revision.stored_rank for held in self._held.values())
-
-    def _fits(self, revision: Revision) -> bool:
-        ranks = self._ranks + revision.stored_rank
-        return len(self._held) < self._capacity and ranks <= self._most_ranks
+    def _lacking(self, wishes: Collection[_Wish]) -> tuple[int, int]:
+        """How many places and ranks are too few for all that is held, and these wishes."""
+        revisions = [h.revision for h in self._held.values()] + [w.revision for w in wishes]
+        ranks = sum(revision.stored_rank for revision in revisions)
+        return len(revisions) - self._capacity, ranks - self._most_ranks
 
     def _use(self, held: _Held, users: int) -> None:
         held.users += users
@@ -228,8 +222,7 @@ class AdapterLeases:
             w for path, w in self._wishes.items() if w.file is not None and path not in self._held
         ]
         overdue = [w for w in waiting if now - w.ready_s >= PATIENCE_S]
-        places = len(self._held) + len(overdue) - self._capacity
-        ranks = self._ranks + sum(w.revision.stored_rank for w in overdue) - self._most_ranks
+        places, ranks = self._lacking(overdue)
         for held in sorted(self._held.values(), key=lambda held: held.number):
             held.closing = bool(overdue) and (places > 0 or ranks > 0)
             places, ranks = places - 1, ranks - held.revision.stored_rank

@@ -22,8 +22,8 @@ from sampler_service.engine.drawing.constraint_compiler import (
 )
 from sampler_service.engine.drawing.prompt_scores import score_span
 from sampler_service.engine.drawing.randomness import Draw
-from sampler_service.engine.drawing.sampling import draw_tokens
 from sampler_service.engine.drawing.stop import Vocabulary
+from sampler_service.engine.drawing.token_draws import draw_tokens
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.loaded_adapters import LoadedAdapters
 from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_bytes, within

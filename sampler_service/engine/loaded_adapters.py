@@ -58,9 +58,14 @@ class LoadedAdapters:
         if job.revision_path in self.rows:
             return
         try:
-            self.rows[job.revision_path] = self._mapped(job)
+            published = open_row(Path(job.file), job.revision_path)
+            row = self.bank.add(published.manifest.spec)
+            if published.layout != row.bank.layout:
+                raise RowUnusable(f"the numbers of `{job.file}` lie otherwise than rows do here")
+            row.come_back({Part.WEIGHTS: self._numbers(job.revision_path, published)})
         except (RowMissing, CheckpointDamaged) as error:
             raise RowUnusable(f"`{job.file}` cannot be used: {error}") from error
+        self.rows[job.revision_path] = row
 
     def drop(self, job: DropAdapter) -> None:
         row = self.rows.pop(job.revision_path, None)
@@ -74,14 +79,6 @@ class LoadedAdapters:
                 f"the engine does not hold `{revision_path}`; send the call again",
                 revision_path=revision_path,
             )
-
-    def _mapped(self, job: LoadAdapter) -> AdapterRow:
-        published = open_row(Path(job.file), job.revision_path)
-        row = self.bank.add(published.manifest.spec)
-        if published.layout != row.bank.layout:
-            raise RowUnusable(f"the numbers of `{job.file}` lie otherwise than rows do here")
-        row.come_back({Part.WEIGHTS: self._numbers(job.revision_path, published)})
-        return row
 
     def _numbers(self, revision_path: str, published: PublishedRow) -> Tensor:  # [params]
         """A row on the device."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mint_core.model.head import Head, Piece
 from sampler_service.engine.drawing.randomness import alternative_uniforms
-from sampler_service.engine.drawing.sampling import draw_alternatives
+from sampler_service.engine.drawing.token_draws import draw_alternatives
 from sampler_service.engine.runner import Computed, Placed
 from sampler_service.jobs import Floats, Sampling, Tokens
 
