@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks.gpu_models import Bench, copied_bytes_per_s, random_model
 from benchmarks.gpu_trainer import profiled
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
-from sampler_service.engine.cache import kv_cache
+from sampler_service.engine import memory
 from sampler_service.engine.cache.blocks import blocks_for
 from sampler_service.engine.cache.kv_cache import layer_shapes
-from sampler_service.engine.decoder import Decoded, Decoder
-from sampler_service.engine.sequences import Span
+from sampler_service.engine.decoder import Decoder
+from sampler_service.engine.sequences import Span, TokenSequence
 from sampler_service.jobs import BASE_MODEL
 from tests.engines_in_process import make_engine, score
 from tests.sampler_in_process import SamplerEngine
@@ -35,7 +36,9 @@ class TimedDecoder:
         self._decoder = decoder
         self.rows = 0
 
-    def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Decoded:
+    def run(
+        self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
+    ) -> tuple[Tensor, list[TokenSequence]]:
         self.rows = len(spans)
         return self._decoder.run(spans, adapters)
 
@@ -48,7 +51,7 @@ class Workload:
         self.context = bench.size(1024, 40)
         self.steps = bench.size(40, 8)
         self.more = 3 * self.steps + 8
-        kv_cache.FREE_SHARE = 0.7  # nothing else is on the device
+        memory.CACHE_SHARE = 0.7  # nothing else is on the device
         self.sampler = SamplerEngine(
             folder,
             device=str(bench.device),
@@ -60,54 +63,56 @@ class Workload:
         engine = self.sampler.engine
         spec = resolve(LoraRequest(rank=RANK, seed=0), self.sampler.model.linear_modules)
         for number in range(ADAPTERS):
-            row = engine.adapters._bank.add(spec)
+            row = engine.adapters.bank.add(spec)
             row.part(Part.WEIGHTS).normal_(0.0, 0.01)
-            engine.adapters._rows[f"adapter-{number}"] = row
-        runner = engine._runner
-        self.decoder = runner._decoder or _rehearsed(self.sampler, most)
-        self._timed = TimedDecoder(self.decoder)
-        runner._decoder = self._timed  # type: ignore[assignment]
+            engine.adapters.rows[f"adapter-{number}"] = row
+        runner = engine.runner
+        self.decoder = runner.decoder or _rehearsed(self.sampler, most)
+        self.timed = TimedDecoder(self.decoder)
+        runner.decoder = self.timed  # type: ignore[assignment]
+        self._sent: list[int] = []  # requests
 
     def submit(self, batch: int, adapters: int) -> None:
         rng = np.random.default_rng(batch)
         for number in range(batch):
-            self.sampler.submit(
+            sent = self.sampler.submit(
                 rng.integers(3, self.sampler.model.vocabulary_size, self.context).tolist(),
                 adapter=f"adapter-{number % adapters}" if adapters else BASE_MODEL,
                 max_tokens=self.more,  # the first ones decode while the last ones' prompts wait
                 seed=number,
             )
+            self._sent.append(sent)
 
     def until_all_decode(self, batch: int) -> None:
-        while self._timed.rows < batch:
+        while self.timed.rows < batch:
             self.sampler.step()
 
     def step_s(self, batch: int, adapters: int) -> float:
         """Seconds of a step in which so many sequences decode."""
-        self._timed.rows = 0
+        self.timed.rows = 0
         self.submit(batch, adapters)
         times = []
         while self.sampler.engine.busy and len(times) < self.steps:
-            self._timed.rows = 0
+            self.timed.rows = 0
             started = time.perf_counter()
             self.sampler.step()  # ends with what was drawn on the host
-            if self._timed.rows == batch:
+            if self.timed.rows == batch:
                 times.append(time.perf_counter() - started)
         self.clear()
         assert len(times) > WARM_UP, "not all decoded at the same time for long enough"
         return statistics.median(times[WARM_UP:])
 
     def clear(self) -> None:
-        for generation in list(self.sampler.engine._generations):
-            self.sampler.abort(generation)
+        while self._sent:
+            self.sampler.abort(self._sent.pop())
 
     @contextmanager
     def launching(self) -> Iterator[None]:
         """Passes are launched kernel by kernel."""
-        kept = self.decoder._recorder, self.decoder._passes
-        self.decoder._recorder, self.decoder._passes = None, {}
+        kept = self.decoder.recorder, self.decoder.passes
+        self.decoder.recorder, self.decoder.passes = None, {}
         yield
-        self.decoder._recorder, self.decoder._passes = kept
+        self.decoder.recorder, self.decoder.passes = kept
 
     def bound_bytes(self, batch: int, adapters: int) -> float:
         """What a step reads at least: weights, keys and values, adapters."""
@@ -120,7 +125,7 @@ class Workload:
 
 def _rehearsed(sampler: SamplerEngine, most: int) -> Decoder:
     """The decoder that an engine has on a GPU, without one."""
-    cache = sampler.engine._runner._cache
+    cache = sampler.engine.runner.cache
     return Decoder(
         sampler.engine.base,
         cache,
@@ -154,7 +159,7 @@ def sampler(bench: Bench) -> None:
         bench.note(title, launched_s / recorded_s, "x", ">= 5")
         for batch, adapters in ((1, 0), (1, ADAPTERS), (32, ADAPTERS), (256, ADAPTERS)):
             if batch == 1 or not bench.tiny:
-                work._timed.rows = 0
+                work.timed.rows = 0
                 work.submit(batch, adapters)
                 work.until_all_decode(batch)
                 profiled(bench, f"a step of {batch}, {adapters} adapters", work.sampler.step)
@@ -166,16 +171,16 @@ def sampler(bench: Bench) -> None:
 def published(bench: Bench, work: Workload) -> None:
     """A new revision, from numbers in host memory to its first token."""
     engine = work.sampler.engine
-    row = engine.adapters._rows["adapter-0"]
+    row = engine.adapters.rows["adapter-0"]
     vector = row.part(Part.WEIGHTS).cpu()
     pinned = vector if bench.tiny else vector.pin_memory()
     times = []
     for number in range(4):
         started = time.perf_counter()
-        fresh = engine.adapters._bank.add(row.spec)
+        fresh = engine.adapters.bank.add(row.spec)
         fresh.come_back({Part.WEIGHTS: pinned.to(bench.device, non_blocking=True)})
         path = f"fresh-{number}"
-        engine.adapters._rows[path] = fresh
+        engine.adapters.rows[path] = fresh
         work.sampler.generate(list(range(3, 35)), adapter=path, max_tokens=1)
         times.append(time.perf_counter() - started)
     bench.note("new weights to first token, 0.6B", 1e3 * min(times[1:]), "ms", "<= 10")
@@ -209,7 +214,7 @@ def sampler_8b(bench: Bench) -> None:
     with random_model(bench, "8B") as folder:
         work = Workload(bench, folder, bench.size(128, 4))
         decode(bench, "8B", work, (1, 128) if not bench.tiny else (1, 4))
-        work._timed.rows = 0
+        work.timed.rows = 0
         work.submit(bench.size(128, 4), ADAPTERS)
         work.until_all_decode(bench.size(128, 4))
         profiled(bench, "8B, a step of 128, 8 adapters", work.sampler.step)

@@ -1,10 +1,10 @@
-"""What the sampler can be told."""
+"""What the sampler, its front and its engine, can be told."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from mint_core.hosting.service_config import ServiceConfig, option
-from sampler_service.jobs import CHUNK_TOKENS, EngineConfig
+from sampler_service.jobs import CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,42 +66,20 @@ class SamplerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        for name, least in (
-            ("adapter_memory_mib", 0),
-            ("host_adapter_memory_mib", 0),
-            ("row_folder_mib", 0),
-            ("max_adapters", 1),
-            ("max_running_samples", 1),
-            ("queue_samples", 1),
-            ("queue_tokens", 1),
+        for name, least, computed in (
+            ("adapter_memory_mib", 0, False),
+            ("host_adapter_memory_mib", 0, False),
+            ("row_folder_mib", 0, False),
+            ("max_adapters", 1, False),
+            ("max_running_samples", 1, False),
+            ("queue_samples", 1, False),
+            ("queue_tokens", 1, False),
+            ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS, True),
+            ("kv_cache_tokens", CHUNK_TOKENS, True),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < least and not (computed and value == 0):
+                or_none = ", or 0 to have it computed" if computed else ""
+                raise ValueError(f"`{name}` must be at least {least}{or_none}, got {value}")
         if not 0 <= self.max_wait_s < float("inf"):
             raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
-
-        for name, least in (
-            ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
-            ("kv_cache_tokens", CHUNK_TOKENS),
-        ):
-            if getattr(self, name) != 0 and getattr(self, name) < least:
-                raise ValueError(
-                    f"`{name}` must be at least {least}, or 0 to have it computed,"
-                    f" got {getattr(self, name)}"
-                )
-
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig(
-            base_model=self.base_model,
-            base_model_name=self.base_model_name,
-            device=self.device,
-            dtype=self.dtype,
-            threads=self.threads,
-            max_lora_rank=self.max_lora_rank,
-            max_running_samples=self.max_running_samples,
-            max_batch_tokens=self.max_batch_tokens,
-            kv_cache_tokens=self.kv_cache_tokens,
-            adapter_memory_bytes=self.adapter_memory_mib * 2**20,
-            host_adapter_memory_bytes=self.host_adapter_memory_mib * 2**20,
-            log_level=self.log_level,
-        )

@@ -12,18 +12,17 @@ from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, EngineFault
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics
-from sampler_service.adapters import Adapters
+from sampler_service.adapters.leases import AdapterLeases
 from sampler_service.jobs import (
-    BASE_MODEL,
     Abort,
     AdapterAbsent,
     Generate,
     Generated,
     SamplePart,
+    Sampling,
     WaitedTooLong,
 )
 from sampler_service.parts import PartBuffer
-from sampler_service.requests import Sampling
 from sampler_service.waiting_room import WaitingRoom
 
 # An engine's death may be the doing of any call that it had. Those that two had are done one at a
@@ -37,14 +36,14 @@ class Execution:
     def __init__(
         self,
         engine: EngineProcess,
-        adapters: Adapters,
+        leases: AdapterLeases,
         room: WaitingRoom,
         metrics: Metrics,
         *,
         max_wait_s: float,  # for the first pass; 0: as long as it takes
     ) -> None:
         self._engine = engine
-        self._adapters = adapters
+        self._leases = leases
         self._room = room
         self._max_wait_s = max_wait_s
         self._request_ids = itertools.count(1)
@@ -58,104 +57,88 @@ class Execution:
             "mint_queue_samples", "Continuations accepted and not finished", lambda: room.samples
         )
 
-    async def generate(self, sampling: Sampling) -> tuple[Generated, str]:
-        """Does what is asked for, and says with which revision."""
-        with self._accepted(sampling):
-            generated, revision = await self._run(sampling, None)
-            self._count_sampled(sum(len(c.tokens) for c in generated.continuations))
-            return generated, revision
+    async def sample(
+        self, sampling: Sampling, parts: PartBuffer | None = None
+    ) -> tuple[Generated, str]:
+        """The whole way of a request through the front: it is admitted, waits for its adapter, and
+        goes to the engine, or the next one if that dies. Returns the answer, and from which
+        revision it is; tokens go to `parts` as they come, if that is given.
+        """
+        job = self._job(sampling, stream=parts is not None)
+        deaths = 0
+        with self._admitted(job):
+            while True:
+                alone = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
+                try:
+                    async with alone, self._leased(job) as revision:
+                        job = replace(job, adapter=revision)  # which it keeps
+                        generated = await self._generate(job, parts)
+                        break
+                except AdapterAbsent:
+                    pass  # the engine was started anew since the adapter was leased
+                except EngineDied as death:
+                    deaths += 1
+                    if deaths > DEATHS_UNTIL_ALONE:
+                        raise _given_up(deaths, death) from death
+                    job = replace(job, start_by_s=None)  # it has had its turn
+            self._count(job, generated)
+            if parts is not None:
+                await parts.finish()
+            return generated, job.adapter
 
     async def stream(self, sampling: Sampling) -> AsyncGenerator[tuple[SamplePart, str], None]:
-        """Tokens as they come, and from which revision. To be closed by its reader; the engine does
-        not wait for it.
+        """Does the same, and gives tokens as they come, and from which revision. To be closed by
+        its reader; the engine does not wait for it.
         """
         arrived_s = time.perf_counter()
         parts = PartBuffer()
-        with self._accepted(sampling):
-            work = asyncio.create_task(self._run(sampling, parts))
-            work.add_done_callback(parts.end_with)
-            first_token_s = 0.0
-            try:
-                async for part in parts:
-                    if not first_token_s:
-                        first_token_s = time.perf_counter() - arrived_s
-                        self._first_token_seconds.observe(first_token_s)
-                        note(first_token_s=first_token_s)
-                    yield part, parts.revision
-            finally:
-                work.cancel()
-                self._count_sampled(parts.tokens)
-
-    @contextmanager
-    def _accepted(self, sampling: Sampling) -> Iterator[None]:
-        """A request's place, while it has one."""
-        load = Load(count=max(sampling.num_samples, 1), tokens=len(sampling.prompt))
-        with (
-            self._room.place(caller().tenant, load),
-            self._queue_depth.track_inprogress(),
-        ):
-            note(prompt_tokens=len(sampling.prompt), samples=sampling.num_samples)
-            yield
-
-    async def _run(self, sampling: Sampling, parts: PartBuffer | None) -> tuple[Generated, str]:
-        """Has an engine do it, and the next one if that dies; tokens go to `parts` if given."""
-        job, path, deaths = self._job(sampling, stream=parts is not None), sampling.model_path, 0
-        while True:
-            try:
-                apart = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
-                async with apart, self._leased(path, job.start_by_s) as path:
-                    generated = await self._attempt(replace(job, adapter=path), parts)
-            except EngineDied as death:
-                deaths += 1
-                if deaths > DEATHS_UNTIL_ALONE:
-                    raise _given_up(deaths, death) from death
-                job = replace(job, start_by_s=None)  # it has had its turn
-                continue
-            if generated is None:
-                continue
-            self._tokens.labels("prompt").inc(len(sampling.prompt))
-            self._tokens.labels("prompt_cached").inc(generated.prompt_cache_hit_tokens)
-            note(cached_tokens=generated.prompt_cache_hit_tokens)
-            return generated, path
-
-    async def _attempt(self, job: Generate, parts: PartBuffer | None) -> Generated | None:
-        """None: the engine lacked the adapter, and has it now."""
+        filling = asyncio.create_task(self._fill(parts, sampling))
+        first_token_s = 0.0
         try:
-            return await self._call(job, parts)
-        except AdapterAbsent:
-            await self._adapters.settled(job.adapter)
-            return None
+            async for part in parts:
+                if not first_token_s:
+                    first_token_s = time.perf_counter() - arrived_s
+                    self._first_token_seconds.observe(first_token_s)
+                    note(first_token_s=first_token_s)
+                yield part, parts.revision
+        finally:
+            filling.cancel()
+            await asyncio.wait([filling])  # what it holds is free again
+            self._count_sampled(parts.tokens)
+
+    async def _fill(self, parts: PartBuffer, sampling: Sampling) -> None:
+        try:
+            await self.sample(sampling, parts)
+        except Exception as error:
+            parts.fail(error)
 
     def _job(self, sampling: Sampling, *, stream: bool) -> Generate:
         return Generate(
             request_id=next(self._request_ids),
-            adapter=BASE_MODEL,  # until one is leased
-            prompt=sampling.prompt,
-            num_samples=sampling.num_samples,
-            max_tokens=sampling.max_tokens,
-            choice=sampling.choice,
-            stops=sampling.stops,
-            constraint=sampling.constraint,
-            prompt_logprobs=sampling.prompt_logprobs,
-            topk_prompt_logprobs=sampling.topk_prompt_logprobs,
-            target_prompt_tokens=sampling.target_prompt_tokens,
-            prompt_alternatives=sampling.prompt_alternatives,
-            scored_tokens=sampling.scored_tokens,
-            topk_sample_logprobs=sampling.topk_sample_logprobs,
+            adapter=sampling.model_path,  # until it is leased
+            sampling=sampling,
             tenant=caller().tenant,
             stream=stream,
             start_by_s=time.monotonic() + self._max_wait_s if self._max_wait_s else None,
         )
 
+    @contextmanager
+    def _admitted(self, job: Generate) -> Iterator[None]:
+        """A request's place, while it has one."""
+        samples, tokens = job.sampling.num_samples, len(job.sampling.prompt)
+        load = Load(count=max(samples, 1), tokens=tokens)
+        with self._room.place(job.tenant, load), self._queue_depth.track_inprogress():
+            note(prompt_tokens=tokens, samples=samples)
+            yield
+
     @asynccontextmanager
-    async def _leased(self, path: str, start_by_s: float | None) -> AsyncIterator[str]:
+    async def _leased(self, job: Generate) -> AsyncIterator[str]:
         """Holds an adapter in an engine that is up, and says which revision it is."""
         async with AsyncExitStack() as stack:
-            left_s = start_by_s and start_by_s - time.monotonic()
             try:
-                async with asyncio.timeout(left_s) as limit:
+                async with asyncio.timeout_at(job.start_by_s) as limit:
                     await self._engine.hello()
-                    lease = self._adapters.lease(path, caller().tenant)
+                    lease = self._leases.lease(job.adapter, job.tenant)
                     revision = await stack.enter_async_context(lease)
             except TimeoutError:
                 if not limit.expired():
@@ -163,7 +146,8 @@ class Execution:
                 raise WaitedTooLong(self._max_wait_s) from None
             yield revision
 
-    async def _call(self, job: Generate, parts: PartBuffer | None) -> Generated:
+    async def _generate(self, job: Generate, parts: PartBuffer | None) -> Generated:
+        """What the engine makes of a job; it is told if the caller leaves."""
         if parts:
             parts.begin(job.adapter)
         started_s = time.perf_counter()
@@ -176,6 +160,13 @@ class Execution:
             raise
         note(run_s=time.perf_counter() - started_s)
         return generated
+
+    def _count(self, job: Generate, generated: Generated) -> None:
+        self._tokens.labels("prompt").inc(len(job.sampling.prompt))
+        self._tokens.labels("prompt_cached").inc(generated.prompt_cache_hit_tokens)
+        note(cached_tokens=generated.prompt_cache_hit_tokens)
+        if not job.stream:
+            self._count_sampled(sum(len(c.tokens) for c in generated.continuations))
 
     def _count_sampled(self, tokens: int) -> None:
         self._tokens.labels("sampled").inc(tokens)

@@ -7,7 +7,7 @@ keeps, who may use them and whether a request is legal are the front's to decide
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,17 +116,15 @@ class Stops:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Continues a prompt, or with `num_samples` 0 only scores it. Answer: `Generated`; with
-    `stream`, a `SamplePart` for each sample after each pass, and then a `Generated` without
-    continuations.
+class Sampling:
+    """What a request asks for, all filled in: to continue a prompt, or with `num_samples` 0 only to
+    score it.
     """
 
-    request_id: int  # by which `Abort` names it
-    adapter: str  # revision path of a loaded adapter, or BASE_MODEL
+    model_path: str = BASE_MODEL  # as the request names the adapter
     prompt: Tokens  # [prompt], at least one token
-    num_samples: int
-    max_tokens: int  # of one continuation; prompt and continuation fit in the context
+    num_samples: int = 0
+    max_tokens: int = 0  # of one continuation; prompt and continuation fit in the context
     choice: Choice
     stops: Stops = field(default_factory=Stops)
     constraint: Constraint | None = None  # some stop token ends what matches
@@ -137,6 +135,17 @@ class Generate:
     prompt_alternatives: int = 0  # tokens to draw in place of each but the first
     scored_tokens: int | None = None  # of the prompt, its last ones; None: all but the first
     topk_sample_logprobs: int = 0  # not in a stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Does what a request asks for. Answer: `Generated`; with `stream`, a `SamplePart` for each
+    sample after each pass, and then a `Generated` without continuations.
+    """
+
+    request_id: int  # by which `Abort` names it
+    adapter: str  # revision path of a loaded adapter, or BASE_MODEL
+    sampling: Sampling
     tenant: str = ""  # tenants share passes and places equally
     stream: bool = False
     start_by_s: float | None = None  # time.monotonic() by which its first pass must have begun
@@ -160,20 +169,16 @@ class Continuation:
     topk_logprobs: "TokenLogprobs | None" = None
 
 
-@dataclass(frozen=True, slots=True)
-class SamplePart:
-    """New tokens of one sample. Plain numbers, since an array of one costs more to send."""
+class SamplePart(NamedTuple):
+    """New tokens of one sample. Plain numbers, since an array of one costs more to send; and one is
+    sent per token, which as a named tuple takes half a dataclass's time.
+    """
 
-    index: int  # of the sample
+    sample: int  # its index
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # as in `Continuation`
     model_logprobs: tuple[float, ...]
     stop_reason: StopReason | None  # None: more will come
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # One is sent per token: this takes half the time of a dataclass's own way.
-        fields = (self.index, self.tokens, self.logprobs, self.model_logprobs, self.stop_reason)
-        return SamplePart, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,21 +200,3 @@ class Generated:
     topk_prompt_logprobs: TokenLogprobs | None = None
     target_prompt_logprobs: Floats | None = None  # [scored, k], NaN where there is no target
     prompt_alternatives: TokenLogprobs | None = None  # [scored, k], in the order of the draws
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """What the front hands its engine at start."""
-
-    base_model: str  # folder or hub id
-    base_model_name: str  # under which it is served; empty: `base_model`
-    device: str  # "cpu", "cuda", "auto"
-    dtype: str  # "float32", "bfloat16", "auto"
-    threads: int  # of the engine; 1 keeps CPU results bitwise
-    max_lora_rank: int
-    max_running_samples: int  # continuations that generate at the same time
-    max_batch_tokens: int  # of one pass; 0: computed from free memory
-    kv_cache_tokens: int  # 0: computed from free memory
-    adapter_memory_bytes: int  # 0: computed from free memory
-    host_adapter_memory_bytes: int = 0  # of adapters in host memory beside a GPU; 0: computed
-    log_level: str = "INFO"

@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2
-from sampler_service.constraints import parse_constraint
-from sampler_service.jobs import Choice, Constraint, Stops, Tokens
+from sampler_service.constraint_parsing import parse_constraint
+from sampler_service.jobs import Choice, Sampling, Stops, Tokens
 
 PROMPT_SCORES = (
     "include_prompt_logprobs",
@@ -23,36 +23,18 @@ PROMPT_SCORES = (
 )
 # A stream holds new tokens and their own logprobs alone.
 NOT_STREAMED = (*PROMPT_SCORES, "prompt_logprobs_last_n", "topk_sample_logprobs")
+N = TypeVar("N", int, float)
+
 LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """What a request asks for, all filled in."""
-
-    model_path: str  # empty: the base model
-    prompt: Tokens
-    num_samples: int = 0
-    max_tokens: int = 0
-    choice: Choice
-    stops: Stops = field(default_factory=Stops)
-    constraint: Constraint | None = None
-    prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = 0
-    target_prompt_tokens: Tokens | None = None  # [prompt - 1, k], -1: none
-    prompt_alternatives: int = 0
-    scored_tokens: int | None = None  # the prompt's last ones; None: all but the first
-    topk_sample_logprobs: int = 0
 
 
 def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) -> Sampling:
     """Refuses what can never work, then what this version lacks."""
-    _check_base_model(request.base_model, model)
-    params = request.sampling_params
+    model_path, params = _model_path(request, model), request.sampling_params
     prompt = parse_prompt(request.prompt, model)
     stops = _stops(params, model)
     return Sampling(
-        model_path=_model_path(request.model_path),
+        model_path=model_path,
         prompt=prompt,
         num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
         max_tokens=_max_tokens(params, len(prompt), model),
@@ -86,9 +68,8 @@ def parse_compute_logprobs(
     request: sampler_pb2.ComputeLogprobsRequest, model: ModelDescription
 ) -> Sampling:
     """A request that only scores its prompt."""
-    _check_base_model(request.base_model, model)
     return Sampling(
-        model_path=_model_path(request.model_path),
+        model_path=_model_path(request, model),
         prompt=parse_prompt(request.prompt, model),
         choice=Choice(seed=0),
         prompt_logprobs=True,
@@ -202,15 +183,16 @@ def _check_token_ids(tokens: Tokens, field: str, model: ModelDescription) -> Non
         )
 
 
-def _model_path(path: str) -> str:
-    if path:
-        parse_path(path, kind=SAMPLER_WEIGHTS, field="model_path")
-    return path
-
-
-def _check_base_model(base_model: str, model: ModelDescription) -> None:
-    if base_model not in ("", model.name):
-        raise BaseModelNotFound(base_model, model.name)
+def _model_path(
+    request: sampler_pb2.SampleRequest | sampler_pb2.ComputeLogprobsRequest,
+    model: ModelDescription,
+) -> str:
+    """Of an adapter, or empty for the base model, which must be the served one."""
+    if request.base_model not in ("", model.name):
+        raise BaseModelNotFound(request.base_model, model.name)
+    if request.model_path:
+        parse_path(request.model_path, kind=SAMPLER_WEIGHTS, field="model_path")
+    return request.model_path
 
 
 def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDescription) -> int:
@@ -255,45 +237,24 @@ def _choice(params: sampler_pb2.SamplingParams) -> Choice:
 
 
 def _between(value: float, name: str, least: float, most: float) -> float:
-    if least <= value <= most:
-        return value
-    raise InvalidRequest(
-        f"`sampling_params.{name}` is {value:g} but must be {least:g} to {most:g}",
-        field=f"sampling_params.{name}",
-        value=value,
-    )
+    legal = least <= value <= most
+    return _legal(value, f"sampling_params.{name}", legal, f"{least:g} to {most:g}")
 
 
 def _temperature(value: float) -> float:
-    if value == 0 or LEAST_TEMPERATURE <= value < math.inf:
-        return value
-    raise InvalidRequest(
-        f"`sampling_params.temperature` is {value:g} but must be 0 for the likeliest token, or "
-        f"finite and at least {LEAST_TEMPERATURE:g}",
-        field="sampling_params.temperature",
-        value=value,
-    )
+    legal = value == 0 or LEAST_TEMPERATURE <= value < math.inf
+    wanted = f"0 for the likeliest token, or finite and at least {LEAST_TEMPERATURE:g}"
+    return _legal(value, "sampling_params.temperature", legal, wanted)
 
 
 def _top_k(value: int) -> int:
-    if value == -1 or value > 0:
-        return value
-    raise InvalidRequest(
-        f"`sampling_params.top_k` is {value} but must be at least 1, or -1 for all tokens",
-        field="sampling_params.top_k",
-        value=value,
-    )
+    legal = value == -1 or value > 0
+    return _legal(value, "sampling_params.top_k", legal, "at least 1, or -1 for all tokens")
 
 
 def _top_p(value: float) -> float:
-    if 0 < value <= 1:
-        return value
-    raise InvalidRequest(
-        f"`sampling_params.top_p` is {value:g} but must be above 0 and at most 1; 1 leaves all "
-        "tokens in",
-        field="sampling_params.top_p",
-        value=value,
-    )
+    wanted = "above 0 and at most 1; 1 leaves all tokens in"
+    return _legal(value, "sampling_params.top_p", 0 < value <= 1, wanted)
 
 
 def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops:
@@ -311,7 +272,14 @@ def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops
 
 
 def _within(value: int, field: str, least: int, most: int | None = None) -> int:
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"{least} to {most}"
-        raise InvalidRequest(f"`{field}` is {value} but must be {bounds}", field=field, value=value)
+    legal = value >= least and (most is None or value <= most)
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    return _legal(value, field, legal, wanted)
+
+
+def _legal(value: N, field: str, legal: bool, wanted: str) -> N:
+    """The value, which is refused if it is not legal."""
+    if not legal:
+        told = f"{value:g}" if isinstance(value, float) else value
+        raise InvalidRequest(f"`{field}` is {told} but must be {wanted}", field=field, value=value)
     return value

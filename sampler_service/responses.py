@@ -29,7 +29,7 @@ def sample_response(
         sequences=[_sequence(c, revision_path) for c in generated.continuations],
         prompt_logprobs=_prompt_logprobs(generated),
         topk_prompt_logprobs=_prompt_topk(generated),
-        target_prompt_logprobs=_targets(generated),
+        target_prompt_logprobs=_rows(generated, generated.target_prompt_logprobs, np.nan),
         prompt_alt_tokens=_alternatives(generated),
         seed=seed,
         prompt_cache_hit_tokens=generated.prompt_cache_hit_tokens,
@@ -40,7 +40,7 @@ def stream_sample_response(
     part: SamplePart, seed: int, revision_path: str
 ) -> sampler_pb2.StreamSampleResponse:
     return sampler_pb2.StreamSampleResponse(
-        index=part.index,
+        index=part.sample,
         tokens=part.tokens,
         logprobs=part.logprobs,
         model_logprobs=part.model_logprobs,
@@ -85,30 +85,29 @@ def _prompt_topk(generated: Generated) -> list[sampler_pb2.TopkLogprobs]:
     return empty + _topk(generated.topk_prompt_logprobs)
 
 
-def _targets(generated: Generated) -> types_pb2.TensorData | None:
-    scored = generated.target_prompt_logprobs
-    return None if scored is None else _rows(generated, scored.astype("<f4"), np.nan)
-
-
 def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
     drawn = generated.prompt_alternatives
     if drawn is None:
         return None
     return sampler_pb2.PromptAltTokens(
-        tokens=_rows(generated, drawn.token_ids.astype("<i8"), -1),
-        logprobs=_rows(generated, drawn.logprobs.astype("<f4"), np.nan),
+        tokens=_rows(generated, drawn.token_ids, -1),
+        logprobs=_rows(generated, drawn.logprobs, np.nan),
     )
 
 
-def _rows(generated: Generated, scored: Floats | Tokens, unscored: float) -> types_pb2.TensorData:
-    """One row per prompt token but the first, in the byte order of the contract already."""
+def _rows(
+    generated: Generated, scored: Floats | Tokens | None, unscored: float
+) -> types_pb2.TensorData | None:
+    """One row per prompt token but the first, in the byte order of the contract."""
+    if scored is None:
+        return None
     left_out = np.full((generated.unscored_tokens - 1, scored.shape[1]), unscored, scored.dtype)
     values = np.concatenate([left_out, scored])
     is_float = values.dtype.kind == "f"
     return types_pb2.TensorData(
         dtype=types_pb2.TENSOR_DTYPE_FLOAT32 if is_float else types_pb2.TENSOR_DTYPE_INT64,
         shape=values.shape,
-        values=values.tobytes(),
+        values=values.astype("<f4" if is_float else "<i8").tobytes(),
     )
 
 

@@ -10,12 +10,12 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import sampler_pb2_grpc
-from sampler_service.adapter_rows import AdapterRows
-from sampler_service.adapters import Adapters
+from sampler_service.adapters.leases import AdapterLeases
+from sampler_service.adapters.revisions import Revisions
+from sampler_service.adapters.row_folder import RowFolder
 from sampler_service.config import SamplerConfig
-from sampler_service.constraints import constraints_served
+from sampler_service.constraint_parsing import constraints_served
 from sampler_service.execution import Execution
-from sampler_service.row_files import RowFiles
 from sampler_service.servicer import SamplerServicer
 from sampler_service.waiting_room import WaitingRoom
 
@@ -37,21 +37,21 @@ class SamplerService:
     """Holds the engine and hands work to it. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        self.engine = EngineProcess(
-            "sampler_service.engine", config.engine_config(), on_death=self._engine_died
+        self.engine = EngineProcess("sampler_service.engine", config, on_death=self._engine_died)
+        self.tasks = Tasks()
+        self._revisions = _revisions(config, self.engine, self.tasks)
+        self._leases = AdapterLeases(
+            self._revisions, self.engine, self.tasks, capacity=config.max_adapters
         )
-        self._rows = _adapter_rows(config, self.engine)
-        self._adapters = Adapters(self._rows, self.engine, capacity=config.max_adapters)
         share = Load(count=config.queue_samples, tokens=config.queue_tokens)
         self._execution = Execution(
             self.engine,
-            self._adapters,
+            self._leases,
             WaitingRoom(share),
             metrics,
             max_wait_s=config.max_wait_s,
         )
         self._served: ModelDescription | None = None
-        self.tasks = Tasks()
 
     def add_to(self, server: RpcServer) -> None:
         offer = Offer(role="sampler", features=FEATURES)
@@ -66,23 +66,25 @@ class SamplerService:
 
     async def start(self) -> None:
         self._served = (await self.engine.start()).model
+        self.tasks.start(self._leases.run(), "adapter leases")
 
     async def stop(self) -> None:
+        await self.tasks.stop()
         await self.engine.close()
-        self._rows.close()
+        self._revisions.close()
 
     async def _model(self) -> ModelDescription:
         """What is served; waits for the engine's first start."""
         return self._served or (await self.engine.hello()).model
 
     def _engine_died(self, why: str) -> None:
-        self._adapters.engine_died()
+        self._leases.engine_died()
 
 
-def _adapter_rows(config: SamplerConfig, engine: EngineProcess) -> AdapterRows:
-    folder = snapshot_folder(config.snapshot_memory_folder, config.store)
-    snapshots = SnapshotFolder(folder) if folder else None
+def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Revisions:
+    memory = snapshot_folder(config.snapshot_memory_folder, config.store)
+    snapshots = SnapshotFolder(memory) if memory else None
     store = open_store(config.store, config.store_folder, snapshots, saves=False)
     limit_bytes = config.row_folder_mib * 2**20
-    files = RowFiles(config.row_folder or config.store_folder / ".rows", limit_bytes)
-    return AdapterRows(store, files, engine)
+    folder = RowFolder(config.row_folder or config.store_folder / ".rows", limit_bytes)
+    return Revisions(store, folder, engine, tasks)

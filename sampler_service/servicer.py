@@ -2,17 +2,12 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 from mint_core.engine_host.pipe import ModelDescription
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
-from sampler_service.jobs import Generated, SamplePart
-from sampler_service.requests import (
-    Sampling,
-    parse_compute_logprobs,
-    parse_sample,
-    parse_stream_sample,
-)
+from sampler_service.execution import Execution
+from sampler_service.requests import parse_compute_logprobs, parse_sample, parse_stream_sample
 from sampler_service.responses import (
     compute_logprobs_response,
     sample_response,
@@ -20,31 +15,21 @@ from sampler_service.responses import (
 )
 
 
-class Sampler(Protocol):
-    """What the servicer calls. Both say which revision answers."""
-
-    async def generate(self, sampling: Sampling) -> tuple[Generated, str]: ...
-
-    def stream(self, sampling: Sampling) -> AsyncGenerator[tuple[SamplePart, str], None]: ...
-
-
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     """A call that its caller leaves is cancelled, and so is its work in the engine."""
 
     def __init__(
-        self,
-        model: Callable[[], Awaitable[ModelDescription]],
-        sampler: Sampler,
+        self, model: Callable[[], Awaitable[ModelDescription]], execution: Execution
     ) -> None:
         self._model = model
-        self._sampler = sampler
+        self._execution = execution
 
     async def Sample(
         self, request: sampler_pb2.SampleRequest, context: Any
     ) -> sampler_pb2.SampleResponse:
         """See sampler.proto."""
         sampling = parse_sample(request, await self._model())
-        generated, revision_path = await self._sampler.generate(sampling)
+        generated, revision_path = await self._execution.sample(sampling)
         return sample_response(generated, sampling.choice.seed, revision_path)
 
     async def StreamSample(
@@ -52,7 +37,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     ) -> AsyncGenerator[sampler_pb2.StreamSampleResponse, None]:
         """See sampler.proto."""
         sampling = parse_stream_sample(request, await self._model())
-        async with aclosing(self._sampler.stream(sampling)) as parts:
+        async with aclosing(self._execution.stream(sampling)) as parts:
             async for part, revision_path in parts:
                 yield stream_sample_response(part, sampling.choice.seed, revision_path)
 
@@ -61,5 +46,5 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     ) -> sampler_pb2.ComputeLogprobsResponse:
         """See sampler.proto."""
         sampling = parse_compute_logprobs(request, await self._model())
-        generated, revision_path = await self._sampler.generate(sampling)
+        generated, revision_path = await self._execution.sample(sampling)
         return compute_logprobs_response(generated, revision_path)

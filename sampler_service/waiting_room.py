@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mint_core.backlog import Backlog, Load, retry_after_s
 from mint_core.errors import ResourceExhausted
@@ -38,12 +38,9 @@ class Flow:
     """How fast continuations of one account finish, and until when its free places are promised."""
 
     since_s: float
-    last_s: float = field(init=False)
+    last_s: float = 0.0  # when some last finished
     finished: float = 0.0  # of late: each counts less with time
     promised_until_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.last_s = self.since_s
 
     def note(self, finished: int, now_s: float) -> None:
         self.finished = self._faded(now_s) + finished

@@ -3,33 +3,44 @@
 import itertools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint_store import Manifest, parse_path, write_published_row
+from mint_core.engine_host.pipe import Failure, Part, Reply
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
-from sampler_service.engine.engine import Engine
+from sampler_service.config import SamplerConfig
+from sampler_service.engine.engine import Answer, Engine
 from sampler_service.jobs import (
     BASE_MODEL,
     Abort,
     Choice,
     Constraint,
-    EngineConfig,
     Generate,
     Generated,
     LoadAdapter,
     SamplePart,
+    Sampling,
     Stops,
     Tokens,
 )
 from tests.engines_in_process import random_arrays
 
 ENDLESS = Stops()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(SamplerConfig):
+    """Allows caches that are smaller than a server's."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 class SamplerEngine:
@@ -44,11 +55,9 @@ class SamplerEngine:
             "threads": 1,
             "max_lora_rank": 128,
             "max_running_samples": 16,
-            "max_batch_tokens": 0,
             "kv_cache_tokens": 16_384,
-            "adapter_memory_bytes": 0,
         }
-        config = EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]
+        config = Config(**{**settings, **changes})  # type: ignore[arg-type]
         self.engine = Engine(config, lambda: None)
         self.model = self.engine.description
         self.arrays: dict[str, AdapterArrays] = {}  # of the loaded adapters
@@ -97,9 +106,7 @@ class SamplerEngine:
     ) -> int:
         """Sends a request and returns its number."""
         number = next(self._numbers)
-        job = Generate(
-            request_id=number,
-            adapter=adapter,
+        sampling = Sampling(
             prompt=np.array(prompt, np.int64),
             num_samples=num_samples,
             max_tokens=max_tokens,
@@ -112,13 +119,18 @@ class SamplerEngine:
             target_prompt_tokens=target_prompt_tokens,
             prompt_alternatives=prompt_alternatives,
             scored_tokens=scored_tokens,
+        )
+        job = Generate(
+            request_id=number,
+            adapter=adapter,
+            sampling=sampling,
             tenant=tenant,
             stream=stream,
             start_by_s=start_by_s,
         )
         answer = self.engine.accept(number, job)
         if answer is not None:
-            self._take(*answer)
+            self._take(answer)
         return number
 
     def abort(self, number: int) -> None:
@@ -126,14 +138,15 @@ class SamplerEngine:
 
     def step(self) -> None:
         for answer in self.engine.step():
-            self._take(*answer)
+            self._take(answer)
 
-    def _take(self, number: int, value: SamplePart | Generated | MintError | None) -> None:
-        if isinstance(value, SamplePart):
-            assert number not in self._answers, "parts come before the answer"
-            self.parts.setdefault(number, []).append(value)
-        else:
-            self._answers[number] = value
+    def _take(self, answer: Answer) -> None:
+        match answer:
+            case Part(number, part):
+                assert number not in self._answers, "parts come before the answer"
+                self.parts.setdefault(number, []).append(part)
+            case Reply(number, value) | Failure(number, value):
+                self._answers[number] = value
 
     def drain(self) -> None:
         while self.engine.busy:

@@ -4,13 +4,10 @@ gone.
 
 import logging
 import time
-from collections.abc import Iterable
-from typing import Any
 
-from mint_core.engine_host.pipe import EnginePipe, Failure, Heartbeat, Hello, Part, Reply, connect
-from mint_core.errors import MintError
-from sampler_service.engine.engine import Answer, Engine
-from sampler_service.jobs import EngineConfig, SamplePart
+from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, connect
+from sampler_service.config import SamplerConfig
+from sampler_service.engine.engine import Engine
 
 HEARTBEAT_S = 1.0
 
@@ -31,7 +28,7 @@ class Pulse:
 
 def main() -> None:
     pipe, config = connect()
-    assert isinstance(config, EngineConfig)
+    assert isinstance(config, SamplerConfig)
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -59,26 +56,12 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
                 return
             try:
                 answer = engine.accept(call.number, call.job)
-                if answer is not None:
-                    pipe.send_all(_messages([answer]))
+                if call.number and answer is not None:
+                    pipe.send(answer)
             except Exception as error:
                 pipe.fail(call.number, error)
         # An exception in a pass is our bug or the device's end: the front starts another engine.
-        pipe.send_all(_messages(engine.step()))
-
-
-def _messages(answers: Iterable[Answer]) -> list[Part | Reply | Failure]:
-    """What the front is sent; nothing where it wants no answer."""
-    return [_message(number, value) for number, value in answers if number]
-
-
-def _message(number: int, value: Any) -> Part | Reply | Failure:
-    match value:
-        case SamplePart():
-            return Part(number, value)
-        case MintError():
-            return Failure(number, value)
-    return Reply(number, value)
+        pipe.send_all(engine.step())
 
 
 if __name__ == "__main__":

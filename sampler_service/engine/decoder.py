@@ -8,7 +8,6 @@ same code runs without being recorded.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,14 +27,6 @@ from sampler_service.engine.cache.paged_attention import (
     plain_attention,
 )
 from sampler_service.engine.sequences import Span, TokenSequence
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
-    """A computed pass. Its logits are overwritten by the next one."""
-
-    logits: Tensor  # [n, V] float32
-    sequences: list[TokenSequence]  # whose each row is
 
 
 class DecodeRows:
@@ -105,31 +96,35 @@ class Decoder:
         self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
-        self._sizes = (*_powers_of_two(below=most_rows), most_rows)
-        self._passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
+        self._most_rows = most_rows
+        self.passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
         recorded = base.device.type == "cuda" and not reads_lengths(base.model.config)
-        self._recorder = Recorder(base.device) if recorded else None
+        self.recorder = Recorder(base.device) if recorded else None  # None: passes are launched
 
-    def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Decoded:
-        """Computes the tokens of spans that decode, at least one."""
+    def run(
+        self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
+    ) -> tuple[Tensor, list[TokenSequence]]:
+        """Computes the tokens of spans that decode, at least one. Returns logits [n, V] float32,
+        which the next pass overwrites, and whose each row is.
+        """
         spans = sorted(spans, key=lambda span: span.sequence.adapter)
         rows = [adapters.get(span.sequence.adapter) for span in spans]
         columns = self._columns.admit([row for row in dict.fromkeys(rows) if row is not None])
         if columns is None:
             logits = self._run_grouped(spans, rows)
         else:
-            size = next(size for size in self._sizes if size >= len(spans))
+            size = min(1 << (len(spans) - 1).bit_length(), self._most_rows)
             self._rows.fill(spans, [self._columns.owner(row) for row in rows], size)
             self._pass(size, columns)()
             logits = self._logits[: len(spans)]
-        return Decoded(logits, [span.sequence for span in spans])
+        return logits, [span.sequence for span in spans]
 
     def _pass(self, size: int, columns: int) -> Callable[[], None]:
         key = (size, columns)
-        if key not in self._passes:
+        if key not in self.passes:
             compute = partial(self._compute, size, columns)
-            self._passes[key] = self._recorder.record(compute) if self._recorder else compute
-        return self._passes[key]
+            self.passes[key] = self.recorder.record(compute) if self.recorder else compute
+        return self.passes[key]
 
     def _compute(self, size: int, columns: int) -> None:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
@@ -201,12 +196,7 @@ def reads_lengths(config: Any) -> bool:
 def _attention_of(device: torch.device) -> DecodeAttention:
     if device.type != "cuda":
         return plain_attention
-    from sampler_service.engine.cache.paged_kernels import (
-        paged_attention,  # Triton is not everywhere
-    )
+    # Here, since Triton is not everywhere.
+    from sampler_service.engine.cache.paged_kernels import paged_attention
 
     return paged_attention
-
-
-def _powers_of_two(below: int) -> list[int]:
-    return [1 << power for power in range(below.bit_length()) if 1 << power < below]

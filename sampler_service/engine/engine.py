@@ -1,64 +1,48 @@
 """The engine: requests in, one pass at a time over all that run, answers out."""
 
-import dataclasses
 import heapq
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.pipe import Failure, Part, Reply
 from mint_core.errors import FailedPrecondition, MintError
-from mint_core.lora.row_layout import RowLayout
-from mint_core.model.loading import LoadedBase, load_base
-from sampler_service.engine.adapters import Adapters, affordable_ranks
+from mint_core.model.loading import load_base
+from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
-from sampler_service.engine.cache.kv_cache import KvCache, affordable_tokens, layer_shapes
+from sampler_service.engine.cache.kv_cache import KvCache, layer_shapes
 from sampler_service.engine.decoder import Decoder
-from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.constraint_compiler import (
+    CompiledConstraint,
+    ConstraintCompiler,
+)
 from sampler_service.engine.drawing.prompt_scores import score_span
 from sampler_service.engine.drawing.randomness import Draw
-from sampler_service.engine.drawing.sampling import draw_tokens
 from sampler_service.engine.drawing.stop import Vocabulary
+from sampler_service.engine.drawing.token_draws import draw_tokens
 from sampler_service.engine.generation import Generation
+from sampler_service.engine.loaded_adapters import LoadedAdapters
+from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_bytes, within
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
-from sampler_service.engine.sequences import PROMPT, TokenSequence
+from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
 from sampler_service.jobs import (
     CHUNK_TOKENS,
     Abort,
     DescribeRows,
     DropAdapter,
-    EngineConfig,
     Generate,
-    Generated,
     LoadAdapter,
-    SamplePart,
     WaitedTooLong,
 )
 
-logger = logging.getLogger(__name__)
-
 COMPILING_WAIT_S = 0.01  # between looks for new jobs, while nothing runs
 
-# The number of a call, and what it is told: a part of its answer, or all that is left of it.
-Answer = tuple[int, SamplePart | Generated | RowLayout | MintError | None]
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What came of a pass."""
-
-    tokens: dict[TokenSequence, int] = field(default_factory=dict)  # that were drawn
-    ended: dict[TokenSequence, Generation] = field(default_factory=dict)
-    scored: list[Generation] = field(default_factory=list)  # to the end
-    parts: list[tuple[Generation, SamplePart]] = field(default_factory=list)
-    failed: dict[int, tuple[Generation, MintError]] = field(default_factory=dict)  # by request id
+Answer = Part | Reply | Failure  # what a call is told
 
 
 class Engine:
@@ -66,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: SamplerConfig,
         progress: Callable[[], None],  # called while a pass goes on
     ) -> None:
         base = load_base(
@@ -79,14 +63,14 @@ class Engine:
             inference=True,
         )
         shapes = layer_shapes(base)
-        self.adapter_ranks = affordable_ranks(base, config.adapter_memory_bytes)
-        blocks = _blocks(config, base, affordable_tokens(shapes, base.device))
+        self.adapter_ranks = affordable_ranks(config, base)
+        blocks = cache_blocks(config, base, shapes.values())
         self.kv_cache_tokens = blocks * BLOCK_TOKENS
-        self.description = _within(base.description, self.kv_cache_tokens)
+        self.description = within(base.description, self.kv_cache_tokens)
         least = config.max_running_samples + CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = Adapters(base, config.host_adapter_memory_bytes)
+        self.adapters = LoadedAdapters(base, host_bytes(config))
         cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
         decoder = (
             Decoder(
@@ -99,14 +83,14 @@ class Engine:
             if base.device.type == "cuda"
             else None
         )
-        self._runner = Runner(base, cache, progress, decoder)
+        self.runner = Runner(base, cache, progress, decoder)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
         self._scheduler = Scheduler(
             BlockPool(blocks),
             max_running=config.max_running_samples,
             max_batch_tokens=self.max_batch_tokens,
         )
-        self._compiler = Compiler(self._vocabulary, self.description.vocabulary_size)
+        self._compiler = ConstraintCompiler(self._vocabulary, self.description.vocabulary_size)
         # By request id: calls and jobs that start once their constraint is compiled.
         self._compiling: dict[int, tuple[int, Generate, Future[CompiledConstraint]]] = {}
         self._generations: dict[int, Generation] = {}  # by request id
@@ -124,36 +108,34 @@ class Engine:
             case LoadAdapter():
                 self.adapters.load(job)
             case DescribeRows(rank):
-                return number, self.adapters.layout(rank)
+                return Reply(number, self.adapters.layout(rank))
             case DropAdapter():
                 self.adapters.drop(job)
             case Abort(request_id):
                 self._forget(request_id)
             case _:
                 raise AssertionError(f"unknown job {job!r}")
-        return number, None
+        return Reply(number, None)
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """Computes one pass and returns what is to be told after it, in order."""
-        late = [*self._begin_compiled(), *self._refuse_late()]
+        """Schedules a pass, runs it, and hands out what came of it, in order."""
+        answers = [*self._begin_compiled(), *self._refuse_late()]
         step = self._scheduler.schedule()
-        if step is None:
-            return late
-        computed = self._runner.run(step, self.adapters.rows)
-        outcome = _Outcome()
-        self._score(computed, outcome)
-        if any(span.decodes for span in step.spans):
-            self._draw(computed, outcome)
-        self._scheduler.update(step, outcome.tokens, outcome.ended)
-        return [*late, *self._tell(outcome)]
+        if step is not None:
+            computed = self.runner.run(step, self.adapters.rows)
+            self._score(computed)
+            tokens, ended = self._draw(step, computed)
+            self._scheduler.update(step, tokens, ended)
+            answers += self._hand_out(step)
+        return answers
 
     def _take(self, number: int, job: Generate) -> Answer | None:
         self.adapters.check(job.adapter)
-        if job.constraint is None:
+        constraint = job.sampling.constraint
+        if constraint is None:
             return self._begin(number, job, None)
-        compiling = self._compiler.compile(job.constraint)
-        self._compiling[job.request_id] = number, job, compiling
+        self._compiling[job.request_id] = number, job, self._compiler.compile(constraint)
         return None
 
     def _begin_compiled(self) -> Iterator[Answer]:
@@ -166,9 +148,9 @@ class Engine:
                 continue
             del self._compiling[job.request_id]
             try:
-                answer = self._begin(number, job, compiling.result())
+                answer: Answer | None = self._begin(number, job, compiling.result())
             except MintError as refusal:
-                answer = number, refusal
+                answer = Failure(number, refusal)
             if answer is not None:
                 yield answer
 
@@ -177,15 +159,15 @@ class Engine:
     ) -> Answer | None:
         generation = Generation(number, job, self._vocabulary, constraint)
         if generation.done:
-            return number, generation.result()
+            return Reply(number, generation.result())
         self._generations[job.request_id] = generation
         if job.start_by_s is not None:
             heapq.heappush(self._start_by, (job.start_by_s, job.request_id))
         self._scheduler.add(
             job.request_id,
-            job.prompt.tolist(),
+            job.sampling.prompt.tolist(),
             job.adapter,
-            job.num_samples,
+            job.sampling.num_samples,
             tenant=job.tenant,
             reusable=generation.first_scored if generation.wants_scores else None,
         )
@@ -198,84 +180,62 @@ class Engine:
             generation = self._generations.get(request_id)
             if generation is not None and not self._scheduler.begun(request_id):
                 self._forget(request_id)
-                yield generation.number, WaitedTooLong(generation.age_s)
+                yield Failure(generation.number, WaitedTooLong(generation.age_s))
 
-    def _score(self, computed: Computed, outcome: _Outcome) -> None:
+    def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""
         for placed in computed.placed:
-            sequence = placed.span.sequence
-            if sequence.index != PROMPT:
-                continue
+            span, sequence = placed.span, placed.span.sequence
             generation = self._generations[sequence.request_id]
             first = generation.first_scored
-            if not generation.wants_scores or placed.span.stop <= first:
+            if sequence.index != PROMPT or not generation.wants_scores or span.stop <= first:
                 continue
-            scores = score_span(self.base.head, computed, placed, first, generation.job)
-            generation.add_scores(max(placed.span.start, first), scores)
+            scores = score_span(self.base.head, computed, placed, first, generation.job.sampling)
+            generation.add_scores(max(span.start, first), scores)
             generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
             if not np.isfinite(scores.logprobs).all():
-                error = _not_finite(generation.job.adapter)
-                outcome.failed[sequence.request_id] = generation, error
-            outcome.scored.append(generation)
+                generation.error = _not_finite(generation.job.adapter)
 
-    def _draw(self, computed: Computed, outcome: _Outcome) -> None:
-        """Draws a token for each sample."""
-        logits, sequences = self._runner.logits(computed)
+    def _draw(
+        self, step: Step, computed: Computed
+    ) -> tuple[dict[TokenSequence, int], set[TokenSequence]]:
+        """Draws a token for each sample that decodes. Returns them, and the samples that end."""
+        ended: set[TokenSequence] = set()
+        if not any(span.decodes for span in step.spans):
+            return {}, ended
+        logits, sequences = self.runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
-        draws = list(self._draws(sequences, generations, outcome))
-        drawn = draw_tokens(logits, draws)
+        drawn = draw_tokens(logits, list(map(_draw_of, sequences, generations)))
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        outcome.tokens = dict(zip(sequences, tokens, strict=True))
-        for sequence, generation, token, logprob, model_logprob in zip(
-            sequences, generations, tokens, logprobs, drawn.model_logprobs.tolist(), strict=True
-        ):
-            if sequence.request_id in outcome.failed:
+        model_logprobs, finite = drawn.model_logprobs.tolist(), drawn.finite.tolist()
+        for row, (sequence, generation) in enumerate(zip(sequences, generations, strict=True)):
+            if not finite[row]:
+                generation.error = _not_finite(generation.job.adapter)
+            if generation.error is not None:
                 continue
-            reason = generation.add_token(sequence.index, token, logprob, model_logprob)
-            if reason is not None:
-                outcome.ended[sequence] = generation
-            if generation.job.stream:
-                part = SamplePart(sequence.index, (token,), (logprob,), (model_logprob,), reason)
-                outcome.parts.append((generation, part))
-        if drawn.top_ids.size:
-            for row, generation in enumerate(generations):
-                if k := generation.job.topk_sample_logprobs:
-                    ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
-                    generation.add_top(sequences[row].index, ids.copy(), values.copy())
-        for row in np.flatnonzero(~drawn.finite).tolist():
-            generation = generations[row]
-            error = _not_finite(generation.job.adapter)
-            outcome.failed[sequences[row].request_id] = generation, error
+            index = sequence.index
+            if generation.add_token(index, tokens[row], logprobs[row], model_logprobs[row]):
+                ended.add(sequence)
+                generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
+            if k := generation.job.sampling.topk_sample_logprobs:
+                ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
+                generation.add_top(index, ids.copy(), values.copy())
+        return dict(zip(sequences, tokens, strict=True)), ended
 
-    def _draws(
-        self, sequences: list[TokenSequence], generations: list[Generation], outcome: _Outcome
-    ) -> Iterator[Draw]:
-        """What each sequence's token is drawn by; where a constraint leaves none, any will do."""
-        for sequence, generation in zip(sequences, generations, strict=True):
-            position = len(sequence.generated)
-            try:
-                yield generation.draw(sequence.index, position)
-            except MintError as error:
-                outcome.failed[sequence.request_id] = generation, error
-                yield Draw(generation.job.choice, sequence.index, position)
-
-    def _tell(self, outcome: _Outcome) -> Iterator[Answer]:
-        for request_id, (generation, error) in outcome.failed.items():
-            self._forget(request_id)
-            yield generation.number, error
-        for generation, part in outcome.parts:
-            if generation.job.request_id in self._generations:
-                yield generation.number, part
-        for sequence, generation in outcome.ended.items():
-            generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
-        yield from self._finish([*outcome.scored, *outcome.ended.values()])
-
-    def _finish(self, generations: Iterable[Generation]) -> Iterator[Answer]:
-        for generation in generations:
-            request_id = generation.job.request_id
-            if generation.done and request_id in self._generations:
+    def _hand_out(self, step: Step) -> Iterator[Answer]:
+        """What those are told who had a part in a pass."""
+        for request_id in dict.fromkeys(span.sequence.request_id for span in step.spans):
+            generation = self._generations[request_id]
+            if generation.error is not None:
+                self._forget(request_id)
+                yield Failure(generation.number, generation.error)
+                continue
+            for part in generation.new_parts:
+                yield Part(generation.number, part)
+            generation.new_parts.clear()
+            if generation.done:
                 del self._generations[request_id]
-                yield generation.number, generation.result()
+                yield Reply(generation.number, generation.result())
 
     def _forget(self, request_id: int) -> None:
         if waiting := self._compiling.pop(request_id, None):
@@ -284,30 +244,14 @@ class Engine:
         self._scheduler.abort(request_id)
 
 
-def _blocks(config: EngineConfig, base: LoadedBase, affordable: int) -> int:
-    """How many blocks the cache gets."""
-    # More than every running sample at full length is of no use.
-    most = base.description.context_length * config.max_running_samples
-    blocks = min(config.kv_cache_tokens or affordable, most) // BLOCK_TOKENS
-    if not blocks:
-        raise FailedPrecondition(
-            f"there is room for {affordable} tokens in the key/value cache, and {BLOCK_TOKENS} are "
-            "the least; free memory, or serve a smaller model or dtype"
-        )
-    if blocks * BLOCK_TOKENS > affordable:
-        raise FailedPrecondition(
-            f"`kv_cache_tokens` is {config.kv_cache_tokens} but free memory holds {affordable}; "
-            "give less, or 0 to take what is free"
-        )
-    return blocks
-
-
-def _within(model: ModelDescription, cache_tokens: int) -> ModelDescription:
-    """The model with the context that the cache holds."""
-    context_length = min(model.context_length, cache_tokens)
-    logger.info("kv cache tokens=%d context_length=%d", cache_tokens, context_length)
-    bound = model.memory_bound or context_length < model.context_length
-    return dataclasses.replace(model, context_length=context_length, memory_bound=bound)
+def _draw_of(sequence: TokenSequence, generation: Generation) -> Draw:
+    """What the sequence's token is drawn by; where a constraint leaves none, any will do."""
+    position = len(sequence.generated)
+    try:
+        return generation.draw(sequence.index, position)
+    except MintError as error:
+        generation.error = error
+        return Draw(generation.job.sampling.choice, sequence.index, position)
 
 
 def _not_finite(adapter: str) -> MintError:

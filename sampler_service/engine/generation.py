@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sampler_service.engine.drawing.constraints import CompiledConstraint, ConstrainedText
+from mint_core.errors import MintError
+from sampler_service.engine.drawing.constraint_compiler import CompiledConstraint, ConstrainedText
 from sampler_service.engine.drawing.penalties import Occurrences, penalizes
 from sampler_service.engine.drawing.prompt_scores import SpanScores
 from sampler_service.engine.drawing.randomness import Draw
@@ -15,6 +16,7 @@ from sampler_service.jobs import (
     Floats,
     Generate,
     Generated,
+    SamplePart,
     StopReason,
     TokenLogprobs,
     Tokens,
@@ -61,27 +63,28 @@ class Generation:
     ) -> None:
         self.number = number  # of the call that waits for it
         self.job = job
+        self.error: MintError | None = None  # that has ended it
+        self.new_parts: list[SamplePart] = []  # to be handed out after the pass
         self.prompt_cache_hit_tokens = 0
+        self._asked = asked = job.sampling
         self._accepted_s = time.monotonic()
         self._samples = [
-            OpenContinuation(StopWatch(job.stops, job.max_tokens, vocabulary))
-            for _ in range(job.num_samples)
+            OpenContinuation(StopWatch(asked.stops, asked.max_tokens, vocabulary))
+            for _ in range(asked.num_samples)
         ]
         self._constraint = constraint
-        self._open = job.num_samples
-        # Of the prompt, what the repetition penalty applies to.
-        self._repeatable = job.prompt if job.choice.repetition_penalty != 1 else job.prompt[:0]
-        most = len(job.prompt) - 1  # the first token has no logprob
-        scored = most if job.scored_tokens is None else min(job.scored_tokens, most)
+        self._open = asked.num_samples
+        most = len(asked.prompt) - 1  # the first token has no logprob
+        scored = most if asked.scored_tokens is None else min(asked.scored_tokens, most)
         self.first_scored = most - scored  # whose successor is the first with a score
         self._unscored = scored if self.wants_scores else 0
-        self._scores = SpanScores.empty(self._unscored, job)
+        self._scores = SpanScores.empty(self._unscored, asked)
 
     @property
     def wants_scores(self) -> bool:
-        job = self.job
-        counts = (job.topk_prompt_logprobs, job.prompt_alternatives)
-        return job.prompt_logprobs or any(counts) or job.target_prompt_tokens is not None
+        asked = self._asked
+        counts = (asked.topk_prompt_logprobs, asked.prompt_alternatives)
+        return asked.prompt_logprobs or any(counts) or asked.target_prompt_tokens is not None
 
     @property
     def done(self) -> bool:
@@ -95,32 +98,35 @@ class Generation:
         """What the sample's next token is drawn by. Raises InvalidRequest if the constraint leaves
         none.
         """
-        continuation, choice = self._samples[sample], self.job.choice
-        if continuation.occurrences is None and penalizes(choice):
-            continuation.occurrences = Occurrences(self._repeatable)
+        continuation, asked = self._samples[sample], self._asked
+        if continuation.occurrences is None and penalizes(asked.choice):
+            penalized = asked.choice.repetition_penalty != 1  # of the prompt's tokens too
+            continuation.occurrences = Occurrences(asked.prompt if penalized else asked.prompt[:0])
         if continuation.constrained is None and self._constraint is not None:
-            continuation.constrained = self._constraint.start(self.job.stops.token_ids)
+            continuation.constrained = self._constraint.start(asked.stops.token_ids)
         allowed = continuation.constrained.allowed() if continuation.constrained else None
-        topk = self.job.topk_sample_logprobs
-        return Draw(choice, sample, position, continuation.occurrences, allowed, topk)
+        topk = asked.topk_sample_logprobs
+        return Draw(asked.choice, sample, position, continuation.occurrences, allowed, topk)
 
-    def add_token(
-        self, sample: int, token: int, logprob: float, model_logprob: float
-    ) -> StopReason | None:
-        """Takes a drawn token and says why the sample ends with it, or None if it goes on."""
+    def add_token(self, sample: int, token: int, logprob: float, model_logprob: float) -> bool:
+        """Takes a drawn token, and says whether the sample ends with it."""
         continuation = self._samples[sample]
-        if not self.job.stream:  # which gives each away as it comes
-            continuation.drawn.append((token, logprob, model_logprob))
-        if continuation.occurrences is not None:
-            continuation.occurrences.add(token)
         reason = continuation.watch.read(token)
+        if self.job.stream:
+            part = SamplePart(sample, (token,), (logprob,), (model_logprob,), reason)
+            self.new_parts.append(part)
+        else:
+            continuation.drawn.append((token, logprob, model_logprob))
         if reason is not None:
             continuation.stop_reason = reason
             continuation.occurrences = continuation.constrained = None
             self._open -= 1
-        elif continuation.constrained is not None:
+            return True
+        if continuation.occurrences is not None:
+            continuation.occurrences.add(token)
+        if continuation.constrained is not None:
             continuation.constrained.add(token)
-        return reason
+        return False
 
     def add_top(self, sample: int, ids: Tokens, logprobs: Floats) -> None:  # both [k]
         """Takes the likeliest tokens where the sample's last token was drawn."""
@@ -135,19 +141,19 @@ class Generation:
         self._unscored = len(self._scores.logprobs) - at - len(scores.logprobs)
 
     def result(self) -> Generated:
-        job, scores = self.job, self._scores
+        asked, scores = self._asked, self._scores
         top = TokenLogprobs(token_ids=scores.top_ids, logprobs=scores.top_logprobs)
         alternatives = TokenLogprobs(
             token_ids=scores.alternative_ids, logprobs=scores.alternative_logprobs
         )
-        targeted = job.target_prompt_tokens is not None
+        targeted = asked.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
         return Generated(
             continuations=tuple(sample.close() for sample in samples),
             prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
             unscored_tokens=self.first_scored + 1,
-            prompt_logprobs=scores.logprobs if job.prompt_logprobs else None,
-            topk_prompt_logprobs=top if job.topk_prompt_logprobs else None,
+            prompt_logprobs=scores.logprobs if asked.prompt_logprobs else None,
+            topk_prompt_logprobs=top if asked.topk_prompt_logprobs else None,
             target_prompt_logprobs=scores.targets if targeted else None,
-            prompt_alternatives=alternatives if job.prompt_alternatives else None,
+            prompt_alternatives=alternatives if asked.prompt_alternatives else None,
         )

@@ -1,7 +1,9 @@
 """Computes one step: lays its spans side by side, sorted by adapter, and runs the model."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.cached_attention import CachedAttention, CachedRows
 from sampler_service.engine.cache.kv_cache import KvCache
-from sampler_service.engine.decoder import Decoded, Decoder
+from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 
@@ -38,7 +40,8 @@ class Computed:
 
     hidden: Tensor  # [rows, d]
     placed: tuple[Placed, ...]
-    decoded: Decoded | None = None  # by the decoder: these spans are not among the placed
+    # By the decoder, of spans that are not among the placed: logits [n, V] float32, and whose.
+    decoded: tuple[Tensor, list[TokenSequence]] | None = None
 
 
 class Runner:
@@ -52,20 +55,20 @@ class Runner:
         decoder: Decoder | None = None,  # for spans that decode
     ) -> None:
         self._base = base
-        self._cache = cache
+        self.cache = cache
         self._progress = progress
-        self._decoder = decoder
+        self.decoder = decoder
 
     def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
         """Computes the step's tokens and puts their keys and values into the cache."""
-        self._cache.copy(step.copies)
-        if self._decoder is None or not any(span.decodes for span in step.spans):
+        self.cache.copy(step.copies)
+        if self.decoder is None or not any(span.decodes for span in step.spans):
             return self._run(step.spans, adapters)
-        decoded = self._decoder.run([span for span in step.spans if span.decodes], adapters)
+        decoded = self.decoder.run([span for span in step.spans if span.decodes], adapters)
         self._progress()
         rest = [span for span in step.spans if not span.decodes]
         if not rest:
-            return Computed(decoded.logits.new_empty(0), (), decoded)
+            return Computed(decoded[0].new_empty(0), (), decoded)
         return replace(self._run(rest, adapters), decoded=decoded)
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
@@ -77,7 +80,7 @@ class Runner:
             tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
             positions[p.start : p.stop] = range(start, stop)
         attention = CachedAttention(
-            self._cache,
+            self.cache,
             self._base.device,
             decoding=[p.cached() for p in placed if p.span.stop - p.span.start == 1],
             chunks=[p.cached() for p in placed if p.span.stop - p.span.start > 1],
@@ -95,18 +98,14 @@ class Runner:
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""
         if computed.decoded is not None:
-            return computed.decoded.logits, computed.decoded.sequences
-        pieces: list[Piece] = []
-        sequences: list[TokenSequence] = []
-        by_segment: dict[Segment, list[Placed]] = {}
-        for p in computed.placed:
-            if p.span.decodes:
-                by_segment.setdefault(p.segment, []).append(p)
-        for segment, group in by_segment.items():
-            rows = torch.tensor([p.start for p in group], device=self._base.device)
-            pieces.append(Piece(segment, rows))
-            sequences.extend(p.span.sequence for p in group)
-        return self._base.head.logits(computed.hidden, pieces), sequences
+            return computed.decoded
+        decoding = [p for p in computed.placed if p.span.decodes]
+        pieces = [
+            Piece(segment, torch.tensor([p.start for p in group], device=self._base.device))
+            for segment, group in itertools.groupby(decoding, attrgetter("segment"))
+        ]
+        logits = self._base.head.logits(computed.hidden, pieces)
+        return logits, [p.span.sequence for p in decoding]
 
 
 def place(

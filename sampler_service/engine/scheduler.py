@@ -13,9 +13,9 @@ shared between tenants; who must leave one keeps its blocks. When blocks run out
 order gives its own back and is computed again later; the first always goes on, so all end.
 """
 
-import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for, first_key
 from sampler_service.engine.cache.prefixes import Prefixes
@@ -68,7 +68,7 @@ class Scheduler:
         self._requests[request_id] = _Request(num_samples)
         sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reusable)
         sequence.keys.append(first_key(tenant, adapter))
-        self._enter(sequence)
+        self._requests[request_id].sequences.add(sequence)
         if sequence.missing:
             move(sequence, self._tenants.of(sequence).fresh)
         else:
@@ -110,8 +110,10 @@ class Scheduler:
                     self._end(sequence)
             else:
                 self._let_on(self._prefixes.keep(sequence, span.start))
-                if not sequence.missing:
-                    self._have_computed(sequence)
+                if not sequence.missing and sequence.index == PROMPT:
+                    self._fork(sequence)
+                elif not sequence.missing:
+                    sequence.decodes = True
 
     def abort(self, request_id: int) -> None:
         """Forgets a request, if it is there."""
@@ -235,16 +237,12 @@ class Scheduler:
         """Pieces of prompts: the next one of the tenant that has had least, again and again. What
         does not fit beside those before it comes first in a later pass.
         """
-        turns = [
-            (tenant.served_tokens, number, tenant, iter(computing))
-            for number, tenant in enumerate(self._tenants)
-            if (computing := [s for s in tenant.running if not s.decodes])
-        ]
-        heapq.heapify(turns)
-        while turns and budget:
-            _, number, tenant, sequences = heapq.heappop(turns)
-            sequence = next(sequences, None)
+        queues = {t: iter([s for s in t.running if not s.decodes]) for t in self._tenants}
+        while queues and budget:
+            tenant = min(queues, key=attrgetter("served_tokens"))
+            sequence = next(queues[tenant], None)
             if sequence is None:
+                del queues[tenant]
                 continue
             start = sequence.cached
             stop = start + min(CHUNK_TOKENS - start % CHUNK_TOKENS, sequence.missing)
@@ -254,18 +252,11 @@ class Scheduler:
                 sequence.paid = max(stop, sequence.paid)
                 self._requests[sequence.request_id].begun = True
                 yield Span(sequence, start, stop, False)
-            heapq.heappush(turns, (tenant.served_tokens, number, tenant, sequences))
-
-    def _have_computed(self, sequence: TokenSequence) -> None:
-        """Goes on with one that lacks nothing but its last token."""
-        if sequence.index == PROMPT:
-            self._fork(sequence)
-        else:
-            sequence.decodes = True
 
     def _fork(self, prompt: TokenSequence) -> None:
         """Puts the samples of a computed prompt in line, sharing its blocks."""
-        for index in range(self._requests[prompt.request_id].num_samples):
+        request = self._requests[prompt.request_id]
+        for index in range(request.num_samples):
             sample = TokenSequence(
                 prompt.request_id,
                 index,
@@ -279,20 +270,16 @@ class Scheduler:
                 hit_tokens=prompt.hit_tokens,
             )
             self._pool.hold(sample.blocks)
-            self._enter(sample)
+            request.sequences.add(sample)
             move(sample, self._tenants.of(sample).ready)
         self._end(prompt)
-
-    def _enter(self, sequence: TokenSequence) -> None:
-        self._requests[sequence.request_id].sequences.add(sequence)
-        self._tenants.enter(sequence)
 
     def _end(self, sequence: TokenSequence) -> None:
         """Forgets a sequence and gives its blocks back."""
         self._put(sequence, None)
-        self._tenants.leave(sequence)
         self._pool.release(sequence.blocks)
         request = self._requests[sequence.request_id]
         request.sequences.remove(sequence)
         if not request.sequences:
             del self._requests[sequence.request_id]
+            self._tenants.leave(sequence.tenant)

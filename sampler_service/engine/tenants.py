@@ -36,19 +36,17 @@ class Tenant:
     running: Line = field(default_factory=list)  # have a place
     ready: Line = field(default_factory=list)  # want a place, and have the blocks for it
     fresh: Line = field(default_factory=list)  # want a place, and hold nothing
-    num_sequences: int = 0
+    num_requests: int = 0
 
     @property
     def waits(self) -> bool:
         """Whether it wants more than the next token of each that runs."""
         return bool(self.ready or self.fresh) or not all(s.decodes for s in self.running)
 
-    def next(self, with_fresh: bool) -> TokenSequence:
+    def next(self, with_fresh: bool) -> TokenSequence | None:
         """Whose turn it is to get a place, of those that want one."""
-        if not self.ready:
-            return self.fresh[0]
-        overtakes = with_fresh and self.fresh and self.fresh[0].age < self.ready[0].age
-        return self.fresh[0] if overtakes else self.ready[0]
+        lines = (self.ready, self.fresh) if with_fresh else (self.ready,)
+        return min((line[0] for line in lines if line), key=age, default=None)
 
     def youngest(self) -> TokenSequence | None:
         """The first to give its blocks back."""
@@ -71,20 +69,16 @@ class Tenants:
 
     def want(self, name: str) -> None:
         """Notes that a tenant has a new request."""
-        tenant = self._by_name.get(name)
-        if tenant is None:
-            self._by_name[name] = Tenant(name, self._reached_tokens)
-        elif not tenant.waits:
+        tenant = self._by_name.setdefault(name, Tenant(name, self._reached_tokens))
+        tenant.num_requests += 1
+        if not tenant.waits:
             tenant.served_tokens = max(tenant.served_tokens, self._reached_tokens)
 
-    def enter(self, sequence: TokenSequence) -> None:
-        self.of(sequence).num_sequences += 1
-
-    def leave(self, sequence: TokenSequence) -> None:
-        tenant = self.of(sequence)
-        tenant.num_sequences -= 1
-        if not tenant.num_sequences:
-            del self._by_name[tenant.name]
+    def leave(self, name: str) -> None:
+        """Notes that a request of a tenant has ended."""
+        self._by_name[name].num_requests -= 1
+        if not self._by_name[name].num_requests:
+            del self._by_name[name]
 
     def note_reached(self) -> None:
         """Takes note of how far those who wait have come; if none does, all have what they want."""
@@ -94,16 +88,12 @@ class Tenants:
 
     def next(self, with_fresh: bool) -> TokenSequence | None:
         """Whose turn it is to get a place. Each that runs is about to get a token."""
-        least: TokenSequence | None = None
-        least_tokens = 0
-        for tenant in self:
-            if tenant.ready or (with_fresh and tenant.fresh):
-                tokens = tenant.served_tokens + len(tenant.running)
-                if least is None or tokens <= least_tokens:
-                    sequence = tenant.next(with_fresh)
-                    if least is None or (tokens, sequence.age) < (least_tokens, least.age):
-                        least, least_tokens = sequence, tokens
-        return least
+        turns = (
+            (tenant.served_tokens + len(tenant.running), sequence.age, sequence)
+            for tenant in self
+            if (sequence := tenant.next(with_fresh)) is not None
+        )
+        return min(turns, default=(0, 0, None))[2]
 
     def first_to_yield(self, sequence: TokenSequence) -> TokenSequence | None:
         """Who gives a place to this one: the youngest of the tenant with the most places, if that
@@ -111,11 +101,11 @@ class Tenants:
         of the tenant that has had the most.
         """
         mine = self.of(sequence)
-        most = max(self, key=_num_running)
+        most = max(self, key=lambda tenant: len(tenant.running))
         if len(most.running) - 1 > len(mine.running):
             return most.running[-1]
         if not mine.running:
-            most = max((tenant for tenant in self if tenant.running), key=_served_tokens)
+            most = max((t for t in self if t.running), key=attrgetter("served_tokens"))
             if most.served_tokens - mine.served_tokens >= TURN_TOKENS:
                 return most.running[-1]
         return None
@@ -128,11 +118,3 @@ class Tenants:
         """Who is the first to give its blocks back."""
         holders = [s for tenant in self if (s := tenant.youngest()) is not None]
         return max(holders, key=self.precedence)
-
-
-def _num_running(tenant: Tenant) -> int:
-    return len(tenant.running)
-
-
-def _served_tokens(tenant: Tenant) -> int:
-    return tenant.served_tokens

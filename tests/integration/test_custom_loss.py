@@ -146,7 +146,7 @@ def assert_equal(ours: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
 def cut_service(services: Services) -> Any:
     """A client whose messages take two data at most."""
     with mint.ServiceClient(base_url=services.trainer) as client:
-        limits = client._servers.capabilities(client._servers.trainer).limits
+        limits = client.get_server_capabilities().limits  # which it keeps
         object.__setattr__(limits, "max_data_per_request", 2)
         yield client
 

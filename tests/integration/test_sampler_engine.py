@@ -7,23 +7,17 @@ import numpy as np
 
 from mint_core.engine_host.process import EngineProcess
 from sampler_service.config import SamplerConfig
-from sampler_service.jobs import BASE_MODEL, Choice, Generate, Generated, SamplePart
+from sampler_service.jobs import BASE_MODEL, Choice, Generate, Generated, SamplePart, Sampling
 
 LIMIT_S = 60.0
 KV_CACHE_TOKENS = 2048
 
 
-def generate(request_id: int, **wishes: object) -> Generate:
-    fields = {
-        "request_id": request_id,
-        "adapter": BASE_MODEL,
-        "prompt": np.arange(3, 40),
-        "num_samples": 3,
-        "max_tokens": 20,
-        "choice": Choice(seed=5),
-        **wishes,
-    }
-    return Generate(**fields)  # type: ignore[arg-type]
+def generate(request_id: int, *, stream: bool = False) -> Generate:
+    sampling = Sampling(
+        prompt=np.arange(3, 40), num_samples=3, max_tokens=20, choice=Choice(seed=5)
+    )
+    return Generate(request_id=request_id, adapter=BASE_MODEL, sampling=sampling, stream=stream)
 
 
 async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path) -> None:
@@ -33,7 +27,7 @@ async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path)
         device="cpu",
         kv_cache_tokens=KV_CACHE_TOKENS,
     )
-    engine = EngineProcess("sampler_service.engine", config.engine_config())
+    engine = EngineProcess("sampler_service.engine", config)
     async with asyncio.timeout(LIMIT_S):
         hello = await engine.start()
         try:
@@ -48,7 +42,7 @@ async def test_parts_come_through_the_pipe_before_the_answer(qwen3_folder: Path)
     assert isinstance(streamed, Generated)
     assert streamed.continuations == ()
     for index, continuation in enumerate(whole.continuations):
-        own = [part for part in parts if part.index == index]
+        own = [part for part in parts if part.sample == index]
         assert [t for part in own for t in part.tokens] == continuation.tokens.tolist()
         assert [part.stop_reason for part in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].stop_reason == continuation.stop_reason

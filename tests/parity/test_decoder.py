@@ -50,13 +50,13 @@ def decoding(
     sampler: SamplerEngine, *, columns: int = 128, attend: DecodeAttention | None = None
 ) -> Decoder:
     """Gives the sampler the decoder that it has on a GPU."""
-    runner = sampler.engine._runner
-    runner._decoder = decoder = Decoder(
+    runner = sampler.engine.runner
+    runner.decoder = decoder = Decoder(
         sampler.engine.base,
-        runner._cache,
+        runner.cache,
         most_rows=16,
         most_blocks=blocks_for(sampler.model.context_length),
-        scratch_block=len(runner._cache.layer(0)[0]) - 1,
+        scratch_block=len(runner.cache.layer(0)[0]) - 1,
         columns=columns,
         attend=attend,
     )
@@ -109,8 +109,8 @@ def test_filled_up_batches_of_many_adapters_equal_ordinary_passes(
 
     assert_near(generate(sampler), expected)
 
-    assert len({size for size, _ in decoder._passes}) > 2  # of 1, 2, 4, 8 and 16 rows
-    assert {columns for _, columns in decoder._passes} == {0, 64}
+    assert len({size for size, _ in decoder.passes}) > 2  # of 1, 2, 4, 8 and 16 rows
+    assert {columns for _, columns in decoder.passes} == {0, 64}
 
 
 def test_more_adapters_than_columns_are_computed_in_groups(qwen3_folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_decoding_in_the_kernels_equals_ordinary_passes(qwen3_folder: Path) -> N
 def test_rows_that_fill_up_touch_the_scratch_block_alone(qwen3_folder: Path) -> None:
     sampler = make_sampler(qwen3_folder)
     decoding(sampler)
-    key, value = sampler.engine._runner._cache.layer(0)
+    key, value = sampler.engine.runner.cache.layer(0)
     # Three samples of which each continues the prompt's second block, in the end in its own.
     sampler.submit(random_tokens(1, 20), num_samples=3, max_tokens=9)
     before = key.clone(), value.clone()
@@ -178,7 +178,7 @@ def test_no_pass_reads_tensors_on_the_host(make: object, tmp_path: Path) -> None
     decoder = decoding(sampler)
     generate(sampler, max_tokens=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        for size, columns in decoder._passes:
+        for size, columns in decoder.passes:
             decoder._compute(size, columns)
         with pytest.raises(DataDependentOutputException):
             decoder._logits.sum().item()

@@ -4,7 +4,8 @@ and beside others.
 
 import re
 import threading
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.errors import InvalidRequest
-from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.constraint_compiler import (
+    CompiledConstraint,
+    ConstraintCompiler,
+)
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint, Generated, StopReason, Stops
 from tests.models import VOCABULARY_SIZE
 from tests.sampler_in_process import SamplerEngine
 
 TOLERANCE = 1e-5
+LIMIT_S = 60.0
 END = Stops(token_ids=frozenset({2}))
 PROMPT = [40, 41, 42, 43, 44]
 DATE = "[0-9]{4}-(0[1-9]|1[0-2])-[0-9]{2}"
@@ -141,16 +146,23 @@ def test_a_constraint_that_cannot_be_followed_fails_its_own_request_alone(
 
 
 @pytest.fixture
-def held_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def held_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Lets constraints be compiled from when it is set."""
-    compile_now, free = Compiler.compile, threading.Event()
+    compile_now, free = ConstraintCompiler.compile, threading.Event()
 
-    def compile_later(compiler: Compiler, constraint: Constraint) -> "Future[CompiledConstraint]":
-        compiler._compiling.submit(free.wait, 60.0)
-        return compile_now(compiler, constraint)
+    def held(compiler: ConstraintCompiler, constraint: Constraint) -> CompiledConstraint:
+        free.wait(LIMIT_S)
+        return compile_now(compiler, constraint).result(LIMIT_S)
 
-    monkeypatch.setattr(Compiler, "compile", compile_later)
-    return free
+    def compile_later(
+        compiler: ConstraintCompiler, constraint: Constraint
+    ) -> "Future[CompiledConstraint]":
+        return thread.submit(held, compiler, constraint)
+
+    with ThreadPoolExecutor(1) as thread:
+        monkeypatch.setattr(ConstraintCompiler, "compile", compile_later)
+        yield free
+        free.set()
 
 
 def test_while_a_constraint_is_compiled_others_go_on(
@@ -172,7 +184,7 @@ def test_a_request_that_is_left_while_it_waits_for_its_constraint_is_forgotten(
 
 
 def test_where_a_constraint_leads_no_further_its_request_fails_alone(
-    sampler: SamplerEngine, monkeypatch: pytest.MonkeyPatch
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spell = Vocabulary.bytes_of  # a model that has no token for "!"
     monkeypatch.setattr(
@@ -180,9 +192,7 @@ def test_where_a_constraint_leads_no_further_its_request_fails_alone(
         "bytes_of",
         lambda v, i: spell(v, i).replace(b"!", b"") if i > 2 else spell(v, i),
     )
-    monkeypatch.setattr(
-        sampler.engine, "_compiler", Compiler(sampler.engine._vocabulary, VOCABULARY_SIZE)
-    )
+    sampler = SamplerEngine(qwen3_folder)
     neighbour = {"seed": 5, "max_tokens": 20, "num_samples": 2}
     expected = sampler.generate(PROMPT, **neighbour)
     stuck = sampler.submit(PROMPT, **constrained("[ab]{3}!", num_samples=3))

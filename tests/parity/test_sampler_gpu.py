@@ -55,10 +55,10 @@ def test_float32_on_the_gpu_gives_the_cpus_tokens(qwen3_folder: Path) -> None:
             (a,), (b,) = ours.continuations, theirs.continuations
             assert a.tokens.tolist() == b.tokens.tolist(), attempt
             np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=1e-4)
-    decoder = on_gpu.engine._runner._decoder
+    decoder = on_gpu.engine.runner.decoder
     assert decoder is not None
-    assert decoder._recorder is not None
-    assert len(decoder._passes) >= 4
+    assert decoder.recorder is not None
+    assert len(decoder.passes) >= 4
 
 
 def test_options_of_sampling_give_the_cpus_tokens(qwen3_folder: Path) -> None:
@@ -81,8 +81,8 @@ def test_options_of_sampling_give_the_cpus_tokens(qwen3_folder: Path) -> None:
 def test_replayed_passes_equal_launched_ones_bitwise(qwen3_folder: Path) -> None:
     recorded = make_sampler(qwen3_folder, "cuda", "bfloat16")
     launched = make_sampler(qwen3_folder, "cuda", "bfloat16")
-    assert launched.engine._runner._decoder is not None
-    launched.engine._runner._decoder._recorder = None
+    assert launched.engine.runner.decoder is not None
+    launched.engine.runner.decoder.recorder = None
     for ours, theirs in zip(generate(recorded), generate(launched), strict=True):
         (a,), (b,) = ours.continuations, theirs.continuations
         assert a.tokens.tolist() == b.tokens.tolist()
@@ -128,7 +128,8 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(qwen3_folder: Path) ->
     before = sampler.row(RANK_8).part(Part.WEIGHTS).cpu()
     spec, arrays = sampler.row(RANK_8).spec, sampler.arrays[RANK_8]
     adapters.drop(DropAdapter(RANK_8))
-    assert RANK_8 in adapters._host
-    assert adapters._host.get(RANK_8).is_pinned()
+    kept = adapters.host.get(RANK_8)
+    assert kept is not None
+    assert kept.is_pinned()
     sampler.load_arrays(RANK_8, spec, arrays)
     assert torch.equal(sampler.row(RANK_8).part(Part.WEIGHTS).cpu(), before)

@@ -179,7 +179,7 @@ def joined(parts: list[SamplePart]) -> tuple[Continuation, ...]:
     """The continuations that the parts add up to. Nothing comes after a stop reason."""
     samples: dict[int, list[SamplePart]] = {}
     for part in parts:
-        own = samples.setdefault(part.index, [])
+        own = samples.setdefault(part.sample, [])
         assert not own or own[-1].stop_reason is None
         own.append(part)
     whole = []
@@ -219,7 +219,7 @@ def test_a_stream_adds_up_to_the_whole_answer(qwen3_folder: Path, others: int) -
     assert answer.continuations == ()
     parts = busy.parts[number]
     assert bits(Generated(continuations=joined(parts))) == bits(whole)
-    assert [part.index for part in parts[:4]] == [0, 1, 2, 0], "samples go on side by side"
+    assert [part.sample for part in parts[:4]] == [0, 1, 2, 0], "samples go on side by side"
     assert len({c.stop_reason for c in whole.continuations}) == 2, "both ends are seen"
 
 

@@ -71,7 +71,8 @@ class CachedAttention:
         self._cache.write(layer_index, self._slots, own_key, own_value)
         make = query.new_zeros if padded else query.new_empty
         output = make(query.shape[1], query.shape[0], value.shape[2])  # [T, heads, size]
-        for rows in self._alone(query, value, scores):
+        batched = scores.softcap is None and query.shape[2] == value.shape[2]
+        for rows in self._chunks if batched else (*self._chunks, *self._decoding):
             part = slice(rows.start, rows.stop)
             if rows.tokens == rows.stop - rows.start:  # all of the sequence is here
                 keys, values = key[:, part], value[:, part]
@@ -79,19 +80,9 @@ class CachedAttention:
                 keys, values = self._read(layer_index, rows)
             own = causal_attention(query[:, part], keys, values, scores)
             output[part] = own.transpose(0, 1)
-        if self._batches(query, value, scores):
-            for group in self._grouped(scores.sliding_window):
-                self._attend_group(layer_index, group, query, scores, output)
+        for group in self._grouped(scores.sliding_window) if batched else ():
+            self._attend_group(layer_index, group, query, scores, output)
         return output.transpose(0, 1)
-
-    def _alone(self, query: Tensor, value: Tensor, scores: Scores) -> Iterator[CachedRows]:
-        """What is computed sequence by sequence."""
-        yield from self._chunks
-        if not self._batches(query, value, scores):
-            yield from self._decoding
-
-    def _batches(self, query: Tensor, value: Tensor, scores: Scores) -> bool:
-        return scores.softcap is None and query.shape[2] == value.shape[2]
 
     def _read(self, layer_index: int, rows: CachedRows) -> tuple[Tensor, Tensor]:
         blocks = self._indices(rows.blocks[: blocks_for(rows.tokens)])

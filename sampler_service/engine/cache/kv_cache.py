@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -12,8 +11,6 @@ from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
-
-FREE_SHARE = 0.4  # of free memory: adapters, activations and a trainer beside us want some too
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +46,6 @@ class _Probe(PackedAttention):
     ) -> Tensor:
         self.shapes[layer_index] = LayerShape(key.shape[0], key.shape[2], value.shape[2], key.dtype)
         return super().attend(layer_index, query, key, value, scores)
-
-
-def affordable_tokens(shapes: dict[int, LayerShape], device: torch.device) -> int:
-    """How many tokens' keys and values free memory holds."""
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    return int(FREE_SHARE * free / sum(shape.token_bytes for shape in shapes.values()))
 
 
 class KvCache:

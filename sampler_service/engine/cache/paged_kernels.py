@@ -14,9 +14,8 @@ from triton import knobs
 from mint_core.model.attention_kernels import Scores
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 
-SPLITS = (
-    32  # most of a sequence: with 8 key heads and one sequence, two programs per multiprocessor
-)
+# Most of a sequence: with 8 key heads and one sequence, two programs per multiprocessor.
+SPLITS = 32
 LEAST_SPLIT = 128  # tokens; fewer and the partial results weigh against the keys read
 TILE_BYTES = 16 * 1024  # of keys held at once; as much again of values
 MOST_TILE = 64  # tokens of them

@@ -1,6 +1,7 @@
 """What need not be computed: beginnings that are in the cache, or that another is computing."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.sequences import TokenSequence
@@ -27,12 +28,8 @@ class Prefixes:
 
     def awaited(self, keys: Sequence[bytes]) -> Line | None:
         """Where to wait for the first of these, as many in a row as another is computing."""
-        last = None
-        for key in keys:
-            if key not in self._computing:
-                break
-            last = key
-        return None if last is None else self._waiting.setdefault(last, [])
+        computing = list(takewhile(self._computing.__contains__, keys))
+        return self._waiting.setdefault(computing[-1], []) if computing else None
 
     def begin(self, sequence: TokenSequence) -> None:
         """Notes that the sequence is going to compute what it lacks."""

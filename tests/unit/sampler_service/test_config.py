@@ -8,7 +8,6 @@ from sampler_service.config import SamplerConfig
 def test_the_defaults_are_legal() -> None:
     config = SamplerConfig(base_model="m")
     assert config.address == "127.0.0.1:50052"
-    assert config.engine_config().max_running_samples == config.max_running_samples
 
 
 @pytest.mark.parametrize(

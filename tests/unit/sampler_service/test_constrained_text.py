@@ -10,7 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from mint_core.errors import InvalidRequest
-from sampler_service.engine.drawing.constraints import CompiledConstraint, Compiler
+from sampler_service.engine.drawing.constraint_compiler import (
+    CompiledConstraint,
+    ConstraintCompiler,
+)
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint
 from tests.models import VOCABULARY_SIZE
@@ -37,11 +40,11 @@ def vocabulary(qwen3_folder: Path) -> Vocabulary:
 
 
 @pytest.fixture(scope="module")
-def compiler(vocabulary: Vocabulary) -> Compiler:
-    return Compiler(vocabulary, SIZE)
+def compiler(vocabulary: Vocabulary) -> ConstraintCompiler:
+    return ConstraintCompiler(vocabulary, SIZE)
 
 
-def compiled(compiler: Compiler, kind: str, text: object) -> CompiledConstraint:
+def compiled(compiler: ConstraintCompiler, kind: str, text: object) -> CompiledConstraint:
     text = text if isinstance(text, str) else json.dumps(text)
     constraint = Constraint(kind, f"sampling_params.{kind}", text)
     return compiler.compile(constraint).result(TIMEOUT_S)
@@ -64,7 +67,7 @@ def slow_allowed(vocabulary: Vocabulary, matches: set[bytes], so_far: bytes) -> 
 
 @pytest.mark.parametrize("regex", REGEXES)
 def test_tokens_that_can_still_become_a_match_are_allowed_and_no_others(
-    compiler: Compiler, vocabulary: Vocabulary, regex: str
+    compiler: ConstraintCompiler, vocabulary: Vocabulary, regex: str
 ) -> None:
     matches = matches_of(regex)
     # What may stand in a match and is not of ALPHABET is left out on both sides.
@@ -86,7 +89,7 @@ def test_tokens_that_can_still_become_a_match_are_allowed_and_no_others(
 
 
 def test_texts_of_one_constraint_do_not_share_where_they_are(
-    compiler: Compiler, vocabulary: Vocabulary
+    compiler: ConstraintCompiler, vocabulary: Vocabulary
 ) -> None:
     constraint = compiled(compiler, "regex", "ab")
     a, b = (next(i for i in range(SIZE) if vocabulary.bytes_of(i) == text) for text in (b"a", b"b"))
@@ -99,7 +102,7 @@ def test_texts_of_one_constraint_do_not_share_where_they_are(
 
 
 def test_all_that_may_end_a_text_may_do_so_where_it_matches_and_nowhere_else(
-    compiler: Compiler, vocabulary: Vocabulary
+    compiler: ConstraintCompiler, vocabulary: Vocabulary
 ) -> None:
     a = next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"a")
     ends = [END, a, SIZE - 1]
@@ -123,7 +126,7 @@ SCHEMA = {
 
 
 def test_random_walks_through_a_schema_end_in_what_it_describes(
-    compiler: Compiler, vocabulary: Vocabulary
+    compiler: ConstraintCompiler, vocabulary: Vocabulary
 ) -> None:
     constraint = compiled(compiler, "json_schema", SCHEMA)
     rng = np.random.default_rng(0)
@@ -157,7 +160,7 @@ def test_random_walks_through_a_schema_end_in_what_it_describes(
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(
-    compiler: Compiler, kind: str, text: object, why: str
+    compiler: ConstraintCompiler, kind: str, text: object, why: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=why) as caught:
         compiled(compiler, kind, text)
@@ -175,7 +178,7 @@ class Letters:
 
 
 def test_what_the_model_cannot_spell_is_refused_where_it_shows() -> None:
-    compiler = Compiler(Letters(), 3)  # type: ignore[arg-type]
+    compiler = ConstraintCompiler(Letters(), 3)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="no token of this model leads on"):
         compiled(compiler, "regex", "c")
     text = compiled(compiler, "regex", "ac").start([END])

@@ -20,14 +20,14 @@ def part(index: int, tokens: list[int], stop_reason: StopReason | None = None) -
     return SamplePart(index, tuple(tokens), logprobs, model_logprobs, stop_reason)
 
 
-async def ended(parts: PartBuffer, error: Exception | None = None) -> None:
-    async def work() -> None:
-        if error:
-            raise error
-
-    task = asyncio.create_task(work())
-    await asyncio.wait([task])
-    parts.end_with(task)
+async def rest(parts: PartBuffer) -> list[SamplePart]:
+    """What a reader gets of parts that are finished."""
+    finished = asyncio.create_task(parts.finish())
+    await asyncio.sleep(0)
+    assert not finished.done()
+    got = [each async for each in parts]
+    await asyncio.wait_for(finished, LIMIT_S)
+    return got
 
 
 async def test_a_reader_that_keeps_up_gets_each_part() -> None:
@@ -35,8 +35,7 @@ async def test_a_reader_that_keeps_up_gets_each_part() -> None:
     for each in sent:
         parts.put(each)
         assert await anext(parts) == each
-    await ended(parts)
-    assert [each async for each in parts] == []
+    assert await rest(parts) == []
     assert parts.tokens == 3
 
 
@@ -44,8 +43,7 @@ async def test_parts_that_wait_become_one_per_continuation() -> None:
     parts = PartBuffer()
     for each in (part(1, [5]), part(0, [1]), part(1, [6, 7]), part(0, [], StopReason.LENGTH)):
         parts.put(each)
-    await ended(parts)
-    assert [each async for each in parts] == [
+    assert await rest(parts) == [
         part(1, [5, 6, 7]),
         part(0, [1], StopReason.LENGTH),
     ]
@@ -54,7 +52,7 @@ async def test_parts_that_wait_become_one_per_continuation() -> None:
 async def test_an_error_comes_after_what_is_there() -> None:
     parts = PartBuffer()
     parts.put(part(0, [1]))
-    await ended(parts, EngineFault("it died"))
+    parts.fail(EngineFault("it died"))
     assert await anext(parts) == part(0, [1])
     with pytest.raises(EngineFault, match="it died"):
         await anext(parts)
@@ -71,8 +69,7 @@ async def test_what_the_next_engine_sends_again_is_told_once() -> None:
     for each in (part(1, [5], StopReason.STOP), part(0, [1]), part(0, [2, 3], StopReason.LENGTH)):
         parts.put(each)
 
-    await ended(parts)
-    assert [each async for each in parts] == [
+    assert await rest(parts) == [
         part(1, [5], StopReason.STOP),
         part(0, [3], StopReason.LENGTH),
     ]
@@ -96,7 +93,7 @@ async def test_a_waiting_reader_is_woken() -> None:
     assert await asyncio.wait_for(reader, LIMIT_S) == part(0, [1])
     reader = asyncio.ensure_future(anext(parts, None))
     await asyncio.sleep(0)
-    await ended(parts)
+    await asyncio.wait_for(parts.finish(), LIMIT_S)
     assert await asyncio.wait_for(reader, LIMIT_S) is None
 
 
@@ -112,14 +109,15 @@ async def test_any_pace_gives_the_same_tokens() -> None:
                 parts.put(part(index, [token]))
                 if chance.random() < 0.3:
                     await asyncio.sleep(0)
+            await parts.finish()
 
         task = asyncio.create_task(write())
-        task.add_done_callback(parts.end_with)
         async for each in parts:
-            read[each.index].extend(each.tokens)
-            assert each == part(each.index, list(each.tokens))
+            read[each.sample].extend(each.tokens)
+            assert each == part(each.sample, list(each.tokens))
             for _ in range(chance.randrange(3)):
                 await asyncio.sleep(0)
+        await asyncio.wait_for(task, LIMIT_S)
         assert read == sent
 
 

@@ -99,7 +99,8 @@ def _at_temperatures(at_one: "_Distribution", draws: Sequence[Draw]) -> "_Distri
     if all(draw.choice.temperature in (0, 1) for draw in draws):
         return at_one
     temperatures = [draw.choice.temperature or 1.0 for draw in draws]
-    return at_one.at(torch.tensor(temperatures, device=at_one.logits.device))
+    temperature = torch.tensor(temperatures, device=at_one.logits.device)
+    return _Distribution(at_one.logits, at_one.largest, temperature)
 
 
 def _choose(own: "_Distribution", draws: Sequence[Draw], uniform: Tensor) -> Tensor:  # [n]
@@ -133,7 +134,7 @@ class _Distribution:
     def __init__(self, logits: Tensor, largest: Tensor, temperatures: Tensor | None) -> None:
         """`temperatures` [n]; None: 1 everywhere."""
         self.logits = logits
-        self._largest = largest
+        self.largest = largest
         self._temperatures = temperatures
         n, vocabulary = logits.shape
         filled = logits.new_zeros(n, -(-vocabulary // STRETCH) * STRETCH)
@@ -145,17 +146,13 @@ class _Distribution:
         self._cumulated = self._stretches.sum(2).double().cumsum(1)  # [n, stretches]
         self.total = self._cumulated[:, -1]  # [n] float64
 
-    def at(self, temperatures: Tensor) -> "_Distribution":  # [n]
-        """That of the same logits at other temperatures."""
-        return _Distribution(self.logits, self._largest, temperatures)
-
     def scores(self, rows: Tensor) -> Tensor:  # [rows, V]
-        scores = self.logits[rows] - self._largest[rows, None]
+        scores = self.logits[rows] - self.largest[rows, None]
         return scores if self._temperatures is None else scores / self._temperatures[rows, None]
 
     def logprobs(self, tokens: Tensor) -> Tensor:  # [n, any] -> [n, any] float32
         """The logarithms of each row's probabilities of its tokens."""
-        scores = self.logits.gather(1, tokens) - self._largest[:, None]
+        scores = self.logits.gather(1, tokens) - self.largest[:, None]
         if self._temperatures is not None:
             scores = scores / self._temperatures[:, None]
         return scores - self.total.log().float()[:, None]

@@ -14,7 +14,7 @@ from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
 from sampler_service.engine.drawing.narrowing import draw_narrowed
 from sampler_service.engine.drawing.penalties import Occurrences
 from sampler_service.engine.drawing.randomness import Draw, philox, uniforms
-from sampler_service.engine.drawing.sampling import TOPK, draw_tokens
+from sampler_service.engine.drawing.token_draws import TOPK, draw_tokens
 from sampler_service.jobs import Choice
 
 VOCABULARY = 12

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ MAX_REASON = 300  # characters of a refusal that may quote the constraint
 WHITESPACE = r"[ \n\t\r]{1,32}"
 
 
-class Compiler:
+class ConstraintCompiler:
     """Compiles constraints for one vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, size: int) -> None:
@@ -47,10 +48,12 @@ class Compiler:
 
         grammar = LLMatcher.grammar_from_lark(_lark(constraint))
         matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=_limits())
-        compiled = CompiledConstraint(constraint, matcher, self._size, self._masking)
+        compiled = CompiledConstraint(constraint, self._size, matcher, self._masking)
         if problem := _trouble(matcher) or "; ".join(matcher.get_grammar_warnings()):
             raise compiled.refusal(problem)
-        compiled.check_start()
+        compiled.first.set_result(matcher.compute_bitmask())
+        if matcher.is_error():  # there is no first token, or looking for it takes too long
+            raise compiled.refusal(_trouble(matcher))
         return compiled
 
     def _tokens(self) -> "LLTokenizer":
@@ -81,36 +84,19 @@ class _Tokens:
         raise AssertionError("asked for where one way to cut a text into tokens is forced")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledConstraint:
     """From which each sample's own starts."""
 
-    def __init__(
-        self,
-        constraint: Constraint,
-        matcher: "LLMatcher",
-        size: int,
-        masking: ThreadPoolExecutor,
-    ) -> None:
-        self.constraint = constraint
-        self.size = size
-        self._matcher = matcher
-        self._masking = masking
-        self._first: Future[bytes] = Future()  # a bit for each token that may come first
-
-    def check_start(self) -> None:
-        """Raises InvalidRequest if there is no first token, or if looking for it takes too long."""
-        bits = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise self.refusal(_trouble(self._matcher))
-        self._first.set_result(bits)
+    constraint: Constraint
+    size: int  # of the model's vocabulary
+    matcher: "LLMatcher"
+    masking: ThreadPoolExecutor
+    first: "Future[bytes]" = field(default_factory=Future)  # a bit for each token that may come
 
     def start(self, ends: Collection[int]) -> "ConstrainedText":
         """A text with nothing in it; `ends` are the tokens that may end it."""
-        return ConstrainedText(self, self._matcher.deep_copy(), ends, self._first)
-
-    def mask_after(self, matcher: "LLMatcher", token: int) -> "Future[bytes]":
-        """Has a matcher take a token and look for those that may follow."""
-        return self._masking.submit(_advance, matcher, token)
+        return ConstrainedText(self, ends)
 
     def refusal(self, why: str) -> MintError:
         field = self.constraint.field
@@ -123,21 +109,15 @@ class CompiledConstraint:
 class ConstrainedText:
     """One continuation and what may follow it."""
 
-    def __init__(
-        self,
-        compiled: CompiledConstraint,
-        matcher: "LLMatcher",
-        ends: Collection[int],
-        mask: "Future[bytes]",
-    ) -> None:
+    def __init__(self, compiled: CompiledConstraint, ends: Collection[int]) -> None:
         self._compiled = compiled
-        self._matcher = matcher
+        self._matcher = compiled.matcher.deep_copy()
         self._ends = np.array(sorted(ends), np.int64)
-        self._mask = mask
+        self._mask = compiled.first
 
     def add(self, token: int) -> None:
         """Takes an allowed token that does not end the text."""
-        self._mask = self._compiled.mask_after(self._matcher, token)
+        self._mask = self._compiled.masking.submit(_advance, self._matcher, token)
 
     def allowed(self) -> NDArray[np.bool_]:  # [V], at least one
         """Which tokens may come next. Raises InvalidRequest if there are none, or if looking for
@@ -153,6 +133,7 @@ class ConstrainedText:
 
 
 def _advance(matcher: "LLMatcher", token: int) -> bytes:
+    """Has a matcher take a token and look for those that may follow."""
     matcher.consume_token(token)
     return matcher.compute_bitmask()
 

@@ -1,7 +1,10 @@
-"""Row files of this sampler's own, for adapters that came from the store in another form."""
+"""The folder of this sampler's own row files, for adapters that came from the store in another
+form.
+"""
 
 import errno
 import hashlib
+import itertools
 import logging
 import shutil
 import threading
@@ -18,7 +21,7 @@ DISK_SHARE = 0.2  # of what is free, where no limit is given
 _PREFIX = "sampler-"
 
 
-class RowFiles:
+class RowFolder:
     """Files up to a limit; those asked for least recently go first. The system keeps in memory what
     is in use. The folder ends with the process. Safe from any thread.
     """
@@ -28,22 +31,22 @@ class RowFiles:
         self._owned = owned_row_folder(parent, _PREFIX)
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()  # of drafts
 
     def get(self, revision_path: str) -> Path | None:
         """The file of a revision, if it is here."""
         with self._lock:
-            size_bytes = self._sizes.pop(revision_path, None)
-            if size_bytes is None:
+            if revision_path not in self._sizes:
                 return None
-            self._sizes[revision_path] = size_bytes
+            self._sizes[revision_path] = self._sizes.pop(revision_path)
         return self._file(revision_path)
 
     def put(self, manifest: Manifest, layout: RowLayout, row: Floats) -> Path:
         """Makes the file of a revision. Raises ResourceExhausted."""
         revision_path = str(manifest.revision_path)
         file = self._file(revision_path)
-        draft = file.with_suffix(".draft")  # nobody else makes the same one
+        draft = file.with_suffix(f".{next(self._numbers)}")  # nobody else makes the same one
         while True:
             try:
                 size_bytes = write_published_row(draft, row, layout, manifest)
@@ -58,8 +61,8 @@ class RowFiles:
         draft.rename(file)
         with self._lock:
             self._sizes[revision_path] = size_bytes
-        while sum(self._sizes.values()) > self._limit_bytes and len(self._sizes) > 1:
-            self._drop_oldest()
+            while sum(self._sizes.values()) > self._limit_bytes and len(self._sizes) > 1:
+                self._drop_oldest()
         return file
 
     def drop(self, revision_path: str) -> None:
@@ -74,12 +77,9 @@ class RowFiles:
     def _drop_oldest(self) -> bool:
         """Whether there was one to remove."""
         with self._lock:
-            oldest = next(iter(self._sizes), None)
-            if oldest is None:
-                return False
-            del self._sizes[oldest]
-            self._file(oldest).unlink(missing_ok=True)
-            return True
+            oldest = next(iter(self._sizes), "")
+            self.drop(oldest)
+            return bool(oldest)
 
     def _file(self, revision_path: str) -> Path:
         name = hashlib.sha256(revision_path.encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, op
 from mint_core.engine_host import process as engine_process
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, EngineFault, InvalidRequest
+from mint_core.hosting.tasks import Tasks
 from mint_core.lora.row_layout import Matrix, RowLayout
-from sampler_service import adapter_rows, adapters
-from sampler_service.adapter_rows import AdapterRows
-from sampler_service.adapters import Adapters
+from sampler_service.adapters import leases, revisions
+from sampler_service.adapters.leases import AdapterLeases
+from sampler_service.adapters.revisions import Revisions
+from sampler_service.adapters.row_folder import RowFolder
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent
-from sampler_service.row_files import RowFiles
 from tests.checkpoint_files import publish_as
 from tests.engines.sampler_jobs import Die, Use
 from tests.unit.checkpoint_store.conftest import adapter
@@ -40,7 +41,7 @@ class Front:
     """Adapters of two tenants, in a store and in memory."""
 
     root: Path
-    adapters: Adapters
+    leases: AdapterLeases
     store: CheckpointStore
     memory: SnapshotMemory
     engine: EngineProcess
@@ -53,18 +54,15 @@ class Front:
     async def use(self, path: str, tenant: str = "t") -> tuple[str, ...]:
         """What the engine holds while the adapter is leased."""
         while True:
-            async with self.adapters.lease(path, tenant) as revision:
-                try:
+            with suppress(AdapterAbsent):
+                async with self.leases.lease(path, tenant) as revision:
                     held: tuple[str, ...] = await self.engine.call(Use(revision))
-                except AdapterAbsent:
-                    await self.adapters.settled(revision)
-                    continue
-                assert revision in held
-                return held
+                    assert revision in held
+                    return held
 
     async def keep(self, stack: AsyncExitStack, path: str, tenant: str = "t") -> None:
         """Uses an adapter until the stack is left."""
-        await stack.enter_async_context(self.adapters.lease(path, tenant))
+        await stack.enter_async_context(self.leases.lease(path, tenant))
 
     def start(self, path: str, tenant: str = "t") -> "asyncio.Task[tuple[str, ...]]":
         return asyncio.create_task(self.use(path, tenant))
@@ -83,8 +81,9 @@ async def serving(
 ) -> AsyncIterator[Front]:
     engine = EngineProcess("tests.engines.sampler", ranks, on_death=lambda why: died())
     store = CheckpointStore(root / "store", SnapshotFolder(root / "memory"))
-    rows = AdapterRows(store, RowFiles(root / "rows", row_bytes), engine)
-    held = Adapters(rows, engine, capacity=capacity)
+    tasks = Tasks()
+    found = Revisions(store, RowFolder(root / "rows", row_bytes), engine, tasks)
+    held = AdapterLeases(found, engine, tasks, capacity=capacity)
     front = Front(root, held, store, SnapshotMemory(root / "memory"), engine)
 
     def died() -> None:
@@ -92,11 +91,13 @@ async def serving(
 
     async with asyncio.timeout(LIMIT_S):
         await engine.start()
+        tasks.start(held.run(), "adapter leases")
         try:
             yield front
         finally:
+            await tasks.stop()
             await engine.close()
-            rows.close()
+            found.close()
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +135,7 @@ async def test_whoever_waits_for_a_place_holds_up_nobody_else(tmp_path: Path) ->
         waiting = [front.start(c), front.start(d)]
         await front.until_fetched(4)  # though there is no room
 
-        async with front.adapters.lease(BASE_MODEL, "t"):
+        async with front.leases.lease(BASE_MODEL, "t"):
             pass
         assert await front.use(a) == await front.use(b) == (a, b)
         assert not any(task.done() for task in waiting)
@@ -145,7 +146,7 @@ async def test_whoever_waits_for_a_place_holds_up_nobody_else(tmp_path: Path) ->
 async def test_adapters_in_constant_use_make_room_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(leases, "PATIENCE_S", 0.02)
     async with serving(tmp_path) as front:
         hot = [front.publish() for _ in range(2)]
         counts = dict.fromkeys(hot, 0)
@@ -154,7 +155,7 @@ async def test_adapters_in_constant_use_make_room_after_a_while(
         async def press(path: str) -> None:
             """Another request begins before the last one ends, always."""
             while not stopped.is_set():
-                async with front.adapters.lease(path, "t"):
+                async with front.leases.lease(path, "t"):
                     counts[path] += 1
                     await asyncio.sleep(0.002)
 
@@ -173,13 +174,13 @@ async def test_adapters_in_constant_use_make_room_after_a_while(
 async def test_an_adapter_that_need_not_go_after_all_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(leases, "PATIENCE_S", 0.0)
     async with serving(tmp_path, capacity=1) as front, AsyncExitStack() as stack:
         a, b = front.publish(), front.publish()
         await front.keep(stack, a)
         leaving, again = front.start(b), None
         await front.until_fetched(2)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
         again = front.start(a)  # must wait, since `a` is to go
         for _ in range(5):
             await asyncio.sleep(0)
@@ -193,7 +194,7 @@ async def test_tenants_take_turns(tmp_path: Path) -> None:
         order: list[str] = []
 
         async def use(path: str, tenant: str) -> None:
-            async with front.adapters.lease(path, tenant):
+            async with front.leases.lease(path, tenant):
                 order.append(tenant)
 
         await front.keep(stack, front.publish())
@@ -249,12 +250,15 @@ async def test_an_engine_that_died_gets_its_adapters_again(tmp_path: Path) -> No
     async with serving(tmp_path) as front:
         a, b = front.publish(), front.publish()
         await front.use(a)
-        async with front.adapters.lease(b, "t") as revision:
-            with pytest.raises(EngineFault):
-                await front.engine.call(Die())
-            with pytest.raises(AdapterAbsent):
+
+        async def die_with(path: str) -> None:
+            async with front.leases.lease(path, "t") as revision:
+                with pytest.raises(EngineFault):
+                    await front.engine.call(Die())
                 await front.engine.call(Use(revision))
-            await front.adapters.settled(revision)  # which knows of nothing
+
+        with pytest.raises(AdapterAbsent):  # there is no other reason
+            await die_with(b)
         assert await front.use(a) == (a,)
         assert await front.use(b) == (a, b)
 
@@ -337,8 +341,8 @@ async def test_files_are_verified_once_and_bounded(
 async def test_a_deleted_revision_is_soon_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_rows, "CHECK_INTERVAL_S", 0.0)
-    monkeypatch.setattr(adapter_rows, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(revisions, "CHECK_INTERVAL_S", 0.0)
+    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
     async with serving(tmp_path) as front:
         path = front.publish()
         await front.use(path)
@@ -351,7 +355,7 @@ async def test_a_deleted_revision_is_soon_not_found(
 async def test_a_snapshot_that_another_host_has_announced_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_rows, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
     async with serving(tmp_path) as front:
         manifest = snapshot()
         front.store.announce(manifest)

@@ -6,8 +6,8 @@ import pytest
 
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import sampler_pb2
-from sampler_service import constraints
-from sampler_service.constraints import MAX_CONSTRAINT_BYTES, parse_constraint
+from sampler_service import constraint_parsing
+from sampler_service.constraint_parsing import MAX_CONSTRAINT_BYTES, parse_constraint
 from sampler_service.jobs import Constraint, Stops
 
 END = Stops(token_ids=frozenset({2}))
@@ -51,7 +51,7 @@ def test_a_constraint_needs_a_token_that_ends_what_matches() -> None:
 
 
 def test_without_the_library_constraints_are_unimplemented(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraints, "find_spec", lambda name: None)
+    monkeypatch.setattr(constraint_parsing, "find_spec", lambda name: None)
     with pytest.raises(Unimplemented, match="leave it out") as caught:
         parsed(regex="a")
     assert caught.value.metadata == {"feature": "constraints", "field": "sampling_params.regex"}
