@@ -14,6 +14,7 @@ from checkpoint_store.adapter_files import read_moments, read_weights, write_fil
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from tests.checkpoint_files import source_of
 from tests.models import VOCABULARY_SIZE
+from trainer_service.config import TrainerConfig
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
     AdamParams,
@@ -21,7 +22,6 @@ from trainer_service.jobs import (
     CrossEntropy,
     Document,
     DropRow,
-    EngineConfig,
     Gspo,
     LoadRow,
     Loss,
@@ -40,6 +40,15 @@ from trainer_service.jobs import (
 NO_ADAPTER = LoraRequest(rank=8)  # B is zero until it is trained
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainerConfig):
+    """Allows memories that are smaller than a server's, and rows saved anywhere."""
+
+    row_memory_bytes: int = 0
+    host_row_memory_bytes: int = 0
+    saved_row_folder: Path = Path("none")
+
+
 def make_engine(
     folder: Path, progress: Callable[[], None] = lambda: None, **changes: object
 ) -> Engine:
@@ -50,13 +59,9 @@ def make_engine(
         "dtype": "float32",
         "threads": 1,
         "max_lora_rank": 128,
-        "max_batch_tokens": 0,
-        "row_memory_bytes": 0,
-        "host_row_memory_bytes": 0,
-        "row_folder": str(folder / "rows"),
-        "saved_row_folder": str(folder),
+        "row_folder": folder / "rows",
     }
-    return Engine(EngineConfig(**{**settings, **changes}), progress)  # type: ignore[arg-type]
+    return Engine(Config(**{**settings, **changes}), progress)  # type: ignore[arg-type]
 
 
 def make_documents(

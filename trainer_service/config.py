@@ -1,10 +1,9 @@
-"""What the trainer can be told at start."""
+"""What the trainer, front and engine, can be told at start."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from mint_core.hosting.service_config import ServiceConfig, option
-from trainer_service.jobs import EngineConfig
 from trainer_service.journal.schema import SAVED_ROWS
 
 
@@ -109,18 +108,14 @@ class TrainerConfig(ServiceConfig):
     def saved_row_folder(self) -> Path:
         return self.state_folder.absolute() / SAVED_ROWS
 
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig(
-            base_model=self.base_model,
-            base_model_name=self.base_model_name,
-            device=self.device,
-            dtype=self.dtype,
-            threads=self.threads,
-            max_lora_rank=self.max_lora_rank,
-            max_batch_tokens=self.max_batch_tokens,
-            row_memory_bytes=self.row_memory_mib * 2**20,
-            host_row_memory_bytes=self.host_row_memory_mib * 2**20,
-            row_folder=str(self.row_folder or self.store_folder / ".rows"),
-            saved_row_folder=str(self.saved_row_folder),
-            log_level=self.log_level,
-        )
+    @property
+    def idle_row_folder(self) -> Path:
+        return self.row_folder or self.store_folder / ".rows"
+
+    @property
+    def row_memory_bytes(self) -> int:
+        return self.row_memory_mib * 2**20
+
+    @property
+    def host_row_memory_bytes(self) -> int:
+        return self.host_row_memory_mib * 2**20

@@ -296,21 +296,3 @@ class RowCounts:
     device: int
     host: int  # on a CPU always 0: its rows are in host memory, which is the device's
     disk: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """What the front hands its engine at start."""
-
-    base_model: str  # folder or hub id
-    base_model_name: str  # under which it is served; empty: `base_model`
-    device: str  # "cpu", "cuda", "auto"
-    dtype: str  # "float32", "bfloat16", "auto"
-    threads: int  # of the engine; 1 keeps CPU results bitwise
-    max_lora_rank: int
-    max_batch_tokens: int  # of one pass; 0: computed from free memory
-    row_memory_bytes: int  # of rows on the device; 0: computed from free memory
-    host_row_memory_bytes: int  # of rows in host memory beside a GPU; 0: computed
-    row_folder: str  # for the files of rows that fit in neither
-    saved_row_folder: str
-    log_level: str = "INFO"

@@ -58,7 +58,7 @@ class TrainerService:
     ) -> None:
         self._config = config
         self.tasks = Tasks()
-        self.engine = EngineProcess(engine_module, config.engine_config())
+        self.engine = EngineProcess(engine_module, config)
         weight_of = keys.weight_of if keys else lambda tenant: 1.0
         self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
         self._checkpoints = _checkpoints(config, scheduler)

@@ -239,7 +239,7 @@ def main() -> None:
     while Path(folder, HELD).exists():
         time.sleep(0.01)  # nothing tells of a file's end
     pipe.send(Hello(model, MAX_BATCH_TOKENS))
-    Rows(pipe, Path(config.saved_row_folder)).serve()
+    Rows(pipe, config.saved_row_folder).serve()
 
 
 if __name__ == "__main__":

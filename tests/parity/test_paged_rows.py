@@ -116,7 +116,7 @@ def test_a_full_disk_is_an_error_of_the_run_that_needs_room_alone(
     qwen3_folder: Path, tmp_path: Path
 ) -> None:
     room_for_two = 2 * 2 * 8 * PART_BYTES  # weights and gradients
-    engine = make_engine(qwen3_folder, row_memory_bytes=room_for_two, row_folder=str(tmp_path))
+    engine = make_engine(qwen3_folder, row_memory_bytes=room_for_two, row_folder=tmp_path)
     disk = SmallDisk(tmp_path)
     away, a, b = (EngineRun(engine, name, REQUESTS[1], random=1) for name in ("away", "a", "b"))
     expected = EngineRun(make_engine(qwen3_folder), "a", REQUESTS[1], random=1)
@@ -188,7 +188,7 @@ def test_a_row_larger_than_all_memory_for_rows_is_served(qwen3_folder: Path) -> 
 
 
 def test_a_deleted_run_leaves_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
-    engine = make_engine(qwen3_folder, row_memory_bytes=1, row_folder=str(tmp_path))
+    engine = make_engine(qwen3_folder, row_memory_bytes=1, row_folder=tmp_path)
     (folder,) = tmp_path.iterdir()
     make_runs(engine)
     assert len(list(folder.iterdir())) == len(REQUESTS) - 1

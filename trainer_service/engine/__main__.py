@@ -6,14 +6,15 @@ import logging
 
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
 from mint_core.errors import MintError
+from trainer_service.config import TrainerConfig
 from trainer_service.engine.background import Background
 from trainer_service.engine.engine import Engine
-from trainer_service.jobs import EngineConfig, SaveRow
+from trainer_service.jobs import SaveRow
 
 
 def main() -> None:
     pipe, config = connect()
-    assert isinstance(config, EngineConfig)
+    assert isinstance(config, TrainerConfig)
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mint_core.lora.bank import TRAINING_PARTS, Part
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service.config import TrainerConfig
 from trainer_service.engine.background import Rest
 from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
@@ -45,7 +45,6 @@ from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
     DropRow,
-    EngineConfig,
     LoadRow,
     Plan,
     RestoredRow,
@@ -74,7 +73,7 @@ class Engine:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: TrainerConfig,
         progress: Callable[[], None] = lambda: None,  # called now and then during long jobs
     ) -> None:
         # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
@@ -88,13 +87,13 @@ class Engine:
             max_lora_rank=config.max_lora_rank,
         )
         self._bank = self.base.new_bank(TRAINING_PARTS)
-        self._saved_rows = Path(config.saved_row_folder)
+        self._saved_rows = config.saved_row_folder
         self._progress = progress
         device = self.base.device
         self._rows = Rows(
             config.row_memory_bytes or device_limit_bytes(device),
             host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
-            files=RowFiles(Path(config.row_folder), progress),
+            files=RowFiles(config.idle_row_folder, progress),
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)

@@ -42,7 +42,7 @@ FILE = "r-1-5.safetensors"
 
 @pytest.fixture
 def engine(qwen3_folder: Path, tmp_path: Path) -> Engine:
-    return make_engine(qwen3_folder, saved_row_folder=str(tmp_path))
+    return make_engine(qwen3_folder, saved_row_folder=tmp_path)
 
 
 @pytest.fixture
