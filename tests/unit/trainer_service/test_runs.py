@@ -28,7 +28,7 @@ async def test_steps_of_runs_that_shared_a_plan_go_together_before_the_next(
     """And answers leave as soon as a run's own work is done."""
     async with fronting(tmp_path) as front:
         heavy, *small = [await front.create() for _ in range(4)]
-        flood = front.submit(backward(heavy, 1, [30] * 10))
+        flood = front.submit(backward(heavy, 1, [30] * 200))  # longer than the disk takes
         calls = [front.submit(backward(run, 1, [8])) for run in small]
         steps = [front.submit(optim_step(run, 2)) for run in small]
 
