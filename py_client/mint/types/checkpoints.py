@@ -20,7 +20,7 @@ _TYPES: Mapping[str, CheckpointType] = {
     "sampler_weights": "sampler",
     "merged_weights": "merged",
 }
-_KINDS: Mapping[int, CheckpointType] = {
+_KINDS: Mapping[checkpoint_pb2.CheckpointKind, CheckpointType] = {
     checkpoint_pb2.CHECKPOINT_KIND_TRAINING: "training",
     checkpoint_pb2.CHECKPOINT_KIND_SAMPLER: "sampler",
     checkpoint_pb2.CHECKPOINT_KIND_MERGED: "merged",
