@@ -20,7 +20,7 @@ from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
-from mint.types._checks import integer, text, text_map, ttl
+from mint.types._checks import choice, integer, text, text_map, ttl
 from mint.types.checkpoints import KIND_OF_TYPE, CheckpointType
 from mintrpc.v1 import checkpoint_pb2
 
@@ -264,16 +264,12 @@ class RestClient(Closing):
         answer's `path` then gives a model folder that any engine opens. Without `dtype`: the base
         model's own. The merged model is kept for `ttl_seconds`, or a day.
         """
-        if dtype not in _DTYPES:
-            raise refused(
-                "dtype",
-                f"is {dtype!r}; give float32, bfloat16 or float16, or None for the base model's "
-                "own",
-            )
+        remedy = "give float32, bfloat16 or float16, or None for the base model's own"
+        wire_dtype = choice(_DTYPES, dtype, "dtype", remedy)
         request = checkpoint_pb2.ExportCheckpointRequest(
             path=text(path, "path"),
             request_id=new_request_id(),
-            dtype=_DTYPES[dtype],
+            dtype=wire_dtype,
             ttl=ttl(ttl_seconds),
         )
         convert = types.ExportResponse.from_proto
@@ -362,12 +358,8 @@ def _page_size(limit: int) -> int:
 def _kind_of(checkpoint_type: CheckpointType | None) -> checkpoint_pb2.CheckpointKind | None:
     if checkpoint_type is None:
         return None
-    if checkpoint_type not in KIND_OF_TYPE:
-        raise refused(
-            "checkpoint_type",
-            f"is {checkpoint_type!r}; give one of {', '.join(KIND_OF_TYPE)}, or None for all",
-        )
-    return KIND_OF_TYPE[checkpoint_type]
+    remedy = f"give one of {', '.join(KIND_OF_TYPE)}, or None for all"
+    return choice(KIND_OF_TYPE, checkpoint_type, "checkpoint_type", remedy)
 
 
 def _check_scope(access_scope: str) -> None:

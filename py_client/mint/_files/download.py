@@ -48,7 +48,7 @@ def _fetch(
     with reporting(progress, total, checkpoint.path) as report:
         for file in checkpoint.files:
             for position in _bring(connection, checkpoint.revision_path, file, part):
-                report(done + position, total)
+                report(done + position)
             done += file.size_bytes
 
 

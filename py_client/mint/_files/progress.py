@@ -6,20 +6,21 @@ from contextlib import contextmanager
 from mint.errors import refused
 
 Progress = Callable[[int, int], None]  # is given bytes done and bytes in all
+Report = Callable[[int], None]  # is given bytes done
 
 
 @contextmanager
-def reporting(progress: Progress | bool, total_bytes: int, what: str) -> Iterator[Progress]:
+def reporting(progress: Progress | bool, total_bytes: int, what: str) -> Iterator[Report]:
     """What to call after each piece."""
     if progress is False:
-        yield lambda done, total: None
+        yield lambda done: None
     elif progress is not True:
-        yield progress
+        yield lambda done: progress(done, total_bytes)
     else:
         from tqdm.auto import tqdm
 
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
-            yield lambda done, total: bar.update(done - bar.n)
+            yield lambda done: bar.update(done - bar.n)
 
 
 def check_progress(progress: Progress | bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mint._files.download import checkpoint_of
-from mint._files.progress import Progress, reporting
+from mint._files.progress import Progress, Report, reporting
 from mint._transport.call import Call, settle
 from mint._transport.connection import Connection
 from mint.errors import InvalidInputError, refused
@@ -50,18 +50,17 @@ class _UploadCall(Call[Any, Any]):
         self.request = self._parts()
 
 
-def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Progress) -> Parts:
+def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Report) -> Parts:
     yield checkpoint_pb2.UploadCheckpointRequest(header=header)
-    total = sum(file.size_bytes for file in header.files)
     done = 0
     for file in header.files:
-        offset = 0
-        for data in _pieces(folder / file.name):
-            piece = checkpoint_pb2.UploadPiece(file_name=file.name, offset_bytes=offset, data=data)
-            yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
-            offset += len(data)
-            report(done + offset, total)
-        done += offset
+        with (folder / file.name).open("rb") as opened:
+            while data := opened.read(_PIECE_BYTES):
+                offset = opened.tell() - len(data)
+                piece = {"file_name": file.name, "offset_bytes": offset, "data": data}
+                yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
+                report(done + opened.tell())
+            done += opened.tell()
 
 
 def described(folder: Path, with_optimizer: bool) -> list[checkpoint_pb2.CheckpointFile]:
@@ -76,12 +75,6 @@ def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return checkpoint_pb2.CheckpointFile(name=name, size_bytes=file.tell(), sha256=digest)
-
-
-def _pieces(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while data := opened.read(_PIECE_BYTES):
-            yield data
 
 
 def _missing(folder: Path, name: str) -> InvalidInputError:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from mint.errors import APIResponseValidationError, refused
+from mint.errors import APIResponseValidationError
+from mint.types._checks import choice
 from mint.types._from_proto import FromMessage, read
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
@@ -266,10 +267,8 @@ _RUN_KINDS: Mapping["trainer_pb2.TrainingRun.Kind", RunKind] = {
 
 def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
     """The contract's value for a kind."""
-    for value, known in _RUN_KINDS.items():
-        if known == name:
-            return value
-    raise refused("kind", f"is {name!r}; give 'trained' or 'uploaded', or None for all")
+    kinds = {known: value for value, known in _RUN_KINDS.items()}
+    return choice(kinds, name, "kind", "give 'trained' or 'uploaded', or None for all")
 
 
 def _state_name(state: int) -> str:
