@@ -91,6 +91,11 @@ class RestClient(Closing):
         one sort alone. Only those whose metadata holds all of the filter.
         """
         _check_scope(access_scope)
+
+        def page(answer: types.ListTrainingRunsResponse) -> types.TrainingRunsResponse:
+            cursor = types.Cursor(offset, limit, answer.total_size)
+            return types.TrainingRunsResponse(answer.training_runs, cursor)
+
         question = runs.list_runs(
             self._trainer,
             page_size=_page_size(limit),
@@ -98,7 +103,7 @@ class RestClient(Closing):
             metadata=metadata_filter,
             kind=kind,
         )
-        return question.then(partial(_runs_page, offset, limit)).submit()
+        return question.then(page).submit()
 
     def update_training_run(
         self, training_run_id: str, user_metadata: Mapping[str, str]
@@ -148,8 +153,13 @@ class RestClient(Closing):
             skip=integer(offset, "offset"),
             kind=_kind_of(checkpoint_type),
         )
-        convert = partial(_checkpoints_page, offset, limit)
-        return Question(self._trainer, self._stub.ListCheckpoints, request, convert).submit()
+
+        def page(answer: checkpoint_pb2.ListCheckpointsResponse) -> types.CheckpointsListResponse:
+            found = list(map(types.Checkpoint.from_proto, answer.checkpoints))
+            cursor = types.Cursor(offset, limit, answer.total_size)
+            return types.CheckpointsListResponse(found, cursor)
+
+        return Question(self._trainer, self._stub.ListCheckpoints, request, page).submit()
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: float | None
@@ -315,20 +325,6 @@ class RestClient(Closing):
             ttl=ttl(ttl_seconds),
         )
         return Question(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
-
-
-def _runs_page(
-    offset: int, limit: int, page: types.ListTrainingRunsResponse
-) -> types.TrainingRunsResponse:
-    cursor = types.Cursor(offset, limit, page.total_size)
-    return types.TrainingRunsResponse(page.training_runs, cursor)
-
-
-def _checkpoints_page(
-    offset: int, limit: int, page: checkpoint_pb2.ListCheckpointsResponse
-) -> types.CheckpointsListResponse:
-    found = [types.Checkpoint.from_proto(message) for message in page.checkpoints]
-    return types.CheckpointsListResponse(found, types.Cursor(offset, limit, page.total_size))
 
 
 def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.CheckpointsListResponse:

@@ -144,7 +144,9 @@ class SamplingClient:
         num_samples: int,
         sampling_params: types.SamplingParams | None,
     ) -> sampler_pb2.SampleRequest:
-        params = _checked_params(sampling_params).to_proto()
+        given = types.SamplingParams() if sampling_params is None else sampling_params
+        instance(given, types.SamplingParams, "sampling_params", "give types.SamplingParams")
+        params = given.to_proto()
         if not params.HasField("seed"):
             params.seed = secrets.randbits(_SEED_BITS)
         return sampler_pb2.SampleRequest(
@@ -211,11 +213,6 @@ def refuse_retry_config(retry_config: object) -> None:
 
 def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
     return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
-
-
-def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
-    params = types.SamplingParams() if params is None else params
-    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
 
 
 def _count(count: int, field: str, otherwise: str = "") -> int:

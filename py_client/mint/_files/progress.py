@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from mint.errors import refused
 
@@ -30,12 +31,9 @@ def check_progress(progress: Progress | bool) -> None:
             "progress",
             f"is {progress!r}; give a function of (bytes done, bytes in all), or True for a bar",
         )
-    if progress is True:
-        try:
-            import tqdm  # noqa: F401
-        except ImportError:
-            raise refused(
-                "progress",
-                "is True and tqdm, which draws the bar, is not installed; install it, "
-                "or give a function",
-            ) from None
+    if progress is True and find_spec("tqdm") is None:
+        raise refused(
+            "progress",
+            "is True and tqdm, which draws the bar, is not installed; install it, "
+            "or give a function",
+        )

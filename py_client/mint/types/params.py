@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from mint.errors import InvalidInputError, refused
 from mint.types._checks import integer, number, text
@@ -119,7 +119,7 @@ class LoraConfig:
         return message
 
     @classmethod
-    def from_proto(cls, message: types_pb2.LoraConfig) -> "LoraConfig":
+    def from_proto(cls, message: types_pb2.LoraConfig) -> Self:
         """What is absent has its default, but for the rank."""
         values: dict[str, Any] = {"rank": message.rank}
         values |= {field.name: value for field, value in message.ListFields()}
