@@ -19,21 +19,12 @@ def _prepare() -> bool:
 
 
 _prepared = _prepare()
-_forked = False
-
-
-def _forked_now() -> None:
-    global _forked
-    _forked = True
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_forked_now)
+_process = os.getpid()
 
 
 def refuse_calls_that_would_hang() -> None:
     """Raises in a forked process whose gRPC does not know of the fork."""
-    if _forked and not _prepared:
+    if not _prepared and os.getpid() != _process:
         raise RuntimeError(
             "this process was forked, and gRPC had been imported before `mint`: import `mint` "
             f"first, or set {_VARIABLE}=1, or start processes by `spawn`"

@@ -4,26 +4,34 @@ import secrets
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from mint import types
 from mint._async_names import awaited
-from mint._files import checkpoint_questions as checkpoints
-from mint._files.download import download
+from mint._files.download import checkpoint_of, download, get_checkpoint
 from mint._files.progress import Progress, check_progress
-from mint._files.upload import upload
+from mint._files.upload import described, upload
 from mint._run import run_questions as runs
 from mint._transport.closing import Closing
+from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
+from mint._transport.question import Question, new_request_id
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
-from mint.types.checkpoints import CheckpointType
+from mint.types._checks import choice, integer, text, text_map, ttl
+from mint.types.checkpoints import KIND_OF_TYPE, CheckpointType
 from mintrpc.v1 import checkpoint_pb2
 
 AccessScope = Literal["owned", "accessible"]
-T = TypeVar("T")
+_MAX_PAGE_SIZE = 1000
+_DTYPES: Mapping[str | None, checkpoint_pb2.ExportDtype] = {
+    None: checkpoint_pb2.EXPORT_DTYPE_UNSPECIFIED,
+    "float32": checkpoint_pb2.EXPORT_DTYPE_FLOAT32,
+    "bfloat16": checkpoint_pb2.EXPORT_DTYPE_BFLOAT16,
+    "float16": checkpoint_pb2.EXPORT_DTYPE_FLOAT16,
+}
 
 
 class RestClient(Closing):
@@ -46,6 +54,7 @@ class RestClient(Closing):
         self._owns = _servers is None
         self._servers = _servers or open_servers(base_url, api_key, timeout, default_headers)[1]
         self._trainer = self._servers.trainer
+        self._stub = self._trainer.checkpoints
 
     # The server
 
@@ -82,14 +91,19 @@ class RestClient(Closing):
         one sort alone. Only those whose metadata holds all of the filter.
         """
         _check_scope(access_scope)
+
+        def page(answer: types.ListTrainingRunsResponse) -> types.TrainingRunsResponse:
+            cursor = types.Cursor(offset, limit, answer.total_size)
+            return types.TrainingRunsResponse(answer.training_runs, cursor)
+
         question = runs.list_runs(
             self._trainer,
-            page_size=checkpoints.page_size(limit),
+            page_size=_page_size(limit),
             skip=offset,
             metadata=metadata_filter,
             kind=kind,
         )
-        return question.then(partial(_runs_page, offset, limit)).submit()
+        return question.then(page).submit()
 
     def update_training_run(
         self, training_run_id: str, user_metadata: Mapping[str, str]
@@ -107,18 +121,18 @@ class RestClient(Closing):
 
     def get_checkpoint(self, path: str) -> APIFuture[types.Checkpoint]:
         """A checkpoint's description."""
-        return checkpoints.get_checkpoint(self._trainer, path).submit()
+        return get_checkpoint(self._trainer, path).submit()
 
     def get_weights_info_by_tinker_path(
         self, tinker_path: str
     ) -> APIFuture[types.WeightsInfoResponse]:
         """The base model and the adapter's shape."""
-        question = checkpoints.get_checkpoint(self._trainer, tinker_path)
+        question = get_checkpoint(self._trainer, tinker_path)
         return question.then(types.WeightsInfoResponse.from_checkpoint).submit()
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[types.CheckpointsListResponse]:
         """All named checkpoints of a run, newest first."""
-        return on_thread(partial(checkpoints.all_checkpoints, self._trainer, training_run_id))
+        return on_thread(partial(_all_checkpoints, self._trainer, training_run_id))
 
     def list_user_checkpoints(
         self,
@@ -132,27 +146,34 @@ class RestClient(Closing):
         """Your named checkpoints, newest first, the newest revision of each name: `limit` of them
         after the first `offset` that the filters leave.
         """
-        question = checkpoints.list_checkpoints(
-            self._trainer,
-            limit=limit,
-            offset=offset,
-            training_run_id=training_run_id,
-            checkpoint_type=checkpoint_type,
-            metadata=metadata_filter,
+        request = checkpoint_pb2.ListCheckpointsRequest(
+            training_run_id=text(training_run_id, "training_run_id"),
+            page_size=_page_size(limit),
+            metadata_filter=text_map(metadata_filter, "metadata_filter"),
+            skip=integer(offset, "offset"),
+            kind=_kind_of(checkpoint_type),
         )
-        return question.then(partial(_checkpoints_page, offset, limit)).submit()
+
+        def page(answer: checkpoint_pb2.ListCheckpointsResponse) -> types.CheckpointsListResponse:
+            found = list(map(types.Checkpoint.from_proto, answer.checkpoints))
+            cursor = types.Cursor(offset, limit, answer.total_size)
+            return types.CheckpointsListResponse(found, cursor)
+
+        return Question(self._trainer, self._stub.ListCheckpoints, request, page).submit()
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: float | None
     ) -> APIFuture[types.Checkpoint]:
         """Has a checkpoint deleted so long from now; None: it is kept."""
-        return checkpoints.set_lifetime(self._trainer, tinker_path, ttl_seconds).submit()
+        path, lifetime = text(tinker_path, "path"), ttl(ttl_seconds)
+        return self._update(path, ttl=lifetime, keep=True if lifetime is None else None)
 
     def set_checkpoint_metadata(
         self, path: str, user_metadata: Mapping[str, str]
     ) -> APIFuture[types.Checkpoint]:
         """Replaces a checkpoint's metadata."""
-        return checkpoints.set_metadata(self._trainer, path, user_metadata).submit()
+        path, entries = text(path, "path"), text_map(user_metadata, "user_metadata")
+        return self._update(path, metadata=checkpoint_pb2.CheckpointMetadata(entries=entries))
 
     def copy_checkpoint(
         self, path: str, name: str, *, ttl_seconds: float | None = None
@@ -160,7 +181,7 @@ class RestClient(Closing):
         """Copies a checkpoint under another name of its run, also an unnamed snapshot, which is
         kept then. The copy takes no room of its own. ConflictError if the name is taken.
         """
-        return checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds).submit()
+        return self._copy(path, name, ttl_seconds).submit()
 
     def copy_weights(
         self,
@@ -176,8 +197,7 @@ class RestClient(Closing):
         _refuse(destination_project_id, "destination_project_id")
         _refuse(weights_access_token, "weights_access_token")
         name = f"copy-{secrets.token_hex(8)}"
-        question = checkpoints.copy_checkpoint(self._trainer, path, name, ttl_seconds)
-        return question.then(lambda copy: copy.path).submit()
+        return self._copy(path, name, ttl_seconds).then(lambda copy: copy.path).submit()
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         """Deletes a checkpoint with all its revisions; `checkpoint_id` is as in `weights/a`."""
@@ -185,8 +205,10 @@ class RestClient(Closing):
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         """Deletes a checkpoint: with `@<revision>` that revision, without it all of them."""
-        types.ParsedCheckpointPath.parse(tinker_path)
-        return checkpoints.delete_checkpoint(self._trainer, tinker_path).submit()
+        path = types.ParsedCheckpointPath.parse(tinker_path).path
+        request = checkpoint_pb2.DeleteCheckpointRequest(path=path, request_id=new_request_id())
+        method = self._stub.DeleteCheckpoint
+        return Question(self._trainer, method, request, lambda answer: None).submit()
 
     def download_checkpoint(
         self, path: str, folder: str | Path, *, progress: Progress | bool = False
@@ -200,7 +222,7 @@ class RestClient(Closing):
         (tqdm).
         """
         check_progress(progress)
-        checkpoints.get_checkpoint(self._trainer, path)  # refuses what is no path at all
+        path = text(path, "path")
         return on_thread(partial(download, self._trainer, path, Path(folder), progress))
 
     def upload_checkpoint(
@@ -226,20 +248,20 @@ class RestClient(Closing):
         effect: there is none here.
         """
         check_progress(progress)
+        source = Path(folder)
 
-        return on_thread(
-            partial(
-                upload,
-                self._trainer,
-                Path(folder),
-                name=name,
-                ttl_seconds=ttl_seconds,
-                user_metadata=user_metadata,
-                base_model=base_model,
-                with_optimizer=with_optimizer,
-                progress=progress,
+        def send() -> types.Checkpoint:
+            header = checkpoint_pb2.UploadHeader(
+                request_id=new_request_id(),
+                name=text(name, "name"),
+                files=described(source, with_optimizer),
+                metadata=text_map(user_metadata, "user_metadata"),
+                ttl=ttl(ttl_seconds),
+                base_model=text(base_model or "", "base_model"),
             )
-        )
+            return upload(self._trainer, source, header, progress)
+
+        return on_thread(send)
 
     def export_checkpoint(
         self,
@@ -252,7 +274,16 @@ class RestClient(Closing):
         answer's `path` then gives a model folder that any engine opens. Without `dtype`: the base
         model's own. The merged model is kept for `ttl_seconds`, or a day.
         """
-        return checkpoints.export_checkpoint(self._trainer, path, dtype, ttl_seconds).submit()
+        remedy = "give float32, bfloat16 or float16, or None for the base model's own"
+        wire_dtype = choice(_DTYPES, dtype, "dtype", remedy)
+        request = checkpoint_pb2.ExportCheckpointRequest(
+            path=text(path, "path"),
+            request_id=new_request_id(),
+            dtype=wire_dtype,
+            ttl=ttl(ttl_seconds),
+        )
+        convert = types.ExportResponse.from_proto
+        return Question(self._trainer, self._stub.ExportCheckpoint, request, convert).submit()
 
     def close(self) -> None:
         """Closes the connection, unless a ServiceClient shares it."""
@@ -279,19 +310,52 @@ class RestClient(Closing):
     upload_checkpoint_async = awaited(upload_checkpoint)
     export_checkpoint_async = awaited(export_checkpoint)
 
+    def _update(self, path: str, **change: Any) -> APIFuture[types.Checkpoint]:
+        request = checkpoint_pb2.UpdateCheckpointRequest(
+            path=path, request_id=new_request_id(), **change
+        )
+        method = self._stub.UpdateCheckpoint
+        return Question(self._trainer, method, request, checkpoint_of).submit()
 
-def _runs_page(
-    offset: int, limit: int, page: types.ListTrainingRunsResponse
-) -> types.TrainingRunsResponse:
-    cursor = types.Cursor(offset, limit, page.total_size)
-    return types.TrainingRunsResponse(page.training_runs, cursor)
+    def _copy(self, path: str, name: str, ttl_seconds: float | None) -> Question[types.Checkpoint]:
+        request = checkpoint_pb2.CopyCheckpointRequest(
+            path=text(path, "path"),
+            request_id=new_request_id(),
+            name=text(name, "name"),
+            ttl=ttl(ttl_seconds),
+        )
+        return Question(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
 
 
-def _checkpoints_page(
-    offset: int, limit: int, page: checkpoint_pb2.ListCheckpointsResponse
-) -> types.CheckpointsListResponse:
-    found = [types.Checkpoint.from_proto(message) for message in page.checkpoints]
-    return types.CheckpointsListResponse(found, types.Cursor(offset, limit, page.total_size))
+def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.CheckpointsListResponse:
+    """All named checkpoints of a run, page by page."""
+    request = checkpoint_pb2.ListCheckpointsRequest(
+        training_run_id=text(training_run_id, "training_run_id"), page_size=_MAX_PAGE_SIZE
+    )
+    method = trainer.checkpoints.ListCheckpoints
+    found: list[types.Checkpoint] = []
+    while True:
+        page = Question(trainer, method, request, lambda answer: answer).ask()
+        found += map(types.Checkpoint.from_proto, page.checkpoints)
+        if not page.next_page_token:
+            return types.CheckpointsListResponse(found)
+        request.page_token = page.next_page_token
+
+
+def _page_size(limit: int) -> int:
+    """How many entries to ask for at once."""
+    if not 1 <= integer(limit, "limit") <= _MAX_PAGE_SIZE:
+        raise refused(
+            "limit", f"is {limit}; it must be 1 to {_MAX_PAGE_SIZE}, and `offset` gives the rest"
+        )
+    return int(limit)
+
+
+def _kind_of(checkpoint_type: CheckpointType | None) -> checkpoint_pb2.CheckpointKind | None:
+    if checkpoint_type is None:
+        return None
+    remedy = f"give one of {', '.join(KIND_OF_TYPE)}, or None for all"
+    return choice(KIND_OF_TYPE, checkpoint_type, "checkpoint_type", remedy)
 
 
 def _check_scope(access_scope: str) -> None:

@@ -73,8 +73,8 @@ class SamplingClient:
         request.prompt_alt_tokens_k = integer(prompt_alt_tokens_k, "prompt_alt_tokens_k")
         request.prompt_logprobs_last_n = _checked_last_n(prompt_logprobs_last_n)
         if target_prompt_logprobs is not None:
-            targets = _checked_targets(target_prompt_logprobs)
-            request.target_prompt_logprobs.CopyFrom(targets.to_proto())
+            _check_targets(target_prompt_logprobs)
+            request.target_prompt_logprobs.CopyFrom(target_prompt_logprobs.to_proto())
         convert = partial(_samples, num_samples)
         return self._submit(self._sampler.sampler.Sample, request, convert, SampleFuture())
 
@@ -144,14 +144,16 @@ class SamplingClient:
         num_samples: int,
         sampling_params: types.SamplingParams | None,
     ) -> sampler_pb2.SampleRequest:
-        params = _checked_params(sampling_params).to_proto()
+        given = types.SamplingParams() if sampling_params is None else sampling_params
+        instance(given, types.SamplingParams, "sampling_params", "give types.SamplingParams")
+        params = given.to_proto()
         if not params.HasField("seed"):
             params.seed = secrets.randbits(_SEED_BITS)
         return sampler_pb2.SampleRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
             prompt=_checked_prompt(prompt).to_proto(),
-            num_samples=_checked_count(num_samples),
+            num_samples=_count(num_samples, "num_samples"),
             sampling_params=params,
         )
 
@@ -213,35 +215,25 @@ def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
     return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
-def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
-    params = types.SamplingParams() if params is None else params
-    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
-
-
-def _checked_count(num_samples: int) -> int:
-    if integer(num_samples, "num_samples") < 1:  # the contract reads 0 as 1
-        raise refused("num_samples", f"is {num_samples}; it must be at least 1")
-    return int(num_samples)
+def _count(count: int, field: str, otherwise: str = "") -> int:
+    if integer(count, field) < 1:  # the contract's word for something else
+        raise refused(field, f"is {count}; it must be at least 1{otherwise}")
+    return int(count)
 
 
 def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
-    if integer(count, "prompt_logprobs_last_n") < 1:
-        raise refused(
-            "prompt_logprobs_last_n", f"is {count}; it must be at least 1, or None for all tokens"
-        )
-    return int(count)
+    return _count(count, "prompt_logprobs_last_n", ", or None for all tokens")
 
 
-def _checked_targets(targets: types.TensorData) -> types.TensorData:
+def _check_targets(targets: types.TensorData) -> None:
     if not isinstance(targets, types.TensorData) or targets.dtype != "int64":
         kind = targets.dtype if isinstance(targets, types.TensorData) else type(targets).__name__
         raise refused(
             "target_prompt_logprobs",
             f"is {kind}; give a TensorData of int64, [prompt length - 1, k]",
         )
-    return targets
 
 
 def _samples(num_samples: int, answer: sampler_pb2.SampleResponse) -> types.SampleResponse:

@@ -183,8 +183,7 @@ class ServiceClient(Closing):
         self, path: str, *, ttl_seconds: float | None = None, weights_access_token: None = None
     ) -> APIFuture[str]:
         """As `RestClient.copy_weights`."""
-        rest = self.create_rest_client()
-        return rest.copy_weights(
+        return self.create_rest_client().copy_weights(
             path, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
         )
 
@@ -221,7 +220,9 @@ class ServiceClient(Closing):
     ) -> TrainingClient:
         request.isolated = isolated
         if retention is not None:
-            request.retention.FromTimedelta(_positive(retention, "retention"))
+            if not isinstance(retention, timedelta) or retention <= timedelta(0):
+                raise refused("retention", f"is {retention!r}; give a positive datetime.timedelta")
+            request.retention.FromTimedelta(retention)
         self._servers.capabilities(self._trainer)  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
@@ -236,9 +237,3 @@ def _continuing(
         base_model=text(base_model or "", "base_model"),
         checkpoint={"path": text(path, "path"), "with_optimizer": with_optimizer},
     )
-
-
-def _positive(duration: timedelta, field: str) -> timedelta:
-    if not isinstance(duration, timedelta) or duration <= timedelta(0):
-        raise refused(field, f"is {duration!r}; give a positive datetime.timedelta")
-    return duration

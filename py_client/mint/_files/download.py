@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from mint._files.checkpoint_questions import get_checkpoint
 from mint._files.progress import Progress, reporting
 from mint._transport.connection import Connection
+from mint._transport.question import Question
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError, refused
+from mint.types._checks import text
 from mint.types.checkpoints import Checkpoint, CheckpointFile
 from mintrpc.v1 import checkpoint_pb2
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _STORED_LIMIT_S = 60.0  # for a snapshot that is in the server's memory alone
 _STORED_INTERVAL_S = 0.2
-_READ_BYTES = 1024 * 1024
 
 
 def download(connection: Connection, path: str, folder: Path, progress: Progress | bool) -> Path:
@@ -47,58 +47,32 @@ def _fetch(
     done = 0
     with reporting(progress, total, checkpoint.path) as report:
         for file in checkpoint.files:
-            for position in _Transfer(connection, checkpoint.revision_path, file, part).run():
-                report(done + position, total)
+            for position in _bring(connection, checkpoint.revision_path, file, part):
+                report(done + position)
             done += file.size_bytes
 
 
-class _Transfer:
-    """One file on its way."""
-
-    def __init__(
-        self, connection: Connection, path: str, file: CheckpointFile, folder: Path
-    ) -> None:
-        if not _FILE_NAME.fullmatch(file.name):
-            raise APIResponseValidationError(f"the server names a file {file.name!r}")
-        self._connection = connection
-        self._path = path
-        self._file = file
-        self._target = folder / file.name
-        self._digest = hashlib.sha256()
-        self._position = 0
-
-    def run(self) -> Iterator[int]:
-        """Yields how many bytes are there, after each piece."""
-        self._take_up()
-        yield self._position
-        with (
-            self._target.open("ab") as target,
-            _FilePieces(self._connection, self._path, self._file, self._position) as pieces,
-        ):
+def _bring(connection: Connection, path: str, file: CheckpointFile, folder: Path) -> Iterator[int]:
+    """Brings one file; yields how many bytes are there, after each piece."""
+    if not _FILE_NAME.fullmatch(file.name):
+        raise APIResponseValidationError(f"the server names a file {file.name!r}")
+    target = folder / file.name
+    if target.exists() and target.stat().st_size > file.size_bytes:
+        target.unlink()
+    with target.open("a+b") as opened:
+        opened.seek(0)
+        digest = hashlib.file_digest(opened, "sha256")  # of what an earlier attempt has brought
+        yield opened.tell()
+        with _FilePieces(connection, path, file, opened.tell()) as pieces:
             for data in pieces:
-                target.write(data)
-                self._advance(data)
-                yield self._position
-        if self._digest.hexdigest() != self._file.sha256:
-            self._target.unlink()
-            raise APIResponseValidationError(
-                f"`{self._file.name}` of `{self._path}` arrived damaged; download it again"
-            )
-
-    def _take_up(self) -> None:
-        """Goes on where an earlier attempt ended."""
-        if not self._target.exists():
-            return
-        if self._target.stat().st_size > self._file.size_bytes:
-            self._target.unlink()
-            return
-        with self._target.open("rb") as opened:
-            while data := opened.read(_READ_BYTES):
-                self._advance(data)
-
-    def _advance(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._position += len(data)
+                opened.write(data)
+                digest.update(data)
+                yield opened.tell()
+    if digest.hexdigest() != file.sha256:
+        target.unlink()
+        raise APIResponseValidationError(
+            f"`{file.name}` of `{path}` arrived damaged; download it again"
+        )
 
 
 class _FilePieces(Stream[bytes]):
@@ -135,6 +109,16 @@ class _FilePieces(Stream[bytes]):
                 f"the server ended `{self._file.name}` after {self._position} of "
                 f"{self._file.size_bytes} bytes"
             )
+
+
+def get_checkpoint(connection: Connection, path: str) -> Question[Checkpoint]:
+    request = checkpoint_pb2.GetCheckpointRequest(path=text(path, "path"))
+    return Question(connection, connection.checkpoints.GetCheckpoint, request, checkpoint_of)
+
+
+def checkpoint_of(answer: Any) -> Checkpoint:
+    """What an answer says of a checkpoint."""
+    return Checkpoint.from_proto(answer.checkpoint)
 
 
 def _check_free(folder: Path) -> None:

@@ -1,18 +1,17 @@
 """A PEFT folder to a server: announced with its digests, sent in pieces, again if need be."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mint._files.progress import Progress, reporting
+from mint._files.download import checkpoint_of
+from mint._files.progress import Progress, Report, reporting
 from mint._transport.call import Call, settle
 from mint._transport.connection import Connection
-from mint._transport.question import new_request_id
 from mint.errors import InvalidInputError, refused
 from mint.futures import APIFuture
-from mint.types._checks import text, text_map, ttl
 from mint.types.checkpoints import Checkpoint
 from mintrpc.v1 import checkpoint_pb2
 
@@ -27,31 +26,15 @@ _PIECE_BYTES = 1024 * 1024
 def upload(
     connection: Connection,
     folder: Path,
-    *,
-    name: str,
-    ttl_seconds: float | None,
-    user_metadata: Mapping[str, str] | None,
-    base_model: str | None,
-    with_optimizer: bool,
+    header: checkpoint_pb2.UploadHeader,
     progress: Progress | bool,
 ) -> Checkpoint:
-    """Sends the files and waits for what the server makes of them. Refuses a folder that lacks
-    them.
-    """
-    names = [CONFIG_FILE, WEIGHTS_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
-    header = checkpoint_pb2.UploadHeader(
-        request_id=new_request_id(),
-        name=text(name, "name"),
-        files=[_described(folder, file_name) for file_name in names],
-        metadata=text_map(user_metadata, "user_metadata"),
-        ttl=ttl(ttl_seconds),
-        base_model=text(base_model or "", "base_model"),
-    )
+    """Sends the files and waits for what the server makes of them."""
     future: APIFuture[Checkpoint] = APIFuture()
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
         parts = partial(_parts_of, folder, header, report)
-        _UploadCall(connection, parts, partial(settle, future, _checkpoint)).start()
+        _UploadCall(connection, parts, partial(settle, future, checkpoint_of)).start()
         return future.result()
 
 
@@ -67,18 +50,23 @@ class _UploadCall(Call[Any, Any]):
         self.request = self._parts()
 
 
-def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Progress) -> Parts:
+def _parts_of(folder: Path, header: checkpoint_pb2.UploadHeader, report: Report) -> Parts:
     yield checkpoint_pb2.UploadCheckpointRequest(header=header)
-    total = sum(file.size_bytes for file in header.files)
     done = 0
     for file in header.files:
-        offset = 0
-        for data in _pieces(folder / file.name):
-            piece = checkpoint_pb2.UploadPiece(file_name=file.name, offset_bytes=offset, data=data)
-            yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
-            offset += len(data)
-            report(done + offset, total)
-        done += offset
+        with (folder / file.name).open("rb") as opened:
+            while data := opened.read(_PIECE_BYTES):
+                offset = opened.tell() - len(data)
+                piece = {"file_name": file.name, "offset_bytes": offset, "data": data}
+                yield checkpoint_pb2.UploadCheckpointRequest(piece=piece)
+                report(done + opened.tell())
+            done += opened.tell()
+
+
+def described(folder: Path, with_optimizer: bool) -> list[checkpoint_pb2.CheckpointFile]:
+    """The files to send. Refuses a folder that lacks them."""
+    names = [CONFIG_FILE, WEIGHTS_FILE, *([OPTIMIZER_FILE] if with_optimizer else [])]
+    return [_described(folder, name) for name in names]
 
 
 def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:
@@ -89,12 +77,6 @@ def _described(folder: Path, name: str) -> checkpoint_pb2.CheckpointFile:
         return checkpoint_pb2.CheckpointFile(name=name, size_bytes=file.tell(), sha256=digest)
 
 
-def _pieces(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while data := opened.read(_PIECE_BYTES):
-            yield data
-
-
 def _missing(folder: Path, name: str) -> InvalidInputError:
     remedy = "give the folder that PEFT's save_pretrained, or a download, has made"
     if name == WEIGHTS_FILE and (folder / _PICKLED_FILE).exists():
@@ -103,7 +85,3 @@ def _missing(folder: Path, name: str) -> InvalidInputError:
             "with safetensors"
         )
     return refused("folder", f"{str(folder)!r} has no `{name}`; {remedy}")
-
-
-def _checkpoint(answer: checkpoint_pb2.UploadCheckpointResponse) -> Checkpoint:
-    return Checkpoint.from_proto(answer.checkpoint)

@@ -10,7 +10,8 @@ from mint.errors import refused
 
 def array_of(values: Any, field: str) -> NDArray[Any]:
     """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
-    if is_torch(values):
+    # A torch tensor, found out without importing torch.
+    if any(kind.__module__.partition(".")[0] == "torch" for kind in type(values).__mro__):
         from mint._torch import host_array_of
 
         values = host_array_of(values)
@@ -31,11 +32,6 @@ def integers_of(values: Any, field: str) -> NDArray[np.int64]:
     if array.size and array.dtype.kind == "f":
         raise refused(field, "holds floats; give integers")
     return array.astype(np.int64, copy=False)
-
-
-def is_torch(value: Any) -> bool:
-    """Whether `value` is a torch tensor, found out without importing torch."""
-    return any(kind.__module__.partition(".")[0] == "torch" for kind in type(value).__mro__)
 
 
 def _kind_name(array: NDArray[Any]) -> str:

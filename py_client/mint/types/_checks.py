@@ -18,6 +18,13 @@ def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
     return value
 
 
+def choice(options: Mapping[Any, T], value: Any, field: str, remedy: str) -> T:
+    """What a name stands for."""
+    if value not in options:
+        raise refused(field, f"is {value!r}; {remedy}")
+    return options[value]
+
+
 def number(value: Any, field: str) -> float:
     """A real number; text and booleans are refused."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):

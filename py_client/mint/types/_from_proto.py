@@ -9,6 +9,8 @@ from typing import Any, Self, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mint.errors import APIResponseValidationError
+
 T = TypeVar("T")
 
 
@@ -31,6 +33,13 @@ def read(kind: Callable[..., T], message: Message, /, **others: Any) -> T:
 def optional(message: Message, name: str, convert: Callable[[Any], T]) -> T | None:
     """What `convert` makes of a field; None if it is absent."""
     return convert(getattr(message, name)) if message.HasField(name) else None
+
+
+def known(options: Mapping[Any, T], value: int, where: str) -> T:
+    """What an enum's value stands for. `where` begins the sentence over one that is not known."""
+    if value not in options:
+        raise APIResponseValidationError(f"{where} {value}, unknown to this client")
+    return options[value]
 
 
 def time_of(stamp: Timestamp) -> datetime:

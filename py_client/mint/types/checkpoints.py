@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
-from mint.errors import APIResponseValidationError, refused
-from mint.types._from_proto import FromMessage, optional, read, time_of
+from mint.errors import refused
+from mint.types._from_proto import FromMessage, known, optional, read, time_of
 from mint.types.params import LoraConfig
 from mint.types.responses import TrainingRun
 from mintrpc.v1 import checkpoint_pb2
@@ -20,7 +20,7 @@ _TYPES: Mapping[str, CheckpointType] = {
     "sampler_weights": "sampler",
     "merged_weights": "merged",
 }
-_KINDS: Mapping[int, CheckpointType] = {
+_KINDS: Mapping[checkpoint_pb2.CheckpointKind, CheckpointType] = {
     checkpoint_pb2.CHECKPOINT_KIND_TRAINING: "training",
     checkpoint_pb2.CHECKPOINT_KIND_SAMPLER: "sampler",
     checkpoint_pb2.CHECKPOINT_KIND_MERGED: "merged",
@@ -98,15 +98,11 @@ class Checkpoint:
     source_path: str
 
     @classmethod
-    def from_proto(cls, message: checkpoint_pb2.Checkpoint) -> "Checkpoint":
-        if message.kind not in _KINDS:
-            raise APIResponseValidationError(
-                f"checkpoint `{message.path}` is of kind {message.kind}, unknown to this client"
-            )
+    def from_proto(cls, message: checkpoint_pb2.Checkpoint) -> Self:
         return read(
             cls,
             message,
-            checkpoint_type=_KINDS[message.kind],
+            checkpoint_type=known(_KINDS, message.kind, f"checkpoint `{message.path}` is of kind"),
             expire_time=optional(message, "expire_time", time_of),
             lora_config=LoraConfig.from_proto(message.lora_config),
             files=[CheckpointFile.from_proto(file) for file in message.files],
@@ -206,7 +202,7 @@ class ExportResponse:
     head_untied: bool
 
     @classmethod
-    def from_proto(cls, message: checkpoint_pb2.ExportCheckpointResponse) -> "ExportResponse":
+    def from_proto(cls, message: checkpoint_pb2.ExportCheckpointResponse) -> Self:
         checkpoint = Checkpoint.from_proto(message.checkpoint)
         return cls(message.path, checkpoint.files, checkpoint, message.head_untied)
 

@@ -1,12 +1,13 @@
 """What a model reads."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mint.errors import InvalidInputError, refused
 from mint.types._arrays import integers_of
-from mint.types._checks import USE_FROM_INTS
+from mint.types._checks import USE_FROM_INTS, choice
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -37,8 +38,31 @@ class EncodedTextChunk:
         )
 
 
+class _Image:
+    """What images have in common. Their type is the name of their message among the chunks."""
+
+    __slots__ = ()
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        if self.expected_tokens is None:
+            raise InvalidInputError(
+                "the length of an image is unknown; set `expected_tokens`", field="expected_tokens"
+            )
+        return self.expected_tokens
+
+    def to_proto(self) -> types_pb2.ModelInputChunk:
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        remedy = "it must be 'png' or 'jpeg'"
+        values["format"] = choice(_IMAGE_FORMATS, self.format, "format", remedy)
+        return types_pb2.ModelInputChunk(**{values.pop("type"): values})
+
+
 @dataclass(frozen=True, slots=True)
-class ImageChunk:
+class ImageChunk(_Image):
     """An image file sent with the request."""
 
     data: bytes
@@ -46,43 +70,15 @@ class ImageChunk:
     expected_tokens: int | None = None
     type: Literal["image"] = "image"
 
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return _expected(self.expected_tokens)
-
-    def to_proto(self) -> types_pb2.ModelInputChunk:
-        return types_pb2.ModelInputChunk(
-            image=types_pb2.ImageChunk(
-                data=self.data,
-                format=_image_format(self.format),
-                expected_tokens=self.expected_tokens,
-            )
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class ImageAssetPointerChunk:
+class ImageAssetPointerChunk(_Image):
     """An image named by its location, which the server reads."""
 
     format: Literal["png", "jpeg"]
     location: str
     expected_tokens: int | None = None
     type: Literal["image_asset_pointer"] = "image_asset_pointer"
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return _expected(self.expected_tokens)
-
-    def to_proto(self) -> types_pb2.ModelInputChunk:
-        return types_pb2.ModelInputChunk(
-            image_asset_pointer=types_pb2.ImageAssetPointerChunk(
-                location=self.location,
-                format=_image_format(self.format),
-                expected_tokens=self.expected_tokens,
-            )
-        )
 
 
 ModelInputChunk = EncodedTextChunk | ImageChunk | ImageAssetPointerChunk
@@ -154,17 +150,3 @@ def token_list(tokens: Iterable[int], field: str) -> list[int]:
         )
     ids: list[int] = array.tolist()
     return ids
-
-
-def _expected(expected_tokens: int | None) -> int:
-    if expected_tokens is None:
-        raise InvalidInputError(
-            "the length of an image is unknown; set `expected_tokens`", field="expected_tokens"
-        )
-    return expected_tokens
-
-
-def _image_format(name: str) -> types_pb2.ImageFormat:
-    if name not in _IMAGE_FORMATS:
-        raise refused("format", f"is {name!r}; it must be 'png' or 'jpeg'")
-    return _IMAGE_FORMATS[name]

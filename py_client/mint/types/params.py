@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from mint.errors import InvalidInputError, refused
 from mint.types._checks import integer, number, text
@@ -13,6 +13,7 @@ from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
 
 DEFAULT_BETAS = (0.9, 0.999)
+_SWITCHES = ("train_attn", "train_mlp", "train_unembed")
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -91,7 +92,7 @@ class LoraConfig:
                 "target_modules", f"is the text {self.target_modules!r}; give a list of names"
             )
         object.__setattr__(self, "target_modules", list(self.target_modules))
-        switches = (self.train_attn, self.train_mlp, self.train_unembed)
+        switches = [getattr(self, name) for name in _SWITCHES]
         if not self.target_modules and not any(switches):
             raise InvalidInputError(
                 "`train_attn`, `train_mlp` and `train_unembed` are all false; train at least one",
@@ -113,28 +114,18 @@ class LoraConfig:
             target_modules=self.target_modules,
         )
         if not self.target_modules:
-            message.train_attn = self.train_attn
-            message.train_mlp = self.train_mlp
-            message.train_unembed = self.train_unembed
+            for name in _SWITCHES:
+                setattr(message, name, getattr(self, name))
         return message
 
     @classmethod
-    def from_proto(cls, message: types_pb2.LoraConfig) -> "LoraConfig":
-        targets = list(message.target_modules)
-
-        def switch(name: str) -> bool:  # absent means true
-            return bool(targets) or not message.HasField(name) or getattr(message, name)
-
-        return cls(
-            rank=message.rank,
-            seed=message.seed if message.HasField("seed") else None,
-            train_unembed=switch("train_unembed"),
-            train_mlp=switch("train_mlp"),
-            train_attn=switch("train_attn"),
-            alpha=message.alpha if message.HasField("alpha") else 32.0,
-            use_rslora=message.use_rslora,
-            target_modules=targets,
-        )
+    def from_proto(cls, message: types_pb2.LoraConfig) -> Self:
+        """What is absent has its default, but for the rank."""
+        values: dict[str, Any] = {"rank": message.rank}
+        values |= {field.name: value for field, value in message.ListFields()}
+        if message.target_modules:
+            values |= dict.fromkeys(_SWITCHES, True)
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

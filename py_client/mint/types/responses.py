@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
-from mint.errors import APIResponseValidationError, refused
-from mint.types._from_proto import FromMessage, read
+from mint.types._checks import choice
+from mint.types._from_proto import FromMessage, known, read
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import model_pb2, trainer_pb2
@@ -31,7 +31,7 @@ class ForwardBackwardOutput:
         cls,
         message: trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse,
         loss_fn: str,
-    ) -> "ForwardBackwardOutput":
+    ) -> Self:
         outputs = [{"logprobs": TensorData.from_proto(out.logprobs)} for out in message.outputs]
         return cls(loss_fn, outputs, dict(message.metrics))
 
@@ -47,7 +47,7 @@ class OptimStepResponse:
     step: int
 
     @classmethod
-    def from_proto(cls, message: trainer_pb2.OptimStepResponse) -> "OptimStepResponse":
+    def from_proto(cls, message: trainer_pb2.OptimStepResponse) -> Self:
         metrics = dict(message.metrics)
         if (norm := metrics.get("grad_norm:mean")) is not None:
             metrics["unclipped_grad_l2:mean"] = norm  # as scripts for Tinker read it
@@ -112,12 +112,12 @@ class TrainingRun:
     inexact_replay_count: int = 0  # how often it was restored to other bits than before
 
     @classmethod
-    def from_proto(cls, message: trainer_pb2.TrainingRun) -> "TrainingRun":
+    def from_proto(cls, message: trainer_pb2.TrainingRun) -> Self:
         return read(
             cls,
             message,
             lora_config=LoraConfig.from_proto(message.lora_config),
-            state=_state_name(message.state),
+            state=known(_STATES, message.state, "the run is in state"),
             kind=_RUN_KINDS.get(message.kind, "trained"),
         )
 
@@ -160,9 +160,7 @@ class ListTrainingRunsResponse:
     total_size: int = 0
 
     @classmethod
-    def from_proto(
-        cls, message: trainer_pb2.ListTrainingRunsResponse
-    ) -> "ListTrainingRunsResponse":
+    def from_proto(cls, message: trainer_pb2.ListTrainingRunsResponse) -> Self:
         runs = [TrainingRun.from_proto(run) for run in message.training_runs]
         return read(cls, message, training_runs=runs)
 
@@ -208,7 +206,7 @@ class SupportedModel:
     eos_token_ids: list[int]
 
     @classmethod
-    def from_proto(cls, message: model_pb2.BaseModel) -> "SupportedModel":
+    def from_proto(cls, message: model_pb2.BaseModel) -> Self:
         return read(
             cls, message, model_name=message.name, max_context_length=message.context_length
         )
@@ -240,9 +238,7 @@ class GetServerCapabilitiesResponse:
     engine_ready: bool
 
     @classmethod
-    def from_proto(
-        cls, message: model_pb2.GetServerCapabilitiesResponse
-    ) -> "GetServerCapabilitiesResponse":
+    def from_proto(cls, message: model_pb2.GetServerCapabilitiesResponse) -> Self:
         return read(
             cls,
             message,
@@ -266,13 +262,5 @@ _RUN_KINDS: Mapping["trainer_pb2.TrainingRun.Kind", RunKind] = {
 
 def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
     """The contract's value for a kind."""
-    for value, known in _RUN_KINDS.items():
-        if known == name:
-            return value
-    raise refused("kind", f"is {name!r}; give 'trained' or 'uploaded', or None for all")
-
-
-def _state_name(state: int) -> str:
-    if state not in _STATES:
-        raise APIResponseValidationError(f"the run is in state {state}, unknown to this client")
-    return _STATES[state]
+    kinds = {known: value for value, known in _RUN_KINDS.items()}
+    return choice(kinds, name, "kind", "give 'trained' or 'uploaded', or None for all")

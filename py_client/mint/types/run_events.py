@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Self
 
 import grpc
 
@@ -22,7 +23,7 @@ class QueueProgress:
     estimated_wait_s: float | None  # None: the server cannot tell yet
 
     @classmethod
-    def from_proto(cls, message: trainer_pb2.QueueProgress) -> "QueueProgress":
+    def from_proto(cls, message: trainer_pb2.QueueProgress) -> Self:
         wait = optional(message, "estimated_wait", lambda wait: wait.ToTimedelta().total_seconds())
         return read(cls, message, estimated_wait_s=wait)
 
@@ -40,7 +41,7 @@ class CallOutcome:
     missed_outcomes: int
 
     @classmethod
-    def from_proto(cls, message: trainer_pb2.CallOutcome) -> "CallOutcome":
+    def from_proto(cls, message: trainer_pb2.CallOutcome) -> Self:
         return read(cls, message, code=_CODES.get(message.code, "UNKNOWN"))
 
 
@@ -54,7 +55,7 @@ class RunEvent:
     call_outcome: CallOutcome | None = None
 
     @classmethod
-    def from_proto(cls, message: trainer_pb2.WatchTrainingRunResponse) -> "RunEvent | None":
+    def from_proto(cls, message: trainer_pb2.WatchTrainingRunResponse) -> Self | None:
         """None: an event that this client does not know."""
         name = message.WhichOneof("event")
         if name is None:

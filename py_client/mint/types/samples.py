@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import APIResponseValidationError
-from mint.types._from_proto import optional, read
+from mint.types._from_proto import known, optional, read
 from mint.types.tensor_data import TensorData
 from mintrpc.v1 import sampler_pb2
 
@@ -74,7 +73,7 @@ class SampledSequence:
         return None if self.topk_logprobs is None else TopkLogprobs.of(self.topk_logprobs)
 
     @classmethod
-    def from_proto(cls, message: sampler_pb2.SampledSequence) -> "SampledSequence":
+    def from_proto(cls, message: sampler_pb2.SampledSequence) -> Self:
         topk = [_topk(entry) for entry in message.topk_logprobs]
         return read(
             cls,
@@ -95,7 +94,7 @@ class SamplePart:
     stop_reason: StopReason | None = None
 
     @classmethod
-    def from_proto(cls, message: sampler_pb2.StreamSampleResponse) -> "SamplePart":
+    def from_proto(cls, message: sampler_pb2.StreamSampleResponse) -> Self:
         ended = message.stop_reason != sampler_pb2.STOP_REASON_UNSPECIFIED
         reason = _stop_reason(message.stop_reason) if ended else None
         return read(cls, message, stop_reason=reason)
@@ -111,7 +110,7 @@ class PromptAltTokens:
     logprobs: NDArray[np.float32]  # [prompt length - 1, k]
 
     @classmethod
-    def from_proto(cls, message: sampler_pb2.PromptAltTokens) -> "PromptAltTokens":
+    def from_proto(cls, message: sampler_pb2.PromptAltTokens) -> Self:
         tokens, logprobs = map(TensorData.from_proto, (message.tokens, message.logprobs))
         return cls(tokens.to_numpy(), logprobs.to_numpy())
 
@@ -136,10 +135,8 @@ class SampleResponse:
     @property
     def prompt_logprobs_np(self) -> NDArray[np.float32] | None:
         """`prompt_logprobs` as an array, [prompt], NaN where there is none."""
-        if self.prompt_logprobs is None:
-            return None
-        values = [math.nan if value is None else value for value in self.prompt_logprobs]
-        return np.array(values, np.float32)
+        # numpy writes None as NaN.
+        return None if self.prompt_logprobs is None else np.array(self.prompt_logprobs, np.float32)
 
     @property
     def topk_prompt_logprobs_np(self) -> TopkLogprobs | None:
@@ -148,7 +145,7 @@ class SampleResponse:
         return None if top is None else TopkLogprobs.of(top)
 
     @classmethod
-    def from_proto(cls, message: sampler_pb2.SampleResponse) -> "SampleResponse":
+    def from_proto(cls, message: sampler_pb2.SampleResponse) -> Self:
         topk = [_topk(entry) or None for entry in message.topk_prompt_logprobs]
         targets = optional(message, "target_prompt_logprobs", TensorData.from_proto)
         alternatives = optional(message, "prompt_alt_tokens", PromptAltTokens.from_proto)
@@ -169,11 +166,7 @@ def optional_logprobs(values: Iterable[float]) -> list[float | None]:
 
 
 def _stop_reason(reason: int) -> StopReason:
-    if reason not in _STOP_REASONS:
-        raise APIResponseValidationError(
-            f"a sequence ended for reason {reason}, unknown to this client"
-        )
-    return _STOP_REASONS[reason]
+    return known(_STOP_REASONS, reason, "a sequence ended for reason")
 
 
 def _topk(message: sampler_pb2.TopkLogprobs) -> Topk:

@@ -1,13 +1,14 @@
 """Dense arrays on their way to and from a server."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import APIResponseValidationError, InvalidInputError, refused
+from mint.errors import InvalidInputError, refused
 from mint.types._arrays import array_of, integers_of
+from mint.types._from_proto import known
 from mintrpc.v1 import types_pb2
 
 TensorDtype = Literal["float32", "int64"]
@@ -16,7 +17,7 @@ _WIRE_TYPES: dict[str, types_pb2.TensorDtype] = {
     "float32": types_pb2.TENSOR_DTYPE_FLOAT32,
     "int64": types_pb2.TENSOR_DTYPE_INT64,
 }
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[int, str] = {
     types_pb2.TENSOR_DTYPE_FLOAT32: "<f4",
     types_pb2.TENSOR_DTYPE_INT64: "<i8",
     types_pb2.TENSOR_DTYPE_INT32: "<i4",
@@ -110,12 +111,9 @@ class TensorData:
         )
 
     @classmethod
-    def from_proto(cls, message: types_pb2.TensorData) -> "TensorData":
-        if message.dtype not in _NUMPY_TYPES:
-            raise APIResponseValidationError(
-                f"the answer holds a tensor of dtype {message.dtype}, unknown to this client"
-            )
-        array = np.frombuffer(message.values, dtype=_NUMPY_TYPES[message.dtype])
+    def from_proto(cls, message: types_pb2.TensorData) -> Self:
+        dtype = known(_NUMPY_TYPES, message.dtype, "the answer holds a tensor of dtype")
+        array = np.frombuffer(message.values, dtype)
         return cls(array.reshape(tuple(message.shape) or (-1,)))
 
     def __len__(self) -> int:
