@@ -70,7 +70,8 @@ class Adapters:
         self._engine = engine
         self._capacity = capacity
         self._most_ranks = 0  # until the engine says how many
-        self._held: dict[str, _Held] = {}  # the least recently used first
+        self._life = engine.life  # of the engine that has what follows
+        self._in_engine: dict[str, _Held] = {}
         self._wishes: dict[str, _Wish] = {}  # in order of arrival
         self._numbers = itertools.count(1)
         self._turns: dict[str, int] = {}  # when each tenant last got a place
@@ -101,10 +102,14 @@ class Adapters:
         if held is not None:
             await asyncio.shield(held.loading)
 
-    def engine_died(self) -> None:
-        """Forgets what the engine held. What waits for a place goes to the next one."""
-        self._held = {}
-        self._advance()
+    @property
+    def _held(self) -> dict[str, _Held]:
+        """By revision path, the least recently used first. An engine's successor holds nothing;
+        what waits for a place goes there, since the last users of the one that died advance it.
+        """
+        if self._life != self._engine.life:
+            self._life, self._in_engine = self._engine.life, {}
+        return self._in_engine
 
     async def _hold(self, revision_path: str, tenant: str) -> _Held:
         """The revision's place, with one more user."""

@@ -37,9 +37,7 @@ class SamplerService:
     """Holds the engine and hands work to it. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        self.engine = EngineProcess(
-            "sampler_service.engine", config.engine_config(), on_death=self._engine_died
-        )
+        self.engine = EngineProcess("sampler_service.engine", config.engine_config())
         self._rows = _adapter_rows(config, self.engine)
         self._adapters = Adapters(self._rows, self.engine, capacity=config.max_adapters)
         share = Load(count=config.queue_samples, tokens=config.queue_tokens)
@@ -74,9 +72,6 @@ class SamplerService:
     async def _model(self) -> ModelDescription:
         """What is served; waits for the engine's first start."""
         return self._served or (await self.engine.hello()).model
-
-    def _engine_died(self, why: str) -> None:
-        self._adapters.engine_died()
 
 
 def _adapter_rows(config: SamplerConfig, engine: EngineProcess) -> AdapterRows:
