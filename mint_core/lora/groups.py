@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,13 +104,8 @@ def watching(model: nn.Module) -> Iterator[Reads]:
         x = inputs[0]
         reads.calls.append(_Call(name, x, x._version, output, output._version, kind))
 
-    hooks = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
         yield reads
-    finally:
-        for hook in hooks:
-            hook.remove()

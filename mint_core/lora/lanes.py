@@ -10,7 +10,6 @@ T: rows of the stream. n: of a segment. S: slots of a lane. r: stored rank. m: m
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +19,6 @@ from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, one_by_one, products, scale
 
 MOST_BYTES = 256 * 1024**2  # of the hot rows of one rank class
-
-
-class RowProducts(Protocol):
-    """Applies adapters to some rows of the stream."""
-
-    def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """Adds to y of each module, [T, out], what the adapters make of x [T, in]."""
-        ...
 
 
 class OneAdapter:
@@ -40,7 +31,7 @@ class OneAdapter:
         self._rows = None if segment.stop - segment.start == tokens else segment.rows
 
     def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """See RowProducts."""
+        """Adds to y of each module, [T, out], what the adapter makes of x [T, in]."""
         if not self._row.trains(group):
             return
         own, rows = self._row.group(Part.WEIGHTS, group), self._rows
@@ -64,7 +55,7 @@ class Lane:
     in_order: bool  # slot i has row i of the stream, for all rows
 
     def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """See RowProducts."""
+        """See OneAdapter."""
         if not self.hot.trains(group, self.slots):
             return
         own = self.hot.group(group)
@@ -76,6 +67,9 @@ class Lane:
                 output.add_(added)
             else:
                 output.index_add_(0, self.targets, added.index_select(0, self.own))
+
+
+RowProducts = OneAdapter | Lane  # applies adapters to some rows of the stream
 
 
 class HotRows:

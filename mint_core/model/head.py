@@ -15,13 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint_core.lora.layers import (
-    MIN_ROWS,
-    MultiLoraLinear,
-    Segment,
-    adapter_backward,
-    adapter_forward,
-)
+from mint_core.lora.layers import MultiLoraLinear
+from mint_core.lora.segments import MIN_ROWS, Segment, adapter_backward, adapter_forward
 from mint_core.model.softmax import KernelSoftmax, PlainSoftmax, Softmax
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps

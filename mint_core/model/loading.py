@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.groups import LinearShape, complete, watching
-from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
+from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
+from mint_core.lora.segments import Segment
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model.architecture import (
     check_architecture,

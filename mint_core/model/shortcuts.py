@@ -9,7 +9,7 @@ T: rows of the stream. h: heads. s: head size.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,16 +255,11 @@ def watching_modules(model: nn.Module) -> Iterator[list[_Call]]:
     def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         calls.append(_Call(module, arguments, options))
 
-    hooks = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, MultiLoraLinear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, MultiLoraLinear):
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

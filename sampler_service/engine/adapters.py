@@ -76,7 +76,7 @@ class Adapters:
     def drop(self, job: DropAdapter) -> None:
         row = self._rows.pop(job.revision_path, None)
         if row is not None:
-            self._bank.remove(row)
+            row.leave()
 
     def check(self, revision_path: str) -> None:
         """Refuses an adapter that is not here."""

@@ -31,7 +31,8 @@ def make_rows() -> list[AdapterRow]:
         modules = TRAINED[i % len(TRAINED)]
         row = bank.add(AdapterSpec(rank=rank, alpha=i, use_rslora=False, seed=0, modules=modules))
         for module in modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.views(Part.WEIGHTS, module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator))
         rows.append(row)
     return rows

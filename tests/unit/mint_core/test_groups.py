@@ -73,7 +73,8 @@ class Stack:
         row = bank.add(AdapterSpec(rank=3, alpha=8.0, use_rslora=False, seed=0, modules=modules))
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.views(Part.WEIGHTS, module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator))
         return row
 
