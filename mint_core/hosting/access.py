@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "sk-mint-"
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-_WEIGHT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+_ENTRY = re.compile(
+    rf"\s*([0-9a-f]{{64}})\s+({_TENANT.pattern})(?:\s+([0-9]{{1,3}}(?:\.[0-9]{{1,6}})?))?\s*"
+)
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
 
 
@@ -104,42 +105,29 @@ def _read(file: Path) -> _Keys:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, error) from error
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise FailedPrecondition(
+            f"`keys` file {file} cannot be read: {why}; `make key` makes one"
+        ) from error
     keys = _Keys()
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        words = line.split()
-        if not _is_entry(words):
+        entry = _ENTRY.fullmatch(line)
+        if entry is None or not LEAST_WEIGHT <= float(entry[3] or 1) <= MOST_WEIGHT:
             raise FailedPrecondition(
                 f"`keys` file {file} has a bad line {number}; a line is a SHA-256 in hexadecimal,"
                 " a space and a tenant, and may end in a space and the tenant's weight,"
                 f" {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
             )
-        digest, tenant = words[:2]
+        digest, tenant, weight = entry.groups()
         keys.tenants[digest] = tenant
-        for weight in map(float, words[2:]):
-            if keys.weights.setdefault(tenant, weight) != weight:
-                raise FailedPrecondition(
-                    f"`keys` file {file} gives the tenant {tenant} another weight in line"
-                    f" {number}; one of its lines is enough"
-                )
+        if weight and keys.weights.setdefault(tenant, float(weight)) != float(weight):
+            raise FailedPrecondition(
+                f"`keys` file {file} gives the tenant {tenant} another weight in line"
+                f" {number}; one of its lines is enough"
+            )
     return keys
-
-
-def _is_entry(words: list[str]) -> bool:
-    if not 2 <= len(words) <= 3 or not _HASH.fullmatch(words[0]):
-        return False
-    weights = words[2:]
-    return _TENANT.fullmatch(words[1]) is not None and all(
-        _WEIGHT.fullmatch(weight) and LEAST_WEIGHT <= float(weight) <= MOST_WEIGHT
-        for weight in weights
-    )
-
-
-def _unreadable(file: Path, error: Exception) -> FailedPrecondition:
-    why = error.strerror if isinstance(error, OSError) else "it is not text"
-    return FailedPrecondition(f"`keys` file {file} cannot be read: {why}; `make key` makes one")
 
 
 def main() -> None:

@@ -26,13 +26,13 @@ class Columns:
     def __init__(
         self, group: ModuleGroup, size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        # [modules, size, in], and of each module [size, out] one after the other
-        self.a = torch.zeros(
-            len(group.modules), size, group.in_features, device=device, dtype=dtype
-        )
+        modules = len(group.modules)
+        # [modules, size, in]
+        self.a = torch.zeros(modules, size, group.in_features, device=device, dtype=dtype)
+        # [size * width], of each module [size, out]
         self.b = torch.zeros(size * group.width, device=device, dtype=dtype)
         parts = self.b.split([size * width for width in group.out_features])
-        self.parts = [part.view(size, -1) for part in parts]
+        self.parts = [part.view(size, -1) for part in parts]  # of b, each [size, out]
         self.tiles: Tensor | None = None  # for the kernels; None where they do not run
         if device.type == "cuda":
             from mint_core.lora.column_kernels import output_tiles  # Triton is not everywhere

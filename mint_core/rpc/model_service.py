@@ -80,7 +80,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             role=_ROLES[self._offer.role],
             base_models=[await _base_model(model)] if model else [],
             loss_fns=self._offer.loss_fns,
-            limits=_limits(),
+            limits=model_pb2.Limits(
+                max_message_bytes=limits.MAX_MESSAGE_BYTES,
+                max_data_per_request=limits.MAX_DATA_PER_REQUEST,
+                max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
+                max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
+                max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
+            ),
             sampler_address=self._offer.sampler_address,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             features=self._offer.features,
@@ -142,14 +148,4 @@ async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
         device=model.device,
         tokenizer_fingerprint=tokenizer_fingerprint(files),
         eos_token_ids=model.eos_token_ids,
-    )
-
-
-def _limits() -> model_pb2.Limits:
-    return model_pb2.Limits(
-        max_message_bytes=limits.MAX_MESSAGE_BYTES,
-        max_data_per_request=limits.MAX_DATA_PER_REQUEST,
-        max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
-        max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
-        max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
     )
