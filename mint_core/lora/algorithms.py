@@ -309,16 +309,10 @@ def _stacked(adapted: Adapted, group: ModuleGroup) -> tuple[Tensor, Tensor]:
     adapted_stretches = (i for i, stretch in enumerate(adapted.stretches) if stretch.row)
     for i, own in zip(adapted_stretches, all_own, strict=True):
         a[i, : len(own.a)] = own.a
-        b[i, :, : len(own.a)] = _block_diagonal(own, group)
+        # All B as one matrix: it takes each module's ranks to that module's columns.
+        for columns, own_ranks, own_b in _blocks(own, group):
+            b[i, columns, own_ranks] = own_b
     return a, b
-
-
-def _block_diagonal(own: GroupMatrices, group: ModuleGroup) -> Tensor:  # [W, m r]
-    """All B as one matrix: it takes each module's ranks to that module's columns."""
-    b = own.a.new_zeros(group.width, len(own.a))
-    for columns, ranks, own_b in _blocks(own, group):
-        b[columns, ranks] = own_b
-    return b
 
 
 def _blocks(own: GroupMatrices, group: ModuleGroup) -> Iterator[tuple[slice, slice, Tensor]]:

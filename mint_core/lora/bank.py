@@ -65,17 +65,14 @@ class RankBank:
         self._offsets: dict[str, tuple[int, int]] = {}  # of A and of B
         self.row_size = 0
         for group in groups:
-            self._place(group)
-
-    def _place(self, group: ModuleGroup) -> None:
-        at_a = self.row_size
-        at_b = at_a + self.stored_rank * group.in_features * len(group.modules)
-        for module, out_features in zip(group.modules, group.out_features, strict=True):
-            self.shapes[module] = LinearShape(group.in_features, out_features)
-            self._offsets[module] = at_a, at_b
-            at_a += self.stored_rank * group.in_features
-            at_b += self.stored_rank * out_features
-        self.row_size = at_b
+            at_a = self.row_size
+            at_b = at_a + stored_rank * group.in_features * len(group.modules)
+            for module, out_features in zip(group.modules, group.out_features, strict=True):
+                self.shapes[module] = LinearShape(group.in_features, out_features)
+                self._offsets[module] = at_a, at_b
+                at_a += stored_rank * group.in_features
+                at_b += stored_rank * out_features
+            self.row_size = at_b
 
     @property
     def part_bytes(self) -> int:
@@ -122,7 +119,6 @@ class AdapterRow:
         self.modules = frozenset(spec.modules)
         self._device = device
         self._parts: dict[Part, Tensor] = {}
-        self._views: dict[tuple[Part, str], tuple[Tensor, Tensor]] = {}
         self._groups: dict[tuple[Part, str], GroupMatrices] = {}
         self._away = False
         self.version = 0  # changes when weights are loaded
@@ -140,13 +136,6 @@ class AdapterRow:
             self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
 
-    def views(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
-        """A [stored rank, in] and B [out, stored rank]."""
-        key = (part, module)
-        if key not in self._views:
-            self._views[key] = self.bank.matrices(self.part(part), module)
-        return self._views[key]
-
     def trains(self, group: ModuleGroup) -> bool:
         """Whether the adapter has a module in the group."""
         return not self.modules.isdisjoint(group.modules)
@@ -163,13 +152,11 @@ class AdapterRow:
     def free(self, part: Part) -> None:
         """Makes a part zero by giving its memory back."""
         self._parts.pop(part, None)
-        self._views = {key: views for key, views in self._views.items() if key[0] is not part}
         self._groups = {key: views for key, views in self._groups.items() if key[0] is not part}
 
     def leave(self) -> None:
         """Gives all memory back; who calls this has copied what is needed of `held`."""
         self._parts.clear()
-        self._views.clear()
         self._groups.clear()
         self._away = True
 

@@ -76,20 +76,16 @@ class PackedAttention:
 
     def _runs_within(self, window: int | None) -> list["_Run"]:
         """Neighbours that a window leaves whole together, others alone: all in one of 0."""
+
+        def fits(tokens: int) -> bool:
+            return window is None or tokens <= window
+
         if window not in self._runs:
-            runs = []
-            documents = itertools.pairwise(self._bounds)
-            for whole, same in itertools.groupby(
-                documents, lambda d: window is None or d[1] - d[0] <= window
-            ):
-                group = list(same)
-                if whole:
-                    bounds = [group[0][0], *(stop for _, stop in group)]
-                    stacks = Stacks([bound - bounds[0] for bound in bounds])
-                    runs.append(_Run(bounds[-1] - bounds[0], stacks.attend))
-                else:
-                    runs += [_Run(stop - start, causal_attention) for start, stop in group]
-            self._runs[window] = runs
+            runs = self._runs[window] = []
+            for group in group_documents(self._bounds, fits):
+                bounds = [bound - group[0] for bound in group]
+                attend = Stacks(bounds).attend if fits(bounds[1]) else causal_attention
+                runs.append(_Run(bounds[-1], attend))
         return self._runs[window]
 
     def _attend(
@@ -108,7 +104,7 @@ class PackedAttention:
 
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
-        return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
+        return group_documents(self._bounds, lambda tokens: tokens < LONG_DOCUMENT_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +115,16 @@ class _Run:
     attend: Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 
 
-def group_documents(bounds: Sequence[int], long_tokens: int) -> list[tuple[int, ...]]:
-    """The bounds of documents to compute in one call: each long one alone, and runs of shorter
-    ones.
+def group_documents(bounds: Sequence[int], fits: Callable[[int], bool]) -> list[tuple[int, ...]]:
+    """The bounds of documents to compute in one call: runs of those whose lengths fit, and each
+    other one alone.
     """
-    groups: list[list[int]] = []
-    grow = False
-    for start, stop in itertools.pairwise(bounds):
-        short = stop - start < long_tokens
-        if short and grow:
-            groups[-1].append(stop)
-        else:
-            groups.append([start, stop])
-        grow = short
-    return [tuple(group) for group in groups]
+    groups: list[tuple[int, ...]] = []
+    documents = itertools.pairwise(bounds)
+    for fit, same in itertools.groupby(documents, lambda d: fits(d[1] - d[0])):
+        run = list(same)
+        groups += [(run[0][0], *(stop for _, stop in run))] if fit else run
+    return groups
 
 
 def _attend(
