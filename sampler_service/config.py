@@ -66,17 +66,9 @@ class SamplerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        for name, least in (
-            ("adapter_memory_mib", 0),
-            ("host_adapter_memory_mib", 0),
-            ("row_folder_mib", 0),
-            ("max_adapters", 1),
-            ("max_running_samples", 1),
-            ("queue_samples", 1),
-            ("queue_tokens", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
+        self.require_at_least(1, "max_adapters", "max_running_samples")
+        self.require_at_least(1, "queue_samples", "queue_tokens")
         if not 0 <= self.max_wait_s < float("inf"):
             raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
 

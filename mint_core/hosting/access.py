@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
@@ -22,12 +21,6 @@ _ENTRY = re.compile(
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    tenants: dict[str, str] = field(default_factory=dict)  # by hash
-    weights: dict[str, float] = field(default_factory=dict)  # by tenant, where a line gives one
-
-
 class KeyRing:
     """The keys of a file, one `HASH TENANT` or `HASH TENANT WEIGHT` a line. The file is read again
     when it has changed.
@@ -36,7 +29,7 @@ class KeyRing:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._version = _version(file)
-        self._keys = _read(file)
+        self._tenants, self._weights = _read(file)
 
     def tenant_of(self, key: str | None) -> str:
         """Returns whose key it is. Raises Unauthenticated."""
@@ -48,7 +41,7 @@ class KeyRing:
         self._refresh()
         digest = _digest(key)
         found = None
-        for known, tenant in self._keys.tenants.items():  # all of them, so that time tells nothing
+        for known, tenant in self._tenants.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
@@ -57,7 +50,7 @@ class KeyRing:
 
     def weight_of(self, tenant: str) -> float:
         """How many times the share of a tenant of weight 1 is a tenant's, as last read."""
-        return self._keys.weights.get(tenant, 1.0)
+        return self._weights.get(tenant, 1.0)
 
     def _refresh(self) -> None:
         version = _version(self._file)
@@ -65,8 +58,8 @@ class KeyRing:
             return
         self._version = version
         try:
-            self._keys = _read(self._file)
-            logger.info("keys read again file=%s keys=%d", self._file, len(self._keys.tenants))
+            self._tenants, self._weights = _read(self._file)
+            logger.info("keys read again file=%s keys=%d", self._file, len(self._tenants))
         except MintError as error:
             # An editor's half-written file must not lock everybody out.
             logger.error("keys kept as they were: %s", error.message)
@@ -101,7 +94,8 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(file: Path) -> _Keys:
+def _read(file: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Tenants by hash, and weights by tenant where a line gives one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +103,8 @@ def _read(file: Path) -> _Keys:
         raise FailedPrecondition(
             f"`keys` file {file} cannot be read: {why}; `make key` makes one"
         ) from error
-    keys = _Keys()
+    tenants: dict[str, str] = {}
+    weights: dict[str, float] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -121,13 +116,13 @@ def _read(file: Path) -> _Keys:
                 f" {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
             )
         digest, tenant, weight = entry.groups()
-        keys.tenants[digest] = tenant
-        if weight and keys.weights.setdefault(tenant, float(weight)) != float(weight):
+        tenants[digest] = tenant
+        if weight and weights.setdefault(tenant, float(weight)) != float(weight):
             raise FailedPrecondition(
                 f"`keys` file {file} gives the tenant {tenant} another weight in line"
                 f" {number}; one of its lines is enough"
             )
-    return keys
+    return tenants, weights
 
 
 def main() -> None:

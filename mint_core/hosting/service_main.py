@@ -9,13 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.hosting.access import KeyRing
-from mint_core.hosting.service_config import ServiceConfig, host_and_port
+from mint_core.hosting.service_config import ServiceConfig, host_and_port, parse_flags
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MIN_FREE_BYTES = 100 * 1024 * 1024  # in the store's folder, at start
 GRACE_S = 5.0  # for calls under way when the service stops
+
+C = TypeVar("C", bound=ServiceConfig)
 
 
 class Service(Protocol):
@@ -46,11 +48,14 @@ class TaskDied(Exception):
     """A service lacks something that it does in the background."""
 
 
-Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
+Build = Callable[[C, Metrics, KeyRing | None], Service]  # None: all callers are one tenant
 
 
-def run_service(config: ServiceConfig, role: Role, build: Build) -> int:
-    """Serves until SIGINT or SIGTERM and returns the exit status: 1 if it could not run."""
+def run_service(role: Role, kind: type[C], build: Build[C], summary: str) -> int:
+    """Configured by the command line, serves until SIGINT or SIGTERM and returns the exit status:
+    1 if it could not run.
+    """
+    config = parse_flags(kind, sys.argv[1:], program=f"python -m {role}_service", summary=summary)
     set_up_logging(config.log_level)
     try:
         asyncio.run(_live(config, role, build))
@@ -70,13 +75,13 @@ def set_up_logging(level: str) -> None:
     )
 
 
-async def _live(config: ServiceConfig, role: Role, build: Build) -> None:
+async def _live(config: C, role: Role, build: Build[C]) -> None:
     stopped = stop_signal()
     check_folders(config)
     keys = KeyRing(config.keys) if config.keys else None
     metrics = Metrics()
     server = RpcServer(config.address, keys=keys, metrics=metrics)
-    service = build(metrics, keys)
+    service = build(config, metrics, keys)
     service.add_to(server)
     metrics.watch_engine(service.engine)
     try:

@@ -26,9 +26,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         ProcessCollector(namespace="mint_front", registry=self._registry)
-        self.calls = Counter(
-            "mint_calls", "Calls ended", ["method", "code"], registry=self._registry
-        )
+        self.calls = self.counter("mint_calls", "Calls ended", ["method", "code"])
         self.call_seconds = self.histogram(
             "mint_call_seconds", "Time from arrival to answer", ["method"]
         )

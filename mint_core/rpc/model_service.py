@@ -34,10 +34,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_ROLES = {
-    "trainer": model_pb2.SERVICE_ROLE_TRAINER,
-    "sampler": model_pb2.SERVICE_ROLE_SAMPLER,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +73,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         model = self._describe()
         return model_pb2.GetServerCapabilitiesResponse(
             server_version=__version__,
-            role=_ROLES[self._offer.role],
+            role=f"SERVICE_ROLE_{self._offer.role.upper()}",
             base_models=[await _base_model(model)] if model else [],
             loss_fns=self._offer.loss_fns,
             limits=model_pb2.Limits(
