@@ -87,11 +87,8 @@ def _value(name: str, words: list[str]) -> str:
 
 
 def _find(flags: Sequence[str], wanted: str) -> str | None:
-    found = None
-    for name, words in _flags(flags):
-        if name == wanted:
-            found = _value(name, words)
-    return found
+    values = [_value(name, words) for name, words in _flags(flags) if name == wanted]
+    return values[-1] if values else None
 
 
 def _address_to_tell(trainer: Sequence[str], sampler: Sequence[str]) -> str:

@@ -178,12 +178,9 @@ async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool
 
 async def _serve(service: Service, server: RpcServer) -> None:
     """Follows the engine's state. Raises if the service cannot go on."""
-    following = asyncio.create_task(_follow(service.engine, server))
-    try:
-        error = await service.tasks.failure()
-        raise TaskDied(str(error)) from error
-    finally:
-        following.cancel()
+    service.tasks.start(_follow(service.engine, server), "health")
+    error = await service.tasks.failure()
+    raise TaskDied(str(error)) from error
 
 
 async def _follow(engine: EngineProcess, server: RpcServer) -> None:

@@ -61,16 +61,10 @@ class _Call:
     """Of a linear layer. Holds its tensors, so that no other gets their identity."""
 
     module: str
+    key: tuple[object, ...]  # what a layer must share with another to be computed with it
     input: Tensor
-    input_version: int
     output: Tensor
     output_version: int
-    kind: tuple[object, ...]  # what a layer must share with another to be computed with it
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        parent = self.module.rpartition(".")[0]
-        return parent, id(self.input), self.input_version, self.kind
 
 
 def read_together(calls: Sequence[_Call]) -> list[tuple[str, ...]]:
@@ -93,10 +87,9 @@ def watching(model: nn.Module) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
 
     def note(name: str, module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight = module.weight
-        kind = (weight.dtype, weight.device, module.bias is None)
-        x = inputs[0]
-        calls.append(_Call(name, x, x._version, output, output._version, kind))
+        parent, x, weight = name.rpartition(".")[0], inputs[0], module.weight
+        key = parent, id(x), x._version, weight.dtype, weight.device, module.bias is None
+        calls.append(_Call(name, key, x, output, output._version))
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():

@@ -119,20 +119,22 @@ class Lanes:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._by_rank: dict[int, HotRows] = {}
+        self._hot: dict[RankBank, HotRows] = {}
 
     def of(self, segments: Sequence[Segment]) -> list[RowProducts]:
         """The products of a pass over a stream of these segments: for those that are rowwise and
         adapted, no two by the same adapter.
         """
         tokens = segments[-1].stop if segments else 0
-        by_rank: dict[int, list[Segment]] = {}
+        by_bank: dict[RankBank, list[Segment]] = {}
         for segment in segments:
             if segment.rowwise and segment.row is not None:
-                by_rank.setdefault(segment.row.bank.stored_rank, []).append(segment)
+                by_bank.setdefault(segment.row.bank, []).append(segment)
         products: list[RowProducts] = []
-        for rank, group in by_rank.items():
-            hot = self._hot(rank, group)
+        for bank, group in by_bank.items():
+            if bank not in self._hot:
+                self._hot[bank] = HotRows(bank, self._most_bytes)
+            hot = self._hot[bank]
             count = _lanes_for([s.stop - s.start for s in group]) if len(group) <= hot.size else 0
             if count:
                 products += _lanes(hot, group, count, tokens)
@@ -141,13 +143,6 @@ class Lanes:
                 if left.row is not None and left.start < left.stop:
                     products.append(OneAdapter(left, left.row, tokens))
         return products
-
-    def _hot(self, rank: int, group: Sequence[Segment]) -> HotRows:
-        row = group[0].row
-        assert row is not None
-        if rank not in self._by_rank:
-            self._by_rank[rank] = HotRows(row.bank, self._most_bytes)
-        return self._by_rank[rank]
 
 
 def _lanes_for(rows: Sequence[int]) -> int:

@@ -202,23 +202,21 @@ class Layer:
 
         self._attention, self._mlp = form("self_attn"), form("mlp")
         self._attention_norm = form("input_layernorm")
-        after = form("post_attention_layernorm")
-        self._after: tuple[Form, Form] | None = None
+        self._mlp_norm = form("post_attention_layernorm")
+        self._after_attention = self._after_mlp = _unchanged
         if hasattr(module, "pre_feedforward_layernorm"):
+            self._after_attention = self._mlp_norm
             self._mlp_norm = form("pre_feedforward_layernorm")
-            self._after = after, form("post_feedforward_layernorm")
-        else:
-            self._mlp_norm = after
+            self._after_mlp = form("post_feedforward_layernorm")
 
     def __call__(self, hidden_states: Tensor, **options: Any) -> Tensor:  # [1, T, d]
         attended, _ = self._attention(hidden_states=self._attention_norm(hidden_states), **options)
-        if self._after is not None:
-            attended = self._after[0](attended)
-        middle = hidden_states + attended
-        computed = self._mlp(self._mlp_norm(middle))
-        if self._after is not None:
-            computed = self._after[1](computed)
-        return middle + computed  # type: ignore[no-any-return]
+        middle = hidden_states + self._after_attention(attended)
+        return middle + self._after_mlp(self._mlp(self._mlp_norm(middle)))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _group_of(module: Any, *names: str) -> LinearGroup:
