@@ -11,8 +11,8 @@ class PlainSoftmax:
 
     def __init__(self, z: Tensor) -> None:  # [n, V] float32
         self._largest = z.amax(1)  # [n]
-        self._powers = z.sub_(self._largest[:, None]).exp_()
-        self._totals = self._powers.sum(1)
+        self._powers = z.sub_(self._largest[:, None]).exp_()  # [n, V]
+        self._totals = self._powers.sum(1)  # [n]
 
     def logprobs(self, at_target: Tensor) -> Tensor:  # [n, k] -> [n, k] float32
         """From the logits of targets, as they were."""
