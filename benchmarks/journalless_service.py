@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from mint_core.hosting.service_config import parse_flags
 from mint_core.hosting.service_main import run_service
 from trainer_service.config import TrainerConfig
 from trainer_service.journal.writer import Journal, Statement
@@ -31,11 +30,8 @@ class NoJournal(Journal):
 
 
 def main() -> int:
-    config = parse_flags(TrainerConfig, sys.argv[1:], program="journalless", summary="Trains.")
     durability.Journal = NoJournal  # type: ignore[misc]  # it makes whatever it has there
-    return run_service(
-        config, "trainer", lambda metrics, keys: TrainerService(config, metrics, keys)
-    )
+    return run_service("trainer", TrainerConfig, TrainerService, "Trains.")
 
 
 if __name__ == "__main__":

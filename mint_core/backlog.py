@@ -14,12 +14,6 @@ class Load:
     tokens: int  # of data
 
 
-@dataclass(slots=True)
-class _Account:
-    count: int = 0
-    tokens: int = 0
-
-
 class Backlog:
     """Accounts with the same limit each. Work is taken while an account holds less than that: one
     piece may go over, so that none is too large.
@@ -27,26 +21,22 @@ class Backlog:
 
     def __init__(self, limit: Load) -> None:
         self.limit = limit
-        self._accounts: dict[str, _Account] = {}  # those with work
+        self._held: dict[str, Load] = {}  # by the accounts with work
 
     def enter(self, name: str, load: Load) -> None:
         """Notes accepted work."""
-        account = self._accounts.setdefault(name, _Account())
-        account.count += load.count
-        account.tokens += load.tokens
+        held = self.held(name)
+        self._held[name] = Load(count=held.count + load.count, tokens=held.tokens + load.tokens)
 
     def leave(self, name: str, load: Load) -> None:
         """Notes that the work is finished."""
-        account = self._accounts[name]
-        account.count -= load.count
-        account.tokens -= load.tokens
-        if not account.count:
-            del self._accounts[name]
+        held = self._held.pop(name)
+        if left := held.count - load.count:
+            self._held[name] = Load(count=left, tokens=held.tokens - load.tokens)
 
     def held(self, name: str) -> Load:
         """What the account holds."""
-        account = self._accounts.get(name, _Account())
-        return Load(count=account.count, tokens=account.tokens)
+        return self._held.get(name, Load(count=0, tokens=0))
 
     def is_full(self, name: str) -> bool:
         held = self.held(name)

@@ -5,6 +5,7 @@ A subclass of one of those classes narrows it with a `reason` of its own. Errors
 pipe, so they pickle.
 """
 
+import copyreg
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,14 +23,8 @@ class MintError(Exception):
         self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), dict(self.__dict__))
-
-
-def _rebuild(kind: type[MintError], state: dict[str, Any]) -> MintError:
-    error = kind.__new__(kind)
-    Exception.__init__(error, state["message"])
-    error.__dict__.update(state)
-    return error
+        # Without `__init__`, whose arguments are others in each class.
+        return copyreg.__newobj__, (type(self), self.message), self.__dict__  # type: ignore[attr-defined]
 
 
 class InvalidRequest(MintError):

@@ -21,16 +21,11 @@ def fault_point(name: str) -> None:
     if name != _POINT:
         return
     _left -= 1
-    if _left == 0 and _claimed():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _claimed() -> bool:
-    """Whether no process has died for this test yet."""
-    if not _ONCE:
-        return True
-    try:
-        Path(_ONCE).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+    if _left:
+        return
+    if _ONCE:
+        try:
+            Path(_ONCE).touch(exist_ok=False)
+        except FileExistsError:
+            return  # a process has died for this test
+    os.kill(os.getpid(), signal.SIGKILL)

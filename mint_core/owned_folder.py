@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition
@@ -24,12 +23,15 @@ class OwnedFolder:
         rescue: Callable[[Path, Path], None] = lambda abandoned, ours: None,
     ) -> None:
         """`rescue` may take files out of an abandoned folder into this one before it is removed."""
-        with _locked(parent):
+        looking = _lock(parent, wait=True)
+        try:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self._lock = _lock(self.path)
             for folder in _abandoned(parent, prefix):
                 rescue(folder, self.path)
                 shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(looking)
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""
@@ -65,23 +67,13 @@ def _abandoned(parent: Path, prefix: str) -> Iterator[Path]:
             os.close(descriptor)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, *, wait: bool = False) -> int:
     """Locks a folder until the descriptor is closed, at the latest by the end of the process.
-    Raises BlockingIOError if another holds it.
+    Raises BlockingIOError if another holds it, unless it is to wait.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise

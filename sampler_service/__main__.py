@@ -2,20 +2,19 @@
 
 import sys
 
-from mint_core.hosting.service_config import parse_flags
 from mint_core.hosting.service_main import run_service
 from sampler_service.config import SamplerConfig
 from sampler_service.service import SamplerService
 
 
 def main() -> int:
-    config = parse_flags(
+    summary = "Samples from a base model and from LoRA adapters on it."
+    return run_service(
+        "sampler",
         SamplerConfig,
-        sys.argv[1:],
-        program="python -m sampler_service",
-        summary="Samples from a base model and from LoRA adapters on it.",
+        lambda config, metrics, _: SamplerService(config, metrics),
+        summary,
     )
-    return run_service(config, "sampler", lambda metrics, _: SamplerService(config, metrics))
 
 
 if __name__ == "__main__":

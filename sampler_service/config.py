@@ -66,20 +66,17 @@ class SamplerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        for name, least, computed in (
-            ("adapter_memory_mib", 0, False),
-            ("host_adapter_memory_mib", 0, False),
-            ("row_folder_mib", 0, False),
-            ("max_adapters", 1, False),
-            ("max_running_samples", 1, False),
-            ("queue_samples", 1, False),
-            ("queue_tokens", 1, False),
-            ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS, True),
-            ("kv_cache_tokens", CHUNK_TOKENS, True),
-        ):
-            value = getattr(self, name)
-            if value < least and not (computed and value == 0):
-                or_none = ", or 0 to have it computed" if computed else ""
-                raise ValueError(f"`{name}` must be at least {least}{or_none}, got {value}")
+        self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
+        self.require_at_least(1, "max_adapters", "max_running_samples")
+        self.require_at_least(1, "queue_samples", "queue_tokens")
         if not 0 <= self.max_wait_s < float("inf"):
             raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
+        for name, least in (
+            ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
+            ("kv_cache_tokens", CHUNK_TOKENS),
+        ):
+            value = getattr(self, name)
+            if value != 0 and value < least:
+                raise ValueError(
+                    f"`{name}` must be at least {least}, or 0 to have it computed, got {value}"
+                )

@@ -37,7 +37,7 @@ class SamplerService:
     """Holds the engine and hands work to it. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        self.engine = EngineProcess("sampler_service.engine", config, on_death=self._engine_died)
+        self.engine = EngineProcess("sampler_service.engine", config)
         self.tasks = Tasks()
         self._revisions = _revisions(config, self.engine, self.tasks)
         self._leases = AdapterLeases(
@@ -76,9 +76,6 @@ class SamplerService:
     async def _model(self) -> ModelDescription:
         """What is served; waits for the engine's first start."""
         return self._served or (await self.engine.hello()).model
-
-    def _engine_died(self, why: str) -> None:
-        self._leases.engine_died()
 
 
 def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Revisions:

@@ -100,11 +100,7 @@ class Served:
 async def serving(keys: KeyRing | None = None) -> AsyncIterator[Served]:
     metrics = Metrics()
     server = RpcServer(
-        "127.0.0.1:0",
-        role="trainer",
-        keys=keys,
-        max_message_bytes=MAX_MESSAGE_BYTES,
-        metrics=metrics,
+        "127.0.0.1:0", keys=keys, metrics=metrics, max_message_bytes=MAX_MESSAGE_BYTES
     )
     trainer = Trainer()
     server.add(

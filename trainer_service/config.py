@@ -96,9 +96,7 @@ class TrainerConfig(ServiceConfig):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
-        for name in ("queue_calls", "queue_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        self.require_at_least(1, "queue_calls", "queue_tokens")
 
     @property
     def state_folder(self) -> Path:

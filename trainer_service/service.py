@@ -102,7 +102,6 @@ class TrainerService:
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
         server.drain_by(self._drain)
-        server.before_stop(self.runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
             TrainerServicer(
@@ -145,6 +144,7 @@ class TrainerService:
     async def _drain(self) -> None:
         """Brings what is under way to an end, within its time."""
         await self.runs.drain(self._config.drain_s)
+        self.runs.end_watches()
 
     async def stop(self) -> None:
         await self.tasks.stop()

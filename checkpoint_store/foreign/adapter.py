@@ -23,7 +23,7 @@ from checkpoint_store.foreign.base_copies import check_base_copies
 from checkpoint_store.foreign.config import ForeignConfig, read_config, refused
 from checkpoint_store.foreign.tensor_file import TensorFile
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import BaseModelNotFound, InvalidRequest
+from mint_core.errors import BaseModelNotFound
 from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
 
 Floats = NDArray[np.float32]
@@ -66,7 +66,7 @@ def read_foreign_adapter(
     file = TensorFile(folder / WEIGHTS_FILE, WEIGHTS_FILE)
     _check_fingerprint(file, model)
     modules, others = _modules(file)
-    _check_modules(modules, config, model)
+    _check_modules(file, modules, config, model)
     shapes = _shapes(modules, config.rank, model)
     weights = _arrays(file, shapes)
     check_base_copies(file, others, model)
@@ -130,13 +130,14 @@ def _modules(file: TensorFile) -> tuple[set[str], list[str]]:
     return modules, others
 
 
-def _check_modules(modules: set[str], config: ForeignConfig, model: ModelDescription) -> None:
+def _check_modules(
+    file: TensorFile, modules: set[str], config: ForeignConfig, model: ModelDescription
+) -> None:
     """Refuses modules that the base model lacks, or the configuration does not ask for."""
     for module in sorted(modules.difference(model.linear_modules)):
-        raise InvalidRequest(
-            f"`{WEIGHTS_FILE}` adapts `{module}`, and {model.name!r} has no such linear layer; the "
-            "adapter belongs to another model",
-            field=WEIGHTS_FILE,
+        raise file.refused(
+            f"adapts `{module}`, and {model.name!r} has no such linear layer; the adapter belongs "
+            "to another model",
             module=module,
         )
     targets = config.target_modules

@@ -2,7 +2,7 @@
 is adapted; they say nothing new, and what differs from the base would be lost.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ _RELATIVE_ERROR, _ABSOLUTE_ERROR = 2.0**-8, 1e-7
 def check_base_copies(file: TensorFile, names: Iterable[str], model: ModelDescription) -> None:
     """Refuses tensors that are not, up to rounding, those of the base model."""
     names = list(names)
-    files = list(_base_files(model)) if names else []
+    paths = sorted(Path(model.folder).glob("*.safetensors")) if names else []
+    files = [TensorFile(path, path.name) for path in paths]
     for name in names:
         base = _find(files, name.removeprefix(_PREFIX).replace(".base_layer.", "."))
         if not name.startswith(_PREFIX) or base is None:
@@ -34,11 +35,6 @@ def check_base_copies(file: TensorFile, names: Iterable[str], model: ModelDescri
                 "embeddings are not supported: train plain LoRA",
                 tensor=name,
             )
-
-
-def _base_files(model: ModelDescription) -> Iterator[TensorFile]:
-    for path in sorted(Path(model.folder).glob("*.safetensors")):
-        yield TensorFile(path, path.name)
 
 
 def _find(files: Iterable[TensorFile], name: str) -> tuple[TensorFile, str] | None:

@@ -109,6 +109,11 @@ def _unsupported(config: Mapping[str, Any], name: str, remedy: str) -> InvalidRe
     )
 
 
+def _odd(config: Mapping[str, Any], name: str, remedy: str) -> InvalidRequest:
+    value = _brief(config.get(name))
+    return refused(name, f"`{CONFIG_FILE}` has `{name}` {value}; {remedy}")
+
+
 def _rank(config: Mapping[str, Any]) -> int:
     rank = config.get("r")
     if type(rank) is not int or rank < 1:
@@ -119,26 +124,21 @@ def _rank(config: Mapping[str, Any]) -> int:
 def _alpha(config: Mapping[str, Any]) -> float:
     alpha: Any = config.get("lora_alpha")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
-        raise refused(
-            "lora_alpha", f"`{CONFIG_FILE}` has `lora_alpha` {_brief(alpha)}; it is above 0"
-        )
+        raise _odd(config, "lora_alpha", "it is above 0")
     return float(alpha)
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:
     flag = config.get(name, False)
     if type(flag) is not bool:
-        raise refused(name, f"`{CONFIG_FILE}` has `{name}` {_brief(flag)}; it is true or false")
+        raise _odd(config, name, "it is true or false")
     return flag
 
 
 def _base_model(config: Mapping[str, Any]) -> str:
     name = config.get("base_model_name_or_path")
     if name is not None and type(name) is not str:
-        raise refused(
-            "base_model_name_or_path",
-            f"`{CONFIG_FILE}` has `base_model_name_or_path` {_brief(name)}; it is a text",
-        )
+        raise _odd(config, "base_model_name_or_path", "it is a text")
     return name or ""
 
 
@@ -148,10 +148,7 @@ def _target_modules(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None  # a regular expression, or "all-linear": the tensors tell which
     if type(targets) is list and targets and all(type(target) is str for target in targets):
         return tuple(targets)
-    raise refused(
-        "target_modules",
-        f"`{CONFIG_FILE}` has `target_modules` {_brief(targets)}; name at least one module",
-    )
+    raise _odd(config, "target_modules", "name at least one module")
 
 
 def _brief(value: object) -> str:

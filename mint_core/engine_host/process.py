@@ -1,8 +1,8 @@
 """The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
 
 The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
-were with it fail with `EngineDied`, `on_death` is told, and a new process starts; calls made
-meanwhile wait for it.
+were with it fail with `EngineDied`, `life` rises, and a new process starts; calls made meanwhile
+wait for it.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,13 +48,11 @@ class _Child:
         self,
         module: str,
         config: object,
-        *,
-        deliver: Callable[["_Child", Any], None],
-        ended: Callable[["_Child"], None],
+        deliver: Callable[["_Child", Any], None],  # None at last, when the process has ended
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -66,26 +63,13 @@ class _Child:
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outbox.put(config)
         self._deliver = deliver
-        self._ended = ended
         self._writer = threading.Thread(target=self._write, daemon=True, name="engine-writer")
         self._writer.start()
         self._reader = threading.Thread(target=self._read, daemon=True, name="engine-reader")
         self._reader.start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def exit_code(self) -> int:
-        """Of a child that has ended."""
-        return self._process.returncode
-
     def send(self, message: object) -> None:
         self._outbox.put(message)
-
-    def kill(self) -> None:
-        self._process.kill()
 
     def join(self) -> None:
         """Blocks until the process and its threads have ended."""
@@ -99,7 +83,7 @@ class _Child:
                 return  # the reader sees the end of the pipe and reports it
             except Exception:
                 logger.exception("a message could not be sent to the engine")
-                self.kill()
+                self.process.kill()
 
     def _read(self) -> None:
         try:
@@ -109,19 +93,19 @@ class _Child:
             pass
         except Exception:
             logger.exception("a message of the engine could not be read")
-            self.kill()
+            self.process.kill()
         self._await_end()
         self._outbox.put(None)
         self._writer.join()
         self._connection.close()
-        self._ended(self)
+        self._deliver(self, None)
 
     def _await_end(self) -> None:
         try:
-            self._process.wait(EXIT_LIMIT_S)
+            self.process.wait(EXIT_LIMIT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # a process without its pipe is of no use
-            self._process.wait()
+            self.process.kill()  # a process without its pipe is of no use
+            self.process.wait()
 
 
 @dataclass(slots=True)
@@ -143,6 +127,14 @@ class _Waiter:
         except Exception as error:  # the caller's own, and nobody else's
             self.future.set_exception(error)
 
+    def finish(self, value: object) -> None:
+        if not self.future.done():
+            self.future.set_result(value)
+
+    def fail(self, error: MintError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
 
 class EngineProcess:
     """Calls into an engine that may die. All methods belong to one event loop."""
@@ -151,12 +143,9 @@ class EngineProcess:
         self,
         module: str,  # run as `python -m <module> <fd>`; see mint_core.engine_host.pipe
         config: object,
-        *,
-        on_death: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._module = module
         self._config = config
-        self._on_death = on_death
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiter] = {}
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
@@ -179,7 +168,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._child.pid if self._child else None
+        return self._child.process.pid if self._child else None
 
     async def start(self) -> Hello:
         """Starts the engine and returns its first word. Raises what kept it from loading."""
@@ -239,29 +228,28 @@ class EngineProcess:
         child, self._child = self._child, None
         gone = Unavailable("the server is shutting down; send the call again")
         self._fail_attempt(gone)
-        self._fail_waiting(gone)
+        for waiter in self._waiting.values():
+            waiter.fail(gone)
         self.changed.set()
         if child:
-            child.kill()
+            child.process.kill()
             await asyncio.to_thread(child.join)
 
     def _spawn(self) -> None:
         loop = asyncio.get_running_loop()
         self._last_word = time.monotonic()
 
-        def post(callback: Callable[..., None], *args: object) -> None:
+        def deliver(child: _Child, message: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(callback, *args)
+                loop.call_soon_threadsafe(self._receive, child, message)
 
-        self._child = _Child(
-            self._module,
-            self._config,
-            deliver=partial(post, self._receive),
-            ended=partial(post, self._bury),
-        )
+        self._child = _Child(self._module, self._config, deliver)
 
     def _receive(self, child: _Child, message: object) -> None:
         if child is not self._child:
+            return
+        if message is None:
+            self._bury(child)
             return
         self._last_word = time.monotonic()
         for each in message.messages if isinstance(message, Bundle) else (message,):
@@ -278,13 +266,15 @@ class EngineProcess:
                 self._restart_delay_s = RESTART_DELAY_S
                 self.changed.set()
                 start_s = self._last_word - child.started_s
-                logger.info("engine ready pid=%d start_s=%.2f", child.pid, start_s)
+                logger.info("engine ready pid=%d start_s=%.2f", child.process.pid, start_s)
             case Reply(number, value):
-                self._settle(number, value, None)
+                if waiter := self._waiting.get(number):
+                    waiter.finish(value)
             case Failure(0, error):
                 self._start_error = error
             case Failure(number, error):
-                self._settle(number, None, error)
+                if waiter := self._waiting.get(number):
+                    waiter.fail(error)
             case Heartbeat():
                 pass
             case Report(value):
@@ -292,26 +282,14 @@ class EngineProcess:
             case _:
                 raise AssertionError(f"unknown message {message!r}")
 
-    def _settle(self, number: int, value: object, error: MintError | None) -> None:
-        waiter = self._waiting.get(number)
-        if waiter is None or waiter.future.done():
-            return  # its caller has left
-        if error is None:
-            waiter.future.set_result(value)
-        else:
-            waiter.future.set_exception(error)
-
     def _bury(self, child: _Child) -> None:
-        if child is not self._child:
-            return
         was_up = self.ready
         self._child = None
         self.report = None
-        why = self._why_killed or f"the engine ended with {_exit(child.exit_code)}"
+        why = self._why_killed or f"the engine ended with {_exit(child.process.returncode)}"
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self.life += 1
-            self._on_death(why)
             self._mourn(f"{why}; another is starting")
         elif self.restarts == 0 and not self._restart:
             cause = cause or EngineFault(f"{why} while it started; its log says why")
@@ -344,13 +322,7 @@ class EngineProcess:
         begun = (number for number, waiter in self._waiting.items() if not waiter.parted)
         at = next(begun, next(iter(self._waiting), None))
         for number, waiter in self._waiting.items():
-            if not waiter.future.done():
-                waiter.future.set_exception(EngineDied(why, at_work=number == at))
-
-    def _fail_waiting(self, error: MintError) -> None:
-        for waiter in self._waiting.values():
-            if not waiter.future.done():
-                waiter.future.set_exception(error)
+            waiter.fail(EngineDied(why, at_work=number == at))
 
     async def _watch(self) -> None:
         while True:
@@ -364,7 +336,7 @@ class EngineProcess:
             silent_s = time.monotonic() - self._last_word
             if silent_s > limit_s:
                 self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"
-                self._child.kill()
+                self._child.process.kill()
 
 
 def _exit(code: int) -> str:

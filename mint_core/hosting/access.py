@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
@@ -16,15 +15,10 @@ logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "sk-mint-"
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-_WEIGHT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
+_ENTRY = re.compile(
+    rf"\s*([0-9a-f]{{64}})\s+({_TENANT.pattern})(?:\s+([0-9]{{1,3}}(?:\.[0-9]{{1,6}})?))?\s*"
+)
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    tenants: dict[str, str] = field(default_factory=dict)  # by hash
-    weights: dict[str, float] = field(default_factory=dict)  # by tenant, where a line gives one
 
 
 class KeyRing:
@@ -35,7 +29,7 @@ class KeyRing:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._version = _version(file)
-        self._keys = _read(file)
+        self._tenants, self._weights = _read(file)
 
     def tenant_of(self, key: str | None) -> str:
         """Returns whose key it is. Raises Unauthenticated."""
@@ -47,7 +41,7 @@ class KeyRing:
         self._refresh()
         digest = _digest(key)
         found = None
-        for known, tenant in self._keys.tenants.items():  # all of them, so that time tells nothing
+        for known, tenant in self._tenants.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(known, digest):
                 found = tenant
         if found is None:
@@ -56,7 +50,7 @@ class KeyRing:
 
     def weight_of(self, tenant: str) -> float:
         """How many times the share of a tenant of weight 1 is a tenant's, as last read."""
-        return self._keys.weights.get(tenant, 1.0)
+        return self._weights.get(tenant, 1.0)
 
     def _refresh(self) -> None:
         version = _version(self._file)
@@ -64,8 +58,8 @@ class KeyRing:
             return
         self._version = version
         try:
-            self._keys = _read(self._file)
-            logger.info("keys read again file=%s keys=%d", self._file, len(self._keys.tenants))
+            self._tenants, self._weights = _read(self._file)
+            logger.info("keys read again file=%s keys=%d", self._file, len(self._tenants))
         except MintError as error:
             # An editor's half-written file must not lock everybody out.
             logger.error("keys kept as they were: %s", error.message)
@@ -100,46 +94,35 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(file: Path) -> _Keys:
+def _read(file: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Tenants by hash, and weights by tenant where a line gives one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, error) from error
-    keys = _Keys()
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise FailedPrecondition(
+            f"`keys` file {file} cannot be read: {why}; `make key` makes one"
+        ) from error
+    tenants: dict[str, str] = {}
+    weights: dict[str, float] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        words = line.split()
-        if not _is_entry(words):
+        entry = _ENTRY.fullmatch(line)
+        if entry is None or not LEAST_WEIGHT <= float(entry[3] or 1) <= MOST_WEIGHT:
             raise FailedPrecondition(
                 f"`keys` file {file} has a bad line {number}; a line is a SHA-256 in hexadecimal,"
                 " a space and a tenant, and may end in a space and the tenant's weight,"
                 f" {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
             )
-        digest, tenant = words[:2]
-        keys.tenants[digest] = tenant
-        for weight in map(float, words[2:]):
-            if keys.weights.setdefault(tenant, weight) != weight:
-                raise FailedPrecondition(
-                    f"`keys` file {file} gives the tenant {tenant} another weight in line"
-                    f" {number}; one of its lines is enough"
-                )
-    return keys
-
-
-def _is_entry(words: list[str]) -> bool:
-    if not 2 <= len(words) <= 3 or not _HASH.fullmatch(words[0]):
-        return False
-    weights = words[2:]
-    return _TENANT.fullmatch(words[1]) is not None and all(
-        _WEIGHT.fullmatch(weight) and LEAST_WEIGHT <= float(weight) <= MOST_WEIGHT
-        for weight in weights
-    )
-
-
-def _unreadable(file: Path, error: Exception) -> FailedPrecondition:
-    why = error.strerror if isinstance(error, OSError) else "it is not text"
-    return FailedPrecondition(f"`keys` file {file} cannot be read: {why}; `make key` makes one")
+        digest, tenant, weight = entry.groups()
+        tenants[digest] = tenant
+        if weight and weights.setdefault(tenant, float(weight)) != float(weight):
+            raise FailedPrecondition(
+                f"`keys` file {file} gives the tenant {tenant} another weight in line"
+                f" {number}; one of its lines is enough"
+            )
+    return tenants, weights
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, MintError
@@ -19,67 +19,66 @@ POLL_INTERVAL_S = 0.1  # while a service starts
 STOP_LIMIT_S = 30.0  # from SIGTERM to SIGKILL
 
 
+@dataclass(frozen=True, slots=True)
 class _Service:
     """One service as a child process."""
 
-    def __init__(self, name: str, flags: Sequence[str], folder: Path) -> None:
-        self.name = name
-        self._flags = flags
-        self._ready_file = folder / f"{name}.json"
-        self._process: asyncio.subprocess.Process | None = None
+    name: str
+    process: asyncio.subprocess.Process
+    ready_file: Path
 
-    async def start(self, *more_flags: str) -> None:
-        flags = (*self._flags, *more_flags, "--ready-file", str(self._ready_file))
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", f"{self.name}_service", *flags
+    @classmethod
+    async def start(cls, name: str, folder: Path, *flags: str) -> "_Service":
+        ready_file = folder / f"{name}.json"
+        flags = (*flags, "--ready-file", str(ready_file))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", f"{name}_service", *flags
         )
+        return cls(name, process, ready_file)
 
     @property
     def ready(self) -> bool:
         """Whether it listens. Raises if it has ended."""
-        assert self._process is not None
-        if self._process.returncode is not None:
+        if self.process.returncode is not None:
             raise FailedPrecondition(
-                f"the {self.name} ended with status {self._process.returncode}; its log says why"
+                f"the {self.name} ended with status {self.process.returncode}; its log says why"
             )
-        return self._ready_file.exists()
+        return self.ready_file.exists()
 
     @property
     def addresses(self) -> dict[str, str]:
         """Where it listens, once it is ready."""
-        addresses: dict[str, str] = json.loads(self._ready_file.read_text())
+        addresses: dict[str, str] = json.loads(self.ready_file.read_text())
         return addresses
 
-    async def ended(self) -> None:
-        assert self._process is not None
-        await self._process.wait()
-
     async def stop(self) -> None:
-        if self._process is None or self._process.returncode is not None:
+        if self.process.returncode is not None:
             return
-        self._process.terminate()
+        self.process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), STOP_LIMIT_S)
+            await asyncio.wait_for(self.process.wait(), STOP_LIMIT_S)
         except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+            self.process.kill()
+            await self.process.wait()
 
 
 async def serve(flags: ServeFlags) -> None:
     """Runs both services until cancelled. Raises when one of them ends."""
     with tempfile.TemporaryDirectory(prefix="mint-serve-") as folder:
-        trainer = _Service("trainer", flags.trainer, Path(folder))
-        sampler = _Service("sampler", flags.sampler, Path(folder))
+        services: list[_Service] = []
         try:
-            await sampler.start()
-            await trainer.start(*await _sampler_address(flags, sampler))
-            await _until_ready(trainer, sampler)
+            sampler = await _Service.start("sampler", Path(folder), *flags.sampler)
+            services.append(sampler)
+            address = await _sampler_address(flags, sampler)
+            trainer = await _Service.start("trainer", Path(folder), *flags.trainer, *address)
+            services.insert(0, trainer)
+            await _until_ready(*services)
             _announce(trainer.addresses, sampler.addresses, flags.ready_file)
-            ends = [asyncio.create_task(service.ended()) for service in (trainer, sampler)]
+            ends = [asyncio.create_task(service.process.wait()) for service in services]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            await _until_ready(trainer, sampler)  # says which one ended
+            await _until_ready(*services)  # says which one ended
         finally:
-            await asyncio.gather(trainer.stop(), sampler.stop())
+            await asyncio.gather(*(service.stop() for service in services))
 
 
 async def _sampler_address(flags: ServeFlags, sampler: _Service) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The command line of `python -m mint_core.hosting.serve`: which flag goes to which service."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,20 +65,17 @@ def parse_serve_flags(argv: Sequence[str]) -> ServeFlags:
     )
 
 
-def _flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields each flag's name with its words: itself and what follows it up to the next flag."""
-    words: list[str] = []
+def _flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's name with its words: itself and what follows it up to the next flag."""
+    flags: list[list[str]] = []
     for word in argv:
         if word.startswith("--"):
-            if words:
-                yield words[0].partition("=")[0], words
-            words = [word]
-        elif not words:
+            flags.append([word])
+        elif not flags:
             raise InvalidRequest(f"{word!r} is no flag; see --help")
         else:
-            words.append(word)
-    if words:
-        yield words[0].partition("=")[0], words
+            flags[-1].append(word)
+    return [(words[0].partition("=")[0], words) for words in flags]
 
 
 def _value(name: str, words: list[str]) -> str:
@@ -90,11 +87,8 @@ def _value(name: str, words: list[str]) -> str:
 
 
 def _find(flags: Sequence[str], wanted: str) -> str | None:
-    found = None
-    for name, words in _flags(flags):
-        if name == wanted:
-            found = _value(name, words)
-    return found
+    values = [_value(name, words) for name, words in _flags(flags) if name == wanted]
+    return values[-1] if values else None
 
 
 def _address_to_tell(trainer: Sequence[str], sampler: Sequence[str]) -> str:

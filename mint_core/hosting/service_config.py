@@ -78,9 +78,7 @@ class ServiceConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("threads", self.threads), ("max_lora_rank", self.max_lora_rank)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        self.require_at_least(1, "threads", "max_lora_rank")
         if not self.store:
             raise ValueError("`store` is empty; give a folder, or leave it out for the default")
         if self.local_folder is not None and not self.store_is_remote:
@@ -104,6 +102,11 @@ class ServiceConfig:
                 " give --allow-insecure to let keys and data cross the network readable,"
                 " or a loopback address"
             )
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
 
     @property
     def store_is_remote(self) -> bool:

@@ -8,18 +8,16 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.hosting.access import KeyRing
-from mint_core.hosting.service_config import ServiceConfig, host_and_port
+from mint_core.hosting.service_config import ServiceConfig, host_and_port, parse_flags
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import Role, RpcServer
-from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -27,12 +25,14 @@ logger = logging.getLogger(__name__)
 MIN_FREE_BYTES = 100 * 1024 * 1024  # in the store's folder, at start
 GRACE_S = 5.0  # for calls under way when the service stops
 
+C = TypeVar("C", bound=ServiceConfig)
+
 
 class Service(Protocol):
     """What trainer and sampler each put between the network and their engine."""
 
-    @property
-    def engine(self) -> EngineProcess: ...
+    engine: EngineProcess
+    tasks: Tasks  # what it does in the background: it cannot go on without any of it
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the servicers. Called once, before `start`."""
@@ -43,23 +43,22 @@ class Service(Protocol):
     async def stop(self) -> None:
         """Ends the engine."""
 
-    @property
-    def tasks(self) -> Tasks:
-        """What it does in the background: it cannot go on without any of it."""
-
 
 class TaskDied(Exception):
     """A service lacks something that it does in the background."""
 
 
-Build = Callable[[Metrics, KeyRing | None], Service]  # None: all callers are one tenant
+Build = Callable[[C, Metrics, KeyRing | None], Service]  # None: all callers are one tenant
 
 
-def run_service(config: ServiceConfig, role: Role, build: Build) -> int:
-    """Serves until SIGINT or SIGTERM and returns the exit status: 1 if it could not run."""
+def run_service(role: Role, kind: type[C], build: Build[C], summary: str) -> int:
+    """Configured by the command line, serves until SIGINT or SIGTERM and returns the exit status:
+    1 if it could not run.
+    """
+    config = parse_flags(kind, sys.argv[1:], program=f"python -m {role}_service", summary=summary)
     set_up_logging(config.log_level)
     try:
-        asyncio.run(_Life(config, role, build).run())
+        asyncio.run(_live(config, role, build))
     except MintError as error:
         logger.error("%s cannot start: %s", role, error.message)
         return 1
@@ -76,59 +75,38 @@ def set_up_logging(level: str) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Life:
-    config: ServiceConfig
-    role: Role
-    build: Build
+async def _live(config: C, role: Role, build: Build[C]) -> None:
+    stopped = stop_signal()
+    check_folders(config)
+    keys = KeyRing(config.keys) if config.keys else None
+    metrics = Metrics()
+    server = RpcServer(config.address, keys=keys, metrics=metrics)
+    service = build(config, metrics, keys)
+    service.add_to(server)
+    metrics.watch_engine(service.engine)
+    try:
+        address, metrics_address = await _listen(config, server, metrics)
+        logger.info("%s starting address=%s base_model=%s", role, address, config.base_model)
+        if await first(service.start(), stopped):
+            if config.keys is None:
+                logger.info("no `keys`: loopback only, every caller is the tenant `default`")
+            logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
+            if config.ready_file:
+                addresses = {"address": address, "metrics_address": metrics_address}
+                write_whole(config.ready_file, json.dumps(addresses))
+            await first(_serve(service, server), stopped)
+    finally:
+        await server.stop(GRACE_S)
+        await service.stop()
+    logger.info("%s stopped", role)
 
-    async def run(self) -> None:
-        stopped = stop_signal()
-        check_folders(self.config)
-        keys = KeyRing(self.config.keys) if self.config.keys else None
-        metrics = Metrics()
-        server = RpcServer(
-            self.config.address,
-            role=self.role,
-            keys=keys,
-            max_message_bytes=MAX_MESSAGE_BYTES,
-            metrics=metrics,
-        )
-        service = self.build(metrics, keys)
-        service.add_to(server)
-        metrics.watch_engine(service.engine)
-        try:
-            addresses = await self._listen(server, metrics)
-            if await first(service.start(), stopped):
-                self._announce(addresses)
-                await first(_serve(service, server), stopped)
-        finally:
-            await server.stop(GRACE_S)
-            await service.stop()
-        logger.info("%s stopped", self.role)
 
-    async def _listen(self, server: RpcServer, metrics: Metrics) -> dict[str, str]:
-        """Takes the ports before the engine loads, so that a port in use is refused at once."""
-        address, metrics_address = self.config.address, self.config.metrics_address
-        if metrics_address:
-            metrics_address = _with_port(metrics_address, metrics.serve(metrics_address))
-        address = _with_port(address, await server.start())
-        logger.info(
-            "%s starting address=%s base_model=%s", self.role, address, self.config.base_model
-        )
-        return {"address": address, "metrics_address": metrics_address}
-
-    def _announce(self, addresses: dict[str, str]) -> None:
-        if self.config.keys is None:
-            logger.info("no `keys`: loopback only, every caller is the tenant `default`")
-        logger.info(
-            "%s listening on %s metrics=%s",
-            self.role,
-            addresses["address"],
-            addresses["metrics_address"],
-        )
-        if self.config.ready_file:
-            write_whole(self.config.ready_file, json.dumps(addresses))
+async def _listen(config: ServiceConfig, server: RpcServer, metrics: Metrics) -> tuple[str, str]:
+    """Takes the ports before the engine loads, so that a port in use is refused at once."""
+    metrics_address = config.metrics_address
+    if metrics_address:
+        metrics_address = _with_port(metrics_address, metrics.serve(metrics_address))
+    return _with_port(config.address, await server.start()), metrics_address
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -200,12 +178,9 @@ async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool
 
 async def _serve(service: Service, server: RpcServer) -> None:
     """Follows the engine's state. Raises if the service cannot go on."""
-    following = asyncio.create_task(_follow(service.engine, server))
-    try:
-        error = await service.tasks.failure()
-        raise TaskDied(str(error)) from error
-    finally:
-        following.cancel()
+    service.tasks.start(_follow(service.engine, server), "health")
+    error = await service.tasks.failure()
+    raise TaskDied(str(error)) from error
 
 
 async def _follow(engine: EngineProcess, server: RpcServer) -> None:

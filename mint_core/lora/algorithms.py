@@ -13,7 +13,6 @@ R: sum of all ranks. W: sum of the modules' columns.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -127,24 +126,6 @@ class Adapted:
         return scales[:, None].to(self.device)
 
 
-class Algorithm(Protocol):
-    """Applies the adapters to a group of modules."""
-
-    def forward(
-        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
-    ) -> tuple[Tensor, ...]:
-        """Adds to y of each module, [T, out]; returns what backward needs beside x [T, in]."""
-        ...
-
-    def backward(
-        self, tensors: "Gradients", saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
-    ) -> None:
-        """Adds to dx and to the gradients of rows that accumulate. `saved`: as forward returned
-        it.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Gradients:
     """What backward reads, and where it adds to."""
@@ -160,6 +141,7 @@ class Loop:
     def forward(
         self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
+        """Adds to y of each module, [T, out]; returns what backward needs beside x [T, in]."""
         outputs = [adapted.parts(part) for part in y]
         shrunk: list[Tensor] = []  # of each segment, of each module, x A^T [n, r]
         streams = zip(adapted.factors, adapted.weights(group), adapted.parts(x), strict=True)
@@ -174,6 +156,9 @@ class Loop:
     def backward(
         self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
+        """Adds to dx and to the gradients of rows that accumulate. `saved`: as forward returned
+        it.
+        """
         x, dys = adapted.parts(tensors.x), [adapted.parts(dy) for dy in tensors.dy]
         dx = None if tensors.dx is None else adapted.parts(tensors.dx)
         shrunk = iter(saved)
@@ -287,6 +272,7 @@ def _backward_alike(
     torch._foreach_add_(totals, added)
 
 
+Algorithm = Loop | Grouped  # applies the adapters to a group of modules
 LOOP, GROUPED = Loop(), Grouped()
 
 
@@ -323,16 +309,10 @@ def _stacked(adapted: Adapted, group: ModuleGroup) -> tuple[Tensor, Tensor]:
     adapted_stretches = (i for i, stretch in enumerate(adapted.stretches) if stretch.row)
     for i, own in zip(adapted_stretches, all_own, strict=True):
         a[i, : len(own.a)] = own.a
-        b[i, :, : len(own.a)] = _block_diagonal(own, group)
+        # All B as one matrix: it takes each module's ranks to that module's columns.
+        for columns, own_ranks, own_b in _blocks(own, group):
+            b[i, columns, own_ranks] = own_b
     return a, b
-
-
-def _block_diagonal(own: GroupMatrices, group: ModuleGroup) -> Tensor:  # [W, m r]
-    """All B as one matrix: it takes each module's ranks to that module's columns."""
-    b = own.a.new_zeros(group.width, len(own.a))
-    for columns, ranks, own_b in _blocks(own, group):
-        b[columns, ranks] = own_b
-    return b
 
 
 def _blocks(own: GroupMatrices, group: ModuleGroup) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -11,7 +11,7 @@ would have to be copied to grow, could not shrink, and would hold moments of run
 """
 
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mint_core.errors import InvalidRequest
 from mint_core.lora.groups import LinearShape, ModuleGroup
-from mint_core.lora.row_layout import Matrix, RowLayout
+from mint_core.lora.row_layout import Matrix, RowLayout, no_such_layer
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
 
@@ -53,11 +53,6 @@ class GroupMatrices:
     b_t: tuple[Tensor, ...]  # each [r, out]
 
 
-def _matrices(members: range, a: Tensor, b_t: tuple[Tensor, ...]) -> GroupMatrices:
-    ranks = [matrix.shape[-2] for matrix in b_t]
-    return GroupMatrices(members, ranks, a, a.mT, tuple(matrix.mT for matrix in b_t), b_t)
-
-
 class RankBank:
     """How the rows of one rank class are laid out."""
 
@@ -66,21 +61,18 @@ class RankBank:
     ) -> None:
         self.stored_rank = stored_rank
         self.parts = parts
-        self._shapes: dict[str, LinearShape] = {}
+        self.shapes: dict[str, LinearShape] = {}
         self._offsets: dict[str, tuple[int, int]] = {}  # of A and of B
         self.row_size = 0
         for group in groups:
-            self._place(group)
-
-    def _place(self, group: ModuleGroup) -> None:
-        at_a = self.row_size
-        at_b = at_a + self.stored_rank * group.in_features * len(group.modules)
-        for module, out_features in zip(group.modules, group.out_features, strict=True):
-            self._shapes[module] = LinearShape(group.in_features, out_features)
-            self._offsets[module] = at_a, at_b
-            at_a += self.stored_rank * group.in_features
-            at_b += self.stored_rank * out_features
-        self.row_size = at_b
+            at_a = self.row_size
+            at_b = at_a + stored_rank * group.in_features * len(group.modules)
+            for module, out_features in zip(group.modules, group.out_features, strict=True):
+                self.shapes[module] = LinearShape(group.in_features, out_features)
+                self._offsets[module] = at_a, at_b
+                at_a += stored_rank * group.in_features
+                at_b += stored_rank * out_features
+            self.row_size = at_b
 
     @property
     def part_bytes(self) -> int:
@@ -94,35 +86,28 @@ class RankBank:
     def group_matrices(self, row: Tensor, group: ModuleGroup, members: range) -> GroupMatrices:
         """Of neighbours in a group, as views of [params], or of several rows, [rows, params]."""
         modules = [group.modules[member] for member in members]
-        return _matrices(
-            members,
-            self._a(row, modules[0], len(modules)),
-            tuple(self._b_t(row, module) for module in modules),
-        )
+        a = self._a(row, modules[0], len(modules))
+        b_t = tuple(self._b_t(row, module) for module in modules)
+        b = tuple(matrix.mT for matrix in b_t)
+        return GroupMatrices(members, [self.stored_rank] * len(modules), a, a.mT, b, b_t)
 
     @cached_property
     def layout(self) -> RowLayout:
         """What `matrices` does, for those who have no bank."""
         row = torch.empty(self.row_size, device="meta")
-        places = {}
-        for module in self._shapes:
-            a, b = self.matrices(row, module)
-            places[module] = (_matrix(a), _matrix(b))
-        return RowLayout.of(self.row_size, places)
+        places = {module: self.matrices(row, module) for module in self.shapes}
+        return RowLayout.of(
+            self.row_size, {module: (_matrix(a), _matrix(b)) for module, (a, b) in places.items()}
+        )
 
     def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [..., count r, in]
-        width, start = self._shapes[first].in_features, self._offsets[first][0]
+        width, start = self.shapes[first].in_features, self._offsets[first][0]
         return _matrix_at(row, start, count * self.stored_rank, width)
 
     def _b_t(self, row: Tensor, module: str) -> Tensor:  # [..., r, out]
         # This way round: products with 8 columns of the inner side take CPUs about twice as long.
-        width, start = self._shapes[module].out_features, self._offsets[module][1]
+        width, start = self.shapes[module].out_features, self._offsets[module][1]
         return _matrix_at(row, start, self.stored_rank, width)
-
-    def parameter_count(self, rank: int, modules: Iterable[str]) -> int:
-        """How many numbers an adapter has, padding not counted."""
-        shapes = [self._shapes[module] for module in modules]
-        return rank * sum(shape.in_features + shape.out_features for shape in shapes)
 
 
 class AdapterRow:
@@ -134,7 +119,6 @@ class AdapterRow:
         self.modules = frozenset(spec.modules)
         self._device = device
         self._parts: dict[Part, Tensor] = {}
-        self._views: dict[tuple[Part, str], tuple[Tensor, Tensor]] = {}
         self._groups: dict[tuple[Part, str], GroupMatrices] = {}
         self._away = False
         self.version = 0  # changes when weights are loaded
@@ -152,13 +136,6 @@ class AdapterRow:
             self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
 
-    def views(self, part: Part, module: str) -> tuple[Tensor, Tensor]:
-        """A [stored rank, in] and B [out, stored rank]."""
-        key = (part, module)
-        if key not in self._views:
-            self._views[key] = self.bank.matrices(self.part(part), module)
-        return self._views[key]
-
     def trains(self, group: ModuleGroup) -> bool:
         """Whether the adapter has a module in the group."""
         return not self.modules.isdisjoint(group.modules)
@@ -175,13 +152,11 @@ class AdapterRow:
     def free(self, part: Part) -> None:
         """Makes a part zero by giving its memory back."""
         self._parts.pop(part, None)
-        self._views = {key: views for key, views in self._views.items() if key[0] is not part}
         self._groups = {key: views for key, views in self._groups.items() if key[0] is not part}
 
     def leave(self) -> None:
         """Gives all memory back; who calls this has copied what is needed of `held`."""
         self._parts.clear()
-        self._views.clear()
         self._groups.clear()
         self._away = True
 
@@ -202,19 +177,11 @@ class AdapterRow:
                 "unexpected",
                 tensor=odd,
             )
-        checked = [
-            (matrix, array)
-            for module in self.modules
-            for matrix, array in zip(
-                self._trim(*self.views(part, module)), _pair(arrays, module), strict=True
-            )
-        ]
-        for matrix, array in checked:
-            _check(matrix, array)
+        row = self.bank.layout.row(self.spec, arrays)
+        if not np.isfinite(row).all():
+            raise InvalidRequest("an adapter tensor holds NaN or Inf; adapters must be finite")
         self.version += 1
-        self.part(part).zero_()
-        for matrix, array in checked:
-            matrix.copy_(torch.from_numpy(np.array(array, dtype=np.float32)))
+        self.part(part).copy_(torch.from_numpy(row))
 
     def export(self, part: Part) -> dict[str, np.ndarray]:
         """Copies a part, padding removed, under PEFT's names."""
@@ -222,20 +189,13 @@ class AdapterRow:
         vector = self._parts.get(part)
         if vector is None:
             vector = torch.zeros(self.bank.row_size)
-        arrays = {}
-        for module in sorted(self.modules):
-            a, b = self._trim(*self.bank.matrices(vector, module))
-            arrays[lora_a_name(module)] = a.to("cpu", copy=True).contiguous().numpy()
-            arrays[lora_b_name(module)] = b.to("cpu", copy=True).contiguous().numpy()
-        return arrays
+        matrices = self.bank.layout.matrices(vector.numpy(force=True), self.spec)
+        return {name: matrix.copy() for name, matrix in matrices.items()}
 
     def parameter_count(self) -> int:
         """How many numbers the adapter has, padding not counted."""
-        return self.bank.parameter_count(self.spec.rank, self.modules)
-
-    def _trim(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B without padding."""
-        return a[: self.spec.rank], b[:, : self.spec.rank]
+        shapes = [self.bank.shapes[module] for module in self.modules]
+        return self.spec.rank * sum(shape.in_features + shape.out_features for shape in shapes)
 
 
 class AdapterBank:
@@ -245,7 +205,6 @@ class AdapterBank:
         self, groups: Sequence[ModuleGroup], parts: tuple[Part, ...], device: torch.device
     ) -> None:
         self._groups = groups
-        self._modules = {module for group in groups for module in group.modules}
         self._parts = parts
         self._device = device
         self._classes: dict[int, RankBank] = {}
@@ -259,18 +218,10 @@ class AdapterBank:
 
     def add(self, spec: AdapterSpec) -> AdapterRow:
         """A row for an adapter, zero in every part."""
-        unknown = sorted(set(spec.modules) - self._modules)
-        if unknown:
-            raise InvalidRequest(
-                f"the base model has no linear layer `{unknown[0]}`; the adapter belongs to "
-                "another model",
-                module=unknown[0],
-            )
-        return AdapterRow(spec, self.rank_class(spec.rank), self._device)
-
-    def remove(self, row: AdapterRow) -> None:
-        """Gives the row's memory back."""
-        row.leave()
+        bank = self.rank_class(spec.rank)
+        if unknown := sorted(set(spec.modules) - bank.shapes.keys()):
+            raise no_such_layer(unknown[0])
+        return AdapterRow(spec, bank, self._device)
 
 
 def _matrix_at(row: Tensor, start: int, rows: int, columns: int) -> Tensor:
@@ -291,17 +242,3 @@ def _matrix(view: Tensor) -> Matrix:
     """Where a matrix lies in the row of which it is a view."""
     rows, columns = view.shape
     return Matrix(int(view.storage_offset()), (rows, columns), (view.stride(0), view.stride(1)))
-
-
-def _pair(arrays: AdapterArrays, module: str) -> tuple[np.ndarray, np.ndarray]:
-    return arrays[lora_a_name(module)], arrays[lora_b_name(module)]
-
-
-def _check(matrix: Tensor, array: np.ndarray) -> None:
-    if tuple(matrix.shape) != array.shape:
-        raise InvalidRequest(
-            f"an adapter tensor has shape {list(array.shape)} but its layer needs "
-            f"{list(matrix.shape)}"
-        )
-    if not np.isfinite(array).all():
-        raise InvalidRequest("an adapter tensor holds NaN or Inf; adapters must be finite")

@@ -20,29 +20,24 @@ _FREE = -2  # owner of the columns that hold no adapter
 LEAST_COLUMNS, MOST_COLUMNS = 64, 512  # of a pass with adapters
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """The adapters of a group of modules, of all of the bank's columns."""
+    """The adapters of a group of modules, of all of the bank's columns: at first none."""
 
-    a: Tensor  # [modules, size, in]
-    b: Tensor  # [size * width], of each module [size, out]
-    parts: tuple[Tensor, ...]  # of b, each [size, out]
-    tiles: Tensor | None  # for the kernels; None where they do not run
-
-    @classmethod
-    def zero(
-        cls, group: ModuleGroup, size: int, device: torch.device, dtype: torch.dtype
-    ) -> "Columns":
-        """Without any adapter."""
-        a = torch.zeros(len(group.modules), size, group.in_features, device=device, dtype=dtype)
-        b = torch.zeros(size * group.width, device=device, dtype=dtype)
-        parts = b.split([size * width for width in group.out_features])
-        tiles = None
+    def __init__(
+        self, group: ModuleGroup, size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        modules = len(group.modules)
+        # [modules, size, in]
+        self.a = torch.zeros(modules, size, group.in_features, device=device, dtype=dtype)
+        # [size * width], of each module [size, out]
+        self.b = torch.zeros(size * group.width, device=device, dtype=dtype)
+        parts = self.b.split([size * width for width in group.out_features])
+        self.parts = [part.view(size, -1) for part in parts]  # of b, each [size, out]
+        self.tiles: Tensor | None = None  # for the kernels; None where they do not run
         if device.type == "cuda":
             from mint_core.lora.column_kernels import output_tiles  # Triton is not everywhere
 
-            tiles = output_tiles(group.out_features, device)
-        return cls(a, b, tuple(part.view(size, -1) for part in parts), tiles)
+            self.tiles = output_tiles(group.out_features, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +88,7 @@ class ColumnBank:
     ) -> None:
         self._groups = groups
         self._size = size
-        self._columns = {g.modules[0]: Columns.zero(g, size, device, dtype) for g in groups}
+        self._columns = {g.modules[0]: Columns(g, size, device, dtype) for g in groups}
         self._owners = torch.full((size,), _FREE, device=device)
         self._scales = torch.zeros(size, device=device)
         self._dtype = dtype

@@ -1,9 +1,9 @@
 """Which linear layers read the same tensor and so are computed together, such as q, k and v."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,10 @@ class ModuleGroup:
 
 
 def complete(
-    shapes: Mapping[str, LinearShape], together: Iterable[tuple[str, ...]] = ()
+    shapes: Mapping[str, LinearShape], runs: Iterable[tuple[str, ...]] = ()
 ) -> tuple[ModuleGroup, ...]:
-    """Every linear layer in one group: those named together, the others alone."""
-    named = {modules[0]: modules for modules in together}
+    """Every linear layer in one group: those of a run together, the others alone."""
+    named = {modules[0]: modules for modules in runs}
     others = {module for modules in named.values() for module in modules[1:]}
     return tuple(
         ModuleGroup(
@@ -61,56 +61,38 @@ class _Call:
     """Of a linear layer. Holds its tensors, so that no other gets their identity."""
 
     module: str
+    key: tuple[object, ...]  # what a layer must share with another to be computed with it
     input: Tensor
-    input_version: int
     output: Tensor
     output_version: int
-    kind: tuple[object, ...]  # what a layer must share with another to be computed with it
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        parent = self.module.rpartition(".")[0]
-        return parent, id(self.input), self.input_version, self.kind
 
 
-@dataclass(frozen=True, slots=True)
-class Reads:
-    """What the linear layers of a model read in a pass."""
-
-    calls: list[_Call] = field(default_factory=list)
-
-    def together(self) -> list[tuple[str, ...]]:
-        """Siblings called one after the other with the same tensor, each once in the pass. A layer
-        whose output the model then changes in place stays alone: parts of one tensor must not be.
-        """
-        names = [call.module for call in self.calls]
-        fit = [
-            call
-            for call in self.calls
-            if names.count(call.module) == 1 and call.output._version == call.output_version
-        ]
-        runs = [[c.module for c in run] for _, run in itertools.groupby(fit, lambda c: c.key)]
-        return [tuple(run) for run in runs if len(run) > 1]
+def read_together(calls: Sequence[_Call]) -> list[tuple[str, ...]]:
+    """Siblings called one after the other with the same tensor, each once in the pass. A layer
+    whose output the model then changes in place stays alone: parts of one tensor must not be.
+    """
+    names = [call.module for call in calls]
+    fit = [
+        call
+        for call in calls
+        if names.count(call.module) == 1 and call.output._version == call.output_version
+    ]
+    runs = [[c.module for c in run] for _, run in itertools.groupby(fit, lambda c: c.key)]
+    return [tuple(run) for run in runs if len(run) > 1]
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[Reads]:
+def watching(model: nn.Module) -> Iterator[list[_Call]]:
     """Notes the calls of every nn.Linear meanwhile."""
-    reads = Reads()
+    calls: list[_Call] = []
 
     def note(name: str, module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight = module.weight
-        kind = (weight.dtype, weight.device, module.bias is None)
-        x = inputs[0]
-        reads.calls.append(_Call(name, x, x._version, output, output._version, kind))
+        parent, x, weight = name.rpartition(".")[0], inputs[0], module.weight
+        key = parent, id(x), x._version, weight.dtype, weight.device, module.bias is None
+        calls.append(_Call(name, key, x, output, output._version))
 
-    hooks = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield reads
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        yield calls

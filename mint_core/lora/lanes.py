@@ -10,7 +10,6 @@ T: rows of the stream. n: of a segment. S: slots of a lane. r: stored rank. m: m
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +19,6 @@ from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, one_by_one, products, scale
 
 MOST_BYTES = 256 * 1024**2  # of the hot rows of one rank class
-
-
-class RowProducts(Protocol):
-    """Applies adapters to some rows of the stream."""
-
-    def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """Adds to y of each module, [T, out], what the adapters make of x [T, in]."""
-        ...
 
 
 class OneAdapter:
@@ -40,7 +31,7 @@ class OneAdapter:
         self._rows = None if segment.stop - segment.start == tokens else segment.rows
 
     def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """See RowProducts."""
+        """Adds to y of each module, [T, out], what the adapter makes of x [T, in]."""
         if not self._row.trains(group):
             return
         own, rows = self._row.group(Part.WEIGHTS, group), self._rows
@@ -64,7 +55,7 @@ class Lane:
     in_order: bool  # slot i has row i of the stream, for all rows
 
     def add(self, x: Tensor, y: Sequence[Tensor], group: ModuleGroup) -> None:
-        """See RowProducts."""
+        """See OneAdapter."""
         if not self.hot.trains(group, self.slots):
             return
         own = self.hot.group(group)
@@ -76,6 +67,9 @@ class Lane:
                 output.add_(added)
             else:
                 output.index_add_(0, self.targets, added.index_select(0, self.own))
+
+
+RowProducts = OneAdapter | Lane  # applies adapters to some rows of the stream
 
 
 class HotRows:
@@ -125,20 +119,22 @@ class Lanes:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._by_rank: dict[int, HotRows] = {}
+        self._hot: dict[RankBank, HotRows] = {}
 
     def of(self, segments: Sequence[Segment]) -> list[RowProducts]:
         """The products of a pass over a stream of these segments: for those that are rowwise and
         adapted, no two by the same adapter.
         """
         tokens = segments[-1].stop if segments else 0
-        by_rank: dict[int, list[Segment]] = {}
+        by_bank: dict[RankBank, list[Segment]] = {}
         for segment in segments:
             if segment.rowwise and segment.row is not None:
-                by_rank.setdefault(segment.row.bank.stored_rank, []).append(segment)
+                by_bank.setdefault(segment.row.bank, []).append(segment)
         products: list[RowProducts] = []
-        for rank, group in by_rank.items():
-            hot = self._hot(rank, group)
+        for bank, group in by_bank.items():
+            if bank not in self._hot:
+                self._hot[bank] = HotRows(bank, self._most_bytes)
+            hot = self._hot[bank]
             count = _lanes_for([s.stop - s.start for s in group]) if len(group) <= hot.size else 0
             if count:
                 products += _lanes(hot, group, count, tokens)
@@ -147,13 +143,6 @@ class Lanes:
                 if left.row is not None and left.start < left.stop:
                     products.append(OneAdapter(left, left.row, tokens))
         return products
-
-    def _hot(self, rank: int, group: Sequence[Segment]) -> HotRows:
-        row = group[0].row
-        assert row is not None
-        if rank not in self._by_rank:
-            self._by_rank[rank] = HotRows(row.bank, self._most_bytes)
-        return self._by_rank[rank]
 
 
 def _lanes_for(rows: Sequence[int]) -> int:

@@ -12,29 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mint_core.lora.algorithms import Adapted, Algorithm, Gradients, choose
+from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.lanes import Lanes, RowProducts
 from mint_core.lora.packed import PackedLinear
-from mint_core.lora.segments import (
-    MIN_ROWS,
-    Segment,
-    adapter_backward,
-    adapter_forward,
-)
-
-__all__ = [
-    "MIN_ROWS",
-    "LinearGroup",
-    "LoraContext",
-    "LoraLinearFunction",
-    "MultiLoraLinear",
-    "Segment",
-    "adapter_backward",
-    "adapter_forward",
-    "install",
-]
+from mint_core.lora.segments import MIN_ROWS as MIN_ROWS
+from mint_core.lora.segments import Segment as Segment
 
 
 class LoraContext:
@@ -182,10 +166,9 @@ class LinearGroup:
                 for product in self._context.products:
                     product.add(flat, layers, self.group)
             return outputs
-        chosen = choose(adapted) if adapted else None
         trained = self._trained if adapted and adapted.accumulates else None
         results: tuple[Tensor, ...] = LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, self, (adapted, chosen), cut, trained
+            flat, self, adapted, cut, trained
         )
         return results
 
@@ -244,22 +227,21 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         linears: LinearGroup,
-        applied: tuple[Adapted | None, Algorithm | None],
+        adapted: Adapted | None,
         cut: Cut,
         trained: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs = linears.base(x, cut)
-        adapted, algorithm = applied
-        if adapted is not None and algorithm is not None:
-            saved = algorithm.forward(x, cut.layers(outputs), adapted, linears.group)
+        if adapted is not None:
+            saved = choose(adapted).forward(x, cut.layers(outputs), adapted, linears.group)
             ctx.save_for_backward(x, *saved)
-        ctx.linears, ctx.applied, ctx.cut = linears, applied, cut
+        ctx.linears, ctx.adapted, ctx.cut = linears, adapted, cut
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         linears: LinearGroup = ctx.linears
-        adapted, algorithm = ctx.applied
+        adapted: Adapted | None = ctx.adapted
         dys = [gradient.contiguous() for gradient in gradients]
         dx = None
         if ctx.needs_input_grad[0]:
@@ -270,7 +252,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if adapted is not None:
             x, *saved = ctx.saved_tensors
             tensors = Gradients(x, ctx.cut.layers(dys), dx)
-            algorithm.backward(tensors, saved, adapted, linears.group)
+            choose(adapted).backward(tensors, saved, adapted, linears.group)
         return dx, None, None, None, None
 
 

@@ -57,11 +57,7 @@ class RowLayout:
         named = {}
         for module in spec.modules:
             if module not in places:
-                raise InvalidRequest(
-                    f"the base model has no linear layer `{module}`; the adapter belongs to "
-                    "another model",
-                    module=module,
-                )
+                raise no_such_layer(module)
             a, b = (matrix.of(row) for matrix in places[module])
             named[lora_a_name(module)] = a[: spec.rank]
             named[lora_b_name(module)] = b[:, : spec.rank]
@@ -86,6 +82,13 @@ class RowLayout:
         content = json.loads(self.encoded)
         size: int = content["size"]
         return size, {n: (_matrix(*a), _matrix(*b)) for n, (a, b) in content["modules"].items()}
+
+
+def no_such_layer(module: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the base model has no linear layer `{module}`; the adapter belongs to another model",
+        module=module,
+    )
 
 
 def _matrix(offset: int, rows: int, columns: int, row: int, column: int) -> Matrix:

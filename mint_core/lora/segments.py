@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.groups import ModuleGroup
 
 MIN_ROWS = 4  # a matmul with fewer rows takes another kernel, whose last bits differ
 
@@ -31,11 +32,13 @@ class Segment:
         return slice(self.start, self.stop)
 
 
-def adapter_weights(segment: Segment, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in the type that the base computes in."""
+def adapter_weights(
+    segment: Segment, group: ModuleGroup, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of a group of one module, in the type that the base computes in."""
     assert segment.row is not None
-    a, b = segment.row.views(Part.WEIGHTS, module)
-    return (a, b) if a.dtype == dtype else (a.to(dtype), b.to(dtype))
+    own = segment.row.group(Part.WEIGHTS, group)
+    return own.a.to(dtype), own.b[0].to(dtype)
 
 
 def scale(segment: Segment) -> float:
@@ -45,12 +48,12 @@ def scale(segment: Segment) -> float:
 
 def adapter_forward(
     segment: Segment,
-    module: str,
+    group: ModuleGroup,  # of one module
     x: Tensor,  # [n, in]
     y: Tensor,  # [n, out], added to
 ) -> Tensor:  # [n, r], x A^T
     """Adds what the adapter makes of a segment's rows."""
-    a, b = adapter_weights(segment, module, x.dtype)
+    a, b = adapter_weights(segment, group, x.dtype)
     if segment.rowwise:
         h = one_by_one(x, a.t())
         y.add_(one_by_one(h * scale(segment), b.t()))
@@ -62,20 +65,20 @@ def adapter_forward(
 
 def adapter_backward(
     segment: Segment,
-    module: str,
+    group: ModuleGroup,  # of one module
     x: Tensor,  # [n, in]
     h: Tensor,  # [n, r], x A^T
     dy: Tensor,  # [n, out]
 ) -> Tensor:  # [n, in]
     """The adapter's share of dx; adds dA and dB to the gradient if the segment accumulates."""
     assert segment.row is not None
-    a, b = adapter_weights(segment, module, x.dtype)
+    a, b = adapter_weights(segment, group, x.dtype)
     factor = scale(segment)
     dh = dy @ b  # [n, r], but for the factor
     if segment.accumulate:
-        grad_a, grad_b = segment.row.views(Part.GRADIENT, module)
-        add_product(grad_a, dh.t(), x, factor)
-        add_product(grad_b, dy.t(), h, factor)
+        gradient = segment.row.group(Part.GRADIENT, group)
+        add_product(gradient.a, dh.t(), x, factor)
+        add_product(gradient.b[0], dy.t(), h, factor)
     return (dh @ a).mul_(factor)
 
 

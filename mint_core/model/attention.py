@@ -5,7 +5,8 @@ on to every layer.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -61,7 +62,7 @@ class PackedAttention:
         stacks = (
             query.device.type == "cpu" and scores.softcap is None and key.shape[2] == value.shape[2]
         )
-        runs = self._runs_within(scores.sliding_window) if stacks else self._alone
+        runs = self._runs_within(scores.sliding_window if stacks else 0)
         if len(runs) == 1:
             return runs[0].attend(query, key, value, scores)
         # One split each, since the gradient of a slice is a tensor as large as the stream.
@@ -74,78 +75,56 @@ class PackedAttention:
         return torch.cat(outputs, dim=1)
 
     def _runs_within(self, window: int | None) -> list["_Run"]:
-        """Neighbours that a window leaves whole together, others alone."""
-        if window not in self._runs:
-            runs = []
-            documents = itertools.pairwise(self._bounds)
-            for whole, same in itertools.groupby(
-                documents, lambda d: window is None or d[1] - d[0] <= window
-            ):
-                group = list(same)
-                if whole:
-                    bounds = [group[0][0], *(stop for _, stop in group)]
-                    runs.append(_Run([bound - bounds[0] for bound in bounds], stacks=True))
-                else:
-                    runs += [_Run([0, stop - start]) for start, stop in group]
-            self._runs[window] = runs
-        return self._runs[window]
+        """Neighbours that a window leaves whole together, others alone: all in one of 0."""
 
-    @cached_property
-    def _alone(self) -> list["_Run"]:
-        return [_Run([0, stop - start]) for start, stop in itertools.pairwise(self._bounds)]
+        def fits(tokens: int) -> bool:
+            return window is None or tokens <= window
+
+        if window not in self._runs:
+            runs = self._runs[window] = []
+            for group in group_documents(self._bounds, fits):
+                bounds = [bound - group[0] for bound in group]
+                attend = Stacks(bounds).attend if fits(bounds[1]) else causal_attention
+                runs.append(_Run(bounds[-1], attend))
+        return self._runs[window]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, group: tuple[int, ...], scores: Scores
     ) -> Tensor:
-        parts = _cut(query, key, value, group)
+        rows = slice(group[0], group[-1])
+        query, key, value = query[:, rows], key[:, rows], value[:, rows]
         longest = max(stop - start for start, stop in itertools.pairwise(group))
         windowed = scores.sliding_window is not None and scores.sliding_window < longest
         if longest >= LONG_DOCUMENT_TOKENS and not windowed:
-            return long_causal_attention(*parts, scores)
+            return long_causal_attention(query, key, value, scores)
         if group not in self._on_device:
             bounds = [bound - group[0] for bound in group]
             self._on_device[group] = torch.tensor(bounds, dtype=torch.int32, device=query.device)
-        return varlen_attention(*parts, self._on_device[group], longest, scores)
+        return varlen_attention(query, key, value, self._on_device[group], longest, scores)
 
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
-        return group_documents(self._bounds, LONG_DOCUMENT_TOKENS)
+        return group_documents(self._bounds, lambda tokens: tokens < LONG_DOCUMENT_TOKENS)
 
 
+@dataclass(frozen=True, slots=True)
 class _Run:
     """Neighbouring documents: a single one, or several in stacks."""
 
-    def __init__(self, bounds: list[int], *, stacks: bool = False) -> None:
-        self.tokens = bounds[-1]
-        self._stacks = Stacks(bounds) if stacks else None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if self._stacks is None:
-            return causal_attention(query, key, value, scores)
-        return self._stacks.attend(query, key, value, scores.scaling)
+    tokens: int
+    attend: Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 
 
-def _cut(
-    query: Tensor, key: Tensor, value: Tensor, group: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = slice(group[0], group[-1])
-    return query[:, rows], key[:, rows], value[:, rows]
-
-
-def group_documents(bounds: Sequence[int], long_tokens: int) -> list[tuple[int, ...]]:
-    """The bounds of documents to compute in one call: each long one alone, and runs of shorter
-    ones.
+def group_documents(bounds: Sequence[int], fits: Callable[[int], bool]) -> list[tuple[int, ...]]:
+    """The bounds of documents to compute in one call: runs of those whose lengths fit, and each
+    other one alone.
     """
-    groups: list[list[int]] = []
-    grow = False
-    for start, stop in itertools.pairwise(bounds):
-        short = stop - start < long_tokens
-        if short and grow:
-            groups[-1].append(stop)
-        else:
-            groups.append([start, stop])
-        grow = short
-    return [tuple(group) for group in groups]
+    groups: list[tuple[int, ...]] = []
+    documents = itertools.pairwise(bounds)
+    for fit, same in itertools.groupby(documents, lambda d: fits(d[1] - d[0])):
+        run = list(same)
+        groups += [(run[0][0], *(stop for _, stop in run))] if fit else run
+    return groups
 
 
 def _attend(

@@ -1,8 +1,9 @@
 """Causal attention of one sequence, or of several short ones at once on an accelerator."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,15 +50,11 @@ def causal_attention(
         key, value = key[:, -window:], value[:, -window:]
     if scores.softcap is None and (queries == 1 or (queries == keys and not window)):
         return _fused(query, key, value, None, scores)
-    outputs = []
-    for block in _blocks(query, key, value, scores, window):
-        if torch.is_grad_enabled():
-            outputs.append(
-                checkpoint(_block, *block, scores, use_reentrant=False, preserve_rng_state=False)
-            )
-        else:
-            outputs.append(_block(*block, scores))
-    return torch.cat(outputs, dim=1)
+    compute: Callable[..., Tensor] = _block
+    if torch.is_grad_enabled():
+        compute = partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=False)
+    blocks = _blocks(query, key, value, scores, window)
+    return torch.cat([compute(*block, scores) for block in blocks], dim=1)
 
 
 def _blocks(

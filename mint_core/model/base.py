@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.bank import AdapterBank, Part
 from mint_core.lora.groups import LinearShape, ModuleGroup
-from mint_core.lora.layers import MIN_ROWS, LoraContext, Segment
+from mint_core.lora.layers import LoraContext
+from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
 from mint_core.model.recompute import Recomputation

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mint_core.lora.layers import (
-    MIN_ROWS,
-    MultiLoraLinear,
-    Segment,
-    adapter_backward,
-    adapter_forward,
-)
+from mint_core.lora.layers import MultiLoraLinear
+from mint_core.lora.segments import MIN_ROWS, Segment, adapter_backward, adapter_forward
 from mint_core.model.softmax import KernelSoftmax, PlainSoftmax, Softmax
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
@@ -76,8 +71,10 @@ class Head:
 
     def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
+        self._group = linear.together.group
         self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
         self._kernels = linear.weight.device.type == "cuda" and softcap is None
+        self._softmax = KernelSoftmax if self._kernels else PlainSoftmax
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
         self.chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
 
@@ -154,15 +151,13 @@ class Head:
         x = hidden[torch.cat([cut.rows for cut in chunk])]
         z, shrunk = self._expand(x, chunk)
         z = z if self._kernels else self._capped(z)
-        wanted = torch.cat([_filled(targets[cut.number][cut.place], cut) for cut in chunk])
+        own = [_filled(targets[cut.number][cut.place], len(cut.rows)) for cut in chunk]
+        wanted = torch.cat(own)
         bend = None if self._softcap is None else 1 - (z / self._softcap).square()
         at_target = z.gather(1, _wide(wanted))
         softmax = self._softmax(z)
         logprobs = softmax.logprobs(at_target).view(wanted.shape)
         return _Scored(x, shrunk, softmax, wanted, logprobs, bend)
-
-    def _softmax(self, z: Tensor) -> Softmax:
-        return KernelSoftmax(z) if self._kernels else PlainSoftmax(z)
 
     def _reduce(
         self,
@@ -193,9 +188,7 @@ class Head:
             streams.append(cut.rows if places is None else cut.rows[places])
             if h is not None and len(slopes):
                 own_h = h if places is None else h[places]
-                dx[part].add_(
-                    adapter_backward(cut.segment, self._linear.name, x[part], own_h, dz[part])
-                )
+                dx[part].add_(adapter_backward(cut.segment, self._group, x[part], own_h, dz[part]))
         gradient.index_add_(0, torch.cat(streams), dx)
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
@@ -205,8 +198,8 @@ class Head:
         shrunk: list[Tensor | None] = []
         for cut in chunk:
             h = None
-            if cut.segment.row is not None and self._linear.name in cut.segment.row.modules:
-                h = adapter_forward(cut.segment, self._linear.name, x[cut.part], z[cut.part])
+            if cut.segment.row is not None and cut.segment.row.trains(self._group):
+                h = adapter_forward(cut.segment, self._group, x[cut.part], z[cut.part])
             shrunk.append(h)
         return z, shrunk
 
@@ -224,7 +217,8 @@ class Head:
                 place = slice(start, min(start + self.chunk_rows, len(piece.rows)))
                 filled = chunk[-1].part.stop if chunk else 0
                 full = filled + place.stop - start > self.chunk_rows
-                if chunk and (full or _width(targets, number) != _width(targets, chunk[-1].number)):
+                width = targets[number].shape[1:]
+                if chunk and (full or width != targets[chunk[-1].number].shape[1:]):
                     yield chunk
                     chunk = []
                 _append(chunk, number, piece, place)
@@ -234,9 +228,8 @@ class Head:
 
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:
     rows = piece.rows[place]
-    missing = MIN_ROWS - len(rows)
-    if missing > 0 and not piece.segment.rowwise:
-        rows = torch.cat([rows, rows[:1].expand(missing)])
+    if not piece.segment.rowwise:
+        rows = _filled(rows, MIN_ROWS)
     start = chunk[-1].part.stop if chunk else 0
     chunk.append(_Cut(number, place, piece.segment, rows, slice(start, start + len(rows))))
 
@@ -245,15 +238,12 @@ def _wide(values: Tensor) -> Tensor:  # [n] or [n, k] -> [n, 1] or [n, k]
     return values[:, None] if values.dim() == 1 else values
 
 
-def _width(targets: Sequence[Tensor], number: int) -> tuple[int, ...]:
-    return tuple(targets[number].shape[1:])
-
-
-def _filled(targets: Tensor, cut: _Cut) -> Tensor:  # [n, ...] -> [n, at least MIN_ROWS, ...]
-    missing = len(cut.rows) - len(targets)
-    if not missing:
-        return targets
-    return torch.cat([targets, targets[:1].expand(missing, *targets.shape[1:])])
+def _filled(values: Tensor, rows: int) -> Tensor:  # [n, ...] -> [at least `rows`, ...]
+    """With the first repeated."""
+    missing = rows - len(values)
+    if missing <= 0:
+        return values
+    return torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
 
 
 def _all_steep(slopes: Sequence[Tensor], chunk: Sequence[_Cut]) -> bool:
@@ -271,7 +261,7 @@ def _steep_places(slope: Tensor) -> tuple[Tensor, Tensor]:  # [n] -> [m], [m]; [
     found = len(places)
     if not 0 < found < MIN_ROWS:
         return places, slope[places]
-    places = torch.cat([places, places[:1].expand(MIN_ROWS - found)])
+    places = _filled(places, MIN_ROWS)
     upstream: Tensor = slope[places]
     upstream[found:] = 0.0
     return places, upstream

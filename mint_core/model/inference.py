@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
 from mint_core.lora.lanes import Lanes
-from mint_core.lora.layers import MIN_ROWS, LinearGroup, Segment
+from mint_core.lora.layers import LinearGroup
 from mint_core.lora.packed import PackedLinear, available
+from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.attention import PackedAttention
 from mint_core.model.base import LoadedBase

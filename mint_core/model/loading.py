@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.groups import LinearShape, complete, watching
-from mint_core.lora.layers import LoraContext, MultiLoraLinear, Segment, install
+from mint_core.lora.groups import LinearShape, complete, read_together, watching
+from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
+from mint_core.lora.segments import Segment
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model.architecture import (
     check_architecture,
@@ -86,9 +87,9 @@ def load_base(
     shapes = linear_shapes(model)
     _check_shapes(base_model, shapes)
     check_architecture(model)
-    with refusing(model), watching(model) as reads:
+    with refusing(model), watching(model) as calls:
         expected = _own_logits(model)
-    groups = complete(shapes, reads.together())
+    groups = complete(shapes, read_together(calls))
     fingerprint = _fingerprint(model)
     context = LoraContext()
     linears = install(model, context, groups)
@@ -256,17 +257,13 @@ def _fingerprint(model: nn.Module) -> str:
         "rms_norm_eps",
     ):
         digest.update(f"{key}={getattr(model.config, key, None)};".encode())
-    for name, sample in _samples(model):
-        digest.update(name.encode())
-        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         values = parameter.detach().reshape(-1)
         stride = max(1, values.numel() // SAMPLED_VALUES)
-        yield f"{name}:{list(parameter.shape)}", values[::stride].to(torch.bfloat16)
+        sample = values[::stride].to(torch.bfloat16)
+        digest.update(f"{name}:{list(parameter.shape)}".encode())
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _probe(model: nn.Module) -> Tensor:  # [tokens]

@@ -20,6 +20,11 @@ class Recomputation:
     layers: int  # 0: the model has none that can be recomputed
     on: bool = False
 
+    def run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.on and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return layer(*args, **kwargs)
+
 
 def install_recomputation(model: nn.Module) -> Recomputation:
     """Wraps the model's decoder layers."""
@@ -28,13 +33,5 @@ def install_recomputation(model: nn.Module) -> Recomputation:
     ]
     recomputation = Recomputation(len(layers))
     for layer in layers:
-        layer.forward = partial(_forward, recomputation, layer.forward)
+        layer.forward = partial(recomputation.run, layer.forward)
     return recomputation
-
-
-def _forward(
-    recomputation: Recomputation, inner: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    if recomputation.on and torch.is_grad_enabled():
-        return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return inner(*args, **kwargs)

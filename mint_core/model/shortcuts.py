@@ -9,8 +9,9 @@ T: rows of the stream. h: heads. s: head size.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,8 +95,7 @@ class Rotation:
     """Turns heads by rotary embeddings, which all layers of a pass share."""
 
     def __init__(self) -> None:
-        # The last two, each with what it was made of: some models have two kinds of layers.
-        self._turns: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self._turn = lru_cache(maxsize=2)(turn)  # some models have two kinds of layers
 
     def __call__(
         self, heads: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None
@@ -114,41 +114,33 @@ class Rotation:
             return result
         return _turned(heads, *turn)
 
-    def _turn(self, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-        """Both [T, 1, s], the sines of the first half negative."""
-        for source, turn in self._turns:
-            if source is cosines:
-                return turn
-        half = cosines.shape[-1] // 2
-        signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], dim=-1)
-        turn = cosines[0, :, None], signed[:, None]
-        self._turns = [*self._turns[-1:], (cosines, turn)]
-        return turn
+
+def turn(cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [1, T, s] -> [T, 1, s], the sines of the first half negative."""
+    half = cosines.shape[-1] // 2
+    signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], dim=-1)
+    return cosines[0, :, None], signed[:, None]
 
 
 class _RotationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        if heads.is_cuda:
-            from mint_core.model.head_kernels import turned
-
-            return turned(heads, cosines, sines)
         return _turned(heads, cosines, sines)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cosines, sines = ctx.saved_tensors
-        (dy,) = gradients
-        if dy.is_cuda:
-            from mint_core.model.head_kernels import turned
-
-            return turned(dy, cosines, sines, back=True), None, None
-        return (dy * cosines).add_(_swapped(dy * sines)), None, None
+        return _turned(gradients[0], *ctx.saved_tensors, back=True), None, None
 
 
-def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    return (heads * cosines).add_(_swapped(heads).mul_(sines))
+def _turned(heads: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> Tensor:
+    """Heads; or, from a gradient, that of what was turned."""
+    if heads.is_cuda:
+        from mint_core.model.head_kernels import turned  # Triton is not everywhere
+
+        return turned(heads, cosines, sines, back=back)
+    swapped = _swapped(heads * sines) if back else _swapped(heads).mul_(sines)
+    return (heads * cosines).add_(swapped)
 
 
 def _swapped(heads: Tensor) -> Tensor:
@@ -210,23 +202,21 @@ class Layer:
 
         self._attention, self._mlp = form("self_attn"), form("mlp")
         self._attention_norm = form("input_layernorm")
-        after = form("post_attention_layernorm")
-        self._after: tuple[Form, Form] | None = None
+        self._mlp_norm = form("post_attention_layernorm")
+        self._after_attention = self._after_mlp = _unchanged
         if hasattr(module, "pre_feedforward_layernorm"):
+            self._after_attention = self._mlp_norm
             self._mlp_norm = form("pre_feedforward_layernorm")
-            self._after = after, form("post_feedforward_layernorm")
-        else:
-            self._mlp_norm = after
+            self._after_mlp = form("post_feedforward_layernorm")
 
     def __call__(self, hidden_states: Tensor, **options: Any) -> Tensor:  # [1, T, d]
         attended, _ = self._attention(hidden_states=self._attention_norm(hidden_states), **options)
-        if self._after is not None:
-            attended = self._after[0](attended)
-        middle = hidden_states + attended
-        computed = self._mlp(self._mlp_norm(middle))
-        if self._after is not None:
-            computed = self._after[1](computed)
-        return middle + computed  # type: ignore[no-any-return]
+        middle = hidden_states + self._after_attention(attended)
+        return middle + self._after_mlp(self._mlp(self._mlp_norm(middle)))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _group_of(module: Any, *names: str) -> LinearGroup:
@@ -255,16 +245,11 @@ def watching_modules(model: nn.Module) -> Iterator[list[_Call]]:
     def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         calls.append(_Call(module, arguments, options))
 
-    hooks = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, MultiLoraLinear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, MultiLoraLinear):
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

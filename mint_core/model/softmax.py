@@ -3,37 +3,25 @@
 n: rows. V: vocabulary size. k: targets of a row.
 """
 
-from typing import Protocol
-
 from torch import Tensor
 
 
-class Softmax(Protocol):
-    """Of logits [n, V], which it may overwrite."""
+class PlainSoftmax:
+    """In float32, step by step. Overwrites the logits."""
+
+    def __init__(self, z: Tensor) -> None:  # [n, V] float32
+        self._largest = z.amax(1)  # [n]
+        self._powers = z.sub_(self._largest[:, None]).exp_()  # [n, V]
+        self._totals = self._powers.sum(1)  # [n]
 
     def logprobs(self, at_target: Tensor) -> Tensor:  # [n, k] -> [n, k] float32
         """From the logits of targets, as they were."""
-        ...
+        return at_target - self._largest[:, None] - self._totals.log()[:, None]
 
     def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
         """upstream * (onehot(target) - softmax), summed over a row's targets, both [m, k], of m
         rows, or of all; [m, V]. Asked for once.
         """
-        ...
-
-
-class PlainSoftmax:
-    """In float32, step by step."""
-
-    def __init__(self, z: Tensor) -> None:  # [n, V] float32
-        self._largest, self._powers, self._totals = _powers(z)
-
-    def logprobs(self, at_target: Tensor) -> Tensor:
-        """See Softmax."""
-        return at_target - self._largest[:, None] - self._totals.log()[:, None]
-
-    def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
-        """See Softmax."""
         z, totals = self._powers, self._totals
         if rows is not None:
             z, totals = z[rows], totals[rows]
@@ -42,7 +30,7 @@ class PlainSoftmax:
 
 
 class KernelSoftmax:
-    """In kernels, of logits in whatever type: they are read twice and written once."""
+    """The same in kernels, of logits in whatever type: they are read twice and written once."""
 
     def __init__(self, z: Tensor) -> None:  # [n, V]
         from mint_core.model.softmax_kernels import logsums  # Triton is not everywhere
@@ -51,11 +39,11 @@ class KernelSoftmax:
         self._logsums = logsums(z)
 
     def logprobs(self, at_target: Tensor) -> Tensor:
-        """See Softmax."""
+        """See PlainSoftmax."""
         return at_target.float() - self._logsums[:, None]
 
     def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
-        """See Softmax."""
+        """See PlainSoftmax."""
         from mint_core.model.softmax_kernels import to_gradient
 
         z, logsums = self._z, self._logsums
@@ -65,11 +53,7 @@ class KernelSoftmax:
         return z
 
 
-def _powers(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of each row, [n], exp(z - largest), [n, V], and its sums. Overwrites z."""
-    largest = z.amax(1)
-    exponentiated = z.sub_(largest[:, None]).exp_()
-    return largest, exponentiated, exponentiated.sum(1)
+Softmax = PlainSoftmax | KernelSoftmax
 
 
 def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]

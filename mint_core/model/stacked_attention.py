@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mint_core.model.attention_kernels import Scores
+
 SHORT_TOKENS = 128  # beyond, what a document takes counts for more than its call
 # What scaled_dot_product_attention calls on a CPU.
 _forward: Callable[..., tuple[Tensor, Tensor]] = (
@@ -62,12 +64,12 @@ class Stacks:
         self.stacks = [_stack(length, documents) for length, documents in by_length.items()]
         self._back = _places(by_length, bounds[-1])
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """[h, T, s] of each -> [h, T, s]. Value and key heads have one size."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """[h, T, s] of each -> [h, T, s], scaled alone. Value and key heads have one size."""
         if torch.is_grad_enabled():
-            output: Tensor = _Attention.apply(query, key, value, self, scaling)  # type: ignore[no-untyped-call]
+            output: Tensor = _Attention.apply(query, key, value, self, scores.scaling)  # type: ignore[no-untyped-call]
             return output
-        return self.join([out for out, _ in self.each(query, key, value, scaling)])
+        return self.join([out for out, _ in self.each(query, key, value, scores.scaling)])
 
     def each(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float

@@ -4,7 +4,6 @@ import logging
 import uuid
 
 import grpc
-from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -75,9 +74,7 @@ def to_status(error: errors.MintError) -> status_pb2.Status:
     message = _shorten(error.message, _MESSAGE_BYTES)
     status = status_pb2.Status(code=code_of(error).value[0], message=message)
     for detail in _details(error, message):
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
+        status.details.add().Pack(detail)
     return status
 
 

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.access import KeyRing
 from mint_core.rpc.interceptors import CallInterceptor
+from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
 
 Role = Literal["trainer", "sampler"]
@@ -40,12 +41,10 @@ class RpcServer:
         self,
         address: str,  # HOST:PORT; port 0: one that is free
         *,
-        role: Role,
         keys: KeyRing | None,  # None: any key or none, all callers are the tenant `default`
-        max_message_bytes: int,
         metrics: Metrics,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        self.role = role
         self._address = address
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(keys, metrics)],
@@ -60,7 +59,6 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
         self._drains: list[Callable[[], Awaitable[None]]] = []
-        self._before_stop: list[Callable[[], None]] = []
 
     def add(
         self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str
@@ -70,12 +68,10 @@ class RpcServer:
         self._services.append(name)
 
     def drain_by(self, drain: Callable[[], Awaitable[None]]) -> None:
-        """Has work under way brought to an end first, while calls are still answered."""
+        """Has work under way brought to an end first, while calls are still answered; streams
+        without an end of their own would use up the grace.
+        """
         self._drains.append(drain)
-
-    def before_stop(self, end_streams: Callable[[], None]) -> None:
-        """Has streams without an end of their own ended first: they would use up the grace."""
-        self._before_stop.append(end_streams)
 
     async def start(self) -> int:
         """Listens, NOT_SERVING, and returns the port. Refuses an address that cannot be bound."""
@@ -110,6 +106,4 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         for drain in self._drains:
             await drain()
-        for end_streams in self._before_stop:
-            end_streams()
         await self._server.stop(grace_s)

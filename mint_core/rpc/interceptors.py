@@ -83,9 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     async for response in responses:
                         await context.write(response)
 
-        return grpc.unary_stream_rpc_method_handler(
-            serve, response_serializer=handler.response_serializer
-        )
+        return handler._replace(request_deserializer=None, unary_stream=serve)
 
     def _stream_unary(self, method: str, handler: Handler) -> Handler:
         async def serve(raw: AsyncIterator[bytes], context: Context) -> Any:
@@ -96,9 +94,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with self._around(method, context) as call:
                 return await handler.stream_unary(requests(), context)
 
-        return grpc.stream_unary_rpc_method_handler(
-            serve, response_serializer=handler.response_serializer
-        )
+        return handler._replace(request_deserializer=None, stream_unary=serve)
 
     def _refusing(self, method: str) -> Handler:
         async def refuse(raw: AsyncIterator[bytes], context: Context) -> Any:
@@ -114,7 +110,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: str, context: Context) -> AsyncIterator["_Call"]:
         call = _Call(method)
         try:
-            set_caller(call.open_for(self._tenant(context)))
+            tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
+            call.caller = Caller(tenant)
+            set_caller(call.caller)
             yield call
             call.end("OK")
         except asyncio.CancelledError:
@@ -131,11 +129,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
         finally:
             self._metrics.call_ended(method, call.code, call.seconds)
-
-    def _tenant(self, context: Context) -> str:
-        if self._keys is None:
-            return DEFAULT_TENANT
-        return self._keys.tenant_of(_key(context))
 
 
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
@@ -160,14 +153,10 @@ class _Call:
     def __init__(self, method: str) -> None:
         self._method = method
         self._start = time.perf_counter()
-        self._caller = Caller("-")
+        self.caller = Caller("-")
         self._described: dict[str, object] = {}
         self.code = "UNKNOWN"
         self.seconds = 0.0
-
-    def open_for(self, tenant: str) -> Caller:
-        self._caller = Caller(tenant)
-        return self._caller
 
     def describe(self, request: Message) -> Message:
         """Takes what is logged from the request, and returns it."""
@@ -179,9 +168,9 @@ class _Call:
     def end(self, code: str, error: MintError | None = None) -> None:
         self.code = code
         self.seconds = time.perf_counter() - self._start
-        words = {"method": self._method, "tenant": self._caller.tenant, "code": code}
+        words = {"method": self._method, "tenant": self.caller.tenant, "code": code}
         reason = {"reason": error.reason} if error else {}
-        line = {**words, **reason, **self._described, **self._caller.notes}
+        line = {**words, **reason, **self._described, **self.caller.notes}
         logger.info("%s s=%.4f", " ".join(f"{k}={_word(v)}" for k, v in line.items()), self.seconds)
 
 

@@ -1,7 +1,6 @@
 """What Prometheus sees of a service."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import psutil
 from prometheus_client import (
@@ -13,22 +12,11 @@ from prometheus_client import (
     start_http_server,
 )
 
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import host_and_port
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-
-
-class Engine(Protocol):
-    """What is watched of an engine."""
-
-    restarts: int
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def ready(self) -> bool: ...
 
 
 class Metrics:
@@ -38,9 +26,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         ProcessCollector(namespace="mint_front", registry=self._registry)
-        self.calls = Counter(
-            "mint_calls", "Calls ended", ["method", "code"], registry=self._registry
-        )
+        self.calls = self.counter("mint_calls", "Calls ended", ["method", "code"])
         self.call_seconds = self.histogram(
             "mint_call_seconds", "Time from arrival to answer", ["method"]
         )
@@ -67,7 +53,7 @@ class Metrics:
         self.calls.labels(method, code).inc()
         self.call_seconds.labels(method).observe(seconds)
 
-    def watch_engine(self, engine: Engine) -> None:
+    def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         for name, help, read in (
             ("mint_engine_ready", "1 while the engine is up", lambda: float(engine.ready)),

@@ -34,10 +34,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_ROLES = {
-    "trainer": model_pb2.SERVICE_ROLE_TRAINER,
-    "sampler": model_pb2.SERVICE_ROLE_SAMPLER,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +73,16 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         model = self._describe()
         return model_pb2.GetServerCapabilitiesResponse(
             server_version=__version__,
-            role=_ROLES[self._offer.role],
+            role=f"SERVICE_ROLE_{self._offer.role.upper()}",
             base_models=[await _base_model(model)] if model else [],
             loss_fns=self._offer.loss_fns,
-            limits=_limits(),
+            limits=model_pb2.Limits(
+                max_message_bytes=limits.MAX_MESSAGE_BYTES,
+                max_data_per_request=limits.MAX_DATA_PER_REQUEST,
+                max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
+                max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
+                max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
+            ),
             sampler_address=self._offer.sampler_address,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             features=self._offer.features,
@@ -142,14 +144,4 @@ async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
         device=model.device,
         tokenizer_fingerprint=tokenizer_fingerprint(files),
         eos_token_ids=model.eos_token_ids,
-    )
-
-
-def _limits() -> model_pb2.Limits:
-    return model_pb2.Limits(
-        max_message_bytes=limits.MAX_MESSAGE_BYTES,
-        max_data_per_request=limits.MAX_DATA_PER_REQUEST,
-        max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
-        max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
-        max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
     )

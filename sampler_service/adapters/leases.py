@@ -68,7 +68,8 @@ class AdapterLeases:
         self._tasks = tasks
         self._capacity = capacity
         self._most_ranks = 0  # until the engine says how many
-        self._held: dict[str, _Held] = {}  # by revision path, the least recently used first
+        self._life = engine.life  # of the engine that has what follows
+        self._in_engine: dict[str, _Held] = {}
         self._wishes: dict[str, _Wish] = {}  # by revision path, in order of arrival
         self._numbers = itertools.count(1)
         self._turns: dict[str, int] = {}  # when each tenant last got a place
@@ -97,10 +98,14 @@ class AdapterLeases:
             held.users -= 1
             self._changed.set()
 
-    def engine_died(self) -> None:
-        """Forgets what the engine held. What waits for a place goes to the next one."""
-        self._held = {}
-        self._changed.set()
+    @property
+    def _held(self) -> dict[str, _Held]:
+        """By revision path, the least recently used first. An engine's successor holds nothing;
+        what waits for a place goes there, once the last users of the one that died have left it.
+        """
+        if self._life != self._engine.life:
+            self._life, self._in_engine = self._engine.life, {}
+        return self._in_engine
 
     async def run(self) -> None:
         """Gives places to those whose turn it is, whenever something has changed."""

@@ -70,7 +70,7 @@ class LoadedAdapters:
     def drop(self, job: DropAdapter) -> None:
         row = self.rows.pop(job.revision_path, None)
         if row is not None:
-            self.bank.remove(row)
+            row.leave()
 
     def check(self, revision_path: str) -> None:
         """Refuses an adapter that is not here."""

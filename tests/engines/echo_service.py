@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.hosting.access import KeyRing
-from mint_core.hosting.service_config import ServiceConfig, option, parse_flags
+from mint_core.hosting.service_config import ServiceConfig, option
 from mint_core.hosting.service_main import run_service
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
-from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from tests.engines.echo_jobs import EchoConfig
 
@@ -49,14 +47,9 @@ class EchoService:
 
 
 def main() -> int:
-    config = parse_flags(
-        EchoServiceConfig, sys.argv[1:], program="echo_service", summary="Serves an echo."
+    return run_service(
+        "trainer", EchoServiceConfig, lambda config, *_: EchoService(config), "Serves an echo."
     )
-
-    def build(metrics: Metrics, keys: KeyRing | None) -> EchoService:
-        return EchoService(config)
-
-    return run_service(config, "trainer", build)
 
 
 if __name__ == "__main__":

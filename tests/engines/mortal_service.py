@@ -1,20 +1,16 @@
 """The trainer on an engine with ways to die: `python -m tests.engines.mortal_service ...`."""
 
 import sys
+from functools import partial
 
-from mint_core.hosting.service_config import parse_flags
 from mint_core.hosting.service_main import run_service
 from trainer_service.config import TrainerConfig
 from trainer_service.service import TrainerService
 
 
 def main() -> int:
-    config = parse_flags(TrainerConfig, sys.argv[1:], program="mortal", summary="Trains.")
-    return run_service(
-        config,
-        "trainer",
-        lambda metrics, keys: TrainerService(config, metrics, keys, "tests.engines.mortal"),
-    )
+    build = partial(TrainerService, engine_module="tests.engines.mortal")
+    return run_service("trainer", TrainerConfig, build, "Trains.")
 
 
 if __name__ == "__main__":

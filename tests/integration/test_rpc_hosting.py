@@ -20,7 +20,7 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
-from tests.hosted import LIMIT_S, MAX_MESSAGE_BYTES, RUN, Served, reason, refused, serving
+from tests.hosted import LIMIT_S, RUN, Served, reason, refused, serving
 
 
 async def test_without_keys_everybody_is_default(served: Served) -> None:
@@ -142,9 +142,7 @@ async def test_reflection_lists_the_services(served: Served) -> None:
 
 async def test_a_port_in_use_is_refused(served: Served) -> None:
     address = f"127.0.0.1:{served.port}"
-    second = RpcServer(
-        address, role="sampler", keys=None, max_message_bytes=MAX_MESSAGE_BYTES, metrics=Metrics()
-    )
+    second = RpcServer(address, keys=None, metrics=Metrics())
     with pytest.raises(FailedPrecondition, match=f"`address` {address} .*port is in use"):
         await second.start()
     with pytest.raises(FailedPrecondition, match=r"`metrics_address` .* in use"):
@@ -152,7 +150,10 @@ async def test_a_port_in_use_is_refused(served: Served) -> None:
 
 
 async def test_stopping_ends_streams_that_have_no_end(served: Served) -> None:
-    served.server.before_stop(served.trainer.leave.set)
+    async def end_streams() -> None:
+        served.trainer.leave.set()
+
+    served.server.drain_by(end_streams)
     stream = served.stub.WatchTrainingRun(trainer_pb2.WatchTrainingRunRequest())
     await stream.read()
     await served.trainer.started.wait()

@@ -166,7 +166,8 @@ def test_deterministic_algorithms_end_with_the_pass_however_it_ends() -> None:
 def test_a_run_full_of_nan_touches_none_of_seven_others(engine: Engine) -> None:
     runs = [EngineRun(engine, f"nan{i}", request, random=i) for i, request in enumerate(REQUESTS)]
     broken, bad = runs[1], "model.layers.0.self_attn.q_proj"
-    engine._rows[broken.name].row.views(Part.WEIGHTS, bad)[0].fill_(float("nan"))
+    row = engine._rows[broken.name].row
+    row.bank.matrices(row.part(Part.WEIGHTS), bad)[0].fill_(float("nan"))
     tiles = [run.tile(data(i, 0), LOSSES[i]) for i, run in enumerate(runs)]
 
     results = run_plan(engine, *tiles)

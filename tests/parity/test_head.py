@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mint_core.lora.bank import TRAINING_PARTS, Part
+from mint_core.lora.bank import TRAINING_PARTS, AdapterRow, Part
 from mint_core.lora.layers import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.head import Piece
@@ -22,6 +22,13 @@ def base(llama_folder: Path) -> LoadedBase:
     return load_base(str(llama_folder))
 
 
+def matrices(base: LoadedBase, row: AdapterRow, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's A and B: the same tensors each time."""
+    (group,) = [group for group in base.groups if group.modules == ("lm_head",)]
+    own = row.group(part, group)
+    return own.a, own.b[0]
+
+
 @pytest.fixture(scope="module")
 def segments(base: LoadedBase) -> list[Segment]:
     bank = base.new_bank(TRAINING_PARTS)
@@ -30,7 +37,7 @@ def segments(base: LoadedBase) -> list[Segment]:
     for i, rank in enumerate((8, 3, 16)):
         spec = AdapterSpec(rank=rank, alpha=9.0, use_rslora=False, seed=i, modules=("lm_head",))
         row = bank.add(spec)
-        a, b = row.views(Part.WEIGHTS, "lm_head")
+        a, b = matrices(base, row, Part.WEIGHTS)
         a[:rank].normal_(0, 0.3)
         b[:, :rank].normal_(0, 0.3)
         made.append(Segment(50 * i, 50 * (i + 1), row, accumulate=True))
@@ -65,7 +72,7 @@ def full_logprobs(
     x = hidden[piece.rows].double()
     logits = x @ base.model.get_submodule("lm_head").weight.double().T  # type: ignore[union-attr,operator]
     if piece.segment.row is not None:
-        a, b = (m.double() for m in piece.segment.row.views(Part.WEIGHTS, "lm_head"))
+        a, b = (m.double() for m in matrices(base, piece.segment.row, Part.WEIGHTS))
         logits = logits + piece.segment.row.spec.scale * (x @ a.T) @ b.T
     return logits.log_softmax(-1).gather(1, targets.reshape(len(targets), -1)).view(targets.shape)
 
@@ -110,9 +117,7 @@ def test_chunked_scores_and_gradients_equal_full_ones(
     if weighted == "some":
         for slopes in upstream:
             slopes[::3] = 0.0
-    gradients = [
-        row.views(Part.GRADIENT, "lm_head") for segment in segments if (row := segment.row)
-    ]
+    gradients = [matrices(base, s.row, Part.GRADIENT) for s in segments if s.row]
     for gradient in itertools.chain(*gradients):
         gradient.zero_()
     scores = base.head.logprobs(hidden, pieces, targets)
@@ -121,7 +126,7 @@ def test_chunked_scores_and_gradients_equal_full_ones(
     assert all(torch.equal(a, b) for a, b in zip(scores, seen, strict=True))
     leaf = hidden.clone().requires_grad_()
     total = torch.zeros(())
-    weights = [row.views(Part.WEIGHTS, "lm_head") for s in segments if (row := s.row)]
+    weights = [matrices(base, s.row, Part.WEIGHTS) for s in segments if s.row]
     for matrix in itertools.chain(*weights):
         matrix.requires_grad_()
     try:

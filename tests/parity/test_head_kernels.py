@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.model.shortcuts import RmsNorm, Rotation
+from mint_core.model.shortcuts import RmsNorm, Rotation, turn
 from tests.interpreted_kernels import DEVICE
 
 from mint_core.model.head_kernels import turned  # isort: skip  # after interpreted_kernels
@@ -40,9 +40,7 @@ def test_heads_are_normed_and_turned(size: int, normed: bool, dtype: torch.dtype
     cosines, sines = (drawn(1, TOKENS + i, size, dtype=dtype)[:, i:] for i in (0, 1))
     weight = drawn(HEADS, size, dtype=dtype) if normed else None
 
-    ours = turned(
-        heads, *Rotation()._turn(cosines, sines), None if weight is None else (weight, EPS)
-    )
+    ours = turned(heads, *turn(cosines, sines), None if weight is None else (weight, EPS))
 
     expected = slowly(heads, cosines, sines, weight)
     limit = 1e-6 if dtype == torch.float32 else 2**-7  # the interpreter cuts
@@ -56,7 +54,7 @@ def test_the_gradient_is_turned_back() -> None:
     upstream = drawn(HEADS, TOKENS, 16, dtype=torch.float32).transpose(0, 1)
     (expected,) = torch.autograd.grad(slowly(heads, cosines, sines, None), heads, upstream)
 
-    ours = turned(upstream, *Rotation()._turn(cosines, sines), back=True)
+    ours = turned(upstream, *turn(cosines, sines), back=True)
 
     torch.testing.assert_close(ours, expected)
 
@@ -70,6 +68,6 @@ def test_the_form_on_a_cpu_is_the_same() -> None:
 
 
 def test_heads_of_another_size_are_refused() -> None:
-    turn = Rotation()._turn(*(drawn(1, TOKENS, 8, dtype=torch.float32) for _ in range(2)))
+    turns = turn(*(drawn(1, TOKENS, 8, dtype=torch.float32) for _ in range(2)))
     with pytest.raises(ValueError, match="does not turn"):
-        turned(drawn(TOKENS, HEADS, 16, dtype=torch.float32), *turn)
+        turned(drawn(TOKENS, HEADS, 16, dtype=torch.float32), *turns)

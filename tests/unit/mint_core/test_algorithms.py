@@ -47,7 +47,8 @@ class Case:
         spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=modules)
         row = self.bank.add(spec)
         for module in modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.bank.matrices(row.part(Part.WEIGHTS), module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator))
         return row
 

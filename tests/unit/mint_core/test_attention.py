@@ -124,7 +124,7 @@ def test_groups_hold_every_document_once_and_long_ones_alone(
     lengths: list[int], long_tokens: int
 ) -> None:
     bounds = [0, *itertools.accumulate(lengths)]
-    groups = group_documents(bounds, long_tokens)
+    groups = group_documents(bounds, lambda tokens: tokens < long_tokens)
     assert [s for g in groups for s in itertools.pairwise(g)] == list(itertools.pairwise(bounds))
     for group in groups:
         assert len(group) == 2 or all(b - a < long_tokens for a, b in itertools.pairwise(group))

@@ -51,12 +51,12 @@ def test_a_part_takes_memory_from_its_first_use_until_it_is_freed() -> None:
     assert not row.held
     for part in TRAINING_PARTS:
         assert not row.part(part).any()
-        row.views(part, "lm_head")[0].fill_(3.0)
+        row.bank.matrices(row.part(part), "lm_head")[0].fill_(3.0)
     assert set(row.held) == set(TRAINING_PARTS)
     row.free(Part.EXP_AVG)
     assert Part.EXP_AVG not in row.held
-    assert not row.views(Part.EXP_AVG, "lm_head")[0].any()
-    assert row.views(Part.WEIGHTS, "lm_head")[0].all()
+    assert not row.bank.matrices(row.part(Part.EXP_AVG), "lm_head")[0].any()
+    assert row.bank.matrices(row.part(Part.WEIGHTS), "lm_head")[0].all()
 
 
 def test_a_part_that_takes_no_memory_is_exported_as_zeros() -> None:
@@ -77,7 +77,7 @@ def test_a_row_that_comes_back_is_what_left() -> None:
     kept = {part: vector.clone() for part, vector in row.held.items()}
     row.leave()
     with pytest.raises(AssertionError, match="away"):
-        row.views(Part.WEIGHTS, "lm_head")
+        row.bank.matrices(row.part(Part.WEIGHTS), "lm_head")
     row.come_back(kept)
     exported = row.export(Part.WEIGHTS)
     assert all(np.array_equal(exported[name], arrays[name]) for name in arrays)

@@ -31,7 +31,8 @@ def make_rows() -> list[AdapterRow]:
         modules = TRAINED[i % len(TRAINED)]
         row = bank.add(AdapterSpec(rank=rank, alpha=i, use_rslora=False, seed=0, modules=modules))
         for module in modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.bank.matrices(row.part(Part.WEIGHTS), module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator))
         rows.append(row)
     return rows
@@ -46,7 +47,7 @@ def one_by_one(x: Tensor, owners: Sequence[AdapterRow | None], group: ModuleGrou
     for i, row in enumerate(owners):
         for module, columns in zip(group.modules, group.columns, strict=True):
             if row is not None:
-                a, b = row.views(Part.WEIGHTS, module)
+                a, b = row.bank.matrices(row.part(Part.WEIGHTS), module)
                 y[i, columns] = row.spec.scale * (b @ (a @ x[i]))
     return y
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
-from mint_core.lora.groups import complete, watching
+from mint_core.lora.groups import complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
@@ -55,9 +55,9 @@ class Stack:
         torch.manual_seed(0)
         self.model = nn.Sequential(Block(), Block()).requires_grad_(False)
         shapes = linear_shapes(self.model)
-        with torch.no_grad(), watching(self.model) as reads:
+        with torch.no_grad(), watching(self.model) as calls:
             self.model(torch.randn(4, WIDTH))
-        self.groups = complete(shapes, reads.together() if together else ())
+        self.groups = complete(shapes, read_together(calls) if together else ())
         self.context = LoraContext()
         install(self.model, self.context, self.groups)
         bank = AdapterBank(self.groups, TRAINING_PARTS, torch.device("cpu"))
@@ -73,7 +73,8 @@ class Stack:
         row = bank.add(AdapterSpec(rank=3, alpha=8.0, use_rslora=False, seed=0, modules=modules))
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.bank.matrices(row.part(Part.WEIGHTS), module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(torch.randn(matrix.shape, generator=generator))
         return row
 
@@ -129,7 +130,7 @@ def test_a_module_that_an_adapter_does_not_train_gets_no_gradient() -> None:
     for row, ends in zip(stack.rows[:4], TRAINED, strict=False):
         for group in stack.groups:
             for module in group.modules:
-                gradients = row.views(Part.GRADIENT, module)
+                gradients = row.bank.matrices(row.part(Part.GRADIENT), module)
                 assert any(g.any() for g in gradients) == (module.split(".")[1] in ends)
 
 
@@ -190,6 +191,6 @@ def test_a_layer_whose_output_is_changed_in_place_stays_alone() -> None:
             return self.q(x).clamp_(-1, 1)[..., :8] + self.k(x) * self.v(x)
 
     model = Clipping()
-    with torch.no_grad(), watching(model) as reads:
+    with torch.no_grad(), watching(model) as calls:
         model(torch.randn(4, WIDTH))
-    assert reads.together() == [("k", "v")]
+    assert read_together(calls) == [("k", "v")]

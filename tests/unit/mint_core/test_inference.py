@@ -43,7 +43,8 @@ def make_rows(base: LoadedBase, count: int = len(REQUESTS)) -> list[AdapterRow]:
         row = bank.add(resolve(request, base.description.linear_modules))
         generator = torch.Generator().manual_seed(number)
         for module in row.modules:
-            for matrix in row._trim(*row.views(Part.WEIGHTS, module)):
+            a, b = row.bank.matrices(row.part(Part.WEIGHTS), module)
+            for matrix in (a[: row.spec.rank], b[:, : row.spec.rank]):
                 matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
         rows.append(row)
     return rows

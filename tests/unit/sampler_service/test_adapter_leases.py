@@ -79,15 +79,12 @@ class Front:
 async def serving(
     root: Path, *, capacity: int = 2, ranks: int = 100 * RANKS, row_bytes: int = 0
 ) -> AsyncIterator[Front]:
-    engine = EngineProcess("tests.engines.sampler", ranks, on_death=lambda why: died())
+    engine = EngineProcess("tests.engines.sampler", ranks)
     store = CheckpointStore(root / "store", SnapshotFolder(root / "memory"))
     tasks = Tasks()
     found = Revisions(store, RowFolder(root / "rows", row_bytes), engine, tasks)
     held = AdapterLeases(found, engine, tasks, capacity=capacity)
     front = Front(root, held, store, SnapshotMemory(root / "memory"), engine)
-
-    def died() -> None:
-        held.engine_died()
 
     async with asyncio.timeout(LIMIT_S):
         await engine.start()
