@@ -1,7 +1,6 @@
 """What calls raise: one root, `MintError`, and classes named for the HTTP status that fits."""
 
 from collections.abc import Mapping
-from typing import Any
 
 
 class MintError(Exception):
@@ -28,17 +27,8 @@ class MintError(Exception):
         self.metadata: dict[str, str] = dict(metadata or {})
         self.field = field
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, dict(self.__dict__))
-
 
 TinkerError = MintError  # the name under which many scripts catch it
-
-
-def _rebuild(kind: type[MintError], message: str, state: dict[str, Any]) -> MintError:
-    error = kind(message)
-    error.__dict__.update(state)
-    return error
 
 
 class APIError(MintError):
