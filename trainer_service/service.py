@@ -102,7 +102,7 @@ class TrainerService:
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
-        server.drain_by(self._drain)
+        server.drain_by(partial(self.runs.drain, self._config.drain_s))
         server.before_stop(self.runs.end_watches)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
@@ -143,10 +143,6 @@ class TrainerService:
         }.items():
             self.tasks.start(work, name)
 
-    async def _drain(self) -> None:
-        """Brings what is under way to an end, within its time."""
-        await self.runs.drain(self._config.drain_s)
-
     async def stop(self) -> None:
         await self.tasks.stop()
         await asyncio.to_thread(self.journal.close)
@@ -171,20 +167,17 @@ class TrainerService:
                 partial(self._rows_in, place),
                 place=place,
             )
-        for name, help, read in (
-            (
-                "mint_unstored_snapshots",
-                "Snapshots in memory that the store does not have yet",
-                lambda: float(self._checkpoints.handoff.unstored),
-            ),
-            ("mint_journal_commits", "Transactions on disk", lambda: float(self.journal.commits)),
-            (
-                "mint_journal_commit_seconds",
-                "Time that they have taken in all",
-                lambda: self.journal.commit_seconds,
-            ),
-        ):
-            metrics.gauge(name, help, read)
+        metrics.gauge(
+            "mint_unstored_snapshots",
+            "Snapshots in memory that the store does not have yet",
+            lambda: self._checkpoints.handoff.unstored,
+        )
+        metrics.gauge("mint_journal_commits", "Transactions on disk", lambda: self.journal.commits)
+        metrics.gauge(
+            "mint_journal_commit_seconds",
+            "Time that they have taken in all",
+            lambda: self.journal.commit_seconds,
+        )
 
     def _rows_in(self, place: str) -> float:
         counts: RowCounts | None = self.engine.report

@@ -194,10 +194,6 @@ def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) 
     return Step(adam_params=parse_adam_params(request.adam_params), backward_count=count)
 
 
-def _parse_discard(request: trainer_pb2.DiscardGradientRequest, model: ModelDescription) -> Discard:
-    return Discard()
-
-
 def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> Save:
     return Save(
         name=fields.check_name(request.name),
@@ -225,7 +221,7 @@ _PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
     "Forward": _parse_compute,
     "ForwardBackward": _parse_compute,
     "OptimStep": _parse_step,
-    "DiscardGradient": _parse_discard,
+    "DiscardGradient": lambda request, model: Discard(),
     "SaveState": _parse_save,
     "SaveWeightsForSampler": _parse_save_for_sampler,
     "LoadState": _parse_load,
