@@ -47,58 +47,47 @@ def _fetch(
     done = 0
     with reporting(progress, total, checkpoint.path) as report:
         for file in checkpoint.files:
-            for position in _Transfer(connection, checkpoint.revision_path, file, part).run():
+            for position in _transfer(connection, checkpoint.revision_path, file, part):
                 report(done + position, total)
             done += file.size_bytes
 
 
-class _Transfer:
-    """One file on its way."""
+def _transfer(
+    connection: Connection, path: str, file: CheckpointFile, folder: Path
+) -> Iterator[int]:
+    """Brings one file; yields how many of its bytes are there, after each piece."""
+    if not _FILE_NAME.fullmatch(file.name):
+        raise APIResponseValidationError(f"the server names a file {file.name!r}")
+    target, digest = folder / file.name, hashlib.sha256()
+    position = _take_up(target, file.size_bytes, digest)
+    yield position
+    with (
+        target.open("ab") as opened,
+        _FilePieces(connection, path, file, position) as pieces,
+    ):
+        for data in pieces:
+            opened.write(data)
+            digest.update(data)
+            position += len(data)
+            yield position
+    if digest.hexdigest() != file.sha256:
+        target.unlink()
+        raise APIResponseValidationError(
+            f"`{file.name}` of `{path}` arrived damaged; download it again"
+        )
 
-    def __init__(
-        self, connection: Connection, path: str, file: CheckpointFile, folder: Path
-    ) -> None:
-        if not _FILE_NAME.fullmatch(file.name):
-            raise APIResponseValidationError(f"the server names a file {file.name!r}")
-        self._connection = connection
-        self._path = path
-        self._file = file
-        self._target = folder / file.name
-        self._digest = hashlib.sha256()
-        self._position = 0
 
-    def run(self) -> Iterator[int]:
-        """Yields how many bytes are there, after each piece."""
-        self._take_up()
-        yield self._position
-        with (
-            self._target.open("ab") as target,
-            _FilePieces(self._connection, self._path, self._file, self._position) as pieces,
-        ):
-            for data in pieces:
-                target.write(data)
-                self._advance(data)
-                yield self._position
-        if self._digest.hexdigest() != self._file.sha256:
-            self._target.unlink()
-            raise APIResponseValidationError(
-                f"`{self._file.name}` of `{self._path}` arrived damaged; download it again"
-            )
-
-    def _take_up(self) -> None:
-        """Goes on where an earlier attempt ended."""
-        if not self._target.exists():
-            return
-        if self._target.stat().st_size > self._file.size_bytes:
-            self._target.unlink()
-            return
-        with self._target.open("rb") as opened:
-            while data := opened.read(_READ_BYTES):
-                self._advance(data)
-
-    def _advance(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._position += len(data)
+def _take_up(target: Path, size_bytes: int, digest: Any) -> int:
+    """Where to go on with what an earlier attempt has left, of which the digest is taken."""
+    if not target.exists():
+        return 0
+    if target.stat().st_size > size_bytes:
+        target.unlink()
+        return 0
+    with target.open("rb") as opened:
+        while data := opened.read(_READ_BYTES):
+            digest.update(data)
+        return opened.tell()
 
 
 class _FilePieces(Stream[bytes]):
