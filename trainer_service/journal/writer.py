@@ -99,7 +99,7 @@ class Journal:
         self._taken: deque[_Entry | None] = deque()  # out of the queue, and not yet executed
         self._pending: list[_Entry] = []  # of the transaction
         self._full: JournalFull | None = None
-        self._failure: JournalFailed | None = None
+        self.failure: JournalFailed | None = None  # why no write will come to disk any more
         self._has_failed = asyncio.Event()
         self._closing = threading.Event()
         self.commits = 0
@@ -121,18 +121,13 @@ class Journal:
 
     def trouble(self) -> MintError | None:
         """Why nothing may be accepted now, if so."""
-        return self._failure or self._full
-
-    @property
-    def failure(self) -> JournalFailed | None:
-        """Why no write will come to disk any more, if so."""
-        return self._failure
+        return self.failure or self._full
 
     async def failed(self) -> JournalFailed:
         """Waits until no write will come to disk any more, and says why."""
         await self._has_failed.wait()
-        assert self._failure is not None
-        return self._failure
+        assert self.failure is not None
+        return self.failure
 
     def write(self, *statements: Statement, soon: bool = True) -> Written:
         """Has statements take effect together; they may be run again, after a full disk or beside a
@@ -153,8 +148,8 @@ class Journal:
         self, statements: Sequence[Statement], *, soon: bool = True, read: bool = False
     ) -> Written:
         done: Written = asyncio.get_running_loop().create_future()
-        if self._failure is not None:
-            _fail(done, self._failure)
+        if self.failure is not None:
+            _fail(done, self.failure)
         else:
             self._queue.put(_Entry(statements, done, soon, read))
         return done
@@ -284,7 +279,7 @@ class Journal:
                     raise again from error
 
     def _end(self, failure: JournalFailed) -> None:
-        self._failure = failure  # from now on nothing is put into the queue
+        self.failure = failure  # from now on nothing is put into the queue
 
         def tell() -> None:
             self._has_failed.set()
