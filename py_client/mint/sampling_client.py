@@ -151,7 +151,7 @@ class SamplingClient:
             model_path=self._revision_path,
             base_model=self._base_model,
             prompt=_checked_prompt(prompt).to_proto(),
-            num_samples=_checked_count(num_samples),
+            num_samples=_at_least_1(num_samples, "num_samples"),  # the contract reads 0 as 1
             sampling_params=params,
         )
 
@@ -218,20 +218,16 @@ def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams
     return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
 
 
-def _checked_count(num_samples: int) -> int:
-    if integer(num_samples, "num_samples") < 1:  # the contract reads 0 as 1
-        raise refused("num_samples", f"is {num_samples}; it must be at least 1")
-    return int(num_samples)
-
-
 def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
-    if integer(count, "prompt_logprobs_last_n") < 1:
-        raise refused(
-            "prompt_logprobs_last_n", f"is {count}; it must be at least 1, or None for all tokens"
-        )
-    return int(count)
+    return _at_least_1(count, "prompt_logprobs_last_n", ", or None for all tokens")
+
+
+def _at_least_1(count: int, field: str, otherwise: str = "") -> int:
+    if (whole := integer(count, field)) < 1:
+        raise refused(field, f"is {count}; it must be at least 1{otherwise}")
+    return whole
 
 
 def _checked_targets(targets: types.TensorData) -> types.TensorData:
