@@ -203,17 +203,14 @@ class Journal:
             if not self.database.in_transaction:
                 self.database.execute("BEGIN IMMEDIATE")
             entry.execute(self.database)
-        except sqlite3.Error as error:
+        except Exception as error:
             if _is_full(error):
                 self._wait_for_room(error)
-            elif isinstance(error, _OWN):
+            elif isinstance(error, sqlite3.Error) and not isinstance(error, _OWN):
+                raise
+            else:  # the fault of what was to be written
                 self._leave_out(entry, error)
                 return
-            else:
-                raise
-        except Exception as error:  # of what was to be written
-            self._leave_out(entry, error)
-            return
         if entry.read:
             self._post(_settle, [entry])
 
@@ -260,7 +257,7 @@ class Journal:
         if self._log_bytes() > LONGEST_LOG_BYTES:
             self._empty_log()
 
-    def _wait_for_room(self, error: sqlite3.Error) -> None:
+    def _wait_for_room(self, error: Exception) -> None:
         """Does the open transaction again until the disk takes it."""
         logger.error("the journal's disk is full: nothing is accepted until there is room")
         self._full = JournalFull(
@@ -313,7 +310,7 @@ class Journal:
             logger.warning("the journal's log could not be emptied: %s", error)
 
 
-def _is_full(error: sqlite3.Error) -> bool:
+def _is_full(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", None) in _FULL
 
 
