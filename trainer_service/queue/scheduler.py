@@ -80,8 +80,9 @@ class Handed:
 class _Running:
     """What the engine is busy with."""
 
-    handed: Mapping[Key, Handed]  # of which its tiles or steps are, in their order
+    work: Sequence[Tile | StepRow]
     tokens: Sequence[int]  # of each; of a step, which costs next to nothing, 0
+    handed: Mapping[Key, Handed]  # of which they are, in their order
     start_s: float  # as time.monotonic()
 
     @property
@@ -180,7 +181,7 @@ class Scheduler:
                 self._hand_out(running, [domain_error(raised)] * len(running.handed))
             else:
                 elapsed_s = time.monotonic() - running.start_s
-                self._account(job, running, results, elapsed_s)
+                self._account(running, results, elapsed_s)
                 self._hand_out(running, results, elapsed_s)
             finally:
                 self._running = None
@@ -211,7 +212,7 @@ class Scheduler:
         work = job.tiles if isinstance(job, Plan) else job.steps
         handed = {key: self._waiting.pop(key) for key in map(key_of, work)}
         tokens = [tile_tokens(each) if isinstance(each, Tile) else 0 for each in work]
-        return _Running(handed, tokens, time.monotonic())
+        return _Running(work, tokens, handed, time.monotonic())
 
     def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:
         """Gives each who waits its results, or the errors that stand for them."""
@@ -327,15 +328,11 @@ class Scheduler:
                 raise
             raise NotStarted(death.message) from death
 
-    def _account(
-        self, job: Plan | StepRows, running: _Running, results: Sequence[Any], elapsed_s: float
-    ) -> None:
+    def _account(self, running: _Running, results: Sequence[Any], elapsed_s: float) -> None:
         tenants = [each.tenant if each.billed else None for each in running.handed.values()]
-        if isinstance(job, Plan):
+        self._usage.add(running.work, results, tenants, elapsed_s)
+        if running.all_tokens:
             self._learn(elapsed_s / running.all_tokens)
-            self._usage.add_pass(job, results, tenants, elapsed_s)
-        else:
-            self._usage.add_steps(results, tenants, elapsed_s)
 
     def _limit_s(self, running: _Running) -> float:
         token_s = self._token_s or FIRST_GUESS_S
