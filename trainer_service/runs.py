@@ -90,7 +90,8 @@ class Runs:
             state = past.record.state
             retention = Retention(past.record.retention_s, self._clock)
             retention.resume(time.time() - state.update_time_s)
-            run = self._add(past.origin, state, past.record.metadata, retention)
+            run = self._run_of(past.origin, state, past.record.metadata, retention)
+            self._runs[run.id] = run
             run.closing = past.record.removing is not None
             numbers = [
                 PastNumber(
@@ -249,7 +250,7 @@ class Runs:
             raise error
         made = await self._creation.make(tenant, request, lambda: next(self._numbers))
         retention = Retention(request.retention_s or self._retention_s, self._clock)
-        run = self._add(made.origin, made.state, request.metadata, retention, listed=False)
+        run = self._run_of(made.origin, made.state, request.metadata, retention)
         run.row_life = made.life
         answer = create_response(run.view())
         record = RunRecord(
@@ -268,16 +269,14 @@ class Runs:
         self._loops[run] = RunLoop(run, self._services)
         return answer
 
-    def _add(
+    def _run_of(
         self,
         origin: RunOrigin,
         state: RunState,
         metadata: Mapping[str, str],
         retention: Retention,
-        *,
-        listed: bool = True,
     ) -> Run:
-        run = Run(
+        return Run(
             origin,
             state,
             metadata=metadata,
@@ -286,9 +285,6 @@ class Runs:
             admission=self._admission,
             limits=self._limits,
         )
-        if listed:
-            self._runs[run.id] = run
-        return run
 
     async def _open(self, tenant: str, request: OpenRun) -> bytes:
         run = self._find_changing(tenant, request.training_run_id)

@@ -170,20 +170,17 @@ class TrainerService:
                 partial(self._rows_in, place),
                 place=place,
             )
-        for name, help, read in (
-            (
-                "mint_unstored_snapshots",
-                "Snapshots in memory that the store does not have yet",
-                lambda: float(self._checkpoints.handoff.unstored),
-            ),
-            ("mint_journal_commits", "Transactions on disk", lambda: float(self.journal.commits)),
-            (
-                "mint_journal_commit_seconds",
-                "Time that they have taken in all",
-                lambda: self.journal.commit_seconds,
-            ),
-        ):
-            metrics.gauge(name, help, read)
+        metrics.gauge(
+            "mint_unstored_snapshots",
+            "Snapshots in memory that the store does not have yet",
+            lambda: self._checkpoints.handoff.unstored,
+        )
+        metrics.gauge("mint_journal_commits", "Transactions on disk", lambda: self.journal.commits)
+        metrics.gauge(
+            "mint_journal_commit_seconds",
+            "Time that they have taken in all",
+            lambda: self.journal.commit_seconds,
+        )
 
     def _rows_in(self, place: str) -> float:
         counts: RowCounts | None = self.engine.report

@@ -72,45 +72,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return await self._directory.delete(caller().tenant, requests.parse_delete(request))
 
     @records_refusals
-    async def Forward(self, request: trainer_pb2.ForwardRequest, context: Any) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
+    async def _sequenced(self, request: Message, context: Any) -> Encoded:
+        """See trainer.proto: any of the calls that have a number."""
+        call = await self._parse(request)
+        try:
+            return await self._runs.submit(caller().tenant, call)
+        finally:
+            _note(call)
 
-    @records_refusals
-    async def ForwardBackward(
-        self, request: trainer_pb2.ForwardBackwardRequest, context: Any
-    ) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
-
-    @records_refusals
-    async def OptimStep(self, request: trainer_pb2.OptimStepRequest, context: Any) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
-
-    @records_refusals
-    async def DiscardGradient(
-        self, request: trainer_pb2.DiscardGradientRequest, context: Any
-    ) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
-
-    @records_refusals
-    async def SaveState(self, request: trainer_pb2.SaveStateRequest, context: Any) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
-
-    @records_refusals
-    async def LoadState(self, request: trainer_pb2.LoadStateRequest, context: Any) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
-
-    @records_refusals
-    async def SaveWeightsForSampler(
-        self, request: trainer_pb2.SaveWeightsForSamplerRequest, context: Any
-    ) -> Encoded:
-        """See trainer.proto."""
-        return await self._sequenced(request)
+    Forward = _sequenced
+    ForwardBackward = _sequenced
+    OptimStep = _sequenced
+    DiscardGradient = _sequenced
+    SaveState = _sequenced
+    LoadState = _sequenced
+    SaveWeightsForSampler = _sequenced
 
     async def WatchTrainingRun(
         self, request: trainer_pb2.WatchTrainingRunRequest, context: Any
@@ -120,13 +96,6 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         async with aclosing(watch.events()) as events:
             async for event in events:
                 yield responses.watch_response(event)
-
-    async def _sequenced(self, request: Message) -> bytes:
-        call = await self._parse(request)
-        try:
-            return await self._runs.submit(caller().tenant, call)
-        finally:
-            _note(call)
 
     async def _parse(self, request: Message) -> Call:
         model, refusals = self._scheduler.model, caller().refusals

@@ -153,7 +153,7 @@ class SamplingClient:
             model_path=self._revision_path,
             base_model=self._base_model,
             prompt=_checked_prompt(prompt).to_proto(),
-            num_samples=_count(num_samples, "num_samples"),
+            num_samples=_at_least_1(num_samples, "num_samples"),  # the contract reads 0 as 1
             sampling_params=params,
         )
 
@@ -215,16 +215,21 @@ def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
     return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
-def _count(count: int, field: str, otherwise: str = "") -> int:
-    if integer(count, field) < 1:  # the contract's word for something else
-        raise refused(field, f"is {count}; it must be at least 1{otherwise}")
-    return int(count)
+def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
+    params = types.SamplingParams() if params is None else params
+    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
 
 
 def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
-    return _count(count, "prompt_logprobs_last_n", ", or None for all tokens")
+    return _at_least_1(count, "prompt_logprobs_last_n", ", or None for all tokens")
+
+
+def _at_least_1(count: int, field: str, otherwise: str = "") -> int:
+    if (whole := integer(count, field)) < 1:
+        raise refused(field, f"is {count}; it must be at least 1{otherwise}")
+    return whole
 
 
 def _check_targets(targets: types.TensorData) -> None:

@@ -5,6 +5,7 @@ no replay needs it any more.
 import json
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import astuple
 
 from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
@@ -130,16 +131,7 @@ def remove_run(db: sqlite3.Connection, run: int) -> None:
 
 
 def add_request(db: sqlite3.Connection, request: RequestRecord) -> None:
-    db.execute(
-        "REPLACE INTO requests VALUES (?, ?, ?, ?, ?)",
-        (
-            request.tenant,
-            request.request_id,
-            request.payload_hash,
-            request.answer,
-            request.time_s,
-        ),
-    )
+    db.execute("REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", astuple(request))
 
 
 def forget_requests(db: sqlite3.Connection, before_s: float) -> None:

@@ -43,18 +43,15 @@ def is_as_sent(found: Payload) -> bool:
 
 def decode_payload(found: Payload, run: str, sequence: int, model: ModelDescription) -> Work:
     """What a call asked for. Raises StateDamaged if that is not what was sent."""
+    damaged = StateDamaged(run, f"the journal has not what call {sequence} asked for, but damage")
     try:
         if found.payload[:1] == _STATUS:
             return Refused(Recorded(found.payload[1:]))
         if is_as_sent(found):
             return parse_work(method_of(found.method), content_of(found.payload), model)
     except Exception as error:
-        raise _damaged(run, sequence) from error
-    raise _damaged(run, sequence)
-
-
-def _damaged(run: str, sequence: int) -> StateDamaged:
-    return StateDamaged(run, f"the journal has not what call {sequence} asked for, but damage")
+        raise damaged from error
+    raise damaged
 
 
 def encode_origin(origin: RunOrigin) -> str:

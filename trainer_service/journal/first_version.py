@@ -2,30 +2,19 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
+
+from google.protobuf.json_format import ParseDict
 
 from mint_core import errors
 from mint_core.rpc.errors import to_status
-from mintrpc.v1 import trainer_pb2, types_pb2
+from mintrpc.v1 import trainer_pb2
 
 _ERROR, _STATUS = b"E", b"S"  # before an error in JSON, and as a google.rpc.Status
-_KINDS: Mapping[str, type[errors.MintError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.InvalidRequest,
-        errors.NotFound,
-        errors.AlreadyExists,
-        errors.FailedPrecondition,
-        errors.ResourceExhausted,
-        errors.Aborted,
-        errors.Unauthenticated,
-        errors.Unavailable,
-        errors.Unimplemented,
-        errors.EngineFault,
-        errors.MintError,
-    )
+_KINDS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.MintError)
 }
 
 
@@ -72,42 +61,21 @@ def _response(view: dict[str, Any] | None) -> bytes:
     """
     if view is None:
         return b""
-    return trainer_pb2.OpenTrainingRunResponse(
-        training_run=_run(view, view["origin"]),
-        writer_epoch=view["writer_epoch"],
-        next_sequence=view["next_sequence"],
-        step=view["step"],
-        gradient_pending=view["gradient_pending"],
-        backward_count=view["backward_count"],
-    ).SerializeToString()
+    content = view | {"training_run": _run(view, view["origin"])}
+    response = trainer_pb2.OpenTrainingRunResponse()
+    return ParseDict(content, response, ignore_unknown_fields=True).SerializeToString()
 
 
-def _run(view: dict[str, Any], origin: dict[str, Any]) -> trainer_pb2.TrainingRun:
+def _run(view: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    """A TrainingRun as JSON: the fields that the two share with it, and the others."""
     spec, states = origin["spec"], trainer_pb2.TrainingRun
     told = f"weights lost: {view['lost']}" if view["lost"] else ""
-    run = states(
-        training_run_id=origin["training_run_id"],
-        base_model=origin["base_model"],
-        base_fingerprint=origin["base_fingerprint"],
-        lora_config=types_pb2.LoraConfig(
-            rank=spec["rank"],
-            seed=spec["seed"],
-            alpha=spec["alpha"],
-            use_rslora=spec["use_rslora"],
-            target_modules=spec["modules"],
-        ),
-        metadata=view["metadata"],
-        step=view["step"],
-        next_sequence=view["next_sequence"],
-        gradient_pending=view["gradient_pending"],
-        state=states.STATE_FAILED if view["lost"] else states.STATE_ACTIVE,
-        state_message=told or "; ".join(filter(None, (view["trouble"], view["inexact_note"]))),
-        trainable_parameter_count=origin["trainable_parameter_count"],
-        trained_modules=spec["modules"],
-        isolated=origin["isolated"],
-        inexact_replay_count=view["inexact_replays"],
-        kind=states.KIND_TRAINED,
-    )
-    run.create_time.FromDatetime(datetime.fromisoformat(origin["create_time"]))
-    run.update_time.FromDatetime(datetime.fromisoformat(view["update_time"]))
-    return run
+    others = {
+        "lora_config": spec | {"target_modules": spec["modules"]},
+        "state": states.STATE_FAILED if view["lost"] else states.STATE_ACTIVE,
+        "state_message": told or "; ".join(filter(None, (view["trouble"], view["inexact_note"]))),
+        "trained_modules": spec["modules"],
+        "inexact_replay_count": view["inexact_replays"],
+        "kind": states.KIND_TRAINED,
+    }
+    return origin | view | others

@@ -51,8 +51,8 @@ class RunJournal:
             statements.append(self._cover(saved_row))
         return self._write(*statements, self._remember(identity, answer))
 
-    def fenced(self, state: RunState) -> Written:
-        """Notes a new writer epoch."""
+    def changed(self, state: RunState) -> Written:
+        """Notes what has become of the run: fenced writers, an inexact replay."""
         return self._write(self._state(state), soon=False)
 
     def answered(self, state: RunState, identity: Identity, answer: bytes) -> Written:
@@ -95,9 +95,6 @@ class RunJournal:
     def saved(self, row: SavedRow) -> Written:
         """Notes a saved row, which replaces the one before it."""
         return self._write(self._cover(row))
-
-    def replayed_inexactly(self, state: RunState) -> Written:
-        return self._write(self._state(state), soon=False)
 
     def removal_begun(self, identity: Identity | None, *, named: bool) -> Written:
         """Notes that the run is gone; with an identity, since a caller asked for it."""

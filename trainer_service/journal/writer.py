@@ -103,7 +103,7 @@ class Journal:
         self._taken: deque[_Entry | None] = deque()  # out of the queue, and not yet executed
         self._pending: list[_Entry] = []  # of the transaction
         self._full: JournalFull | None = None
-        self._failure: JournalFailed | None = None
+        self.failure: JournalFailed | None = None  # why no write will come to disk any more
         self._has_failed = asyncio.Event()
         self._closing = threading.Event()
         self.commits = 0
@@ -126,18 +126,13 @@ class Journal:
 
     def trouble(self) -> MintError | None:
         """Why nothing may be accepted now, if so."""
-        return self._failure or self._full
-
-    @property
-    def failure(self) -> JournalFailed | None:
-        """Why no write will come to disk any more, if so."""
-        return self._failure
+        return self.failure or self._full
 
     async def failed(self) -> JournalFailed:
         """Waits until no write will come to disk any more, and says why."""
         await self._has_failed.wait()
-        assert self._failure is not None
-        return self._failure
+        assert self.failure is not None
+        return self.failure
 
     def write(self, *statements: Statement, soon: bool = True) -> Written:
         """Has statements take effect together; they may be run again, after a full disk or beside a
@@ -159,8 +154,8 @@ class Journal:
     ) -> Written:
         loop = asyncio.get_running_loop()
         done: Written = loop.create_future()
-        if self._failure is not None:
-            _fail(done, self._failure)
+        if self.failure is not None:
+            _fail(done, self.failure)
             return done
         self._later.append(_Entry(statements, done, soon, read))
         if soon:
@@ -223,17 +218,14 @@ class Journal:
             if not self.database.in_transaction:
                 self.database.execute("BEGIN IMMEDIATE")
             entry.execute(self.database)
-        except sqlite3.Error as error:
+        except Exception as error:
             if _is_full(error):
                 self._wait_for_room(error)
-            elif isinstance(error, _OWN):
+            elif isinstance(error, sqlite3.Error) and not isinstance(error, _OWN):
+                raise
+            else:  # the fault of what was to be written
                 self._leave_out(entry, error)
                 return
-            else:
-                raise
-        except Exception as error:  # of what was to be written
-            self._leave_out(entry, error)
-            return
         if entry.read:
             self._post(_settle, [entry])
 
@@ -279,7 +271,7 @@ class Journal:
         written, self._pending = self._pending, []
         self._post(_settle, written)
 
-    def _wait_for_room(self, error: sqlite3.Error) -> None:
+    def _wait_for_room(self, error: Exception) -> None:
         """Does the open transaction again until the disk takes it."""
         logger.error("the journal's disk is full: nothing is accepted until there is room")
         self._full = JournalFull(
@@ -298,7 +290,7 @@ class Journal:
                     raise again from error
 
     def _end(self, failure: JournalFailed) -> None:
-        self._failure = failure  # from now on nothing is put into the queue
+        self.failure = failure  # from now on nothing is put into the queue
 
         def tell() -> None:
             self._has_failed.set()
@@ -329,7 +321,7 @@ class Journal:
             logger.warning("the journal's log could not be emptied: %s", error)
 
 
-def _is_full(error: sqlite3.Error) -> bool:
+def _is_full(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", None) in _FULL
 
 

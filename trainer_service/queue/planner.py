@@ -6,7 +6,6 @@ tenant, all alike. A run's tiles keep their order.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
 from trainer_service.queue.round_robin import Ring, RunQueue, alike
@@ -87,36 +86,33 @@ def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[D
     yield tuple(group)
 
 
-@dataclass(slots=True)
 class _Portions:
     """What each may have, and has, of the plan that is being formed."""
 
-    most_tokens: int
-    taken: Counter[str] = field(default_factory=Counter)
-
-    def fits(self, key: str, tokens: int) -> bool:
-        return self.taken[key] + tokens <= self.most_tokens
-
-    def take(self, key: str, tokens: int) -> None:
-        self.taken[key] += tokens
-
-
-class _Recent:
-    """Who had work when the last plans were formed."""
-
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._plans: deque[frozenset[str]] = deque(maxlen=_RECENT_PLANS)
+        self._plans: deque[frozenset[str]] = deque(
+            maxlen=_RECENT_PLANS
+        )  # who had work for the last ones
+        self._taken: Counter[str] = Counter()
+        self._most_tokens = max_batch_tokens
 
-    def portions(self, waiting: frozenset[str]) -> _Portions:
-        """Of the next plan, for which those in `waiting` have tiles."""
+    def begin(self, waiting: frozenset[str]) -> None:
+        """Starts with the next plan, for which those in `waiting` have tiles."""
+        self._taken.clear()
+        self._most_tokens = self._max_batch_tokens
         lately = waiting.union(*self._plans)
         if waiting:
             self._plans.append(waiting)
-        if lately == waiting:
-            return _Portions(self._max_batch_tokens)
-        equal_part = self._max_batch_tokens // len(lately)
-        return _Portions(max(most_tile_tokens(self._max_batch_tokens), equal_part))
+        if lately != waiting:
+            equal_part = self._max_batch_tokens // len(lately)
+            self._most_tokens = max(most_tile_tokens(self._max_batch_tokens), equal_part)
+
+    def fits(self, key: str, tokens: int) -> bool:
+        return self._taken[key] + tokens <= self._most_tokens
+
+    def take(self, key: str, tokens: int) -> None:
+        self._taken[key] += tokens
 
 
 class Planner:
@@ -131,8 +127,8 @@ class Planner:
         )
         self._steps: list[StepRow] = []
         self._apart: Tile | None = None  # met while a plan was filled; it has the next one
-        self._recent_tenants = _Recent(max_batch_tokens)
-        self._recent_runs = _Recent(max_batch_tokens)
+        self._of_tenants = _Portions(max_batch_tokens)
+        self._of_runs = _Portions(max_batch_tokens)
 
     def add(self, tenant: str, tiles: Sequence[Tile]) -> None:
         """Queues the tiles of one call behind those of its run."""
@@ -150,17 +146,17 @@ class Planner:
         if self._apart is not None and _is_of(training_run_id, self._apart):
             taken.append(self._apart)
             self._apart = None
-        for tenant, runs in self._tenants.items():
-            if queue := runs.take(training_run_id):
+        for tenant, runs in list(self._tenants.queues.items()):
+            if queue := runs.queues.pop(training_run_id, None):
                 taken += queue.tiles()
-                if not runs.tokens:
-                    self._tenants.take(tenant)
+                if not runs.queues:
+                    del self._tenants.queues[tenant]
         return [key_of(work) for work in taken]
 
     def tokens_ahead(self, tenant: str, training_run_id: str) -> int | None:
         """About how many tokens of other runs come before a run's next tile; None: it has none."""
-        runs = self._tenants.find(tenant)
-        queue = runs.find(training_run_id) if runs else None
+        runs = self._tenants.queues.get(tenant)
+        queue = runs.queues.get(training_run_id) if runs else None
         if queue is None:
             return None
         head_tokens = queue.head_tokens()
@@ -170,11 +166,11 @@ class Planner:
         """About how many tokens are computed until a tenant, or one run of it, has had
         `own_tokens`, these included. 0 if nothing of it is queued.
         """
-        runs = self._tenants.find(tenant)
+        runs = self._tenants.queues.get(tenant)
         if runs is None:
             return 0
         if training_run_id is not None:
-            if runs.find(training_run_id) is None:
+            if training_run_id not in runs.queues:
                 return 0
             own_tokens += runs.ahead(training_run_id, own_tokens)
         return own_tokens + self._tenants.ahead(tenant, own_tokens)
@@ -188,16 +184,17 @@ class Planner:
             return Plan((tile,))
         tiles: list[Tile] = []
         room = self.max_batch_tokens
-        of_tenants = self._recent_tenants.portions(self._tenants.keys())
-        of_runs = self._recent_runs.portions(self._runs())
+        rings = self._tenants.queues
+        self._of_tenants.begin(frozenset(rings))
+        self._of_runs.begin(frozenset(run for runs in rings.values() for run in runs.queues))
         while tokens := self._tenants.head_tokens():
             tenant, runs = self._tenants.head()
             run, _ = runs.head()
-            fits = of_tenants.fits(tenant, tokens) and of_runs.fits(run, tokens)
+            fits = self._of_tenants.fits(tenant, tokens) and self._of_runs.fits(run, tokens)
             if tiles and not (tokens <= room and fits):
                 break
-            of_tenants.take(tenant, tokens)
-            of_runs.take(run, tokens)
+            self._of_tenants.take(tenant, tokens)
+            self._of_runs.take(run, tokens)
             tile = self._tenants.pop()
             if tile.isolated or tile.alone:
                 if not tiles:
@@ -213,10 +210,6 @@ class Planner:
         now = alone[:1] or self._steps
         self._steps = [step for step in self._steps if step not in now]
         return StepRows(tuple(now))
-
-    def _runs(self) -> frozenset[str]:
-        """The runs that have tiles queued."""
-        return frozenset().union(*(runs.keys() for _, runs in self._tenants.items()))
 
 
 def _is_of(training_run_id: str, work: Tile | StepRow) -> bool:

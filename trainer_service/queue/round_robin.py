@@ -3,7 +3,6 @@
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from trainer_service.jobs import Tile, tile_tokens
@@ -11,6 +10,8 @@ from trainer_service.jobs import Tile, tile_tokens
 
 class Queue(Protocol):
     """Tiles in the order in which they are to run."""
+
+    deficit: float  # tokens that it may still take in this round of the ring that it is in
 
     @property
     def tokens(self) -> int:
@@ -30,6 +31,7 @@ class RunQueue:
     def __init__(self) -> None:
         self._tiles: deque[tuple[Tile, int]] = deque()  # with its tokens, which are asked for often
         self.tokens = 0
+        self.deficit = 0.0
 
     def add(self, tile: Tile) -> None:
         tokens = tile_tokens(tile)
@@ -51,12 +53,6 @@ class RunQueue:
 Q = TypeVar("Q", bound=Queue)
 
 
-@dataclass(slots=True)
-class Share(Generic[Q]):
-    queue: Q
-    deficit: float = 0.0  # tokens that it may still take in this round
-
-
 def alike(key: str) -> float:
     return 1.0
 
@@ -70,78 +66,53 @@ class Ring(Generic[Q]):
         self._quantum = quantum  # tokens that a queue of weight 1 may take per round
         self._make = make
         self._weight_of = weight_of
-        self._shares: dict[str, Share[Q]] = {}  # those with tiles, in the round's order
+        self.queues: dict[str, Q] = {}  # by key, those with tiles, in the round's order
+        self.deficit = 0.0
 
     @property
     def tokens(self) -> int:
-        return sum(share.queue.tokens for share in self._shares.values())
+        return sum(queue.tokens for queue in self.queues.values())
 
     def queue(self, key: str) -> Q:
         """The queue of a key; the caller puts something into it at once."""
-        if key not in self._shares:
-            self._shares[key] = Share(self._make())
-        return self._shares[key].queue
-
-    def find(self, key: str) -> Q | None:
-        """The queue of a key, if there is something in it."""
-        share = self._shares.get(key)
-        return share.queue if share else None
+        if key not in self.queues:
+            self.queues[key] = self._make()
+        return self.queues[key]
 
     def ahead(self, key: str, own_tokens: int) -> int:
         """About how many tokens the other queues take before that of `key` has taken
         `own_tokens`: right to one tile of each of them.
         """
-        share = self._shares[key]
-        missing = own_tokens - share.deficit
+        missing = own_tokens - self.queues[key].deficit
         rounds = max(0, math.ceil(missing / (self._quantum * self._weight_of(key))))
         total = 0.0
         turns = rounds + 1  # of those before `key` in the round; those behind it get one less
-        for other, rival in self._shares.items():
+        for other, rival in self.queues.items():
             if other == key:
                 turns -= 1
             elif turns:
                 quanta = (turns - 1) * self._quantum * self._weight_of(other)
-                total += min(rival.queue.tokens, rival.deficit + quanta)
+                total += min(rival.tokens, rival.deficit + quanta)
         return int(total)
 
     def head_tokens(self) -> int:
-        if not self._shares:
-            return 0
-        key = self._next()
-        return self._shares[key].queue.head_tokens()
+        return self.head()[1].head_tokens() if self.queues else 0
 
     def head(self) -> tuple[str, Q]:
-        """The queue of the next tile, and whose it is; there must be one."""
-        key = self._next()
-        return key, self._shares[key].queue
-
-    def items(self) -> list[tuple[str, Q]]:
-        """The queues that have something in them, by key."""
-        return [(key, share.queue) for key, share in self._shares.items()]
-
-    def take(self, key: str) -> Q | None:
-        """Takes a queue out, with all that is in it."""
-        share = self._shares.pop(key, None)
-        return share.queue if share else None
-
-    def keys(self) -> frozenset[str]:
-        """Whose queues have something in them."""
-        return frozenset(self._shares)
+        """The queue of the next tile, and whose it is; there must be one. The same until `pop`,
+        since the first in the round can then pay.
+        """
+        while True:
+            key, queue = next(iter(self.queues.items()))
+            if queue.deficit >= queue.head_tokens():
+                return key, queue
+            queue.deficit += self._quantum * self._weight_of(key)
+            self.queues[key] = self.queues.pop(key)  # to the end of the round
 
     def pop(self) -> Tile:
-        key = self._next()
-        share = self._shares[key]
-        share.deficit -= share.queue.head_tokens()
-        tile = share.queue.pop()
-        if not share.queue.head_tokens():
-            del self._shares[key]  # an idle queue saves nothing up
+        key, queue = self.head()
+        queue.deficit -= queue.head_tokens()
+        tile = queue.pop()
+        if not queue.head_tokens():
+            del self.queues[key]  # an idle queue saves nothing up
         return tile
-
-    def _next(self) -> str:
-        """Whose turn it is; the same until `pop`, since the first in the round can then pay."""
-        while True:
-            key, share = next(iter(self._shares.items()))
-            if share.deficit >= share.queue.head_tokens():
-                return key
-            share.deficit += self._quantum * self._weight_of(key)
-            self._shares[key] = self._shares.pop(key)  # to the end of the round

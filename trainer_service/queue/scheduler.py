@@ -8,7 +8,7 @@ it is waited for before the next plan is made.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,13 +81,14 @@ class Handed:
 class _Running:
     """What the engine is busy with."""
 
-    job: Plan | StepRows
-    handed: Sequence[Handed]  # of which its tiles or steps are
+    work: Sequence[Tile | StepRow]
+    tokens: Sequence[int]  # of each; of a step, which costs next to nothing, 0
+    handed: Mapping[Key, Handed]  # of which they are, in their order
     start_s: float  # as time.monotonic()
 
     @property
-    def tiles(self) -> Sequence[Tile]:
-        return self.job.tiles if isinstance(self.job, Plan) else ()
+    def all_tokens(self) -> int:
+        return sum(self.tokens)
 
 
 class NotStarted(EngineDied):
@@ -173,13 +174,12 @@ class Scheduler:
         """Feeds the engine, until cancelled."""
         while True:
             job = await self._schedule()
-            handed = [self._waiting.pop(key) for key in _keys(job)]
-            self._running = running = _Running(job, handed, time.monotonic())
+            self._running = running = self._begin(job)
             self._tell_followers()
             try:
-                results = await self._call(job, silence_limit_s=self._limit_s(job))
+                results = await self._call(job, silence_limit_s=self._limit_s(running))
             except Exception as raised:
-                self._hand_out(running, [domain_error(raised)] * len(handed))
+                self._hand_out(running, [domain_error(raised)] * len(running.handed))
             else:
                 elapsed_s = time.monotonic() - running.start_s
                 self._account(running, results, elapsed_s)
@@ -209,11 +209,19 @@ class Scheduler:
             except TimeoutError:
                 self._expected.clear()
 
+    def _begin(self, job: Plan | StepRows) -> _Running:
+        work = job.tiles if isinstance(job, Plan) else job.steps
+        handed = {key: self._waiting.pop(key) for key in map(key_of, work)}
+        tokens = [tile_tokens(each) if isinstance(each, Tile) else 0 for each in work]
+        return _Running(work, tokens, handed, time.monotonic())
+
     def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:
         """Gives each who waits its results, or the errors that stand for them."""
-        keys, shares = _keys(running.job), _shares(running.job)
-        for key, share, handed, result in zip(keys, shares, running.handed, results, strict=True):
-            if handed.put(key, result, share * elapsed_s):
+        token_s = elapsed_s / max(1, running.all_tokens)
+        for (key, handed), tokens, result in zip(
+            running.handed.items(), running.tokens, results, strict=True
+        ):
+            if handed.put(key, result, tokens * token_s):
                 self._expected.add(handed.training_run_id)
 
     def _forget_the_dead(self) -> None:
@@ -254,9 +262,7 @@ class Scheduler:
         """Computes the tiles of one call, beside those of others, on a row that was there in that
         life; and how long the engine took.
         """
-        keys = map(key_of, tiles)
-        run = tiles[0].training_run_id
-        handed = self._hand_in(Handed(run, tenant, billed, dict.fromkeys(keys)), life)
+        handed = self._hand_in(tenant, tiles, life, billed)
         self._planner.add(tenant, tiles)
         await handed.done
         return list(handed.results.values()), handed.seconds
@@ -265,18 +271,21 @@ class Scheduler:
         self, tenant: str, step: StepRow, life: int, *, billed: bool = True
     ) -> StepResult:
         """Takes an optimizer step, beside those of other runs; see `compute`."""
-        key = key_of(step)
-        handed = self._hand_in(Handed(step.training_run_id, tenant, billed, {key: None}), life)
+        handed = self._hand_in(tenant, [step], life, billed)
         self._planner.add_step(step)
         await handed.done
-        result: StepResult = handed.results[key]
+        result: StepResult = handed.results[key_of(step)]
         if result.error is not None:
             raise result.error
         return result
 
-    def _hand_in(self, handed: Handed, life: int) -> Handed:
+    def _hand_in(
+        self, tenant: str, work: Sequence[Tile | StepRow], life: int, billed: bool
+    ) -> Handed:
         if life != self.life:
             raise NotStarted("the engine with the row has ended")
+        keys = map(key_of, work)
+        handed = Handed(work[0].training_run_id, tenant, billed, dict.fromkeys(keys))
         self._forget_the_dead()
         self._waiting.update(dict.fromkeys(handed.results, handed))
         self.has_nothing_more(handed.training_run_id)
@@ -299,8 +308,11 @@ class Scheduler:
         queued = self._planner.tokens_ahead(tenant, training_run_id)
         if queued is None:
             return Forecast(0, 0.0)
-        running = self._running.tiles if self._running else ()
-        others = sum(tile_tokens(t) for t in running if t.training_run_id != training_run_id)
+        running = self._running
+        under_way = zip(running.handed.values(), running.tokens, strict=True) if running else ()
+        others = sum(
+            tokens for each, tokens in under_way if each.training_run_id != training_run_id
+        )
         wait_s = None if self._token_s is None else self._token_s * queued + self._rest_s()
         return Forecast(queued + others, wait_s)
 
@@ -315,7 +327,7 @@ class Scheduler:
         """How long the engine will still be busy with what it has."""
         if self._running is None or self._token_s is None:
             return 0.0
-        predicted_s = self._token_s * sum(map(tile_tokens, self._running.tiles))
+        predicted_s = self._token_s * self._running.all_tokens
         return max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
 
     def _tell_followers(self) -> None:
@@ -331,31 +343,15 @@ class Scheduler:
             raise NotStarted(death.message) from death
 
     def _account(self, running: _Running, results: Sequence[Any], elapsed_s: float) -> None:
-        tenants = [each.tenant if each.billed else None for each in running.handed]
-        job = running.job
-        if isinstance(job, Plan):
-            self._learn(job, elapsed_s)
-            self._usage.add_pass(job, results, tenants, elapsed_s)
-        else:
-            self._usage.add_steps(results, tenants, elapsed_s)
+        tenants = [each.tenant if each.billed else None for each in running.handed.values()]
+        self._usage.add(running.work, results, tenants, elapsed_s)
+        if running.all_tokens:
+            self._learn(elapsed_s / running.all_tokens)
 
-    def _limit_s(self, job: Plan | StepRows) -> float:
-        tokens = sum(map(tile_tokens, job.tiles)) if isinstance(job, Plan) else 0
-        return max(LEAST_LIMIT_S, LIMIT_FACTOR * tokens * (self._token_s or FIRST_GUESS_S))
+    def _limit_s(self, running: _Running) -> float:
+        token_s = self._token_s or FIRST_GUESS_S
+        return max(LEAST_LIMIT_S, LIMIT_FACTOR * running.all_tokens * token_s)
 
-    def _learn(self, plan: Plan, elapsed_s: float) -> None:
-        measured_s = elapsed_s / sum(map(tile_tokens, plan.tiles))
+    def _learn(self, measured_s: float) -> None:
         known_s = measured_s if self._token_s is None else self._token_s
         self._token_s = 0.7 * known_s + 0.3 * measured_s
-
-
-def _keys(job: Plan | StepRows) -> list[Key]:
-    return [key_of(each) for each in (job.steps if isinstance(job, StepRows) else job.tiles)]
-
-
-def _shares(job: Plan | StepRows) -> list[float]:
-    """Of the engine's time: that of a pass is shared by tokens; steps cost next to nothing."""
-    if isinstance(job, StepRows):
-        return [0.0] * len(job.steps)
-    tokens = [tile_tokens(tile) for tile in job.tiles]
-    return [each / sum(tokens) for each in tokens]

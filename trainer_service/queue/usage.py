@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mint_core.rpc.metrics import Metrics
-from trainer_service.jobs import Plan, StepResult, TileResult, tile_tokens
+from trainer_service.jobs import StepResult, StepRow, Tile, TileResult, tile_tokens
 
 
 class Usage:
@@ -25,33 +25,24 @@ class Usage:
             "mint_usage_optim_steps", "Optimizer steps taken", ["tenant"]
         )
 
-    def add_pass(
+    def add(
         self,
-        plan: Plan,
-        results: Sequence[TileResult],
+        work: Sequence[Tile | StepRow],
+        results: Sequence[TileResult | StepResult],
         tenants: Sequence[str | None],
         elapsed_s: float,
     ) -> None:
-        """Counts a pass; `tenants` are those of its tiles, None of what is done again."""
-        tokens: Counter[str | None] = Counter()
-        for tile, result, tenant in zip(plan.tiles, results, tenants, strict=True):
-            tokens[tenant] += tile_tokens(tile)
-            if result.error is None and tenant is not None:
-                self._tokens.labels(tenant, "forward").inc(tile_tokens(tile))
-                self._tokens.labels(tenant, "backward").inc(tile_tokens(tile) * tile.backward)
-        self._share(tokens, elapsed_s)
-
-    def add_steps(
-        self, results: Sequence[StepResult], tenants: Sequence[str | None], elapsed_s: float
-    ) -> None:
-        """Counts optimizer steps; `tenants` are those of their runs."""
-        for result, tenant in zip(results, tenants, strict=True):
-            if tenant is not None:
-                self._optim_steps.labels(tenant).inc(result.error is None)
-        self._share(Counter(tenants), elapsed_s)
-
-    def _share(self, parts: Counter[str | None], elapsed_s: float) -> None:
-        for tenant, part in parts.items():
+        """Counts a pass or steps; `tenants` are those of the work, None of what is done again."""
+        parts: Counter[str | None] = Counter()
+        for each, result, tenant in zip(work, results, tenants, strict=True):
+            parts[tenant] += tile_tokens(each) if isinstance(each, Tile) else 1
             if tenant is None:
                 continue
-            self._engine_seconds.labels(tenant).inc(elapsed_s * part / parts.total())
+            if isinstance(each, StepRow):
+                self._optim_steps.labels(tenant).inc(result.error is None)
+            elif result.error is None:
+                self._tokens.labels(tenant, "forward").inc(tile_tokens(each))
+                self._tokens.labels(tenant, "backward").inc(tile_tokens(each) * each.backward)
+        for tenant, part in parts.items():
+            if tenant is not None:
+                self._engine_seconds.labels(tenant).inc(elapsed_s * part / parts.total())

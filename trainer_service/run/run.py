@@ -115,7 +115,7 @@ class Run:
     def open(self) -> int:
         """Fences earlier writers, and returns the new epoch."""
         epoch = self.numbers.open()
-        self._note(self.journal.fenced(self.state()))
+        self._note(self.journal.changed(self.state()))
         return epoch
 
     def abandon(self, error: MintError) -> None:
@@ -174,7 +174,7 @@ class Run:
         """Notes that a restored row is not to the bit what it was."""
         self.inexact_replays += 1
         self.inexact_note = note
-        self._note(self.journal.replayed_inexactly(self.state()))
+        self._note(self.journal.changed(self.state()))
         self.stir_watchers()
 
     def _leave(self, call: Call) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from checkpoint_store import check_name
+from checkpoint_store import check_name as check_name
 from mint_core.errors import InvalidRequest
 from mint_core.rpc.limits import (
     MAX_METADATA_BYTES,
@@ -15,16 +15,6 @@ from mint_core.rpc.limits import (
 )
 
 MAX_TTL_DAYS = 36_500
-
-__all__ = [
-    "check_name",
-    "finite",
-    "metadata",
-    "request_id",
-    "text",
-    "ttl_s",
-    "within",
-]
 
 
 def text(value: str, field: str) -> str:

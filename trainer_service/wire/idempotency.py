@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,13 +35,15 @@ class Once:
         key = (tenant, identity.request_id)
         self._entries[key] = _Entry(identity.payload_hash, task, since_s)
 
-    async def run(self, tenant: str, identity: Identity, act: Callable[[], Awaitable[T]]) -> T:
+    async def run(
+        self, tenant: str, identity: Identity, act: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T:
         """Returns what `act` did when the request first came; it goes on if the caller leaves."""
         self._forget_old()
         key = (tenant, identity.request_id)
         entry = self._entries.get(key)
         if entry is None:
-            task = asyncio.ensure_future(_awaited(act))
+            task = asyncio.create_task(act())
             entry = _Entry(identity.payload_hash, task, self._clock())
             self._entries[key] = entry
             task.add_done_callback(lambda task: self._forget_failed(key, task))
@@ -61,7 +63,3 @@ class Once:
             if oldest.since_s > horizon or not oldest.task.done():
                 return
             del self._entries[key]
-
-
-async def _awaited(act: Callable[[], Awaitable[T]]) -> T:
-    return await act()

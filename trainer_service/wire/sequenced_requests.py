@@ -4,7 +4,7 @@ What is wrong with a call's content does not take its place away: it is the outc
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields as fields_of
 from typing import Any, cast
 
@@ -44,6 +44,7 @@ from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
 
 LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
 
+_CLIPPED: Mapping[str, type[Ppo | Cispo | Gspo]] = {"ppo": Ppo, "cispo": Cispo, "gspo": Gspo}
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
 
@@ -99,17 +100,7 @@ def _place(request: Any) -> tuple[Place, bytes]:
     return place, payload
 
 
-def _parse_forward(request: trainer_pb2.ForwardRequest, model: ModelDescription) -> Compute:
-    return _parse_compute(request, model, backward=False)
-
-
-def _parse_forward_backward(
-    request: trainer_pb2.ForwardBackwardRequest, model: ModelDescription
-) -> Compute:
-    return _parse_compute(request, model, backward=True)
-
-
-def _parse_compute(request: ComputeRequest, model: ModelDescription, backward: bool) -> Compute:
+def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
     if not request.data:
         raise InvalidRequest("`data` is empty; a batch needs at least one datum", field="data")
     if len(request.data) > MAX_DATA_PER_REQUEST:
@@ -127,7 +118,7 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription, backward: b
             for index, datum in enumerate(request.data)
         ),
         loss=loss,
-        backward=backward,
+        backward=isinstance(request, trainer_pb2.ForwardBackwardRequest),
         weighted_only=scope == trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
     )
 
@@ -143,38 +134,33 @@ def _parse_scope(scope: int) -> int:
 
 
 def parse_loss(request: ComputeRequest) -> Loss:
-    match request.WhichOneof("loss_fn"):
+    name = request.WhichOneof("loss_fn")
+    match name:
         case "cross_entropy":
             return CrossEntropy()
         case "importance_sampling":
             return ImportanceSampling()
-        case "ppo":
-            return Ppo(*_thresholds(request.ppo, "ppo", Ppo()))
-        case "cispo":
-            return Cispo(*_thresholds(request.cispo, "cispo", Cispo()))
         case "dro":
             if not request.dro.HasField("beta"):
                 raise InvalidRequest(
                     "`dro.beta` is missing; dro has no default for it", field="dro.beta"
                 )
             return Dro(fields.finite(request.dro.beta, "dro.beta"))
-        case "gspo":
-            return Gspo(*_thresholds(request.gspo, "gspo", Gspo()))
-        case _:
+        case None:
             raise InvalidRequest(
                 "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
                 "`cispo`, `dro`, `gspo`",
                 field="loss_fn",
             )
+    return _clipped(getattr(request, name), name)
 
 
-def _thresholds(
-    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo,
-    where: str,
-    default: Ppo | Cispo | Gspo,
-) -> tuple[float, float]:
+def _clipped(
+    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo, where: str
+) -> Ppo | Cispo | Gspo:
+    kind = _CLIPPED[where]
     low, high = (
-        fields.finite(getattr(given if given.HasField(name) else default, name), f"{where}.{name}")
+        fields.finite(getattr(given if given.HasField(name) else kind(), name), f"{where}.{name}")
         for name in ("clip_low_threshold", "clip_high_threshold")
     )
     if high < low:
@@ -185,7 +171,7 @@ def _thresholds(
             clip_low_threshold=low,
             clip_high_threshold=high,
         )
-    return low, high
+    return kind(low, high)
 
 
 def parse_adam_params(given: types_pb2.AdamParams) -> AdamParams:
@@ -206,10 +192,6 @@ def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) 
     if count is not None:
         fields.within(count, "backward_count", 0)
     return Step(adam_params=parse_adam_params(request.adam_params), backward_count=count)
-
-
-def _parse_discard(request: trainer_pb2.DiscardGradientRequest, model: ModelDescription) -> Discard:
-    return Discard()
 
 
 def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> Save:
@@ -236,10 +218,10 @@ def _parse_load(request: trainer_pb2.LoadStateRequest, model: ModelDescription) 
 
 
 _PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
-    "Forward": _parse_forward,
-    "ForwardBackward": _parse_forward_backward,
+    "Forward": _parse_compute,
+    "ForwardBackward": _parse_compute,
     "OptimStep": _parse_step,
-    "DiscardGradient": _parse_discard,
+    "DiscardGradient": lambda request, model: Discard(),
     "SaveState": _parse_save,
     "SaveWeightsForSampler": _parse_save_for_sampler,
     "LoadState": _parse_load,

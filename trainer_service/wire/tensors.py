@@ -13,7 +13,6 @@ from trainer_service.jobs import Floats
 _DTYPES: Mapping[int, np.dtype[np.generic]] = {
     types_pb2.TENSOR_DTYPE_FLOAT32: np.dtype("<f4"),
     types_pb2.TENSOR_DTYPE_INT64: np.dtype("<i8"),
-    types_pb2.TENSOR_DTYPE_INT32: np.dtype("<i4"),
 }
 
 

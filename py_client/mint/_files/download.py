@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mint._files.progress import Progress, reporting
 from mint._transport.connection import Connection
@@ -87,9 +87,6 @@ class _FilePieces(Stream[bytes]):
             path=path, file_name=file.name, offset_bytes=position
         )
         super().__init__(connection, connection.checkpoints.DownloadCheckpoint, self._request)
-
-    def __iter__(self) -> Self:
-        return self
 
     def _read(self, message: Any) -> bytes | None:
         if message.offset_bytes != self._position or message.file.sha256 != self._file.sha256:

@@ -1,28 +1,12 @@
 """Losses by name, with their options, as the contract's own messages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mint.errors import InvalidInputError, refused
 from mint.types._checks import number
 from mintrpc.v1 import trainer_pb2
 
-
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    options: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-
-
-_CLIPPED = _Loss(options=("clip_low_threshold", "clip_high_threshold"))
-_LOSSES = {
-    "cross_entropy": _Loss(),
-    "importance_sampling": _Loss(),
-    "ppo": _CLIPPED,
-    "cispo": _CLIPPED,
-    "dro": _Loss(options=("beta",), required=("beta",)),
-    "gspo": _CLIPPED,
-}
+_REQUIRED = ("beta",)  # options without a default
 
 
 def set_loss(
@@ -31,20 +15,21 @@ def set_loss(
     loss_fn_config: Mapping[str, float] | None,
 ) -> None:
     """Writes the loss into a request. Unknown names and options are refused."""
-    if loss_fn not in _LOSSES:
-        raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(_LOSSES)}")
-    loss, config = _LOSSES[loss_fn], dict(loss_fn_config or {})
+    losses = [field.name for field in request.DESCRIPTOR.oneofs_by_name["loss_fn"].fields]
+    if loss_fn not in losses:
+        raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(losses)}")
+    message, config = getattr(request, loss_fn), dict(loss_fn_config or {})
+    options = [field.name for field in message.DESCRIPTOR.fields]
     for name in config:
-        if name not in loss.options:
+        if name not in options:
             raise InvalidInputError(
                 f"`loss_fn_config` has `{name}`, but {loss_fn} takes "
-                f"{', '.join(loss.options) or 'no options'}",
+                f"{', '.join(options) or 'no options'}",
                 field=f"loss_fn_config.{name}",
             )
-    for name in loss.required:
-        if name not in config:
+    for name in options:
+        if name in _REQUIRED and name not in config:
             raise refused("loss_fn_config", f"lacks `{name}`, which {loss_fn} needs")
-    message = getattr(request, loss_fn)
     message.SetInParent()
     for name, value in config.items():
         setattr(message, name, number(value, f"loss_fn_config.{name}"))

@@ -1,6 +1,6 @@
 """Watches a run: one stream, opened again whenever it breaks."""
 
-from typing import Any, Self
+from typing import Any
 
 from mint import types
 from mint._transport.connection import Connection
@@ -20,12 +20,6 @@ class RunWatch(Stream[types.RunEvent]):
     def __init__(self, connection: Connection, training_run_id: str) -> None:
         request = trainer_pb2.WatchTrainingRunRequest(training_run_id=training_run_id)
         super().__init__(connection, connection.trainer.WatchTrainingRun, request)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __aiter__(self) -> Self:
-        return self
 
     def _read(self, message: Any) -> types.RunEvent | None:
         return types.RunEvent.from_proto(message)

@@ -1,5 +1,6 @@
 """Samples as they come, over one stream that is asked for again whenever it breaks."""
 
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
 from mint import types
@@ -61,17 +62,11 @@ class SampleStream(Stream[types.SamplePart]):
             )
 
 
-class _Loop:
+class _Loop(Iterator[types.SamplePart], AsyncIterator[types.SamplePart]):
     """A loop's hold on its stream. The loop drops it when it is left, by an exception too."""
 
     def __init__(self, stream: SampleStream) -> None:
         self._stream = stream
-
-    def __iter__(self) -> "_Loop":
-        return self
-
-    def __aiter__(self) -> "_Loop":
-        return self
 
     def __next__(self) -> types.SamplePart:
         return next(self._stream)

@@ -3,8 +3,9 @@
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 _Code = grpc.StatusCode
 
 
-class Stream(Closing, Generic[T]):
+class Stream(Closing, Iterator[T], AsyncIterator[T]):
     """What a server sends, for one reader at a time, on any thread or event loop."""
 
     _attaches = True  # whether a stream that is opened again goes on where it was

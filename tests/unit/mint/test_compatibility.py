@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import mint
 from mint import types
-from mint._run import losses as _losses
+from mintrpc.v1 import trainer_pb2
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs/compatibility.md"
@@ -159,9 +159,12 @@ def test_no_public_name_is_missing_from_the_tables() -> None:
 
 def test_losses_are_those_of_the_table() -> None:
     table = rows("Losses")
+    contract = trainer_pb2.ForwardBackwardRequest.DESCRIPTOR.oneofs_by_name["loss_fn"]
+    losses = {field.name for field in contract.fields}
 
-    assert {row.name for row in table if row.state != "absent"} == set(_losses._LOSSES)
-    assert len(table) > len(_losses._LOSSES)
+    assert losses == set(get_args(types.LossFnType))
+    assert {row.name for row in table if row.state != "absent"} == losses
+    assert len(table) > len(losses)
 
 
 def test_the_environment_is_that_of_the_table() -> None:

@@ -1,5 +1,8 @@
 """Conversations as tokens, and back."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 from mint.errors import refused
 from mint.recipe.renderers.chat_format import ChatFormat
 from mint.recipe.renderers.comparison import RendererMismatchWarning
@@ -12,7 +15,14 @@ from mint.recipe.renderers.template import Template
 from mint.recipe.renderers.tokenizer import Tokenizer
 from mint.recipe.renderers.train_on_what import TrainOnWhat
 
-RENDERER_NAMES = ("template", "role_colon", "llama3", "qwen3", "qwen3_disable_thinking")
+_FORMATS: Mapping[str, Callable[[Tokenizer], ChatFormat]] = {
+    "template": Template,
+    "role_colon": RoleColon,
+    "llama3": Llama3,
+    "qwen3": partial(Qwen3, thinking=True),
+    "qwen3_disable_thinking": partial(Qwen3, thinking=False),
+}
+RENDERER_NAMES = tuple(_FORMATS)
 
 __all__ = [
     "RENDERER_NAMES",
@@ -29,19 +39,7 @@ def get_renderer(name: str, tokenizer: Tokenizer) -> Renderer:
 
     Warns (RendererMismatchWarning) where it differs from the tokenizer's own chat template.
     """
-    return Renderer(name, tokenizer, _chat_format(name, tokenizer))
-
-
-def _chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    match name:
-        case "template":
-            return Template(tokenizer)
-        case "role_colon":
-            return RoleColon(tokenizer)
-        case "llama3":
-            return Llama3(tokenizer)
-        case "qwen3":
-            return Qwen3(tokenizer, thinking=True)
-        case "qwen3_disable_thinking":
-            return Qwen3(tokenizer, thinking=False)
-    raise refused("name", f"is {name!r}; there are the renderers {', '.join(RENDERER_NAMES)}")
+    if name not in _FORMATS:
+        known = ", ".join(RENDERER_NAMES)
+        raise refused("name", f"is {name!r}; there are the renderers {known}")
+    return Renderer(name, tokenizer, _FORMATS[name](tokenizer))

@@ -1,10 +1,10 @@
 """How a conversation is written down."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from mint.recipe.renderers.messages import Message
+from mint.recipe.renderers.messages import CHAT_ROLES, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +27,25 @@ class Turn:
     gap: str = ""  # after the mark that ends it
 
 
-class ChatFormat(Protocol):
+class ChatFormat(ABC):
     """One way of writing conversations. Messages have been checked."""
 
-    @property
-    def roles(self) -> Collection[str]:
-        """Those it knows."""
+    roles: Collection[str] = CHAT_ROLES  # those it knows
+    stops: list[int] | list[str]  # what ends an answer: token ids, or texts
+    # Options under which the tokenizer's own template agrees. None: it is that template.
+    template_options: Mapping[str, bool] | None = {}
 
-    @property
-    def stops(self) -> list[int] | list[str]:
-        """What ends an answer: token ids, or texts."""
-
-    @property
-    def template_options(self) -> Mapping[str, bool] | None:
-        """Options under which the tokenizer's own template agrees. None: it is that template."""
-
+    @abstractmethod
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         """The whole conversation, with the outputs of the wanted messages at least."""
 
+    @abstractmethod
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         """The conversation so far and the header of an answer by `role`."""
 
     def content_of(self, answer: str) -> str:
         """The content of an assistant's message, out of what it wrote without the end mark."""
+        return answer
 
 
 def join_turns(turns: Iterable[Turn], opening: str = "") -> Rendered:

@@ -5,23 +5,21 @@ thinking block even if it is empty. An empty block is the answer's own work wher
 think; with thinking disabled it is part of the prompt.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-from mint.recipe.renderers.chat_format import Rendered, Turn, join_turns
-from mint.recipe.renderers.messages import CHAT_ROLES, Message
+from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, join_turns
+from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer, token_id
 
 _EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 
 
-class Qwen3:
-    roles: Collection[str] = CHAT_ROLES
-
+class Qwen3(ChatFormat):
     def __init__(self, tokenizer: Tokenizer, *, thinking: bool) -> None:
         self._thinking = thinking
         token_id(tokenizer, "<|im_start|>", "qwen3")
-        self.stops: list[int] | list[str] = [token_id(tokenizer, "<|im_end|>", "qwen3")]
-        self.template_options: Mapping[str, bool] | None = {"enable_thinking": thinking}
+        self.stops = [token_id(tokenizer, "<|im_end|>", "qwen3")]
+        self.template_options = {"enable_thinking": thinking}
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         question = _last_question(messages)

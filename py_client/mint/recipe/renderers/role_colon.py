@@ -1,22 +1,19 @@
 """`User: ...` and `Assistant: ...`, for models that know no chat marks."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-from mint.recipe.renderers.chat_format import Rendered, Turn, join_turns
-from mint.recipe.renderers.messages import CHAT_ROLES, Message
+from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, join_turns
+from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer
 
 _STOP = "\n\nUser:"
 
 
-class RoleColon:
-    roles: Collection[str] = CHAT_ROLES
-    template_options: Mapping[str, bool] | None = {}
-
+class RoleColon(ChatFormat):
     def __init__(self, tokenizer: Tokenizer) -> None:
         opens = tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
         self._opening = (tokenizer.bos_token or "") if opens else ""
-        self.stops: list[int] | list[str] = [_STOP]
+        self.stops = [_STOP]
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         turns = [_turn(message) for message in messages]

@@ -1,11 +1,11 @@
 """The tokenizer's own chat template."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import count, groupby
 
 from mint.errors import refused
-from mint.recipe.renderers.chat_format import Rendered
+from mint.recipe.renderers.chat_format import ChatFormat, Rendered
 from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer, encode_with_starts, template_text
 
@@ -18,7 +18,7 @@ _PROBE: list[Message] = [
 ]
 
 
-class Template:
+class Template(ChatFormat):
     """Finds each message in the template's text.
 
     Where the template marks what the model generates, its marks decide for assistant messages. Else
@@ -26,8 +26,8 @@ class Template:
     generation prompt for it ends.
     """
 
-    roles: Collection[str] = ("system", "user", "assistant", "tool")
-    template_options: Mapping[str, bool] | None = None
+    roles = ("system", "user", "assistant", "tool")
+    template_options = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
@@ -45,9 +45,6 @@ class Template:
         if role != "assistant":
             raise refused("role", f"is {role!r}; a chat template prompts for the assistant alone")
         return template_text(self._tokenizer, messages, add_generation_prompt=True)
-
-    def content_of(self, answer: str) -> str:
-        return answer
 
     def _find_end(self) -> tuple[str, list[int] | list[str]]:
         """What ends an assistant's message: its text, and what to stop at."""

@@ -8,13 +8,14 @@ from mint_core.errors import EngineFault
 from mint_core.rpc.metrics import Metrics
 from tests.metrics import scrape, value
 from tests.unit.trainer_service.calls import compute
-from trainer_service.jobs import Plan, StepResult, Tile, TileResult
+from trainer_service.jobs import AdamParams, StepResult, StepRow, Tile, TileResult
 from trainer_service.queue.planner import cut
 from trainer_service.queue.usage import Usage
 
 TILE_ERROR = TileResult(error=EngineFault("too large"))
 STEP_ERROR = StepResult(step=0, grad_norm=0.0, error=EngineFault("no"))
 TAKEN = StepResult(step=1, grad_norm=0.0)
+STEPS = tuple(StepRow(run, AdamParams()) for run in "abcd")
 
 
 def tile(run: str, tokens: int, *, backward: bool) -> Tile:
@@ -43,10 +44,10 @@ class Counters:
 
 def test_a_pass_is_shared_by_tokens() -> None:
     counters = Counters()
-    plan = Plan((tile("a", 30, backward=True), tile("b", 50, backward=False)))
+    plan = (tile("a", 30, backward=True), tile("b", 50, backward=False))
 
-    counters.usage.add_pass(plan, (TileResult(),) * 2, ("ann", "bob"), 2.0)
-    counters.usage.add_pass(Plan(plan.tiles[:1]), (TileResult(),), ("ann",), 0.25)
+    counters.usage.add(plan, (TileResult(),) * 2, ("ann", "bob"), 2.0)
+    counters.usage.add(plan[:1], (TileResult(),), ("ann",), 0.25)
 
     assert counters.read("ann") == (60, 30 + 30, 0.75 + 0.25, 0)
     assert counters.read("bob") == (50, 0, 1.25, 0)
@@ -54,19 +55,19 @@ def test_a_pass_is_shared_by_tokens() -> None:
 
 def test_runs_of_a_tenant_add_up() -> None:
     counters = Counters()
-    plan = Plan((tile("a", 30, backward=True), tile("b", 50, backward=True)))
+    plan = (tile("a", 30, backward=True), tile("b", 50, backward=True))
 
-    counters.usage.add_pass(plan, (TileResult(),) * 2, ("ann", "ann"), 3.0)
+    counters.usage.add(plan, (TileResult(),) * 2, ("ann", "ann"), 3.0)
 
     assert counters.read("ann") == (80, 80, pytest.approx(3.0), 0)
 
 
 def test_what_failed_took_time_but_no_tokens_or_steps_are_counted() -> None:
     counters = Counters()
-    plan = Plan((tile("a", 10, backward=True), tile("b", 30, backward=True)))
+    plan = (tile("a", 10, backward=True), tile("b", 30, backward=True))
 
-    counters.usage.add_pass(plan, (TILE_ERROR, TileResult()), ("ann", "bob"), 4.0)
-    counters.usage.add_steps((STEP_ERROR, TAKEN), ("ann", "bob"), 0.5)
+    counters.usage.add(plan, (TILE_ERROR, TileResult()), ("ann", "bob"), 4.0)
+    counters.usage.add(STEPS[:2], (STEP_ERROR, TAKEN), ("ann", "bob"), 0.5)
 
     assert counters.read("ann") == (0, 0, 1.25, 0)
     assert counters.read("bob") == (30, 30, 3.25, 1)
@@ -75,7 +76,7 @@ def test_what_failed_took_time_but_no_tokens_or_steps_are_counted() -> None:
 def test_the_time_of_steps_is_shared_equally() -> None:
     counters = Counters()
 
-    counters.usage.add_steps((TAKEN,) * 4, ("ann", "bob", "ann", "ann"), 1.0)
+    counters.usage.add(STEPS, (TAKEN,) * 4, ("ann", "bob", "ann", "ann"), 1.0)
 
     assert counters.read("ann") == (0, 0, 0.75, 3)
     assert counters.read("bob") == (0, 0, 0.25, 1)
