@@ -215,11 +215,6 @@ def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
     return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
-def _checked_params(params: types.SamplingParams | None) -> types.SamplingParams:
-    params = types.SamplingParams() if params is None else params
-    return instance(params, types.SamplingParams, "sampling_params", "give types.SamplingParams")
-
-
 def _checked_last_n(count: int | None) -> int:
     if count is None:
         return 0  # the contract's word for all
