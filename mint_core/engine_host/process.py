@@ -6,18 +6,16 @@ wait for it.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import queue
+import pickle
 import socket
+import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 from mint_core.engine_host.pipe import (
@@ -39,16 +37,21 @@ EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
 RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
 WATCH_INTERVAL_S = 0.5
+_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!iQ")  # lengths of messages in the pipe
+_MOST_SHORT_BYTES = 2**31 - 1
 
 
-class _Child:
-    """One engine process. Two threads feed its pipe: a full one must not stop the event loop."""
+class _Child(asyncio.Protocol):
+    """One engine process, and our end of its pipe. Messages are framed as those of
+    `multiprocessing.connection`, which is the engine's end.
+    """
 
     def __init__(
         self,
         module: str,
         config: object,
-        deliver: Callable[["_Child", Any], None],  # None at last, when the process has ended
+        receive: Callable[["_Child", Any], None],
+        bury: Callable[["_Child"], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
@@ -59,46 +62,60 @@ class _Child:
                 process_group=0,  # Ctrl-C is for the front, which ends its engine
             )
         self.started_s = time.monotonic()
-        self._connection = Connection(ours.detach())
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox.put(config)
-        self._deliver = deliver
-        self._writer = threading.Thread(target=self._write, daemon=True, name="engine-writer")
-        self._writer.start()
-        self._reader = threading.Thread(target=self._read, daemon=True, name="engine-reader")
-        self._reader.start()
+        self._config = config
+        self._receive = receive
+        self._bury = bury
+        self._received = bytearray()
+        self._lost = asyncio.Event()
+        self._life = asyncio.create_task(self._live(ours))
+
+    async def _live(self, ours: socket.socket) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+        await self._lost.wait()
+        await asyncio.to_thread(self._await_end)
+        self._bury(self)
+
+    async def kill(self) -> None:
+        """Ends the process, and waits for that."""
+        self.process.kill()
+        await self._life
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.send(self._config)
 
     def send(self, message: object) -> None:
-        self._outbox.put(message)
+        """What the pipe does not take now, it takes when it can."""
+        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        long = len(content) > _MOST_SHORT_BYTES
+        length = _LONG.pack(-1, len(content)) if long else _SHORT.pack(len(content))
+        self._transport.writelines([length, content])
 
-    def join(self) -> None:
-        """Blocks until the process and its threads have ended."""
-        self._reader.join()
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        start = 0
+        while (found := self._content(start)) is not None:
+            message = pickle.loads(self._received[found])
+            start = found.stop
+            self._receive(self, message)
+        del self._received[:start]
 
-    def _write(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            try:
-                self._connection.send(message)
-            except OSError:
-                return  # the reader sees the end of the pipe and reports it
-            except Exception:
-                logger.exception("a message could not be sent to the engine")
-                self.process.kill()
+    def _content(self, start: int) -> slice | None:
+        """Where a message's content is, if all of it is here."""
+        if len(self._received) < start + _SHORT.size:
+            return None
+        (length,) = _SHORT.unpack_from(self._received, start)
+        begin = start + _SHORT.size
+        if length == -1:
+            if len(self._received) < start + _LONG.size:
+                return None
+            _, length = _LONG.unpack_from(self._received, start)
+            begin = start + _LONG.size
+        return slice(begin, begin + length) if len(self._received) >= begin + length else None
 
-    def _read(self) -> None:
-        try:
-            while True:
-                self._deliver(self, self._connection.recv())
-        except (EOFError, OSError):
-            pass
-        except Exception:
-            logger.exception("a message of the engine could not be read")
-            self.process.kill()
-        self._await_end()
-        self._outbox.put(None)
-        self._writer.join()
-        self._connection.close()
-        self._deliver(self, None)
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost.set()
 
     def _await_end(self) -> None:
         try:
@@ -207,8 +224,8 @@ class EngineProcess:
         if not self._waiting:
             self._last_word = time.monotonic()
         self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
-        self._child.send(Call(number, job))
         try:
+            self._child.send(Call(number, job))
             return await future
         finally:
             self._waiting.pop(number, None)
@@ -232,24 +249,14 @@ class EngineProcess:
             waiter.fail(gone)
         self.changed.set()
         if child:
-            child.process.kill()
-            await asyncio.to_thread(child.join)
+            await child.kill()
 
     def _spawn(self) -> None:
-        loop = asyncio.get_running_loop()
         self._last_word = time.monotonic()
-
-        def deliver(child: _Child, message: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._receive, child, message)
-
-        self._child = _Child(self._module, self._config, deliver)
+        self._child = _Child(self._module, self._config, self._receive, self._bury)
 
     def _receive(self, child: _Child, message: object) -> None:
         if child is not self._child:
-            return
-        if message is None:
-            self._bury(child)
             return
         self._last_word = time.monotonic()
         for each in message.messages if isinstance(message, Bundle) else (message,):
@@ -283,6 +290,8 @@ class EngineProcess:
                 raise AssertionError(f"unknown message {message!r}")
 
     def _bury(self, child: _Child) -> None:
+        if child is not self._child:
+            return
         was_up = self.ready
         self._child = None
         self.report = None
