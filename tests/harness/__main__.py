@@ -4,6 +4,7 @@ anything was lost, done twice, or differs in a bit from what a server without fa
 """
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,8 @@ def main() -> int:
     from tests.models import tiny_qwen3
 
     kills, seed = map(int, sys.argv[1:])
+    # Processes that are started would otherwise compile our sources once more each.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
     folder = Path(tempfile.mkdtemp(prefix="mint-faults-"))
     logging.info("logs and histories are in %s", folder)

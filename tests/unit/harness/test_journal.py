@@ -14,14 +14,15 @@ def test_records_of_one_run_are_found_and_damaged(tmp_path: Path) -> None:
         run, other = start_run(stub), start_run(stub)
         train(run, 2)
         train(other, 2)
-        service.kill()
-    state = tmp_path / "store" / ".state"
+        with service.away():
+            state = tmp_path / "store" / ".state"
+            assert verify(state) == []
 
-    number = journal.number_of(state, run.id)
-    assert set(journal.left_of(state, number)) >= {"runs", "states", "calls"}
-    assert journal.left_of(state, 99) == []
-    assert verify(state) == []
-    if journal.damage(state, number, Random(1)):
-        assert [line for line in verify(state) if not line.startswith(run.id)] == []
-        assert verify(state)
-    assert not journal.damage(state, 99, Random(1))
+            number = journal.number_of(state, run.id)
+            assert set(journal.left_of(state, number)) >= {"runs", "states", "calls", "payloads"}
+            assert journal.left_of(state, 99) == []
+            assert not journal.damage(state, 99, Random(1))
+            assert journal.damage(state, number, Random(1))
+            found = verify(state)
+            assert found
+            assert [line for line in found if not line.startswith(run.id)] == []
