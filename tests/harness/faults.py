@@ -129,12 +129,15 @@ class Faults:
         if any(thread.is_alive() for thread in self._threads):
             return False
         users = self._stage.users
-        before, now = self._progress, [user.progress for user in users]
+        before, now = self._progress, self._progress_now()
         for user, then, is_at in zip(users, before, now, strict=False):
             if not user.ended and not is_at.has_left(then):
                 return False
         self._progress = now
         return True
+
+    def _progress_now(self) -> list[Progress]:
+        return [user.progress for user in self._stage.users]
 
     def do(self, name: str) -> None:
         self.done[name] += 1
@@ -158,11 +161,12 @@ class Faults:
         self._threads.clear()
 
     def _beside(self, aside: Aside) -> None:
-        self._asides.append(aside)
-        self._run(type(aside).__name__, lambda: self._note(aside.act()))
+        def act() -> None:
+            self._note(aside.act())
+            self._progress = self._progress_now()  # what is under way may have lost engines by it
 
-    def _run(self, name: str, act: Callable[[], None]) -> None:
-        thread = threading.Thread(target=act, name=name)
+        self._asides.append(aside)
+        thread = threading.Thread(target=act, name=type(aside).__name__)
         thread.start()
         self._threads.append(thread)
 
