@@ -172,18 +172,19 @@ class Held:
     """The store keeps everybody waiting, and the front answers all the same."""
 
     stage: Stage
+    limit_s: float = HELD_S / 2  # for somebody to come, and for the answer
 
     def act(self) -> Iterator[str]:
         bad = self.stage.bad_store
         bad.hold()
-        deadline = time.monotonic() + HELD_S / 2
+        deadline = time.monotonic() + self.limit_s
         try:
             while not bad.someone_waits.exists() and time.monotonic() < deadline:
                 time.sleep(LOOK_S)  # nothing tells of a file
             with mint.ServiceClient(
                 base_url=self.stage.trainer.address,
                 api_key=self.stage.keys[-1],
-                timeout=HELD_S / 2,
+                timeout=self.limit_s,
             ) as service:
                 error = refused(service.list_training_runs)
             if error:

@@ -63,6 +63,7 @@ REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 ENDS_ENGINES = ("engine", "sampler_engine", "memory", "poison")
 # Calls beside the scripts know of no other timeline.
 BESIDE = ("poison", "delete", "damage", "restore")
+ALWAYS_BEARABLE = ("front", "client", "sampler", "cut")
 STORE_FULL_S = 1.5
 SLOW_S = 0.02
 BRANCH_ANSWERS = 25  # until a timeline is abandoned
@@ -117,12 +118,12 @@ class Faults:
 
     def _bearable(self, name: str) -> str:
         """The fault, or another in the place of one that must not be now."""
-        if name in BESIDE and self.abandoning:
-            return "front"
         waits = self._engine_point is not None and not self._engine_point.exists()
-        if name not in ENDS_ENGINES or (not waits and self._may_end_engine()):
-            return name
-        return "front"
+        if (name in BESIDE and self.abandoning) or (
+            name in ENDS_ENGINES and (waits or not self._may_end_engine())
+        ):
+            return self._random.choice(ALWAYS_BEARABLE)
+        return name
 
     def _may_end_engine(self) -> bool:
         """Whether no call can lose a third engine; if so, takes it that one is ended now."""
