@@ -15,6 +15,7 @@ from tests.harness.proxy import Proxy
 LIMIT_S = 10.0
 # The rest of the kinds come by chance in `make faults`.
 FAULTS = (
+    "restore",
     "full_store",
     "delete",
     "damage",
@@ -22,9 +23,8 @@ FAULTS = (
     "sampler",
     "client",
     "cut",
-    "point",
+    "delay",
     "duplicate",
-    "restore",
     "sampler_engine",
     "engine",
 )

@@ -66,7 +66,7 @@ BESIDE = ("poison", "delete", "damage", "restore")
 ALWAYS_BEARABLE = ("front", "client", "sampler", "cut")
 STORE_FULL_S = 1.5
 SLOW_S = 0.02
-BRANCH_ANSWERS = 25  # until a timeline is abandoned
+BRANCH_ANSWERS = 15  # until a timeline is abandoned, at least
 ASIDE_LIMIT_S = 400.0
 CALM_ANSWERS = 6  # until delays and duplicates end, and limits are lifted
 
@@ -104,7 +104,7 @@ class Faults:
 
     def look(self) -> None:
         answered = self._stage.answered()
-        if self.abandoning and (answered >= self._branch_end or self._stage.settled):
+        if self.abandoning and self._may_turn_back(answered):
             self._turn_back()
         for at, end in [each for each in self._calm if each[0] <= answered]:
             self._calm.remove((at, end))
@@ -291,6 +291,11 @@ class Faults:
         self._timeline += 1
         self._stage.turn_to(self._timeline, self._copy)
         self._branch_end = self._stage.answered() + BRANCH_ANSWERS
+
+    def _may_turn_back(self, answered: int) -> bool:
+        """Whether the timeline has done what there is to forget, or can do no more."""
+        enough = answered >= self._branch_end and self._stage.has_parted(self._timeline)
+        return enough or self._stage.settled
 
     def _turn_back(self) -> None:
         self._join()

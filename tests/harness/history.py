@@ -41,6 +41,22 @@ def places(file: Path, timeline: int) -> tuple[dict[int, int], set[int]]:
     return called, answered
 
 
+def has_parted(file: Path, timeline: int) -> bool:
+    """Whether a timeline has data of its own, a step on them, and a save of what that made."""
+    kinds: dict[int, str] = {}
+    added = stepped = False
+    for event in read(file) if file.exists() else ():
+        if event["timeline"] == timeline and event["event"] == "called":
+            kinds[event["place"]] = event["kind"]
+        elif event["timeline"] == timeline and event["event"] == "answered":
+            kind = kinds[event["place"]]
+            added = added or kind in ("add", "many", "crumb")
+            stepped = stepped or (added and kind == "step")
+            if stepped and kind in ("save", "publish"):
+                return True
+    return False
+
+
 def answered(file: Path) -> int:
     """How many answers a file tells of so far."""
     try:

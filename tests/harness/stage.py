@@ -181,6 +181,10 @@ class Stage:
             shutil.rmtree(self.state)
             shutil.copytree(copy, self.state)
 
+    def has_parted(self, timeline: int) -> bool:
+        """Whether under some name lies what that timeline alone has made."""
+        return any(history.has_parted(user.file, timeline) for user in self.users)
+
     def history(self) -> list[dict[str, Any]]:
         """What the users did, and how their runs were found in the end."""
         events = []
