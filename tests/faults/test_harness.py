@@ -15,15 +15,15 @@ from tests.harness.proxy import Proxy
 LIMIT_S = 10.0
 # The rest of the kinds come by chance in `make faults`.
 FAULTS = (
-    "restore",
+    "cut",
+    "delay",
     "full_store",
+    "client",
+    "restore",
     "delete",
     "damage",
     "held_store",
     "sampler",
-    "client",
-    "cut",
-    "delay",
     "duplicate",
     "sampler_engine",
     "engine",

@@ -15,7 +15,7 @@ has forgotten all of it since: a backup was put in its place.
 - `refused`: place, sequence, reason: a save that found no room
 - `sampled`: key, answer: what a sampler drew, of which the same key always means the same
 - `failed`: what a user was told instead of an answer
-- `abandoned`: saved (digests by name, or empty): what is in the store as a timeline is abandoned
+- `abandoned`: run, saved (digests by name, or empty): what is in the store as a timeline is abandoned
 - `final`: run, next, step, weights (digest), saved: how the run was found in the end
 """
 
@@ -70,10 +70,10 @@ class _User:
 
 def crossings(history: Sequence[Event]) -> int:
     """How many names held other weights, on timelines that were abandoned, than they do now."""
-    final = {event["user"]: event["saved"] for event in history if event["event"] == "final"}
-    left = [event for event in history if event["event"] == "abandoned"]
+    final = {event["run"]: event["saved"] for event in history if event["event"] == "final"}
+    left = [event for event in history if event["event"] == "abandoned" and event["run"] in final]
     return sum(
-        saved not in ("", final[event["user"]][path])
+        saved not in ("", final[event["run"]][path])
         for event in left
         for path, saved in event["saved"].items()
     )

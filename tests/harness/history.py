@@ -42,18 +42,23 @@ def places(file: Path, timeline: int) -> tuple[dict[int, int], set[int]]:
 
 
 def has_parted(file: Path, timeline: int) -> bool:
-    """Whether a timeline has data of its own, a step on them, and a save of what that made."""
+    """Whether a timeline has data of its own, a step on them, and a save of what that made, in the
+    run that there was before it.
+    """
     kinds: dict[int, str] = {}
+    runs: dict[int, str] = {}
     added = stepped = False
     for event in read(file) if file.exists() else ():
-        if event["timeline"] == timeline and event["event"] == "called":
+        if event["event"] == "opened":
+            runs[event["timeline"]] = event["run"]
+        elif event["timeline"] == timeline and event["event"] == "called":
             kinds[event["place"]] = event["kind"]
         elif event["timeline"] == timeline and event["event"] == "answered":
             kind = kinds[event["place"]]
             added = added or kind in ("add", "many", "crumb")
             stepped = stepped or (added and kind == "step")
             if stepped and kind in ("save", "publish"):
-                return True
+                return runs.get(timeline) == runs.get(0)
     return False
 
 

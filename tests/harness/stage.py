@@ -175,8 +175,9 @@ class Stage:
         """Puts a copy of the state in its place, under the same store."""
         with self.trainer.away():
             for user in self.users:
-                saved = self._saved(user, self._run_of(user))
-                self.abandoned.append({"user": user.number, "event": "abandoned", "saved": saved})
+                run = self._run_of(user)
+                about = {"user": user.number, "event": "abandoned", "run": run}
+                self.abandoned.append(about | {"saved": self._saved(user, run)})
                 user.turn_to(0)
             shutil.rmtree(self.state)
             shutil.copytree(copy, self.state)

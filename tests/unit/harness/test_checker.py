@@ -80,7 +80,8 @@ def with_an_abandoned_timeline() -> History:
     for event in elsewhere:
         event["timeline"] = 1
     elsewhere[4]["answer"] = "b4"
-    left = {"user": 1, "event": "abandoned", "saved": {"at-3": "u", "at-9": ""}}
+    saved = {"at-3": "u", "at-9": ""}
+    left = {"user": 1, "event": "abandoned", "run": "r", "saved": saved}
     return [
         opened(0, 1, 0),
         *made(1, 2),
@@ -237,6 +238,9 @@ def test_weights_of_an_abandoned_timeline_are_found() -> None:
     assert crossings(history) == 1
     history[-1]["saved"] = {"at-3": "u", "at-9": "w"}
     assert "the weights under at-3 are those of a timeline that was abandoned" in told(history)
+    assert crossings(history) == 0
+    history[-1]["saved"] = {"at-3": "v", "at-9": "w"}
+    history[-2]["run"] = "one that is not there any more"
     assert crossings(history) == 0
 
 

@@ -36,9 +36,11 @@ def test_a_sample_is_waited_for_where_every_call_was_answered(tmp_path: Path) ->
 def test_a_timeline_has_parted_once_what_its_steps_made_is_saved(tmp_path: Path) -> None:
     file = tmp_path / "history-0"
     assert not has_parted(file, 1)
-    Writer(file, 0).write("called", place=1, sequence=1, kind="step")
-    Writer(file, 0).write("answered", place=1, sequence=1)
-    history = Writer(file, 0, timeline=1)
+    ours, history, elsewhere = (Writer(file, 0, timeline) for timeline in range(3))
+    ours.write("opened", run="r")
+    ours.write("called", place=1, sequence=1, kind="step")
+    ours.write("answered", place=1, sequence=1)
+    history.write("opened", run="r")
     script = ("step", "publish", "add", "step", "save")
     for place, kind in enumerate(script, start=2):
         assert not has_parted(file, 1)
@@ -46,6 +48,11 @@ def test_a_timeline_has_parted_once_what_its_steps_made_is_saved(tmp_path: Path)
         history.write("answered", place=place, sequence=place)
     assert has_parted(file, 1)
     assert not has_parted(file, 0)
+
+    elsewhere.write("opened", run="another")
+    for place, kind in enumerate(script, start=2):
+        elsewhere.write("called", place=place, sequence=place, kind=kind)
+        elsewhere.write("answered", place=place, sequence=place)
     assert not has_parted(file, 2)
 
 
