@@ -15,7 +15,7 @@ has forgotten all of it since: a backup was put in its place.
 - `refused`: place, sequence, reason: a save that found no room
 - `sampled`: key, answer: what a sampler drew, of which the same key always means the same
 - `failed`: what a user was told instead of an answer
-- `abandoned`: run, saved (digests by name, or empty): what is in the store as a timeline is abandoned
+- `abandoned`: run, saved (digests by name, or empty): what a timeline that is abandoned leaves
 - `final`: run, next, step, weights (digest), saved: how the run was found in the end
 """
 
