@@ -1,4 +1,4 @@
-"""A dozen faults of `make faults`, and its parts: the proxy's faults."""
+"""Ten faults of `make faults`, and its parts: the proxy's faults."""
 
 import socket
 import socketserver
@@ -23,20 +23,18 @@ FAULTS = (
     "delete",
     "damage",
     "held_store",
-    "sampler",
     "duplicate",
     "sampler_engine",
-    "engine",
 )
 
 
-def test_a_dozen_faults_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
-    report = run(tmp_path, qwen3_folder, kills=1, seed=1, steps=6, gap=1000, first=FAULTS)
+def test_ten_faults_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
+    report = run(tmp_path, qwen3_folder, kills=1, seed=1, steps=5, gap=1000, first=FAULTS)
 
     assert report.problems == []
     assert report.rounds == 1
-    assert report.kills >= 6  # what dies by itself meanwhile cannot be killed
-    assert report.calls > 100
+    assert report.kills >= 5  # what dies by itself meanwhile cannot be killed
+    assert report.calls > 90
     assert report.crossings  # the abandoned timeline has saved what was saved again
 
 
