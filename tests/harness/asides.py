@@ -29,6 +29,7 @@ from tests.training_load import batch
 
 LIMIT_S = 300.0
 HELD_S = 60.0  # at most: an engine that says nothing for so long is taken for dead
+REMOVAL_LIMIT_S = 120.0  # engines may be started meanwhile
 PIPELINED = 12
 ADAM = types.AdamParams(learning_rate=0.01)
 
@@ -88,7 +89,14 @@ class Deletion:
             self._neighbour.go_on()
         if self.kill_after_s is not None:
             timer.join()
+        self._await_removal()
         yield from self.look_back()
+
+    def _await_removal(self) -> None:
+        """A deletion that a crash cut short is answered again before it comes to its end."""
+        deadline = time.monotonic() + REMOVAL_LIMIT_S
+        while journal.left_of(self.stage.state, self._number) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)  # nothing tells of a record's end
 
     def look_back(self) -> Iterator[str]:
         assert self._neighbour is not None
