@@ -92,7 +92,7 @@ soak: install model  ## The slow tests
 
 KILLS ?= 500
 SEED ?= 1
-faults: install  ## Kills processes under load and checks all that was answered: KILLS=500 SEED=1
+faults: install  ## Kills processes under load, and worse, and checks all that was answered: KILLS=500 SEED=1
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.harness $(KILLS) $(SEED)
 
 bench: install  ## Measures what the services add to the engine

@@ -35,7 +35,8 @@ class Supervised:
         folder: Path,
         environments: Sequence[Environment] = (),
     ) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+        self._held = _held_port()
+        self.address = f"127.0.0.1:{self._held.getsockname()[1]}"
         self.log = folder / "log"
         self.starts = 0
         self.exits: list[int] = []
@@ -47,6 +48,7 @@ class Supervised:
         ]
         self._environments = list(environments)
         self._stopping = False
+        self._may_start = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._keep)
@@ -55,6 +57,18 @@ class Supervised:
     def kill(self) -> None:
         """Kills the front, and so its engine, and waits until another is started."""
         self._end(signal.SIGKILL)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Kills the front, and so its engine, and starts no other meanwhile."""
+        with self._may_start:
+            starts, engines = self.starts, self.engines()
+            assert self._process is not None
+            self._process.kill()
+            self._process.wait()
+            psutil.wait_procs(engines, LIMIT_S)
+            yield
+        self.await_start(starts + 1)
 
     def restart(self) -> None:
         """Has the front end by itself, and waits until another is started."""
@@ -96,6 +110,7 @@ class Supervised:
         if self._process is not None:
             self._process.terminate()
         self._thread.join(LIMIT_S)
+        self._held.close()
 
     def _end(self, number: int) -> None:
         starts, process = self.starts, self._process
@@ -107,7 +122,7 @@ class Supervised:
         with self.log.open("ab") as log:
             while not self._stopping:
                 more = self._environments.pop(0) if self._environments else {}
-                with self._changed:
+                with self._may_start, self._changed:
                     self._process = subprocess.Popen(
                         self._command, stderr=log, env={**os.environ, **more}
                     )
@@ -138,6 +153,9 @@ def summing(
     return supervised("tests.engines.rows_service", folder, environments, base_model=model, **flags)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def _held_port() -> socket.socket:
+    """A socket whose port is nobody else's, nor another connection's own, while no server runs."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the server to have it too
+    held.bind(("127.0.0.1", 0))
+    return held

@@ -1,10 +1,12 @@
 """The trainer's engine with ways to die: `python -m tests.engines.mortal FD`. A document that
-begins with POISON ends it, and so do the fault points behind each kind of job.
+begins with POISON ends it, and so do the fault points behind each kind of job. Its store may be
+bad: see tests.engines.bad_store.
 """
 
 import os
 
 from mint_core.fault_points import fault_point
+from tests.engines import bad_store
 from trainer_service.engine import __main__ as process
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import Plan
@@ -24,5 +26,6 @@ class MortalEngine(Engine):
 
 
 if __name__ == "__main__":
+    bad_store.install()
     process.Engine = MortalEngine  # type: ignore[misc]  # the process makes whatever it has there
     process.main()

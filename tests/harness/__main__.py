@@ -4,6 +4,7 @@ anything was lost, done twice, or differs in a bit from what a server without fa
 """
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.harness.checker import Event, problems
+from tests.harness.checker import Event, crossings, problems
 from tests.harness.faults import Faults
 from tests.harness.stage import SILENCE_LIMIT_S, staged
 
@@ -29,11 +30,13 @@ class Report:
     faults: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     rounds: int = 0
+    crossings: int = 0  # names that have held the weights of an abandoned timeline
     problems: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         named = " ".join(f"{name}={count}" for name, count in sorted(self.faults.items()))
-        return f"rounds={self.rounds} kills={self.kills} calls={self.calls} faults: {named}"
+        counts = f"rounds={self.rounds} kills={self.kills} calls={self.calls}"
+        return f"{counts} crossings={self.crossings} faults: {named}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,17 @@ class Play:
             faults = Faults(stage, random, gap, disk)
             left = list(first)
             for _ in stage.running():
-                if left and stage.answered() > len(first) - len(left):
+                if left and not faults.abandoning and stage.answered() > len(first) - len(left):
                     faults.do(left.pop(0))
                 faults.look()
             faults.end()
             found = stage.history()
-            told = [*faults.problems, *problems(found, expected)]
+            wrong = problems(found, expected, refusals=faults.refusals)
+            told = [*faults.problems, *wrong]
             if stage.stuck:
                 told.insert(0, f"nobody was answered for {SILENCE_LIMIT_S:.0f} s")
             calls = sum(event["event"] == "answered" for event in found)
-            return Report(stage.kills(), faults.done, calls, 1, told)
+            return Report(stage.kills(), faults.done, calls, 1, crossings(found), told)
 
 
 @contextmanager
@@ -105,6 +109,7 @@ def run(
         total.kills += report.kills
         total.calls += report.calls
         total.rounds += 1
+        total.crossings += report.crossings
         total.faults += report.faults
         total.problems += report.problems
         logging.info("so far: %s", total.line())
@@ -115,6 +120,8 @@ def main() -> int:
     from tests.models import tiny_qwen3
 
     kills, seed = map(int, sys.argv[1:])
+    # Processes that are started would otherwise compile our sources once more each.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
     folder = Path(tempfile.mkdtemp(prefix="mint-faults-"))
     logging.info("logs and histories are in %s", folder)

@@ -3,16 +3,14 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 import psutil
 
-import mint
-from mint import types
-from tests.engines.mortal import POISON
+from tests.harness.asides import Aside, Damage, Deletion, Held, Poison
 from tests.harness.history import Progress
 from tests.harness.stage import Stage
 from tests.supervised import dying_at
@@ -51,10 +49,25 @@ WEIGHTS = {
     "memory": 1,
     "full": 1,
     "poison": 1,
+    "full_store": 2,
+    "slow_store": 1,
+    "held_store": 1,
+    "delete": 3,
+    "damage": 1,
+    "restore": 1,
 }
+REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 # A call with which three engines die is given up, which is right. So no engine is ended again until
-# every call that was under way has been answered, nor while a fault point waits for one.
-ENDS_ENGINES = ("engine", "sampler_engine", "memory")
+# every call that was under way has been answered, nor while a fault point waits for one, nor while
+# something happens beside the scripts.
+ENDS_ENGINES = ("engine", "sampler_engine", "memory", "poison")
+# Calls beside the scripts know of no other timeline.
+BESIDE = ("poison", "delete", "damage", "restore")
+ALWAYS_BEARABLE = ("front", "client", "sampler", "cut")
+STORE_FULL_S = 1.5
+SLOW_S = 0.02
+BRANCH_ANSWERS = 15  # until a timeline is abandoned, at least
+ASIDE_LIMIT_S = 400.0
 CALM_ANSWERS = 6  # until delays and duplicates end, and limits are lifted
 
 
@@ -69,15 +82,30 @@ class Faults:
         self._small_disk = small_disk
         self._next = random.randint(1, gap)
         self._calm: list[tuple[int, Callable[[], None]]] = []  # at how many answers, what ends
-        self._aside: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
+        self._asides: list[Aside] = []
+        self._timeline = 0  # the last that there was
+        self._branch_end = 0  # at how many answers the timeline is abandoned; 0: it is not
         self._points = 0
         self._progress: list[Progress] = []  # of each user, when an engine was last ended
         self._engine_point: Path | None = None  # is there once the point set last has ended one
         self.done: Counter[str] = Counter()
         self.problems: list[str] = []
 
+    @property
+    def refusals(self) -> bool:
+        """Whether saves may have been refused."""
+        return self.done["full_store"] > 0
+
+    @property
+    def abandoning(self) -> bool:
+        """Whether all that is done now will be undone."""
+        return self._branch_end > 0
+
     def look(self) -> None:
         answered = self._stage.answered()
+        if self.abandoning and self._may_turn_back(answered):
+            self._turn_back()
         for at, end in [each for each in self._calm if each[0] <= answered]:
             self._calm.remove((at, end))
             end()
@@ -89,21 +117,28 @@ class Faults:
             self.do(self._bearable(name))
 
     def _bearable(self, name: str) -> str:
-        """The fault, or one that ends no engine in the place of one that must not."""
+        """The fault, or another in the place of one that must not be now."""
         waits = self._engine_point is not None and not self._engine_point.exists()
-        if name not in ENDS_ENGINES or (not waits and self._may_end_engine()):
-            return name
-        return "front"
+        if (name in BESIDE and self.abandoning) or (
+            name in ENDS_ENGINES and (waits or not self._may_end_engine())
+        ):
+            return self._random.choice(ALWAYS_BEARABLE)
+        return name
 
     def _may_end_engine(self) -> bool:
         """Whether no call can lose a third engine; if so, takes it that one is ended now."""
+        if any(thread.is_alive() for thread in self._threads):
+            return False
         users = self._stage.users
-        before, now = self._progress, [user.progress for user in users]
+        before, now = self._progress, self._progress_now()
         for user, then, is_at in zip(users, before, now, strict=False):
             if not user.ended and not is_at.has_left(then):
                 return False
         self._progress = now
         return True
+
+    def _progress_now(self) -> list[Progress]:
+        return [user.progress for user in self._stage.users]
 
     def do(self, name: str) -> None:
         self.done[name] += 1
@@ -111,14 +146,37 @@ class Faults:
         getattr(self, f"_{name}")()
 
     def end(self) -> None:
-        """Lifts what is still imposed, and waits for what was sent aside."""
+        """Lifts what is still imposed, and waits for what happens beside the scripts."""
         for _, end in self._calm:
             end()
         self._calm.clear()
-        for thread in self._aside:
-            thread.join(120)
+        self._join()
+        for aside in self._asides:
+            self._note(aside.look_back())
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(ASIDE_LIMIT_S)
             if thread.is_alive():
-                self.problems.append("a call that ends engines was never answered")
+                self.problems.append(f"{thread.name} was never done")
+        self._threads.clear()
+
+    def _beside(self, aside: Aside) -> None:
+        def act() -> None:
+            self._note(aside.act())
+            self._progress = self._progress_now()  # what is under way may have lost engines by it
+
+        self._asides.append(aside)
+        thread = threading.Thread(target=act, name=type(aside).__name__)
+        thread.start()
+        self._threads.append(thread)
+
+    def _note(self, problems: Iterable[str]) -> None:
+        try:
+            self.problems += problems
+        except Exception as error:
+            logging.exception("beside the scripts")
+            self.problems.append(f"beside the scripts: {error!r}")
 
     def _later(self, end: Callable[[], None]) -> None:
         self._calm.append((self._stage.answered() + CALM_ANSWERS, end))
@@ -146,7 +204,9 @@ class Faults:
         """The next start dies between two writes of a promise."""
         points = FRONT_POINTS | (ENGINE_POINTS if self._may_end_engine() else {})
         name = self._random.choice(list(points))
-        times = min(self._random.randint(1, points[name]) for _ in range(2))  # soon, mostly
+        self._die_at(name, min(self._random.randint(1, points[name]) for _ in range(2)))  # soon
+
+    def _die_at(self, name: str, times: int) -> None:
         self._points += 1
         once = self._stage.folder / f"died-{self._points}"
         self._engine_point = once if name in ENGINE_POINTS else None
@@ -192,23 +252,56 @@ class Faults:
                 pass
         timer = threading.Timer(2.0, lambda: filler.unlink(missing_ok=True))
         timer.start()
-        self._aside.append(timer)
+        self._threads.append(timer)
 
     def _poison(self) -> None:
-        thread = threading.Thread(target=self._send_poison)
-        thread.start()
-        self._aside.append(thread)
+        self._beside(Poison(self._stage))
 
-    def _send_poison(self) -> None:
-        data = types.Datum(
-            types.ModelInput.from_ints(POISON),
-            {"target_tokens": POISON, "weights": [1.0] * len(POISON)},
-        )
-        with self._stage.client(-1) as service:
-            run = service.create_lora_training_client(rank=1)
-            try:
-                run.forward_backward([data]).result(300)
-                self.problems.append("a call that ends engines was answered")
-            except mint.APIError as error:
-                if error.reason != "ENGINE_FAULT":
-                    self.problems.append(f"a call that ends engines was told {error}")
+    def _full_store(self) -> None:
+        """Leaves the store some room, so that saves break off anywhere."""
+        self._stage.bad_store.fill(self._random.randint(0, 12))
+        timer = threading.Timer(STORE_FULL_S, self._stage.bad_store.mend, ("full",))
+        timer.start()
+        self._threads.append(timer)
+
+    def _slow_store(self) -> None:
+        self._stage.bad_store.slow(SLOW_S)
+        self._later(lambda: self._stage.bad_store.mend("slow"))
+
+    def _held_store(self) -> None:
+        self._beside(Held(self._stage))
+
+    def _delete(self) -> None:
+        """While the front dies at a point of the deletion, or at any time, or lives."""
+        how = self._random.choice((*REMOVAL_POINTS, "kill", ""))
+        after_s = self._random.uniform(0.0, 0.3)
+        if how in REMOVAL_POINTS:
+            self._die_at(how, 1)
+        kill_after_s = after_s if how == "kill" else None
+        named = self._random.random() < 0.5
+        self._beside(Deletion(self._stage, self._random.randrange(1000), kill_after_s, named))
+
+    def _damage(self) -> None:
+        random = Random(self._random.random())
+        self._beside(Damage(self._stage, self._random.randrange(1000), random))
+
+    def _restore(self) -> None:
+        """What is done from now on will be undone: a copy of the state is put in its place."""
+        self._join()
+        self._timeline += 1
+        self._stage.turn_to(self._timeline, self._copy)
+        self._branch_end = self._stage.answered() + BRANCH_ANSWERS
+
+    def _may_turn_back(self, answered: int) -> bool:
+        """Whether the timeline has done what there is to forget, or can do no more."""
+        enough = answered >= self._branch_end and self._stage.has_parted(self._timeline)
+        return enough or self._stage.settled
+
+    def _turn_back(self) -> None:
+        self._join()
+        self._branch_end = 0
+        self._stage.turn_back(self._copy)
+
+    @property
+    def _copy(self) -> Path:
+        return self._stage.folder / f"copy-{self._timeline}"

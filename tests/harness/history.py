@@ -9,14 +9,16 @@ from typing import Any
 
 
 class Writer:
-    """Appends events of one user. A line is one write, so that a kill leaves all or nothing."""
+    """Appends events of one user, on a timeline: 0, or one that will be abandoned. A line is one
+    write, so that a kill leaves all or nothing.
+    """
 
-    def __init__(self, file: Path, user: int) -> None:
-        self._user = user
+    def __init__(self, file: Path, user: int, timeline: int = 0) -> None:
+        self._always = {"user": user, "timeline": timeline}
         self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, event: str, **fields: Any) -> None:
-        content = {"user": self._user, "event": event, **fields}
+        content = {**self._always, "event": event, **fields}
         os.write(self._descriptor, json.dumps(content).encode() + b"\n")
 
 
@@ -24,6 +26,40 @@ def read(file: Path) -> Iterator[dict[str, Any]]:
     """The events of a file, in order."""
     with file.open() as lines:
         yield from map(json.loads, lines)
+
+
+def places(file: Path, timeline: int) -> tuple[dict[int, int], set[int]]:
+    """The place of each call's number on a timeline, and the places that were answered."""
+    called, answered = {}, set()
+    for event in read(file):
+        if event["timeline"] not in (0, timeline):
+            continue
+        if event["event"] == "called":
+            called[event["sequence"]] = event["place"]
+        elif event["event"] == "answered":
+            answered.add(event["place"])
+    return called, answered
+
+
+def has_parted(file: Path, timeline: int) -> bool:
+    """Whether a timeline has data of its own, a step on them, and a save of what that made, in the
+    run that there was before it.
+    """
+    kinds: dict[int, str] = {}
+    runs: dict[int, str] = {}
+    added = stepped = False
+    for event in read(file) if file.exists() else ():
+        if event["event"] == "opened":
+            runs[event["timeline"]] = event["run"]
+        elif event["timeline"] == timeline and event["event"] == "called":
+            kinds[event["place"]] = event["kind"]
+        elif event["timeline"] == timeline and event["event"] == "answered":
+            kind = kinds[event["place"]]
+            added = added or kind in ("add", "many", "crumb")
+            stepped = stepped or (added and kind == "step")
+            if stepped and kind in ("save", "publish"):
+                return runs.get(timeline) == runs.get(0)
+    return False
 
 
 def answered(file: Path) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 
 import mint
 from checkpoint_store import CheckpointStore
+from mint_core.errors import CheckpointNotFound
 from mint_core.hosting.access import make_key
 from tests.checkpoint_files import moments
+from tests.engines.bad_store import BadStore
 from tests.harness import history
 from tests.harness.proxy import Proxy
-from tests.harness.user import script
+from tests.harness.user import saved_names
 from tests.supervised import Supervised, supervised
 
 LOOK_S = 0.02
@@ -34,6 +37,7 @@ class UserProcess:
     steps: int
     file: Path
     environment: dict[str, str]
+    timeline: int = 0
     lives: int = 0
     kills: int = 0
     failures: int = 0
@@ -45,10 +49,10 @@ class UserProcess:
             status = self._process.poll()
             if status is None:
                 return False
-            if status == 0 or self.failures >= MOST_FAILURES:
-                return True
+            if self.settled:
+                return self.timeline == 0  # else it goes on where the timelines have parted
             self.failures += status != -signal.SIGKILL
-        words = (self.number, self.steps, self.lives, self.file)
+        words = (self.number, self.steps, self.lives, self.timeline, self.file)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.harness.user", *map(str, words)], env=self.environment
         )
@@ -68,6 +72,12 @@ class UserProcess:
         """Whether the script has come to its end."""
         return self._process is not None and self._process.poll() == 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will come, by its end or by failures."""
+        failed = self.failures >= MOST_FAILURES and self._process is not None
+        return self.ended or (failed and self._process.poll() is not None)
+
     def kill(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
@@ -79,16 +89,29 @@ class UserProcess:
             self._process.kill()
             self._process.wait()
 
+    def turn_to(self, timeline: int) -> None:
+        """Has the next process, also one whose script has ended, be of that timeline."""
+        self.kill()
+        self._process = None
+        self.timeline = timeline
+
 
 @dataclass
 class Stage:
     folder: Path
+    state: Path
     trainer: Supervised
     sampler: Supervised
     proxies: tuple[Proxy, Proxy]
     keys: list[str]  # of the users, and of one more tenant
+    bad_store: BadStore
     users: list[UserProcess] = field(default_factory=list)
+    abandoned: list[dict[str, Any]] = field(default_factory=list)  # events
     stuck: bool = False
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.bad_store.store)
 
     def answered(self) -> int:
         return sum(user.answered for user in self.users)
@@ -97,6 +120,11 @@ class Stage:
         """Of engines that died and not their front."""
         logs = self.trainer.log_text() + self.sampler.log_text()
         return logs.count("; starting another in ")
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will come from any user."""
+        return all(user.settled for user in self.users)
 
     def kills(self) -> int:
         """Of any process, by whatever of the harness."""
@@ -137,37 +165,73 @@ class Stage:
             yield
             time.sleep(LOOK_S)  # nothing tells of a process's end and of its answers alike
 
+    def turn_to(self, timeline: int, copy: Path) -> None:
+        """Has users go on otherwise, from what the state is now, of which a copy is made."""
+        with self.trainer.away():
+            for user in self.users:
+                user.turn_to(timeline)
+            shutil.copytree(self.state, copy)
+
+    def turn_back(self, copy: Path) -> None:
+        """Puts a copy of the state in its place, under the same store."""
+        with self.trainer.away():
+            for user in self.users:
+                run = self._run_of(user)
+                about = {"user": user.number, "event": "abandoned", "run": run}
+                self.abandoned.append(about | {"saved": self._saved(user, run)})
+                user.turn_to(0)
+            shutil.rmtree(self.state)
+            shutil.copytree(copy, self.state)
+
+    def has_parted(self, timeline: int) -> bool:
+        """Whether under some name lies what that timeline alone has made."""
+        return any(history.has_parted(user.file, timeline) for user in self.users)
+
     def history(self) -> list[dict[str, Any]]:
         """What the users did, and how their runs were found in the end."""
         events = []
         self.end_users()
         for user in self.users:
             events += list(history.read(user.file))
-            events.append(self._final(user))
-        return events
+        events += self.abandoned
+        return events + [self._final(user) for user in self.users]
+
+    def _run_of(self, user: UserProcess) -> str:
+        """As the user has opened it last."""
+        opened = [event for event in history.read(user.file) if event["event"] == "opened"]
+        return str(opened[-1]["run"]) if opened else ""
 
     def _final(self, user: UserProcess) -> dict[str, Any]:
         with self.client(user.number) as service:
             run = service.list_training_runs().training_runs[0]
-        final = {
+        saved = self._saved(user, run.training_run_id)
+        return {
             "user": user.number,
             "event": "final",
             "run": run.training_run_id,
             "next": run.next_sequence,
             "step": run.step,
-            "weights": "",
+            "weights": saved[saved_names(user.number, user.steps)[-1]],
+            "saved": saved,
         }
-        path = f"mint://{run.training_run_id}/weights/at-{len(script(user.number, user.steps))}"
+
+    def _saved(self, user: UserProcess, run: str) -> dict[str, str]:
+        """A digest of what lies under each name that the script saves."""
+        names = saved_names(user.number, user.steps) if run else []
+        return {name: self._digest(f"mint://{run}/{name}", tenant(user.number)) for name in names}
+
+    def _digest(self, path: str, tenant: str) -> str:
+        """Empty if there is none."""
         try:
-            opened = CheckpointStore(self.folder / "store").open(path, tenant=tenant(user.number))
-        except Exception as error:
-            return final | {"weights": f"{type(error).__name__}"}
-        parts = (opened.weights(), *moments(opened))
+            opened = self.store.open(path, tenant=tenant)
+        except CheckpointNotFound:
+            return ""
+        parts = opened.weights(), *moments(opened)
         digest = hashlib.sha256()
         for part in parts:
             for name, array in sorted(part.items()):
                 digest.update(name.encode() + array.tobytes())
-        return final | {"weights": digest.hexdigest()}
+        return digest.hexdigest()
 
 
 def tenant(number: int) -> str:
@@ -178,6 +242,8 @@ def tenant(number: int) -> str:
 def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage]:
     """Everything but the users' processes."""
     with ExitStack() as stack:
+        bad_store = BadStore(folder / "store")
+        bad_store.folder.mkdir()
         keys = [make_key(tenant(number), folder / "keys") for number in range(users + 1)]
         flags: dict[str, object] = {
             "base_model": model,
@@ -201,7 +267,8 @@ def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage
             stack.callback(proxy.close)
             proxies.append(proxy)
         trainer, sampler = services
-        stage = Stage(folder, trainer, sampler, (proxies[0], proxies[1]), keys)
+        both = (proxies[0], proxies[1])
+        stage = Stage(folder, state, trainer, sampler, both, keys, bad_store)
         stack.callback(stage.end_users)
         yield stage
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.checker import problems
+from tests.harness.checker import crossings, problems
 
 KINDS = ["add", "step", "save", "add", "step", "load", "add", "step", "save"]
 STEPS = {2: 1, 5: 2, 8: 2}
@@ -23,17 +23,32 @@ def opened(life: int, next_place: int, step: int) -> dict[str, Any]:
     }
 
 
-def called(place: int) -> dict[str, Any]:
-    return {"user": 1, "event": "called", "place": place, "kind": KINDS[place - 1]}
+def called(place: int, later: int = 0) -> dict[str, Any]:
+    """`later`: by so many calls that found no room."""
+    about = {"place": place, "sequence": place + later}
+    return {"user": 1, "event": "called", **about, "kind": KINDS[place - 1]}
 
 
-def answered(place: int) -> dict[str, Any]:
+def answered(place: int, later: int = 0) -> dict[str, Any]:
     step = {"step": STEPS[place]} if place in STEPS else {}
-    return {"user": 1, "event": "answered", "place": place, "answer": f"a{place}", **step}
+    about = {"place": place, "sequence": place + later}
+    return {"user": 1, "event": "answered", **about, "answer": f"a{place}", **step}
 
 
-def final() -> dict[str, Any]:
-    return {"user": 1, "event": "final", "run": "r", "next": 10, "step": 2, "weights": "w"}
+def refused(place: int, later: int = 0) -> dict[str, Any]:
+    about = {"place": place, "sequence": place + later}
+    return {"user": 1, "event": "refused", **about, "reason": "RESOURCE_EXHAUSTED"}
+
+
+def final(later: int = 0) -> dict[str, Any]:
+    about = {"run": "r", "next": 10 + later, "step": 2}
+    return {
+        "user": 1,
+        "event": "final",
+        **about,
+        "weights": "w",
+        "saved": {"at-3": "v", "at-9": "w"},
+    }
 
 
 def undisturbed() -> History:
@@ -48,11 +63,41 @@ def with_a_death() -> History:
     return [*undisturbed()[:10], *map(called, (5,)), opened(1, 6, 2), *calls, final()]
 
 
-def told(history: History) -> str:
-    return "; ".join(problems(history, undisturbed()))
+def made(first: int, last: int, later: int = 0) -> History:
+    places = range(first, last + 1)
+    return [event for place in places for event in (called(place, later), answered(place, later))]
 
 
-@pytest.mark.parametrize("history", [undisturbed(), with_a_death()])
+def with_a_full_store() -> History:
+    """The save at 3 finds no room, and is made again when 4 has been added."""
+    tried = [called(3), called(4), refused(3), answered(4), called(3, 2), answered(3, 2)]
+    return [opened(0, 1, 0), *made(1, 2), *tried, *made(5, 9, later=1), final(later=1)]
+
+
+def with_an_abandoned_timeline() -> History:
+    """It parts behind call 2, and saves others' weights under the first name."""
+    elsewhere = [opened(1, 3, 1), *made(3, 5)]
+    for event in elsewhere:
+        event["timeline"] = 1
+    elsewhere[4]["answer"] = "b4"
+    saved = {"at-3": "u", "at-9": ""}
+    left = {"user": 1, "event": "abandoned", "run": "r", "saved": saved}
+    return [
+        opened(0, 1, 0),
+        *made(1, 2),
+        *elsewhere,
+        opened(2, 3, 1),
+        *made(3, 9),
+        left,
+        final(),
+    ]
+
+
+def told(history: History, *, refusals: bool = False) -> str:
+    return "; ".join(problems(history, undisturbed(), refusals=refusals))
+
+
+@pytest.mark.parametrize("history", [undisturbed(), with_a_death(), with_an_abandoned_timeline()])
 def test_what_may_be_is_no_problem(history: History) -> None:
     assert told(history) == ""
 
@@ -71,6 +116,8 @@ def test_calls_that_nobody_was_told_of_may_be_made_again() -> None:
         (8, {"answer": "other"}, "call 4 has answer other, not a4"),
         (4, {"step": 2}, "call 2 took step 2, not 1"),
         (-1, {"weights": "v"}, "the final weights are v, not w"),
+        (-1, {"saved": {"at-3": "u", "at-9": "w"}}, "the weights under at-3 are u, not v"),
+        (-1, {"saved": {"at-9": "w"}}, "the weights under at-3 are not there, not v"),
         (-1, {"step": 3}, "ends at step 3, not at 2"),
         (-1, {"step": 1}, "ends at step 1, not at 2"),
         (-1, {"next": 9}, "made 9 calls, and the run has 8"),
@@ -149,3 +196,68 @@ def test_a_user_that_is_missing_or_strange_is_found() -> None:
     for event in stranger:
         event["user"] = 2
     assert "user 2: has no script" in told([*undisturbed(), *stranger])
+
+
+def test_a_save_that_found_no_room_and_is_made_again_is_no_problem() -> None:
+    assert told(with_a_full_store(), refusals=True) == ""
+
+
+def test_a_refusal_where_there_was_room_is_found() -> None:
+    assert "1 saves found no room, and there was room" in told(with_a_full_store())
+
+
+def test_a_save_that_is_not_made_again_is_found() -> None:
+    history = with_a_full_store()
+    history.remove(called(3, 2))
+    history.remove(answered(3, 2))
+    found = told(history, refusals=True)
+    assert "call 3 found no room, and was not made again" in found
+
+
+def test_a_refusal_of_what_saves_nothing_is_found() -> None:
+    history = with_a_full_store()
+    history.insert(history.index(called(5, 1)), refused(4))
+    assert "call 4 saves nothing, and was refused" in told(history, refusals=True)
+
+
+def test_a_refused_call_that_is_lost_is_found() -> None:
+    """It has used up its number."""
+    history = [opened(0, 1, 0), *made(1, 2), called(3), refused(3), opened(1, 3, 1)]
+    history += [*made(3, 9), final()]
+    assert "call 3 was answered, and is lost: next is 3" in told(history, refusals=True)
+
+
+def test_a_save_that_changes_the_step_is_found() -> None:
+    history = with_a_full_store()
+    history.insert(-1, opened(1, 11, 3))
+    assert "is at step 3 behind call 10, not at 2" in told(history, refusals=True)
+
+
+def test_weights_of_an_abandoned_timeline_are_found() -> None:
+    history = with_an_abandoned_timeline()
+    assert crossings(history) == 1
+    history[-1]["saved"] = {"at-3": "u", "at-9": "w"}
+    assert "the weights under at-3 are those of a timeline that was abandoned" in told(history)
+    assert crossings(history) == 0
+    history[-1]["saved"] = {"at-3": "v", "at-9": "w"}
+    history[-2]["run"] = "one that is not there any more"
+    assert crossings(history) == 0
+
+
+def test_what_is_wrong_on_an_abandoned_timeline_is_found() -> None:
+    history = with_an_abandoned_timeline()
+    parted = next(place for place, event in enumerate(history) if event.get("timeline"))
+    history[parted]["next"] = 2
+    assert "user 1 on timeline 1: call 2 was answered, and is lost: next is 2" in told(history)
+
+
+def test_a_backup_that_lost_an_answer_is_found() -> None:
+    history = with_an_abandoned_timeline()
+    history[history.index(opened(2, 3, 1))] = opened(2, 2, 0)
+    assert "user 1: call 2 was answered, and is lost: next is 2" in told(history)
+
+
+def test_a_backup_that_remembers_the_abandoned_timeline_is_found() -> None:
+    history = with_an_abandoned_timeline()
+    history[history.index(opened(2, 3, 1))] = opened(2, 6, 2)
+    assert "user 1: call 3 was never made, and next is 6" in told(history)
