@@ -128,7 +128,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 (("grpc-status-details-bin", status.SerializeToString()),),
             )
         finally:
-            self._metrics.call_ended(method, call.code, call.seconds)
+            asyncio.get_running_loop().call_soon(self._note, call)  # behind the answer
+
+    def _note(self, call: "_Call") -> None:
+        call.log()
+        self._metrics.call_ended(call.method, call.code, call.seconds)
 
 
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
@@ -151,12 +155,13 @@ class _Call:
     """One call, for its log line."""
 
     def __init__(self, method: str) -> None:
-        self._method = method
+        self.method = method
         self._start = time.perf_counter()
         self.caller = Caller("-")
         self._described: dict[str, object] = {}
         self.code = "UNKNOWN"
         self.seconds = 0.0
+        self._error: MintError | None = None
 
     def describe(self, request: Message) -> Message:
         """Takes what is logged from the request, and returns it."""
@@ -168,8 +173,11 @@ class _Call:
     def end(self, code: str, error: MintError | None = None) -> None:
         self.code = code
         self.seconds = time.perf_counter() - self._start
-        words = {"method": self._method, "tenant": self.caller.tenant, "code": code}
-        reason = {"reason": error.reason} if error else {}
+        self._error = error
+
+    def log(self) -> None:
+        words = {"method": self.method, "tenant": self.caller.tenant, "code": self.code}
+        reason = {"reason": self._error.reason} if self._error else {}
         line = {**words, **reason, **self._described, **self.caller.notes}
         logger.info("%s s=%.4f", " ".join(f"{k}={_word(v)}" for k, v in line.items()), self.seconds)
 

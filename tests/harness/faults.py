@@ -28,6 +28,7 @@ ENGINE_POINTS = {
     "engine:after-StepRows": 6,
     "engine:after-LoadRow": 1,
     "engine:after-SaveCheckpoint": 2,
+    "engine:after-StoreRow": 1,
     "engine:after-WriteRow": 3,
     "engine:after-CreateRow": 3,
     "engine:after-RestoreRow": 3,
