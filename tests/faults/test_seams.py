@@ -142,7 +142,8 @@ def test_a_damaged_record_costs_its_run_and_nobody_else(tmp_path: Path) -> None:
     with summing(tmp_path) as service, stub_of(service) as stub:
         for run in (replayed, waiting, whole):
             run.stub = stub
-        insisting(lambda: whole.send(whole.forward_backward()))
+        again = whole.forward_backward()
+        insisting(lambda: whole.send(again))
         assert whole.send(whole.optim_step(adam_params=ADAM)).step == 3
         lost = replayed.refused(replayed.forward_backward())
         assert (lost.reason, lost.metadata["training_run_id"]) == (
@@ -296,6 +297,7 @@ def goes_on(
             twin.send(request)
         run.next_sequence = twin.next_sequence = request.sequence + 1
     for each in (run, twin):
-        insisting(lambda each=each: each.send(each.discard()))
+        discard = each.discard()
+        insisting(lambda each=each, discard=discard: each.send(discard))
     assert run.describe().step == twin.describe().step == step
     assert run.send(run.forward()) == twin.send(twin.forward())

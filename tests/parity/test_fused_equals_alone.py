@@ -220,6 +220,25 @@ def test_gradients_of_several_backwards_add_up_and_are_cleared_by_the_step(
     assert split.step(AdamParams()).grad_norm == 0.0
 
 
+@pytest.mark.parametrize("passes", [((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0,), (1, 2), (3,))])
+def test_how_tiles_fall_into_passes_changes_no_bit(
+    engine: Engine, passes: Sequence[Sequence[int]]
+) -> None:
+    """So a row is restored to the bit, whatever shares its passes then."""
+    name = "".join(str(len(each)) for each in passes)
+    grouped, alone = (EngineRun(engine, f"{n}{name}", REQUESTS[3], random=4) for n in ("g", "a"))
+    stranger = EngineRun(engine, f"s{name}", REQUESTS[1], random=5)
+    for step in range(3):
+        documents = [make_documents(10 * step + i, (17, 3 + i)) for i in range(4)]
+        for group in passes:
+            tiles = [grouped.tile(documents[i], LOSSES[0]) for i in group]
+            run_plan(engine, tiles[0], stranger.tile(documents[0], LOSSES[0]), *tiles[1:])
+        for each in documents:
+            alone.compute(alone.tile(each, LOSSES[0]))
+        assert grouped.step(AdamParams()) == alone.step(AdamParams())
+    assert equal(grouped.export(), alone.export())
+
+
 def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
     """With optimizer bitwise; without it visibly different."""
     runs = {
