@@ -126,8 +126,8 @@ class RowArrays:
 
 
 def manifest_of(name: str, spec: AdapterSpec, step: int = 0) -> Manifest:
-    return new_manifest(
-        training_run_id=name,
+    manifest = new_manifest(
+        training_run_id="r",
         kind="weights",
         name="a",
         tenant="t",
@@ -136,6 +136,7 @@ def manifest_of(name: str, spec: AdapterSpec, step: int = 0) -> Manifest:
         spec=spec,
         step=step,
     )
+    return replace(manifest, training_run_id=name)  # an engine takes any name
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def test_a_pass_takes_what_was_computed(engine: Engine, request: pytest.FixtureR
     are all of these two layers.
     """
     memory = measure(engine.base, RANK)
-    run = EngineRun(engine, "r", LoraRequest(rank=RANK, seed=1), random=1)
+    run = EngineRun(engine, request.node.name, LoraRequest(rank=RANK, seed=1), random=1)
     run.compute(run.tile(make_documents(1, (8,)), CrossEntropy()))  # makes the row's gradient
     for tokens in (60, LENGTH):
         recompute(engine, on=False)
