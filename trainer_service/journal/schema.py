@@ -18,7 +18,6 @@ _LOCK = "lock"
 MIN_FREE_BYTES = 64 * 1024 * 1024  # at start
 # Small: a step changes a few dozen bytes on each of a dozen pages, all of which are written, twice.
 _PAGE_BYTES = 2048
-_LONGEST_LOG_BYTES = 32 * 1024 * 1024
 KEPT_LOG_BYTES = 8 * 1024 * 1024
 _APPLICATION = 0x6D696E74  # "mint", in the database's header
 
@@ -163,8 +162,8 @@ def _open(folder: Path) -> sqlite3.Connection:
             database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         # The log is brought into the database when there is time, see writer.py, and when it has
-        # become long. Its file stays, up to a size: one that need not grow is flushed sooner.
-        database.execute(f"PRAGMA wal_autocheckpoint = {_LONGEST_LOG_BYTES // _PAGE_BYTES}")
+        # become long. Its file stays: one that need not grow is flushed sooner.
+        database.execute(f"PRAGMA wal_autocheckpoint = {KEPT_LOG_BYTES // _PAGE_BYTES}")
         database.execute(f"PRAGMA journal_size_limit = {KEPT_LOG_BYTES}")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mint_core.engine_host.pipe import Hello, ModelDescription
@@ -182,8 +183,10 @@ class Scheduler:
                 self._hand_out(running, [domain_error(raised)] * len(running.handed))
             else:
                 elapsed_s = time.monotonic() - running.start_s
-                self._account(running, results, elapsed_s)
                 self._hand_out(running, results, elapsed_s)
+                # Behind what those do who waited for it.
+                account = partial(self._account, running, results, elapsed_s)
+                asyncio.get_running_loop().call_soon(account)
             finally:
                 self._running = None
 
