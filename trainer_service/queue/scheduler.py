@@ -39,6 +39,7 @@ FIRST_PREDICTION_S = 1.0  # of any wait
 # Runs whose calls a plan has ended hand in what comes next, such as optimizer steps, or say that
 # they have nothing: it then goes before the next plan, and together. The engine waits no longer.
 FOLLOW_UP_S = 0.02
+ACCOUNT_S = 0.001  # from a pass to its accounting, which keeps nobody's answer waiting
 MOST_DEATHS = 3  # of engines during the same job that needs no row
 
 
@@ -184,9 +185,8 @@ class Scheduler:
             else:
                 elapsed_s = time.monotonic() - running.start_s
                 self._hand_out(running, results, elapsed_s)
-                # Behind what those do who waited for it.
                 account = partial(self._account, running, results, elapsed_s)
-                asyncio.get_running_loop().call_soon(account)
+                asyncio.get_running_loop().call_later(ACCOUNT_S, account)
             finally:
                 self._running = None
 
