@@ -294,7 +294,7 @@ class Runs:
         async def answer() -> bytes:
             run.check_usable()
             # Another may have opened it since.
-            return open_response(replace(self._view(run), writer_epoch=writer_epoch))
+            return open_response(self._view(run), writer_epoch)
 
         answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
         await run.journal.answered(run.state(), request.identity, answered)

@@ -9,6 +9,7 @@ from dataclasses import astuple
 
 from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
+    STATE_COLUMNS,
     RequestRecord,
     RunRecord,
     call_id,
@@ -19,6 +20,10 @@ from trainer_service.run.calls import Effect, Reply
 from trainer_service.run.description import RunState
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
+_SET_STATE = (
+    f"UPDATE states SET ({', '.join(STATE_COLUMNS)}) = ({', '.join('?' for _ in STATE_COLUMNS)})"
+    " WHERE run = ?"
+)
 
 
 def add_run(db: sqlite3.Connection, record: RunRecord) -> None:
@@ -39,24 +44,9 @@ def set_metadata(db: sqlite3.Connection, run: int, metadata: Mapping[str, str]) 
 
 
 def set_state(db: sqlite3.Connection, run: int, state: RunState) -> None:
-    gradient = state.gradient
-    db.execute(
-        "UPDATE states SET step = ?, writer_epoch = ?, acknowledged = ?, backward_count = ?,"
-        " added = ?, failed_sequence = ?, update_time = ?, inexact_replays = ?, inexact_note = ?"
-        " WHERE run = ?",
-        (
-            state.step,
-            state.writer_epoch,
-            state.acknowledged,
-            gradient.backward_count,
-            gradient.added,
-            gradient.failed_sequence,
-            state.update_time_s,
-            state.inexact_replays,
-            state.inexact_note,
-            run,
-        ),
-    )
+    *before, gradient, update_time_s, inexact_replays, inexact_note = astuple(state)
+    values = (*before, *gradient, update_time_s, inexact_replays, inexact_note)
+    db.execute(_SET_STATE, (*values, run))
 
 
 def accept(

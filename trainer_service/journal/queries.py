@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
+    STATE_COLUMNS,
     CallRecord,
     PastCall,
     Payload,
@@ -18,7 +19,7 @@ from trainer_service.journal.records import (
 )
 from trainer_service.run.calls import Effect
 from trainer_service.run.description import RunState
-from trainer_service.run.gradient import GradientCounts
+from trainer_service.run.gradient import Gradient
 
 
 def load_server(db: sqlite3.Connection) -> dict[str, str]:
@@ -29,13 +30,11 @@ def load_server(db: sqlite3.Connection) -> dict[str, str]:
 def load_runs(db: sqlite3.Connection) -> Iterator[RunRecord]:
     """All runs, oldest first."""
     rows = db.execute(
-        "SELECT r.number, r.training_run_id, r.origin, r.metadata, r.retention_s, r.removing,"
-        " s.step, s.writer_epoch, s.acknowledged, s.backward_count, s.added, s.failed_sequence,"
-        " s.update_time, s.inexact_replays, s.inexact_note"
-        " FROM runs r JOIN states s ON s.run = r.number ORDER BY r.number"
+        f"SELECT {', '.join(STATE_COLUMNS)}, number, training_run_id, origin, metadata,"
+        " retention_s, removing FROM runs JOIN states ON run = number ORDER BY number"
     ).fetchall()
-    for number, run, origin, metadata, retention_s, removing, *state in rows:
-        step, writer_epoch, acknowledged, backward_count, added, failed, *rest = state
+    for *state, number, run, origin, metadata, retention_s, removing in rows:
+        values = (*state[:3], Gradient(*state[3:6]), *state[6:])
         yield RunRecord(
             number=number,
             training_run_id=run,
@@ -43,15 +42,7 @@ def load_runs(db: sqlite3.Connection) -> Iterator[RunRecord]:
             metadata=json.loads(metadata),
             retention_s=retention_s,
             removing=None if removing is None else bool(removing),
-            state=RunState(
-                step=step,
-                writer_epoch=writer_epoch,
-                acknowledged=acknowledged,
-                gradient=GradientCounts(backward_count, added, failed),
-                update_time_s=rest[0],
-                inexact_replays=rest[1],
-                inexact_note=rest[2],
-            ),
+            state=RunState(*values),
         )
 
 

@@ -150,4 +150,4 @@ class Watch:
 
 
 def _state(view: RunView) -> tuple[str, str, Mapping[str, str], int]:
-    return view.lost, view.trouble, view.metadata, view.inexact_replays
+    return view.lost, view.trouble, view.metadata, view.state.inexact_replays

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from mint_core.lora.spec import AdapterSpec
-from trainer_service.run.gradient import GradientCounts
+from trainer_service.run.gradient import Gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +25,15 @@ class RunOrigin:
     tile_tokens: int  # at which its calls are cut, whatever memory a later engine finds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunState:
-    """What changes of a run, as the journal keeps it."""
+    """What changes of a run, in the order in which the journal keeps it."""
 
     step: int = 0
     writer_epoch: int = 1
     acknowledged: int = 0
-    gradient: GradientCounts = field(default_factory=GradientCounts)
-    update_time_s: float  # since the epoch
+    gradient: Gradient = field(default_factory=Gradient)
+    update_time_s: float = 0.0  # since the epoch
     inexact_replays: int = 0
     inexact_note: str = ""  # of the last of them
 
@@ -44,13 +44,7 @@ class RunView:
 
     origin: RunOrigin
     metadata: Mapping[str, str]
-    update_time: datetime
-    step: int
+    state: RunState
     next_sequence: int
-    writer_epoch: int
-    gradient_pending: bool
-    backward_count: int
     lost: str  # why; empty while the run can be used
-    trouble: str  # what else is wrong; empty: nothing
-    inexact_replays: int = 0
-    inexact_note: str = ""
+    trouble: str = ""  # what else is wrong; empty: nothing

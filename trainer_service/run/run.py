@@ -1,8 +1,8 @@
 """One training run as the front knows it: what its calls and its end mean for it, at once."""
 
 import asyncio
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
@@ -49,11 +49,11 @@ class Run:
         self.origin = origin
         self.step = state.step
         self.metadata = metadata
-        self.update_time = datetime.fromtimestamp(state.update_time_s, UTC)
+        self._update_time_s = state.update_time_s
         self.retention = retention
         self.journal = journal
         self._admission = admission
-        self.gradient = Gradient(state.gradient)
+        self.gradient = state.gradient
         self.unsaved = UnsavedWork()
         self.numbers = CallNumbers(self, limits)
         self.inbox = Inbox()
@@ -134,13 +134,13 @@ class Run:
         sequence, failed = call.place.sequence, outcome.error is not None
         match call.method:
             case "ForwardBackward" if failed:
-                self.gradient.fail(sequence)
+                self.gradient = self.gradient.without(sequence)
             case "ForwardBackward":
-                self.gradient.add()
+                self.gradient = self.gradient.with_one_more()
             case "OptimStep":
-                self.gradient.clear()
+                self.gradient = Gradient()
             case "DiscardGradient" | "LoadState" if not failed:
-                self.gradient.clear()
+                self.gradient = Gradient()
         if outcome.step is not None:
             self.step = outcome.step
         self.ended = max(self.ended, sequence)
@@ -210,15 +210,15 @@ class Run:
     def touch(self) -> None:
         """Notes that a call has ended."""
         self.retention.touch()
-        self.update_time = datetime.now(UTC)
+        self._update_time_s = time.time()
 
     def state(self) -> RunState:
         return RunState(
             step=self.step,
             writer_epoch=self.numbers.writer_epoch,
             acknowledged=self.numbers.acknowledged,
-            gradient=self.gradient.counts,
-            update_time_s=self.update_time.timestamp(),
+            gradient=self.gradient,
+            update_time_s=self._update_time_s,
             inexact_replays=self.inexact_replays,
             inexact_note=self.inexact_note,
         )
@@ -227,14 +227,7 @@ class Run:
         return RunView(
             origin=self.origin,
             metadata=self.metadata,
-            update_time=self.update_time,
-            step=self.step,
+            state=self.state(),
             next_sequence=self.numbers.next_sequence,
-            writer_epoch=self.numbers.writer_epoch,
-            gradient_pending=self.gradient.pending,
-            backward_count=self.gradient.backward_count,
             lost=self._lost,
-            trouble="",
-            inexact_replays=self.inexact_replays,
-            inexact_note=self.inexact_note,
         )

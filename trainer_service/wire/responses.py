@@ -1,6 +1,6 @@
 """Answers about runs: dataclasses in, protobuf out; those of requests that act once as bytes."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -15,18 +15,18 @@ from trainer_service.wire.pages import Page
 
 def create_response(view: RunView) -> bytes:
     return trainer_pb2.CreateTrainingRunResponse(
-        training_run=run_message(view), writer_epoch=view.writer_epoch
+        training_run=run_message(view), writer_epoch=view.state.writer_epoch
     ).SerializeToString()
 
 
-def open_response(view: RunView) -> bytes:
+def open_response(view: RunView, writer_epoch: int) -> bytes:
     return trainer_pb2.OpenTrainingRunResponse(
         training_run=run_message(view),
-        writer_epoch=view.writer_epoch,
+        writer_epoch=writer_epoch,
         next_sequence=view.next_sequence,
-        step=view.step,
-        gradient_pending=view.gradient_pending,
-        backward_count=view.backward_count,
+        step=view.state.step,
+        gradient_pending=view.state.gradient.pending,
+        backward_count=view.state.gradient.backward_count,
     ).SerializeToString()
 
 
@@ -47,7 +47,7 @@ def list_response(
 def _state_message(view: RunView) -> str:
     if view.lost:
         return f"weights lost: {view.lost}"
-    return "; ".join(filter(None, (view.trouble, view.inexact_note)))
+    return "; ".join(filter(None, (view.trouble, view.state.inexact_note)))
 
 
 def run_message(run: RunView | UploadedRun) -> trainer_pb2.TrainingRun:
@@ -72,7 +72,7 @@ def _uploaded(run: UploadedRun) -> trainer_pb2.TrainingRun:
 
 
 def _trained(view: RunView) -> trainer_pb2.TrainingRun:
-    origin = view.origin
+    origin, state = view.origin, view.state
     states = trainer_pb2.TrainingRun
     return trainer_pb2.TrainingRun(
         training_run_id=origin.training_run_id,
@@ -81,16 +81,16 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
         lora_config=lora_config_message(origin.spec),
         metadata=view.metadata,
         create_time=timestamp(origin.create_time),
-        update_time=timestamp(view.update_time),
-        step=view.step,
+        update_time=timestamp(datetime.fromtimestamp(state.update_time_s, UTC)),
+        step=state.step,
         next_sequence=view.next_sequence,
-        gradient_pending=view.gradient_pending,
+        gradient_pending=state.gradient.pending,
         state=states.STATE_FAILED if view.lost else states.STATE_ACTIVE,
         state_message=_state_message(view),
         trainable_parameter_count=origin.trainable_parameter_count,
         trained_modules=origin.spec.modules,
         isolated=origin.isolated,
-        inexact_replay_count=view.inexact_replays,
+        inexact_replay_count=state.inexact_replays,
         kind=states.KIND_TRAINED,
     )
 

@@ -8,7 +8,7 @@ from trainer_service.journal.records import RequestRecord, RunRecord, call_id, s
 from trainer_service.journal.schema import migrate
 from trainer_service.run.calls import Effect, Reply
 from trainer_service.run.description import RunState
-from trainer_service.run.gradient import GradientCounts
+from trainer_service.run.gradient import Gradient
 
 ANSWER = Reply(b"answer", failed=False)
 
@@ -59,7 +59,7 @@ def test_runs_come_back_as_they_were() -> None:
         step=3,
         writer_epoch=2,
         acknowledged=1,
-        gradient=GradientCounts(2, 1, 7),
+        gradient=Gradient(2, 1, 7),
         update_time_s=5.5,
         inexact_replays=1,
         inexact_note="differs",

@@ -10,7 +10,7 @@ def test_a_step_needs_a_gradient() -> None:
     assert isinstance(gradient.refusal(None), NoGradient)
     assert not gradient.pending
 
-    gradient.add()
+    gradient = gradient.with_one_more()
 
     assert gradient.refusal(None) is None
     assert gradient.refusal(1) is None
@@ -19,10 +19,10 @@ def test_a_step_needs_a_gradient() -> None:
 
 def test_a_failed_backward_refuses_the_step_and_is_named() -> None:
     gradient = Gradient()
-    gradient.add()
-    gradient.fail(7)
-    gradient.fail(5)
-    gradient.add()
+    gradient = gradient.with_one_more()
+    gradient = gradient.without(7)
+    gradient = gradient.without(5)
+    gradient = gradient.with_one_more()
 
     refusal = gradient.refusal(4)
 
@@ -33,7 +33,7 @@ def test_a_failed_backward_refuses_the_step_and_is_named() -> None:
 
 def test_a_lone_failed_backward_is_no_gradient_but_named() -> None:
     gradient = Gradient()
-    gradient.fail(3)
+    gradient = gradient.without(3)
 
     assert not gradient.pending
     assert gradient.touched
@@ -42,7 +42,7 @@ def test_a_lone_failed_backward_is_no_gradient_but_named() -> None:
 
 def test_a_backward_that_never_arrived_refuses_the_step() -> None:
     gradient = Gradient()
-    gradient.add()
+    gradient = gradient.with_one_more()
 
     refusal = gradient.refusal(2)
 
@@ -55,14 +55,3 @@ def test_a_count_of_backwards_that_all_got_lost_is_a_mismatch() -> None:
     refusal: MintError | None = Gradient().refusal(1)
 
     assert isinstance(refusal, BackwardCountMismatch)
-
-
-def test_clearing_starts_anew() -> None:
-    gradient = Gradient()
-    gradient.add()
-    gradient.fail(2)
-
-    gradient.clear()
-    gradient.add()
-
-    assert gradient.refusal(1) is None
