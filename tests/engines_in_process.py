@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from checkpoint_store import Manifest, new_manifest
 from checkpoint_store.adapter_files import read_moments, read_weights, write_files
+from checkpoint_store.row_file import RowFile
+from mint_core.lora.bank import Part
+from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from tests.checkpoint_files import source_of
 from tests.models import VOCABULARY_SIZE
@@ -28,6 +31,7 @@ from trainer_service.jobs import (
     Plan,
     RowDescription,
     SaveCheckpoint,
+    SavedRow,
     SaveRow,
     Source,
     StepResult,
@@ -37,6 +41,7 @@ from trainer_service.jobs import (
     TileResult,
 )
 
+_SAVED_ROWS = TemporaryDirectory(prefix="mint-saved-rows-")
 NO_ADAPTER = LoraRequest(rank=8)  # B is zero until it is trained
 
 
@@ -46,7 +51,7 @@ class Config(TrainerConfig):
 
     row_memory_bytes: int = 0
     host_row_memory_bytes: int = 0
-    saved_row_folder: Path = Path("none")
+    saved_row_folder: Path = Path(_SAVED_ROWS.name)
 
 
 def make_engine(
@@ -216,6 +221,13 @@ class EngineRun:
         with as_source(self.spec, arrays) as source:
             self.engine.run(LoadRow(self.name, source))
         self._taken = arrays.step
+
+    def gradient(self) -> AdapterArrays:
+        saved = save(self.engine, SaveRow(training_run_id=self.name, sequence=0, optional=False))
+        assert isinstance(saved, SavedRow)
+        row = RowFile.open(Path(_SAVED_ROWS.name, saved.file))
+        layout = RowLayout(row.about["layout"].encode())
+        return layout.matrices(row.read(Part.GRADIENT.value), self.spec)
 
     def export(self, with_optimizer: bool = True) -> RowArrays:
         manifest = manifest_of(self.name, self.spec)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine
 from trainer_service.jobs import AdamParams, CrossEntropy
@@ -27,7 +26,7 @@ def test_gpu_gradients_and_steps_are_near_the_cpus(
         engine = make_engine(qwen3_folder, device=device, dtype=kind)
         run = EngineRun(engine, "r", LoraRequest(rank=8, seed=1), random=2)
         run.compute(run.tile(documents, CrossEntropy()))
-        gradients.append(engine._rows["r"].row.export(Part.GRADIENT))
+        gradients.append(run.gradient())
         run.step(AdamParams(learning_rate=1e-3))
         exports.append(run.export().weights)
     for cpu, gpu in (gradients, exports):

@@ -168,14 +168,14 @@ def test_moving_rows_is_a_sign_of_life(qwen3_folder: Path) -> None:
     assert len(signs) >= 2 * len(tiles)  # each comes for its pass, and another leaves for it
 
 
-def test_the_run_idle_for_longest_leaves(qwen3_folder: Path) -> None:
-    engine = make_engine(qwen3_folder, row_memory_bytes=3 * 8 * PART_BYTES)
+def test_the_run_idle_for_longest_leaves(qwen3_folder: Path, tmp_path: Path) -> None:
+    engine = make_engine(qwen3_folder, row_memory_bytes=3 * 8 * PART_BYTES, row_folder=tmp_path)
     first, second, _ = (EngineRun(engine, name, REQUESTS[1]) for name in ("a", "b", "c"))
     first.export(False)
     EngineRun(engine, "d", REQUESTS[1])
-    assert [name for name in "abcd" if engine._rows[name].moved] == ["b"]
+    assert [file.stem for file in tmp_path.glob("*/*.row")] == ["b"]
     second.export(False)
-    assert [name for name in "abcd" if engine._rows[name].moved] == ["c"]
+    assert [file.stem for file in tmp_path.glob("*/*.row")] == ["c"]
 
 
 def test_a_row_larger_than_all_memory_for_rows_is_served(qwen3_folder: Path) -> None:

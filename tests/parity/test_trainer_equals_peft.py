@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import (
     EngineRun,
@@ -106,7 +105,7 @@ def test_logprobs_losses_gradients_and_steps_equal_peft(
             assert result.metrics["loss:sum"] == pytest.approx(expected.item(), rel=TOLERANCE)
             for ours, document in zip(result.logprobs, documents, strict=True):
                 assert distance(ours, oracle.logprobs(document)) < TOLERANCE
-        gradient = engine._rows[run.name].row.export(Part.GRADIENT)
+        gradient = run.gradient()
         worst = max(distance(gradient[name], oracle.gradient(name)) for name in oracle.names)
         assert worst < TOLERANCE, "gradient"
         taken = run.step(params)
@@ -140,7 +139,6 @@ def test_cross_entropy_over_k_targets_has_the_gradient_of_peft(
 def check_gradient(
     run: EngineRun, oracle: PeftTrainer, documents: Sequence[Document], loss: Loss
 ) -> None:
-    engine = run.engine
     result = run.compute(run.tile(documents, loss, weighted=True))
     expected = oracle.loss(loss, documents)
     expected.backward()
@@ -148,5 +146,5 @@ def check_gradient(
     for ours, document in zip(result.logprobs, documents, strict=True):
         weighted = oracle.logprobs(document).detach()[torch.from_numpy(document.weighted)]
         assert distance(ours, weighted) < TOLERANCE
-    gradient = engine._rows[run.name].row.export(Part.GRADIENT)
+    gradient = run.gradient()
     assert max(distance(gradient[name], oracle.gradient(name)) for name in oracle.names) < TOLERANCE

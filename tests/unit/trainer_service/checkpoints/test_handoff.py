@@ -29,7 +29,7 @@ from tests.object_servers import ObjectServer
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, write_snapshot
 from tests.unit.trainer_service.queue.test_backlog import origin
-from trainer_service.checkpoints.handoff import Handoff
+from trainer_service.checkpoints.handoff import Handoff, Write
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
 
@@ -134,10 +134,10 @@ async def store_row(job: object) -> object:
 
 @asynccontextmanager
 async def training(
-    root: Path, limit_bytes: int | None = 100 * ROOM_BYTES
+    root: Path, limit_bytes: int | None = 100 * ROOM_BYTES, store: Write = store_row
 ) -> AsyncIterator[Trainer]:
     memory = SnapshotMemory(root / "memory", limit_bytes) if limit_bytes else None
-    handoff = Handoff(CheckpointStore(root / "store"), memory, store_row)
+    handoff = Handoff(CheckpointStore(root / "store"), memory, store)
     trainer = Trainer(root, memory, handoff)
     async with asyncio.timeout(LIMIT_S):
         handoff.start()
@@ -358,11 +358,17 @@ async def test_a_run_that_is_deleted_takes_its_snapshots_with_it(tmp_path: Path)
 
 
 async def test_other_hosts_know_that_a_snapshot_comes(tmp_path: Path) -> None:
-    async with training(tmp_path) as trainer:
-        async with trainer.handoff._writing:  # as if the store took its time
-            published = await trainer.publish()
-            assert trainer.store.announced(published.path, tenant="ann")
-            assert not trainer.store.announced(published.path, tenant="bob")
+    may_store = asyncio.Event()
+
+    async def store_late(job: object) -> object:
+        await may_store.wait()
+        return await store_row(job)
+
+    async with training(tmp_path, store=store_late) as trainer:
+        published = await trainer.publish()
+        assert trainer.store.announced(published.path, tenant="ann")
+        assert not trainer.store.announced(published.path, tenant="bob")
+        may_store.set()
         while trainer.handoff.unstored or trainer.store.announced(published.path, tenant="ann"):
             await asyncio.sleep(0)
         assert isinstance(published.manifest.path, CheckpointPath)

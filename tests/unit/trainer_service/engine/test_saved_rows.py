@@ -10,7 +10,6 @@ from torch import Tensor
 
 from checkpoint_store import WeightsNotFinite, new_manifest, open_row
 from checkpoint_store.row_file import RowFile, write_row
-from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import (
     EngineRun,
@@ -176,7 +175,9 @@ def test_the_digest_of_a_step_serves_until_weights_change(
     published = Published(engine, run, tmp_path)
     monkeypatch.setattr(saving, "digest", published.digest)
     assert published.write() == 0
-    engine._rows[RUN].row.part(Part.GRADIENT).fill_(np.nan)
+    (document,) = make_documents(1, (7,))
+    endless = replace(document, weights=np.full(7, np.inf, np.float32))
+    run.compute(run.tile([endless], CrossEntropy()))
     assert run.step(AdamParams(learning_rate=1e-2)).error is not None
     assert published.write() == 0
 
