@@ -203,6 +203,20 @@ class StateDamaged(TrainingRunLost):
     """What the server's state lacks or has wrong of a run."""
 
 
+class RequestDamaged(FailedPrecondition):
+    """What was accepted, and not executed yet, is not as it was sent."""
+
+    reason = "REQUEST_DAMAGED"
+
+    def __init__(self, training_run_id: str, sequence: int) -> None:
+        super().__init__(
+            f"what call `sequence` {sequence} asked for was damaged in the server's state before "
+            "it was executed: nothing was done, and the number is used up; send it as a new call",
+            training_run_id=training_run_id,
+            sequence=sequence,
+        )
+
+
 class TrainingRunUploaded(FailedPrecondition):
     """The run holds uploaded checkpoints, and nothing that could be trained."""
 

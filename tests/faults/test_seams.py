@@ -150,9 +150,9 @@ def test_a_damaged_record_costs_its_run_and_nobody_else(tmp_path: Path) -> None:
             "TRAINING_RUN_LOST",
             replayed.id,
         )
-        assert waiting.refused(waiting.optim_step(sequence=2, adam_params=ADAM)).reason == (
-            "TRAINING_RUN_LOST"
-        )
+        damaged = waiting.refused(waiting.optim_step(sequence=2, adam_params=ADAM))
+        assert damaged.reason == "REQUEST_DAMAGED"  # which was never executed, so all else is well
+        train(waiting, 1)
         assert replayed.describe().state_message.startswith("weights lost")
         other = start_run(stub)
         train(other, 1)

@@ -131,6 +131,7 @@ class Damage:
     seed: int
     random: Random
     _run: str = ""
+    _damage: journal.Damage | None = None
     _calls: list[str] = field(default_factory=list)
     _neighbour: "_Pair | None" = None
 
@@ -139,14 +140,13 @@ class Damage:
             run, self._neighbour = started(service, self.seed), _Pair(started(service, self.seed))
             self._run = run.training_run_id
             number = journal.number_of(self.stage.state, self._run)
-            damaged = False
-            while not damaged:  # a row that was saved meanwhile needs no records
+            while not self._damage:  # a row that was saved meanwhile needs no records
                 calls = [run.forward_backward(data(self.seed)) for _ in range(PIPELINED)]
                 if self.random.random() < 0.5:
                     calls[0].result(LIMIT_S)
                 time.sleep(self.random.uniform(0.1, 0.3))  # so much is accepted, or done
                 with self.stage.trainer.away():
-                    damaged = journal.damage(self.stage.state, number, self.random)
+                    self._damage = journal.damage(self.stage.state, number, self.random)
                 self._calls += [outcome(call) for call in calls]
             self._neighbour.go_on()
         yield from self.look_back()
@@ -161,6 +161,7 @@ class Damage:
         yield from problems_of_loss(
             Lost(
                 run=self._run,
+                executed=self._damage == "done",
                 calls=tuple(self._calls),
                 reason=error.reason if error else ANSWERED,
                 named=error.metadata.get("training_run_id", "") if error else "",

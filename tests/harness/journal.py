@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 ROWS = "snapshots"  # folder of the saved rows
 # What is a run's in each table: by its number, or by calls, whose ids begin with it.
@@ -19,6 +20,7 @@ _OF_RUN = {
     "answers": "id >> 32 = ?",
 }
 MOST_BYTES = 4  # that one damage changes
+Damage = Literal["waiting", "done"]  # what the call was whose request it is
 
 
 @contextmanager
@@ -46,18 +48,18 @@ def left_of(state: Path, number: int) -> list[str]:
         ]
 
 
-def damage(state: Path, number: int, random: Random) -> bool:
-    """Changes a few bytes of one request of a run. Returns whether there was one. Nobody may have
-    the journal open.
+def damage(state: Path, number: int, random: Random) -> Damage | None:
+    """Changes a few bytes of one request of a run, if there is one. Nobody may have the journal
+    open.
     """
     with _opened(state) as database:
-        query = f"SELECT id, payload FROM payloads WHERE {_OF_RUN['payloads']}"
-        found = database.execute(query, (number,)).fetchall()
+        query = "SELECT id, payload, effect IS NULL FROM payloads JOIN calls USING (id)"
+        found = database.execute(f"{query} WHERE {_OF_RUN['payloads']}", (number,)).fetchall()
         if not found:
-            return False
-        call, payload = random.choice(found)
+            return None
+        call, payload, waits = random.choice(found)
         content = bytearray(payload)
         for place in random.sample(range(len(content)), random.randint(1, MOST_BYTES)):
             content[place] ^= 0xFF
         database.execute("UPDATE payloads SET payload = ? WHERE id = ?", (bytes(content), call))
-    return True
+    return "waiting" if waits else "done"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 ANSWERED = "ANSWERED"
 NOT_FOUND = "TRAINING_RUN_NOT_FOUND"
 LOST = "TRAINING_RUN_LOST"
+DAMAGED = "REQUEST_DAMAGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Lost:
     """A run whose record was damaged: what was told."""
 
     run: str
+    executed: bool  # whether the call whose request it was had been executed
     calls: tuple[str, ...]  # that were under way
     reason: str  # for which it is refused
     named: str  # the run that the refusal names
@@ -66,8 +68,16 @@ def problems_of_deletion(found: Deleted, neighbour: Neighbour) -> Iterator[str]:
 
 
 def problems_of_loss(found: Lost, neighbour: Neighbour) -> Iterator[str]:
-    """What is wrong with what became of a damaged record."""
+    """What is wrong with what became of a damaged record: a call that was not executed yet is
+    refused, and no more; of one that was executed the run is lost.
+    """
     name = f"damaged run {found.run}"
+    if not found.executed:
+        yield from _calls(name, found.calls, DAMAGED)
+        if found.calls.count(DAMAGED) != 1 or found.reason != ANSWERED or found.message:
+            yield f"{name}: is told {found.reason}, and of itself says {found.message or 'nothing'}"
+        yield from _neighbour(neighbour)
+        return
     yield from _calls(name, found.calls, LOST)
     if (found.reason, found.named) != (LOST, found.run):
         yield f"{name}: is told {found.reason} of {found.named or 'nobody'}"

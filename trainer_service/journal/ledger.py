@@ -7,7 +7,7 @@ from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
-from trainer_service.errors import StateDamaged
+from trainer_service.errors import RequestDamaged, StateDamaged
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
 from trainer_service.journal.records import CallRecord, Payload, RequestRecord, RunRecord
@@ -51,8 +51,8 @@ class PastRun:
         found = Payload(record.method, record.payload_hash, record.payload or b"")
         try:
             return codec.decode_payload(found, run, record.sequence, model)
-        except StateDamaged as error:
-            return Refused(error)
+        except StateDamaged:
+            return Refused(RequestDamaged(run, record.sequence))
 
 
 class Ledger:

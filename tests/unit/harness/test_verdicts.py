@@ -28,10 +28,19 @@ DELETED = Deleted(
 )
 DAMAGED = Lost(
     run="r",
+    executed=True,
     calls=("ANSWERED", "TRAINING_RUN_LOST"),
     reason="TRAINING_RUN_LOST",
     named="r",
     message="weights lost: damage",
+)
+UNDONE = replace(
+    DAMAGED,
+    executed=False,
+    calls=("ANSWERED", "REQUEST_DAMAGED", "ANSWERED"),
+    reason="ANSWERED",
+    named="",
+    message="",
 )
 KEPT = ("mint://r/weights/kept",)
 
@@ -59,8 +68,25 @@ def test_what_a_deletion_leaves_is_found(change: dict[str, Any], problem: str) -
     assert found.startswith(f"deleted run r: {problem}")
 
 
-def test_a_record_that_costs_its_run_alone_is_right() -> None:
-    assert list(problems_of_loss(DAMAGED, NEIGHBOUR)) == []
+@pytest.mark.parametrize("found", [DAMAGED, UNDONE])
+def test_a_record_that_costs_its_run_or_its_call_alone_is_right(found: Lost) -> None:
+    assert list(problems_of_loss(found, NEIGHBOUR)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"calls": ("ANSWERED",)}, "is told ANSWERED, and of itself says nothing"),
+        ({"calls": ("REQUEST_DAMAGED",) * 2}, "is told ANSWERED, and of itself says nothing"),
+        ({"calls": ("REQUEST_DAMAGED", "INTERNAL")}, "call 2 was told INTERNAL"),
+        ({"reason": "INTERNAL"}, "is told INTERNAL, and of itself says nothing"),
+        ({"message": "weights lost"}, "is told ANSWERED, and of itself says weights lost"),
+    ],
+)
+def test_more_than_the_call_that_was_not_executed_is_found(
+    change: dict[str, Any], problem: str
+) -> None:
+    assert f"damaged run r: {problem}" in problems_of_loss(replace(UNDONE, **change), NEIGHBOUR)
 
 
 @pytest.mark.parametrize(
