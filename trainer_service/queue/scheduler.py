@@ -248,10 +248,12 @@ class Scheduler:
 
     async def store(self, job: object) -> Any:
         """Does a job that needs no row, whichever engine is up. Raises EngineDied when several have
-        ended over it.
+        ended over it. While nothing more is computed no other engine is waited for: Unavailable.
         """
         deaths = 0
         while True:
+            if self._held and not self._engine.ready:
+                raise Unavailable("the server ends, and its engine has ended before it")
             try:
                 return await self._call(job, on_part=lambda part: None)
             except EngineDied:

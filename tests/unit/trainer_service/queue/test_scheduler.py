@@ -171,6 +171,25 @@ async def test_an_engine_that_dies_fails_what_it_had_and_what_waits(
         assert plan_of(await scheduler.compute("x", tiles("c", 1, 4), 2)) == [1]
 
 
+async def test_a_job_without_a_row_goes_to_the_next_engine_but_waits_for_none_at_the_end() -> None:
+    async with scheduling() as scheduler:
+        for life in (1, 2):
+            dying = asyncio.create_task(scheduler.compute("x", tiles("a", DIE, 8), life))
+            while not scheduler.busy:
+                await asyncio.sleep(0)
+            behind = asyncio.create_task(scheduler.store(ClearGradient("a")))
+            if life == 2:
+                scheduler.hold()
+            with pytest.raises(EngineDied):
+                await dying
+            if life == 1:
+                assert await behind is None
+                assert scheduler.life == 2
+            else:
+                with pytest.raises(Unavailable, match="its engine has ended"):
+                    await behind
+
+
 async def test_what_waits_in_the_engine_behind_work_that_ends_it_is_not_to_blame(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
