@@ -9,7 +9,8 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,9 +54,10 @@ class Memory:
         return {"name": name, "ours": more, "seconds": round(seconds, 1), "target": TARGET_MIB}
 
     def _watch(self) -> None:
-        while True:
-            self._most = max(self._most, self._bytes())
-            time.sleep(0.02)
+        with suppress(psutil.NoSuchProcess):
+            while True:
+                self._most = max(self._most, self._bytes())
+                time.sleep(0.02)
 
     def _bytes(self) -> int:
         return int(self._process.memory_full_info().uss)
@@ -70,10 +72,11 @@ def main() -> None:
             mint.ServiceClient(base_url=trainer.address) as service,
         ):
             memory = Memory(trainer.process.pid)
-            print(*map(json.dumps, rows(service, memory, folder)), sep="\n")
+            for row in rows(service, memory, folder):
+                print(json.dumps(row), flush=True)
 
 
-def rows(service: mint.ServiceClient, memory: Memory, folder: Path) -> list[Row]:
+def rows(service: mint.ServiceClient, memory: Memory, folder: Path) -> Iterator[Row]:
     run = service.create_lora_training_client(rank=RANK, seed=0)
     rest = service.create_rest_client()
     state = f"mint://{run.training_run_id}/weights/s"
@@ -91,7 +94,8 @@ def rows(service: mint.ServiceClient, memory: Memory, folder: Path) -> list[Row]
         "downloaded": lambda: rest.download_checkpoint(adapter, folder / "files").result(),
         "uploaded": lambda: rest.upload_checkpoint(folder / "files", "u").result(),
     }
-    return [memory.during(name, deed) for name, deed in deeds.items()]
+    for name, deed in deeds.items():
+        yield memory.during(name, deed)
 
 
 if __name__ == "__main__":
