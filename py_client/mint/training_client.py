@@ -121,7 +121,7 @@ class TrainingClient:
         with self._lock:
             self._backwards.add()
             custom = CustomPass(self._passes, self._calls, data, loss_fn)
-            self._backwards.add(custom.num_backwards - 1)
+            self._backwards.add(len(custom.backwards) - 1)
             custom.start()
             return custom.future
 

@@ -4,17 +4,15 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from mint import types
-from mint._run.losses import set_loss
 from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
-from mint.errors import APIResponseValidationError, MintError, refused
+from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
-from mint.types._checks import instance
+from mint.types._checks import instance, number
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -22,6 +20,9 @@ U = TypeVar("U")
 LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
+# The answer to one message of a batch, and the seconds since the run's answer before it, or since
+# it was sent.
+BatchPart = tuple[types.ForwardBackwardOutput, float]
 
 _SCOPES: dict[str, trainer_pb2.LogprobScope] = {
     "all": trainer_pb2.LOGPROB_SCOPE_ALL,
@@ -30,15 +31,8 @@ _SCOPES: dict[str, trainer_pb2.LogprobScope] = {
 _MAX_DATA = 1024  # of one message, where the server does not say
 _ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
 _FRAME_BYTES = 8  # of a datum in its request
+_REQUIRED_OPTIONS = ("beta",)  # of losses: those without a default
 _DATUM = re.compile(r"\bdata\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPart:
-    """The answer to one message of a batch."""
-
-    output: types.ForwardBackwardOutput
-    seconds: float  # since the run's answer before it, or since it was sent
 
 
 class Passes:
@@ -58,31 +52,28 @@ class Passes:
         return list(self._cut(bare, checked_batch(data)))
 
     def calls(
-        self, requests: Sequence[PassRequest], loss_fn: str
-    ) -> tuple[list[SequencedCall], APIFuture[list[BatchPart]]]:
-        """The calls of a batch, not sent yet, and the future of their answers, in order."""
-        calls, futures, firsts = [], [], [0]
+        self,
+        requests: Sequence[PassRequest],
+        loss_fn: str,
+        convert: Callable[[list[BatchPart]], T],
+    ) -> tuple[list[SequencedCall], APIFuture[T]]:
+        """The calls of a batch, not sent yet, and what `convert` makes of all their answers."""
+        calls, firsts = [], [0]
         for request in requests:
             backward = isinstance(request, trainer_pb2.ForwardBackwardRequest)
             stub = self._connection.trainer
-            call, future = self._calls.make(
-                stub.ForwardBackward if backward else stub.Forward,
-                request,
-                partial(_part, len(request.data), loss_fn),
-            )
-            calls.append(call)
-            futures.append(future)
+            method = stub.ForwardBackward if backward else stub.Forward
+            part = partial(_part, len(request.data), loss_fn)
+            calls.append(self._calls.make(method, request, part))
             firsts.append(firsts[-1] + len(request.data))
-        return calls, gathered(futures, firsts)
+        return calls, gathered([call.future for call in calls], firsts, convert)
 
     def submit(
         self, requests: Sequence[PassRequest], loss_fn: str
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Sends a batch; its answer comes as if it had been one message."""
-        calls, parts = self.calls(requests, loss_fn)
-        joined: APIFuture[types.ForwardBackwardOutput] = APIFuture()
-        pass_on(parts, join, joined)
-        self._calls.enqueue(*calls)
+        calls, joined = self.calls(requests, loss_fn, join)
+        self._calls.enqueue(calls)
         return joined
 
     def _cut(self, bare: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
@@ -124,19 +115,43 @@ def bare_request(
 ) -> PassRequest:
     """A request without data."""
     request = kind()
-    set_loss(request, loss_fn, loss_fn_config)
+    _set_loss(request, loss_fn, loss_fn_config)
     if logprob_scope not in _SCOPES:
         raise refused("logprob_scope", f"is {logprob_scope!r}; it must be 'all' or 'weighted'")
     request.logprob_scope = _SCOPES[logprob_scope]
     return request
 
 
+def _set_loss(
+    request: PassRequest, loss_fn: str, loss_fn_config: Mapping[str, float] | None
+) -> None:
+    """Writes the loss into a request. Unknown names and options are refused."""
+    losses = [field.name for field in request.DESCRIPTOR.oneofs_by_name["loss_fn"].fields]
+    if loss_fn not in losses:
+        raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(losses)}")
+    message, config = getattr(request, loss_fn), dict(loss_fn_config or {})
+    options = [field.name for field in message.DESCRIPTOR.fields]
+    for name in config:
+        if name not in options:
+            raise InvalidInputError(
+                f"`loss_fn_config` has `{name}`, but {loss_fn} takes "
+                f"{', '.join(options) or 'no options'}",
+                field=f"loss_fn_config.{name}",
+            )
+    for name in options:
+        if name in _REQUIRED_OPTIONS and name not in config:
+            raise refused("loss_fn_config", f"lacks `{name}`, which {loss_fn} needs")
+    message.SetInParent()
+    for name, value in config.items():
+        setattr(message, name, number(value, f"loss_fn_config.{name}"))
+
+
 def join(parts: Sequence[BatchPart], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
     """The answer to the whole batch, on which so many seconds had been spent before."""
-    outputs = [part.output for part in parts]
+    outputs = [output for output, _ in parts]
     counts = [len(output.loss_fn_outputs) for output in outputs]
     metrics = merge_metrics([output.metrics for output in outputs], counts)
-    tokens, seconds = metrics.get("tokens:sum"), sum((part.seconds for part in parts), earlier_s)
+    tokens, seconds = metrics.get("tokens:sum"), sum((part_s for _, part_s in parts), earlier_s)
     if tokens is not None and seconds > 0:
         metrics["tokens_per_second:mean"] = tokens / seconds
     return types.ForwardBackwardOutput(
@@ -170,11 +185,13 @@ _REDUCTIONS: dict[str, Callable[[Sequence[float], Sequence[int]], float]] = {
 }
 
 
-def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFuture[list[T]]:
-    """All results in order, once all calls have ended; or the error of the first that failed, with
-    the indices of data as in the whole batch.
+def gathered(
+    futures: Sequence[APIFuture[T]], firsts: Sequence[int], convert: Callable[[list[T]], U]
+) -> APIFuture[U]:
+    """What `convert` makes of all results in order, once all calls have ended; or the error of the
+    first that failed, with the indices of data as in the whole batch.
     """
-    result: APIFuture[list[T]] = APIFuture()
+    result: APIFuture[U] = APIFuture()
     left = len(futures)
     lock = threading.Lock()
 
@@ -188,23 +205,11 @@ def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFutur
             if (error := future.exception()) is not None:
                 result.fail(_moved(error, first))
                 return
-        result.succeed([future.result() for future in futures])
+        run_into(result, lambda: convert([future.result() for future in futures]))
 
     for future in futures:
         future.add_done_callback(ended)
     return result
-
-
-def pass_on(future: APIFuture[T], convert: Callable[[T], U], to: APIFuture[U]) -> None:
-    """Gives `to` what `convert` makes of a result, or the error."""
-
-    def ended(_: Any) -> None:
-        if (error := future.exception()) is not None:
-            to.fail(error)
-        else:
-            run_into(to, lambda: convert(future.result()))
-
-    future.add_done_callback(ended)
 
 
 def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> BatchPart:
@@ -212,7 +217,7 @@ def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> Ba
         raise APIResponseValidationError(
             f"the answer has {len(answer.outputs)} outputs for {num_data} data"
         )
-    return BatchPart(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
+    return types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds
 
 
 def _moved(error: BaseException, first: int) -> BaseException:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +11,7 @@ from google.protobuf.message import Message
 
 from mint._forks import refuse_calls_that_would_hang
 from mint._transport.connection import Connection
-from mint._transport.failures import Failure, failure_of
+from mint._transport.failures import Failure, error_of, failure_of
 from mint._transport.silence import Silence
 from mint._transport.threads import OWN_ERROR, callers, off_main_thread
 from mint._transport.timer import timer
@@ -30,14 +29,6 @@ _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
 
-@dataclass(frozen=True, slots=True)
-class NoAnswer:
-    """The end of a call without an answer: what was said, and the exception for it."""
-
-    failure: Failure
-    error: APIError
-
-
 class Call(Generic[Q, R]):
     """Sends `request` until there is an outcome, and hands that to `ended`, once, on any thread.
 
@@ -49,7 +40,7 @@ class Call(Generic[Q, R]):
         connection: Connection,
         method: "grpc.UnaryUnaryMultiCallable[Q, R]",
         request: Q,
-        ended: Callable[[R | NoAnswer], None],
+        ended: Callable[[R | Failure], None],
         *,
         attaches: bool = True,
     ) -> None:
@@ -149,7 +140,7 @@ class Call(Generic[Q, R]):
             timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
-        self._ended(NoAnswer(failure, self._silence.error(failure)))
+        self._ended(self._silence.explained(failure))
 
     def _delay_s(self, failure: Failure) -> float | None:
         """Seconds until the call is sent again; None: it is not."""
@@ -161,11 +152,11 @@ class Call(Generic[Q, R]):
         return delay_s
 
 
-def broken_off(connection: Connection, error: BaseException) -> NoAnswer:
+def broken_off(connection: Connection, error: BaseException) -> Failure:
     """What a call comes to by a fault of this client's own, which is logged."""
     logger.error(OWN_ERROR, exc_info=error)
     failure = Failure(_Code.UNKNOWN, f"{OWN_ERROR}, which is in the log: {error!r}")
-    return NoAnswer(failure, connection.error(failure))
+    return connection.explained(failure)
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
@@ -180,10 +171,10 @@ def check_size(connection: Connection, request: Message, field: str) -> None:
         )
 
 
-def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | NoAnswer) -> None:
+def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | Failure) -> None:
     """Gives a future its outcome."""
-    if isinstance(outcome, NoAnswer):
-        future.fail(outcome.error)
+    if isinstance(outcome, Failure):
+        future.fail(error_of(outcome))
         return
     try:
         value = convert(outcome)
