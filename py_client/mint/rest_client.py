@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mint import types
 from mint._async_names import awaited
@@ -21,17 +21,11 @@ from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
 from mint.types._checks import choice, integer, text, text_map, ttl
-from mint.types.checkpoints import KIND_OF_TYPE, CheckpointType
+from mint.types.checkpoints import CheckpointType
 from mintrpc.v1 import checkpoint_pb2
 
 AccessScope = Literal["owned", "accessible"]
 _MAX_PAGE_SIZE = 1000
-_DTYPES: Mapping[str | None, checkpoint_pb2.ExportDtype] = {
-    None: checkpoint_pb2.EXPORT_DTYPE_UNSPECIFIED,
-    "float32": checkpoint_pb2.EXPORT_DTYPE_FLOAT32,
-    "bfloat16": checkpoint_pb2.EXPORT_DTYPE_BFLOAT16,
-    "float16": checkpoint_pb2.EXPORT_DTYPE_FLOAT16,
-}
 
 
 class RestClient(Closing):
@@ -151,8 +145,11 @@ class RestClient(Closing):
             page_size=_page_size(limit),
             metadata_filter=text_map(metadata_filter, "metadata_filter"),
             skip=integer(offset, "offset"),
-            kind=_kind_of(checkpoint_type),
         )
+        if checkpoint_type is not None:
+            remedy = f"give one of {', '.join(get_args(CheckpointType))}, or None for all"
+            enum = checkpoint_pb2.CheckpointKind
+            request.kind = choice(enum, checkpoint_type, "checkpoint_type", remedy)
 
         def page(answer: checkpoint_pb2.ListCheckpointsResponse) -> types.CheckpointsListResponse:
             found = list(map(types.Checkpoint.from_proto, answer.checkpoints))
@@ -275,11 +272,11 @@ class RestClient(Closing):
         model's own. The merged model is kept for `ttl_seconds`, or a day.
         """
         remedy = "give float32, bfloat16 or float16, or None for the base model's own"
-        wire_dtype = choice(_DTYPES, dtype, "dtype", remedy)
+        enum = checkpoint_pb2.ExportDtype
         request = checkpoint_pb2.ExportCheckpointRequest(
             path=text(path, "path"),
             request_id=new_request_id(),
-            dtype=wire_dtype,
+            dtype=None if dtype is None else choice(enum, dtype, "dtype", remedy),
             ttl=ttl(ttl_seconds),
         )
         convert = types.ExportResponse.from_proto
@@ -349,13 +346,6 @@ def _page_size(limit: int) -> int:
             "limit", f"is {limit}; it must be 1 to {_MAX_PAGE_SIZE}, and `offset` gives the rest"
         )
     return int(limit)
-
-
-def _kind_of(checkpoint_type: CheckpointType | None) -> checkpoint_pb2.CheckpointKind | None:
-    if checkpoint_type is None:
-        return None
-    remedy = f"give one of {', '.join(KIND_OF_TYPE)}, or None for all"
-    return choice(KIND_OF_TYPE, checkpoint_type, "checkpoint_type", remedy)
 
 
 def _check_scope(access_scope: str) -> None:

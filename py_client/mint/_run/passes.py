@@ -12,7 +12,7 @@ from mint._run.run_calls import RunCalls, SequencedCall
 from mint._transport.connection import Connection
 from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
-from mint.types._checks import instance, number
+from mint.types._checks import choice, instance, number
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -24,10 +24,6 @@ PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
 # it was sent.
 BatchPart = tuple[types.ForwardBackwardOutput, float]
 
-_SCOPES: dict[str, trainer_pb2.LogprobScope] = {
-    "all": trainer_pb2.LOGPROB_SCOPE_ALL,
-    "weighted": trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
-}
 _MAX_DATA = 1024  # of one message, where the server does not say
 _ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
 _FRAME_BYTES = 8  # of a datum in its request
@@ -116,9 +112,9 @@ def bare_request(
     """A request without data."""
     request = kind()
     _set_loss(request, loss_fn, loss_fn_config)
-    if logprob_scope not in _SCOPES:
-        raise refused("logprob_scope", f"is {logprob_scope!r}; it must be 'all' or 'weighted'")
-    request.logprob_scope = _SCOPES[logprob_scope]
+    remedy = "it must be 'all' or 'weighted'"
+    enum = trainer_pb2.LogprobScope
+    request.logprob_scope = choice(enum, logprob_scope, "logprob_scope", remedy)
     return request
 
 

@@ -8,8 +8,7 @@ from mint._run.run_calls import Opened
 from mint._transport.call import check_size
 from mint._transport.connection import Connection
 from mint._transport.question import Question, new_request_id
-from mint.types._checks import integer, text, text_map
-from mint.types.responses import run_kind
+from mint.types._checks import choice, integer, text, text_map
 from mintrpc.v1 import trainer_pb2
 
 
@@ -51,7 +50,8 @@ def list_runs(
         skip=integer(skip, "offset"),
     )
     if kind is not None:
-        request.kind = run_kind(kind)
+        remedy = "give 'trained' or 'uploaded', or None for all"
+        request.kind = choice(trainer_pb2.TrainingRun.Kind, kind, "kind", remedy)
     convert = types.ListTrainingRunsResponse.from_proto
     return Question(connection, connection.trainer.ListTrainingRuns, request, convert)
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from google.protobuf.duration_pb2 import Duration
 
 from mint.errors import refused
+from mint.types._from_proto import words
 
 T = TypeVar("T")
 USE_FROM_INTS = "for token ids use ModelInput.from_ints"
@@ -18,8 +19,9 @@ def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
     return value
 
 
-def choice(options: Mapping[Any, T], value: Any, field: str, remedy: str) -> T:
-    """What a name stands for."""
+def choice(enum: Any, value: Any, field: str, remedy: str) -> Any:
+    """The value of an enum that a word stands for."""
+    options = words(enum)
     if value not in options:
         raise refused(field, f"is {value!r}; {remedy}")
     return options[value]

@@ -1,27 +1,17 @@
 """Dense arrays on their way to and from a server."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import InvalidInputError, refused
 from mint.types._arrays import array_of, integers_of
-from mint.types._from_proto import known
+from mint.types._from_proto import known, words
 from mintrpc.v1 import types_pb2
 
 TensorDtype = Literal["float32", "int64"]
-
-_WIRE_TYPES: dict[str, types_pb2.TensorDtype] = {
-    "float32": types_pb2.TENSOR_DTYPE_FLOAT32,
-    "int64": types_pb2.TENSOR_DTYPE_INT64,
-}
-_NUMPY_TYPES: dict[int, str] = {
-    types_pb2.TENSOR_DTYPE_FLOAT32: "<f4",
-    types_pb2.TENSOR_DTYPE_INT64: "<i8",
-    types_pb2.TENSOR_DTYPE_INT32: "<i4",
-}
 
 
 class TensorData:
@@ -106,13 +96,13 @@ class TensorData:
 
     def to_proto(self) -> types_pb2.TensorData:
         array = self._array.astype(self._array.dtype.newbyteorder("<"), copy=False)
-        return types_pb2.TensorData(
-            dtype=_WIRE_TYPES[self.dtype], shape=self._array.shape, values=array.tobytes()
-        )
+        dtype = words(types_pb2.TensorDtype)[self.dtype]
+        return types_pb2.TensorData(dtype=dtype, shape=array.shape, values=array.tobytes())
 
     @classmethod
     def from_proto(cls, message: types_pb2.TensorData) -> Self:
-        dtype = known(_NUMPY_TYPES, message.dtype, "the answer holds a tensor of dtype")
+        where = "the answer holds a tensor of dtype"
+        dtype = np.dtype(known(types_pb2.TensorDtype, message.dtype, where)).newbyteorder("<")
         array = np.frombuffer(message.values, dtype)
         return cls(array.reshape(tuple(message.shape) or (-1,)))
 
@@ -137,7 +127,7 @@ class TensorData:
 
 def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
     """A copy as `dtype`. Floats do not become integers, and integers keep their value."""
-    if dtype not in _WIRE_TYPES:
+    if dtype not in get_args(TensorDtype):
         raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
         return array.astype(np.float32)
