@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from mint import types
 from mint._async_names import awaited, off_loop
 from mint._files.tokenizer_files import tokenizer_of
-from mint._sampling.handles import Handle
+from mint._sampling.handles import handle_of, open_handle
 from mint._sampling.sample_stream import SampleStream
 from mint._transport.call import Call, check_size, settle
 from mint._transport.connection import Connection
@@ -113,13 +113,12 @@ class SamplingClient:
         """Text from which `from_sampler_handle` makes this client again, in any process that
         reaches the sampler. Holds no key.
         """
-        return str(Handle.of(self._sampler, self._revision_path, self._base_model))
+        return handle_of(self._sampler, self._revision_path, self._base_model)
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
         """The client that gave `handle`. The key is `api_key`, else that of the environment."""
-        parsed = Handle.parse(handle)
-        return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)
+        return cls(*open_handle(handle, api_key))
 
     def __reduce__(self) -> tuple[Callable[[str], "SamplingClient"], tuple[str]]:
         """Pickled as its handle: whoever opens it needs the key in the environment."""

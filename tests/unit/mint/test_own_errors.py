@@ -9,8 +9,7 @@ import pytest
 
 import mint
 from mint import types
-from mint._transport.threads import on_thread, sender
-from mint._transport.timer import timer
+from mint._transport.threads import on_thread, sender, timer
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 Data = list[types.Datum]
