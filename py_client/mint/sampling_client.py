@@ -99,10 +99,11 @@ class SamplingClient:
         """The logprob of each token of `prompt` given those before it; None for the first, and for
         all but the last `prompt_logprobs_last_n` if that is set.
         """
+        instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
         request = sampler_pb2.ComputeLogprobsRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
-            prompt=_checked_prompt(prompt).to_proto(),
+            prompt=prompt.to_proto(),
             prompt_logprobs_last_n=_checked_last_n(prompt_logprobs_last_n),
         )
         future: CancellableFuture[list[float | None]] = CancellableFuture()
@@ -148,10 +149,11 @@ class SamplingClient:
         params = given.to_proto()
         if not params.HasField("seed"):
             params.seed = secrets.randbits(_SEED_BITS)
+        instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
         return sampler_pb2.SampleRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
-            prompt=_checked_prompt(prompt).to_proto(),
+            prompt=prompt.to_proto(),
             num_samples=_at_least_1(num_samples, "num_samples"),  # the contract reads 0 as 1
             sampling_params=params,
         )
@@ -176,11 +178,6 @@ def create_sampling_client(
     if model_path:
         revision_path = _resolve_revision(sampler, model_path, base_model or "")
     return SamplingClient(servers, revision_path, served.model_name)
-
-
-def sampling_client_of(servers: Servers, revision_path: str) -> SamplingClient:
-    """A client of a revision that is known to exist."""
-    return SamplingClient(servers, revision_path, servers.served(servers.sampler()).model_name)
 
 
 def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
@@ -208,10 +205,6 @@ def refuse_retry_config(retry_config: object) -> None:
             "cannot be set: calls are sent again until a server has been silent for "
             "the `timeout` of ServiceClient",
         )
-
-
-def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
-    return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
 def _checked_last_n(count: int | None) -> int:

@@ -15,14 +15,10 @@ from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
 from mint._run.run_questions import get_run, open_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
+from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
-from mint.sampling_client import (
-    SamplingClient,
-    create_sampling_client,
-    refuse_retry_config,
-    sampling_client_of,
-)
+from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
@@ -205,9 +201,8 @@ class TrainingClient:
         the newest weights that were published so, or by `save_weights_for_sampler` under that name.
         A sample that has begun ends on the weights it began with; each sequence says which.
         """
-        refuse_retry_config(retry_config)
-        saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
-        return sampling_client_of(self._servers, _sampled_path(saved, kind))
+        saved = self._publish(name, retry_config, kind).result()
+        return self._sampling_client(saved, kind)
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -217,9 +212,8 @@ class TrainingClient:
         kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
-        refuse_retry_config(retry_config)
-        saved = await self.save_weights_for_sampler(_published_name(name, kind))
-        return await off_loop(sampling_client_of)(self._servers, _sampled_path(saved, kind))
+        saved = await self._publish(name, retry_config, kind)
+        return await on_thread(partial(self._sampling_client, saved, kind))
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
         """Returns a client of the revision at `model_path` that is now the newest."""
@@ -274,12 +268,19 @@ class TrainingClient:
             future.add_done_callback(ended)
             return future
 
+    def _publish(
+        self, name: str | None, retry_config: None, kind: str
+    ) -> APIFuture[types.SaveWeightsForSamplerResponse]:
+        refuse_retry_config(retry_config)
+        if kind not in ("snapshot", "inflight"):
+            raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
+        return self.save_weights_for_sampler(
+            _INFLIGHT if name is None and kind == "inflight" else name
+        )
 
-def _published_name(name: str | None, kind: str) -> str | None:
-    if kind not in ("snapshot", "inflight"):
-        raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
-    return _INFLIGHT if name is None and kind == "inflight" else name
-
-
-def _sampled_path(saved: types.SaveWeightsForSamplerResponse, kind: str) -> str:
-    return saved.path if kind == "inflight" else saved.revision_path
+    def _sampling_client(
+        self, saved: types.SaveWeightsForSamplerResponse, kind: str
+    ) -> SamplingClient:
+        path = saved.path if kind == "inflight" else saved.revision_path
+        served = self._servers.served(self._servers.sampler())
+        return SamplingClient(self._servers, path, served.model_name)

@@ -35,7 +35,11 @@ class Servers:
         with self._lock:
             known = self._capabilities.get(connection)
             if fresh or known is None or not known.supported_models:
-                known = self._capabilities[connection] = _capabilities_of(connection).ask()
+                request = model_pb2.GetServerCapabilitiesRequest()
+                convert = types.GetServerCapabilitiesResponse.from_proto
+                method = connection.model.GetServerCapabilities
+                known = Question(connection, method, request, convert).ask()
+                self._capabilities[connection] = known
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known
@@ -102,12 +106,3 @@ class Servers:
             metadata={"base_model": base_model or "", "served": names},
             field="base_model",
         )
-
-
-def _capabilities_of(connection: Connection) -> Question[types.GetServerCapabilitiesResponse]:
-    return Question(
-        connection,
-        connection.model.GetServerCapabilities,
-        model_pb2.GetServerCapabilitiesRequest(),
-        types.GetServerCapabilitiesResponse.from_proto,
-    )

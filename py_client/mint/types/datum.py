@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from mint.errors import refused
-from mint.types._arrays import array_of
-from mint.types._checks import USE_FROM_INTS, instance
+from mint.types._checks import USE_FROM_INTS, array_of, instance
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mint.errors import InvalidInputError, refused
-from mint.types._arrays import integers_of
-from mint.types._checks import USE_FROM_INTS, choice
+from mint.types._checks import USE_FROM_INTS, choice, integers_of
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1

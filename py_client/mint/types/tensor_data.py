@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import InvalidInputError, refused
-from mint.types._arrays import array_of, integers_of
+from mint.types._checks import array_of, integers_of
 from mint.types._from_proto import known, words
 from mintrpc.v1 import types_pb2
 
