@@ -11,11 +11,11 @@ from mint._async_names import awaited
 from mint._files.download import checkpoint_of, download, get_checkpoint
 from mint._files.progress import Progress, check_progress
 from mint._files.upload import described, upload
-from mint._run import run_questions as runs
+from mint._run import runs
+from mint._transport.call import Call, new_request_id
 from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
-from mint._transport.question import Question, new_request_id
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
 from mint.errors import refused
@@ -90,14 +90,14 @@ class RestClient(Closing):
             cursor = types.Cursor(offset, limit, answer.total_size)
             return types.TrainingRunsResponse(answer.training_runs, cursor)
 
-        question = runs.list_runs(
+        call = runs.list_runs(
             self._trainer,
             page_size=_page_size(limit),
             skip=offset,
             metadata=metadata_filter,
             kind=kind,
         )
-        return question.then(page).submit()
+        return call.then(page).submit()
 
     def update_training_run(
         self, training_run_id: str, user_metadata: Mapping[str, str]
@@ -121,8 +121,8 @@ class RestClient(Closing):
         self, tinker_path: str
     ) -> APIFuture[types.WeightsInfoResponse]:
         """The base model and the adapter's shape."""
-        question = get_checkpoint(self._trainer, tinker_path)
-        return question.then(types.WeightsInfoResponse.from_checkpoint).submit()
+        call = get_checkpoint(self._trainer, tinker_path)
+        return call.then(types.WeightsInfoResponse.from_checkpoint).submit()
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[types.CheckpointsListResponse]:
         """All named checkpoints of a run, newest first."""
@@ -156,7 +156,7 @@ class RestClient(Closing):
             cursor = types.Cursor(offset, limit, answer.total_size)
             return types.CheckpointsListResponse(found, cursor)
 
-        return Question(self._trainer, self._stub.ListCheckpoints, request, page).submit()
+        return Call(self._trainer, self._stub.ListCheckpoints, request, page).submit()
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: float | None
@@ -205,7 +205,7 @@ class RestClient(Closing):
         path = types.ParsedCheckpointPath.parse(tinker_path).path
         request = checkpoint_pb2.DeleteCheckpointRequest(path=path, request_id=new_request_id())
         method = self._stub.DeleteCheckpoint
-        return Question(self._trainer, method, request, lambda answer: None).submit()
+        return Call(self._trainer, method, request, lambda answer: None).submit()
 
     def download_checkpoint(
         self, path: str, folder: str | Path, *, progress: Progress | bool = False
@@ -280,7 +280,7 @@ class RestClient(Closing):
             ttl=ttl(ttl_seconds),
         )
         convert = types.ExportResponse.from_proto
-        return Question(self._trainer, self._stub.ExportCheckpoint, request, convert).submit()
+        return Call(self._trainer, self._stub.ExportCheckpoint, request, convert).submit()
 
     def close(self) -> None:
         """Closes the connection, unless a ServiceClient shares it."""
@@ -312,16 +312,16 @@ class RestClient(Closing):
             path=path, request_id=new_request_id(), **change
         )
         method = self._stub.UpdateCheckpoint
-        return Question(self._trainer, method, request, checkpoint_of).submit()
+        return Call(self._trainer, method, request, checkpoint_of).submit()
 
-    def _copy(self, path: str, name: str, ttl_seconds: float | None) -> Question[types.Checkpoint]:
+    def _copy(self, path: str, name: str, ttl_seconds: float | None) -> Call[types.Checkpoint]:
         request = checkpoint_pb2.CopyCheckpointRequest(
             path=text(path, "path"),
             request_id=new_request_id(),
             name=text(name, "name"),
             ttl=ttl(ttl_seconds),
         )
-        return Question(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
+        return Call(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
 
 
 def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.CheckpointsListResponse:
@@ -332,7 +332,7 @@ def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.Checkpo
     method = trainer.checkpoints.ListCheckpoints
     found: list[types.Checkpoint] = []
     while True:
-        page = Question(trainer, method, request, lambda answer: answer).ask()
+        page = Call(trainer, method, request, lambda answer: answer).ask()
         found += map(types.Checkpoint.from_proto, page.checkpoints)
         if not page.next_page_token:
             return types.CheckpointsListResponse(found)

@@ -10,9 +10,8 @@ from mint._async_names import awaited, off_loop
 from mint._files.tokenizer_files import tokenizer_of
 from mint._sampling.handles import handle_of, open_handle
 from mint._sampling.sample_stream import SampleStream
-from mint._transport.call import Call, check_size, settle
+from mint._transport.call import Call, check_size
 from mint._transport.connection import Connection
-from mint._transport.question import Question
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
@@ -160,10 +159,8 @@ class SamplingClient:
 
     def _submit(self, method: Any, request: Any, convert: Callable[[Any], Any], future: F) -> F:
         check_size(self._sampler, request, "prompt")
-        call: Call[Any, Any] = Call(
-            self._sampler, method, request, partial(settle, future, convert), attaches=False
-        )
-        call.start()
+        call = Call(self._sampler, method, request, convert, future=future, attaches=False)
+        call.submit()
         future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
         return future
 
@@ -189,7 +186,7 @@ def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> 
         prompt=types.ModelInput.from_ints([0]).to_proto(),
     )
     method = sampler.sampler.ComputeLogprobs
-    path: str = Question(sampler, method, request, lambda answer: answer.revision_path).ask()
+    path: str = Call(sampler, method, request, lambda answer: answer.revision_path).ask()
     if not path:
         raise APIResponseValidationError(
             f"the sampler does not say which revision {model_path!r} is"

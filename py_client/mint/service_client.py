@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
 from mint._transport.closing import Closing
 from mint._transport.opening import open_servers

@@ -11,8 +11,8 @@ from mint._files.tokenizer_files import tokenizer_of
 from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
 from mint._run.passes import LogprobScope, Passes, bare_request
-from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._run.run_questions import get_run, open_run
+from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
+from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
@@ -45,7 +45,6 @@ class TrainingClient:
         self._calls = RunCalls(
             self._trainer,
             opened,
-            partial(open_run, servers.trainer, self.training_run_id),
             limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
         self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
@@ -228,8 +227,8 @@ class TrainingClient:
 
     def get_info(self) -> types.GetInfoResponse:
         """What this client trains, as the server sees it now."""
-        question = get_run(self._trainer, self.training_run_id)
-        return question.then(types.GetInfoResponse.from_run).ask()
+        call = get_run(self._trainer, self.training_run_id)
+        return call.then(types.GetInfoResponse.from_run).ask()
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint import types
-from mint._run.passes import BatchPart, Passes, PassRequest, bare_request, checked_batch, join
+from mint._run.passes import Passes, PassRequest, bare_request, checked_batch, join
 from mint._run.run_calls import RunCalls
 from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
@@ -53,23 +53,25 @@ class CustomPass:
     def start(self) -> None:
         """Sends the forward. Calls that are queued from now on wait for the backward."""
         requests = [_forward_of(request) for request in self._requests]
-        forwards, parts = self._passes.calls(requests, "custom", list)
-        parts.add_done_callback(lambda _: self._forward_ended(parts))
+        forwards, forward = self._passes.calls(requests, "custom", self._set_scored)
+        forward.add_done_callback(lambda _: self._forward_ended(forward))
         for call in self.backwards:
             call.held = True
         self._calls.enqueue([*forwards, *self.backwards])
 
-    def _forward_ended(self, forward: APIFuture[list[BatchPart]]) -> None:
+    def _set_scored(self, outputs: list[types.ForwardBackwardOutput], seconds: float) -> None:
+        self._scored, self._forward_s = join(outputs, seconds), seconds
+
+    def _forward_ended(self, forward: APIFuture[None]) -> None:
         try:
             on_thread(partial(self._go_on, forward))
         except BaseException as error:  # there is no thread to be had
             self._give_up(error)
 
-    def _go_on(self, forward: APIFuture[list[BatchPart]]) -> None:
+    def _go_on(self, forward: APIFuture[None]) -> None:
         """Computes the loss and sends the backward; blocks while the loss is computed."""
         try:
-            self._parts = forward.result()
-            self._scored = join(self._parts)
+            forward.result()
             with self._calls.working():
                 self._loss, self._metrics, slopes = self._context.run(self._differentiate)
             self._fill_in(slopes)
@@ -106,9 +108,11 @@ class CustomPass:
                 )
             message.loss_fn_inputs[_WEIGHTS].values = (-slope).astype("<f4").tobytes()
 
-    def _output(self, backward: Sequence[BatchPart]) -> types.ForwardBackwardOutput:
+    def _output(
+        self, outputs: list[types.ForwardBackwardOutput], seconds: float
+    ) -> types.ForwardBackwardOutput:
         """The answer of both passes, with the loss's own metrics."""
-        told = dict(join(backward, sum(seconds for _, seconds in self._parts)).metrics)
+        told = dict(join(outputs, self._forward_s + seconds).metrics)
         told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
         told = {"loss:sum": self._loss, **told, **self._metrics}
         return types.ForwardBackwardOutput("custom", self._scored.loss_fn_outputs, told)

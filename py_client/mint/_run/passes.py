@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 from mint import types
@@ -20,9 +21,6 @@ U = TypeVar("U")
 LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
-# The answer to one message of a batch, and the seconds since the run's answer before it, or since
-# it was sent.
-BatchPart = tuple[types.ForwardBackwardOutput, float]
 
 _MAX_DATA = 1024  # of one message, where the server does not say
 _ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
@@ -51,18 +49,23 @@ class Passes:
         self,
         requests: Sequence[PassRequest],
         loss_fn: str,
-        convert: Callable[[list[BatchPart]], T],
+        convert: Callable[[list[types.ForwardBackwardOutput], float], T],
     ) -> tuple[list[SequencedCall], APIFuture[T]]:
-        """The calls of a batch, not sent yet, and what `convert` makes of all their answers."""
-        calls, firsts = [], [0]
-        for request in requests:
+        """The calls of a batch, not sent yet, and what `convert` makes of all their answers and the
+        seconds that they took.
+        """
+        stub = self._connection.trainer
+        calls, counts = [], [len(request.data) for request in requests]
+        for request, count in zip(requests, counts, strict=True):
             backward = isinstance(request, trainer_pb2.ForwardBackwardRequest)
-            stub = self._connection.trainer
             method = stub.ForwardBackward if backward else stub.Forward
-            part = partial(_part, len(request.data), loss_fn)
-            calls.append(self._calls.make(method, request, part))
-            firsts.append(firsts[-1] + len(request.data))
-        return calls, gathered([call.future for call in calls], firsts, convert)
+            calls.append(self._calls.make(method, request, partial(_output, count, loss_fn)))
+
+        def whole(outputs: list[types.ForwardBackwardOutput]) -> T:
+            return convert(outputs, sum(call.seconds for call in calls))
+
+        firsts = accumulate(counts, initial=0)
+        return calls, gathered([call.future for call in calls], list(firsts), whole)
 
     def submit(
         self, requests: Sequence[PassRequest], loss_fn: str
@@ -142,12 +145,13 @@ def _set_loss(
         setattr(message, name, number(value, f"loss_fn_config.{name}"))
 
 
-def join(parts: Sequence[BatchPart], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
-    """The answer to the whole batch, on which so many seconds had been spent before."""
-    outputs = [output for output, _ in parts]
+def join(
+    outputs: Sequence[types.ForwardBackwardOutput], seconds: float
+) -> types.ForwardBackwardOutput:
+    """The answer to the whole batch, on which so many seconds were spent."""
     counts = [len(output.loss_fn_outputs) for output in outputs]
     metrics = merge_metrics([output.metrics for output in outputs], counts)
-    tokens, seconds = metrics.get("tokens:sum"), sum((part_s for _, part_s in parts), earlier_s)
+    tokens = metrics.get("tokens:sum")
     if tokens is not None and seconds > 0:
         metrics["tokens_per_second:mean"] = tokens / seconds
     return types.ForwardBackwardOutput(
@@ -208,12 +212,12 @@ def gathered(
     return result
 
 
-def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> BatchPart:
+def _output(num_data: int, loss_fn: str, answer: PassAnswer) -> types.ForwardBackwardOutput:
     if len(answer.outputs) != num_data:
         raise APIResponseValidationError(
             f"the answer has {len(answer.outputs)} outputs for {num_data} data"
         )
-    return types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds
+    return types.ForwardBackwardOutput.from_proto(answer, loss_fn)
 
 
 def _moved(error: BaseException, first: int) -> BaseException:

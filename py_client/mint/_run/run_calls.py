@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import grpc
 
-from mint._transport.call import Call, broken_off, check_size, settle
+from mint._run.runs import Opened, open_run
+from mint._transport.call import Call, broken_off, check_size
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure
-from mint._transport.question import Question
 from mint._transport.threads import sender
 from mint.futures import APIFuture
 from mintrpc.v1 import trainer_pb2
@@ -29,7 +29,6 @@ SequencedRequest = (
     | trainer_pb2.LoadStateRequest
     | trainer_pb2.SaveWeightsForSamplerRequest
 )
-Opened = trainer_pb2.OpenTrainingRunResponse
 MAX_IN_FLIGHT = 64  # where the server does not say
 
 
@@ -45,13 +44,11 @@ class RunCalls:
         self,
         connection: Connection,
         opened: Opened,
-        open_again: Callable[[], Question[Opened]],
         max_in_flight: int,
     ) -> None:
         self._connection = connection
         self._training_run_id = opened.training_run.training_run_id
         self._process = os.getpid()
-        self._open_again = open_again
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
         self._writer_epoch = opened.writer_epoch
@@ -73,7 +70,7 @@ class RunCalls:
     ) -> APIFuture[T]:
         """Queues a call behind those submitted before it. Refuses at once what is too large."""
         check_size(self._connection, request, "data")
-        call = self.make(method, request, lambda answer, _: convert(answer))
+        call = self.make(method, request, convert)
         future: APIFuture[T] = call.future
         self.enqueue([call])
         return future
@@ -82,11 +79,9 @@ class RunCalls:
         self,
         method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
         request: SequencedRequest,
-        convert: Callable[[Any, float], Any],
+        convert: Callable[[Any], Any],
     ) -> "SequencedCall":
-        """A call that is not queued yet. `convert` also gets the seconds since the run's answer
-        before this one, or since it was made.
-        """
+        """A call that is not queued yet."""
         request.training_run_id = self._training_run_id
         return SequencedCall(self, self._connection, method, request, convert)
 
@@ -164,7 +159,7 @@ class RunCalls:
             call.request.writer_epoch = self._writer_epoch
             self._on_wire[self._next_sequence] = call
             self._next_sequence += 1
-            return partial(call.run_part, call.start)
+            return partial(call.run_part, call.submit)
 
     def acknowledge(self, call: "SequencedCall") -> None:
         """Writes into the request of a call up to where all answers have been received."""
@@ -196,7 +191,7 @@ class RunCalls:
         del call.request, call.future  # or, in a cycle with the call, they would be kept for long
 
     def _begin_opening(self) -> None:
-        self._open_again().call(self._opened).start()
+        open_run(self._connection, self._training_run_id, self._opened).submit()
 
     def _opened(self, outcome: Opened | Failure) -> None:
         if isinstance(outcome, Failure):
@@ -219,11 +214,11 @@ class RunCalls:
             call.settle(outcome)
 
 
-class SequencedCall(Call[Any, Any]):
+class SequencedCall(Call[Any]):
     """One sequenced call: the same number in every attempt, the newest acknowledgement."""
 
     sequence = 0
-    seconds = 0.0  # that its answer took, once it is there
+    seconds = 0.0  # once it has its answer: since the run's answer before, or since it was made
     held = False  # whether it waits for what it is to carry
 
     def __init__(
@@ -232,17 +227,11 @@ class SequencedCall(Call[Any, Any]):
         connection: Connection,
         method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
         request: Any,
-        convert: Callable[[Any, float], Any],
+        convert: Callable[[Any], Any],
     ) -> None:
-        super().__init__(connection, method, request, partial(run.ended, self))
+        super().__init__(connection, method, request, convert, ended=partial(run.ended, self))
         self._run = run
-        self._convert = convert
         self.made_s = time.monotonic()
-        self.future: APIFuture[Any] = APIFuture()
-
-    def settle(self, outcome: Any) -> None:
-        """Gives its future the answer, or why there is none."""
-        settle(self.future, lambda answer: self._convert(answer, self.seconds), outcome)
 
     def before_attempt(self) -> None:
         self._run.acknowledge(self)

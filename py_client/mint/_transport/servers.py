@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from mint import types
 from mint._transport.address import SAMPLER_PORT, Address, parse_address
+from mint._transport.call import Call
 from mint._transport.connection import Connection, Settings
-from mint._transport.question import Question
 from mint.errors import NotFoundError
 from mintrpc.v1 import model_pb2
 
@@ -38,7 +38,7 @@ class Servers:
                 request = model_pb2.GetServerCapabilitiesRequest()
                 convert = types.GetServerCapabilitiesResponse.from_proto
                 method = connection.model.GetServerCapabilities
-                known = Question(connection, method, request, convert).ask()
+                known = Call(connection, method, request, convert).ask()
                 self._capabilities[connection] = known
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
