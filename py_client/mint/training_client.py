@@ -47,7 +47,7 @@ class TrainingClient:
             opened,
             limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
-        self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
+        self._passes = Passes(self._calls, limits.max_data_per_request)
 
     @property
     def training_run_id(self) -> str:

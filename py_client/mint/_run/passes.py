@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 
 from mint import types
 from mint._run.run_calls import RunCalls, SequencedCall
-from mint._transport.connection import Connection
 from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
 from mint.types._checks import choice, instance, number
@@ -32,8 +31,8 @@ _DATUM = re.compile(r"\bdata\[(\d+)\]")
 class Passes:
     """Makes the calls of passes. Nothing is sent before all of a batch has been looked at."""
 
-    def __init__(self, connection: Connection, calls: RunCalls, max_data: int) -> None:
-        self._connection = connection
+    def __init__(self, calls: RunCalls, max_data: int) -> None:
+        self._connection = calls.connection
         self._calls = calls
         self._max_data = max_data or _MAX_DATA
 
@@ -59,7 +58,8 @@ class Passes:
         for request, count in zip(requests, counts, strict=True):
             backward = isinstance(request, trainer_pb2.ForwardBackwardRequest)
             method = stub.ForwardBackward if backward else stub.Forward
-            calls.append(self._calls.make(method, request, partial(_output, count, loss_fn)))
+            read = partial(_output, count, loss_fn)
+            calls.append(SequencedCall(self._calls, method, request, read))
 
         def whole(outputs: list[types.ForwardBackwardOutput]) -> T:
             return convert(outputs, sum(call.seconds for call in calls))

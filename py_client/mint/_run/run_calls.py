@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import grpc
+from google.protobuf.message import Message
 
 from mint._run.runs import Opened, open_run
 from mint._transport.call import Call, broken_off, check_size
@@ -17,18 +17,8 @@ from mint._transport.connection import Connection
 from mint._transport.failures import Failure
 from mint._transport.threads import sender
 from mint.futures import APIFuture
-from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
-SequencedRequest = (
-    trainer_pb2.ForwardRequest
-    | trainer_pb2.ForwardBackwardRequest
-    | trainer_pb2.OptimStepRequest
-    | trainer_pb2.DiscardGradientRequest
-    | trainer_pb2.SaveStateRequest
-    | trainer_pb2.LoadStateRequest
-    | trainer_pb2.SaveWeightsForSamplerRequest
-)
 MAX_IN_FLIGHT = 64  # where the server does not say
 
 
@@ -46,8 +36,8 @@ class RunCalls:
         opened: Opened,
         max_in_flight: int,
     ) -> None:
-        self._connection = connection
-        self._training_run_id = opened.training_run.training_run_id
+        self.connection = connection
+        self.training_run_id = opened.training_run.training_run_id
         self._process = os.getpid()
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
@@ -62,28 +52,13 @@ class RunCalls:
         self._opening = False
         self._fenced: Failure | None = None
 
-    def submit(
-        self,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: SequencedRequest,
-        convert: Callable[[Any], T],
-    ) -> APIFuture[T]:
+    def submit(self, method: Any, request: Message, convert: Callable[[Any], T]) -> APIFuture[T]:
         """Queues a call behind those submitted before it. Refuses at once what is too large."""
-        check_size(self._connection, request, "data")
-        call = self.make(method, request, convert)
+        check_size(self.connection, request, "data")
+        call = SequencedCall(self, method, request, convert)
         future: APIFuture[T] = call.future
         self.enqueue([call])
         return future
-
-    def make(
-        self,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: SequencedRequest,
-        convert: Callable[[Any], Any],
-    ) -> "SequencedCall":
-        """A call that is not queued yet."""
-        request.training_run_id = self._training_run_id
-        return SequencedCall(self, self._connection, method, request, convert)
 
     def enqueue(self, calls: "Sequence[SequencedCall]") -> None:
         """Queues calls, all or none, behind those queued before them. One that is held waits, and
@@ -92,7 +67,7 @@ class RunCalls:
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this TrainingClient belongs to the process from which this one was forked; take "
-                f"the run over by ServiceClient.open_training_run({self._training_run_id!r})"
+                f"the run over by ServiceClient.open_training_run({self.training_run_id!r})"
             )
         if self._working_thread == threading.get_ident():
             raise RuntimeError(
@@ -141,7 +116,7 @@ class RunCalls:
         except BaseException as error:
             with self._lock:
                 self._sending = False
-            self._give_up_waiting(broken_off(self._connection, error))
+            self._give_up_waiting(broken_off(self.connection, error))
 
     def _next_step(self) -> Callable[[], None] | None:
         with self._lock:
@@ -191,7 +166,7 @@ class RunCalls:
         del call.request, call.future  # or, in a cycle with the call, they would be kept for long
 
     def _begin_opening(self) -> None:
-        open_run(self._connection, self._training_run_id, self._opened).submit()
+        open_run(self.connection, self.training_run_id, self._opened).submit()
 
     def _opened(self, outcome: Opened | Failure) -> None:
         if isinstance(outcome, Failure):
@@ -222,14 +197,10 @@ class SequencedCall(Call[Any]):
     held = False  # whether it waits for what it is to carry
 
     def __init__(
-        self,
-        run: RunCalls,
-        connection: Connection,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: Any,
-        convert: Callable[[Any], Any],
+        self, run: RunCalls, method: Any, request: Any, convert: Callable[[Any], Any]
     ) -> None:
-        super().__init__(connection, method, request, convert, ended=partial(run.ended, self))
+        request.training_run_id = run.training_run_id
+        super().__init__(run.connection, method, request, convert, ended=partial(run.ended, self))
         self._run = run
         self.made_s = time.monotonic()
 
