@@ -10,7 +10,7 @@ from mint._async_names import off_loop, submitted
 from mint._files.tokenizer_files import tokenizer_of
 from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
-from mint._run.passes import LogprobScope, Passes, bare_request
+from mint._run.passes import LogprobScope, Passes
 from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
 from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch
@@ -68,8 +68,9 @@ class TrainingClient:
         logprob_scope: LogprobScope = "all",
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss, without a gradient."""
-        bare = bare_request(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
-        return self._passes.submit(self._passes.requests(bare, data), loss_fn)
+        kind = trainer_pb2.ForwardRequest
+        requests = self._passes.requests(kind, data, loss_fn, loss_fn_config, logprob_scope)
+        return self._passes.submit(requests, loss_fn)
 
     def forward_backward(
         self,
@@ -85,10 +86,8 @@ class TrainingClient:
         """
         with self._lock:
             self._backwards.add()
-            bare = bare_request(
-                trainer_pb2.ForwardBackwardRequest, loss_fn, loss_fn_config, logprob_scope
-            )
-            requests = self._passes.requests(bare, data)
+            kind = trainer_pb2.ForwardBackwardRequest
+            requests = self._passes.requests(kind, data, loss_fn, loss_fn_config, logprob_scope)
             self._backwards.add(len(requests) - 1)
             return self._passes.submit(requests, loss_fn)
 

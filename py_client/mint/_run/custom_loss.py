@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint import types
-from mint._run.passes import Passes, PassRequest, bare_request, checked_batch, join
+from mint._run.passes import Passes, PassRequest, checked_batch, join
 from mint._run.run_calls import RunCalls
 from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
@@ -44,10 +44,10 @@ class CustomPass:
         self._data = list(checked_batch(data))
         self._loss_fn = loss_fn
         self._context = contextvars.copy_context()
-        bare = bare_request(trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted")
         # With weights of 0, so that it is known now how many messages there will be.
         surrogates = [_surrogate(datum, index) for index, datum in enumerate(self._data)]
-        self._requests = passes.requests(bare, surrogates)
+        kind = trainer_pb2.ForwardBackwardRequest
+        self._requests = passes.requests(kind, surrogates, "cross_entropy", None, "weighted")
         self.backwards, self.future = passes.calls(self._requests, "custom", self._output)
 
     def start(self) -> None:

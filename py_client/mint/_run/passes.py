@@ -38,10 +38,18 @@ class Passes:
 
     def requests(
         self,
-        bare: PassRequest,  # without data
+        kind: type[PassRequest],
         data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        logprob_scope: str,
     ) -> list[PassRequest]:
         """The batch in as few messages as the server takes."""
+        bare = kind()
+        _set_loss(bare, loss_fn, loss_fn_config)
+        remedy = "it must be 'all' or 'weighted'"
+        enum = trainer_pb2.LogprobScope
+        bare.logprob_scope = choice(enum, logprob_scope, "logprob_scope", remedy)
         return list(self._cut(bare, checked_batch(data)))
 
     def calls(
@@ -104,21 +112,6 @@ def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     for index, datum in enumerate(data):
         instance(datum, types.Datum, f"data[{index}]", "give types.Datum")
     return data
-
-
-def bare_request(
-    kind: type[PassRequest],
-    loss_fn: str,
-    loss_fn_config: Mapping[str, float] | None,
-    logprob_scope: str,
-) -> PassRequest:
-    """A request without data."""
-    request = kind()
-    _set_loss(request, loss_fn, loss_fn_config)
-    remedy = "it must be 'all' or 'weighted'"
-    enum = trainer_pb2.LogprobScope
-    request.logprob_scope = choice(enum, logprob_scope, "logprob_scope", remedy)
-    return request
 
 
 def _set_loss(

@@ -172,7 +172,12 @@ class Call(Generic[T]):
         self._fail(Failure(_Code.CANCELLED, str(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
-        delay_s = self._delay_s(failure)
+        if self._cancelled:
+            self._fail(failure)
+            return
+        delay_s = self._silence.delay_s(failure, self._sent)
+        if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
+            delay_s = self._silence.backoff_s()
         if delay_s is None:
             self._fail(failure)
         else:
@@ -180,15 +185,6 @@ class Call(Generic[T]):
 
     def _fail(self, failure: Failure) -> None:
         self._end(self._silence.explained(failure))
-
-    def _delay_s(self, failure: Failure) -> float | None:
-        """Seconds until the call is sent again; None: it is not."""
-        if self._cancelled:
-            return None
-        delay_s = self._silence.delay_s(failure, self._sent)
-        if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
-            return self._silence.backoff_s()
-        return delay_s
 
 
 def broken_off(connection: Connection, error: BaseException) -> Failure:

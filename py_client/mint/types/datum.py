@@ -52,7 +52,7 @@ class Datum:
 
 def _tensor(name: str, value: Any) -> TensorData:
     field = f"loss_fn_inputs.{name}"
-    array = array_of(value.to_numpy() if isinstance(value, TensorData) else value, field)
+    array = array_of(value, field)
     if array.size and not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
         raise refused(field, f"holds {array.ravel()[index]} at {index}; every entry must be finite")

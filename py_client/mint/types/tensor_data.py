@@ -34,7 +34,7 @@ class TensorData:
         dense, 0 where it has no value.
         """
         array = array_of(data, "data")
-        array = cast(array, dtype or _natural_dtype(array), "data")
+        array = cast(array, dtype, "data")
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None:
@@ -125,8 +125,11 @@ class TensorData:
         return f"TensorData(data={self.tolist()!r}, dtype={self.dtype!r}, shape={self.shape!r})"
 
 
-def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
-    """A copy as `dtype`. Floats do not become integers, and integers keep their value."""
+def cast(array: NDArray[Any], dtype: str | None, field: str) -> NDArray[Any]:
+    """A copy as `dtype`, or as what the data are. Floats do not become integers, and integers keep
+    their value.
+    """
+    dtype = dtype or ("float32" if array.dtype.kind == "f" else "int64")
     if dtype not in get_args(TensorDtype):
         raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
@@ -158,7 +161,3 @@ def _dense(
     dense = np.zeros(tuple(shape), values.dtype)
     dense[np.repeat(np.arange(shape[0]), counts), places] = values
     return dense
-
-
-def _natural_dtype(array: NDArray[Any]) -> str:
-    return "float32" if array.dtype.kind == "f" else "int64"
