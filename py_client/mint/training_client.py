@@ -8,9 +8,8 @@ from typing import Any, Literal, NoReturn
 from mint import types
 from mint._async_names import off_loop, submitted
 from mint._files.tokenizer_files import tokenizer_of
-from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
-from mint._run.passes import LogprobScope, Passes
+from mint._run.passes import BackwardCount, LogprobScope, Passes
 from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
 from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch

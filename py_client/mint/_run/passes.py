@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate
@@ -103,6 +104,46 @@ class Passes:
             request.data.append(message)
             size_bytes += datum_bytes
         yield request
+
+
+class BackwardCount:
+    """How many backwards a program asked for, whether or not they ever reached the server: what
+    keeps a step from part of a batch. Thread-safe.
+    """
+
+    def __init__(self, pending: int) -> None:
+        self._count = pending
+        self._clears = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int = 1) -> None:
+        with self._lock:
+            self._count += count
+
+    def take(self) -> int:
+        """The count for an optimizer step, which clears the gradient also when it is refused."""
+        return self._cleared()[0]
+
+    def clear(self) -> Callable[[Future[Any]], None]:
+        """Clears the count for a call that clears the gradient if it succeeds.
+
+        Returns what to call when it has ended: if it failed, and nothing else has cleared the
+        count since, the backwards before it count again.
+        """
+        count, clears = self._cleared()
+
+        def ended(call: Future[Any]) -> None:
+            if call.exception() is not None:
+                with self._lock:
+                    self._count += count if self._clears == clears else 0
+
+        return ended
+
+    def _cleared(self) -> tuple[int, int]:
+        with self._lock:
+            count, self._count = self._count, 0
+            self._clears += 1
+            return count, self._clears
 
 
 def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:

@@ -44,6 +44,6 @@ def open_handle(handle: str, api_key: str | None) -> tuple[Servers, str, str]:
     address = parse_address(url, "handle")
     known = url, key, timeout_s, *sorted(headers.items())
     with _lock:
-        if (servers := _shared.get(known)) is None or servers.closed:
+        if (servers := _shared.get(known)) is None or servers.trainer.closed:
             servers = _shared[known] = Servers(address, settings, url)
         return servers, model_path, base_model

@@ -63,10 +63,6 @@ class Servers:
             made: T = self._made[key]
             return made
 
-    @property
-    def closed(self) -> bool:
-        return self.trainer.closed
-
     def close(self) -> None:
         self.trainer.close()
         if self._sampler is not None:
