@@ -4,34 +4,28 @@ import secrets
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mint import types
 from mint._async_names import awaited
 from mint._files.download import checkpoint_of, download, get_checkpoint
 from mint._files.progress import Progress, check_progress
 from mint._files.upload import described, upload
-from mint._run import run_questions as runs
+from mint._run import runs
+from mint._transport.call import Call, new_request_id
 from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
-from mint._transport.question import Question, new_request_id
 from mint._transport.servers import Servers
 from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
 from mint.types._checks import choice, integer, text, text_map, ttl
-from mint.types.checkpoints import KIND_OF_TYPE, CheckpointType
+from mint.types.checkpoints import CheckpointType
 from mintrpc.v1 import checkpoint_pb2
 
 AccessScope = Literal["owned", "accessible"]
 _MAX_PAGE_SIZE = 1000
-_DTYPES: Mapping[str | None, checkpoint_pb2.ExportDtype] = {
-    None: checkpoint_pb2.EXPORT_DTYPE_UNSPECIFIED,
-    "float32": checkpoint_pb2.EXPORT_DTYPE_FLOAT32,
-    "bfloat16": checkpoint_pb2.EXPORT_DTYPE_BFLOAT16,
-    "float16": checkpoint_pb2.EXPORT_DTYPE_FLOAT16,
-}
 
 
 class RestClient(Closing):
@@ -96,14 +90,14 @@ class RestClient(Closing):
             cursor = types.Cursor(offset, limit, answer.total_size)
             return types.TrainingRunsResponse(answer.training_runs, cursor)
 
-        question = runs.list_runs(
+        call = runs.list_runs(
             self._trainer,
             page_size=_page_size(limit),
             skip=offset,
             metadata=metadata_filter,
             kind=kind,
         )
-        return question.then(page).submit()
+        return call.then(page).submit()
 
     def update_training_run(
         self, training_run_id: str, user_metadata: Mapping[str, str]
@@ -127,8 +121,8 @@ class RestClient(Closing):
         self, tinker_path: str
     ) -> APIFuture[types.WeightsInfoResponse]:
         """The base model and the adapter's shape."""
-        question = get_checkpoint(self._trainer, tinker_path)
-        return question.then(types.WeightsInfoResponse.from_checkpoint).submit()
+        call = get_checkpoint(self._trainer, tinker_path)
+        return call.then(types.WeightsInfoResponse.from_checkpoint).submit()
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[types.CheckpointsListResponse]:
         """All named checkpoints of a run, newest first."""
@@ -151,15 +145,18 @@ class RestClient(Closing):
             page_size=_page_size(limit),
             metadata_filter=text_map(metadata_filter, "metadata_filter"),
             skip=integer(offset, "offset"),
-            kind=_kind_of(checkpoint_type),
         )
+        if checkpoint_type is not None:
+            remedy = f"give one of {', '.join(get_args(CheckpointType))}, or None for all"
+            enum = checkpoint_pb2.CheckpointKind
+            request.kind = choice(enum, checkpoint_type, "checkpoint_type", remedy)
 
         def page(answer: checkpoint_pb2.ListCheckpointsResponse) -> types.CheckpointsListResponse:
             found = list(map(types.Checkpoint.from_proto, answer.checkpoints))
             cursor = types.Cursor(offset, limit, answer.total_size)
             return types.CheckpointsListResponse(found, cursor)
 
-        return Question(self._trainer, self._stub.ListCheckpoints, request, page).submit()
+        return Call(self._trainer, self._stub.ListCheckpoints, request, page).submit()
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: float | None
@@ -208,7 +205,7 @@ class RestClient(Closing):
         path = types.ParsedCheckpointPath.parse(tinker_path).path
         request = checkpoint_pb2.DeleteCheckpointRequest(path=path, request_id=new_request_id())
         method = self._stub.DeleteCheckpoint
-        return Question(self._trainer, method, request, lambda answer: None).submit()
+        return Call(self._trainer, method, request, lambda answer: None).submit()
 
     def download_checkpoint(
         self, path: str, folder: str | Path, *, progress: Progress | bool = False
@@ -275,15 +272,15 @@ class RestClient(Closing):
         model's own. The merged model is kept for `ttl_seconds`, or a day.
         """
         remedy = "give float32, bfloat16 or float16, or None for the base model's own"
-        wire_dtype = choice(_DTYPES, dtype, "dtype", remedy)
+        enum = checkpoint_pb2.ExportDtype
         request = checkpoint_pb2.ExportCheckpointRequest(
             path=text(path, "path"),
             request_id=new_request_id(),
-            dtype=wire_dtype,
+            dtype=None if dtype is None else choice(enum, dtype, "dtype", remedy),
             ttl=ttl(ttl_seconds),
         )
         convert = types.ExportResponse.from_proto
-        return Question(self._trainer, self._stub.ExportCheckpoint, request, convert).submit()
+        return Call(self._trainer, self._stub.ExportCheckpoint, request, convert).submit()
 
     def close(self) -> None:
         """Closes the connection, unless a ServiceClient shares it."""
@@ -315,16 +312,16 @@ class RestClient(Closing):
             path=path, request_id=new_request_id(), **change
         )
         method = self._stub.UpdateCheckpoint
-        return Question(self._trainer, method, request, checkpoint_of).submit()
+        return Call(self._trainer, method, request, checkpoint_of).submit()
 
-    def _copy(self, path: str, name: str, ttl_seconds: float | None) -> Question[types.Checkpoint]:
+    def _copy(self, path: str, name: str, ttl_seconds: float | None) -> Call[types.Checkpoint]:
         request = checkpoint_pb2.CopyCheckpointRequest(
             path=text(path, "path"),
             request_id=new_request_id(),
             name=text(name, "name"),
             ttl=ttl(ttl_seconds),
         )
-        return Question(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
+        return Call(self._trainer, self._stub.CopyCheckpoint, request, checkpoint_of)
 
 
 def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.CheckpointsListResponse:
@@ -335,7 +332,7 @@ def _all_checkpoints(trainer: Connection, training_run_id: str) -> types.Checkpo
     method = trainer.checkpoints.ListCheckpoints
     found: list[types.Checkpoint] = []
     while True:
-        page = Question(trainer, method, request, lambda answer: answer).ask()
+        page = Call(trainer, method, request, lambda answer: answer).ask()
         found += map(types.Checkpoint.from_proto, page.checkpoints)
         if not page.next_page_token:
             return types.CheckpointsListResponse(found)
@@ -349,13 +346,6 @@ def _page_size(limit: int) -> int:
             "limit", f"is {limit}; it must be 1 to {_MAX_PAGE_SIZE}, and `offset` gives the rest"
         )
     return int(limit)
-
-
-def _kind_of(checkpoint_type: CheckpointType | None) -> checkpoint_pb2.CheckpointKind | None:
-    if checkpoint_type is None:
-        return None
-    remedy = f"give one of {', '.join(KIND_OF_TYPE)}, or None for all"
-    return choice(KIND_OF_TYPE, checkpoint_type, "checkpoint_type", remedy)
 
 
 def _check_scope(access_scope: str) -> None:

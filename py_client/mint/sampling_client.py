@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 from mint import types
 from mint._async_names import awaited, off_loop
 from mint._files.tokenizer_files import tokenizer_of
-from mint._sampling.handles import Handle
+from mint._sampling.handles import handle_of, open_handle
 from mint._sampling.sample_stream import SampleStream
-from mint._transport.call import Call, check_size, settle
+from mint._transport.call import Call, check_size
 from mint._transport.connection import Connection
-from mint._transport.question import Question
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
@@ -99,10 +98,11 @@ class SamplingClient:
         """The logprob of each token of `prompt` given those before it; None for the first, and for
         all but the last `prompt_logprobs_last_n` if that is set.
         """
+        instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
         request = sampler_pb2.ComputeLogprobsRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
-            prompt=_checked_prompt(prompt).to_proto(),
+            prompt=prompt.to_proto(),
             prompt_logprobs_last_n=_checked_last_n(prompt_logprobs_last_n),
         )
         future: CancellableFuture[list[float | None]] = CancellableFuture()
@@ -113,13 +113,12 @@ class SamplingClient:
         """Text from which `from_sampler_handle` makes this client again, in any process that
         reaches the sampler. Holds no key.
         """
-        return str(Handle.of(self._sampler, self._revision_path, self._base_model))
+        return handle_of(self._sampler, self._revision_path, self._base_model)
 
     @classmethod
     def from_sampler_handle(cls, handle: str, *, api_key: str | None = None) -> "SamplingClient":
         """The client that gave `handle`. The key is `api_key`, else that of the environment."""
-        parsed = Handle.parse(handle)
-        return cls(parsed.servers(api_key), parsed.model_path, parsed.base_model)
+        return cls(*open_handle(handle, api_key))
 
     def __reduce__(self) -> tuple[Callable[[str], "SamplingClient"], tuple[str]]:
         """Pickled as its handle: whoever opens it needs the key in the environment."""
@@ -149,20 +148,19 @@ class SamplingClient:
         params = given.to_proto()
         if not params.HasField("seed"):
             params.seed = secrets.randbits(_SEED_BITS)
+        instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
         return sampler_pb2.SampleRequest(
             model_path=self._revision_path,
             base_model=self._base_model,
-            prompt=_checked_prompt(prompt).to_proto(),
+            prompt=prompt.to_proto(),
             num_samples=_at_least_1(num_samples, "num_samples"),  # the contract reads 0 as 1
             sampling_params=params,
         )
 
     def _submit(self, method: Any, request: Any, convert: Callable[[Any], Any], future: F) -> F:
         check_size(self._sampler, request, "prompt")
-        call: Call[Any, Any] = Call(
-            self._sampler, method, request, partial(settle, future, convert), attaches=False
-        )
-        call.start()
+        call = Call(self._sampler, method, request, convert, future=future, attaches=False)
+        call.submit()
         future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
         return future
 
@@ -179,11 +177,6 @@ def create_sampling_client(
     return SamplingClient(servers, revision_path, served.model_name)
 
 
-def sampling_client_of(servers: Servers, revision_path: str) -> SamplingClient:
-    """A client of a revision that is known to exist."""
-    return SamplingClient(servers, revision_path, servers.served(servers.sampler()).model_name)
-
-
 def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> str:
     """The revision that a path names now. Scores one token, so that a path that the sampler cannot
     serve is refused here and not at the first sample."""
@@ -193,7 +186,7 @@ def _resolve_revision(sampler: Connection, model_path: str, base_model: str) -> 
         prompt=types.ModelInput.from_ints([0]).to_proto(),
     )
     method = sampler.sampler.ComputeLogprobs
-    path: str = Question(sampler, method, request, lambda answer: answer.revision_path).ask()
+    path: str = Call(sampler, method, request, lambda answer: answer.revision_path).ask()
     if not path:
         raise APIResponseValidationError(
             f"the sampler does not say which revision {model_path!r} is"
@@ -209,10 +202,6 @@ def refuse_retry_config(retry_config: object) -> None:
             "cannot be set: calls are sent again until a server has been silent for "
             "the `timeout` of ServiceClient",
         )
-
-
-def _checked_prompt(prompt: types.ModelInput) -> types.ModelInput:
-    return instance(prompt, types.ModelInput, "prompt", USE_FROM_INTS)
 
 
 def _checked_last_n(count: int | None) -> int:

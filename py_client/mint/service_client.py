@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from mint import types
 from mint._async_names import awaited, off_loop
-from mint._run.run_questions import create_run, delete_run, get_run, list_runs, open_run, update_run
+from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
 from mint._transport.closing import Closing
 from mint._transport.opening import open_servers
@@ -68,7 +68,7 @@ class ServiceClient(Closing):
         how long the run is kept after its last call; left out, as long as the server keeps runs.
         """
         config = types.LoraConfig(
-            rank=self._environment.lora_rank if rank is None else rank,
+            rank=int(self._environment["MINT_LORA_RANK"]) if rank is None else rank,
             seed=seed,
             train_unembed=train_unembed,
             train_mlp=train_mlp,
@@ -209,7 +209,7 @@ class ServiceClient(Closing):
 
     def _base_model(self, base_model: str | None) -> str:
         """The name to ask for; empty: what the server prefers."""
-        return text(base_model or self._environment.base_model, "base_model")
+        return text(base_model or self._environment["MINT_BASE_MODEL"], "base_model")
 
     def _create(
         self,

@@ -8,21 +8,16 @@ from typing import Any, Literal, NoReturn
 from mint import types
 from mint._async_names import off_loop, submitted
 from mint._files.tokenizer_files import tokenizer_of
-from mint._run.backward_count import BackwardCount
 from mint._run.custom_loss import CustomLoss, CustomPass
-from mint._run.passes import LogprobScope, Passes, bare_request
-from mint._run.run_calls import MAX_IN_FLIGHT, Opened, RunCalls
-from mint._run.run_questions import get_run, open_run
+from mint._run.passes import BackwardCount, LogprobScope, Passes
+from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
+from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
+from mint._transport.threads import on_thread
 from mint.errors import refused
 from mint.futures import APIFuture
-from mint.sampling_client import (
-    SamplingClient,
-    create_sampling_client,
-    refuse_retry_config,
-    sampling_client_of,
-)
+from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
@@ -49,10 +44,9 @@ class TrainingClient:
         self._calls = RunCalls(
             self._trainer,
             opened,
-            partial(open_run, servers.trainer, self.training_run_id),
             limits.max_calls_in_flight_per_run or MAX_IN_FLIGHT,
         )
-        self._passes = Passes(self._trainer, self._calls, limits.max_data_per_request)
+        self._passes = Passes(self._calls, limits.max_data_per_request)
 
     @property
     def training_run_id(self) -> str:
@@ -73,8 +67,9 @@ class TrainingClient:
         logprob_scope: LogprobScope = "all",
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss, without a gradient."""
-        bare = bare_request(trainer_pb2.ForwardRequest, loss_fn, loss_fn_config, logprob_scope)
-        return self._passes.submit(self._passes.requests(bare, data), loss_fn)
+        kind = trainer_pb2.ForwardRequest
+        requests = self._passes.requests(kind, data, loss_fn, loss_fn_config, logprob_scope)
+        return self._passes.submit(requests, loss_fn)
 
     def forward_backward(
         self,
@@ -90,10 +85,8 @@ class TrainingClient:
         """
         with self._lock:
             self._backwards.add()
-            bare = bare_request(
-                trainer_pb2.ForwardBackwardRequest, loss_fn, loss_fn_config, logprob_scope
-            )
-            requests = self._passes.requests(bare, data)
+            kind = trainer_pb2.ForwardBackwardRequest
+            requests = self._passes.requests(kind, data, loss_fn, loss_fn_config, logprob_scope)
             self._backwards.add(len(requests) - 1)
             return self._passes.submit(requests, loss_fn)
 
@@ -121,7 +114,7 @@ class TrainingClient:
         with self._lock:
             self._backwards.add()
             custom = CustomPass(self._passes, self._calls, data, loss_fn)
-            self._backwards.add(custom.num_backwards - 1)
+            self._backwards.add(len(custom.backwards) - 1)
             custom.start()
             return custom.future
 
@@ -205,9 +198,8 @@ class TrainingClient:
         the newest weights that were published so, or by `save_weights_for_sampler` under that name.
         A sample that has begun ends on the weights it began with; each sequence says which.
         """
-        refuse_retry_config(retry_config)
-        saved = self.save_weights_for_sampler(_published_name(name, kind)).result()
-        return sampling_client_of(self._servers, _sampled_path(saved, kind))
+        saved = self._publish(name, retry_config, kind).result()
+        return self._sampling_client(saved, kind)
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -217,9 +209,8 @@ class TrainingClient:
         kind: SamplingClientKind = "snapshot",
     ) -> SamplingClient:
         """As `save_weights_and_get_sampling_client`; the weights are those of this moment."""
-        refuse_retry_config(retry_config)
-        saved = await self.save_weights_for_sampler(_published_name(name, kind))
-        return await off_loop(sampling_client_of)(self._servers, _sampled_path(saved, kind))
+        saved = await self._publish(name, retry_config, kind)
+        return await on_thread(partial(self._sampling_client, saved, kind))
 
     def create_sampling_client(self, model_path: str, retry_config: None = None) -> SamplingClient:
         """Returns a client of the revision at `model_path` that is now the newest."""
@@ -234,8 +225,8 @@ class TrainingClient:
 
     def get_info(self) -> types.GetInfoResponse:
         """What this client trains, as the server sees it now."""
-        question = get_run(self._trainer, self.training_run_id)
-        return question.then(types.GetInfoResponse.from_run).ask()
+        call = get_run(self._trainer, self.training_run_id)
+        return call.then(types.GetInfoResponse.from_run).ask()
 
     def get_tokenizer(self) -> Any:
         """The base model's tokenizer, a Hugging Face one, from the server."""
@@ -274,12 +265,19 @@ class TrainingClient:
             future.add_done_callback(ended)
             return future
 
+    def _publish(
+        self, name: str | None, retry_config: None, kind: str
+    ) -> APIFuture[types.SaveWeightsForSamplerResponse]:
+        refuse_retry_config(retry_config)
+        if kind not in ("snapshot", "inflight"):
+            raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
+        return self.save_weights_for_sampler(
+            _INFLIGHT if name is None and kind == "inflight" else name
+        )
 
-def _published_name(name: str | None, kind: str) -> str | None:
-    if kind not in ("snapshot", "inflight"):
-        raise refused("kind", f"is {kind!r}; it must be 'snapshot' or 'inflight'")
-    return _INFLIGHT if name is None and kind == "inflight" else name
-
-
-def _sampled_path(saved: types.SaveWeightsForSamplerResponse, kind: str) -> str:
-    return saved.path if kind == "inflight" else saved.revision_path
+    def _sampling_client(
+        self, saved: types.SaveWeightsForSamplerResponse, kind: str
+    ) -> SamplingClient:
+        path = saved.path if kind == "inflight" else saved.revision_path
+        served = self._servers.served(self._servers.sampler())
+        return SamplingClient(self._servers, path, served.model_name)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mint._files.progress import Progress, reporting
+from mint._transport.call import Call
 from mint._transport.connection import Connection
-from mint._transport.question import Question
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError, APITimeoutError, InvalidInputError, refused
 from mint.types._checks import text
@@ -108,9 +108,9 @@ class _FilePieces(Stream[bytes]):
             )
 
 
-def get_checkpoint(connection: Connection, path: str) -> Question[Checkpoint]:
+def get_checkpoint(connection: Connection, path: str) -> Call[Checkpoint]:
     request = checkpoint_pb2.GetCheckpointRequest(path=text(path, "path"))
-    return Question(connection, connection.checkpoints.GetCheckpoint, request, checkpoint_of)
+    return Call(connection, connection.checkpoints.GetCheckpoint, request, checkpoint_of)
 
 
 def checkpoint_of(answer: Any) -> Checkpoint:

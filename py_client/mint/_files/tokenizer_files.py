@@ -5,9 +5,9 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mint._transport.connection import Connection
@@ -83,16 +83,16 @@ def _fetch(connection: Connection, base_model: str, folder: Path) -> None:
     with _Pieces(connection, base_model) as stream:
         pieces = stream.all()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder.parent))
-    try:
+    # Its last rename takes it away, or else it is removed.
+    with TemporaryDirectory(
+        prefix=".staging-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as staging:
         sums = {}
         for name, data in _files(pieces):
-            (staging / name).write_bytes(data)
+            Path(staging, name).write_bytes(data)
             sums[name] = _sha256(data)
-        (staging / _SUMS).write_text(json.dumps(sums))
-        _publish(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        Path(staging, _SUMS).write_text(json.dumps(sums))
+        _publish(Path(staging), folder)
 
 
 def _publish(staging: Path, folder: Path) -> None:

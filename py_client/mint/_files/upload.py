@@ -4,14 +4,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mint._files.download import checkpoint_of
 from mint._files.progress import Progress, Report, reporting
-from mint._transport.call import Call, settle
+from mint._transport.call import Call
 from mint._transport.connection import Connection
 from mint.errors import InvalidInputError, refused
-from mint.futures import APIFuture
 from mint.types.checkpoints import Checkpoint
 from mintrpc.v1 import checkpoint_pb2
 
@@ -30,20 +28,18 @@ def upload(
     progress: Progress | bool,
 ) -> Checkpoint:
     """Sends the files and waits for what the server makes of them."""
-    future: APIFuture[Checkpoint] = APIFuture()
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
         parts = partial(_parts_of, folder, header, report)
-        _UploadCall(connection, parts, partial(settle, future, checkpoint_of)).start()
-        return future.result()
+        return _UploadCall(connection, parts).submit().result()
 
 
-class _UploadCall(Call[Any, Any]):
+class _UploadCall(Call[Checkpoint]):
     """One upload: every attempt sends all of it under the same id."""
 
-    def __init__(self, connection: Connection, parts: Callable[[], Parts], ended: Any) -> None:
+    def __init__(self, connection: Connection, parts: Callable[[], Parts]) -> None:
         method = connection.checkpoints.UploadCheckpoint
-        super().__init__(connection, method, None, ended, attaches=False)  # type: ignore[arg-type]
+        super().__init__(connection, method, None, checkpoint_of, attaches=False)
         self._parts = parts
 
     def before_attempt(self) -> None:

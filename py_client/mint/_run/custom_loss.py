@@ -15,16 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint import types
-from mint._run.passes import (
-    BatchPart,
-    Passes,
-    PassRequest,
-    bare_request,
-    checked_batch,
-    join,
-    pass_on,
-)
-from mint._run.run_calls import Reservation, RunCalls
+from mint._run.passes import Passes, PassRequest, checked_batch, join
+from mint._run.run_calls import RunCalls
 from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
@@ -38,8 +30,8 @@ _TARGETS, _WEIGHTS = "target_tokens", "weights"
 
 
 class CustomPass:
-    """One forward_backward_custom: a forward, the loss on a thread of its own, a backward in the
-    place that was reserved for it. However the first two end, that is filled, if with nothing.
+    """One forward_backward_custom: a forward, the loss on a thread of its own, a backward that is
+    held meanwhile. However the first two end, it is sent or withdrawn.
     """
 
     def __init__(
@@ -51,55 +43,50 @@ class CustomPass:
         self._calls = calls
         self._data = list(checked_batch(data))
         self._loss_fn = loss_fn
-        self._reserved = Reservation()
         self._context = contextvars.copy_context()
-        self.future: APIFuture[types.ForwardBackwardOutput] = APIFuture()
-        bare = bare_request(trainer_pb2.ForwardBackwardRequest, "cross_entropy", None, "weighted")
         # With weights of 0, so that it is known now how many messages there will be.
         surrogates = [_surrogate(datum, index) for index, datum in enumerate(self._data)]
-        self._backwards = passes.requests(bare, surrogates)
-
-    @property
-    def num_backwards(self) -> int:
-        return len(self._backwards)
+        kind = trainer_pb2.ForwardBackwardRequest
+        self._requests = passes.requests(kind, surrogates, "cross_entropy", None, "weighted")
+        self.backwards, self.future = passes.calls(self._requests, "custom", self._output)
 
     def start(self) -> None:
         """Sends the forward. Calls that are queued from now on wait for the backward."""
-        calls, forward = self._passes.calls(
-            [_forward_of(request) for request in self._backwards], "custom"
-        )
+        requests = [_forward_of(request) for request in self._requests]
+        forwards, forward = self._passes.calls(requests, "custom", self._set_scored)
         forward.add_done_callback(lambda _: self._forward_ended(forward))
-        self._calls.enqueue(*calls, self._reserved)
+        for call in self.backwards:
+            call.held = True
+        self._calls.enqueue([*forwards, *self.backwards])
 
-    def _forward_ended(self, forward: APIFuture[list[BatchPart]]) -> None:
+    def _set_scored(self, outputs: list[types.ForwardBackwardOutput], seconds: float) -> None:
+        self._scored, self._forward_s = join(outputs, seconds), seconds
+
+    def _forward_ended(self, forward: APIFuture[None]) -> None:
         try:
             on_thread(partial(self._go_on, forward))
         except BaseException as error:  # there is no thread to be had
-            self.future.fail(error)
-            self._calls.fill(self._reserved, [])
+            self._give_up(error)
 
-    def _go_on(self, forward: APIFuture[list[BatchPart]]) -> None:
+    def _go_on(self, forward: APIFuture[None]) -> None:
         """Computes the loss and sends the backward; blocks while the loss is computed."""
-        calls: list[Any] = []
         try:
-            parts = forward.result()
-            scored = join(parts)
+            forward.result()
             with self._calls.working():
-                loss, metrics, slopes = self._context.run(self._differentiate, scored)
+                self._loss, self._metrics, slopes = self._context.run(self._differentiate)
             self._fill_in(slopes)
-            calls, backward = self._passes.calls(self._backwards, "custom")
-            pass_on(backward, lambda ends: _output(parts, scored, ends, loss, metrics), self.future)
+            self._calls.release(self.backwards)
         except BaseException as error:
-            self.future.fail(error)
-        finally:
-            self._calls.fill(self._reserved, calls)
+            self._give_up(error)
 
-    def _differentiate(
-        self, scored: types.ForwardBackwardOutput
-    ) -> tuple[float, dict[str, float], list[Floats]]:
+    def _give_up(self, error: BaseException) -> None:
+        self.future.fail(error)
+        self._calls.withdraw(self.backwards)
+
+    def _differentiate(self) -> tuple[float, dict[str, float], list[Floats]]:
         from mint._torch import differentiate
 
-        logprobs = [output["logprobs"].to_numpy() for output in scored.loss_fn_outputs]
+        logprobs = [output["logprobs"].to_numpy() for output in self._scored.loss_fn_outputs]
         for datum, array in zip(self._data, logprobs, strict=True):
             if list(array.shape) != datum.loss_fn_inputs[_TARGETS].shape:
                 raise APIResponseValidationError(
@@ -109,7 +96,7 @@ class CustomPass:
         return differentiate(self._loss_fn, self._data, logprobs)
 
     def _fill_in(self, slopes: Sequence[Floats]) -> None:
-        messages = [datum for request in self._backwards for datum in request.data]
+        messages = [datum for request in self._requests for datum in request.data]
         for index, (message, slope) in enumerate(zip(messages, slopes, strict=True)):
             if not np.isfinite(slope).all():
                 entry = np.argwhere(~np.isfinite(slope))[0].tolist()
@@ -121,19 +108,14 @@ class CustomPass:
                 )
             message.loss_fn_inputs[_WEIGHTS].values = (-slope).astype("<f4").tobytes()
 
-
-def _output(
-    forward: Sequence[BatchPart],
-    scored: types.ForwardBackwardOutput,
-    backward: Sequence[BatchPart],
-    loss: float,
-    metrics: Mapping[str, float],
-) -> types.ForwardBackwardOutput:
-    """The answer of both passes, with the loss's own metrics."""
-    told = dict(join(backward, sum(part.seconds for part in forward)).metrics)
-    told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
-    told = {"loss:sum": loss, **told, **metrics}
-    return types.ForwardBackwardOutput("custom", scored.loss_fn_outputs, told)
+    def _output(
+        self, outputs: list[types.ForwardBackwardOutput], seconds: float
+    ) -> types.ForwardBackwardOutput:
+        """The answer of both passes, with the loss's own metrics."""
+        told = dict(join(outputs, self._forward_s + seconds).metrics)
+        told["surrogate_loss:sum"] = told.pop("loss:sum", 0.0)
+        told = {"loss:sum": self._loss, **told, **self._metrics}
+        return types.ForwardBackwardOutput("custom", self._scored.loss_fn_outputs, told)
 
 
 def _surrogate(datum: types.Datum, index: int) -> types.Datum:

@@ -3,18 +3,17 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 from mint import types
-from mint._run.losses import set_loss
 from mint._run.run_calls import RunCalls, SequencedCall
-from mint._transport.connection import Connection
-from mint.errors import APIResponseValidationError, MintError, refused
+from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
-from mint.types._checks import instance
+from mint.types._checks import choice, instance, number
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -23,66 +22,66 @@ LogprobScope = Literal["all", "weighted"]
 PassRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 PassAnswer = trainer_pb2.ForwardResponse | trainer_pb2.ForwardBackwardResponse
 
-_SCOPES: dict[str, trainer_pb2.LogprobScope] = {
-    "all": trainer_pb2.LOGPROB_SCOPE_ALL,
-    "weighted": trainer_pb2.LOGPROB_SCOPE_WEIGHTED,
-}
 _MAX_DATA = 1024  # of one message, where the server does not say
 _ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
 _FRAME_BYTES = 8  # of a datum in its request
+_REQUIRED_OPTIONS = ("beta",)  # of losses: those without a default
 _DATUM = re.compile(r"\bdata\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPart:
-    """The answer to one message of a batch."""
-
-    output: types.ForwardBackwardOutput
-    seconds: float  # since the run's answer before it, or since it was sent
 
 
 class Passes:
     """Makes the calls of passes. Nothing is sent before all of a batch has been looked at."""
 
-    def __init__(self, connection: Connection, calls: RunCalls, max_data: int) -> None:
-        self._connection = connection
+    def __init__(self, calls: RunCalls, max_data: int) -> None:
+        self._connection = calls.connection
         self._calls = calls
         self._max_data = max_data or _MAX_DATA
 
     def requests(
         self,
-        bare: PassRequest,  # without data
+        kind: type[PassRequest],
         data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        logprob_scope: str,
     ) -> list[PassRequest]:
         """The batch in as few messages as the server takes."""
+        bare = kind()
+        _set_loss(bare, loss_fn, loss_fn_config)
+        remedy = "it must be 'all' or 'weighted'"
+        enum = trainer_pb2.LogprobScope
+        bare.logprob_scope = choice(enum, logprob_scope, "logprob_scope", remedy)
         return list(self._cut(bare, checked_batch(data)))
 
     def calls(
-        self, requests: Sequence[PassRequest], loss_fn: str
-    ) -> tuple[list[SequencedCall], APIFuture[list[BatchPart]]]:
-        """The calls of a batch, not sent yet, and the future of their answers, in order."""
-        calls, futures, firsts = [], [], [0]
-        for request in requests:
+        self,
+        requests: Sequence[PassRequest],
+        loss_fn: str,
+        convert: Callable[[list[types.ForwardBackwardOutput], float], T],
+    ) -> tuple[list[SequencedCall], APIFuture[T]]:
+        """The calls of a batch, not sent yet, and what `convert` makes of all their answers and the
+        seconds that they took.
+        """
+        stub = self._connection.trainer
+        calls, counts = [], [len(request.data) for request in requests]
+        for request, count in zip(requests, counts, strict=True):
             backward = isinstance(request, trainer_pb2.ForwardBackwardRequest)
-            stub = self._connection.trainer
-            call, future = self._calls.make(
-                stub.ForwardBackward if backward else stub.Forward,
-                request,
-                partial(_part, len(request.data), loss_fn),
-            )
-            calls.append(call)
-            futures.append(future)
-            firsts.append(firsts[-1] + len(request.data))
-        return calls, gathered(futures, firsts)
+            method = stub.ForwardBackward if backward else stub.Forward
+            read = partial(_output, count, loss_fn)
+            calls.append(SequencedCall(self._calls, method, request, read))
+
+        def whole(outputs: list[types.ForwardBackwardOutput]) -> T:
+            return convert(outputs, sum(call.seconds for call in calls))
+
+        firsts = accumulate(counts, initial=0)
+        return calls, gathered([call.future for call in calls], list(firsts), whole)
 
     def submit(
         self, requests: Sequence[PassRequest], loss_fn: str
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Sends a batch; its answer comes as if it had been one message."""
-        calls, parts = self.calls(requests, loss_fn)
-        joined: APIFuture[types.ForwardBackwardOutput] = APIFuture()
-        pass_on(parts, join, joined)
-        self._calls.enqueue(*calls)
+        calls, joined = self.calls(requests, loss_fn, join)
+        self._calls.enqueue(calls)
         return joined
 
     def _cut(self, bare: PassRequest, data: Sequence[types.Datum]) -> Iterator[PassRequest]:
@@ -107,6 +106,46 @@ class Passes:
         yield request
 
 
+class BackwardCount:
+    """How many backwards a program asked for, whether or not they ever reached the server: what
+    keeps a step from part of a batch. Thread-safe.
+    """
+
+    def __init__(self, pending: int) -> None:
+        self._count = pending
+        self._clears = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int = 1) -> None:
+        with self._lock:
+            self._count += count
+
+    def take(self) -> int:
+        """The count for an optimizer step, which clears the gradient also when it is refused."""
+        return self._cleared()[0]
+
+    def clear(self) -> Callable[[Future[Any]], None]:
+        """Clears the count for a call that clears the gradient if it succeeds.
+
+        Returns what to call when it has ended: if it failed, and nothing else has cleared the
+        count since, the backwards before it count again.
+        """
+        count, clears = self._cleared()
+
+        def ended(call: Future[Any]) -> None:
+            if call.exception() is not None:
+                with self._lock:
+                    self._count += count if self._clears == clears else 0
+
+        return ended
+
+    def _cleared(self) -> tuple[int, int]:
+        with self._lock:
+            count, self._count = self._count, 0
+            self._clears += 1
+            return count, self._clears
+
+
 def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     """A batch of at least one datum."""
     if isinstance(data, types.Datum) or len(data) == 0:
@@ -116,27 +155,37 @@ def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
     return data
 
 
-def bare_request(
-    kind: type[PassRequest],
-    loss_fn: str,
-    loss_fn_config: Mapping[str, float] | None,
-    logprob_scope: str,
-) -> PassRequest:
-    """A request without data."""
-    request = kind()
-    set_loss(request, loss_fn, loss_fn_config)
-    if logprob_scope not in _SCOPES:
-        raise refused("logprob_scope", f"is {logprob_scope!r}; it must be 'all' or 'weighted'")
-    request.logprob_scope = _SCOPES[logprob_scope]
-    return request
+def _set_loss(
+    request: PassRequest, loss_fn: str, loss_fn_config: Mapping[str, float] | None
+) -> None:
+    """Writes the loss into a request. Unknown names and options are refused."""
+    losses = [field.name for field in request.DESCRIPTOR.oneofs_by_name["loss_fn"].fields]
+    if loss_fn not in losses:
+        raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(losses)}")
+    message, config = getattr(request, loss_fn), dict(loss_fn_config or {})
+    options = [field.name for field in message.DESCRIPTOR.fields]
+    for name in config:
+        if name not in options:
+            raise InvalidInputError(
+                f"`loss_fn_config` has `{name}`, but {loss_fn} takes "
+                f"{', '.join(options) or 'no options'}",
+                field=f"loss_fn_config.{name}",
+            )
+    for name in options:
+        if name in _REQUIRED_OPTIONS and name not in config:
+            raise refused("loss_fn_config", f"lacks `{name}`, which {loss_fn} needs")
+    message.SetInParent()
+    for name, value in config.items():
+        setattr(message, name, number(value, f"loss_fn_config.{name}"))
 
 
-def join(parts: Sequence[BatchPart], earlier_s: float = 0.0) -> types.ForwardBackwardOutput:
-    """The answer to the whole batch, on which so many seconds had been spent before."""
-    outputs = [part.output for part in parts]
+def join(
+    outputs: Sequence[types.ForwardBackwardOutput], seconds: float
+) -> types.ForwardBackwardOutput:
+    """The answer to the whole batch, on which so many seconds were spent."""
     counts = [len(output.loss_fn_outputs) for output in outputs]
     metrics = merge_metrics([output.metrics for output in outputs], counts)
-    tokens, seconds = metrics.get("tokens:sum"), sum((part.seconds for part in parts), earlier_s)
+    tokens = metrics.get("tokens:sum")
     if tokens is not None and seconds > 0:
         metrics["tokens_per_second:mean"] = tokens / seconds
     return types.ForwardBackwardOutput(
@@ -170,11 +219,13 @@ _REDUCTIONS: dict[str, Callable[[Sequence[float], Sequence[int]], float]] = {
 }
 
 
-def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFuture[list[T]]:
-    """All results in order, once all calls have ended; or the error of the first that failed, with
-    the indices of data as in the whole batch.
+def gathered(
+    futures: Sequence[APIFuture[T]], firsts: Sequence[int], convert: Callable[[list[T]], U]
+) -> APIFuture[U]:
+    """What `convert` makes of all results in order, once all calls have ended; or the error of the
+    first that failed, with the indices of data as in the whole batch.
     """
-    result: APIFuture[list[T]] = APIFuture()
+    result: APIFuture[U] = APIFuture()
     left = len(futures)
     lock = threading.Lock()
 
@@ -188,31 +239,19 @@ def gathered(futures: Sequence[APIFuture[T]], firsts: Sequence[int]) -> APIFutur
             if (error := future.exception()) is not None:
                 result.fail(_moved(error, first))
                 return
-        result.succeed([future.result() for future in futures])
+        run_into(result, lambda: convert([future.result() for future in futures]))
 
     for future in futures:
         future.add_done_callback(ended)
     return result
 
 
-def pass_on(future: APIFuture[T], convert: Callable[[T], U], to: APIFuture[U]) -> None:
-    """Gives `to` what `convert` makes of a result, or the error."""
-
-    def ended(_: Any) -> None:
-        if (error := future.exception()) is not None:
-            to.fail(error)
-        else:
-            run_into(to, lambda: convert(future.result()))
-
-    future.add_done_callback(ended)
-
-
-def _part(num_data: int, loss_fn: str, answer: PassAnswer, seconds: float) -> BatchPart:
+def _output(num_data: int, loss_fn: str, answer: PassAnswer) -> types.ForwardBackwardOutput:
     if len(answer.outputs) != num_data:
         raise APIResponseValidationError(
             f"the answer has {len(answer.outputs)} outputs for {num_data} data"
         )
-    return BatchPart(types.ForwardBackwardOutput.from_proto(answer, loss_fn), seconds)
+    return types.ForwardBackwardOutput.from_proto(answer, loss_fn)
 
 
 def _moved(error: BaseException, first: int) -> BaseException:

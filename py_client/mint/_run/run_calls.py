@@ -4,40 +4,22 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-import grpc
+from google.protobuf.message import Message
 
-from mint._transport.call import Call, NoAnswer, broken_off, check_size, settle
+from mint._run.runs import Opened, open_run
+from mint._transport.call import Call, broken_off, check_size
 from mint._transport.connection import Connection
-from mint._transport.question import Question
+from mint._transport.failures import Failure
 from mint._transport.threads import sender
 from mint.futures import APIFuture
-from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
-SequencedRequest = (
-    trainer_pb2.ForwardRequest
-    | trainer_pb2.ForwardBackwardRequest
-    | trainer_pb2.OptimStepRequest
-    | trainer_pb2.DiscardGradientRequest
-    | trainer_pb2.SaveStateRequest
-    | trainer_pb2.LoadStateRequest
-    | trainer_pb2.SaveWeightsForSamplerRequest
-)
-Opened = trainer_pb2.OpenTrainingRunResponse
 MAX_IN_FLIGHT = 64  # where the server does not say
-
-
-class Reservation:
-    """Where calls stand that are made later; those behind them wait until then."""
-
-    def __init__(self) -> None:
-        self.calls: list[SequencedCall] | None = None  # None: not made yet
-        self.lost: NoAnswer | None = None  # what they come to if they need not be sent any more
 
 
 class RunCalls:
@@ -52,61 +34,40 @@ class RunCalls:
         self,
         connection: Connection,
         opened: Opened,
-        open_again: Callable[[], Question[Opened]],
         max_in_flight: int,
     ) -> None:
-        self._connection = connection
-        self._training_run_id = opened.training_run.training_run_id
+        self.connection = connection
+        self.training_run_id = opened.training_run.training_run_id
         self._process = os.getpid()
-        self._open_again = open_again
         self._max_in_flight = max_in_flight
         self._lock = threading.Lock()
         self._writer_epoch = opened.writer_epoch
         self._next_sequence = opened.next_sequence
-        self._waiting: deque[SequencedCall | Reservation] = deque()
+        self._waiting: deque[SequencedCall] = deque()
         self._on_wire: dict[int, SequencedCall] = {}  # by number, of the present epoch
         self._answer_s = 0.0  # when the last answer came
         self._working_thread: int | None = None
         self._sending = False
         self._out_of_step = False
         self._opening = False
-        self._fenced: NoAnswer | None = None
+        self._fenced: Failure | None = None
 
-    def submit(
-        self,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: SequencedRequest,
-        convert: Callable[[Any], T],
-    ) -> APIFuture[T]:
+    def submit(self, method: Any, request: Message, convert: Callable[[Any], T]) -> APIFuture[T]:
         """Queues a call behind those submitted before it. Refuses at once what is too large."""
-        check_size(self._connection, request, "data")
-        call, future = self.make(method, request, lambda answer, _: convert(answer))
-        self.enqueue(call)
+        check_size(self.connection, request, "data")
+        call = SequencedCall(self, method, request, convert)
+        future: APIFuture[T] = call.future
+        self.enqueue([call])
         return future
 
-    def make(
-        self,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: SequencedRequest,
-        convert: Callable[[Any, float], T],
-    ) -> "tuple[SequencedCall, APIFuture[T]]":
-        """A call that is not queued yet. `convert` also gets the seconds since the run's answer
-        before this one, or since it was made.
+    def enqueue(self, calls: "Sequence[SequencedCall]") -> None:
+        """Queues calls, all or none, behind those queued before them. One that is held waits, and
+        with it those behind it, until it is released or withdrawn.
         """
-        request.training_run_id = self._training_run_id
-        future: APIFuture[T] = APIFuture()
-        call = SequencedCall(self, self._connection, method, request)
-        call.settle = lambda outcome: settle(
-            future, lambda answer: convert(answer, call.seconds), outcome
-        )
-        return call, future
-
-    def enqueue(self, *entries: "SequencedCall | Reservation") -> None:
-        """Queues calls, all or none, behind those queued before them."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this TrainingClient belongs to the process from which this one was forked; take "
-                f"the run over by ServiceClient.open_training_run({self._training_run_id!r})"
+                f"the run over by ServiceClient.open_training_run({self.training_run_id!r})"
             )
         if self._working_thread == threading.get_ident():
             raise RuntimeError(
@@ -114,21 +75,25 @@ class RunCalls:
                 "for the loss; make it before or after forward_backward_custom"
             )
         with self._lock:
-            self._waiting.extend(entries)
+            self._waiting.extend(calls)
         sender.run(self._send_waiting)
 
-    def fill(self, reserved: Reservation, calls: "list[SequencedCall]") -> None:
-        """Puts calls where they were to stand."""
+    def release(self, held: "Sequence[SequencedCall]") -> None:
+        """Has calls sent when it is their turn, as if they had been made now."""
         with self._lock:
-            reserved.calls, lost = calls, reserved.lost
-        if lost is not None:
-            for call in calls:
-                call.settle(lost)
+            for call in held:
+                call.held, call.made_s = False, time.monotonic()
+        sender.run(self._send_waiting)
+
+    def withdraw(self, held: "Sequence[SequencedCall]") -> None:
+        """Takes calls out that will not be sent. Nobody hears of them any more."""
+        with self._lock:
+            self._waiting = deque(call for call in self._waiting if call not in held)
         sender.run(self._send_waiting)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Marks this thread as one that a reservation is waiting for."""
+        """Marks this thread as one that calls which are held are waiting for."""
         self._working_thread = threading.get_ident()
         try:
             yield
@@ -151,35 +116,25 @@ class RunCalls:
         except BaseException as error:
             with self._lock:
                 self._sending = False
-            self._give_up_waiting(broken_off(self._connection, error))
+            self._give_up_waiting(broken_off(self.connection, error))
 
     def _next_step(self) -> Callable[[], None] | None:
         with self._lock:
             full = len(self._on_wire) >= self._max_in_flight
-            if self._opening or full or not self._call_stands_first():
+            if self._opening or full or not self._waiting or self._waiting[0].held:
                 self._sending = False
                 return None
             if self._out_of_step:
                 self._opening = True
                 return self._begin_opening
             call = self._waiting.popleft()
-            assert isinstance(call, SequencedCall)
             if self._fenced is not None:
                 return partial(call.settle, self._fenced)
             call.request.sequence = call.sequence = self._next_sequence
             call.request.writer_epoch = self._writer_epoch
             self._on_wire[self._next_sequence] = call
             self._next_sequence += 1
-            return partial(call.run_part, call.start)
-
-    def _call_stands_first(self) -> bool:
-        """Whether a call is next, after filled reservations have given way to their calls."""
-        while self._waiting and isinstance(first := self._waiting[0], Reservation):
-            if first.calls is None:
-                return False
-            self._waiting.popleft()
-            self._waiting.extendleft(reversed(first.calls))
-        return bool(self._waiting)
+            return partial(call.run_part, call.submit)
 
     def acknowledge(self, call: "SequencedCall") -> None:
         """Writes into the request of a call up to where all answers have been received."""
@@ -201,20 +156,20 @@ class RunCalls:
             present = self._on_wire.get(call.sequence) is call
             if present:
                 del self._on_wire[call.sequence]
-            if present and isinstance(outcome, NoAnswer) and not outcome.failure.consumed:
-                if outcome.failure.reason == "WRITER_FENCED" and not self._opening:
+            if present and isinstance(outcome, Failure) and not outcome.consumed:
+                if outcome.reason == "WRITER_FENCED" and not self._opening:
                     self._fenced = outcome
                 else:
                     self._out_of_step = True
         self._send_waiting()
         call.settle(outcome)
-        del call.request, call.settle  # or, in a cycle with the call, they would be kept for long
+        del call.request, call.future  # or, in a cycle with the call, they would be kept for long
 
     def _begin_opening(self) -> None:
-        self._open_again().call(self._opened).start()
+        open_run(self.connection, self.training_run_id, self._opened).submit()
 
-    def _opened(self, outcome: Opened | NoAnswer) -> None:
-        if isinstance(outcome, NoAnswer):
+    def _opened(self, outcome: Opened | Failure) -> None:
+        if isinstance(outcome, Failure):
             self._give_up_waiting(outcome)
         else:
             with self._lock:
@@ -225,39 +180,29 @@ class RunCalls:
                 self._next_sequence = outcome.next_sequence
         self._send_waiting()
 
-    def _give_up_waiting(self, outcome: NoAnswer) -> None:
+    def _give_up_waiting(self, outcome: Failure) -> None:
         """Ends the calls that wait. The next one has the run opened again first."""
         with self._lock:
             self._opening, self._out_of_step = False, True
-            entries, self._waiting = self._waiting, deque()
-            lost: list[SequencedCall] = []
-            for entry in entries:
-                if isinstance(entry, Reservation):
-                    entry.lost = outcome
-                    lost.extend(entry.calls or ())
-                else:
-                    lost.append(entry)
+            lost, self._waiting = self._waiting, deque()
         for call in lost:
             call.settle(outcome)
 
 
-class SequencedCall(Call[Any, Any]):
+class SequencedCall(Call[Any]):
     """One sequenced call: the same number in every attempt, the newest acknowledgement."""
 
     sequence = 0
-    seconds = 0.0  # that its answer took, once it is there
+    seconds = 0.0  # once it has its answer: since the run's answer before, or since it was made
+    held = False  # whether it waits for what it is to carry
 
     def __init__(
-        self,
-        run: RunCalls,
-        connection: Connection,
-        method: "grpc.UnaryUnaryMultiCallable[Any, Any]",
-        request: Any,
+        self, run: RunCalls, method: Any, request: Any, convert: Callable[[Any], Any]
     ) -> None:
-        super().__init__(connection, method, request, partial(run.ended, self))
+        request.training_run_id = run.training_run_id
+        super().__init__(run.connection, method, request, convert, ended=partial(run.ended, self))
         self._run = run
         self.made_s = time.monotonic()
-        self.settle: Callable[[Any], None]
 
     def before_attempt(self) -> None:
         self._run.acknowledge(self)

@@ -2,8 +2,8 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -12,16 +12,14 @@ from google.protobuf.message import Message
 
 from mint._forks import refuse_calls_that_would_hang
 from mint._transport.connection import Connection
-from mint._transport.failures import Failure, failure_of
+from mint._transport.failures import Failure, error_of, failure_of
 from mint._transport.silence import Silence
-from mint._transport.threads import OWN_ERROR, callers, off_main_thread
-from mint._transport.timer import timer
+from mint._transport.threads import OWN_ERROR, callers, off_main_thread, timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 
-Q = TypeVar("Q", bound=Message)
-R = TypeVar("R", bound=Message)
 T = TypeVar("T")
+U = TypeVar("U")
 
 logger = logging.getLogger("mint")
 
@@ -30,33 +28,32 @@ _ROOM_BYTES = 64  # what is added to a request after its size was checked
 _Code = grpc.StatusCode
 
 
-@dataclass(frozen=True, slots=True)
-class NoAnswer:
-    """The end of a call without an answer: what was said, and the exception for it."""
-
-    failure: Failure
-    error: APIError
-
-
-class Call(Generic[Q, R]):
-    """Sends `request` until there is an outcome, and hands that to `ended`, once, on any thread.
-
-    `ended` must not raise. If it does nevertheless, it is called again, with that.
+class Call(Generic[T]):
+    """Sends `request` until there is an outcome, and gives it to `future`: what `convert` makes of
+    the answer, or why there is none.
     """
 
     def __init__(
         self,
         connection: Connection,
-        method: "grpc.UnaryUnaryMultiCallable[Q, R]",
-        request: Q,
-        ended: Callable[[R | NoAnswer], None],
+        method: Any,
+        request: Any,
+        convert: Callable[[Any], T],
         *,
+        future: APIFuture[T] | None = None,
+        ended: Callable[[Any], None] | None = None,
         attaches: bool = True,
     ) -> None:
-        """`attaches`: whether a call that is sent again goes on where it was."""
+        """`ended` hears of the server's message or the failure instead of `future`, once, on any
+        thread. It must not raise; if it does nevertheless, it is called again, with that.
+
+        `attaches`: whether a call that is sent again goes on where it was.
+        """
         self.request = request
+        self.future: APIFuture[T] = APIFuture() if future is None else future
         self._connection = connection
         self._method = method
+        self._convert = convert
         self._ended = ended
         self._attaches = attaches
         self._attempt_s = connection.settings.attempt_s if attaches else LONGEST_S
@@ -64,23 +61,53 @@ class Call(Generic[Q, R]):
         self._cancelled = False
         self._silence = Silence(connection, attaches=attaches)
 
-    def start(self) -> None:
+    def then(self, convert: Callable[[T], U]) -> "Call[U]":
+        """The same call, and what `convert` makes of its outcome."""
+        first = self._convert
+        return Call(
+            self._connection, self._method, self.request, lambda answer: convert(first(answer))
+        )
+
+    def submit(self) -> APIFuture[T]:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
         refuse_calls_that_would_hang()
         self._send()
+        return self.future
 
-    def run_part(self, part: Callable[[], None]) -> None:
+    def ask(self) -> T:
+        """Sends it and waits for the answer."""
+        try:
+            return self.submit().result()
+        finally:
+            self.cancel()  # the wait may have been interrupted
+
+    def run_part(self, part: Callable[[], object]) -> None:
         """Runs a part of the call where nobody hears what it raises: that ends the call."""
         try:
             part()
         except BaseException as error:
-            self._ended(broken_off(self._connection, error))
+            self._end(broken_off(self._connection, error))
 
     def cancel(self) -> None:
-        """Ends the RPC and sends no more; `ended` is still called."""
+        """Ends the RPC and sends no more; there is still an outcome."""
         self._cancelled = True
         if self._rpc is not None:
             off_main_thread(self._rpc.cancel)
+
+    def settle(self, outcome: Any) -> None:
+        """Gives the future its outcome."""
+        if isinstance(outcome, Failure):
+            self.future.fail(error_of(outcome))
+            return
+        try:
+            value = self._convert(outcome)
+        except APIError as error:
+            self.future.fail(error)
+        except Exception as unexpected:
+            message = f"the answer cannot be read: {unexpected!r}"
+            self.future.fail(APIResponseValidationError(message))
+        else:
+            self.future.succeed(value)
 
     def before_attempt(self) -> None:
         """Brings the request up to date; for subclasses."""
@@ -88,6 +115,9 @@ class Call(Generic[Q, R]):
     def waits_for_another(self) -> bool:
         """Whether a SEQUENCE_GAP will close by itself; for subclasses."""
         return False
+
+    def _end(self, outcome: Any) -> None:
+        (self._ended or self.settle)(outcome)
 
     def _send(self) -> None:
         if self._cancelled:  # while it waited to be sent again
@@ -133,39 +163,35 @@ class Call(Generic[Q, R]):
         else:
             self._attempt_failed(failure_of(rpc))
 
-    def _answered(self, answer: R) -> None:
+    def _answered(self, answer: Message) -> None:
         self._connection.heard()
-        self._ended(answer)
+        self._end(answer)
 
     def _not_sent(self, error: ValueError) -> None:
         """The channel is closed, or headers are not legal."""
         self._fail(Failure(_Code.CANCELLED, str(error)))
 
     def _attempt_failed(self, failure: Failure) -> None:
-        delay_s = self._delay_s(failure)
+        if self._cancelled:
+            self._fail(failure)
+            return
+        delay_s = self._silence.delay_s(failure, self._sent)
+        if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
+            delay_s = self._silence.backoff_s()
         if delay_s is None:
             self._fail(failure)
         else:
             timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:
-        self._ended(NoAnswer(failure, self._silence.error(failure)))
-
-    def _delay_s(self, failure: Failure) -> float | None:
-        """Seconds until the call is sent again; None: it is not."""
-        if self._cancelled:
-            return None
-        delay_s = self._silence.delay_s(failure, self._sent)
-        if failure.reason == "SEQUENCE_GAP" and self.waits_for_another():
-            return self._silence.backoff_s()
-        return delay_s
+        self._end(self._silence.explained(failure))
 
 
-def broken_off(connection: Connection, error: BaseException) -> NoAnswer:
+def broken_off(connection: Connection, error: BaseException) -> Failure:
     """What a call comes to by a fault of this client's own, which is logged."""
     logger.error(OWN_ERROR, exc_info=error)
     failure = Failure(_Code.UNKNOWN, f"{OWN_ERROR}, which is in the log: {error!r}")
-    return NoAnswer(failure, connection.error(failure))
+    return connection.explained(failure)
 
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
@@ -180,17 +206,6 @@ def check_size(connection: Connection, request: Message, field: str) -> None:
         )
 
 
-def settle(future: APIFuture[T], convert: Callable[[R], T], outcome: R | NoAnswer) -> None:
-    """Gives a future its outcome."""
-    if isinstance(outcome, NoAnswer):
-        future.fail(outcome.error)
-        return
-    try:
-        value = convert(outcome)
-    except APIError as error:
-        future.fail(error)
-    except Exception as unexpected:
-        message = f"the answer cannot be read: {unexpected!r}"
-        future.fail(APIResponseValidationError(message))
-    else:
-        future.succeed(value)
+def new_request_id() -> str:
+    """An id under which the server knows a request again that is sent twice."""
+    return uuid.uuid4().hex

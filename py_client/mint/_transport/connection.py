@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 
 from mint._transport.address import Address
-from mint._transport.failures import Failure, error_of
+from mint._transport.failures import Failure
 from mint._version import __version__
-from mint.errors import APIError, refused
+from mint.errors import refused
 from mintrpc.v1 import (
     checkpoint_pb2_grpc,
     model_pb2_grpc,
@@ -103,10 +103,10 @@ class Connection:
                     self.patience_s,
                 )
 
-    def error(self, failure: Failure, *, silence_s: float = 0.0) -> APIError:
-        """The exception for the failure of a call that will not be sent again."""
+    def explained(self, failure: Failure, *, silence_s: float = 0.0) -> Failure:
+        """What the failure of a call that will not be sent again is to its user."""
         if self.closed:
-            return error_of(Failure(grpc.StatusCode.UNAVAILABLE, "the client has been closed"))
+            return Failure(grpc.StatusCode.UNAVAILABLE, "the client has been closed")
         message = failure.message
         if silence_s:
             message = (
@@ -121,7 +121,7 @@ class Connection:
                 f"({message}); it is of another version than this client, {__version__}: bring "
                 "both to the same"
             )
-        return error_of(replace(failure, message=message))
+        return replace(failure, message=message)
 
     def close(self) -> None:
         """Ends the calls that are under way here; what the server has accepted goes on there."""

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from mint import types
 from mint._transport.address import SAMPLER_PORT, Address, parse_address
+from mint._transport.call import Call
 from mint._transport.connection import Connection, Settings
-from mint._transport.question import Question
 from mint.errors import NotFoundError
 from mintrpc.v1 import model_pb2
 
@@ -35,7 +35,11 @@ class Servers:
         with self._lock:
             known = self._capabilities.get(connection)
             if fresh or known is None or not known.supported_models:
-                known = self._capabilities[connection] = _capabilities_of(connection).ask()
+                request = model_pb2.GetServerCapabilitiesRequest()
+                convert = types.GetServerCapabilitiesResponse.from_proto
+                method = connection.model.GetServerCapabilities
+                known = Call(connection, method, request, convert).ask()
+                self._capabilities[connection] = known
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known
@@ -58,10 +62,6 @@ class Servers:
                 self._made[key] = make()
             made: T = self._made[key]
             return made
-
-    @property
-    def closed(self) -> bool:
-        return self.trainer.closed
 
     def close(self) -> None:
         self.trainer.close()
@@ -102,12 +102,3 @@ class Servers:
             metadata={"base_model": base_model or "", "served": names},
             field="base_model",
         )
-
-
-def _capabilities_of(connection: Connection) -> Question[types.GetServerCapabilitiesResponse]:
-    return Question(
-        connection,
-        connection.model.GetServerCapabilities,
-        model_pb2.GetServerCapabilitiesRequest(),
-        types.GetServerCapabilitiesResponse.from_proto,
-    )

@@ -7,7 +7,6 @@ import grpc
 
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure
-from mint.errors import APIError
 
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 5.0
@@ -63,12 +62,12 @@ class Silence:
         longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (self._backoffs - 1))
         return longest * random.uniform(0.5, 1.0)
 
-    def error(self, failure: Failure) -> APIError:
-        """The exception for a call that is not sent again."""
+    def explained(self, failure: Failure) -> Failure:
+        """What a call comes to that is not sent again."""
         lasted_s = 0.0  # if the failure is a server's own word
         if self._since is not None and not failure.reason:
             lasted_s = time.monotonic() - self._since
-        return self._connection.error(failure, silence_s=lasted_s)
+        return self._connection.explained(failure, silence_s=lasted_s)
 
 
 def _is_silence(connection: Connection, failure: Failure) -> bool:

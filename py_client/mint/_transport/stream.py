@@ -13,7 +13,7 @@ from mint._forks import refuse_calls_that_would_hang
 from mint._transport.call import LONGEST_S
 from mint._transport.closing import Closing
 from mint._transport.connection import Connection
-from mint._transport.failures import Failure, failure_of
+from mint._transport.failures import Failure, error_of, failure_of
 from mint._transport.silence import Silence
 from mint._transport.threads import off_main_thread, on_thread
 from mint.futures import APIFuture
@@ -109,7 +109,8 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
         try:
             return self._method(timeout=attempt_s)
         except ValueError as error:  # the channel is closed, or headers are not legal
-            raise connection.error(Failure(_Code.CANCELLED, str(error))) from None
+            failure = Failure(_Code.CANCELLED, str(error))
+            raise error_of(connection.explained(failure)) from None
 
     def _open_again(self, failure: Failure) -> None:
         """Waits a little and opens the stream anew. Raises what has ended it for good."""
@@ -118,7 +119,7 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
         delay_s = self._silence.delay_s(failure, time.monotonic())
         if delay_s is None:
             self._closed.set()
-            raise self._silence.error(failure) from None
+            raise error_of(self._silence.explained(failure)) from None
         if self._closed.wait(delay_s):
             return
         self._opening_again()

@@ -1,4 +1,5 @@
-"""Daemon threads of the process, for what blocks and for what an interrupt must not break off.
+"""Daemon threads of the process, for what blocks, for what an interrupt must not break off, and for
+what is due later.
 
 Those of `concurrent.futures` do not do: a process that ends waits for them, though a call of theirs
 may wait for an hour; an interrupt inside `submit` may leave a lock held that its threads want; and
@@ -7,8 +8,10 @@ a forked process would have a pool without threads.
 
 import logging
 import os
+import sched
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TypeVar
@@ -72,6 +75,40 @@ class Threads:
             with self._lock:
                 self._free += 1
 
+
+class Timer(Threads):
+    """A schedule, and the thread that waits for what is due next. Thread-safe."""
+
+    def __init__(self) -> None:
+        super().__init__("mint-resend", most=1)
+
+    def start_over(self) -> None:
+        """Forgets what is due too, which is a matter of the process that forked."""
+        super().start_over()
+        self._schedule = sched.scheduler(time.monotonic)
+        self._changed = threading.Event()
+        self._waits = False
+
+    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
+        """`function` must be quick. What it raises is logged, and nobody else hears of it."""
+        self._schedule.enter(delay_s, 0, function)
+        self._changed.set()
+        if not self._waits:
+            self.run(self._wait)
+            self._waits = True  # not before: an interrupt may come between
+
+    def _wait(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                next_s = self._schedule.run(blocking=False)
+            except BaseException:
+                logger.exception(OWN_ERROR)
+                continue  # with what is due after it
+            self._changed.wait(next_s)
+
+
+timer = Timer()
 
 # They make blocking calls: an answer comes sooner that way than by gRPC's own thread. Measured on 2
 # cores, `forward_backward` of 2,048 tokens against a server that computes nothing: 1.2 ms (95 %

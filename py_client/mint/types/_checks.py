@@ -1,11 +1,14 @@
-"""Plain values that users give, as the contract's fields take them, or refused."""
+"""Values and numbers that users give, as the contract's fields take them, or refused."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
 
 from mint.errors import refused
+from mint.types._from_proto import words
 
 T = TypeVar("T")
 USE_FROM_INTS = "for token ids use ModelInput.from_ints"
@@ -18,8 +21,9 @@ def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
     return value
 
 
-def choice(options: Mapping[Any, T], value: Any, field: str, remedy: str) -> T:
-    """What a name stands for."""
+def choice(enum: Any, value: Any, field: str, remedy: str) -> Any:
+    """The value of an enum that a word stands for."""
+    options = words(enum)
     if value not in options:
         raise refused(field, f"is {value!r}; {remedy}")
     return options[value]
@@ -65,3 +69,34 @@ def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
+
+
+def array_of(values: Any, field: str) -> NDArray[Any]:
+    """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
+    # A torch tensor, found out without importing torch.
+    if any(kind.__module__.partition(".")[0] == "torch" for kind in type(values).__mro__):
+        from mint._torch import host_array_of
+
+        values = host_array_of(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise refused(field, "is ragged; give every row the same length") from None
+    if array.size == 0:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise refused(field, f"holds {_kind_name(array)}; give integers or floats")
+    return array
+
+
+def integers_of(values: Any, field: str) -> NDArray[np.int64]:
+    """As `array_of`, whole numbers only, as int64."""
+    array = array_of(values, field)
+    if array.size and array.dtype.kind == "f":
+        raise refused(field, "holds floats; give integers")
+    return array.astype(np.int64, copy=False)
+
+
+def _kind_name(array: NDArray[Any]) -> str:
+    names = {"b": "booleans", "U": "text", "S": "bytes", "O": "objects", "c": "complex numbers"}
+    return names.get(array.dtype.kind, f"values of type {array.dtype}")

@@ -1,4 +1,4 @@
-"""Values out of the contract's messages, field by field."""
+"""Values out of the contract's messages, field by field, and its enums as words."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -35,11 +35,19 @@ def optional(message: Message, name: str, convert: Callable[[Any], T]) -> T | No
     return convert(getattr(message, name)) if message.HasField(name) else None
 
 
-def known(options: Mapping[Any, T], value: int, where: str) -> T:
-    """What an enum's value stands for. `where` begins the sentence over one that is not known."""
-    if value not in options:
-        raise APIResponseValidationError(f"{where} {value}, unknown to this client")
-    return options[value]
+@cache
+def words(enum: Any) -> dict[str, Any]:
+    """An enum's values by what tells their names apart: CHECKPOINT_KIND_TRAINING by `training`."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return {name.removeprefix(prefix).lower(): value for name, value in enum.items() if value}
+
+
+def known(enum: Any, value: int, where: str) -> Any:
+    """An enum's value as a word. `where` begins the sentence over one that is not known."""
+    for word, known_value in words(enum).items():
+        if value == known_value:
+            return word
+    raise APIResponseValidationError(f"{where} {value}, unknown to this client")
 
 
 def time_of(stamp: Timestamp) -> datetime:

@@ -20,12 +20,6 @@ _TYPES: Mapping[str, CheckpointType] = {
     "sampler_weights": "sampler",
     "merged_weights": "merged",
 }
-_KINDS: Mapping[checkpoint_pb2.CheckpointKind, CheckpointType] = {
-    checkpoint_pb2.CHECKPOINT_KIND_TRAINING: "training",
-    checkpoint_pb2.CHECKPOINT_KIND_SAMPLER: "sampler",
-    checkpoint_pb2.CHECKPOINT_KIND_MERGED: "merged",
-}
-KIND_OF_TYPE = {checkpoint_type: kind for kind, checkpoint_type in _KINDS.items()}
 _PATH = re.compile(r"mint://([^/@]+)/(weights|sampler_weights|merged_weights)/([^/@]+)(?:@(\d+))?")
 
 
@@ -99,10 +93,11 @@ class Checkpoint:
 
     @classmethod
     def from_proto(cls, message: checkpoint_pb2.Checkpoint) -> Self:
+        where = f"checkpoint `{message.path}` is of kind"
         return read(
             cls,
             message,
-            checkpoint_type=known(_KINDS, message.kind, f"checkpoint `{message.path}` is of kind"),
+            checkpoint_type=known(checkpoint_pb2.CheckpointKind, message.kind, where),
             expire_time=optional(message, "expire_time", time_of),
             lora_config=LoraConfig.from_proto(message.lora_config),
             files=[CheckpointFile.from_proto(file) for file in message.files],

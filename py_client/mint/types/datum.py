@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from mint.errors import refused
-from mint.types._arrays import array_of
-from mint.types._checks import USE_FROM_INTS, instance
+from mint.types._checks import USE_FROM_INTS, array_of, instance
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
@@ -53,7 +52,7 @@ class Datum:
 
 def _tensor(name: str, value: Any) -> TensorData:
     field = f"loss_fn_inputs.{name}"
-    array = array_of(value.to_numpy() if isinstance(value, TensorData) else value, field)
+    array = array_of(value, field)
     if array.size and not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
         raise refused(field, f"holds {array.ravel()[index]} at {index}; every entry must be finite")

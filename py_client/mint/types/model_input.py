@@ -6,15 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mint.errors import InvalidInputError, refused
-from mint.types._arrays import integers_of
-from mint.types._checks import USE_FROM_INTS, choice
+from mint.types._checks import USE_FROM_INTS, choice, integers_of
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1
-_IMAGE_FORMATS: dict[str, types_pb2.ImageFormat] = {
-    "png": types_pb2.IMAGE_FORMAT_PNG,
-    "jpeg": types_pb2.IMAGE_FORMAT_JPEG,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,7 @@ class _Image:
     def to_proto(self) -> types_pb2.ModelInputChunk:
         values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         remedy = "it must be 'png' or 'jpeg'"
-        values["format"] = choice(_IMAGE_FORMATS, self.format, "format", remedy)
+        values["format"] = choice(types_pb2.ImageFormat, self.format, "format", remedy)
         return types_pb2.ModelInputChunk(**{values.pop("type"): values})
 
 

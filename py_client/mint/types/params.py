@@ -14,6 +14,8 @@ from mintrpc.v1 import sampler_pb2, types_pb2
 
 DEFAULT_BETAS = (0.9, 0.999)
 _SWITCHES = ("train_attn", "train_mlp", "train_unembed")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", *_PENALTIES)
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -177,13 +179,8 @@ class SamplingParams:
             )
         return sampler_pb2.SamplingParams(
             max_tokens=None if self.max_tokens is None else integer(self.max_tokens, "max_tokens"),
-            temperature=number(self.temperature, "temperature"),
             top_k=integer(self.top_k, "top_k"),
-            top_p=number(self.top_p, "top_p"),
-            min_p=number(self.min_p, "min_p"),
-            repetition_penalty=number(self.repetition_penalty, "repetition_penalty"),
-            presence_penalty=number(self.presence_penalty, "presence_penalty"),
-            frequency_penalty=number(self.frequency_penalty, "frequency_penalty"),
+            **{name: number(getattr(self, name), name) for name in _NUMBERS},
             seed=None if self.seed is None else integer(self.seed, "seed", bits=64),
             stop=texts,
             stop_token_ids=ids,

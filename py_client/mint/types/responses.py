@@ -1,11 +1,9 @@
 """What the trainer answers, and what a server says of itself."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Self
 
-from mint.types._checks import choice
 from mint.types._from_proto import FromMessage, known, read
 from mint.types.params import LoraConfig
 from mint.types.tensor_data import TensorData
@@ -117,8 +115,8 @@ class TrainingRun:
             cls,
             message,
             lora_config=LoraConfig.from_proto(message.lora_config),
-            state=known(_STATES, message.state, "the run is in state"),
-            kind=_RUN_KINDS.get(message.kind, "trained"),
+            state=known(trainer_pb2.TrainingRun.State, message.state, "the run is in state"),
+            kind="uploaded" if message.kind == message.KIND_UPLOADED else "trained",
         )
 
     @property
@@ -246,21 +244,3 @@ class GetServerCapabilitiesResponse:
             role="sampler" if message.role == model_pb2.SERVICE_ROLE_SAMPLER else "trainer",
             limits=Limits.from_proto(message.limits),
         )
-
-
-_STATES: Mapping[int, str] = {
-    trainer_pb2.TrainingRun.STATE_ACTIVE: "active",
-    trainer_pb2.TrainingRun.STATE_FAILED: "failed",
-}
-
-
-_RUN_KINDS: Mapping["trainer_pb2.TrainingRun.Kind", RunKind] = {
-    trainer_pb2.TrainingRun.KIND_TRAINED: "trained",
-    trainer_pb2.TrainingRun.KIND_UPLOADED: "uploaded",
-}
-
-
-def run_kind(name: RunKind) -> "trainer_pb2.TrainingRun.Kind":
-    """The contract's value for a kind."""
-    kinds = {known: value for value, known in _RUN_KINDS.items()}
-    return choice(kinds, name, "kind", "give 'trained' or 'uploaded', or None for all")

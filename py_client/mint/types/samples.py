@@ -16,11 +16,6 @@ StopReason = Literal["length", "stop"]
 Topk = list[tuple[int, float]]  # (token id, logprob), likeliest first
 NO_LOGPROB = -99999.0  # as the SDK whose names these are writes it
 
-_STOP_REASONS: dict[int, StopReason] = {
-    sampler_pb2.STOP_REASON_STOP: "stop",
-    sampler_pb2.STOP_REASON_LENGTH: "length",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class TopkLogprobs:
@@ -166,7 +161,8 @@ def optional_logprobs(values: Iterable[float]) -> list[float | None]:
 
 
 def _stop_reason(reason: int) -> StopReason:
-    return known(_STOP_REASONS, reason, "a sequence ended for reason")
+    word: StopReason = known(sampler_pb2.StopReason, reason, "a sequence ended for reason")
+    return word
 
 
 def _topk(message: sampler_pb2.TopkLogprobs) -> Topk:

@@ -1,27 +1,17 @@
 """Dense arrays on their way to and from a server."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mint.errors import InvalidInputError, refused
-from mint.types._arrays import array_of, integers_of
-from mint.types._from_proto import known
+from mint.types._checks import array_of, integers_of
+from mint.types._from_proto import known, words
 from mintrpc.v1 import types_pb2
 
 TensorDtype = Literal["float32", "int64"]
-
-_WIRE_TYPES: dict[str, types_pb2.TensorDtype] = {
-    "float32": types_pb2.TENSOR_DTYPE_FLOAT32,
-    "int64": types_pb2.TENSOR_DTYPE_INT64,
-}
-_NUMPY_TYPES: dict[int, str] = {
-    types_pb2.TENSOR_DTYPE_FLOAT32: "<f4",
-    types_pb2.TENSOR_DTYPE_INT64: "<i8",
-    types_pb2.TENSOR_DTYPE_INT32: "<i4",
-}
 
 
 class TensorData:
@@ -44,7 +34,7 @@ class TensorData:
         dense, 0 where it has no value.
         """
         array = array_of(data, "data")
-        array = cast(array, dtype or _natural_dtype(array), "data")
+        array = cast(array, dtype, "data")
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None:
@@ -106,13 +96,13 @@ class TensorData:
 
     def to_proto(self) -> types_pb2.TensorData:
         array = self._array.astype(self._array.dtype.newbyteorder("<"), copy=False)
-        return types_pb2.TensorData(
-            dtype=_WIRE_TYPES[self.dtype], shape=self._array.shape, values=array.tobytes()
-        )
+        dtype = words(types_pb2.TensorDtype)[self.dtype]
+        return types_pb2.TensorData(dtype=dtype, shape=array.shape, values=array.tobytes())
 
     @classmethod
     def from_proto(cls, message: types_pb2.TensorData) -> Self:
-        dtype = known(_NUMPY_TYPES, message.dtype, "the answer holds a tensor of dtype")
+        where = "the answer holds a tensor of dtype"
+        dtype = np.dtype(known(types_pb2.TensorDtype, message.dtype, where)).newbyteorder("<")
         array = np.frombuffer(message.values, dtype)
         return cls(array.reshape(tuple(message.shape) or (-1,)))
 
@@ -135,9 +125,12 @@ class TensorData:
         return f"TensorData(data={self.tolist()!r}, dtype={self.dtype!r}, shape={self.shape!r})"
 
 
-def cast(array: NDArray[Any], dtype: str, field: str) -> NDArray[Any]:
-    """A copy as `dtype`. Floats do not become integers, and integers keep their value."""
-    if dtype not in _WIRE_TYPES:
+def cast(array: NDArray[Any], dtype: str | None, field: str) -> NDArray[Any]:
+    """A copy as `dtype`, or as what the data are. Floats do not become integers, and integers keep
+    their value.
+    """
+    dtype = dtype or ("float32" if array.dtype.kind == "f" else "int64")
+    if dtype not in get_args(TensorDtype):
         raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
         return array.astype(np.float32)
@@ -168,7 +161,3 @@ def _dense(
     dense = np.zeros(tuple(shape), values.dtype)
     dense[np.repeat(np.arange(shape[0]), counts), places] = values
     return dense
-
-
-def _natural_dtype(array: NDArray[Any]) -> str:
-    return "float32" if array.dtype.kind == "f" else "int64"

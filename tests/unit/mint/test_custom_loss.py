@@ -9,8 +9,7 @@ import torch
 
 import mint
 from mint import types
-from mint._transport.call import NoAnswer
-from mint._transport.failures import Failure, error_of
+from mint._transport.failures import Failure
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 LIMIT_S = 20.0
@@ -256,7 +255,7 @@ def test_a_run_that_cannot_be_opened_again_leaves_nobody_waiting(
     step = training.optim_step()
     assert reached.wait(LIMIT_S)
     gone = Failure(Code.NOT_FOUND, "deleted", "TRAINING_RUN_NOT_FOUND")
-    training._calls._opened(NoAnswer(gone, error_of(gone)))
+    training._calls._opened(gone)
     leave.set()
 
     for call in (custom, step):

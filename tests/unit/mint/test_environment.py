@@ -9,7 +9,7 @@ import pytest
 
 import mint
 from mint._transport.address import Address, parse_address
-from mint._transport.environment import read_environment
+from mint._transport.opening import read_environment
 from tests.unit.mint.faulty_server import Server
 
 
@@ -84,9 +84,9 @@ def test_dotenv_fills_what_the_environment_lacks(
 
     environment = read_environment()
 
-    assert environment.base_model == "from-file"
-    assert environment.api_key == "sk-environment"
-    assert environment.lora_rank == 16
+    assert environment["MINT_BASE_MODEL"] == "from-file"
+    assert environment["MINT_API_KEY"] == "sk-environment"
+    assert environment["MINT_LORA_RANK"] == "16"
     assert dict(os.environ) == before
 
 

@@ -9,8 +9,7 @@ import pytest
 
 import mint
 from mint import types
-from mint._transport.threads import on_thread, sender
-from mint._transport.timer import timer
+from mint._transport.threads import on_thread, sender, timer
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 Data = list[types.Datum]
@@ -95,7 +94,7 @@ def test_a_run_that_cannot_be_opened_again_fails_what_waits_and_tries_anew(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server.script.faults = {(1, 1): Fault(Code.UNAUTHENTICATED, "UNAUTHENTICATED")}
-    monkeypatch.setattr(training._calls, "_open_again", breaking(training._calls._open_again, 1))
+    patch(monkeypatch, "_run.run_calls.open_run", 1)
     with pytest.raises(mint.AuthenticationError):
         training.forward_backward(data).result(LIMIT_S)
 

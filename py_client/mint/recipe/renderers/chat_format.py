@@ -18,15 +18,6 @@ class Rendered:
     outputs: Mapping[int, tuple[int, int]]  # start and end in `text`
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message as text, in three pieces."""
-
-    header: str
-    output: str
-    gap: str = ""  # after the mark that ends it
-
-
 class ChatFormat(ABC):
     """One way of writing conversations. Messages have been checked."""
 
@@ -48,10 +39,14 @@ class ChatFormat(ABC):
         return answer
 
 
-def join_turns(turns: Iterable[Turn], opening: str = "") -> Rendered:
+Turn = tuple[str, str]  # one message's header and output
+
+
+def join_turns(turns: Iterable[Turn], opening: str = "", gap: str = "") -> Rendered:
+    """The whole of them; `gap` comes after the mark that ends each."""
     text, outputs = opening, {}
-    for index, turn in enumerate(turns):
-        start = len(text) + len(turn.header)
-        outputs[index] = (start, start + len(turn.output))
-        text += turn.header + turn.output + turn.gap
+    for index, (header, output) in enumerate(turns):
+        start = len(text) + len(header)
+        outputs[index] = (start, start + len(output))
+        text += header + output + gap
     return Rendered(text, outputs)

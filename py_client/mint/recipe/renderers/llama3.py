@@ -21,7 +21,7 @@ class Llama3(ChatFormat):
 
 
 def _turn(message: Message) -> Turn:
-    return Turn(_header(message["role"]), message["content"].strip() + "<|eot_id|>")
+    return _header(message["role"]), message["content"].strip() + "<|eot_id|>"
 
 
 def _header(role: str) -> str:

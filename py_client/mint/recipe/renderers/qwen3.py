@@ -24,10 +24,11 @@ class Qwen3(ChatFormat):
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         question = _last_question(messages)
         last = len(messages) - 1
-        return join_turns(
+        turns = (
             self._turn(message, answer=index > question, last=index == last)
             for index, message in enumerate(messages)
         )
+        return join_turns(turns, gap="\n")
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         skip = role == "assistant" and not self._thinking
@@ -48,7 +49,7 @@ class Qwen3(ChatFormat):
                     header += block
                 else:
                     content = block + content
-        return Turn(header, content + "<|im_end|>", "\n")
+        return header, content + "<|im_end|>"
 
 
 def _header(role: str) -> str:

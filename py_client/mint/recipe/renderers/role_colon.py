@@ -18,7 +18,8 @@ class RoleColon(ChatFormat):
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         turns = [_turn(message) for message in messages]
         if messages[-1]["role"] == "assistant":  # so that it learns to stop
-            turns[-1] = Turn(turns[-1].header, turns[-1].output + "User:")
+            header, output = turns[-1]
+            turns[-1] = header, output + "User:"
         return join_turns(turns, self._opening)
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
@@ -30,7 +31,7 @@ class RoleColon(ChatFormat):
 
 def _turn(message: Message) -> Turn:
     # The space belongs to the output: tokenizers join it to the word that follows.
-    return Turn(_header(message["role"]), f" {message['content']}\n\n")
+    return _header(message["role"]), f" {message['content']}\n\n"
 
 
 def _header(role: str) -> str:
