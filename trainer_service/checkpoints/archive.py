@@ -7,17 +7,16 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
-from checkpoint_store import CheckpointStore, Manifest
+from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored
-from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.checkpoints.requests import (
     CopyCheckpoint,
     DeleteCheckpoint,
     ListCheckpoints,
     UpdateCheckpoint,
 )
-from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, page_of, place
 
@@ -25,10 +24,10 @@ from trainer_service.wire.pages import Page, page_of, place
 class Archive:
     """All methods belong to one event loop. Another tenant's checkpoint is not found."""
 
-    def __init__(self, store: CheckpointStore, handoff: Handoff, sweeper: Sweeper) -> None:
-        self._store = store
-        self._handoff = handoff
-        self._sweeper = sweeper
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._store = checkpoints.store
+        self._handoff = checkpoints.handoff
+        self._sweeper = checkpoints.sweeper
         self._once = Once()
         self._updating = asyncio.Lock()  # what one reads, no other may change before it writes
 

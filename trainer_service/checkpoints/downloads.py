@@ -36,25 +36,23 @@ class FilePiece:
     data: bytes
 
 
-class Downloads:
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-
-    async def pieces(self, tenant: str, wanted: Download) -> AsyncGenerator[FilePiece, None]:
-        """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
-        found = await stored(self._store, tenant, wanted.path)
-        await asyncio.to_thread(found.note_use)
-        if found.copied:
-            await asyncio.to_thread(self._store.verify, found)  # which brings the copies
-        path = str(found.manifest.revision_path)
-        for name, entry in _chosen(path, found.manifest.files, wanted).items():
-            offset = wanted.offset_bytes
-            while True:
-                data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
-                yield FilePiece(name, entry, offset, data)
-                offset += len(data)
-                if offset >= entry.size_bytes:
-                    break
+async def pieces(
+    store: CheckpointStore, tenant: str, wanted: Download
+) -> AsyncGenerator[FilePiece, None]:
+    """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
+    found = await stored(store, tenant, wanted.path)
+    await asyncio.to_thread(found.note_use)
+    if found.copied:
+        await asyncio.to_thread(store.verify, found)  # which brings the copies
+    path = str(found.manifest.revision_path)
+    for name, entry in _chosen(path, found.manifest.files, wanted).items():
+        offset = wanted.offset_bytes
+        while True:
+            data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
+            yield FilePiece(name, entry, offset, data)
+            offset += len(data)
+            if offset >= entry.size_bytes:
+                break
 
 
 async def stored(store: CheckpointStore, tenant: str, path: str) -> OpenCheckpoint:

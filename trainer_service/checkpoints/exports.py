@@ -4,15 +4,14 @@ import asyncio
 from contextlib import suppress
 from pathlib import Path
 
-from checkpoint_store import MERGED_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint, new_manifest
+from checkpoint_store import MERGED_WEIGHTS, Manifest, OpenCheckpoint, new_manifest
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.rpc.model_service import tokenizer_files
-from trainer_service.checkpoints.apart import Merge, Merged, do_apart
-from trainer_service.checkpoints.checkpoints import Opened
+from trainer_service.checkpoints.apart import Merge, do_apart
+from trainer_service.checkpoints.checkpoints import Checkpoints, Opened
 from trainer_service.checkpoints.downloads import stored
 from trainer_service.checkpoints.requests import ExportCheckpoint
 from trainer_service.checkpoints.staging import staging
-from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.wire.idempotency import Once
 
 MODULE = "trainer_service.engine.merging"
@@ -21,9 +20,9 @@ MODULE = "trainer_service.engine.merging"
 class Exports:
     """One at a time, since each takes a model's memory. All methods belong to one event loop."""
 
-    def __init__(self, store: CheckpointStore, sweeper: Sweeper, *, threads: int) -> None:
-        self._store = store
-        self._sweeper = sweeper
+    def __init__(self, checkpoints: Checkpoints, *, threads: int) -> None:
+        self._store = checkpoints.store
+        self._sweeper = checkpoints.sweeper
         self._threads = threads
         self._once = Once()
         self._turn = asyncio.Lock()
@@ -59,16 +58,16 @@ class Exports:
                 dtype=request.dtype,
                 threads=self._threads,
             )
-            merged = await do_apart(MODULE, job)
+            head_untied = await do_apart(MODULE, job)
             await asyncio.to_thread(_add_tokenizer, folder, model.folder)
-            manifest = _manifest(source, request, digest, merged)
+            manifest = _manifest(source, request, digest, head_untied)
             published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
         self._sweeper.note_expiry(request.expire_time)
         return published.manifest
 
 
 def _manifest(
-    source: OpenCheckpoint, request: ExportCheckpoint, digest: str, merged: Merged
+    source: OpenCheckpoint, request: ExportCheckpoint, digest: str, head_untied: bool
 ) -> Manifest:
     adapter = source.manifest
     return new_manifest(
@@ -84,7 +83,7 @@ def _manifest(
         expire_time=request.expire_time,
         source=str(adapter.revision_path),
         request=digest,
-        head_untied=merged.head_untied,
+        head_untied=head_untied,
     )
 
 

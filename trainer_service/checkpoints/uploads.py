@@ -5,20 +5,14 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
-from checkpoint_store import (
-    SAMPLER_WEIGHTS,
-    WEIGHTS,
-    CheckpointStore,
-    FileEntry,
-    Manifest,
-    new_manifest,
-)
+from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest, new_manifest
+from checkpoint_store.adapter_files import OPTIMIZER_FILE
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, Unavailable
-from trainer_service.checkpoints.apart import Convert, Converted, do_apart
+from trainer_service.checkpoints.apart import Convert, do_apart
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.requests import Piece, Upload
 from trainer_service.checkpoints.staging import staging
-from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.checkpoints.uploaded_runs import uploaded_run_id
 from trainer_service.errors import RequestIdReused
 from trainer_service.wire.idempotency import Once
@@ -30,9 +24,9 @@ SILENCE_LIMIT_S = 60.0  # between two pieces
 class Uploads:
     """All methods belong to one event loop."""
 
-    def __init__(self, store: CheckpointStore, sweeper: Sweeper) -> None:
-        self._store = store
-        self._sweeper = sweeper
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._store = checkpoints.store
+        self._sweeper = checkpoints.sweeper
         self._once = Once()
 
     async def receive(
@@ -68,20 +62,20 @@ class Uploads:
                 model=model,
                 base_model=upload.base_model,
             )
-            converted: Converted = await do_apart(MODULE, job)
+            spec, step, files = await do_apart(MODULE, job)
             manifest = new_manifest(
                 training_run_id=run,
-                kind=WEIGHTS if converted.with_optimizer else SAMPLER_WEIGHTS,
+                kind=WEIGHTS if OPTIMIZER_FILE in files else SAMPLER_WEIGHTS,
                 name=upload.name,
                 tenant=tenant,
                 base_model=model.name,
                 base_fingerprint=model.fingerprint,
-                spec=converted.spec,
-                step=converted.step,
+                spec=spec,
+                step=step,
                 metadata=upload.metadata,
                 expire_time=upload.expire_time,
                 request=request,
-                files=converted.files,
+                files=files,
             )
             published = await asyncio.to_thread(
                 self._store.publish_folder, manifest, output, overwrite=False
