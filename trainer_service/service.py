@@ -22,7 +22,6 @@ from trainer_service.jobs import RowCounts
 from trainer_service.journal.ledger import Ledger
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
-from trainer_service.queue.backlog import Backlogs
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.queue.usage import Usage
 from trainer_service.recovery.saved_rows import SavedRows
@@ -60,12 +59,14 @@ class TrainerService:
         self._checkpoints = _checkpoints(config, scheduler)
         self.journal = Journal(config.state_folder)
         self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
-        backlogs = Backlogs(
+        self._admission = Admission(
+            self.journal,
+            self._size,
+            metrics.queue_depth,
             Load(count=config.queue_calls, tokens=config.queue_tokens),
             per_run=keys is None,
             predict=scheduler.predict_s,
         )
-        self._admission = Admission(self.journal, self._size, backlogs, metrics.queue_depth)
         self._services = RunServices(
             scheduler=scheduler,
             checkpoints=self._checkpoints,
