@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,18 +18,11 @@ from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service.config import TrainerConfig
 from trainer_service.engine.background import Rest
-from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import RowStep, step_rows
+from trainer_service.engine.optimizer import step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
-from trainer_service.engine.rows import (
-    Rows,
-    Span,
-    Want,
-    device_limit_bytes,
-    host_limit_bytes,
-)
+from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
 from trainer_service.engine.saving import (
     difference,
     read_saved_row,
@@ -66,6 +59,9 @@ from trainer_service.jobs import (
 logger = logging.getLogger(__name__)
 
 MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
+
+W = TypeVar("W", Tile, StepRow)
+R = TypeVar("R", TileResult, StepResult)
 
 
 class Engine:
@@ -122,21 +118,28 @@ class Engine:
         return self._rows.counts()
 
     def _plan(self, plan: Plan) -> tuple[TileResult, ...]:
-        wants = [
-            Want(tile.training_run_id, frozenset({Part.GRADIENT} if tile.backward else ()))
-            for tile in plan.tiles
-        ]
-        results: list[TileResult] = []
-        for span in self._rows.page_in(wants):
-            results += self._span(plan.tiles[span.start : span.stop], span)
-        return tuple(results)
+        parts = [frozenset({Part.GRADIENT} if tile.backward else ()) for tile in plan.tiles]
+        return self._by_spans(
+            plan.tiles, parts, self._pass, lambda tile, error: TileResult(error=error)
+        )
 
-    def _span(self, tiles: Sequence[Tile], span: Span) -> list[TileResult]:
-        """A pass over those tiles whose rows are on the device."""
-        present = [tile for tile in tiles if tile.training_run_id not in span.refused]
-        passed = iter(self._pass(present) if present else ())
-        refused = {run: TileResult(error=error) for run, error in span.refused.items()}
-        return [refused.get(tile.training_run_id) or next(passed) for tile in tiles]
+    def _by_spans(
+        self,
+        work: Sequence[W],
+        parts: Sequence[frozenset[Part]],  # that each changes
+        do: Callable[[Sequence[W]], Sequence[R]],
+        refuse: Callable[[W, MintError], R],
+    ) -> tuple[R, ...]:
+        """Does at a time what has its rows on the device, and refuses what cannot have them."""
+        results: list[R] = []
+        runs = [each.training_run_id for each in work]
+        for span, refused in self._rows.page_in(list(zip(runs, parts, strict=True))):
+            present = [each for each in work[span] if each.training_run_id not in refused]
+            done = iter(do(present) if present else ())
+            for each in work[span]:
+                error = refused.get(each.training_run_id)
+                results.append(refuse(each, error) if error else next(done))
+        return tuple(results)
 
     def _pass(self, tiles: Sequence[Tile]) -> tuple[TileResult, ...]:
         rows = {}
@@ -150,40 +153,17 @@ class Engine:
             return run_pass(self.base, packed)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
-        wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
-        results: list[StepResult] = []
-        for span in self._rows.page_in(wants):
-            results += self._step_span(job.steps[span.start : span.stop], span)
-        return tuple(results)
+        parts = [frozenset(TRAINING_PARTS)] * len(job.steps)
+        return self._by_spans(job.steps, parts, self._take_steps, self._refuse_step)
 
-    def _step_span(self, jobs: Sequence[StepRow], span: Span) -> list[StepResult]:
-        """Steps of those whose rows are on the device."""
-        assert len({job.training_run_id for job in jobs}) == len(jobs), "two steps of one run"
-        rows = [self._rows[job.training_run_id] for job in jobs]
-        stepped = iter(
-            step_rows(
-                [
-                    RowStep(trained.row, trained.step, job.adam_params)
-                    for trained, job in zip(rows, jobs, strict=True)
-                    if job.training_run_id not in span.refused
-                ]
-            )
-        )
-        results = []
-        for trained, job in zip(rows, jobs, strict=True):
-            error = span.refused.get(job.training_run_id)
-            if error is None:
-                result = next(stepped)
-                if result.error is None:
-                    trained.weight_digest = digest(trained.row.part(Part.WEIGHTS))
-                    result = replace(result, weight_digest=trained.weight_digest)
-                trained.gradient_pending = False
-            else:
-                result = StepResult(step=trained.step, grad_norm=0.0, error=error)
-                trained.clear_gradient()
-            trained.step = result.step
-            results.append(result)
-        return results
+    def _take_steps(self, steps: Sequence[StepRow]) -> list[StepResult]:
+        assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
+        return step_rows([(self._rows[step.training_run_id], step.adam_params) for step in steps])
+
+    def _refuse_step(self, step: StepRow, error: MintError) -> StepResult:
+        trained = self._rows[step.training_run_id]
+        trained.clear_gradient()
+        return StepResult(step=trained.step, grad_norm=0.0, error=error)
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec, start = self._start(job.request)
