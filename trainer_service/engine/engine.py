@@ -17,21 +17,21 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service.config import TrainerConfig
-from trainer_service.engine.background import Rest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
 from trainer_service.engine.saving import (
+    Rest,
     difference,
     read_saved_row,
+    read_source,
     save_checkpoint_later,
     save_row_later,
     store_row_later,
     write_weights,
 )
-from trainer_service.engine.sources import read_source
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (

@@ -1,8 +1,10 @@
-"""Rows to files, most of them in the background, and saved rows back."""
+"""Rows to files, most of them in the background, and back: saved rows, and what checkpoints hold as
+arrays by PEFT's names.
+"""
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +13,19 @@ import torch
 from torch import Tensor
 
 from checkpoint_store import FileEntry, Manifest, WeightsNotFinite, open_row, write_published_row
-from checkpoint_store.adapter_files import Moments, check_arrays, write_files
+from checkpoint_store.adapter_files import (
+    Moments,
+    check_arrays,
+    read_moments,
+    read_weights,
+    write_files,
+)
 from checkpoint_store.errors import full_disk_told
-from checkpoint_store.row_file import Progress, RowDamaged, RowFile, save_row
+from checkpoint_store.row_file import Progress, RowDamaged, RowFile, RowMissing, save_row
+from mint_core.errors import CheckpointNotFound
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import AdapterArrays
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.background import Rest
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.errors import RowNotSaved, RowNotWritten
@@ -25,10 +33,15 @@ from trainer_service.jobs import (
     SaveCheckpoint,
     SavedRow,
     SaveRow,
+    Source,
     StoreRow,
     WriteRow,
     saved_row_name,
 )
+
+# What is left of a job when its row may change again. Calls what it is given now and then, and
+# returns the job's answer.
+Rest = Callable[[Progress], object]
 
 
 def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
@@ -138,6 +151,26 @@ def _write_checkpoint(
             step=manifest.step,
             progress=progress,
         )
+
+
+def read_source(source: Source) -> dict[Part, AdapterArrays]:
+    """The parts of a row that a checkpoint holds and that are asked for. Raises CheckpointNotFound
+    if it was deleted meanwhile, CheckpointDamaged, InvalidRequest.
+    """
+    parts: dict[Part, AdapterArrays] = {}
+    try:
+        if source.row_file:
+            row = open_row(Path(source.row_file), source.revision_path)
+            parts[Part.WEIGHTS] = row.weights()
+        else:
+            parts[Part.WEIGHTS] = read_weights(Path(source.folder))
+        if source.with_optimizer:
+            parts[Part.EXP_AVG], parts[Part.EXP_AVG_SQ] = read_moments(Path(source.folder))
+    except (FileNotFoundError, RowMissing):
+        raise CheckpointNotFound(source.revision_path) from None
+    for arrays in parts.values():
+        check_arrays(source.revision_path, source.spec, arrays)
+    return parts
 
 
 def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:

@@ -48,14 +48,11 @@ def cut(
 
     A document longer than a tile may be is a tile of its own. `deaths` of engines had the call.
     """
-    tiles = []
-    first = 0
-    for index, documents in enumerate(_groups(compute.documents, tile_tokens)):
-        tile = Tile(
+    return tuple(
+        Tile(
             training_run_id=training_run_id,
             sequence=sequence,
             index=index,
-            first=first,
             documents=documents,
             loss=compute.loss,
             backward=compute.backward,
@@ -63,9 +60,8 @@ def cut(
             isolated=isolated,
             alone=deaths >= DEATHS_UNTIL_ALONE,
         )
-        tiles.append(tile)
-        first += len(documents)
-    return tuple(tiles)
+        for index, documents in enumerate(_groups(compute.documents, tile_tokens))
+    )
 
 
 def most_tile_tokens(max_batch_tokens: int) -> int:
