@@ -167,14 +167,10 @@ class Engine:
 
     def _create(self, job: CreateRow) -> RowDescription:
         spec, start = self._start(job.request)
-        trained = self._rows.add(job.training_run_id, self._bank.add(spec))
-        try:
+        with self._rows.adding(job.training_run_id, self._bank.add(spec)) as trained:
             self._fill(job.training_run_id, start)
             if isinstance(job.request, Source):
                 trained.step = job.request.step
-        except MintError:
-            self._rows.remove(job.training_run_id)
-            raise
         return RowDescription(
             spec=spec,
             trainable_parameter_count=trained.row.parameter_count(),
@@ -216,15 +212,11 @@ class Engine:
         name = job.training_run_id
         try:
             file = RowFile.open(self._saved_rows / job.file)
-            trained = self._rows.add(name, self._bank.add(job.spec))
-            self._rows.here(name, *map(Part, file.digests))
-            read_saved_row(file, trained.row)
+            with self._rows.adding(name, self._bank.add(job.spec)) as trained:
+                self._rows.here(name, *map(Part, file.digests))
+                read_saved_row(file, trained.row)
         except RowDamaged as error:
-            self._rows.remove(name)
             raise StateDamaged(name, error.message) from error
-        except MintError:
-            self._rows.remove(name)
-            raise
         trained.step = int(file.about["step"])
         trained.gradient_pending = file.about["gradient_pending"] == "1"
         return RestoredRow(difference(file, self.base))

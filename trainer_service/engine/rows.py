@@ -7,6 +7,7 @@ straight to the disk.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -113,15 +114,18 @@ class Rows:
         """The row, wherever it is."""
         return self._rows[training_run_id]
 
-    def add(self, training_run_id: str, row: AdapterRow) -> TrainedRow:
-        """Takes in a row that has no content yet. Raises RowStorageFull."""
+    @contextmanager
+    def adding(self, training_run_id: str, row: AdapterRow) -> Iterator[TrainedRow]:
+        """Takes in a row that is to be filled meanwhile, and forgets it if that fails. Raises
+        RowStorageFull.
+        """
         self._rows[training_run_id] = trained = TrainedRow(row)
         try:
             self.here(training_run_id, Part.WEIGHTS)
+            yield trained
         except MintError:
             self.remove(training_run_id)
             raise
-        return trained
 
     def remove(self, training_run_id: str) -> None:
         """Forgets a row, if it is there."""

@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from checkpoint_store import FileEntry, Manifest, WeightsNotFinite, open_row, write_published_row
+from checkpoint_store import FileEntry, Manifest, open_row, write_published_row
 from checkpoint_store.adapter_files import (
     Moments,
     check_arrays,
@@ -76,16 +74,13 @@ def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: 
 def engine_traits(base: LoadedBase) -> dict[str, str]:
     """On what a row's numbers may depend, beside all that is in the journal."""
     device = base.device
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "dtype": base.description.dtype,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def read_saved_row(file: RowFile, row: AdapterRow) -> None:
@@ -177,18 +172,11 @@ def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> Non
     """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
     row, file, path = trained.row, Path(job.file), str(job.manifest.path)
     vector = row.part(Part.WEIGHTS)
-    _check_finite(row, vector, path)
+    if not vector.sum().isfinite():  # else all of them are; 20 times as fast as to ask each
+        check_arrays(path, job.manifest.spec, row.export(Part.WEIGHTS))
     trained.weight_digest = known = trained.weight_digest or digest(vector)
     numbers, layout = vector.cpu().numpy(), row.bank.layout
     try:
         write_published_row(file, numbers, layout, job.manifest, progress, known)
     except OSError as error:
         raise RowNotWritten(path, file.parent, error) from error
-
-
-def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:
-    if vector.sum().isfinite():  # so all of them are; 20 times as fast as to ask each
-        return
-    for name, array in row.export(Part.WEIGHTS).items():
-        if not np.isfinite(array).all():
-            raise WeightsNotFinite(path, name)
