@@ -81,18 +81,15 @@ def answer_once(do: Callable[[Any], object]) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
     job = pickle.load(sys.stdin.buffer)
-    with answers:
-        pickle.dump(_outcome(do, job), answers)
-
-
-def _outcome(do: Callable[[Any], object], job: object) -> object:
     try:
-        return do(job)
+        outcome = do(job)
     except MintError as error:
-        return error
+        outcome = error
     except Exception as error:
         traceback.print_exc()
         what = type(job).__name__.lower()
-        return EngineFault(
+        outcome = EngineFault(
             f"the {what} failed with {type(error).__name__}; the server's log has the details"
         )
+    with answers:
+        pickle.dump(outcome, answers)

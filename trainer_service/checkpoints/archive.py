@@ -13,12 +13,12 @@ from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored
 from trainer_service.checkpoints.requests import (
     CopyCheckpoint,
-    DeleteCheckpoint,
     ListCheckpoints,
     UpdateCheckpoint,
 )
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, page_of, place
+from trainer_service.wire.requests import Identity
 
 
 class Archive:
@@ -87,9 +87,8 @@ class Archive:
         self._sweeper.note_expiry(request.expire_time)
         return published.manifest
 
-    async def delete(self, tenant: str, request: DeleteCheckpoint) -> None:
-        async def delete() -> None:
-            digest = request.identity.digest(tenant)
-            await self._handoff.delete(request.path, tenant=tenant, request=digest)
-
-        await self._once.run(tenant, request.identity, delete)
+    async def delete(self, tenant: str, path: str, identity: Identity) -> None:
+        digest = identity.digest(tenant)
+        await self._once.run(
+            tenant, identity, lambda: self._handoff.delete(path, tenant=tenant, request=digest)
+        )

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, FileEntry, OpenCheckpoint
@@ -13,6 +12,9 @@ from trainer_service.checkpoints.requests import Download
 PIECE_BYTES = 1024 * 1024
 _STORED_LIMIT_S = 60.0  # for a snapshot that is still being written to the store
 _STORED_INTERVAL_S = 0.1
+
+
+FilePiece = tuple[str, FileEntry, int, bytes]  # of the whole file; where the bytes begin in it
 
 
 class FileNotThere(NotFound):
@@ -28,14 +30,6 @@ class FileNotThere(NotFound):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FilePiece:
-    name: str
-    entry: FileEntry  # of the whole file
-    offset_bytes: int
-    data: bytes
-
-
 async def pieces(
     store: CheckpointStore, tenant: str, wanted: Download
 ) -> AsyncGenerator[FilePiece, None]:
@@ -49,7 +43,7 @@ async def pieces(
         offset = wanted.offset_bytes
         while True:
             data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
-            yield FilePiece(name, entry, offset, data)
+            yield name, entry, offset, data
             offset += len(data)
             if offset >= entry.size_bytes:
                 break

@@ -8,7 +8,7 @@ from checkpoint_store import MERGED_WEIGHTS, Manifest, OpenCheckpoint, new_manif
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.rpc.model_service import tokenizer_files
 from trainer_service.checkpoints.apart import Merge, do_apart
-from trainer_service.checkpoints.checkpoints import Checkpoints, Opened
+from trainer_service.checkpoints.checkpoints import Checkpoints, check_base
 from trainer_service.checkpoints.downloads import stored
 from trainer_service.checkpoints.requests import ExportCheckpoint
 from trainer_service.checkpoints.staging import staging
@@ -31,37 +31,35 @@ class Exports:
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription
     ) -> Manifest:
         """Makes a merged model. The same request makes it once."""
-
-        async def act() -> Manifest:
-            async with self._turn:
-                return await self._export(tenant, request, model)
-
-        return await self._once.run(tenant, request.identity, act)
+        return await self._once.run(
+            tenant, request.identity, lambda: self._export(tenant, request, model)
+        )
 
     async def _export(
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription
     ) -> Manifest:
         digest = request.identity.digest(tenant)
-        made = await asyncio.to_thread(self._store.made, request.path, MERGED_WEIGHTS, digest)
-        if made is not None:  # before a restart
-            return made
-        source = await stored(self._store, tenant, request.path)  # the merge reads files
-        await asyncio.to_thread(source.note_use)
-        await asyncio.to_thread(self._store.verify, source)
-        Opened(source, with_optimizer=False).check_base(model.name, model.fingerprint)
-        async with staging(self._store) as folder:
-            job = Merge(
-                base_folder=model.folder,
-                adapter_folder=str(source.folder),
-                spec=source.manifest.spec,
-                output_folder=str(folder),
-                dtype=request.dtype,
-                threads=self._threads,
-            )
-            head_untied = await do_apart(MODULE, job)
-            await asyncio.to_thread(_add_tokenizer, folder, model.folder)
-            manifest = _manifest(source, request, digest, head_untied)
-            published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
+        async with self._turn:
+            made = await asyncio.to_thread(self._store.made, request.path, MERGED_WEIGHTS, digest)
+            if made is not None:  # before a restart
+                return made
+            source = await stored(self._store, tenant, request.path)  # the merge reads files
+            await asyncio.to_thread(source.note_use)
+            await asyncio.to_thread(self._store.verify, source)
+            check_base(source.manifest, model.name, model.fingerprint)
+            async with staging(self._store) as folder:
+                job = Merge(
+                    base_folder=model.folder,
+                    adapter_folder=str(source.folder),
+                    spec=source.manifest.spec,
+                    output_folder=str(folder),
+                    dtype=request.dtype,
+                    threads=self._threads,
+                )
+                head_untied = await do_apart(MODULE, job)
+                await asyncio.to_thread(_add_tokenizer, folder, model.folder)
+                manifest = _manifest(source, request, digest, head_untied)
+                published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
         self._sweeper.note_expiry(request.expire_time)
         return published.manifest
 

@@ -61,7 +61,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
     ) -> checkpoint_pb2.DeleteCheckpointResponse:
         """See checkpoint.proto."""
-        await self._archive.delete(caller().tenant, requests.parse_delete(request))
+        await self._archive.delete(caller().tenant, *requests.parse_delete(request))
         return checkpoint_pb2.DeleteCheckpointResponse()
 
     async def ExportCheckpoint(

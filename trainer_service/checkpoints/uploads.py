@@ -35,11 +35,10 @@ class Uploads:
         """Makes a checkpoint, in a run of its own. The same request makes it once."""
         async with staging(self._store) as folder:
             await _receive(pieces, _Files(folder, upload.files))
-
-            async def keep() -> Manifest:
-                return await self._keep(tenant, upload, folder, model)
-
-            kept = asyncio.ensure_future(self._once.run(tenant, upload.identity, keep))
+            keeping = self._once.run(
+                tenant, upload.identity, lambda: self._keep(tenant, upload, folder, model)
+            )
+            kept = asyncio.ensure_future(keeping)
             try:
                 return await asyncio.shield(kept)
             finally:
@@ -95,7 +94,7 @@ async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:
             ) from None
         if piece is None:
             break
-        await asyncio.to_thread(files.write, piece)
+        await asyncio.to_thread(files.write, *piece)
     files.check_whole()
 
 
@@ -108,25 +107,24 @@ class _Files:
         self._sizes = dict.fromkeys(announced, 0)
         self._digests = {name: hashlib.sha256() for name in announced}
 
-    def write(self, piece: Piece) -> None:
-        name = piece.file_name
+    def write(self, name: str, offset_bytes: int, data: bytes) -> None:
         if name not in self._announced:
             raise InvalidRequest(
                 f"a piece is of `{name}`, which the header does not name", field="piece.file_name"
             )
-        if piece.offset_bytes != self._sizes[name]:
+        if offset_bytes != self._sizes[name]:
             raise InvalidRequest(
-                f"a piece of `{name}` starts at byte {piece.offset_bytes} where "
+                f"a piece of `{name}` starts at byte {offset_bytes} where "
                 f"{self._sizes[name]} comes next; send pieces in order, without gaps",
                 field="piece.offset_bytes",
                 file=name,
             )
-        self._sizes[name] += len(piece.data)
+        self._sizes[name] += len(data)
         if self._sizes[name] > self._announced[name].size_bytes:
             raise self._torn(name)
-        self._digests[name].update(piece.data)
+        self._digests[name].update(data)
         with (self._folder / name).open("ab") as file:
-            file.write(piece.data)
+            file.write(data)
 
     def check_whole(self) -> None:
         for name, entry in self._announced.items():
