@@ -166,11 +166,9 @@ class Engine:
         return StepResult(step=trained.step, grad_norm=0.0, error=error)
 
     def _create(self, job: CreateRow) -> RowDescription:
-        spec, start = self._start(job.request)
+        spec, parts, step = self._start(job.request)
         with self._rows.adding(job.training_run_id, self._bank.add(spec)) as trained:
-            self._fill(job.training_run_id, start)
-            if isinstance(job.request, Source):
-                trained.step = job.request.step
+            self._fill(job.training_run_id, parts, step)
         return RowDescription(
             spec=spec,
             trainable_parameter_count=trained.row.parameter_count(),
@@ -179,12 +177,13 @@ class Engine:
 
     def _start(
         self, request: LoraRequest | AdapterSpec | Source
-    ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays]]:
+    ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays], int]:
+        """What a row is, with what it begins, and at which step."""
         if isinstance(request, Source):
-            return request.spec, read_source(request)
+            return request.spec, read_source(request), request.step
         if isinstance(request, LoraRequest):
             request = resolve(request, self.base.description.linear_modules)
-        return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}
+        return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}, 0
 
     def _drop(self, job: DropRow) -> None:
         self._rows.remove(job.training_run_id)
@@ -199,10 +198,9 @@ class Engine:
         return save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
 
     def _load(self, job: LoadRow) -> None:
-        trained = self._rows[job.training_run_id]
-        trained.clear_gradient()  # first: the front counts on it whatever becomes of the load
-        self._fill(job.training_run_id, read_source(job.source))
-        trained.step = job.source.step
+        # First: the front counts on it whatever becomes of the load.
+        self._rows[job.training_run_id].clear_gradient()
+        self._fill(job.training_run_id, read_source(job.source), job.source.step)
 
     def _save_row(self, job: SaveRow) -> Rest:
         trained = self._rows.here(job.training_run_id)
@@ -221,15 +219,16 @@ class Engine:
         trained.gradient_pending = file.about["gradient_pending"] == "1"
         return RestoredRow(difference(file, self.base))
 
-    def _fill(self, training_run_id: str, parts: Mapping[Part, AdapterArrays]) -> None:
-        """Replaces weights and moments; without moments they become 0."""
-        trained = self._rows.here(training_run_id, *parts)
+    def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
+        """Replaces weights, moments and step; without moments they become 0."""
+        trained = self._rows.here(name, *parts)
         trained.weight_digest = 0
         for part, arrays in parts.items():
             trained.row.load(part, arrays)
         for part in MOMENTS:
             if part not in parts:
                 trained.row.free(part)
+        trained.step = step
 
 
 @contextmanager
