@@ -38,8 +38,8 @@ class Runs:
         self.names = [f"{name}-{i}" for i in range(count)]
         spec = resolve(LoraRequest(rank=RANK, seed=0), engine.base.description.linear_modules)
         for name in self.names:
-            row = engine._rows.add(name, engine._bank.add(spec)).row
-            row.part(Part.WEIGHTS).normal_(0.0, 0.01)
+            with engine._rows.adding(name, engine._bank.add(spec)) as trained:
+                trained.row.part(Part.WEIGHTS).normal_(0.0, 0.01)
 
     def backward(self, *data: Sequence[Document]) -> None:
         """Of all runs together."""

@@ -45,12 +45,15 @@ class Creation:
             life = await self._scheduler.up()
             try:
                 description: RowDescription = await self._scheduler.row(job, life)
-                saved_row = await self._save(job, life)
+                saved_row = None
+                if isinstance(job.request, Source):
+                    saved_row = await self._saved_rows.take(job.training_run_id, 0, life)
             except EngineDied as death:
                 deaths += not isinstance(death, NotStarted)
                 logger.warning("an engine ended while a run was made: %s", death.message)
             except BaseException:
-                await self._drop(job, life)
+                with suppress(EngineDied):
+                    await self._scheduler.row(DropRow(job.training_run_id), life)
                 raise
             else:
                 origin = self._origin(tenant, request, job, description, number())
@@ -58,15 +61,6 @@ class Creation:
                 step = job.request.step if isinstance(job.request, Source) else 0
                 return Made(origin, RunState(step=step, update_time_s=created_s), life, saved_row)
         raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
-
-    async def _save(self, job: CreateRow, life: int) -> SavedRow | None:
-        if not isinstance(job.request, Source):
-            return None
-        return await self._saved_rows.take(job.training_run_id, 0, life)
-
-    async def _drop(self, job: CreateRow, life: int) -> None:
-        with suppress(EngineDied):
-            await self._scheduler.row(DropRow(job.training_run_id), life)
 
     def _origin(
         self,
@@ -98,7 +92,5 @@ class Creation:
         if not isinstance(source, Load):
             return CreateRow(training_run_id, source)
         opened = await self._checkpoints.open(source, tenant)
-        model = self._scheduler.model
-        opened.check_base(model.name, model.fingerprint)
-        opened.check_rank(model)
+        opened.check_served(self._scheduler.model)
         return CreateRow(training_run_id, opened.source)

@@ -99,7 +99,6 @@ class Tile:
     training_run_id: str
     sequence: int
     index: int  # place of the tile in its call, from 0
-    first: int = 0  # place of its first document in the call
     documents: tuple[Document, ...]
     loss: Loss
     backward: bool  # whether the gradient is added to the run's row
@@ -218,8 +217,8 @@ class WriteRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveCheckpoint:
-    """Writes a row as the files of a checkpoint, in the background: a part, `Copied`, says that the
-    row may change again. Raises WeightsNotFinite, and ResourceExhausted on a full disk. Answer:
+    """Writes a row as the files of a checkpoint, in the background: a part, None, says that the row
+    may change again. Raises WeightsNotFinite, and ResourceExhausted on a full disk. Answer:
     `Mapping[str, FileEntry]`.
     """
 
@@ -259,11 +258,6 @@ class SaveRow:
     training_run_id: str
     sequence: int  # of the last call that is in it
     optional: bool  # whether things go on without it, so that an engine that cannot does so too
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """What is written in the background may change again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,18 +15,13 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
 from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
-from trainer_service.checkpoints.archive import Archive
 from trainer_service.checkpoints.checkpoints import Checkpoints
-from trainer_service.checkpoints.downloads import Downloads
-from trainer_service.checkpoints.exports import Exports
 from trainer_service.checkpoints.servicer import CheckpointServicer
-from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
 from trainer_service.journal.ledger import Ledger
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
-from trainer_service.queue.backlog import Backlogs
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.queue.usage import Usage
 from trainer_service.recovery.saved_rows import SavedRows
@@ -64,12 +59,14 @@ class TrainerService:
         self._checkpoints = _checkpoints(config, scheduler)
         self.journal = Journal(config.state_folder)
         self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
-        backlogs = Backlogs(
+        self._admission = Admission(
+            self.journal,
+            self._size,
+            metrics.queue_depth,
             Load(count=config.queue_calls, tokens=config.queue_tokens),
             per_run=keys is None,
             predict=scheduler.predict_s,
         )
-        self._admission = Admission(self.journal, self._size, backlogs, metrics.queue_depth)
         self._services = RunServices(
             scheduler=scheduler,
             checkpoints=self._checkpoints,
@@ -111,7 +108,7 @@ class TrainerService:
         )
         server.add(
             checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
-            self._checkpoint_servicer(),
+            CheckpointServicer(self._checkpoints, self.scheduler, threads=self._config.threads),
             "mintrpc.v1.CheckpointService",
         )
         offer = Offer(
@@ -151,16 +148,6 @@ class TrainerService:
         await asyncio.to_thread(self.journal.close)
         await self._checkpoints.handoff.stop()  # the engine writes what is not stored yet
         await self.engine.close()
-
-    def _checkpoint_servicer(self) -> CheckpointServicer:
-        store, sweeper = self._checkpoints.store, self._checkpoints.sweeper
-        return CheckpointServicer(
-            Archive(store, self._checkpoints.handoff, sweeper),
-            Downloads(store),
-            Uploads(store, sweeper),
-            Exports(store, sweeper, threads=self._config.threads),
-            self.scheduler,
-        )
 
     def _add_gauges(self, metrics: Metrics) -> None:
         for place in ("device", "host", "disk"):

@@ -28,7 +28,6 @@ from tests.engines.echo_jobs import MODEL
 from trainer_service.errors import RowNotSaved
 from trainer_service.jobs import (
     ClearGradient,
-    Copied,
     CreateRow,
     DropRow,
     Floats,
@@ -163,7 +162,7 @@ class Rows:
         *,
         with_optimizer: bool = False,
     ) -> Mapping[str, FileEntry]:
-        self._pipe.send(Part(self._number, Copied()))
+        self._pipe.send(Part(self._number, None))
         moments = arrays(np.zeros(WIDTH, np.float32))
         with full_disk_told():
             return write_files(
@@ -196,7 +195,7 @@ class Rows:
 
     def _save_row(self, job: SaveRow) -> SavedRow:
         row = self._rows[job.training_run_id]
-        self._pipe.send(Part(self._number, Copied()))
+        self._pipe.send(Part(self._number, None))
         parts = {"weights": row.weights, "gradient": row.gradient}
         about = {"step": str(row.step)}
         name = saved_row_name(job.training_run_id, job.sequence)

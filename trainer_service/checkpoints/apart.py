@@ -7,11 +7,10 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint_store import FileEntry
 from mint_core.engine_host.pipe import ModelDescription, die_with_the_front
 from mint_core.errors import EngineFault, MintError
 from mint_core.lora.spec import AdapterSpec
@@ -21,7 +20,9 @@ LIMIT_S = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """Answer: `Merged`. The output folder then holds configuration and weights."""
+    """Answer: whether the head was tied in the base model. The output folder then holds
+    configuration and weights.
+    """
 
     base_folder: str
     adapter_folder: str  # of a checkpoint
@@ -31,27 +32,16 @@ class Merge:
     threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    head_untied: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convert:
-    """Answer: `Converted`. The output folder then holds the files of a checkpoint."""
+    """Answer: `AdapterSpec`, step, and the files of a checkpoint by name, which the output folder
+    then holds.
+    """
 
     folder: str  # of the files as they came
     output_folder: str  # exists and is empty
     model: ModelDescription
     base_model: str  # stands for what the configuration says; empty: nothing does
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Converted:
-    spec: AdapterSpec
-    step: int
-    with_optimizer: bool
-    files: Mapping[str, FileEntry]
 
 
 async def do_apart(module: str, job: Merge | Convert) -> Any:
@@ -91,18 +81,15 @@ def answer_once(do: Callable[[Any], object]) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print
     job = pickle.load(sys.stdin.buffer)
-    with answers:
-        pickle.dump(_outcome(do, job), answers)
-
-
-def _outcome(do: Callable[[Any], object], job: object) -> object:
     try:
-        return do(job)
+        outcome = do(job)
     except MintError as error:
-        return error
+        outcome = error
     except Exception as error:
         traceback.print_exc()
         what = type(job).__name__.lower()
-        return EngineFault(
+        outcome = EngineFault(
             f"the {what} failed with {type(error).__name__}; the server's log has the details"
         )
+    with answers:
+        pickle.dump(outcome, answers)

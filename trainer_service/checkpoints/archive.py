@@ -7,28 +7,27 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
-from checkpoint_store import CheckpointStore, Manifest
+from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored
-from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.checkpoints.requests import (
     CopyCheckpoint,
-    DeleteCheckpoint,
     ListCheckpoints,
     UpdateCheckpoint,
 )
-from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, page_of, place
+from trainer_service.wire.requests import Identity
 
 
 class Archive:
     """All methods belong to one event loop. Another tenant's checkpoint is not found."""
 
-    def __init__(self, store: CheckpointStore, handoff: Handoff, sweeper: Sweeper) -> None:
-        self._store = store
-        self._handoff = handoff
-        self._sweeper = sweeper
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._store = checkpoints.store
+        self._handoff = checkpoints.handoff
+        self._sweeper = checkpoints.sweeper
         self._once = Once()
         self._updating = asyncio.Lock()  # what one reads, no other may change before it writes
 
@@ -88,9 +87,8 @@ class Archive:
         self._sweeper.note_expiry(request.expire_time)
         return published.manifest
 
-    async def delete(self, tenant: str, request: DeleteCheckpoint) -> None:
-        async def delete() -> None:
-            digest = request.identity.digest(tenant)
-            await self._handoff.delete(request.path, tenant=tenant, request=digest)
-
-        await self._once.run(tenant, request.identity, delete)
+    async def delete(self, tenant: str, path: str, identity: Identity) -> None:
+        digest = identity.digest(tenant)
+        await self._once.run(
+            tenant, identity, lambda: self._handoff.delete(path, tenant=tenant, request=digest)
+        )

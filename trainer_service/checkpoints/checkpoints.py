@@ -6,6 +6,7 @@ The store blocks, so threads wait for it.
 import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from checkpoint_store import (
     SAMPLER_WEIGHTS,
@@ -13,15 +14,13 @@ from checkpoint_store import (
     CheckpointKind,
     CheckpointStore,
     Manifest,
-    OpenCheckpoint,
     Published,
     SnapshotMemory,
     new_manifest,
 )
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.lora.spec import AdapterSpec
-from trainer_service.checkpoints.handoff import Handoff, Write
-from trainer_service.checkpoints.staging import publish
+from trainer_service.checkpoints.handoff import Handoff
+from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.errors import CheckpointMismatch
 from trainer_service.jobs import SaveCheckpoint, Source
@@ -33,47 +32,30 @@ from trainer_service.run.description import RunOrigin
 class Opened:
     """A checkpoint that is to be loaded."""
 
-    checkpoint: OpenCheckpoint
-    with_optimizer: bool
-
-    @property
-    def spec(self) -> AdapterSpec:
-        return self.checkpoint.manifest.spec
+    manifest: Manifest
+    source: Source
 
     @property
     def revision_path(self) -> str:
-        return str(self.checkpoint.manifest.revision_path)
+        return self.source.revision_path
 
-    def check_base(self, base_model: str, base_fingerprint: str) -> None:
-        """Refuses an adapter of another base model."""
-        manifest = self.checkpoint.manifest
-        if manifest.base_fingerprint != base_fingerprint:
+    def check_served(self, model: ModelDescription) -> None:
+        """Refuses an adapter of another base model, or larger than those served."""
+        check_base(self.manifest, model.name, model.fingerprint)
+        path, rank = self.revision_path, self.source.spec.rank
+        if rank > model.max_lora_rank:
             raise CheckpointMismatch(
-                f"checkpoint `{self.revision_path}` belongs to base model {manifest.base_model} "
-                "with fingerprint "
-                f"{manifest.base_fingerprint}, and this is {base_model} with {base_fingerprint}; "
-                "use a server of its base",
-                path=self.revision_path,
-                checkpoint_base_model=manifest.base_model,
-                base_model=base_model,
-            )
-
-    def check_rank(self, model: ModelDescription) -> None:
-        """Refuses an adapter larger than those served."""
-        if self.spec.rank > model.max_lora_rank:
-            raise CheckpointMismatch(
-                f"checkpoint `{self.revision_path}` has rank {self.spec.rank} but the largest "
-                "rank served here is "
+                f"checkpoint `{path}` has rank {rank} but the largest rank served here is "
                 f"{model.max_lora_rank}; start the trainer with a larger --max-lora-rank",
-                path=self.revision_path,
-                rank=self.spec.rank,
+                path=path,
+                rank=rank,
                 max_lora_rank=model.max_lora_rank,
             )
 
     def check_fits(self, origin: RunOrigin) -> None:
         """Refuses what cannot replace the weights; another scale would change what they mean."""
-        self.check_base(origin.base_model, origin.base_fingerprint)
-        theirs, ours = self.spec, origin.spec
+        check_base(self.manifest, origin.base_model, origin.base_fingerprint)
+        path, theirs, ours = self.revision_path, self.source.spec, origin.spec
         for what, found, wanted in (
             ("rank", theirs.rank, ours.rank),
             ("target modules", theirs.modules, ours.modules),
@@ -81,24 +63,12 @@ class Opened:
         ):
             if found != wanted:
                 raise CheckpointMismatch(
-                    f"checkpoint `{self.revision_path}` has another {what} than the run "
+                    f"checkpoint `{path}` has another {what} than the run "
                     f"({_brief(found)}, not "
                     f"{_brief(wanted)}); create a run from the checkpoint instead",
-                    path=self.revision_path,
+                    path=path,
                     differs=what,
                 )
-
-    @property
-    def source(self) -> Source:
-        row = self.checkpoint.row
-        return Source(
-            revision_path=self.revision_path,
-            spec=self.spec,
-            folder=str(self.checkpoint.folder),
-            row_file=str(row.file.path) if row else "",
-            with_optimizer=self.with_optimizer,
-            step=self.checkpoint.manifest.step if self.with_optimizer else 0,
-        )
 
 
 class Checkpoints:
@@ -115,8 +85,16 @@ class Checkpoints:
     async def open(self, load: Load, tenant: str) -> Opened:
         """Opens a checkpoint of the tenant's, whatever it fits."""
         kind = WEIGHTS if load.with_optimizer else None
-        checkpoint = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
-        return Opened(checkpoint, load.with_optimizer)
+        found = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
+        source = Source(
+            revision_path=str(found.manifest.revision_path),
+            spec=found.manifest.spec,
+            folder=str(found.folder),
+            row_file=str(found.row.file.path) if found.row else "",
+            with_optimizer=load.with_optimizer,
+            step=found.manifest.step if load.with_optimizer else 0,
+        )
+        return Opened(found.manifest, source)
 
     async def save_state(
         self, origin: RunOrigin, save: Save, call: Call, write: Write, *, step: int
@@ -125,14 +103,8 @@ class Checkpoints:
         run's row, of that step.
         """
         manifest = self._manifest(origin, WEIGHTS, save, call, step)
-        return await publish(
-            self.store,
-            manifest,
-            lambda folder: write(
-                SaveCheckpoint(manifest=manifest, folder=folder, with_optimizer=True)
-            ),
-            overwrite=save.overwrite,
-        )
+        job = partial(SaveCheckpoint, manifest=manifest, with_optimizer=True)
+        return await publish(self.store, manifest, job, write, overwrite=save.overwrite)
 
     async def save_for_sampler(
         self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write, *, step: int
@@ -170,6 +142,20 @@ class Checkpoints:
             sequence=call.place.sequence,
             mark=call.mark,
             expire_time=expire_time,
+        )
+
+
+def check_base(manifest: Manifest, base_model: str, base_fingerprint: str) -> None:
+    """Refuses an adapter of another base model."""
+    if manifest.base_fingerprint != base_fingerprint:
+        path = str(manifest.revision_path)
+        raise CheckpointMismatch(
+            f"checkpoint `{path}` belongs to base model {manifest.base_model} with fingerprint "
+            f"{manifest.base_fingerprint}, and this is {base_model} with {base_fingerprint}; "
+            "use a server of its base",
+            path=path,
+            checkpoint_base_model=manifest.base_model,
+            base_model=base_model,
         )
 
 

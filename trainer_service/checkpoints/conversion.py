@@ -2,15 +2,18 @@
 elsewhere. A process of its own, since it holds a stranger's arrays in memory.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from checkpoint_store import FileEntry
 from checkpoint_store.adapter_files import write_files
 from checkpoint_store.errors import full_disk_told
 from checkpoint_store.foreign.adapter import read_foreign_adapter
-from trainer_service.checkpoints.apart import Convert, Converted, answer_once
+from mint_core.lora.spec import AdapterSpec
+from trainer_service.checkpoints.apart import Convert, answer_once
 
 
-def convert(job: Convert) -> Converted:
+def convert(job: Convert) -> tuple[AdapterSpec, int, Mapping[str, FileEntry]]:
     """Checks the adapter whole, and writes it."""
     adapter = read_foreign_adapter(Path(job.folder), job.model, job.base_model)
     with full_disk_told():
@@ -23,10 +26,7 @@ def convert(job: Convert) -> Converted:
             base_fingerprint=job.model.fingerprint,
             step=adapter.step,
         )
-    with_optimizer = adapter.moments is not None
-    return Converted(
-        spec=adapter.spec, step=adapter.step, with_optimizer=with_optimizer, files=files
-    )
+    return adapter.spec, adapter.step, files
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, FileEntry, OpenCheckpoint
@@ -13,6 +12,9 @@ from trainer_service.checkpoints.requests import Download
 PIECE_BYTES = 1024 * 1024
 _STORED_LIMIT_S = 60.0  # for a snapshot that is still being written to the store
 _STORED_INTERVAL_S = 0.1
+
+
+FilePiece = tuple[str, FileEntry, int, bytes]  # of the whole file; where the bytes begin in it
 
 
 class FileNotThere(NotFound):
@@ -28,33 +30,23 @@ class FileNotThere(NotFound):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FilePiece:
-    name: str
-    entry: FileEntry  # of the whole file
-    offset_bytes: int
-    data: bytes
-
-
-class Downloads:
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-
-    async def pieces(self, tenant: str, wanted: Download) -> AsyncGenerator[FilePiece, None]:
-        """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
-        found = await stored(self._store, tenant, wanted.path)
-        await asyncio.to_thread(found.note_use)
-        if found.copied:
-            await asyncio.to_thread(self._store.verify, found)  # which brings the copies
-        path = str(found.manifest.revision_path)
-        for name, entry in _chosen(path, found.manifest.files, wanted).items():
-            offset = wanted.offset_bytes
-            while True:
-                data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
-                yield FilePiece(name, entry, offset, data)
-                offset += len(data)
-                if offset >= entry.size_bytes:
-                    break
+async def pieces(
+    store: CheckpointStore, tenant: str, wanted: Download
+) -> AsyncGenerator[FilePiece, None]:
+    """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
+    found = await stored(store, tenant, wanted.path)
+    await asyncio.to_thread(found.note_use)
+    if found.copied:
+        await asyncio.to_thread(store.verify, found)  # which brings the copies
+    path = str(found.manifest.revision_path)
+    for name, entry in _chosen(path, found.manifest.files, wanted).items():
+        offset = wanted.offset_bytes
+        while True:
+            data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
+            yield name, entry, offset, data
+            offset += len(data)
+            if offset >= entry.size_bytes:
+                break
 
 
 async def stored(store: CheckpointStore, tenant: str, path: str) -> OpenCheckpoint:

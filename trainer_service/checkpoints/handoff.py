@@ -7,11 +7,9 @@ snapshots were made.
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from checkpoint_store import (
     CheckpointPath,
@@ -23,14 +21,12 @@ from checkpoint_store import (
 )
 from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import CheckpointNotFound, MintError
-from trainer_service.checkpoints.staging import publish
+from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
 from trainer_service.run.description import RunOrigin
 
 logger = logging.getLogger(__name__)
-
-Write = Callable[[object], Awaitable[Any]]  # has the engine do a job that writes a row
 
 
 class Handoff:
@@ -43,11 +39,9 @@ class Handoff:
         self._store = store
         self._store_row = store_row
         self._memory = memory
-        # Snapshots that the store does not have, in order: those to be written, and those that
-        # could not be, which are tried again when another could.
-        self._waiting = deque(memory.unstored() if memory else ())
-        self._failed: list[CheckpointPath] = []
-        self._current: CheckpointPath | None = None  # which is being written
+        # Snapshots that the store does not have, in order, and whether they could not be written:
+        # such are tried again when another could.
+        self._unstored = dict.fromkeys(memory.unstored() if memory else (), False)
         self._writing = asyncio.Lock()  # held while the store is written to in the background
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
@@ -57,11 +51,12 @@ class Handoff:
     @property
     def unstored(self) -> int:
         """Snapshots that are in memory alone."""
-        return len(self._waiting) + len(self._failed) + (self._current is not None)
+        return len(self._unstored)
 
     def start(self) -> None:
-        """Stores what another trainer has left behind."""
-        self._wake()
+        """Begins to store what is not stored yet, such as what another trainer has left behind."""
+        if self._next() and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.create_task(self._write())
 
     async def publish(self, manifest: Manifest, row_bytes: int, write: Write) -> Published:
         """Publishes a run's weights; those of the same named call once. `write` has the engine
@@ -77,20 +72,15 @@ class Handoff:
                     logger.warning("%s", error.message)
                 finally:
                     self._memory.discard(draft)
-        return await publish(
-            self._store,
-            manifest,
-            lambda folder: write(
-                SaveCheckpoint(manifest=manifest, folder=folder, with_optimizer=False)
-            ),
-        )
+        job = partial(SaveCheckpoint, manifest=manifest, with_optimizer=False)
+        return await publish(self._store, manifest, job, write)
 
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
         run = origin.training_run_id
         async with self._writing:
-            self._waiting = deque(r for r in self._waiting if r.training_run_id != run)
-            self._failed = [r for r in self._failed if r.training_run_id != run]
+            for revision in [r for r in self._unstored if r.training_run_id == run]:
+                del self._unstored[revision]
             if self._memory is not None:
                 await asyncio.to_thread(self._memory.remove_run, run)
             await asyncio.to_thread(self._store.delete_run, run, tenant=origin.tenant, named=named)
@@ -100,8 +90,8 @@ class Handoff:
         asked = parse_path(path)
         async with self._writing:
             await asyncio.to_thread(self._delete, asked, tenant, request)
-            self._waiting = deque(r for r in self._waiting if not asked.covers(r))
-            self._failed = [r for r in self._failed if not asked.covers(r)]
+            for revision in [r for r in self._unstored if asked.covers(r)]:
+                del self._unstored[revision]
 
     def _delete(self, asked: CheckpointPath, tenant: str, request: str) -> None:
         held = self._memory.held(asked, tenant=tenant) if self._memory else []
@@ -118,12 +108,11 @@ class Handoff:
     async def stop(self) -> None:
         """Stores what is not stored yet, as far as that works, and leaves the memory."""
         self._stopping = True
-        self._waiting.extendleft(reversed(self._failed))
-        self._failed = []
-        self._wake()
+        self._unstored = dict.fromkeys(self._unstored, False)
+        self.start()
         if self._writer is not None:
             await self._writer
-        for revision in [*self._failed, *self._waiting]:
+        for revision in self._unstored:
             logger.error("snapshot %s is in memory alone; the next trainer may store it", revision)
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
@@ -144,8 +133,8 @@ class Handoff:
             raise
         await announced
         self._release_later(memory, manifest)
-        self._waiting.append(manifest.revision_path)
-        self._wake()
+        self._unstored[manifest.revision_path] = False
+        self.start()
         return Published(manifest)
 
     async def _beside_memory(
@@ -162,11 +151,8 @@ class Handoff:
         return published
 
     async def _publish(self, manifest: Manifest, file: Path) -> Published:
-        return await publish(
-            self._store,
-            manifest,
-            lambda folder: self._store_row(StoreRow(str(file), manifest, folder)),
-        )
+        job = partial(StoreRow, str(file), manifest)
+        return await publish(self._store, manifest, job, self._store_row)
 
     def _announce(self, manifest: Manifest) -> None:
         try:
@@ -179,18 +165,17 @@ class Handoff:
             left_s = (manifest.expire_time - datetime.now(UTC)).total_seconds()
             asyncio.get_running_loop().call_later(left_s, memory.release, manifest.revision_path)
 
-    def _wake(self) -> None:
-        if self._waiting and (self._writer is None or self._writer.done()):
-            self._writer = asyncio.create_task(self._write())
+    def _next(self) -> CheckpointPath | None:
+        return next((r for r, failed in self._unstored.items() if not failed), None)
 
     async def _write(self) -> None:
         """Stores what waits, one after the other."""
         assert self._memory is not None
-        while self._waiting:
+        while self._next():
             async with self._writing:
-                if not self._waiting:
+                revision = self._next()
+                if revision is None:
                     return  # a run was deleted meanwhile
-                revision = self._current = self._waiting.popleft()
                 try:
                     await self._store_snapshot(self._memory, revision)
                 except Exception as error:
@@ -199,8 +184,6 @@ class Handoff:
                         return  # after long attempts, and the next would take as long
                 else:
                     self._note_success(revision)
-                finally:
-                    self._current = None
 
     async def _store_snapshot(self, memory: SnapshotMemory, revision: CheckpointPath) -> None:
         row = await asyncio.to_thread(memory.open, revision)
@@ -212,20 +195,22 @@ class Handoff:
     def _note_failure(self, revision: CheckpointPath, error: Exception) -> None:
         assert self._memory is not None
         if not self._memory.has(revision):
-            return  # others needed its memory
+            del self._unstored[revision]  # others needed its memory
+            return
         ours = isinstance(error, MintError | OSError)
         logger.error("snapshot %s is in memory alone: %s", revision, error, exc_info=not ours)
-        self._failed.append(revision)
+        self._unstored[revision] = True
         self._memory.give_up(revision)
         why = error.strerror if isinstance(error, OSError) else str(error)
         trouble = f"snapshot `{revision}` is in memory alone, since it cannot be stored: {why}"
         self._tell(revision.training_run_id, trouble)
 
     def _note_success(self, revision: CheckpointPath) -> None:
-        if all(other.training_run_id != revision.training_run_id for other in self._failed):
-            self._tell(revision.training_run_id, "")
-        self._waiting.extendleft(reversed(self._failed))
-        self._failed = []
+        del self._unstored[revision]
+        run = revision.training_run_id
+        if not any(failed and r.training_run_id == run for r, failed in self._unstored.items()):
+            self._tell(run, "")
+        self._unstored = dict.fromkeys(self._unstored, False)
 
     def _tell(self, training_run_id: str, trouble: str) -> None:
         if trouble == self.troubles.get(training_run_id, ""):

@@ -24,7 +24,7 @@ from trainer_service.wire import fields
 from trainer_service.wire.pages import PageRequest, parse_page
 from trainer_service.wire.requests import Identity, identity_of
 
-_KINDS: Mapping[int, CheckpointKind] = {
+KINDS: Mapping[int, CheckpointKind] = {
     checkpoint_pb2.CHECKPOINT_KIND_TRAINING: WEIGHTS,
     checkpoint_pb2.CHECKPOINT_KIND_SAMPLER: SAMPLER_WEIGHTS,
     checkpoint_pb2.CHECKPOINT_KIND_MERGED: MERGED_WEIGHTS,
@@ -67,12 +67,6 @@ class CopyCheckpoint:
     expire_time: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteCheckpoint:
-    path: str
-    identity: Identity
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportCheckpoint:
     path: str
@@ -98,11 +92,7 @@ class Upload:
     base_model: str  # empty: what the adapter's configuration says
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    file_name: str
-    offset_bytes: int
-    data: bytes
+Piece = tuple[str, int, bytes]  # name of a file, and where the bytes begin in it
 
 
 def parse_list(request: checkpoint_pb2.ListCheckpointsRequest) -> ListCheckpoints:
@@ -111,7 +101,7 @@ def parse_list(request: checkpoint_pb2.ListCheckpointsRequest) -> ListCheckpoint
     return ListCheckpoints(
         page=parse_page(request, [run, request.kind, metadata]),
         training_run_id=fields.check_name(run, field="training_run_id") if run else "",
-        kind=_kind(request.kind),
+        kind=fields.kind(request.kind, KINDS),
         metadata_filter=metadata,
     )
 
@@ -147,8 +137,8 @@ def parse_copy(request: checkpoint_pb2.CopyCheckpointRequest) -> CopyCheckpoint:
     )
 
 
-def parse_delete(request: checkpoint_pb2.DeleteCheckpointRequest) -> DeleteCheckpoint:
-    return DeleteCheckpoint(_path(request.path), identity_of(request))
+def parse_delete(request: checkpoint_pb2.DeleteCheckpointRequest) -> tuple[str, Identity]:
+    return _path(request.path), identity_of(request)
 
 
 def parse_export(request: checkpoint_pb2.ExportCheckpointRequest) -> ExportCheckpoint:
@@ -205,7 +195,7 @@ async def _pieces(
                 "a message behind the first has no `piece`; send the header once", field="piece"
             )
         piece = request.piece
-        yield Piece(piece.file_name, piece.offset_bytes, piece.data)
+        yield piece.file_name, piece.offset_bytes, piece.data
 
 
 def _header(header: checkpoint_pb2.UploadHeader, model: ModelDescription) -> Upload:
@@ -284,14 +274,6 @@ def _most_bytes(model: ModelDescription) -> Mapping[str, int]:
 def _path(path: str) -> str:
     parse_path(path)
     return path
-
-
-def _kind(kind: int) -> CheckpointKind | None:
-    if kind == checkpoint_pb2.CHECKPOINT_KIND_UNSPECIFIED:
-        return None
-    if kind not in _KINDS:
-        raise InvalidRequest(f"`kind` {kind} is unknown to this server", field="kind")
-    return _KINDS[kind]
 
 
 def _expire_time(request: object) -> datetime | None:

@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping
 
-from checkpoint_store import MERGED_WEIGHTS, SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest
+from checkpoint_store import FileEntry, Manifest
 from mintrpc.v1 import checkpoint_pb2
 from trainer_service.checkpoints.downloads import FilePiece
+from trainer_service.checkpoints.requests import KINDS
 from trainer_service.wire.pages import Page
-from trainer_service.wire.responses import lora_config_message, timestamp
+from trainer_service.wire.responses import lora_config_message
 
-_KINDS = {
-    WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_TRAINING,
-    SAMPLER_WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_SAMPLER,
-    MERGED_WEIGHTS: checkpoint_pb2.CHECKPOINT_KIND_MERGED,
-}
+_NAMES = {kind: checkpoint_pb2.CheckpointKind.Name(number) for number, kind in KINDS.items()}
 
 
 def list_response(page: Page[Manifest]) -> checkpoint_pb2.ListCheckpointsResponse:
@@ -33,18 +30,20 @@ def export_response(manifest: Manifest) -> checkpoint_pb2.ExportCheckpointRespon
 
 
 def download_response(piece: FilePiece) -> checkpoint_pb2.DownloadCheckpointResponse:
+    name, entry, offset_bytes, data = piece
     return checkpoint_pb2.DownloadCheckpointResponse(
-        file=_file(piece.name, piece.entry), offset_bytes=piece.offset_bytes, data=piece.data
+        file=_file(name, entry), offset_bytes=offset_bytes, data=data
     )
 
 
 def checkpoint_message(manifest: Manifest) -> checkpoint_pb2.Checkpoint:
-    message = checkpoint_pb2.Checkpoint(
+    return checkpoint_pb2.Checkpoint(
         path=str(manifest.path),
         revision_path=str(manifest.revision_path),
-        kind=_KINDS[manifest.kind],
+        kind=_NAMES[manifest.kind],
         training_run_id=manifest.training_run_id,
-        create_time=timestamp(manifest.create_time),
+        create_time=manifest.create_time,
+        expire_time=manifest.expire_time if manifest.named else None,
         size_bytes=manifest.size_bytes,
         base_model=manifest.base_model,
         base_fingerprint=manifest.base_fingerprint,
@@ -54,9 +53,6 @@ def checkpoint_message(manifest: Manifest) -> checkpoint_pb2.Checkpoint:
         files=_files(manifest.files),
         source_path=manifest.source,
     )
-    if manifest.named and manifest.expire_time is not None:
-        message.expire_time.FromDatetime(manifest.expire_time)
-    return message
 
 
 def _files(files: Mapping[str, FileEntry]) -> list[checkpoint_pb2.CheckpointFile]:

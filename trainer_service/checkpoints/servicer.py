@@ -6,10 +6,10 @@ from typing import Any
 
 from mint_core.rpc.caller import caller
 from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc
-from trainer_service.checkpoints import requests as requests
-from trainer_service.checkpoints import responses as responses
+from trainer_service.checkpoints import requests, responses
 from trainer_service.checkpoints.archive import Archive
-from trainer_service.checkpoints.downloads import Downloads
+from trainer_service.checkpoints.checkpoints import Checkpoints
+from trainer_service.checkpoints.downloads import pieces
 from trainer_service.checkpoints.exports import Exports
 from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.queue.scheduler import Scheduler
@@ -18,18 +18,12 @@ from trainer_service.queue.scheduler import Scheduler
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     """Parses, asks, answers."""
 
-    def __init__(
-        self,
-        archive: Archive,
-        downloads: Downloads,
-        uploads: Uploads,
-        exports: Exports,
-        scheduler: Scheduler,
-    ) -> None:
-        self._archive = archive
-        self._downloads = downloads
-        self._uploads = uploads
-        self._exports = exports
+    def __init__(self, checkpoints: Checkpoints, scheduler: Scheduler, *, threads: int) -> None:
+        """`threads` are those of a merge."""
+        self._store = checkpoints.store
+        self._archive = Archive(checkpoints)
+        self._uploads = Uploads(checkpoints)
+        self._exports = Exports(checkpoints, threads=threads)
         self._scheduler = scheduler
 
     async def ListCheckpoints(
@@ -67,7 +61,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
     ) -> checkpoint_pb2.DeleteCheckpointResponse:
         """See checkpoint.proto."""
-        await self._archive.delete(caller().tenant, requests.parse_delete(request))
+        await self._archive.delete(caller().tenant, *requests.parse_delete(request))
         return checkpoint_pb2.DeleteCheckpointResponse()
 
     async def ExportCheckpoint(
@@ -83,8 +77,8 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> AsyncIterator[checkpoint_pb2.DownloadCheckpointResponse]:
         """See checkpoint.proto."""
         parsed = requests.parse_download(request)
-        async with aclosing(self._downloads.pieces(caller().tenant, parsed)) as pieces:
-            async for piece in pieces:
+        async with aclosing(pieces(self._store, caller().tenant, parsed)) as wanted:
+            async for piece in wanted:
                 yield responses.download_response(piece)
 
     async def UploadCheckpoint(
@@ -92,7 +86,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.UploadCheckpointResponse:
         """See checkpoint.proto."""
         model = self._scheduler.model
-        upload, pieces = await requests.parse_upload(request, model)
-        manifest = await self._uploads.receive(caller().tenant, upload, pieces, model)
+        upload, sent = await requests.parse_upload(request, model)
+        manifest = await self._uploads.receive(caller().tenant, upload, sent, model)
         checkpoint = responses.checkpoint_message(manifest)
         return checkpoint_pb2.UploadCheckpointResponse(checkpoint=checkpoint)

@@ -1,12 +1,16 @@
 """The store's folders for what is being made, for those who must not block."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from checkpoint_store import CheckpointStore, FileEntry, Manifest, Published
+from checkpoint_store import CheckpointStore, Manifest, Published
+from trainer_service.jobs import SaveCheckpoint, StoreRow
+
+Write = Callable[[object], Awaitable[Any]]  # has the engine do a job that writes a row
 
 
 @asynccontextmanager
@@ -26,11 +30,12 @@ async def staging(store: CheckpointStore) -> AsyncIterator[Path]:
 async def publish(
     store: CheckpointStore,
     manifest: Manifest,
-    write: Callable[[str], Awaitable[Mapping[str, FileEntry]]],
+    job: Callable[..., SaveCheckpoint | StoreRow],  # made of the `folder` to write to
+    do: Write,
     *,
     overwrite: bool = True,
 ) -> Published:
-    """Publishes what is written to a folder, which is handed to `write`."""
+    """Publishes what a job of the engine's writes to a folder."""
     async with staging(store) as folder:
-        manifest = replace(manifest, files=await write(str(folder)))
+        manifest = replace(manifest, files=await do(job(folder=str(folder))))
         return await asyncio.to_thread(store.publish_folder, manifest, folder, overwrite=overwrite)

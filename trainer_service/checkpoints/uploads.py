@@ -5,20 +5,14 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
-from checkpoint_store import (
-    SAMPLER_WEIGHTS,
-    WEIGHTS,
-    CheckpointStore,
-    FileEntry,
-    Manifest,
-    new_manifest,
-)
+from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest, new_manifest
+from checkpoint_store.adapter_files import OPTIMIZER_FILE
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, Unavailable
-from trainer_service.checkpoints.apart import Convert, Converted, do_apart
+from trainer_service.checkpoints.apart import Convert, do_apart
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.requests import Piece, Upload
 from trainer_service.checkpoints.staging import staging
-from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.checkpoints.uploaded_runs import uploaded_run_id
 from trainer_service.errors import RequestIdReused
 from trainer_service.wire.idempotency import Once
@@ -30,9 +24,9 @@ SILENCE_LIMIT_S = 60.0  # between two pieces
 class Uploads:
     """All methods belong to one event loop."""
 
-    def __init__(self, store: CheckpointStore, sweeper: Sweeper) -> None:
-        self._store = store
-        self._sweeper = sweeper
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._store = checkpoints.store
+        self._sweeper = checkpoints.sweeper
         self._once = Once()
 
     async def receive(
@@ -41,11 +35,10 @@ class Uploads:
         """Makes a checkpoint, in a run of its own. The same request makes it once."""
         async with staging(self._store) as folder:
             await _receive(pieces, _Files(folder, upload.files))
-
-            async def keep() -> Manifest:
-                return await self._keep(tenant, upload, folder, model)
-
-            kept = asyncio.ensure_future(self._once.run(tenant, upload.identity, keep))
+            keeping = self._once.run(
+                tenant, upload.identity, lambda: self._keep(tenant, upload, folder, model)
+            )
+            kept = asyncio.ensure_future(keeping)
             try:
                 return await asyncio.shield(kept)
             finally:
@@ -68,20 +61,20 @@ class Uploads:
                 model=model,
                 base_model=upload.base_model,
             )
-            converted: Converted = await do_apart(MODULE, job)
+            spec, step, files = await do_apart(MODULE, job)
             manifest = new_manifest(
                 training_run_id=run,
-                kind=WEIGHTS if converted.with_optimizer else SAMPLER_WEIGHTS,
+                kind=WEIGHTS if OPTIMIZER_FILE in files else SAMPLER_WEIGHTS,
                 name=upload.name,
                 tenant=tenant,
                 base_model=model.name,
                 base_fingerprint=model.fingerprint,
-                spec=converted.spec,
-                step=converted.step,
+                spec=spec,
+                step=step,
                 metadata=upload.metadata,
                 expire_time=upload.expire_time,
                 request=request,
-                files=converted.files,
+                files=files,
             )
             published = await asyncio.to_thread(
                 self._store.publish_folder, manifest, output, overwrite=False
@@ -101,7 +94,7 @@ async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:
             ) from None
         if piece is None:
             break
-        await asyncio.to_thread(files.write, piece)
+        await asyncio.to_thread(files.write, *piece)
     files.check_whole()
 
 
@@ -114,25 +107,24 @@ class _Files:
         self._sizes = dict.fromkeys(announced, 0)
         self._digests = {name: hashlib.sha256() for name in announced}
 
-    def write(self, piece: Piece) -> None:
-        name = piece.file_name
+    def write(self, name: str, offset_bytes: int, data: bytes) -> None:
         if name not in self._announced:
             raise InvalidRequest(
                 f"a piece is of `{name}`, which the header does not name", field="piece.file_name"
             )
-        if piece.offset_bytes != self._sizes[name]:
+        if offset_bytes != self._sizes[name]:
             raise InvalidRequest(
-                f"a piece of `{name}` starts at byte {piece.offset_bytes} where "
+                f"a piece of `{name}` starts at byte {offset_bytes} where "
                 f"{self._sizes[name]} comes next; send pieces in order, without gaps",
                 field="piece.offset_bytes",
                 file=name,
             )
-        self._sizes[name] += len(piece.data)
+        self._sizes[name] += len(data)
         if self._sizes[name] > self._announced[name].size_bytes:
             raise self._torn(name)
-        self._digests[name].update(piece.data)
+        self._digests[name].update(data)
         with (self._folder / name).open("ab") as file:
-            file.write(piece.data)
+            file.write(data)
 
     def check_whole(self) -> None:
         for name, entry in self._announced.items():

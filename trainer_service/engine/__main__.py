@@ -3,12 +3,14 @@ gone.
 """
 
 import logging
+import queue
+import threading
 
-from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Reply, Report, connect
+from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
 from mint_core.errors import MintError
 from trainer_service.config import TrainerConfig
-from trainer_service.engine.background import Background
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.saving import Rest
 from trainer_service.jobs import SaveRow
 
 
@@ -29,12 +31,14 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
-    background = Background(pipe)
+    rests: queue.SimpleQueue[tuple[int, Rest]] = queue.SimpleQueue()
+    threading.Thread(target=_finish, args=(pipe, rests), daemon=True, name="background").start()
     while (call := pipe.receive()) is not None:
         try:
             answer = engine.run(call.job)
             if callable(answer):
-                background.put(call.number, answer)
+                pipe.send(Part(call.number, None))
+                rests.put((call.number, answer))
             else:
                 pipe.send(Reply(call.number, answer))
         except MintError as refusal:
@@ -48,6 +52,21 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
         if (counts := engine.row_counts()) != told:
             pipe.send(Report(counts))
             told = counts
+
+
+def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[tuple[int, Rest]]) -> None:
+    """Does what is left of jobs, one after the other, and answers for the engine, which computes
+    meanwhile.
+    """
+    while True:
+        number, rest = rests.get()
+        try:
+            answer = rest(lambda: pipe.send(Heartbeat()))
+            pipe.send(Reply(number, answer))
+        except BrokenPipeError:
+            return  # the front is gone
+        except Exception as error:
+            pipe.fail(number, error)
 
 
 if __name__ == "__main__":

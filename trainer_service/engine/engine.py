@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,28 +17,21 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service.config import TrainerConfig
-from trainer_service.engine.background import Rest
-from trainer_service.engine.digests import digest
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import RowStep, step_rows
+from trainer_service.engine.optimizer import step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
-from trainer_service.engine.rows import (
-    Rows,
-    Span,
-    Want,
-    device_limit_bytes,
-    host_limit_bytes,
-)
+from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
 from trainer_service.engine.saving import (
+    Rest,
     difference,
     read_saved_row,
+    read_source,
     save_checkpoint_later,
     save_row_later,
     store_row_later,
     write_weights,
 )
-from trainer_service.engine.sources import read_source
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
@@ -66,6 +59,9 @@ from trainer_service.jobs import (
 logger = logging.getLogger(__name__)
 
 MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
+
+W = TypeVar("W", Tile, StepRow)
+R = TypeVar("R", TileResult, StepResult)
 
 
 class Engine:
@@ -122,21 +118,28 @@ class Engine:
         return self._rows.counts()
 
     def _plan(self, plan: Plan) -> tuple[TileResult, ...]:
-        wants = [
-            Want(tile.training_run_id, frozenset({Part.GRADIENT} if tile.backward else ()))
-            for tile in plan.tiles
-        ]
-        results: list[TileResult] = []
-        for span in self._rows.page_in(wants):
-            results += self._span(plan.tiles[span.start : span.stop], span)
-        return tuple(results)
+        parts = [frozenset({Part.GRADIENT} if tile.backward else ()) for tile in plan.tiles]
+        return self._by_spans(
+            plan.tiles, parts, self._pass, lambda tile, error: TileResult(error=error)
+        )
 
-    def _span(self, tiles: Sequence[Tile], span: Span) -> list[TileResult]:
-        """A pass over those tiles whose rows are on the device."""
-        present = [tile for tile in tiles if tile.training_run_id not in span.refused]
-        passed = iter(self._pass(present) if present else ())
-        refused = {run: TileResult(error=error) for run, error in span.refused.items()}
-        return [refused.get(tile.training_run_id) or next(passed) for tile in tiles]
+    def _by_spans(
+        self,
+        work: Sequence[W],
+        parts: Sequence[frozenset[Part]],  # that each changes
+        do: Callable[[Sequence[W]], Sequence[R]],
+        refuse: Callable[[W, MintError], R],
+    ) -> tuple[R, ...]:
+        """Does at a time what has its rows on the device, and refuses what cannot have them."""
+        results: list[R] = []
+        runs = [each.training_run_id for each in work]
+        for span, refused in self._rows.page_in(list(zip(runs, parts, strict=True))):
+            present = [each for each in work[span] if each.training_run_id not in refused]
+            done = iter(do(present) if present else ())
+            for each in work[span]:
+                error = refused.get(each.training_run_id)
+                results.append(refuse(each, error) if error else next(done))
+        return tuple(results)
 
     def _pass(self, tiles: Sequence[Tile]) -> tuple[TileResult, ...]:
         rows = {}
@@ -150,51 +153,22 @@ class Engine:
             return run_pass(self.base, packed)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
-        wants = [Want(step.training_run_id, frozenset(TRAINING_PARTS)) for step in job.steps]
-        results: list[StepResult] = []
-        for span in self._rows.page_in(wants):
-            results += self._step_span(job.steps[span.start : span.stop], span)
-        return tuple(results)
+        parts = [frozenset(TRAINING_PARTS)] * len(job.steps)
+        return self._by_spans(job.steps, parts, self._take_steps, self._refuse_step)
 
-    def _step_span(self, jobs: Sequence[StepRow], span: Span) -> list[StepResult]:
-        """Steps of those whose rows are on the device."""
-        assert len({job.training_run_id for job in jobs}) == len(jobs), "two steps of one run"
-        rows = [self._rows[job.training_run_id] for job in jobs]
-        stepped = iter(
-            step_rows(
-                [
-                    RowStep(trained.row, trained.step, job.adam_params)
-                    for trained, job in zip(rows, jobs, strict=True)
-                    if job.training_run_id not in span.refused
-                ]
-            )
-        )
-        results = []
-        for trained, job in zip(rows, jobs, strict=True):
-            error = span.refused.get(job.training_run_id)
-            if error is None:
-                result = next(stepped)
-                if result.error is None:
-                    trained.weight_digest = digest(trained.row.part(Part.WEIGHTS))
-                    result = replace(result, weight_digest=trained.weight_digest)
-                trained.gradient_pending = False
-            else:
-                result = StepResult(step=trained.step, grad_norm=0.0, error=error)
-                trained.clear_gradient()
-            trained.step = result.step
-            results.append(result)
-        return results
+    def _take_steps(self, steps: Sequence[StepRow]) -> list[StepResult]:
+        assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
+        return step_rows([(self._rows[step.training_run_id], step.adam_params) for step in steps])
+
+    def _refuse_step(self, step: StepRow, error: MintError) -> StepResult:
+        trained = self._rows[step.training_run_id]
+        trained.clear_gradient()
+        return StepResult(step=trained.step, grad_norm=0.0, error=error)
 
     def _create(self, job: CreateRow) -> RowDescription:
-        spec, start = self._start(job.request)
-        trained = self._rows.add(job.training_run_id, self._bank.add(spec))
-        try:
-            self._fill(job.training_run_id, start)
-            if isinstance(job.request, Source):
-                trained.step = job.request.step
-        except MintError:
-            self._rows.remove(job.training_run_id)
-            raise
+        spec, parts, step = self._start(job.request)
+        with self._rows.adding(job.training_run_id, self._bank.add(spec)) as trained:
+            self._fill(job.training_run_id, parts, step)
         return RowDescription(
             spec=spec,
             trainable_parameter_count=trained.row.parameter_count(),
@@ -203,12 +177,13 @@ class Engine:
 
     def _start(
         self, request: LoraRequest | AdapterSpec | Source
-    ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays]]:
+    ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays], int]:
+        """What a row is, with what it begins, and at which step."""
         if isinstance(request, Source):
-            return request.spec, read_source(request)
+            return request.spec, read_source(request), request.step
         if isinstance(request, LoraRequest):
             request = resolve(request, self.base.description.linear_modules)
-        return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}
+        return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}, 0
 
     def _drop(self, job: DropRow) -> None:
         self._rows.remove(job.training_run_id)
@@ -223,10 +198,9 @@ class Engine:
         return save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
 
     def _load(self, job: LoadRow) -> None:
-        trained = self._rows[job.training_run_id]
-        trained.clear_gradient()  # first: the front counts on it whatever becomes of the load
-        self._fill(job.training_run_id, read_source(job.source))
-        trained.step = job.source.step
+        # First: the front counts on it whatever becomes of the load.
+        self._rows[job.training_run_id].clear_gradient()
+        self._fill(job.training_run_id, read_source(job.source), job.source.step)
 
     def _save_row(self, job: SaveRow) -> Rest:
         trained = self._rows.here(job.training_run_id)
@@ -236,28 +210,25 @@ class Engine:
         name = job.training_run_id
         try:
             file = RowFile.open(self._saved_rows / job.file)
-            trained = self._rows.add(name, self._bank.add(job.spec))
-            self._rows.here(name, *map(Part, file.digests))
-            read_saved_row(file, trained.row)
+            with self._rows.adding(name, self._bank.add(job.spec)) as trained:
+                self._rows.here(name, *map(Part, file.digests))
+                read_saved_row(file, trained.row)
         except RowDamaged as error:
-            self._rows.remove(name)
             raise StateDamaged(name, error.message) from error
-        except MintError:
-            self._rows.remove(name)
-            raise
         trained.step = int(file.about["step"])
         trained.gradient_pending = file.about["gradient_pending"] == "1"
         return RestoredRow(difference(file, self.base))
 
-    def _fill(self, training_run_id: str, parts: Mapping[Part, AdapterArrays]) -> None:
-        """Replaces weights and moments; without moments they become 0."""
-        trained = self._rows.here(training_run_id, *parts)
+    def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
+        """Replaces weights, moments and step; without moments they become 0."""
+        trained = self._rows.here(name, *parts)
         trained.weight_digest = 0
         for part, arrays in parts.items():
             trained.row.load(part, arrays)
         for part in MOMENTS:
             if part not in parts:
                 trained.row.free(part)
+        trained.step = step
 
 
 @contextmanager

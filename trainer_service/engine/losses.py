@@ -35,14 +35,10 @@ class LossInputs:
         return LossInputs(**chosen)
 
 
-def token_losses(loss: Loss, logprobs: Tensor, inputs: LossInputs) -> Tensor:  # [tokens]
+def _unweighted(
+    loss: ImportanceSampling | Ppo | Cispo | Dro | Gspo, logprobs: Tensor, inputs: LossInputs
+) -> Tensor:  # [tokens]
     """The loss of each token. Differentiable with respect to `logprobs`."""
-    return inputs.weights * _unweighted(loss, logprobs, inputs)
-
-
-def _unweighted(loss: Loss, logprobs: Tensor, inputs: LossInputs) -> Tensor:  # [tokens]
-    if isinstance(loss, CrossEntropy):
-        return -logprobs
     assert inputs.logprobs is not None
     assert inputs.advantages is not None
     advantages = inputs.advantages
@@ -104,7 +100,7 @@ def differentiate(
     else:
         with torch.enable_grad():
             leaf = logprobs.detach().requires_grad_()
-            losses = token_losses(loss, leaf, inputs)
+            losses = inputs.weights * _unweighted(loss, leaf, inputs)
             (slopes,) = torch.autograd.grad(losses.sum(), leaf)
     # A weight of 0 contributes exactly nothing, also where ratio or logprob is not finite.
     skipped = inputs.weights == 0

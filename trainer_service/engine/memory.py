@@ -4,10 +4,10 @@ Autograd's own record is asked: a few tokens are run with an adapter on every li
 is saved for backward is added up. It is linear in the tokens (tests/parity/test_memory.py).
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from mint_core.lora.targets import HEAD
 from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import BLOCK_BYTES, MOST_BLOCK_QUERIES, Scores
 from mint_core.model.loading import LoadedBase
+from trainer_service.engine.rows import free_bytes
 
 PROBE_TOKENS = 16
 PROBE_RANK = 8
@@ -151,22 +152,12 @@ def budget_bytes(device: torch.device) -> int:
     """Memory at hand for the activations of a pass."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later counts as taken
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return int(MEMORY_SHARE[device.type] * free)
+    return int(MEMORY_SHARE[device.type] * free_bytes(device))
 
 
 def _longest(needed: Callable[[int], int], budget: int) -> int:
     """The most tokens whose bytes fit."""
-    low, high = 0, 1 << 30
-    while low < high:
-        middle = (low + high + 1) // 2
-        if needed(middle) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_right(range(1, (1 << 30) + 1), budget, key=needed)
 
 
 def _round_down(tokens: int, digits: int) -> int:

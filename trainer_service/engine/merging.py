@@ -16,14 +16,14 @@ from mint_core.errors import ResourceExhausted
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
 from mint_core.model.loading import check_memory
-from trainer_service.checkpoints.apart import Merge, Merged, answer_once
+from trainer_service.checkpoints.apart import Merge, answer_once
 
 _CPU = torch.device("cpu")
 _SHARD_SIZE = "5GB"
 
 
-def merge(job: Merge) -> Merged:
-    """Writes configuration and weights of the merged model."""
+def merge(job: Merge) -> bool:
+    """Writes configuration and weights of the merged model. Returns whether its head was tied."""
     try:
         return _merge(job)
     except (OSError, SafetensorError) as error:
@@ -36,7 +36,7 @@ def merge(job: Merge) -> Merged:
 
 
 @torch.no_grad()
-def _merge(job: Merge) -> Merged:
+def _merge(job: Merge) -> bool:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
@@ -46,7 +46,7 @@ def _merge(job: Merge) -> Merged:
     output = Path(job.output_folder)
     model.save_pretrained(output, max_shard_size=_SHARD_SIZE)
     _make_readable(output)
-    return Merged(untied)
+    return untied
 
 
 def _untie(model: nn.Module) -> bool:

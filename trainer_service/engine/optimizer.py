@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.bank import Part
+from trainer_service.engine.digests import digest
+from trainer_service.engine.rows import TrainedRow
 from trainer_service.jobs import AdamParams, StepResult
 
 
@@ -17,50 +17,39 @@ class NonFiniteGradient(FailedPrecondition):
     reason = "GRADIENT_NOT_FINITE"
 
 
-@dataclass(frozen=True, slots=True)
-class RowStep:
-    """A step that a row is to take."""
-
-    row: AdapterRow
-    taken: int  # steps before it
-    params: AdamParams
-
-    @property
-    def gradient(self) -> Tensor:  # [params]
-        return self.row.part(Part.GRADIENT)
-
-
 @torch.no_grad()
-def step_rows(steps: Sequence[RowStep]) -> list[StepResult]:
+def step_rows(steps: Sequence[tuple[TrainedRow, AdamParams]]) -> list[StepResult]:
     """Takes steps of several rows and clears their gradients; one that is not finite is cleared
     without a step. What becomes of a row does not depend on the others.
 
     torch's own fused AdamW runs over whole rows: padding has gradient 0 and weight 0, and stays 0.
     """
-    gradients = [step.gradient for step in steps]
+    gradients = [trained.row.part(Part.GRADIENT) for trained, _ in steps]
     norms = torch.stack(torch._foreach_norm(gradients)).tolist() if steps else []
-    alike: dict[AdamParams, list[RowStep]] = {}
-    for step, norm in zip(steps, norms, strict=True):
+    alike: dict[AdamParams, list[TrainedRow]] = {}
+    for (trained, params), gradient, norm in zip(steps, gradients, norms, strict=True):
         if math.isfinite(norm):
-            if 0 < step.params.grad_clip_norm < norm:
+            if 0 < params.grad_clip_norm < norm:
                 # As torch.nn.utils.clip_grad_norm_ does.
-                step.gradient.mul_(step.params.grad_clip_norm / (norm + 1e-6))
-            alike.setdefault(step.params, []).append(step)
+                gradient.mul_(params.grad_clip_norm / (norm + 1e-6))
+            alike.setdefault(params, []).append(trained)
     for params, group in alike.items():
         _step_alike(group, params)
     if steps:
         torch._foreach_zero_(gradients)
-    return [_result(step, norm) for step, norm in zip(steps, norms, strict=True)]
+    return [_result(trained, norm) for (trained, _), norm in zip(steps, norms, strict=True)]
 
 
-def _step_alike(steps: Sequence[RowStep], params: AdamParams) -> None:
+def _step_alike(stepping: Sequence[TrainedRow], params: AdamParams) -> None:
+    rows = [trained.row for trained in stepping]
+    gradients = [row.part(Part.GRADIENT) for row in rows]
     adamw(
-        [step.row.part(Part.WEIGHTS) for step in steps],
-        [step.gradient for step in steps],
-        [step.row.part(Part.EXP_AVG) for step in steps],
-        [step.row.part(Part.EXP_AVG_SQ) for step in steps],
+        [row.part(Part.WEIGHTS) for row in rows],
+        gradients,
+        [row.part(Part.EXP_AVG) for row in rows],
+        [row.part(Part.EXP_AVG_SQ) for row in rows],
         [],
-        [step.gradient.new_full((), step.taken) for step in steps],
+        [gradients[0].new_full((), trained.step) for trained in stepping],
         fused=True,
         amsgrad=False,
         beta1=params.beta1,
@@ -72,11 +61,14 @@ def _step_alike(steps: Sequence[RowStep], params: AdamParams) -> None:
     )
 
 
-def _result(step: RowStep, norm: float) -> StepResult:
+def _result(trained: TrainedRow, norm: float) -> StepResult:
+    trained.gradient_pending = False
     if math.isfinite(norm):
-        return StepResult(step=step.taken + 1, grad_norm=norm)
+        trained.step += 1
+        trained.weight_digest = known = digest(trained.row.part(Part.WEIGHTS))
+        return StepResult(step=trained.step, grad_norm=norm, weight_digest=known)
     error = NonFiniteGradient(
         "the norm of the gradient is not finite (NaN, Inf, or too large for float32): it was "
         "cleared and no step was taken; lower the learning rate or check the data"
     )
-    return StepResult(step=step.taken, grad_norm=norm, error=error)
+    return StepResult(step=trained.step, grad_norm=norm, error=error)

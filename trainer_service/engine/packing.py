@@ -54,25 +54,16 @@ def pack(tiles: Sequence[Tile], rows: Mapping[str, AdapterRow], device: torch.de
             bounds.append(bounds[-1] + missing)
         segment = Segment(start, bounds[-1], rows[tile.training_run_id], tile.backward)
         packed.append(_pack_tile(tile, segment, device))
-    positions = np.concatenate([np.arange(len(stream)) for stream in streams])
-    return PackedPlan(
-        tuple(packed),
-        torch.from_numpy(np.concatenate(streams)).to(device),
-        torch.from_numpy(positions).to(device),
-        bounds,
-    )
+    positions = [np.arange(len(stream)) for stream in streams]
+    return PackedPlan(tuple(packed), _joined(streams, device), _joined(positions, device), bounds)
 
 
 def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile:
     documents = tile.documents
-
-    def joined(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device)
-
     weighted = np.concatenate([d.weighted for d in documents])
     scored = np.flatnonzero(weighted) if tile.weighted_only else np.arange(len(weighted))
     inputs = LossInputs(
-        weights=joined([d.weights for d in documents]),
+        weights=_joined([d.weights for d in documents], device),
         logprobs=_optional([d.logprobs for d in documents], device),
         advantages=_optional([d.advantages for d in documents], device),
         clip_low=_optional([d.clip_low for d in documents], device),
@@ -82,7 +73,7 @@ def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile
         tile=tile,
         segment=segment,
         lengths=tuple(len(d.tokens) for d in documents),
-        targets=joined([d.targets for d in documents]),
+        targets=_joined([d.targets for d in documents], device),
         inputs=inputs,
         scored=torch.from_numpy(scored).to(device),
         ratio_mask=_optional([d.ratio_mask for d in documents], device),
@@ -92,4 +83,8 @@ def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile
 def _optional(arrays: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:
     present = [array for array in arrays if array is not None]
     assert len(present) in (0, len(arrays)), "one loss reads the same inputs of every document"
-    return torch.from_numpy(np.concatenate(present)).to(device) if present else None
+    return _joined(present, device) if present else None
+
+
+def _joined(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(device)

@@ -7,7 +7,8 @@ straight to the disk.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -50,21 +51,7 @@ class TrainedRow:
         return len({*self.row.held, *self.moved, *wanted}) * self.row.bank.part_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A row and the parts of it that the work at hand changes."""
-
-    training_run_id: str
-    parts: frozenset[Part] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive wants whose rows are on the device, except those that could not come."""
-
-    start: int
-    stop: int
-    refused: dict[str, MintError] = field(default_factory=dict)  # by run
+Want = tuple[str, frozenset[Part]]  # a run's row, and the parts that the work at hand changes
 
 
 class HostRows:
@@ -127,15 +114,18 @@ class Rows:
         """The row, wherever it is."""
         return self._rows[training_run_id]
 
-    def add(self, training_run_id: str, row: AdapterRow) -> TrainedRow:
-        """Takes in a row that has no content yet. Raises RowStorageFull."""
+    @contextmanager
+    def adding(self, training_run_id: str, row: AdapterRow) -> Iterator[TrainedRow]:
+        """Takes in a row that is to be filled meanwhile, and forgets it if that fails. Raises
+        RowStorageFull.
+        """
         self._rows[training_run_id] = trained = TrainedRow(row)
         try:
             self.here(training_run_id, Part.WEIGHTS)
+            yield trained
         except MintError:
             self.remove(training_run_id)
             raise
-        return trained
 
     def remove(self, training_run_id: str) -> None:
         """Forgets a row, if it is there."""
@@ -146,25 +136,24 @@ class Rows:
 
     def here(self, training_run_id: str, *parts: Part) -> TrainedRow:
         """The row on the device, with room for the parts. Raises if it cannot come."""
-        want = Want(training_run_id, frozenset(parts))
-        self._bring(want, {training_run_id})
+        self._bring(training_run_id, frozenset(parts), {training_run_id})
         return self._rows[training_run_id]
 
-    def page_in(self, wants: Sequence[Want]) -> Iterator[Span]:
-        """Brings rows to the device, as many at a time as it holds; those of a span stay until the
-        next is asked for. A row that cannot come is refused alone.
+    def page_in(self, wants: Sequence[Want]) -> Iterator[tuple[slice, dict[str, MintError]]]:
+        """Brings rows to the device, as many at a time as it holds; those of a span of wants stay
+        until the next is asked for. A row that cannot come is refused alone: why, by run.
         """
         start = 0
         while start < len(wants):
             stop = self._fitting(wants, start)
-            span = Span(start, stop)
-            keep = {want.training_run_id for want in wants[start:stop]}
-            for want in wants[start:stop]:
+            refused: dict[str, MintError] = {}
+            keep = {run for run, _ in wants[start:stop]}
+            for run, parts in wants[start:stop]:
                 try:
-                    self._bring(want, keep)
+                    self._bring(run, parts, keep)
                 except MintError as error:
-                    span.refused[want.training_run_id] = error
-            yield span
+                    refused[run] = error
+            yield slice(start, stop), refused
             start = stop
 
     def counts(self) -> RowCounts:
@@ -175,18 +164,16 @@ class Rows:
         """The end of the longest span that fits on the device: at least one want."""
         sizes: dict[str, int] = {}
         parts: dict[str, frozenset[Part]] = {}
-        for stop, want in enumerate(wants[start:], start):
-            run = want.training_run_id
-            parts[run] = parts.get(run, frozenset()) | want.parts
+        for stop, (run, wanted) in enumerate(wants[start:], start):
+            parts[run] = parts.get(run, frozenset()) | wanted
             sizes[run] = self._rows[run].size_bytes(parts[run])
             if stop > start and sum(sizes.values()) > self._limit_bytes:
                 return stop
         return len(wants)
 
-    def _bring(self, want: Want, keep: AbstractSet[str]) -> None:
-        run = want.training_run_id
+    def _bring(self, run: str, wanted: frozenset[Part], keep: AbstractSet[str]) -> None:
         trained = self._rows[run] = self._rows.pop(run)  # the most recently used from now on
-        more_bytes = trained.size_bytes(want.parts) - _size_bytes(trained.row.held)
+        more_bytes = trained.size_bytes(wanted) - _size_bytes(trained.row.held)
         if more_bytes:
             self._make_room(more_bytes, keep)
         if trained.moved:
@@ -197,7 +184,7 @@ class Rows:
             trained.moved = ()
             self._host.drop(run)
             self._progress()
-        for part in want.parts:
+        for part in wanted:
             trained.row.part(part)  # takes the memory that was made free for it
 
     def _make_room(self, size_bytes: int, keep: AbstractSet[str]) -> None:
@@ -228,15 +215,18 @@ def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
     return sum(vector.nbytes for vector in parts.values())
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def device_limit_bytes(device: torch.device) -> int:
     """Memory at hand for rows, now that the base model is loaded."""
-    if device.type == "cuda":
-        return int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(DEVICE_SHARE * psutil.virtual_memory().available)
+    return int(DEVICE_SHARE * free_bytes(device))
 
 
 def host_limit_bytes(device: torch.device) -> int:
     """Host memory at hand for rows of idle runs; none where the device's memory is the host's."""
-    if device.type == "cpu":
-        return 0
-    return int(HOST_SHARE * psutil.virtual_memory().available)
+    return 0 if device.type == "cpu" else int(HOST_SHARE * free_bytes(torch.device("cpu")))

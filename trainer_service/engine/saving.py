@@ -1,23 +1,29 @@
-"""Rows to files, most of them in the background, and saved rows back."""
+"""Rows to files, most of them in the background, and back: saved rows, and what checkpoints hold as
+arrays by PEFT's names.
+"""
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from checkpoint_store import FileEntry, Manifest, WeightsNotFinite, open_row, write_published_row
-from checkpoint_store.adapter_files import Moments, check_arrays, write_files
+from checkpoint_store import FileEntry, Manifest, open_row, write_published_row
+from checkpoint_store.adapter_files import (
+    Moments,
+    check_arrays,
+    read_moments,
+    read_weights,
+    write_files,
+)
 from checkpoint_store.errors import full_disk_told
-from checkpoint_store.row_file import Progress, RowDamaged, RowFile, save_row
+from checkpoint_store.row_file import Progress, RowDamaged, RowFile, RowMissing, save_row
+from mint_core.errors import CheckpointNotFound
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import AdapterArrays
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.background import Rest
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.errors import RowNotSaved, RowNotWritten
@@ -25,10 +31,15 @@ from trainer_service.jobs import (
     SaveCheckpoint,
     SavedRow,
     SaveRow,
+    Source,
     StoreRow,
     WriteRow,
     saved_row_name,
 )
+
+# What is left of a job when its row may change again. Calls what it is given now and then, and
+# returns the job's answer.
+Rest = Callable[[Progress], object]
 
 
 def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
@@ -63,16 +74,13 @@ def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: 
 def engine_traits(base: LoadedBase) -> dict[str, str]:
     """On what a row's numbers may depend, beside all that is in the journal."""
     device = base.device
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "dtype": base.description.dtype,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def read_saved_row(file: RowFile, row: AdapterRow) -> None:
@@ -140,22 +148,35 @@ def _write_checkpoint(
         )
 
 
+def read_source(source: Source) -> dict[Part, AdapterArrays]:
+    """The parts of a row that a checkpoint holds and that are asked for. Raises CheckpointNotFound
+    if it was deleted meanwhile, CheckpointDamaged, InvalidRequest.
+    """
+    parts: dict[Part, AdapterArrays] = {}
+    try:
+        if source.row_file:
+            row = open_row(Path(source.row_file), source.revision_path)
+            parts[Part.WEIGHTS] = row.weights()
+        else:
+            parts[Part.WEIGHTS] = read_weights(Path(source.folder))
+        if source.with_optimizer:
+            parts[Part.EXP_AVG], parts[Part.EXP_AVG_SQ] = read_moments(Path(source.folder))
+    except (FileNotFoundError, RowMissing):
+        raise CheckpointNotFound(source.revision_path) from None
+    for arrays in parts.values():
+        check_arrays(source.revision_path, source.spec, arrays)
+    return parts
+
+
 def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:
     """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
     row, file, path = trained.row, Path(job.file), str(job.manifest.path)
     vector = row.part(Part.WEIGHTS)
-    _check_finite(row, vector, path)
+    if not vector.sum().isfinite():  # else all of them are; 20 times as fast as to ask each
+        check_arrays(path, job.manifest.spec, row.export(Part.WEIGHTS))
     trained.weight_digest = known = trained.weight_digest or digest(vector)
     numbers, layout = vector.cpu().numpy(), row.bank.layout
     try:
         write_published_row(file, numbers, layout, job.manifest, progress, known)
     except OSError as error:
         raise RowNotWritten(path, file.parent, error) from error
-
-
-def _check_finite(row: AdapterRow, vector: Tensor, path: str) -> None:
-    if vector.sum().isfinite():  # so all of them are; 20 times as fast as to ask each
-        return
-    for name, array in row.export(Part.WEIGHTS).items():
-        if not np.isfinite(array).all():
-            raise WeightsNotFinite(path, name)

@@ -59,12 +59,10 @@ def _score(base: LoadedBase, hidden: Tensor, tiles: list[_Scored]) -> Tensor | N
     """Gives each tile its logprobs and losses. Returns d loss / d hidden, [tokens, hidden size], or
     None if nothing asks for it.
     """
-    places = [tile.packed.scored for tile in tiles]
     pieces = [
-        Piece(tile.packed.segment, rows + tile.packed.segment.start)
-        for tile, rows in zip(tiles, places, strict=True)
+        Piece(tile.packed.segment, tile.packed.scored + tile.packed.segment.start) for tile in tiles
     ]
-    targets = [tile.packed.targets[rows] for tile, rows in zip(tiles, places, strict=True)]
+    targets = [tile.packed.targets[tile.packed.scored] for tile in tiles]
     return base.head.gradient(
         hidden, pieces, targets, lambda i, place, logprobs: tiles[i].slope(place, logprobs)
     )

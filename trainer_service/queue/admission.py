@@ -1,25 +1,42 @@
-"""Whether anything new is accepted, and what was and waits."""
+"""Whether anything new is accepted, and what was and waits: of each tenant, or of each run."""
+
+from collections.abc import Callable
 
 from prometheus_client import Gauge
 
+from mint_core.backlog import Backlog, Load, retry_after_s
 from mint_core.errors import MintError, Unavailable
+from trainer_service.errors import QueueFull
 from trainer_service.journal.writer import Journal
-from trainer_service.queue.backlog import Backlogs
 from trainer_service.recovery.state_size import StateSize
 from trainer_service.run.calls import Call
 from trainer_service.run.description import RunOrigin
 
+# Says when a tenant, or one run of it, will have had so many more tokens computed, in seconds.
+Predict = Callable[[str, str | None, int], float]
+
 
 class Admission:
-    """One answer for all who ask. All methods belong to one event loop."""
+    """One answer for all who ask. What waits is bounded by tenant; by run where all callers are one
+    tenant. All methods belong to one event loop.
+    """
 
     def __init__(
-        self, journal: Journal, size: StateSize, backlogs: Backlogs, queue_depth: Gauge
+        self,
+        journal: Journal,
+        size: StateSize,
+        queue_depth: Gauge,
+        limit: Load,  # of calls and their tokens, about 30 bytes of the front's memory each
+        *,
+        per_run: bool,
+        predict: Predict,
     ) -> None:
         self._journal = journal
         self._size = size
-        self._backlogs = backlogs
         self._queue_depth = queue_depth
+        self._backlog = Backlog(limit)
+        self._per_run = per_run
+        self._predict = predict
         self.draining: Unavailable | None = None  # set when the service ends
 
     def refusal(self) -> MintError | None:
@@ -27,8 +44,23 @@ class Admission:
         return self.draining or self._journal.trouble() or self._size.refusal()
 
     def call_refusal(self, origin: RunOrigin, calls_before: int) -> MintError | None:
-        """Why a run's call is not accepted now, if so; so many of the run come before it."""
-        return self.refusal() or self._backlogs.refusal(origin, calls_before)
+        """Why a run's call is not accepted now, if so, and when to send it again.
+
+        `calls_before` of the same run wait to be accepted too.
+        """
+        if error := self.refusal():
+            return error
+        key = self._key(origin)
+        if not self._backlog.is_full(key):
+            return None
+        held, limit = self._backlog.held(key), self._backlog.limit
+        return QueueFull(
+            calls=held.count,
+            tokens=held.tokens,
+            max_calls=limit.count,
+            max_tokens=limit.tokens,
+            retry_after_s=self._retry_after_s(origin, held, calls_before),
+        )
 
     def check_changes(self) -> None:
         """Raises if no request that changes something is accepted now."""
@@ -43,9 +75,20 @@ class Admission:
     def enter(self, origin: RunOrigin, call: Call) -> None:
         """Notes an accepted call of a run."""
         self._queue_depth.inc()
-        self._backlogs.enter(origin, call)
+        self._backlog.enter(self._key(origin), Load(count=1, tokens=call.tokens))
 
     def leave(self, origin: RunOrigin, call: Call) -> None:
         """Notes that the call is answered, or will not be."""
         self._queue_depth.dec()
-        self._backlogs.leave(origin, call)
+        self._backlog.leave(self._key(origin), Load(count=1, tokens=call.tokens))
+
+    def _retry_after_s(self, origin: RunOrigin, held: Load, calls_before: int) -> float:
+        """About when enough will be done: what is too much, and at least a call's worth of it."""
+        call_tokens = held.tokens // held.count
+        too_many = held.tokens - self._backlog.limit.tokens + 1
+        tokens = max(too_many, call_tokens) + calls_before * call_tokens
+        run = origin.training_run_id if self._per_run else None
+        return retry_after_s(self._predict(origin.tenant, run, tokens))
+
+    def _key(self, origin: RunOrigin) -> str:
+        return origin.training_run_id if self._per_run else origin.tenant

@@ -48,14 +48,11 @@ def cut(
 
     A document longer than a tile may be is a tile of its own. `deaths` of engines had the call.
     """
-    tiles = []
-    first = 0
-    for index, documents in enumerate(_groups(compute.documents, tile_tokens)):
-        tile = Tile(
+    return tuple(
+        Tile(
             training_run_id=training_run_id,
             sequence=sequence,
             index=index,
-            first=first,
             documents=documents,
             loss=compute.loss,
             backward=compute.backward,
@@ -63,9 +60,8 @@ def cut(
             isolated=isolated,
             alone=deaths >= DEATHS_UNTIL_ALONE,
         )
-        tiles.append(tile)
-        first += len(documents)
-    return tuple(tiles)
+        for index, documents in enumerate(_groups(compute.documents, tile_tokens))
+    )
 
 
 def most_tile_tokens(max_batch_tokens: int) -> int:
@@ -126,7 +122,6 @@ class Planner:
             quantum, lambda: Ring(quantum, RunQueue), weight_of
         )
         self._steps: list[StepRow] = []
-        self._apart: Tile | None = None  # met while a plan was filled; it has the next one
         self._of_tenants = _Portions(max_batch_tokens)
         self._of_runs = _Portions(max_batch_tokens)
 
@@ -141,11 +136,9 @@ class Planner:
 
     def withdraw(self, training_run_id: str) -> list[Key]:
         """Takes back all that a run has queued, and says what that was."""
-        taken: list[Tile | StepRow] = [s for s in self._steps if _is_of(training_run_id, s)]
-        self._steps = [step for step in self._steps if not _is_of(training_run_id, step)]
-        if self._apart is not None and _is_of(training_run_id, self._apart):
-            taken.append(self._apart)
-            self._apart = None
+        taken: list[Tile | StepRow] = []
+        taken += [step for step in self._steps if step.training_run_id == training_run_id]
+        self._steps = [step for step in self._steps if step.training_run_id != training_run_id]
         for tenant, runs in list(self._tenants.queues.items()):
             if queue := runs.queues.pop(training_run_id, None):
                 taken += queue.tiles()
@@ -179,9 +172,6 @@ class Planner:
         """What the engine should do now: all ready steps together, else a pass over tiles."""
         if self._steps:
             return self._next_steps()
-        if self._apart is not None:
-            tile, self._apart = self._apart, None
-            return Plan((tile,))
         tiles: list[Tile] = []
         room = self.max_batch_tokens
         rings = self._tenants.queues
@@ -189,20 +179,17 @@ class Planner:
         self._of_runs.begin(frozenset(run for runs in rings.values() for run in runs.queues))
         while tokens := self._tenants.head_tokens():
             tenant, runs = self._tenants.head()
-            run, _ = runs.head()
+            run, queue = runs.head()
             fits = self._of_tenants.fits(tenant, tokens) and self._of_runs.fits(run, tokens)
-            if tiles and not (tokens <= room and fits):
+            apart = queue.head().isolated or queue.head().alone
+            if tiles and (apart or not (tokens <= room and fits)):
                 break
             self._of_tenants.take(tenant, tokens)
             self._of_runs.take(run, tokens)
-            tile = self._tenants.pop()
-            if tile.isolated or tile.alone:
-                if not tiles:
-                    return Plan((tile,))
-                self._apart = tile
-                break
-            tiles.append(tile)
+            tiles.append(self._tenants.pop())
             room -= tokens
+            if apart:
+                break
         return Plan(tuple(tiles)) if tiles else None
 
     def _next_steps(self) -> StepRows:
@@ -210,7 +197,3 @@ class Planner:
         now = alone[:1] or self._steps
         self._steps = [step for step in self._steps if step not in now]
         return StepRows(tuple(now))
-
-
-def _is_of(training_run_id: str, work: Tile | StepRow) -> bool:
-    return work.training_run_id == training_run_id

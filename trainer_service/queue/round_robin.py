@@ -3,26 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from trainer_service.jobs import Tile, tile_tokens
-
-
-class Queue(Protocol):
-    """Tiles in the order in which they are to run."""
-
-    deficit: float  # tokens that it may still take in this round of the ring that it is in
-
-    @property
-    def tokens(self) -> int:
-        """Of all tiles."""
-        ...
-
-    def head_tokens(self) -> int:
-        """Tokens of the next tile; 0 if there is none. Stays the same until `pop`."""
-        ...
-
-    def pop(self) -> Tile: ...
 
 
 class RunQueue:
@@ -30,8 +13,8 @@ class RunQueue:
 
     def __init__(self) -> None:
         self._tiles: deque[tuple[Tile, int]] = deque()  # with its tokens, which are asked for often
-        self.tokens = 0
-        self.deficit = 0.0
+        self.tokens = 0  # of all tiles
+        self.deficit = 0.0  # tokens that it may still take in this round of the ring that it is in
 
     def add(self, tile: Tile) -> None:
         tokens = tile_tokens(tile)
@@ -39,7 +22,12 @@ class RunQueue:
         self.tokens += tokens
 
     def head_tokens(self) -> int:
+        """Tokens of the next tile; 0 if there is none. Stays the same until `pop`."""
         return self._tiles[0][1] if self._tiles else 0
+
+    def head(self) -> Tile:
+        """The next tile; there must be one."""
+        return self._tiles[0][0]
 
     def tiles(self) -> list[Tile]:
         return [tile for tile, _ in self._tiles]
@@ -50,7 +38,7 @@ class RunQueue:
         return tile
 
 
-Q = TypeVar("Q", bound=Queue)
+Q = TypeVar("Q", bound="RunQueue | Ring[Any]")
 
 
 def alike(key: str) -> float:

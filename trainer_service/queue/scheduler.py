@@ -351,12 +351,10 @@ class Scheduler:
         tenants = [each.tenant if each.billed else None for each in running.handed.values()]
         self._usage.add(running.work, results, tenants, elapsed_s)
         if running.all_tokens:
-            self._learn(elapsed_s / running.all_tokens)
+            measured_s = elapsed_s / running.all_tokens
+            known_s = measured_s if self._token_s is None else self._token_s
+            self._token_s = 0.7 * known_s + 0.3 * measured_s
 
     def _limit_s(self, running: _Running) -> float:
         token_s = self._token_s or FIRST_GUESS_S
         return max(LEAST_LIMIT_S, LIMIT_FACTOR * running.all_tokens * token_s)
-
-    def _learn(self, measured_s: float) -> None:
-        known_s = measured_s if self._token_s is None else self._token_s
-        self._token_s = 0.7 * known_s + 0.3 * measured_s

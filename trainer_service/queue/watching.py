@@ -61,7 +61,7 @@ class Watch:
         self._forecast = forecast
         self._followed = followed
         self._stirred = asyncio.Event()
-        self._ends: deque[Event] = deque()
+        self._ends: deque[Event] = deque(maxlen=KEPT_ENDS)
         self._missed = 0
         self._ended = False
         self._error: MintError | None = None  # why, if not by the end of the run
@@ -102,9 +102,7 @@ class Watch:
 
     def call_ended(self, call: Call, outcome: Outcome) -> None:
         """A call of the run has got its outcome."""
-        if len(self._ends) == KEPT_ENDS:
-            self._ends.popleft()
-            self._missed += 1
+        self._missed += len(self._ends) == KEPT_ENDS
         end = CallEnd(
             sequence=call.place.sequence,
             method=call.method,

@@ -117,7 +117,9 @@ class SavedRows:
         """
         while True:
             try:
-                return await self._write(training_run_id, sequence, life, asyncio.Event())
+                job = SaveRow(training_run_id=training_run_id, sequence=sequence, optional=False)
+                row: SavedRow = await self._scheduler.row(job, life)
+                return row
             except RowNotSaved as failure:
                 if failure.retry_after_s is None:
                     raise
@@ -142,7 +144,8 @@ class SavedRows:
         """Saves a row; without it the journal is kept."""
         covered, run.unsaved = run.unsaved, UnsavedWork()
         try:
-            row = await self._write(run.id, run.ended, run.row_life, copied, optional=True)
+            job = SaveRow(training_run_id=run.id, sequence=run.ended, optional=True)
+            row = await self._scheduler.row(job, run.row_life, on_part=lambda part: copied.set())
             fault_point("snapshot:before-journal")
             if run.closing:
                 self._remove(row.file)
@@ -166,23 +169,6 @@ class SavedRows:
         waiting = time.monotonic() < self._not_before_s
         return bool(run.unsaved.calls) and present and not run.closing and not waiting
 
-    async def _write(
-        self,
-        training_run_id: str,
-        sequence: int,
-        life: int,
-        copied: asyncio.Event,
-        *,
-        optional: bool = False,
-    ) -> SavedRow:
-        job = SaveRow(training_run_id=training_run_id, sequence=sequence, optional=optional)
-        row: SavedRow = await self._scheduler.row(job, life, on_part=lambda part: copied.set())
-        return row
-
     def _remove(self, file: str) -> None:
         path = self._folder / file  # perhaps large: to remove it takes a while
-
-        async def remove() -> None:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
-
-        self._tasks.start(remove(), f"removal of {file}")
+        self._tasks.start(asyncio.to_thread(path.unlink, missing_ok=True), f"removal of {file}")

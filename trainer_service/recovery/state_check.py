@@ -3,9 +3,8 @@
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from checkpoint_store.row_file import RowDamaged, RowFile
@@ -63,12 +62,8 @@ def _of_calls(database: sqlite3.Connection, record: records.RunRecord) -> Iterat
 
 def _readable(method: str, answer: bytes) -> bool:
     reply = decode_reply(answer)
-    kind: Any = getattr(trainer_pb2, f"{method}Response")
-    try:
-        (status_pb2.Status if reply.failed else kind).FromString(reply.content)
-    except DecodeError:
-        return False
-    return answer[:1] in (b"M", b"S")
+    kind = status_pb2.Status if reply.failed else getattr(trainer_pb2, f"{method}Response")
+    return answer[:1] in (b"M", b"S") and _parses(kind, reply.content)
 
 
 def _of_past(database: sqlite3.Connection, run: int, call: PastCall) -> Iterator[str]:
@@ -78,13 +73,15 @@ def _of_past(database: sqlite3.Connection, run: int, call: PastCall) -> Iterator
     found = queries.find_payload(database, run, call.sequence)
     if found is None:
         yield f"the request of call {call.sequence} is missing"
-    elif not codec.is_as_sent(found) or not _is_request(found):
+        return
+    kind = request_kind(codec.method_of(found.method))
+    if not codec.is_as_sent(found) or not _parses(kind, codec.content_of(found.payload)):
         yield f"the request of call {call.sequence} is not the one that was sent"
 
 
-def _is_request(found: records.Payload) -> bool:
+def _parses(kind: type[Message], content: bytes) -> bool:
     try:
-        request_kind(codec.method_of(found.method)).FromString(codec.content_of(found.payload))
+        kind.FromString(content)
     except DecodeError:
         return False
     return True

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -15,6 +15,8 @@ from mint_core.rpc.limits import (
 )
 
 MAX_TTL_DAYS = 36_500
+
+T = TypeVar("T")
 
 
 def text(value: str, field: str) -> str:
@@ -79,6 +81,13 @@ def metadata(entries: Mapping[str, str], field: str = "metadata") -> dict[str, s
             size_bytes=size_bytes,
         )
     return dict(entries)
+
+
+def kind(value: int, known: Mapping[int, T]) -> T | None:
+    """Returns what a kind means; None where it is left out."""
+    if value and value not in known:
+        raise InvalidRequest(f"`kind` {value} is unknown to this server", field="kind")
+    return known.get(value)
 
 
 def ttl_s(request: Any, field: str = "ttl") -> float | None:

@@ -19,6 +19,12 @@ from trainer_service.run.calls import Load
 from trainer_service.wire import fields
 from trainer_service.wire.pages import PageRequest, parse_page
 
+RunKind = Literal["trained", "uploaded"]
+
+_KINDS: Mapping[int, RunKind] = {
+    trainer_pb2.TrainingRun.KIND_TRAINED: "trained",
+    trainer_pb2.TrainingRun.KIND_UPLOADED: "uploaded",
+}
 _SWITCHES = ("train_attn", "train_mlp", "train_unembed")
 
 
@@ -53,7 +59,7 @@ class OpenRun:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListRuns:
     page: PageRequest
-    kind: Literal["", "trained", "uploaded"]  # empty: all
+    kind: RunKind | None  # None: all
     metadata_filter: Mapping[str, str]
 
 
@@ -86,7 +92,8 @@ def hash_of(kind: type[Message], content: bytes) -> bytes:
 def parse_create(
     request: trainer_pb2.CreateTrainingRunRequest, model: ModelDescription
 ) -> CreateRun:
-    _check_served(request.base_model, model)
+    if request.base_model and request.base_model != model.name:
+        raise BaseModelNotFound(request.base_model, model.name)
     return CreateRun(
         identity=identity_of(request),
         source=_source(request, model),
@@ -104,7 +111,7 @@ def parse_list(request: trainer_pb2.ListTrainingRunsRequest) -> ListRuns:
     wanted = fields.metadata(request.metadata_filter, "metadata_filter")
     return ListRuns(
         page=parse_page(request, [request.kind, wanted]),
-        kind=_run_kind(request.kind),
+        kind=fields.kind(request.kind, _KINDS),
         metadata_filter=wanted,
     )
 
@@ -219,22 +226,6 @@ def _source(
                 "neither `lora_config` nor `checkpoint` is set; a run starts from one of them",
                 field="source",
             )
-
-
-def _check_served(base_model: str, model: ModelDescription) -> None:
-    if base_model and base_model != model.name:
-        raise BaseModelNotFound(base_model, model.name)
-
-
-def _run_kind(kind: int) -> Literal["", "trained", "uploaded"]:
-    match kind:
-        case trainer_pb2.TrainingRun.KIND_UNSPECIFIED:
-            return ""
-        case trainer_pb2.TrainingRun.KIND_TRAINED:
-            return "trained"
-        case trainer_pb2.TrainingRun.KIND_UPLOADED:
-            return "uploaded"
-    raise InvalidRequest(f"`kind` {kind} is unknown to this server", field="kind")
 
 
 def identity_of(request: Message, field: str = "request_id") -> Identity:

@@ -2,8 +2,6 @@
 
 from datetime import UTC, datetime
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
@@ -62,8 +60,8 @@ def _uploaded(run: UploadedRun) -> trainer_pb2.TrainingRun:
         base_fingerprint=manifest.base_fingerprint,
         lora_config=lora_config_message(manifest.spec),
         metadata=manifest.metadata,
-        create_time=timestamp(run.first.create_time),
-        update_time=timestamp(manifest.create_time),
+        create_time=run.first.create_time,
+        update_time=manifest.create_time,
         step=manifest.step,
         state=trainer_pb2.TrainingRun.STATE_ACTIVE,
         trained_modules=manifest.spec.modules,
@@ -80,8 +78,8 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
         base_fingerprint=origin.base_fingerprint,
         lora_config=lora_config_message(origin.spec),
         metadata=view.metadata,
-        create_time=timestamp(origin.create_time),
-        update_time=timestamp(datetime.fromtimestamp(state.update_time_s, UTC)),
+        create_time=origin.create_time,
+        update_time=datetime.fromtimestamp(state.update_time_s, UTC),
         step=state.step,
         next_sequence=view.next_sequence,
         gradient_pending=state.gradient.pending,
@@ -96,7 +94,7 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
 
 
 def watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
-    response = trainer_pb2.WatchTrainingRunResponse(event_time=timestamp(event.time))
+    response = trainer_pb2.WatchTrainingRunResponse(event_time=event.time)
     match event.what:
         case RunView() as view:
             response.training_run.CopyFrom(run_message(view))
@@ -130,9 +128,3 @@ def lora_config_message(spec: AdapterSpec) -> types_pb2.LoraConfig:
         use_rslora=spec.use_rslora,
         target_modules=spec.modules,
     )
-
-
-def timestamp(time: datetime) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromDatetime(time)
-    return stamp

@@ -6,7 +6,7 @@ What is wrong with a call's content does not take its place away: it is the outc
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields as fields_of
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -29,7 +29,6 @@ from trainer_service.run.calls import (
     Call,
     Compute,
     Discard,
-    Load,
     Method,
     Place,
     Refused,
@@ -44,7 +43,15 @@ from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
 
 LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
 
-_CLIPPED: Mapping[str, type[Ppo | Cispo | Gspo]] = {"ppo": Ppo, "cispo": Cispo, "gspo": Gspo}
+_LOSSES: Mapping[str, type[Loss]] = {
+    "cross_entropy": CrossEntropy,
+    "importance_sampling": ImportanceSampling,
+    "ppo": Ppo,
+    "cispo": Cispo,
+    "dro": Dro,
+    "gspo": Gspo,
+}
+N = TypeVar("N", bound=Loss | AdamParams)
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
 
@@ -110,7 +117,13 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
             field="data",
             count=len(request.data),
         )
-    scope = _parse_scope(request.logprob_scope)
+    scope = request.logprob_scope
+    if scope not in trainer_pb2.LogprobScope.values():
+        raise InvalidRequest(
+            f"`logprob_scope` is {scope}, which this server does not know; use ALL or WEIGHTED",
+            field="logprob_scope",
+            value=scope,
+        )
     loss = parse_loss(request)
     return Compute(
         documents=tuple(
@@ -123,68 +136,43 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
     )
 
 
-def _parse_scope(scope: int) -> int:
-    if scope not in trainer_pb2.LogprobScope.values():
-        raise InvalidRequest(
-            f"`logprob_scope` is {scope}, which this server does not know; use ALL or WEIGHTED",
-            field="logprob_scope",
-            value=scope,
-        )
-    return scope
-
-
 def parse_loss(request: ComputeRequest) -> Loss:
     name = request.WhichOneof("loss_fn")
-    match name:
-        case "cross_entropy":
-            return CrossEntropy()
-        case "importance_sampling":
-            return ImportanceSampling()
-        case "dro":
-            if not request.dro.HasField("beta"):
-                raise InvalidRequest(
-                    "`dro.beta` is missing; dro has no default for it", field="dro.beta"
-                )
-            return Dro(fields.finite(request.dro.beta, "dro.beta"))
-        case None:
-            raise InvalidRequest(
-                "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
-                "`cispo`, `dro`, `gspo`",
-                field="loss_fn",
-            )
-    return _clipped(getattr(request, name), name)
-
-
-def _clipped(
-    given: types_pb2.Ppo | types_pb2.Cispo | types_pb2.Gspo, where: str
-) -> Ppo | Cispo | Gspo:
-    kind = _CLIPPED[where]
-    low, high = (
-        fields.finite(getattr(given if given.HasField(name) else kind(), name), f"{where}.{name}")
-        for name in ("clip_low_threshold", "clip_high_threshold")
-    )
-    if high < low:
+    if name is None:
         raise InvalidRequest(
-            f"`{where}.clip_high_threshold` is {high:g}, less than `clip_low_threshold` {low:g}; "
+            "no loss is set; set one of `cross_entropy`, `importance_sampling`, `ppo`, "
+            "`cispo`, `dro`, `gspo`",
+            field="loss_fn",
+        )
+    given = getattr(request, name)
+    if name == "dro" and not given.HasField("beta"):
+        raise InvalidRequest("`dro.beta` is missing; dro has no default for it", field="dro.beta")
+    loss = _with_numbers(_LOSSES[name], given, name)
+    if isinstance(loss, Ppo | Cispo | Gspo) and loss.clip_high_threshold < loss.clip_low_threshold:
+        low, high = loss.clip_low_threshold, loss.clip_high_threshold
+        raise InvalidRequest(
+            f"`{name}.clip_high_threshold` is {high:g}, less than `clip_low_threshold` {low:g}; "
             "both are bounds of the ratio, such as 0.8 and 1.2",
-            field=f"{where}.clip_high_threshold",
+            field=f"{name}.clip_high_threshold",
             clip_low_threshold=low,
             clip_high_threshold=high,
         )
-    return kind(low, high)
+    return loss
 
 
 def parse_adam_params(given: types_pb2.AdamParams) -> AdamParams:
-    default = AdamParams()
-    values = {
-        entry.name: fields.finite(
-            getattr(given if given.HasField(entry.name) else default, entry.name),
-            f"adam_params.{entry.name}",
-            below=1.0 if entry.name.startswith("beta") else float("inf"),
-        )
-        for entry in fields_of(AdamParams)
-    }
-    return AdamParams(**values)
+    return _with_numbers(AdamParams, given, "adam_params")
+
+
+def _with_numbers(kind: type[N], given: Any, where: str) -> N:
+    """A dataclass of the numbers that are given, and of its defaults."""
+    numbers = {}
+    for entry in fields_of(kind):
+        default: Any = entry.default
+        value = getattr(given, entry.name) if given.HasField(entry.name) else default
+        below = 1.0 if entry.name in ("beta1", "beta2") else float("inf")
+        numbers[entry.name] = fields.finite(value, f"{where}.{entry.name}", below=below)
+    return kind(**numbers)
 
 
 def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) -> Step:
@@ -213,10 +201,6 @@ def _parse_save_for_sampler(
     )
 
 
-def _parse_load(request: trainer_pb2.LoadStateRequest, model: ModelDescription) -> Load:
-    return parse_load(request.path, request.with_optimizer, "path")
-
-
 _PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
     "Forward": _parse_compute,
     "ForwardBackward": _parse_compute,
@@ -224,5 +208,5 @@ _PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
     "DiscardGradient": lambda request, model: Discard(),
     "SaveState": _parse_save,
     "SaveWeightsForSampler": _parse_save_for_sampler,
-    "LoadState": _parse_load,
+    "LoadState": lambda request, model: parse_load(request.path, request.with_optimizer, "path"),
 }

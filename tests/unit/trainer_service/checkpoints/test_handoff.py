@@ -28,8 +28,9 @@ from mint_core.lora.spec import AdapterArrays
 from tests.object_servers import ObjectServer
 from tests.unit.checkpoint_store.conftest import SPEC, adapter
 from tests.unit.checkpoint_store.rows import NUMBERS_BYTES, write_snapshot
-from tests.unit.trainer_service.queue.test_backlog import origin
-from trainer_service.checkpoints.handoff import Handoff, Write
+from tests.unit.trainer_service.queue.test_admission import origin
+from trainer_service.checkpoints.handoff import Handoff
+from trainer_service.checkpoints.staging import Write
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
 

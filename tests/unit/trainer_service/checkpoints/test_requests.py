@@ -107,7 +107,7 @@ async def test_an_upload_is_its_header_and_its_pieces() -> None:
         "adapter_config.json": 9,
         "adapter_model.safetensors": 9,
     }
-    assert pieces == [Piece("adapter_config.json", 3, b"x")]
+    assert pieces == [("adapter_config.json", 3, b"x")]
 
 
 async def test_nothing_at_all_is_no_upload() -> None:

@@ -6,7 +6,8 @@ import torch
 from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec
-from trainer_service.engine.optimizer import NonFiniteGradient, RowStep, step_rows
+from trainer_service.engine.optimizer import NonFiniteGradient, step_rows
+from trainer_service.engine.rows import TrainedRow
 from trainer_service.jobs import AdamParams
 
 PARAMS = [
@@ -19,9 +20,9 @@ RANKS = (8, 16, 8, 8)
 BROKEN = 3  # has a NaN in its gradient
 
 
-def make_steps() -> list[RowStep]:
+def make_steps() -> list[tuple[TrainedRow, AdamParams]]:
     bank = AdapterBank(complete({"m": LinearShape(24, 40)}), TRAINING_PARTS, torch.device("cpu"))
-    return [RowStep(make_row(bank, i), 3 * i, params) for i, params in enumerate(PARAMS)]
+    return [(TrainedRow(make_row(bank, i), 3 * i), params) for i, params in enumerate(PARAMS)]
 
 
 def make_row(bank: AdapterBank, number: int) -> AdapterRow:
@@ -43,38 +44,39 @@ def test_steps_together_are_steps_one_by_one_bitwise() -> None:
         (expected,) = step_rows([step])
         assert results[i].step == expected.step
         for part in TRAINING_PARTS:
-            assert torch.equal(together[i].row.part(part), step.row.part(part))
+            assert torch.equal(together[i][0].row.part(part), step[0].row.part(part))
         if i != BROKEN:
             assert results[i].grad_norm == expected.grad_norm
 
 
 def test_a_gradient_that_is_not_finite_is_cleared_and_not_stepped_on() -> None:
     steps = make_steps()
-    before = steps[BROKEN].row.part(Part.WEIGHTS).clone()
+    before = steps[BROKEN][0].row.part(Part.WEIGHTS).clone()
     results = step_rows(steps)
     assert [isinstance(result.error, NonFiniteGradient) for result in results] == [
         i == BROKEN for i in range(len(steps))
     ]
-    assert results[BROKEN].step == steps[BROKEN].taken
-    assert torch.equal(steps[BROKEN].row.part(Part.WEIGHTS), before)
-    assert not any(step.gradient.any() for step in steps)
+    assert results[BROKEN].step == steps[BROKEN][0].step == 3 * BROKEN
+    assert torch.equal(steps[BROKEN][0].row.part(Part.WEIGHTS), before)
+    assert not any(trained.row.part(Part.GRADIENT).any() for trained, _ in steps)
 
 
 def test_a_step_is_what_torchs_optimizer_takes() -> None:
-    step = make_steps()[2]
-    weights = step.row.part(Part.WEIGHTS).clone().requires_grad_()
-    weights.grad = step.gradient.clone()
+    trained, params = make_steps()[2]
+    row = trained.row
+    weights = row.part(Part.WEIGHTS).clone().requires_grad_()
+    weights.grad = row.part(Part.GRADIENT).clone()
     optimizer = torch.optim.AdamW([weights], lr=1e-3, weight_decay=0.1)
     optimizer.state[weights] = {
-        "step": torch.tensor(float(step.taken)),
-        "exp_avg": step.row.part(Part.EXP_AVG).clone(),
-        "exp_avg_sq": step.row.part(Part.EXP_AVG_SQ).clone(),
+        "step": torch.tensor(float(trained.step)),
+        "exp_avg": row.part(Part.EXP_AVG).clone(),
+        "exp_avg_sq": row.part(Part.EXP_AVG_SQ).clone(),
     }
     optimizer.step()
-    (result,) = step_rows([step])
-    assert result.step == step.taken + 1
+    (result,) = step_rows([(trained, params)])
+    assert result.step == trained.step == 3 * 2 + 1
     assert result.grad_norm == pytest.approx(weights.grad.norm().item(), rel=1e-6)
-    torch.testing.assert_close(step.row.part(Part.WEIGHTS), weights.detach())
+    torch.testing.assert_close(row.part(Part.WEIGHTS), weights.detach())
 
 
 def test_no_steps_are_no_work() -> None:

@@ -1,11 +1,15 @@
 """How much may wait, and when to come again."""
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
 
 from mint_core.backlog import Load
 from mint_core.lora.spec import AdapterSpec
+from mint_core.rpc.metrics import Metrics
 from tests.unit.trainer_service.calls import call, compute
-from trainer_service.queue.backlog import Backlogs
+from trainer_service.errors import QueueFull
+from trainer_service.queue.admission import Admission
 from trainer_service.run.calls import Call
 from trainer_service.run.run import RunOrigin
 
@@ -34,38 +38,46 @@ A1, A2, B1 = origin("ann", "a1"), origin("ann", "a2"), origin("bob", "b1")
 
 
 class Asked:
-    """Backlogs of 3 calls or 100 tokens, and what they asked the prediction."""
+    """Admission to a queue of 3 calls or 100 tokens, and what it asked the prediction."""
 
     def __init__(self, *, per_run: bool = False, wait_s: float = 2.0) -> None:
         self.asked: list[tuple[str, str | None, int]] = []
         self.wait_s = wait_s
-        self.backlogs = Backlogs(Load(count=3, tokens=100), per_run=per_run, predict=self.predict)
+        sound: Any = SimpleNamespace(trouble=lambda: None, refusal=lambda: None)
+        self.admission = Admission(
+            sound,
+            sound,
+            Metrics().queue_depth,
+            Load(count=3, tokens=100),
+            per_run=per_run,
+            predict=self.predict,
+        )
 
     def predict(self, tenant: str, run: str | None, tokens: int) -> float:
         self.asked.append((tenant, run, tokens))
         return self.wait_s
 
     def is_full(self, run: RunOrigin) -> bool:
-        return self.backlogs.refusal(run, 0) is not None
+        return self.admission.call_refusal(run, 0) is not None
 
 
 def test_a_tenants_runs_fill_one_queue() -> None:
     asked = Asked()
     for run in (A1, A2, A1):
         assert not asked.is_full(run)
-        asked.backlogs.enter(run, call(1))
+        asked.admission.enter(run, call(1))
 
     assert asked.is_full(A1)
     assert asked.is_full(A2)
     assert not asked.is_full(B1)
-    asked.backlogs.leave(A2, call(1))
+    asked.admission.leave(A2, call(1))
     assert not asked.is_full(A1)
 
 
 def test_without_tenants_each_run_has_a_queue() -> None:
     asked = Asked(per_run=True)
     for _ in range(3):
-        asked.backlogs.enter(A1, call(1))
+        asked.admission.enter(A1, call(1))
 
     assert asked.is_full(A1)
     assert not asked.is_full(A2)
@@ -73,26 +85,26 @@ def test_without_tenants_each_run_has_a_queue() -> None:
 
 def test_a_call_of_any_size_is_taken_while_there_is_room() -> None:
     asked = Asked()
-    asked.backlogs.enter(A1, of_tokens(99))
+    asked.admission.enter(A1, of_tokens(99))
     assert not asked.is_full(A1)
-    asked.backlogs.enter(A1, of_tokens(1000))
+    asked.admission.enter(A1, of_tokens(1000))
     assert asked.is_full(A1)
 
-    asked.backlogs.leave(A1, of_tokens(1000))
+    asked.admission.leave(A1, of_tokens(1000))
     assert not asked.is_full(A1)
-    asked.backlogs.leave(A1, of_tokens(99))
-    asked.backlogs.enter(A1, of_tokens(5000))  # alone, however large
+    asked.admission.leave(A1, of_tokens(99))
+    asked.admission.enter(A1, of_tokens(5000))  # alone, however large
     assert asked.is_full(A1)
 
 
 def test_the_refusal_says_when_there_will_be_room() -> None:
     asked = Asked()
     for _ in range(2):
-        asked.backlogs.enter(A1, of_tokens(60))
+        asked.admission.enter(A1, of_tokens(60))
 
-    error = asked.backlogs.refusal(A2, 0)
+    error = asked.admission.call_refusal(A2, 0)
 
-    assert error is not None
+    assert isinstance(error, QueueFull)
     assert error.retry_after_s == 2.0
     assert error.metadata == {
         "calls": "2",
@@ -100,20 +112,20 @@ def test_the_refusal_says_when_there_will_be_room() -> None:
         "max_calls": "3",
         "max_tokens": "100",
     }
-    asked.backlogs.refusal(A2, 3)  # three calls of about 60 tokens go before
+    asked.admission.call_refusal(A2, 3)  # three calls of about 60 tokens go before
     assert asked.asked == [("ann", None, 60), ("ann", None, 60 + 3 * 60)]
-    asked.backlogs.enter(A1, of_tokens(500))
-    asked.backlogs.refusal(A1, 0)
+    asked.admission.enter(A1, of_tokens(500))
+    asked.admission.call_refusal(A1, 0)
     assert asked.asked[-1] == ("ann", None, 521)  # then 99 tokens are left
 
 
 def test_the_wait_is_neither_a_storm_nor_an_age() -> None:
     for wait_s, told_s in ((0.0, 0.1), (3600.0, 10.0)):
         asked = Asked(per_run=True, wait_s=wait_s)
-        asked.backlogs.enter(A1, of_tokens(100))
+        asked.admission.enter(A1, of_tokens(100))
 
-        error = asked.backlogs.refusal(A1, 0)
+        error = asked.admission.call_refusal(A1, 0)
 
-        assert error is not None
+        assert isinstance(error, QueueFull)
         assert error.retry_after_s == told_s
         assert asked.asked == [("ann", "a1", 100)]
