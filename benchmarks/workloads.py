@@ -14,6 +14,7 @@ from mint_core.lora.targets import HEAD
 from mint_core.model.loading import LoadedBase
 from tests.engines_in_process import make_engine
 from tests.models import tiny_qwen3
+from trainer_service.calls import Call, Compute, Place
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
     AdamParams,
@@ -27,7 +28,6 @@ from trainer_service.jobs import (
     StepRows,
 )
 from trainer_service.queue.planner import Planner, cut, most_tile_tokens
-from trainer_service.run.calls import Call, Compute, Place
 
 SMOLLM2 = Path(".models/SmolLM2-135M-Instruct")  # `make model`
 LONG = (64, 96, 128, 160, 256, 512)  # tokens of the first workload's documents

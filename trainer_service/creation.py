@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mint_core.errors import EngineDied, EngineFault
+from trainer_service.calls import Load
 from trainer_service.jobs import CreateRow, DropRow, RowDescription, SavedRow, Source
 from trainer_service.queue.planner import most_tile_tokens
 from trainer_service.queue.scheduler import NotStarted
-from trainer_service.run.calls import Load
-from trainer_service.run.description import RunOrigin, RunState
 from trainer_service.run.services import RunServices
+from trainer_service.run_description import RunOrigin, RunState
 from trainer_service.wire.requests import CreateRun
 
 logger = logging.getLogger(__name__)

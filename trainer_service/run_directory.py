@@ -5,14 +5,14 @@ from collections.abc import Mapping
 
 from checkpoint_store import CheckpointStore
 from mint_core.errors import FailedPrecondition, TrainingRunNotFound
-from trainer_service.checkpoints.uploaded_runs import (
+from trainer_service.run_description import RunView
+from trainer_service.runs import Runs
+from trainer_service.uploaded_runs import (
     PREFIX,
     UploadedRun,
     is_uploaded,
     uploaded_runs,
 )
-from trainer_service.run.description import RunView
-from trainer_service.runs import Runs
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, Place, page_of, place
 from trainer_service.wire.requests import DeleteRun, ListRuns

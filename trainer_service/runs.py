@@ -14,7 +14,7 @@ from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavail
 from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
-from trainer_service.checkpoints.uploaded_runs import is_uploaded
+from trainer_service.calls import Call
 from trainer_service.creation import Creation
 from trainer_service.errors import TrainingRunUploaded
 from trainer_service.jobs import DropRow
@@ -24,14 +24,14 @@ from trainer_service.journal.ledger import Ledger, PastRun
 from trainer_service.journal.records import RunRecord
 from trainer_service.journal.writer import Written
 from trainer_service.queue.admission import Admission
-from trainer_service.queue.watching import Watch
 from trainer_service.run.call_numbers import CallLimits, PastNumber
-from trainer_service.run.calls import Call
-from trainer_service.run.description import RunOrigin, RunState, RunView
 from trainer_service.run.loop import RunLoop
 from trainer_service.run.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
+from trainer_service.run.watching import Watch
+from trainer_service.run_description import RunOrigin, RunState, RunView
+from trainer_service.uploaded_runs import is_uploaded
 from trainer_service.wire.idempotency import REMEMBERED_S, Once
 from trainer_service.wire.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
 from trainer_service.wire.responses import create_response, open_response, update_response

@@ -20,14 +20,14 @@ from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
 from trainer_service.journal.ledger import Ledger
+from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.queue.usage import Usage
-from trainer_service.recovery.saved_rows import SavedRows
-from trainer_service.recovery.state_size import StateSize
 from trainer_service.run.call_numbers import CallLimits
 from trainer_service.run.retention import Clock
+from trainer_service.run.saved_rows import SavedRows
 from trainer_service.run.services import RunServices
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs

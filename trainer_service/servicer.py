@@ -11,9 +11,12 @@ from typing import Any
 from google.protobuf.message import Message
 
 from mint_core.rpc.caller import caller, note, records_refusals
+from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
+from trainer_service.calls import Call
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.run.calls import Call
+from trainer_service.run.watching import CallEnd, Event, QueueProgress
+from trainer_service.run_description import RunView
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.wire import requests, responses
@@ -95,7 +98,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         watch = self._runs.watch(caller().tenant, requests.run_id(request.training_run_id))
         async with aclosing(watch.events()) as events:
             async for event in events:
-                yield responses.watch_response(event)
+                yield _watch_response(event)
 
     async def _parse(self, request: Message) -> Call:
         model, refusals = self._scheduler.model, caller().refusals
@@ -113,3 +116,29 @@ def _note(call: Call) -> None:
         note(wait_s=course.wait_s, run_s=course.run_s)
     if course.deaths:
         note(engine_deaths=course.deaths)
+
+
+def _watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
+    response = trainer_pb2.WatchTrainingRunResponse(event_time=event.time)
+    match event.what:
+        case RunView() as view:
+            response.training_run.CopyFrom(responses.run_message(view))
+        case QueueProgress(waiting_calls, forecast):
+            response.queue_progress.waiting_calls = waiting_calls
+            response.queue_progress.tokens_ahead = forecast.tokens_ahead
+            if forecast.wait_s is not None:
+                response.queue_progress.estimated_wait.FromNanoseconds(round(forecast.wait_s * 1e9))
+        case CallEnd() as end:
+            response.call_outcome.CopyFrom(_call_outcome(end))
+    return response
+
+
+def _call_outcome(end: CallEnd) -> trainer_pb2.CallOutcome:
+    return trainer_pb2.CallOutcome(
+        sequence=end.sequence,
+        method=end.method,
+        step=end.step,
+        code=code_of(end.error).value[0] if end.error else 0,
+        metrics=end.metrics,
+        missed_outcomes=end.missed,
+    )

@@ -153,6 +153,22 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
         pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
 
 
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_folders_import_each_other_in_a_circle(package: str) -> None:
+    """Each folder of a package is a room, and so is each file that lies flat beside them."""
+    known = modules(package)
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        if name != package:
+            room = name.split(".")[1]
+            others = imported_modules(path, known) - {package}
+            graph.setdefault(room, set()).update(o.split(".")[1] for o in others)
+    try:
+        TopologicalSorter({room: set(o) - {room} for room, o in graph.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize("folder", CLIENT_MAY_IMPORT)
 def test_parts_of_the_client_know_only_what_lies_below_them(folder: str) -> None:
     known = modules("mint")

@@ -19,13 +19,13 @@ from checkpoint_store import (
     new_manifest,
 )
 from mint_core.engine_host.pipe import ModelDescription
+from trainer_service.calls import Call, Load, Save, SaveForSampler
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.checkpoints.sweeping import Sweeper
 from trainer_service.errors import CheckpointMismatch
 from trainer_service.jobs import SaveCheckpoint, Source
-from trainer_service.run.calls import Call, Load, Save, SaveForSampler
-from trainer_service.run.description import RunOrigin
+from trainer_service.run_description import RunOrigin
 
 
 @dataclass(frozen=True, slots=True)

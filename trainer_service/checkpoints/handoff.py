@@ -24,7 +24,7 @@ from mint_core.errors import CheckpointNotFound, MintError
 from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
-from trainer_service.run.description import RunOrigin
+from trainer_service.run_description import RunOrigin
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from trainer_service.checkpoints.apart import Convert, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.requests import Piece, Upload
 from trainer_service.checkpoints.staging import staging
-from trainer_service.checkpoints.uploaded_runs import uploaded_run_id
 from trainer_service.errors import RequestIdReused
+from trainer_service.uploaded_runs import uploaded_run_id
 from trainer_service.wire.idempotency import Once
 
 MODULE = "trainer_service.checkpoints.conversion"

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import astuple
 
+from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
     STATE_COLUMNS,
@@ -16,8 +17,7 @@ from trainer_service.journal.records import (
     last_id,
     signed,
 )
-from trainer_service.run.calls import Effect, Reply
-from trainer_service.run.description import RunState
+from trainer_service.run_description import RunState
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
 _SET_STATE = (

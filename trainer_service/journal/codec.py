@@ -10,10 +10,10 @@ from typing import Any
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import Recorded
+from trainer_service.calls import Call, Method, Refused, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.journal.records import Payload
-from trainer_service.run.calls import Call, Method, Refused, Work
-from trainer_service.run.description import RunOrigin
+from trainer_service.run_description import RunOrigin
 from trainer_service.wire.replies import refused
 from trainer_service.wire.requests import hash_of
 from trainer_service.wire.sequenced_requests import parse_work, request_kind

@@ -7,14 +7,14 @@ from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
+from trainer_service.calls import Call, Course, Place, Refused, Work
 from trainer_service.errors import RequestDamaged, StateDamaged
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
 from trainer_service.journal.records import CallRecord, Payload, RequestRecord, RunRecord
 from trainer_service.journal.run_journal import RunJournal
 from trainer_service.journal.writer import Journal
-from trainer_service.run.calls import Call, Course, Place, Refused, Work
-from trainer_service.run.description import RunOrigin
+from trainer_service.run_description import RunOrigin
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 
+from trainer_service.calls import Effect
 from trainer_service.jobs import SavedRow
 from trainer_service.journal.records import (
     STATE_COLUMNS,
@@ -17,9 +18,7 @@ from trainer_service.journal.records import (
     sequence_of,
     unsigned,
 )
-from trainer_service.run.calls import Effect
-from trainer_service.run.description import RunState
-from trainer_service.run.gradient import Gradient
+from trainer_service.run_description import Gradient, RunState
 
 
 def load_server(db: sqlite3.Connection) -> dict[str, str]:

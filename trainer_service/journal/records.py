@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer_service.run.calls import Effect
-from trainer_service.run.description import RunState
+from trainer_service.calls import Effect
+from trainer_service.run_description import RunState
 
 # Of the table of states: the fields of RunState and, in the gradient's place, those of Gradient.
 STATE_COLUMNS = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
+from trainer_service.calls import Call, Outcome, Reply, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
@@ -18,8 +19,7 @@ from trainer_service.journal.records import (
     call_id,
 )
 from trainer_service.journal.writer import Journal, Statement, Written
-from trainer_service.run.calls import Call, Outcome, Reply, Work
-from trainer_service.run.description import RunOrigin, RunState
+from trainer_service.run_description import RunOrigin, RunState
 from trainer_service.wire.requests import Identity
 from trainer_service.wire.sequenced_requests import LARGE_BYTES
 

@@ -6,11 +6,11 @@ from prometheus_client import Gauge
 
 from mint_core.backlog import Backlog, Load, retry_after_s
 from mint_core.errors import MintError, Unavailable
+from trainer_service.calls import Call
 from trainer_service.errors import QueueFull
+from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal
-from trainer_service.recovery.state_size import StateSize
-from trainer_service.run.calls import Call
-from trainer_service.run.description import RunOrigin
+from trainer_service.run_description import RunOrigin
 
 # Says when a tenant, or one run of it, will have had so many more tokens computed, in seconds.
 Predict = Callable[[str, str | None, int], float]

@@ -7,9 +7,9 @@ tenant, all alike. A run's tiles keep their order.
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from trainer_service.calls import Compute
 from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
 from trainer_service.queue.round_robin import Ring, RunQueue, alike
-from trainer_service.run.calls import Compute
 
 # A round gives each tenant a plan's tokens by this number: with small turns, a small request passes
 # those that are about as small and not the large ones.

@@ -9,10 +9,10 @@ from google.rpc import status_pb2
 
 from checkpoint_store.row_file import RowDamaged, RowFile
 from mintrpc.v1 import trainer_pb2
+from trainer_service.calls import Effect
 from trainer_service.journal import codec, queries, records
 from trainer_service.journal.changes import decode_reply
 from trainer_service.journal.records import PastCall
-from trainer_service.run.calls import Effect
 from trainer_service.wire.sequenced_requests import request_kind
 
 

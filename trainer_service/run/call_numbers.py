@@ -11,6 +11,7 @@ from typing import Protocol
 
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
+from trainer_service.calls import Call, Place, Refused, Reply
 from trainer_service.errors import (
     AnswerAcknowledged,
     AnswersUnacknowledged,
@@ -19,7 +20,6 @@ from trainer_service.errors import (
     TooManyCallsInFlight,
     WriterFenced,
 )
-from trainer_service.run.calls import Call, Place, Refused, Reply
 
 _SMALL_BYTES = 1024  # of an answer, beside its content, about
 

@@ -7,15 +7,7 @@ from functools import partial
 
 from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
-from trainer_service.jobs import (
-    ClearGradient,
-    LoadRow,
-    StepRow,
-    TileResult,
-    tile_tokens,
-)
-from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
-from trainer_service.run.calls import (
+from trainer_service.calls import (
     Call,
     Compute,
     Discard,
@@ -27,6 +19,14 @@ from trainer_service.run.calls import (
     SaveForSampler,
     Step,
 )
+from trainer_service.jobs import (
+    ClearGradient,
+    LoadRow,
+    StepRow,
+    TileResult,
+    tile_tokens,
+)
+from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
 from trainer_service.run.unsaved import UnsavedWork

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mint_core.errors import MintError
-from trainer_service.run.calls import Call
+from trainer_service.calls import Call
 
 
 @dataclass(slots=True, eq=False)

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from mint_core.errors import EngineDied, EngineFault, MintError
+from trainer_service.calls import Call, Outcome, Reply
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE
 from trainer_service.queue.scheduler import NotStarted
-from trainer_service.run.calls import Call, Outcome, Reply
 from trainer_service.run.execution import Execution, refusal
 from trainer_service.run.inbox import Errand, Work
 from trainer_service.run.restoring import Restoring

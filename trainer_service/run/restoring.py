@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mint_core.errors import EngineDied, MintError
 from mint_core.fault_points import fault_point
+from trainer_service.calls import Compute, Effect, Step
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import (
     ClearGradient,
@@ -27,7 +28,6 @@ from trainer_service.journal.records import PastCall
 from trainer_service.journal.run_journal import Past
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
 from trainer_service.queue.scheduler import NotStarted
-from trainer_service.run.calls import Compute, Effect, Step
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
 

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
+from trainer_service.calls import Call, Outcome, Reply
 from trainer_service.errors import TrainingRunLost
 from trainer_service.journal.run_journal import RunJournal
 from trainer_service.journal.writer import RecordRefused, Written
 from trainer_service.queue.admission import Admission
 from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
-from trainer_service.run.calls import Call, Outcome, Reply
-from trainer_service.run.description import RunOrigin, RunState, RunView
-from trainer_service.run.gradient import Gradient
 from trainer_service.run.inbox import Inbox
 from trainer_service.run.retention import Retention
 from trainer_service.run.unsaved import UnsavedWork
+from trainer_service.run_description import Gradient, RunOrigin, RunState, RunView
 
 
 class Watcher(Protocol):

@@ -4,7 +4,7 @@ from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.metrics import Metrics
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.recovery.saved_rows import SavedRows
+from trainer_service.run.saved_rows import SavedRows
 
 
 class RunServices:

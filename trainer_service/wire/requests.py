@@ -15,7 +15,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest
 from mint_core.lora.spec import DEFAULT_ALPHA, LoraRequest
 from mintrpc.v1 import trainer_pb2, types_pb2
-from trainer_service.run.calls import Load
+from trainer_service.calls import Load
 from trainer_service.wire import fields
 from trainer_service.wire.pages import PageRequest, parse_page
 

@@ -3,11 +3,9 @@
 from datetime import UTC, datetime
 
 from mint_core.lora.spec import AdapterSpec
-from mint_core.rpc.errors import code_of
 from mintrpc.v1 import trainer_pb2, types_pb2
-from trainer_service.checkpoints.uploaded_runs import UploadedRun
-from trainer_service.queue.watching import CallEnd, Event, QueueProgress
-from trainer_service.run.description import RunView
+from trainer_service.run_description import RunView
+from trainer_service.uploaded_runs import UploadedRun
 from trainer_service.wire.pages import Page
 
 
@@ -90,32 +88,6 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
         isolated=origin.isolated,
         inexact_replay_count=state.inexact_replays,
         kind=states.KIND_TRAINED,
-    )
-
-
-def watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
-    response = trainer_pb2.WatchTrainingRunResponse(event_time=event.time)
-    match event.what:
-        case RunView() as view:
-            response.training_run.CopyFrom(run_message(view))
-        case QueueProgress(waiting_calls, forecast):
-            response.queue_progress.waiting_calls = waiting_calls
-            response.queue_progress.tokens_ahead = forecast.tokens_ahead
-            if forecast.wait_s is not None:
-                response.queue_progress.estimated_wait.FromNanoseconds(round(forecast.wait_s * 1e9))
-        case CallEnd() as end:
-            response.call_outcome.CopyFrom(_call_outcome(end))
-    return response
-
-
-def _call_outcome(end: CallEnd) -> trainer_pb2.CallOutcome:
-    return trainer_pb2.CallOutcome(
-        sequence=end.sequence,
-        method=end.method,
-        step=end.step,
-        code=code_of(end.error).value[0] if end.error else 0,
-        metrics=end.metrics,
-        missed_outcomes=end.missed,
     )
 
 

@@ -15,17 +15,7 @@ from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.errors import domain_error
 from mint_core.rpc.limits import MAX_DATA_PER_REQUEST
 from mintrpc.v1 import trainer_pb2, types_pb2
-from trainer_service.jobs import (
-    AdamParams,
-    Cispo,
-    CrossEntropy,
-    Dro,
-    Gspo,
-    ImportanceSampling,
-    Loss,
-    Ppo,
-)
-from trainer_service.run.calls import (
+from trainer_service.calls import (
     Call,
     Compute,
     Discard,
@@ -36,6 +26,16 @@ from trainer_service.run.calls import (
     SaveForSampler,
     Step,
     Work,
+)
+from trainer_service.jobs import (
+    AdamParams,
+    Cispo,
+    CrossEntropy,
+    Dro,
+    Gspo,
+    ImportanceSampling,
+    Loss,
+    Ppo,
 )
 from trainer_service.wire import fields
 from trainer_service.wire.datums import parse_datum

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer_service.calls import Call, Compute, Discard, Method, Place, Work
 from trainer_service.jobs import AdamParams, CrossEntropy, Document, StepRow, Tile
 from trainer_service.queue.planner import cut
-from trainer_service.run.calls import Call, Compute, Discard, Method, Place, Work
 
 
 def document(tokens: int, first: int = 0) -> Document:

@@ -12,9 +12,9 @@ from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call, compute
+from trainer_service.calls import Call, Step
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import AdamParams
-from trainer_service.run.calls import Call, Step
 from trainer_service.run.run import Run
 from trainer_service.runs import Runs
 from trainer_service.service import TrainerService

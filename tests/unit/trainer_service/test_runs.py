@@ -11,8 +11,8 @@ from mint_core.errors import FailedPrecondition, TrainingRunNotFound
 from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
+from trainer_service.calls import Load, Save
 from trainer_service.jobs import CreateRow, DropRow, SaveRow
-from trainer_service.run.calls import Load, Save
 from trainer_service.wire.requests import CreateRun
 
 

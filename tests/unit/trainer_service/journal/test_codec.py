@@ -12,14 +12,14 @@ from mint_core.rpc.errors import to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.engines.echo_jobs import MODEL
 from tests.trainer_rpc import datum
-from trainer_service.errors import StateDamaged
-from trainer_service.journal import codec
-from trainer_service.journal.records import Payload
-from trainer_service.run.calls import (
+from trainer_service.calls import (
     Call,
     Compute,
     Refused,
 )
+from trainer_service.errors import StateDamaged
+from trainer_service.journal import codec
+from trainer_service.journal.records import Payload
 from trainer_service.run.run import RunOrigin
 from trainer_service.wire.sequenced_requests import parse_call
 

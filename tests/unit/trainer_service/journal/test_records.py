@@ -2,13 +2,12 @@
 
 import sqlite3
 
+from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, queries
 from trainer_service.journal.records import RequestRecord, RunRecord, call_id, sequence_of
 from trainer_service.journal.schema import migrate
-from trainer_service.run.calls import Effect, Reply
-from trainer_service.run.description import RunState
-from trainer_service.run.gradient import Gradient
+from trainer_service.run_description import Gradient, RunState
 
 ANSWER = Reply(b"answer", failed=False)
 

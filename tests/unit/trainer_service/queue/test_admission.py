@@ -8,9 +8,9 @@ from mint_core.backlog import Load
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.metrics import Metrics
 from tests.unit.trainer_service.calls import call, compute
+from trainer_service.calls import Call
 from trainer_service.errors import QueueFull
 from trainer_service.queue.admission import Admission
-from trainer_service.run.calls import Call
 from trainer_service.run.run import RunOrigin
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.trainer_service.calls import compute, document, step
+from trainer_service.calls import Compute
 from trainer_service.jobs import CrossEntropy, Plan, StepRows, Tile, tile_tokens
 from trainer_service.queue.planner import Planner, cut, most_tile_tokens
-from trainer_service.run.calls import Compute
 
 BUDGET = 64
 

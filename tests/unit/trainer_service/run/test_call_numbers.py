@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mint_core.errors import InvalidRequest, MintError, ResourceExhausted
 from tests.unit.trainer_service.calls import call
+from trainer_service.calls import Call, Refused, Reply
 from trainer_service.errors import (
     AnswerAcknowledged,
     AnswersUnacknowledged,
@@ -22,7 +23,6 @@ from trainer_service.errors import (
     WriterFenced,
 )
 from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
-from trainer_service.run.calls import Call, Refused, Reply
 
 ANSWER = Reply(b"answer", failed=False)
 

@@ -2,7 +2,7 @@
 
 from mint_core.errors import MintError
 from trainer_service.errors import BackwardCountMismatch, GradientIncomplete, NoGradient
-from trainer_service.run.gradient import Gradient
+from trainer_service.run_description import Gradient
 
 
 def test_a_step_needs_a_gradient() -> None:

@@ -12,7 +12,7 @@ from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.lora.spec import LoraRequest
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.unit.trainer_service.models import MODEL
-from trainer_service.run.calls import Load
+from trainer_service.calls import Load
 from trainer_service.wire import fields, requests
 
 

@@ -9,6 +9,16 @@ from mint_core.errors import InvalidRequest, MintError, Unimplemented
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.trainer_rpc import datum, model_input, tensor
 from tests.unit.trainer_service.models import MODEL
+from trainer_service.calls import (
+    Call,
+    Compute,
+    Discard,
+    Load,
+    Refused,
+    Save,
+    SaveForSampler,
+    Step,
+)
 from trainer_service.jobs import (
     AdamParams,
     Cispo,
@@ -18,16 +28,6 @@ from trainer_service.jobs import (
     ImportanceSampling,
     Loss,
     Ppo,
-)
-from trainer_service.run.calls import (
-    Call,
-    Compute,
-    Discard,
-    Load,
-    Refused,
-    Save,
-    SaveForSampler,
-    Step,
 )
 from trainer_service.wire.sequenced_requests import parse_call
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.unit.trainer_service.wire.test_sequenced_requests import PLACE, parse
-from trainer_service.run.calls import Compute, Refused, Step
+from trainer_service.calls import Compute, Refused, Step
 
 TENSORS = st.builds(
     types_pb2.TensorData,

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from mint_core.errors import MintError
+from trainer_service.calls import Call, Method, Outcome
 from trainer_service.queue.scheduler import Forecast
-from trainer_service.run.calls import Call, Method, Outcome
-from trainer_service.run.description import RunView
 from trainer_service.run.run import Run
+from trainer_service.run_description import RunView
 
 INTERVAL_S = 0.25  # between two looks at state and queue
 KEPT_ENDS = 256  # that wait for a slow reader

@@ -11,9 +11,9 @@ import pytest
 from mint_core.errors import TrainingRunNotFound, Unavailable
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
-from trainer_service.queue import watching
-from trainer_service.queue.watching import KEPT_ENDS, CallEnd, Event, QueueProgress
-from trainer_service.run.description import RunView
+from trainer_service.run import watching
+from trainer_service.run.watching import KEPT_ENDS, CallEnd, Event, QueueProgress
+from trainer_service.run_description import RunView
 from trainer_service.wire.requests import UpdateRun
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.rows import MAX_BATCH_TOKENS
 from tests.unit.trainer_service.fronts import Front, backward, fronting, optim_step
-from trainer_service.recovery import saved_rows
+from trainer_service.run import saved_rows
 
 assert MAX_BATCH_TOKENS > 20
 
