@@ -33,7 +33,7 @@ class Part(NamedTuple):
     """
 
     number: int
-    value: Any
+    value: Any  # None: the rest is done aside, in its own time, and the engine goes on
 
 
 @dataclass(frozen=True, slots=True)

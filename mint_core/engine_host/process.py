@@ -133,11 +133,13 @@ class _Waiter:
     silence_limit_s: float
     on_part: Callable[[Any], None] | None
     parted: bool = False  # the engine goes on with the next call and with this one beside it
+    aside: bool = False  # the rest of it takes its own time, and says nothing of the engine
 
     def take(self, part: object) -> None:
         self.parted = True
-        if self.future.done():
-            return  # the caller has left
+        self.aside |= part is None
+        if self.future.done() or (part is None and self.on_part is None):
+            return  # the caller has left, or has nothing to wait for
         try:
             assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
             self.on_part(part)
@@ -338,7 +340,8 @@ class EngineProcess:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if self._child is None or self._why_killed:
                 continue
-            limits_s = (waiter.silence_limit_s for waiter in self._waiting.values())
+            waiting = (waiter for waiter in self._waiting.values() if not waiter.aside)
+            limits_s = (waiter.silence_limit_s for waiter in waiting)
             limit_s = max(limits_s, default=float("inf"))
             if not self.ready:
                 limit_s = START_LIMIT_S

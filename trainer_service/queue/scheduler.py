@@ -239,7 +239,7 @@ class Scheduler:
             handed.put(key, NotStarted("the engine has ended"))
 
     async def row(
-        self, job: object, life: int, on_part: Callable[[Any], None] = lambda part: None
+        self, job: object, life: int, on_part: Callable[[Any], None] | None = None
     ) -> Any:
         """Does a job on one row, which was there in that life."""
         if life != self.life:
@@ -255,7 +255,7 @@ class Scheduler:
             if self._held and not self._engine.ready:
                 raise Unavailable("the server ends, and its engine has ended before it")
             try:
-                return await self._call(job, on_part=lambda part: None)
+                return await self._call(job)
             except EngineDied:
                 deaths += 1
                 if deaths == MOST_DEATHS:

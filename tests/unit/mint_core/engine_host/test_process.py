@@ -187,6 +187,21 @@ async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first() -> Non
         assert [isinstance(each, EngineDied) and each.at_work for each in died] == [1, 0]
 
 
+async def test_work_aside_may_take_its_time() -> None:
+    """As on a disk that does not answer: an engine that is otherwise well is not killed for it."""
+    async with running() as engine:
+        parts: list[object] = []
+        call = engine.call(Aside(), silence_limit_s=0.1, on_part=parts.append)
+        aside = asyncio.create_task(call)
+        while not parts:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # longer than the limit, and several looks of the watchdog
+        assert engine.restarts == 0
+        assert await engine.call(Echo("still there")) == "still there"
+        assert not aside.done()
+        aside.cancel()
+
+
 async def test_a_hung_engine_is_killed() -> None:
     async with running() as engine:
         with pytest.raises(EngineFault, match="said nothing for 1 s and was killed"):
