@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.lora.bank import AdapterBank, Part
+from mint_core.lora.bank import AdapterBank
 from mint_core.lora.groups import LinearShape, ModuleGroup
 from mint_core.lora.layers import LoraContext
 from mint_core.lora.segments import MIN_ROWS, Segment
@@ -32,8 +32,8 @@ class LoadedBase:
     # rowwise may have fewer than MIN_ROWS.
     min_rows: int = MIN_ROWS
 
-    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
-        return AdapterBank(self.groups, parts, self.device)
+    def new_bank(self) -> AdapterBank:
+        return AdapterBank(self.groups, self.device)
 
     def hidden(
         self,
