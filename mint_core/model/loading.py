@@ -38,7 +38,7 @@ from mint_core.model.attention_kernels import Scores
 from mint_core.model.base import LoadedBase
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
-from mint_core.model.recompute import Recomputation, install_recomputation
+from mint_core.model.recompute import Recomputation
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.shortcuts import install_shortcuts, watching_modules
 
@@ -102,7 +102,7 @@ def load_base(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
-        recomputation=Recomputation(0),
+        recomputation=Recomputation(),
         shapes=shapes,
         groups=groups,
         description=ModelDescription(
@@ -128,7 +128,8 @@ def load_base(
     _take_shortcuts(base)
     if inference:
         return replace(base, min_rows=pack(base, linears))
-    return replace(base, recomputation=install_recomputation(model))
+    base.recomputation.install(model)
+    return base
 
 
 def _read(
