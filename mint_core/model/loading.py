@@ -40,7 +40,7 @@ from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
 from mint_core.model.recompute import Recomputation
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
-from mint_core.model.shortcuts import install_shortcuts, watching_modules
+from mint_core.model.shortcuts import install_shortcuts
 
 __all__ = ["LoadedBase", "load_base"]
 
@@ -324,6 +324,6 @@ def _take_shortcuts(base: LoadedBase) -> None:
     n = len(tokens)
     probe = _Probe([0, n])
     positions = torch.arange(n, device=base.device) + context_length(base.model) - n
-    with watching_modules(base.model) as calls:
+    with watching(base.model) as calls:
         base.hidden(tokens, positions, (Segment(0, n),), probe)
     install_shortcuts(calls, probe.scores)

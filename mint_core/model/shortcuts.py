@@ -9,8 +9,6 @@ T: rows of the stream. h: heads. s: head size.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mint_core.lora.groups import ModuleCall
 from mint_core.lora.layers import LinearGroup, MultiLoraLinear
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.attention_kernels import Scores
@@ -219,35 +218,13 @@ def _group_of(module: Any, *names: str) -> LinearGroup:
     return group
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-@contextmanager
-def watching_modules(model: nn.Module) -> Iterator[list[_Call]]:
-    """Notes how every module is called meanwhile."""
-    calls: list[_Call] = []
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        calls.append(_Call(module, arguments, options))
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if not isinstance(module, MultiLoraLinear):
-                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
-        yield calls
-
-
 @torch.no_grad()
-def install_shortcuts(calls: list[_Call], scores: dict[int, Scores]) -> None:
+def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores]) -> None:
     """Gives modules their direct form, the inner ones first. `calls`: of a pass whose segments are
     still applied; `scores`: of each layer's attention.
     """
     forms: dict[nn.Module, Form] = {}
-    for call in reversed(calls):
+    for call in calls:
         for form in _forms(call.module, scores, forms):
             if all(_equal(call, form, factor) for factor in FACTORS):
                 forms[call.module] = call.module.forward = form
@@ -279,7 +256,7 @@ def _forms(
         return
 
 
-def _equal(call: _Call, form: Form, factor: float) -> bool:
+def _equal(call: ModuleCall, form: Form, factor: float) -> bool:
     """Whether a form gives what the module's own code does."""
     arguments = tuple(_scaled(a, factor) for a in call.arguments)
     options = call.options

@@ -158,7 +158,6 @@ class _Call:
         self.method = method
         self._start = time.perf_counter()
         self.caller = Caller("-")
-        self._described: dict[str, object] = {}
         self.code = "UNKNOWN"
         self.seconds = 0.0
         self._error: MintError | None = None
@@ -167,7 +166,7 @@ class _Call:
         """Takes what is logged from the request, and returns it."""
         for name, label in _LOGGED_FIELDS.items():
             if name in request.DESCRIPTOR.fields_by_name:
-                self._described[label] = getattr(request, name)
+                self.caller.notes[label] = getattr(request, name)
         return request
 
     def end(self, code: str, error: MintError | None = None) -> None:
@@ -178,7 +177,7 @@ class _Call:
     def log(self) -> None:
         words = {"method": self.method, "tenant": self.caller.tenant, "code": self.code}
         reason = {"reason": self._error.reason} if self._error else {}
-        line = {**words, **reason, **self._described, **self.caller.notes}
+        line = {**words, **reason, **self.caller.notes}
         logger.info("%s s=%.4f", " ".join(f"{k}={_word(v)}" for k, v in line.items()), self.seconds)
 
 
