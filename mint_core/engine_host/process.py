@@ -44,23 +44,21 @@ class _Waiter:
     on_part: Callable[[Any], None] | None
     parted: bool = False  # the engine goes on with the next call and with this one beside it
 
-    def take(self, part: object) -> None:
-        self.parted = True
+    def take(self, message: Part | Reply | Failure) -> None:
+        self.parted = self.parted or isinstance(message, Part)
         if self.future.done():
             return  # the caller has left
-        try:
-            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
-            self.on_part(part)
-        except Exception as error:  # the caller's own, and nobody else's
-            self.future.set_exception(error)
-
-    def finish(self, value: object) -> None:
-        if not self.future.done():
-            self.future.set_result(value)
-
-    def fail(self, error: MintError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+        match message:
+            case Part(_, part):
+                try:
+                    assert self.on_part, "the answer comes in parts, and nobody asked for them"
+                    self.on_part(part)
+                except Exception as error:  # the caller's own, and nobody else's
+                    self.future.set_exception(error)
+            case Reply(_, value):
+                self.future.set_result(value)
+            case Failure(_, error):
+                self.future.set_exception(error)
 
 
 class EngineProcess:
@@ -152,8 +150,8 @@ class EngineProcess:
         process, self._process = self._process, None
         gone = Unavailable("the server is shutting down; send the call again")
         self._fail_attempt(gone)
-        for waiter in self._waiting.values():
-            waiter.fail(gone)
+        for number, waiter in self._waiting.items():
+            waiter.take(Failure(number, gone))
         self.changed.set()
         if process:
             process.kill()
@@ -231,23 +229,17 @@ class EngineProcess:
 
     def _handle(self, message: object) -> None:
         match message:
-            case Part(number, value):
-                if waiter := self._waiting.get(number):
-                    waiter.take(value)
             case Hello():
                 assert self._attempt is not None
                 self._attempt.set_result(message)
                 self.changed.set()
                 start_s = self._last_word - self._started_s
                 logger.info("engine ready pid=%s start_s=%.2f", self.pid, start_s)
-            case Reply(number, value):
-                if waiter := self._waiting.get(number):
-                    waiter.finish(value)
             case Failure(0, error):
                 self._start_error = error
-            case Failure(number, error):
-                if waiter := self._waiting.get(number):
-                    waiter.fail(error)
+            case Part() | Reply() | Failure():
+                if waiter := self._waiting.get(message.number):
+                    waiter.take(message)
             case Heartbeat():
                 pass
             case Report(value):
@@ -286,7 +278,7 @@ class EngineProcess:
         begun = (number for number, waiter in self._waiting.items() if not waiter.parted)
         at = next(begun, next(iter(self._waiting), None))
         for number, waiter in self._waiting.items():
-            waiter.fail(EngineDied(why, at_work=number == at))
+            waiter.take(Failure(number, EngineDied(why, at_work=number == at)))
 
     async def _watch(self) -> None:
         while True:

@@ -35,10 +35,9 @@ from mint_core.model.architecture import (
 )
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
-from mint_core.model.base import LoadedBase
+from mint_core.model.base import LoadedBase, Recomputation
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
-from mint_core.model.recompute import Recomputation
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.shortcuts import install_shortcuts
 

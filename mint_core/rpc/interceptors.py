@@ -12,13 +12,7 @@ from google.protobuf.message import Message
 
 from mint_core.errors import MintError, Unimplemented
 from mint_core.hosting.access import KeyRing
-from mint_core.rpc.caller import (
-    DEFAULT_TENANT,
-    Caller,
-    caller,
-    is_recording_refusals,
-    set_caller,
-)
+from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, caller
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.unknown_fields import UnknownField, parse
@@ -112,7 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
             call.caller = Caller(tenant)
-            set_caller(call.caller)
+            CALLER.set(call.caller)
             yield call
             call.end("OK")
         except asyncio.CancelledError:
@@ -132,7 +126,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _note(self, call: "_Call") -> None:
         call.log()
-        self._metrics.call_ended(call.method, call.code, call.seconds)
+        self._metrics.calls.labels(call.method, call.code).inc()
+        self._metrics.call_seconds.labels(call.method).observe(call.seconds)
 
 
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
@@ -145,7 +140,7 @@ def _read(handler: Handler, raw: bytes) -> Message:
     try:
         return parse(handler.request_deserializer, raw)
     except UnknownField as error:
-        if not is_recording_refusals(handler.unary_unary):
+        if not getattr(handler.unary_unary, "records_refusals", False):
             raise
         caller().refusals.append(error)
         return error.request

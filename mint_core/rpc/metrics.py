@@ -49,10 +49,6 @@ class Metrics:
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
-    def call_ended(self, method: str, code: str, seconds: float) -> None:
-        self.calls.labels(method, code).inc()
-        self.call_seconds.labels(method).observe(seconds)
-
     def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
