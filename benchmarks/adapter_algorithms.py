@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mint_core.lora.algorithms import GROUPED, LOOP, Adapted, Algorithm, Gradients
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
+from mint_core.lora.bank import AdapterBank, Part
 from mint_core.lora.groups import LinearShape, ModuleGroup, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
@@ -32,7 +32,7 @@ Row = dict[str, object]
 
 
 def make_adapted(group: ModuleGroup, adapters: int, rows: int, rank: int) -> Adapted:
-    bank = AdapterBank((group,), TRAINING_PARTS, torch.device("cpu"))
+    bank = AdapterBank((group,), torch.device("cpu"))
     spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=group.modules)
     segments = []
     for i in range(adapters):

@@ -20,7 +20,7 @@ from mint_core.lora.algorithms import (
     Algorithm,
     Gradients,
 )
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
+from mint_core.lora.bank import AdapterBank, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
@@ -125,7 +125,7 @@ def adapters(bench: Bench) -> None:
     for count, rank, even in itertools.product((1, 8, 32), (8, 32), (True, False)):
         if bench.tiny and count == 32:
             continue
-        bank = AdapterBank((group,), TRAINING_PARTS, bench.device)
+        bank = AdapterBank((group,), bench.device)
         spec = AdapterSpec(rank=rank, alpha=32.0, use_rslora=False, seed=0, modules=tuple(shapes))
         rows = [bank.add(spec) for _ in range(count)]
         for row in rows:

@@ -8,8 +8,8 @@ from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
-from mintrpc.v1 import sampler_pb2_grpc
+from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mintrpc.v1 import model_pb2, sampler_pb2_grpc
 from sampler_service.adapters.leases import AdapterLeases
 from sampler_service.adapters.revisions import Revisions
 from sampler_service.adapters.row_folder import RowFolder
@@ -54,7 +54,9 @@ class SamplerService:
         self._served: ModelDescription | None = None
 
     def add_to(self, server: RpcServer) -> None:
-        offer = Offer(role="sampler", features=FEATURES)
+        offer = model_pb2.GetServerCapabilitiesResponse(
+            role=model_pb2.SERVICE_ROLE_SAMPLER, features=FEATURES
+        )
         add_model_service(
             server, ModelServicer(lambda: self._served, lambda: self.engine.ready, offer)
         )

@@ -17,10 +17,11 @@ from mint_core.hosting.access import KeyRing
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
+from mint_core.rpc.model_service import ModelServicer, add_model_service
 from mintrpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
+    model_pb2,
     trainer_pb2,
     trainer_pb2_grpc,
 )
@@ -113,7 +114,8 @@ async def serving(keys: KeyRing | None = None) -> AsyncIterator[Served]:
         Checkpoints(),
         "mintrpc.v1.CheckpointService",
     )
-    add_model_service(server, ModelServicer(lambda: None, lambda: False, Offer(role="trainer")))
+    offer = model_pb2.GetServerCapabilitiesResponse(role=model_pb2.SERVICE_ROLE_TRAINER)
+    add_model_service(server, ModelServicer(lambda: None, lambda: False, offer))
     port = await server.start()
     metrics_address = f"127.0.0.1:{metrics.serve('127.0.0.1:0')}"
     async with (

@@ -13,8 +13,8 @@ from mint_core.hosting.access import KeyRing
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
-from mintrpc.v1 import checkpoint_pb2_grpc, trainer_pb2_grpc
+from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
@@ -111,8 +111,8 @@ class TrainerService:
             CheckpointServicer(self._checkpoints, self.scheduler, threads=self._config.threads),
             "mintrpc.v1.CheckpointService",
         )
-        offer = Offer(
-            role="trainer",
+        offer = model_pb2.GetServerCapabilitiesResponse(
+            role=model_pb2.SERVICE_ROLE_TRAINER,
             loss_fns=LOSS_FNS,
             features=FEATURES,
             sampler_address=self._config.sampler_address,

@@ -49,13 +49,6 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """Messages in order. Together they cost one write, and wake the front's loop once."""
-
-    messages: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Still working."""
 
@@ -117,8 +110,9 @@ class EnginePipe:
             self._connection.send(message)
 
     def send_all(self, messages: Sequence[object]) -> None:
+        """Messages in order: together they cost one write, and wake the front's loop once."""
         if messages:
-            self.send(messages[0] if len(messages) == 1 else Bundle(tuple(messages)))
+            self.send(list(messages))
 
     def fail(self, number: int, error: Exception) -> None:
         """Sends a domain error as it is, and anything else as our bug."""

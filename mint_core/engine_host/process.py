@@ -6,6 +6,7 @@ wait for it.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import pickle
@@ -18,16 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mint_core.engine_host.pipe import (
-    Bundle,
-    Call,
-    Failure,
-    Heartbeat,
-    Hello,
-    Part,
-    Reply,
-    Report,
-)
+from mint_core.engine_host.pipe import Call, Failure, Heartbeat, Hello, Part, Reply, Report
 from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -37,92 +29,10 @@ EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
 RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
 WATCH_INTERVAL_S = 0.5
-_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!iQ")  # lengths of messages in the pipe
+# Lengths of messages in the pipe, as the engine's end, `multiprocessing.connection`, writes them: a
+# long one behind a short one of -1.
+_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")
 _MOST_SHORT_BYTES = 2**31 - 1
-
-
-class _Child(asyncio.Protocol):
-    """One engine process, and our end of its pipe. Messages are framed as those of
-    `multiprocessing.connection`, which is the engine's end.
-    """
-
-    def __init__(
-        self,
-        module: str,
-        config: object,
-        receive: Callable[["_Child", Any], None],
-        bury: Callable[["_Child"], None],
-    ) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is for the front, which ends its engine
-            )
-        self.started_s = time.monotonic()
-        self._config = config
-        self._receive = receive
-        self._bury = bury
-        self._received = bytearray()
-        self._lost = asyncio.Event()
-        self._life = asyncio.create_task(self._live(ours))
-
-    async def _live(self, ours: socket.socket) -> None:
-        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
-        await self._lost.wait()
-        await asyncio.to_thread(self._await_end)
-        self._bury(self)
-
-    async def kill(self) -> None:
-        """Ends the process, and waits for that."""
-        self.process.kill()
-        await self._life
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self.send(self._config)
-
-    def send(self, message: object) -> None:
-        """What the pipe does not take now, it takes when it can."""
-        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        long = len(content) > _MOST_SHORT_BYTES
-        length = _LONG.pack(-1, len(content)) if long else _SHORT.pack(len(content))
-        self._transport.writelines([length, content])
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        start = 0
-        while (found := self._content(start)) is not None:
-            message = pickle.loads(self._received[found])
-            start = found.stop
-            self._receive(self, message)
-        del self._received[:start]
-
-    def _content(self, start: int) -> slice | None:
-        """Where a message's content is, if all of it is here."""
-        if len(self._received) < start + _SHORT.size:
-            return None
-        (length,) = _SHORT.unpack_from(self._received, start)
-        begin = start + _SHORT.size
-        if length == -1:
-            if len(self._received) < start + _LONG.size:
-                return None
-            _, length = _LONG.unpack_from(self._received, start)
-            begin = start + _LONG.size
-        return slice(begin, begin + length) if len(self._received) >= begin + length else None
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._lost.set()
-
-    def _await_end(self) -> None:
-        try:
-            self.process.wait(EXIT_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()  # a process without its pipe is of no use
-            self.process.wait()
 
 
 @dataclass(slots=True)
@@ -135,24 +45,25 @@ class _Waiter:
     parted: bool = False  # the engine goes on with the next call and with this one beside it
     aside: bool = False  # the rest of it takes its own time, and says nothing of the engine
 
-    def take(self, part: object) -> None:
-        self.parted = True
-        self.aside |= part is None
-        if self.future.done() or (part is None and self.on_part is None):
-            return  # the caller has left, or has nothing to wait for
-        try:
-            assert self.on_part is not None, "the answer comes in parts, and nobody asked for them"
-            self.on_part(part)
-        except Exception as error:  # the caller's own, and nobody else's
-            self.future.set_exception(error)
-
-    def finish(self, value: object) -> None:
-        if not self.future.done():
-            self.future.set_result(value)
-
-    def fail(self, error: MintError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+    def take(self, message: Part | Reply | Failure) -> None:
+        self.parted = self.parted or isinstance(message, Part)
+        if self.future.done():
+            return  # the caller has left
+        match message:
+            case Part(_, None):
+                self.aside = True
+                if self.on_part:
+                    self.on_part(None)
+            case Part(_, part):
+                try:
+                    assert self.on_part, "the answer comes in parts, and nobody asked for them"
+                    self.on_part(part)
+                except Exception as error:  # the caller's own, and nobody else's
+                    self.future.set_exception(error)
+            case Reply(_, value):
+                self.future.set_result(value)
+            case Failure(_, error):
+                self.future.set_exception(error)
 
 
 class EngineProcess:
@@ -170,12 +81,12 @@ class EngineProcess:
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
-        self._child: _Child | None = None
-        self._last_word = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter  # to that process
+        self._started_s = self._last_word = time.monotonic()
         self._why_killed = ""
         self._watchdog: asyncio.Task[None] | None = None
-        self._restart: asyncio.TimerHandle | None = None
-        self._restart_delay_s = RESTART_DELAY_S
+        self._lives: asyncio.Task[None] | None = None
         self.restarts = 0
         self.life = 1  # of the engine that is up, or comes next: each has a number of its own
         self.closed = False
@@ -183,17 +94,17 @@ class EngineProcess:
 
     @property
     def ready(self) -> bool:
-        return self._child is not None and self._attempt is not None and self._attempt.done()
+        return self._process is not None and self._attempt is not None and self._attempt.done()
 
     @property
     def pid(self) -> int | None:
-        return self._child.process.pid if self._child else None
+        return self._process.pid if self._process else None
 
     async def start(self) -> Hello:
         """Starts the engine and returns its first word. Raises what kept it from loading."""
         self._attempt = asyncio.get_running_loop().create_future()
         self._watchdog = asyncio.create_task(self._watch())
-        self._spawn()
+        self._lives = asyncio.create_task(self._live())
         try:
             return await self.hello()
         except BaseException as error:
@@ -220,70 +131,120 @@ class EngineProcess:
         """
         while not self.ready:
             await self.hello()
-        assert self._child is not None
         number = next(self._numbers)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not self._waiting:
             self._last_word = time.monotonic()
         self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
         try:
-            self._child.send(Call(number, job))
+            self._send(Call(number, job))
             return await future
         finally:
             self._waiting.pop(number, None)
 
     def cast(self, job: object) -> None:
         """Sends a job without waiting for an answer, such as the abort of another."""
-        if self._child is not None and self.ready:
-            self._child.send(Call(0, job))
+        if self.ready:
+            self._send(Call(0, job))
 
     async def close(self) -> None:
         """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
         self.closed = True
-        if self._restart:
-            self._restart.cancel()
         if self._watchdog:
             self._watchdog.cancel()
-        child, self._child = self._child, None
+        process, self._process = self._process, None
         gone = Unavailable("the server is shutting down; send the call again")
         self._fail_attempt(gone)
-        for waiter in self._waiting.values():
-            waiter.fail(gone)
+        for number, waiter in self._waiting.items():
+            waiter.take(Failure(number, gone))
         self.changed.set()
-        if child:
-            await child.kill()
+        if process:
+            process.kill()
+        elif self._lives:
+            self._lives.cancel()
+        if self._lives:
+            await asyncio.wait({self._lives})
 
-    def _spawn(self) -> None:
-        self._last_word = time.monotonic()
-        self._child = _Child(self._module, self._config, self._receive, self._bury)
+    async def _live(self) -> None:
+        """Runs an engine, and another whenever one has ended."""
+        delay_s = RESTART_DELAY_S
+        while True:
+            how = await self._run()
+            if self.closed:
+                return
+            delay_s = RESTART_DELAY_S if self.ready else min(2 * delay_s, MAX_RESTART_DELAY_S)
+            why = self._bury(how)
+            if self.closed:
+                return
+            logger.error("%s; starting another in %g s", why, delay_s)
+            self._attempt = asyncio.get_running_loop().create_future()
+            self.changed.set()
+            await asyncio.sleep(delay_s)
+            self.restarts += 1
 
-    def _receive(self, child: _Child, message: object) -> None:
-        if child is not self._child:
+    async def _run(self) -> str:
+        """Runs one engine, and returns how it ended."""
+        self._started_s = self._last_word = time.monotonic()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = process = subprocess.Popen(
+                    [sys.executable, "-m", self._module, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C is for the front, which ends its engine
+                )
+        except OSError as error:
+            ours.close()
+            return f"the engine's process cannot be made: {error.strerror}"
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        with contextlib.closing(self._writer):
+            self._send(self._config)
+            await self._listen(reader)
+            await asyncio.to_thread(_await_end, process)
+        code = process.returncode
+        return f"the engine ended with {f'exit code {code}' if code >= 0 else f'signal {-code}'}"
+
+    def _send(self, message: object) -> None:
+        """What the pipe does not take now, it takes when it can."""
+        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        long = len(content) > _MOST_SHORT_BYTES
+        length = _SHORT.pack(-1) + _LONG.pack(len(content)) if long else _SHORT.pack(len(content))
+        self._writer.writelines([length, content])
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Handles what the engine says until its end of the pipe is closed."""
+        try:
+            while True:
+                (length,) = _SHORT.unpack(await reader.readexactly(_SHORT.size))
+                if length == -1:
+                    (length,) = _LONG.unpack(await reader.readexactly(_LONG.size))
+                self._receive(pickle.loads(await reader.readexactly(length)))
+        except (EOFError, OSError):
+            return
+        except Exception:
+            logger.exception("the engine said what its front does not understand")
+
+    def _receive(self, message: object) -> None:
+        if self.closed:
             return
         self._last_word = time.monotonic()
-        for each in message.messages if isinstance(message, Bundle) else (message,):
-            self._handle(child, each)
+        for each in message if isinstance(message, list) else (message,):
+            self._handle(each)
 
-    def _handle(self, child: _Child, message: object) -> None:
+    def _handle(self, message: object) -> None:
         match message:
-            case Part(number, value):
-                if waiter := self._waiting.get(number):
-                    waiter.take(value)
             case Hello():
                 assert self._attempt is not None
                 self._attempt.set_result(message)
-                self._restart_delay_s = RESTART_DELAY_S
                 self.changed.set()
-                start_s = self._last_word - child.started_s
-                logger.info("engine ready pid=%d start_s=%.2f", child.process.pid, start_s)
-            case Reply(number, value):
-                if waiter := self._waiting.get(number):
-                    waiter.finish(value)
+                start_s = self._last_word - self._started_s
+                logger.info("engine ready pid=%s start_s=%.2f", self.pid, start_s)
             case Failure(0, error):
                 self._start_error = error
-            case Failure(number, error):
-                if waiter := self._waiting.get(number):
-                    waiter.fail(error)
+            case Part() | Reply() | Failure():
+                if waiter := self._waiting.get(message.number):
+                    waiter.take(message)
             case Heartbeat():
                 pass
             case Report(value):
@@ -291,36 +252,25 @@ class EngineProcess:
             case _:
                 raise AssertionError(f"unknown message {message!r}")
 
-    def _bury(self, child: _Child) -> None:
-        if child is not self._child:
-            return
+    def _bury(self, how: str) -> str:
+        """Tells those who wait for an engine that has ended, and returns why it has."""
         was_up = self.ready
-        self._child = None
+        self._process = None
         self.report = None
-        why = self._why_killed or f"the engine ended with {_exit(child.process.returncode)}"
+        why = self._why_killed or how
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self.life += 1
             self._mourn(f"{why}; another is starting")
-        elif self.restarts == 0 and not self._restart:
+        elif self.restarts == 0:
             cause = cause or EngineFault(f"{why} while it started; its log says why")
             self._start_error = cause  # start() raises it; callers wait for the next server
             self.closed = True
             self._fail_attempt(Unavailable(f"the engine cannot start: {cause.message}"))
-            return
         else:
             why = cause.message if cause else why
             self._fail_attempt(Unavailable(f"the engine cannot start again: {why}"))
-            self._restart_delay_s = min(2 * self._restart_delay_s, MAX_RESTART_DELAY_S)
-        logger.error("%s; starting another in %g s", why, self._restart_delay_s)
-        loop = asyncio.get_running_loop()
-        self._attempt = loop.create_future()
-        self._restart = loop.call_later(self._restart_delay_s, self._respawn)
-        self.changed.set()
-
-    def _respawn(self) -> None:
-        self.restarts += 1
-        self._spawn()
+        return why
 
     def _fail_attempt(self, error: MintError) -> None:
         if self._attempt is None or self._attempt.done():
@@ -333,12 +283,12 @@ class EngineProcess:
         begun = (number for number, waiter in self._waiting.items() if not waiter.parted)
         at = next(begun, next(iter(self._waiting), None))
         for number, waiter in self._waiting.items():
-            waiter.fail(EngineDied(why, at_work=number == at))
+            waiter.take(Failure(number, EngineDied(why, at_work=number == at)))
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._child is None or self._why_killed:
+            if self._process is None or self._why_killed:
                 continue
             waiting = (waiter for waiter in self._waiting.values() if not waiter.aside)
             limits_s = (waiter.silence_limit_s for waiter in waiting)
@@ -348,8 +298,12 @@ class EngineProcess:
             silent_s = time.monotonic() - self._last_word
             if silent_s > limit_s:
                 self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"
-                self._child.process.kill()
+                self._process.kill()
 
 
-def _exit(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(EXIT_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # a process without its pipe is of no use
+        process.wait()

@@ -17,8 +17,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._failure: BaseException | None = None
-        self._failed = asyncio.Event()
+        self._failures: asyncio.Queue[BaseException] = asyncio.Queue()
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
@@ -27,10 +26,8 @@ class Tasks:
         return task
 
     async def failure(self) -> BaseException:
-        """Waits for the first error that a task has ended by, and returns it."""
-        await self._failed.wait()
-        assert self._failure is not None
-        return self._failure
+        """Waits for an error that a task has ended by, and returns it."""
+        return await self._failures.get()
 
     async def stop(self) -> None:
         """Cancels all that still run, and waits for their ends."""
@@ -44,5 +41,4 @@ class Tasks:
         if task.cancelled() or (error := task.exception()) is None:
             return
         logger.critical("the task `%s` has died", task.get_name(), exc_info=error)
-        self._failure = self._failure or error
-        self._failed.set()
+        self._failures.put_nowait(error)

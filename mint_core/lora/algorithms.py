@@ -10,7 +10,7 @@ T: rows of the stream. n: of a segment. S: stretches. r: stored rank. m: modules
 R: sum of all ranks. W: sum of the modules' columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora.bank import AdapterRow, GroupMatrices, Part
+from mint_core.lora.bank import AdapterRow, GroupMatrices, Part, RankBank
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segments import Segment, add_product, scale
 
@@ -93,26 +93,47 @@ class Adapted:
         return row.bank.group_matrices(self._casts[row], group, own.members)
 
     @cached_property
+    def _widest(self) -> RankBank:
+        banks = (segment.row.bank for segment in self.segments if segment.row)
+        return max(banks, key=lambda bank: bank.stored_rank)
+
+    @cached_property
     def _rows(self) -> Tensor | None:  # [S, params]
         """Weights of the stretches, one below the other, zero where no adapter is; None if they lie
         differently, as those of different rank classes do.
         """
-        banks = {segment.row.bank for segment in self.segments if segment.row}
-        if len(banks) > 1:
+        if any(segment.row and segment.row.bank is not self._widest for segment in self.segments):
             return None
-        (bank,) = banks
-        rows = torch.zeros(len(self.stretches), bank.row_size, device=self.device, dtype=self.dtype)
+        rows = self._no_rows(self._widest)
         for own, stretch in zip(rows, self.stretches, strict=True):
             if stretch.row:
                 own.copy_(stretch.row.part(Part.WEIGHTS))
         return rows
 
-    def stacked(self, group: ModuleGroup) -> GroupMatrices | None:
-        """A [S, m r, in] and B of all stretches; None where `_rows` is."""
-        if self._rows is None:
-            return None
-        bank = next(segment.row.bank for segment in self.segments if segment.row)
-        return bank.group_matrices(self._rows, group, range(len(group.modules)))
+    def stacked(self, group: ModuleGroup) -> GroupMatrices:
+        """A [S, m r, in] and B of all stretches, filled up with zeros to the largest rank."""
+        bank, rows = self._widest, self._rows
+        if rows is None:
+            bank = RankBank(bank.stored_rank, (group,))
+            rows = self._rows_of_one(bank, group)
+        return bank.group_matrices(rows, group, range(len(group.modules)))
+
+    def _rows_of_one(self, bank: RankBank, group: ModuleGroup) -> Tensor:  # [S, params]
+        """As `_rows`, of a bank that holds a single group and is the widest."""
+        rows = self._no_rows(bank)
+        filled: list[Tensor] = []
+        sources: list[Tensor] = []
+        adapted = (own for own, stretch in zip(rows, self.stretches, strict=True) if stretch.row)
+        for row, own in zip(adapted, self.weights(group), strict=True):
+            filled += bank.group_matrices(row, group, own.members).each
+            sources += own.each
+        targets = [wide[: len(own)] for wide, own in zip(filled, sources, strict=True)]
+        torch._foreach_copy_(targets, sources)
+        return rows
+
+    def _no_rows(self, bank: RankBank) -> Tensor:  # [S, params]
+        size = len(self.stretches), bank.row_size
+        return torch.zeros(size, device=self.device, dtype=self.dtype)
 
     @cached_property
     def ends(self) -> Tensor:  # [S] int32, where each stretch ends in the covered rows
@@ -199,76 +220,47 @@ class Grouped:
     def forward(
         self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> tuple[Tensor, ...]:
-        if own := adapted.stacked(group):
-            return _forward_alike(x, y, adapted, own)
-        a, b = _stacked(adapted, group)
-        rows, ends = adapted.covered, adapted.ends
-        h = functional.grouped_mm(x[rows], a.transpose(1, 2), offs=ends) * adapted.scales
-        wide = functional.grouped_mm(h, b.transpose(1, 2), offs=ends)  # [covered, W]
-        for part, columns in zip(y, group.columns, strict=True):
-            part[rows] += wide[:, columns]
+        own, rows, ends = adapted.stacked(group), adapted.covered, adapted.ends
+        h = functional.grouped_mm(x[rows], own.a_t, offs=ends) * adapted.scales  # [covered, m r]
+        for part, own_h, b_t in zip(y, h.split(own.ranks, 1), own.b_t, strict=True):
+            part[rows] += functional.grouped_mm(own_h, b_t, offs=ends)
         return (h,)
 
     def backward(
         self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
     ) -> None:
-        if own := adapted.stacked(group):
-            _backward_alike(tensors, saved[0], adapted, own, group)
-            return
-        rows, ends = adapted.covered, adapted.ends
-        x, dy = tensors.x[rows], torch.cat([part[rows] for part in tensors.dy], dim=1)
-        (h,) = saved
-        a, b = _stacked(adapted, group)
-        dh = functional.grouped_mm(dy, b, offs=ends) * adapted.scales
+        own, rows, ends = adapted.stacked(group), adapted.covered, adapted.ends
+        x, dys = tensors.x[rows], [dy[rows] for dy in tensors.dy]
+        parts = [functional.grouped_mm(dy, b, offs=ends) for dy, b in zip(dys, own.b, strict=True)]
+        dh = torch.cat(parts, dim=1) * adapted.scales
         if tensors.dx is not None:
-            tensors.dx[rows] += functional.grouped_mm(dh, a, offs=ends)
+            tensors.dx[rows] += functional.grouped_mm(dh, own.a, offs=ends)
         if not adapted.accumulates:
             return
-        grads_a = functional.grouped_mm(dh.T, x, offs=ends)  # [S, m r, in]
-        grads_b = functional.grouped_mm(dy.T, h, offs=ends)  # [S, W, m r]
-        for stretch, grad_a, grad_b in zip(adapted.stretches, grads_a, grads_b, strict=True):
-            if stretch.row and stretch.accumulate:
-                gradient = stretch.row.group(Part.GRADIENT, group)
-                gradient.a.add_(grad_a[: len(gradient.a)])
-                for columns, ranks, own_b in _blocks(gradient, group):
-                    own_b.add_(grad_b[columns, ranks])
+        (h,) = saved
+        grads_a = functional.grouped_mm(dh.T, x, offs=ends).float()  # [S, m r, in]
+        grads_b_t = [  # each [S, r, out]
+            functional.grouped_mm(own_h.T, dy, offs=ends).float()
+            for own_h, dy in zip(h.split(own.ranks, 1), dys, strict=True)
+        ]
+        _add(adapted, group, grads_a.split(own.ranks, 1), grads_b_t)
 
 
-def _forward_alike(
-    x: Tensor, y: Sequence[Tensor], adapted: Adapted, own: GroupMatrices
-) -> tuple[Tensor, ...]:
-    rows, ends = adapted.covered, adapted.ends
-    h = functional.grouped_mm(x[rows], own.a_t, offs=ends) * adapted.scales  # [covered, m r]
-    for part, own_h, b_t in zip(y, h.split(own.ranks, 1), own.b_t, strict=True):
-        part[rows] += functional.grouped_mm(own_h, b_t, offs=ends)
-    return (h,)
-
-
-def _backward_alike(
-    tensors: Gradients, h: Tensor, adapted: Adapted, own: GroupMatrices, group: ModuleGroup
+def _add(
+    adapted: Adapted,
+    group: ModuleGroup,
+    grads_a: Sequence[Tensor],  # of each module, [S, r, in]
+    grads_b_t: Sequence[Tensor],  # of each module, [S, r, out]
 ) -> None:
-    rows, ends = adapted.covered, adapted.ends
-    x, dys = tensors.x[rows], [dy[rows] for dy in tensors.dy]
-    parts = [functional.grouped_mm(dy, b, offs=ends) for dy, b in zip(dys, own.b, strict=True)]
-    dh = torch.cat(parts, dim=1) * adapted.scales
-    if tensors.dx is not None:
-        tensors.dx[rows] += functional.grouped_mm(dh, own.a, offs=ends)
-    if not adapted.accumulates:
-        return
-    grads_a = functional.grouped_mm(dh.T, x, offs=ends).float()  # [S, m r, in]
-    grads_b_t = [  # each [S, r, out]
-        functional.grouped_mm(own_h.T, dy, offs=ends).float()
-        for own_h, dy in zip(h.split(own.ranks, 1), dys, strict=True)
-    ]
+    """Adds to the gradients of the rows that accumulate what is theirs."""
     totals: list[Tensor] = []
     added: list[Tensor] = []
     for i, stretch in enumerate(adapted.stretches):
         if stretch.row and stretch.accumulate:
-            gradient, rank = stretch.row.group(Part.GRADIENT, group), own.ranks[0]
-            first, last = gradient.members[0], gradient.members[-1]
-            totals += [gradient.a, *gradient.b_t]
-            added.append(grads_a[i, first * rank : (last + 1) * rank])
-            added += [grads_b_t[member][i] for member in gradient.members]
+            gradient = stretch.row.group(Part.GRADIENT, group)
+            totals += gradient.each
+            for grads in (grads_a, grads_b_t):
+                added += [grads[m][i, : stretch.row.bank.stored_rank] for m in gradient.members]
     torch._foreach_add_(totals, added)
 
 
@@ -298,25 +290,3 @@ def choose(adapted: Adapted) -> Algorithm:
     if adapted.device.type == "cpu" or len(adapted.segments) == 1:
         return LOOP
     return GROUPED if adapted.dtype == torch.bfloat16 else LOOP
-
-
-def _stacked(adapted: Adapted, group: ModuleGroup) -> tuple[Tensor, Tensor]:
-    """A [S, m r, in] and B [S, W, m r] of the stretches; zeros where no adapter is."""
-    all_own = adapted.weights(group)
-    count, ranks = len(adapted.stretches), max(len(own.a) for own in all_own)
-    a = all_own[0].a.new_zeros(count, ranks, group.in_features)
-    b = a.new_zeros(count, group.width, ranks)
-    adapted_stretches = (i for i, stretch in enumerate(adapted.stretches) if stretch.row)
-    for i, own in zip(adapted_stretches, all_own, strict=True):
-        a[i, : len(own.a)] = own.a
-        # All B as one matrix: it takes each module's ranks to that module's columns.
-        for columns, own_ranks, own_b in _blocks(own, group):
-            b[i, columns, own_ranks] = own_b
-    return a, b
-
-
-def _blocks(own: GroupMatrices, group: ModuleGroup) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Each module's columns of [W], its ranks of [m r], and its B [out, r]."""
-    for i, (member, own_b) in enumerate(zip(own.members, own.b, strict=True)):
-        rank = own.ranks[i]
-        yield group.columns[member], slice(i * rank, (i + 1) * rank), own_b

@@ -1,4 +1,4 @@
-"""Where adapters live: one row per adapter, in as many parts as its bank keeps of it.
+"""Where adapters live: one row per adapter, in as many parts as are used of it.
 
 A part is a vector [params] that holds A [rank, in] and B, transposed, [rank, out], of every linear
 layer that LoRA can train: group after group, of each first all A, so that they are one matrix, then
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.groups import LinearShape, ModuleGroup
+from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.row_layout import Matrix, RowLayout, no_such_layer
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
 
@@ -33,10 +33,6 @@ class Part(StrEnum):  # hashes faster than a plain Enum: parts are looked up for
     GRADIENT = "gradient"
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
-
-
-TRAINING_PARTS = tuple(Part)
-SAMPLING_PARTS = (Part.WEIGHTS,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,26 +48,29 @@ class GroupMatrices:
     b: tuple[Tensor, ...]  # each [out, r]
     b_t: tuple[Tensor, ...]  # each [r, out]
 
+    @property
+    def each(self) -> list[Tensor]:
+        """A [r, in] of each module, then B [r, out], transposed, of each."""
+        return [*self.a.split(self.ranks), *self.b_t]
+
 
 class RankBank:
     """How the rows of one rank class are laid out."""
 
-    def __init__(
-        self, stored_rank: int, groups: Sequence[ModuleGroup], parts: tuple[Part, ...]
-    ) -> None:
+    def __init__(self, stored_rank: int, groups: Sequence[ModuleGroup]) -> None:
         self.stored_rank = stored_rank
-        self.parts = parts
-        self.shapes: dict[str, LinearShape] = {}
-        self._offsets: dict[str, tuple[int, int]] = {}  # of A and of B
+        # Of each module, A [stored rank, in] and B [out, stored rank]. B lies transposed: products
+        # with 8 columns of the inner side take CPUs about twice as long.
+        self.places: dict[str, tuple[Matrix, Matrix]] = {}
         self.row_size = 0
         for group in groups:
-            at_a = self.row_size
-            at_b = at_a + stored_rank * group.in_features * len(group.modules)
-            for module, out_features in zip(group.modules, group.out_features, strict=True):
-                self.shapes[module] = LinearShape(group.in_features, out_features)
-                self._offsets[module] = at_a, at_b
-                at_a += stored_rank * group.in_features
-                at_b += stored_rank * out_features
+            width, at_a = group.in_features, self.row_size
+            at_b = at_a + stored_rank * width * len(group.modules)
+            for module, out in zip(group.modules, group.out_features, strict=True):
+                a = Matrix(at_a, stored_rank, width, width, 1)
+                self.places[module] = a, Matrix(at_b, out, stored_rank, 1, out)
+                at_a += stored_rank * width
+                at_b += stored_rank * out
             self.row_size = at_b
 
     @property
@@ -94,20 +93,15 @@ class RankBank:
     @cached_property
     def layout(self) -> RowLayout:
         """What `matrices` does, for those who have no bank."""
-        row = torch.empty(self.row_size, device="meta")
-        places = {module: self.matrices(row, module) for module in self.shapes}
-        return RowLayout.of(
-            self.row_size, {module: (_matrix(a), _matrix(b)) for module, (a, b) in places.items()}
-        )
+        return RowLayout.of(self.row_size, self.places)
 
     def _a(self, row: Tensor, first: str, count: int) -> Tensor:  # [..., count r, in]
-        width, start = self.shapes[first].in_features, self._offsets[first][0]
-        return _matrix_at(row, start, count * self.stored_rank, width)
+        place = self.places[first][0]
+        return _matrix_at(row, place.offset, count * place.rows, place.columns)
 
     def _b_t(self, row: Tensor, module: str) -> Tensor:  # [..., r, out]
-        # This way round: products with 8 columns of the inner side take CPUs about twice as long.
-        width, start = self.shapes[module].out_features, self._offsets[module][1]
-        return _matrix_at(row, start, self.stored_rank, width)
+        place = self.places[module][1]
+        return _matrix_at(row, place.offset, place.columns, place.rows)
 
 
 class AdapterRow:
@@ -132,7 +126,6 @@ class AdapterRow:
         """A part; zero when it is first asked for."""
         assert not self._away, "a row was used while it was away"
         if part not in self._parts:
-            assert part in self.bank.parts, f"this bank keeps no {part.value}"
             self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
 
@@ -194,18 +187,15 @@ class AdapterRow:
 
     def parameter_count(self) -> int:
         """How many numbers the adapter has, padding not counted."""
-        shapes = [self.bank.shapes[module] for module in self.modules]
-        return self.spec.rank * sum(shape.in_features + shape.out_features for shape in shapes)
+        places = [self.bank.places[module] for module in self.modules]
+        return self.spec.rank * sum(a.columns + b.rows for a, b in places)
 
 
 class AdapterBank:
     """All rank classes of one engine."""
 
-    def __init__(
-        self, groups: Sequence[ModuleGroup], parts: tuple[Part, ...], device: torch.device
-    ) -> None:
+    def __init__(self, groups: Sequence[ModuleGroup], device: torch.device) -> None:
         self._groups = groups
-        self._parts = parts
         self._device = device
         self._classes: dict[int, RankBank] = {}
 
@@ -213,13 +203,13 @@ class AdapterBank:
         """The class in which adapters of a rank are stored."""
         stored = stored_rank(rank)
         if stored not in self._classes:
-            self._classes[stored] = RankBank(stored, self._groups, self._parts)
+            self._classes[stored] = RankBank(stored, self._groups)
         return self._classes[stored]
 
     def add(self, spec: AdapterSpec) -> AdapterRow:
         """A row for an adapter, zero in every part."""
         bank = self.rank_class(spec.rank)
-        if unknown := sorted(set(spec.modules) - bank.shapes.keys()):
+        if unknown := sorted(set(spec.modules) - bank.places.keys()):
             raise no_such_layer(unknown[0])
         return AdapterRow(spec, bank, self._device)
 
@@ -236,9 +226,3 @@ def zero_vector(size: int, device: torch.device) -> Tensor:  # [size]
         return torch.zeros(size, device=device)
     pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.float32)
-
-
-def _matrix(view: Tensor) -> Matrix:
-    """Where a matrix lies in the row of which it is a view."""
-    rows, columns = view.shape
-    return Matrix(int(view.storage_offset()), (rows, columns), (view.stride(0), view.stride(1)))

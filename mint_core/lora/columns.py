@@ -168,7 +168,7 @@ class ColumnBank:
             own = row.bank.group_matrices(numbers, group, range(len(group.modules)))
             a, b = self._of(group, row, start)
             targets += [*a, *b]
-            sources += [*own.a.split(own.ranks), *own.b_t]
+            sources += own.each
         torch._foreach_copy_(targets, sources)
 
     def _break(self, row: AdapterRow, start: int) -> None:

@@ -1,13 +1,14 @@
 """Which linear layers read the same tensor and so are computed together, such as q, k and v."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,55 +45,63 @@ def complete(
     """Every linear layer in one group: those of a run together, the others alone."""
     named = {modules[0]: modules for modules in runs}
     others = {module for modules in named.values() for module in modules[1:]}
+    groups = [named.get(module, (module,)) for module in shapes if module not in others]
     return tuple(
         ModuleGroup(
-            modules,
-            shapes[module].in_features,
-            tuple(shapes[member].out_features for member in modules),
+            group, shapes[group[0]].in_features, tuple(shapes[m].out_features for m in group)
         )
-        for module in shapes
-        if module not in others
-        for modules in [named.get(module, (module,))]
+        for group in groups
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """Of a linear layer. Holds its tensors, so that no other gets their identity."""
+class ModuleCall:
+    """Of a module. Holds its tensors, so that no other gets their identity."""
 
-    module: str
-    key: tuple[object, ...]  # what a layer must share with another to be computed with it
-    input: Tensor
-    output: Tensor
-    output_version: int
+    name: str
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    output: Any
+    input_version: int  # of the first argument; 0 where that is no tensor
+    output_version: int  # as `input_version`
 
 
-def read_together(calls: Sequence[_Call]) -> list[tuple[str, ...]]:
+def read_together(calls: Sequence[ModuleCall]) -> list[tuple[str, ...]]:
     """Siblings called one after the other with the same tensor, each once in the pass. A layer
     whose output the model then changes in place stays alone: parts of one tensor must not be.
     """
-    names = [call.module for call in calls]
+    linear = [call for call in calls if isinstance(call.module, nn.Linear)]
+    count = Counter(call.name for call in linear)
     fit = [
         call
-        for call in calls
-        if names.count(call.module) == 1 and call.output._version == call.output_version
+        for call in linear
+        if count[call.name] == 1 and call.output._version == call.output_version
     ]
-    runs = [[c.module for c in run] for _, run in itertools.groupby(fit, lambda c: c.key)]
+    runs = [[c.name for c in run] for _, run in itertools.groupby(fit, _shared)]
     return [tuple(run) for run in runs if len(run) > 1]
 
 
-@contextmanager
-def watching(model: nn.Module) -> Iterator[list[_Call]]:
-    """Notes the calls of every nn.Linear meanwhile."""
-    calls: list[_Call] = []
+def _shared(call: ModuleCall) -> tuple[object, ...]:
+    """What a linear layer must share with another to be computed with it."""
+    parent, weight = call.name.rpartition(".")[0], call.module.weight
+    kind = weight.dtype, weight.device, call.module.bias is None
+    return parent, id(call.arguments[0]), call.input_version, *kind
 
-    def note(name: str, module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
-        parent, x, weight = name.rpartition(".")[0], inputs[0], module.weight
-        key = parent, id(x), x._version, weight.dtype, weight.device, module.bias is None
-        calls.append(_Call(name, key, x, output, output._version))
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[ModuleCall]]:
+    """Notes the calls of every module meanwhile, in the order of their ends."""
+    calls: list[ModuleCall] = []
+
+    def note(
+        name: str, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> None:
+        ends = inputs[0] if inputs else None, output
+        versions = [getattr(value, "_version", 0) for value in ends]
+        calls.append(ModuleCall(name, module, inputs, options, output, *versions))
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                hooks.enter_context(module.register_forward_hook(partial(note, name)))
+            hooks.enter_context(module.register_forward_hook(partial(note, name), with_kwargs=True))
         yield calls

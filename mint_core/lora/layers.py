@@ -5,7 +5,6 @@ of one group are computed when the first of them is called.
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +27,9 @@ class LoraContext:
         self._segments: tuple[Segment, ...] = ()
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
         self.columns: ActiveColumns | None = None  # applied in the place of segments
-        self.waiting: Waiting | None = None  # of the group computed last
+        # Of the group computed last, from one tensor: outputs that its other layers have not asked
+        # for yet, by place in the group.
+        self.waiting: tuple[LinearGroup, Tensor, dict[int, Tensor]] | None = None
         self.lanes: Lanes | None = None  # without, no segment may be rowwise
         self.products: list[RowProducts] = []  # of segments that are
 
@@ -65,18 +66,6 @@ class LoraContext:
         if segments not in self._adapted:
             self._adapted[segments] = Adapted(segments, like.device, like.dtype)
         return self._adapted[segments]
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """Outputs of a group that its other layers have not asked for yet."""
-
-    group: "LinearGroup"
-    x: Tensor  # that they must be asked for with
-    outputs: dict[int, Tensor]  # by place in the group
-
-    def has(self, group: "LinearGroup", member: int, x: Tensor) -> bool:
-        return self.group is group and self.x is x and member in self.outputs
 
 
 class Cut:
@@ -140,12 +129,12 @@ class LinearGroup:
         if len(self.group.modules) == 1:
             (output,) = self.outputs(x)
         else:
-            waiting = self._context.waiting
-            if waiting is None or not waiting.has(self, member, x):
-                waiting = Waiting(self, x, dict(enumerate(self.outputs(x))))
-            output = waiting.outputs.pop(member)
+            group, input, waiting = self._context.waiting or (None, None, {})
+            if group is not self or input is not x or member not in waiting:
+                waiting = dict(enumerate(self.outputs(x)))
+            output = waiting.pop(member)
             # None at the end, so that nothing holds the pass when it is over.
-            self._context.waiting = waiting if waiting.outputs else None
+            self._context.waiting = (self, x, waiting) if waiting else None
         return output.view(*x.shape[:-1], output.shape[-1])
 
     def outputs(self, x: Tensor, cut: Cut | None = None) -> Sequence[Tensor]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,20 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """A part of a row that is read as a matrix. All in numbers, not in bytes."""
 
     offset: int
-    shape: tuple[int, int]
-    strides: tuple[int, int]
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
 
     def of(self, row: Floats) -> Floats:
         """The matrix, as a view of [params]. Raises ValueError if it exceeds the row."""
-        strides = (row.itemsize * self.strides[0], row.itemsize * self.strides[1])
-        return np.ndarray(self.shape, row.dtype, row.data, row.itemsize * self.offset, strides)
+        shape = self.rows, self.columns
+        strides = row.itemsize * self.row_stride, row.itemsize * self.column_stride
+        return np.ndarray(shape, row.dtype, row.data, row.itemsize * self.offset, strides)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,7 @@ class RowLayout:
     @classmethod
     def of(cls, size: int, modules: Mapping[str, tuple[Matrix, Matrix]]) -> "RowLayout":
         """Of rows [size]."""
-        content = {
-            name: [[m.offset, *m.shape, *m.strides] for m in matrices]
-            for name, matrices in modules.items()
-        }
-        encoded = json.dumps({"size": size, "modules": content}, sort_keys=True)
-        return cls(encoded.encode())
+        return cls(json.dumps({"size": size, "modules": modules}, sort_keys=True).encode())
 
     @property
     def size(self) -> int:
@@ -81,7 +79,7 @@ class RowLayout:
     def _content(self) -> tuple[int, Mapping[str, tuple[Matrix, Matrix]]]:
         content = json.loads(self.encoded)
         size: int = content["size"]
-        return size, {n: (_matrix(*a), _matrix(*b)) for n, (a, b) in content["modules"].items()}
+        return size, {n: (Matrix(*a), Matrix(*b)) for n, (a, b) in content["modules"].items()}
 
 
 def no_such_layer(module: str) -> InvalidRequest:
@@ -89,7 +87,3 @@ def no_such_layer(module: str) -> InvalidRequest:
         f"the base model has no linear layer `{module}`; the adapter belongs to another model",
         module=module,
     )
-
-
-def _matrix(offset: int, rows: int, columns: int, row: int, column: int) -> Matrix:
-    return Matrix(offset, (rows, columns), (row, column))

@@ -43,33 +43,28 @@ def resolve(request: LoraRequest, modules: Sequence[str]) -> AdapterSpec:
     )
 
 
-def _named(target_modules: Sequence[str], modules: Sequence[str]) -> list[str]:
-    # Here, since peft takes seconds to import and most adapters name no modules.
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    def matching(*names: str) -> list[str]:
-        config = LoraConfig(target_modules=list(names))
-        return [key for key in modules if check_target_module_exists(config, key)]
-
+def _named(target_modules: Sequence[str], modules: Sequence[str]) -> set[str]:
+    chosen: set[str] = set()
     for name in target_modules:
-        if not matching(name):
+        matching = {key for key in modules if f".{key}".endswith(f".{name}")}
+        if not matching:
             raise InvalidRequest(
                 f"`target_modules` names {name!r}, which no linear layer of the base model matches;"
                 f" layers are called {', '.join(sorted({key.split('.')[-1] for key in modules}))}",
                 field="lora_config.target_modules",
                 target_module=name,
             )
-    return matching(*target_modules)
+        chosen |= matching
+    return chosen
 
 
-def _switched(request: LoraRequest, modules: Sequence[str]) -> list[str]:
+def _switched(request: LoraRequest, modules: Sequence[str]) -> set[str]:
     wanted = {
         "attn": request.train_attn,
         "mlp": request.train_mlp,
         "unembed": request.train_unembed,
     }
-    chosen = [name for name in modules if wanted[group(name)]]
+    chosen = {name for name in modules if wanted[group(name)]}
     if not chosen:
         raise InvalidRequest(
             "`train_attn`, `train_mlp` and `train_unembed` are all false; set at least one",

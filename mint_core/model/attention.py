@@ -6,7 +6,6 @@ on to every layer.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -30,6 +29,8 @@ REGISTERED_NAME = "mint_packed"
 # and 191, 8,192 tokens 422 and 268 (benchmarks/gpu_checklist.py, 2026-11-26).
 LONG_DOCUMENT_TOKENS = 4096
 
+Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]  # query, key, value -> output
+
 
 class AttentionBatch(Protocol):
     """Computes attention for the pass at hand."""
@@ -51,7 +52,8 @@ class PackedAttention:
     def __init__(self, bounds: list[int]) -> None:
         self._bounds = bounds  # of the documents in the stream
         self._on_device: dict[tuple[int, ...], Tensor] = {}  # bounds of groups, from their start
-        self._runs: dict[int | None, list[_Run]] = {}  # by window
+        # By window, runs of neighbours: how many tokens they have, and how they attend.
+        self._runs: dict[int | None, list[tuple[int, Attend]]] = {}
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
@@ -64,17 +66,17 @@ class PackedAttention:
         )
         runs = self._runs_within(scores.sliding_window if stacks else 0)
         if len(runs) == 1:
-            return runs[0].attend(query, key, value, scores)
+            return runs[0][1](query, key, value, scores)
         # One split each, since the gradient of a slice is a tensor as large as the stream.
-        sizes = [run.tokens for run in runs]
+        sizes = [tokens for tokens, _ in runs]
         queries, keys, values = (whole.split(sizes, dim=1) for whole in (query, key, value))
         outputs = [
-            run.attend(q, k, v, scores)
-            for run, q, k, v in zip(runs, queries, keys, values, strict=True)
+            attend(q, k, v, scores)
+            for (_, attend), q, k, v in zip(runs, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 
-    def _runs_within(self, window: int | None) -> list["_Run"]:
+    def _runs_within(self, window: int | None) -> list[tuple[int, Attend]]:
         """Neighbours that a window leaves whole together, others alone: all in one of 0."""
 
         def fits(tokens: int) -> bool:
@@ -85,7 +87,7 @@ class PackedAttention:
             for group in group_documents(self._bounds, fits):
                 bounds = [bound - group[0] for bound in group]
                 attend = Stacks(bounds).attend if fits(bounds[1]) else causal_attention
-                runs.append(_Run(bounds[-1], attend))
+                runs.append((bounds[-1], attend))
         return self._runs[window]
 
     def _attend(
@@ -105,14 +107,6 @@ class PackedAttention:
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
         return group_documents(self._bounds, lambda tokens: tokens < LONG_DOCUMENT_TOKENS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring documents: a single one, or several in stacks."""
-
-    tokens: int
-    attend: Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
 
 
 def group_documents(bounds: Sequence[int], fits: Callable[[int], bool]) -> list[tuple[int, ...]]:

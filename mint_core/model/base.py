@@ -1,18 +1,44 @@
 """A base model as loading.py makes it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.lora.bank import AdapterBank, Part
+from mint_core.lora.bank import AdapterBank
 from mint_core.lora.groups import LinearShape, ModuleGroup
 from mint_core.lora.layers import LoraContext
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
-from mint_core.model.recompute import Recomputation
+
+
+class Recomputation:
+    """A switch for all decoder layers, for a pass whose activations do not fit. While it is on, a
+    pass under autograd keeps the input of each layer alone.
+    """
+
+    def __init__(self) -> None:
+        self.layers = 0  # that can be recomputed
+        self.on = False
+
+    def install(self, model: nn.Module) -> None:
+        """Wraps the model's decoder layers."""
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.forward = partial(self._run, module.forward)
+                self.layers += 1
+
+    def _run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.on and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return layer(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +58,8 @@ class LoadedBase:
     # rowwise may have fewer than MIN_ROWS.
     min_rows: int = MIN_ROWS
 
-    def new_bank(self, parts: tuple[Part, ...]) -> AdapterBank:
-        return AdapterBank(self.groups, parts, self.device)
+    def new_bank(self) -> AdapterBank:
+        return AdapterBank(self.groups, self.device)
 
     def hidden(
         self,

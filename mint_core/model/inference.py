@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.lanes import Lanes
 from mint_core.lora.layers import LinearGroup
 from mint_core.lora.packed import PackedLinear, available
@@ -59,7 +59,7 @@ def _rows_are_alike(base: LoadedBase) -> bool:
     """Whether passes of few rows give, bit for bit, what one of many does, with two adapters and
     the head.
     """
-    bank = base.new_bank(SAMPLING_PARTS)
+    bank = base.new_bank()
     spec = AdapterSpec(rank=8, alpha=8.0, use_rslora=False, seed=0, modules=tuple(base.shapes))
     rows = [bank.add(spec), bank.add(spec)]
     generator = torch.Generator().manual_seed(0)

@@ -35,12 +35,11 @@ from mint_core.model.architecture import (
 )
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
-from mint_core.model.base import LoadedBase
+from mint_core.model.base import LoadedBase, Recomputation
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
-from mint_core.model.recompute import Recomputation, install_recomputation
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
-from mint_core.model.shortcuts import install_shortcuts, watching_modules
+from mint_core.model.shortcuts import install_shortcuts
 
 __all__ = ["LoadedBase", "load_base"]
 
@@ -102,7 +101,7 @@ def load_base(
         model=model,
         head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
         context=context,
-        recomputation=Recomputation(0),
+        recomputation=Recomputation(),
         shapes=shapes,
         groups=groups,
         description=ModelDescription(
@@ -128,7 +127,8 @@ def load_base(
     _take_shortcuts(base)
     if inference:
         return replace(base, min_rows=pack(base, linears))
-    return replace(base, recomputation=install_recomputation(model))
+    base.recomputation.install(model)
+    return base
 
 
 def _read(
@@ -323,6 +323,6 @@ def _take_shortcuts(base: LoadedBase) -> None:
     n = len(tokens)
     probe = _Probe([0, n])
     positions = torch.arange(n, device=base.device) + context_length(base.model) - n
-    with watching_modules(base.model) as calls:
+    with watching(base.model) as calls:
         base.hidden(tokens, positions, (Segment(0, n),), probe)
     install_shortcuts(calls, probe.scores)

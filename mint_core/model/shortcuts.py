@@ -9,8 +9,6 @@ T: rows of the stream. h: heads. s: head size.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mint_core.lora.groups import ModuleCall
 from mint_core.lora.layers import LinearGroup, MultiLoraLinear
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.attention_kernels import Scores
@@ -91,30 +90,22 @@ class Mlp:
         return down.view_as(x)
 
 
-class Rotation:
-    """Turns heads by rotary embeddings, which all layers of a pass share."""
+def rotated(heads: Tensor, turn: tuple[Tensor, Tensor], norm: RmsNorm | None) -> Tensor:
+    """Heads [T, h, s], normed first, turned by rotary embeddings."""
+    trains = torch.is_grad_enabled() and heads.requires_grad
+    if heads.is_cuda and not trains:
+        from mint_core.model.head_kernels import turned  # Triton is not everywhere
 
-    def __init__(self) -> None:
-        self._turn = lru_cache(maxsize=2)(turn)  # some models have two kinds of layers
-
-    def __call__(
-        self, heads: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None
-    ) -> Tensor:
-        """Turns [T, h, s], normed first, by [1, T, s]."""
-        turn = self._turn(cosines, sines)
-        trains = torch.is_grad_enabled() and heads.requires_grad
-        if heads.is_cuda and not trains:
-            from mint_core.model.head_kernels import turned  # Triton is not everywhere
-
-            return turned(heads, *turn, None if norm is None else (norm.weight, norm.eps))
-        if norm is not None:
-            heads = norm(heads)
-        if trains:
-            result: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
-            return result
-        return _turned(heads, *turn)
+        return turned(heads, *turn, None if norm is None else (norm.weight, norm.eps))
+    if norm is not None:
+        heads = norm(heads)
+    if trains:
+        result: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
+        return result
+    return _turned(heads, *turn)
 
 
+@lru_cache(maxsize=2)  # all layers of a pass share it; some models have two kinds of layers
 def turn(cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
     """Both [1, T, s] -> [T, 1, s], the sines of the first half negative."""
     half = cosines.shape[-1] // 2
@@ -151,9 +142,7 @@ def _swapped(heads: Tensor) -> Tensor:
 class Attention:
     """Projections, norms of heads where there are any, rotary embeddings, attention, o_proj."""
 
-    def __init__(
-        self, module: Any, rotation: Rotation, scores: Scores, norms: tuple[RmsNorm, ...]
-    ) -> None:
+    def __init__(self, module: Any, scores: Scores, norms: tuple[RmsNorm, ...]) -> None:
         self._group = _group_of(module, "q_proj", "k_proj", "v_proj")
         self._out = _group_of(module, "o_proj")
         self._cut = self._group.cut((2, 1))  # what is turned, and values
@@ -162,7 +151,6 @@ class Attention:
         self._heads = [width // module.head_dim for width in widths[:2]]
         self._norm = _of_heads(norms, self._heads) if norms else None
         self._layer_index: int = module.layer_idx
-        self._rotation = rotation
         self._scores = scores
 
     def __call__(
@@ -175,7 +163,7 @@ class Attention:
     ) -> tuple[Tensor, None]:
         parts = self._group.outputs(hidden_states, self._cut)
         heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
-        heads = self._rotation(heads, *position_embeddings, self._norm).transpose(0, 1)  # [h, T, s]
+        heads = rotated(heads, turn(*position_embeddings), self._norm).transpose(0, 1)  # [h, T, s]
         queries, keys = heads.split_with_sizes(self._heads)
         output = attention_batch.attend(
             self._layer_index, queries, keys, values.transpose(0, 1), self._scores
@@ -230,36 +218,14 @@ def _group_of(module: Any, *names: str) -> LinearGroup:
     return group
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-@contextmanager
-def watching_modules(model: nn.Module) -> Iterator[list[_Call]]:
-    """Notes how every module is called meanwhile."""
-    calls: list[_Call] = []
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        calls.append(_Call(module, arguments, options))
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if not isinstance(module, MultiLoraLinear):
-                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
-        yield calls
-
-
 @torch.no_grad()
-def install_shortcuts(calls: list[_Call], scores: dict[int, Scores]) -> None:
+def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores]) -> None:
     """Gives modules their direct form, the inner ones first. `calls`: of a pass whose segments are
     still applied; `scores`: of each layer's attention.
     """
-    rotation, forms = Rotation(), dict[nn.Module, Form]()
-    for call in reversed(calls):
-        for form in _forms(call.module, rotation, scores, forms):
+    forms: dict[nn.Module, Form] = {}
+    for call in calls:
+        for form in _forms(call.module, scores, forms):
             if all(_equal(call, form, factor) for factor in FACTORS):
                 forms[call.module] = call.module.forward = form
                 break
@@ -267,7 +233,7 @@ def install_shortcuts(calls: list[_Call], scores: dict[int, Scores]) -> None:
 
 
 def _forms(
-    module: Any, rotation: Rotation, scores: Mapping[int, Scores], forms: Mapping[nn.Module, Form]
+    module: Any, scores: Mapping[int, Scores], forms: Mapping[nn.Module, Form]
 ) -> Iterator[Form]:
     """Those that a module may have, by the names of its parts."""
     try:
@@ -283,14 +249,14 @@ def _forms(
                 getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)
             ]
             norms = tuple(form for part in parts if isinstance(form := forms[part], RmsNorm))
-            yield Attention(module, rotation, scores[module.layer_idx], norms)
+            yield Attention(module, scores[module.layer_idx], norms)
         elif hasattr(module, "self_attn"):
             yield Layer(module, forms)
     except (AttributeError, KeyError):
         return
 
 
-def _equal(call: _Call, form: Form, factor: float) -> bool:
+def _equal(call: ModuleCall, form: Form, factor: float) -> bool:
     """Whether a form gives what the module's own code does."""
     arguments = tuple(_scaled(a, factor) for a in call.arguments)
     options = call.options

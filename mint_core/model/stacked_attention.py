@@ -11,7 +11,6 @@ h: heads. s: head size.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,19 +38,27 @@ def filled_up(tokens: int) -> int:
     return size * 3 // 4 if tokens <= size * 3 // 4 and size > 4 else size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Stack:
-    rows: slice | Tensor  # of the stream, [n * length] if they do not lie side by side
-    fillers: Tensor | None  # places in it that only fill up
-    length: int
+    def __init__(
+        self,
+        length: int,
+        rows: Tensor,  # [n * length], of the stream
+        real: Tensor,  # [n * length], False where a row only fills up
+    ) -> None:
+        self._length = length
+        whole = slice(int(rows[0]), int(rows[0]) + len(rows))
+        side_by_side = torch.equal(rows, torch.arange(whole.start, whole.stop))
+        self._rows = whole if side_by_side else rows
+        self._fillers = None if real.all() else (~real).nonzero()[:, 0]
 
     def take(self, stream: Tensor, *, gradient: bool = False) -> Tensor:
         """[h, T, s] -> [n, h, length, s]. What fills up has no gradient."""
         rows = stream.transpose(0, 1)
-        taken = rows[self.rows] if isinstance(self.rows, slice) else rows.index_select(0, self.rows)
-        if gradient and self.fillers is not None:
-            taken.index_fill_(0, self.fillers, 0.0)
-        return taken.view(-1, self.length, *taken.shape[1:]).transpose(1, 2)
+        own = self._rows
+        taken = rows[own] if isinstance(own, slice) else rows.index_select(0, own)
+        if gradient and self._fillers is not None:
+            taken.index_fill_(0, self._fillers, 0.0)
+        return taken.view(-1, self._length, *taken.shape[1:]).transpose(1, 2)
 
 
 class Stacks:
@@ -61,8 +68,13 @@ class Stacks:
         by_length: dict[int, list[tuple[int, int]]] = {}
         for start, stop in itertools.pairwise(bounds):
             by_length.setdefault(filled_up(stop - start), []).append((start, stop))
-        self.stacks = [_stack(length, documents) for length, documents in by_length.items()]
-        self._back = _places(by_length, bounds[-1])
+        parts = [_rows(length, documents) for length, documents in by_length.items()]
+        self.stacks = [_Stack(length, *own) for length, own in zip(by_length, parts, strict=True)]
+        rows, real = map(torch.cat, zip(*parts, strict=True))  # [N]
+        places = real.nonzero()[:, 0]
+        back = torch.empty_like(places)  # [T], where each row of the stream is among those
+        back[rows[places]] = places
+        self._back = None if torch.equal(back, torch.arange(len(rows))) else back
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """[h, T, s] of each -> [h, T, s], scaled alone. Value and key heads have one size."""
@@ -111,26 +123,10 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _stack(length: int, documents: Sequence[tuple[int, int]]) -> _Stack:
-    side_by_side = all(a[1] == b[0] for a, b in itertools.pairwise(documents))
-    if side_by_side and all(stop - start == length for start, stop in documents):
-        return _Stack(slice(documents[0][0], documents[-1][1]), None, length)
-    rows: list[int] = []
-    fillers: list[int] = []
-    for start, stop in documents:
-        rows += range(start, stop)
-        missing = length - (stop - start)
-        fillers += range(len(rows), len(rows) + missing)
-        rows += [start] * missing  # some row of the same document
-    return _Stack(torch.tensor(rows), torch.tensor(fillers) if fillers else None, length)
-
-
-def _places(by_length: dict[int, list[tuple[int, int]]], tokens: int) -> Tensor | None:
-    """Where each row of the stream is among those of the stacks, [T]; None: in its own place."""
-    places = [0] * tokens
-    at = 0
-    for length, documents in by_length.items():
-        for start, stop in documents:
-            places[start:stop] = range(at, at + stop - start)
-            at += length
-    return None if places == list(range(at)) else torch.tensor(places)
+def _rows(length: int, documents: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Rows of the stream in a stack, and which of them do not only fill up, [n * length] each."""
+    starts, stops = torch.tensor(documents)[..., None].unbind(1)  # [n, 1]
+    at = torch.arange(length)
+    real = at < stops - starts  # [n, length]
+    # What fills up is some row of the same document.
+    return torch.where(real, starts + at, starts).flatten(), real.flatten()

@@ -23,7 +23,7 @@ _CODES: dict[type[errors.MintError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
-    errors.EngineFault: grpc.StatusCode.INTERNAL,
+    errors.MintError: grpc.StatusCode.INTERNAL,
 }
 
 # An error travels in the trailing headers, as text and again in its details; clients take 8 KiB.
@@ -49,10 +49,7 @@ def code_of(error: errors.MintError) -> grpc.StatusCode:
     """Returns the code of the nearest class in the table."""
     if isinstance(error, Recorded):
         return next(code for code in grpc.StatusCode if code.value[0] == error.status.code)
-    for kind in type(error).__mro__:
-        if kind in _CODES:
-            return _CODES[kind]
-    return grpc.StatusCode.INTERNAL
+    return next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
 
 
 def domain_error(error: Exception) -> errors.MintError:

@@ -12,13 +12,7 @@ from google.protobuf.message import Message
 
 from mint_core.errors import MintError, Unimplemented
 from mint_core.hosting.access import KeyRing
-from mint_core.rpc.caller import (
-    DEFAULT_TENANT,
-    Caller,
-    caller,
-    is_recording_refusals,
-    set_caller,
-)
+from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, caller
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.unknown_fields import UnknownField, parse
@@ -112,7 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
             call.caller = Caller(tenant)
-            set_caller(call.caller)
+            CALLER.set(call.caller)
             yield call
             call.end("OK")
         except asyncio.CancelledError:
@@ -132,7 +126,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _note(self, call: "_Call") -> None:
         call.log()
-        self._metrics.call_ended(call.method, call.code, call.seconds)
+        self._metrics.calls.labels(call.method, call.code).inc()
+        self._metrics.call_seconds.labels(call.method).observe(call.seconds)
 
 
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
@@ -145,7 +140,7 @@ def _read(handler: Handler, raw: bytes) -> Message:
     try:
         return parse(handler.request_deserializer, raw)
     except UnknownField as error:
-        if not is_recording_refusals(handler.unary_unary):
+        if not getattr(handler.unary_unary, "records_refusals", False):
             raise
         caller().refusals.append(error)
         return error.request
@@ -158,7 +153,6 @@ class _Call:
         self.method = method
         self._start = time.perf_counter()
         self.caller = Caller("-")
-        self._described: dict[str, object] = {}
         self.code = "UNKNOWN"
         self.seconds = 0.0
         self._error: MintError | None = None
@@ -167,7 +161,7 @@ class _Call:
         """Takes what is logged from the request, and returns it."""
         for name, label in _LOGGED_FIELDS.items():
             if name in request.DESCRIPTOR.fields_by_name:
-                self._described[label] = getattr(request, name)
+                self.caller.notes[label] = getattr(request, name)
         return request
 
     def end(self, code: str, error: MintError | None = None) -> None:
@@ -178,7 +172,7 @@ class _Call:
     def log(self) -> None:
         words = {"method": self.method, "tenant": self.caller.tenant, "code": self.code}
         reason = {"reason": self._error.reason} if self._error else {}
-        line = {**words, **reason, **self._described, **self.caller.notes}
+        line = {**words, **reason, **self.caller.notes}
         logger.info("%s s=%.4f", " ".join(f"{k}={_word(v)}" for k, v in line.items()), self.seconds)
 
 

@@ -49,22 +49,17 @@ class Metrics:
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
-    def call_ended(self, method: str, code: str, seconds: float) -> None:
-        self.calls.labels(method, code).inc()
-        self.call_seconds.labels(method).observe(seconds)
-
     def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
-        for name, help, read in (
-            ("mint_engine_ready", "1 while the engine is up", lambda: float(engine.ready)),
-            ("mint_engine_restarts", "Times the engine was started again", lambda: engine.restarts),
-            (
-                "mint_engine_resident_memory_bytes",
-                "Main memory of the engine process",
-                lambda: _resident_bytes(engine.pid),
-            ),
-        ):
-            self.gauge(name, help, read)
+        self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
+        self.gauge(
+            "mint_engine_restarts", "Times the engine was started again", lambda: engine.restarts
+        )
+        self.gauge(
+            "mint_engine_resident_memory_bytes",
+            "Main memory of the engine process",
+            lambda: _resident_bytes(engine.pid),
+        )
 
     def serve(self, address: str) -> int:
         """Answers HTTP on HOST:PORT from a thread of its own, and returns the port."""

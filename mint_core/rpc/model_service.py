@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,6 @@ from mint_core import __version__
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, Unavailable
 from mint_core.rpc import limits
-from mint_core.rpc.hosting import Role
 from mintrpc.v1 import model_pb2, model_pb2_grpc
 
 SERVICE = "mintrpc.v1.ModelService"
@@ -36,16 +35,6 @@ _TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """What a service offers besides its base model."""
-
-    role: Role
-    loss_fns: Sequence[str] = ()
-    features: Sequence[str] = ()
-    sampler_address: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class TokenizerFile:
     name: str
@@ -60,7 +49,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self,
         describe: Callable[[], ModelDescription | None],  # None: the engine has never been up
         engine_ready: Callable[[], bool],
-        offer: Offer,
+        offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
     ) -> None:
         self._describe = describe
         self._engine_ready = engine_ready
@@ -71,11 +60,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetServerCapabilitiesResponse:
         """See model.proto."""
         model = self._describe()
-        return model_pb2.GetServerCapabilitiesResponse(
+        capabilities = model_pb2.GetServerCapabilitiesResponse(
             server_version=__version__,
-            role=f"SERVICE_ROLE_{self._offer.role.upper()}",
             base_models=[await _base_model(model)] if model else [],
-            loss_fns=self._offer.loss_fns,
             limits=model_pb2.Limits(
                 max_message_bytes=limits.MAX_MESSAGE_BYTES,
                 max_data_per_request=limits.MAX_DATA_PER_REQUEST,
@@ -83,11 +70,11 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                 max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
                 max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
             ),
-            sampler_address=self._offer.sampler_address,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
-            features=self._offer.features,
             engine_ready=self._engine_ready(),
         )
+        capabilities.MergeFrom(self._offer)
+        return capabilities
 
     async def GetTokenizer(
         self, request: model_pb2.GetTokenizerRequest, context: Any
@@ -126,14 +113,9 @@ def tokenizer_files(folder: str) -> tuple[TokenizerFile, ...]:
     return tuple(files)
 
 
-def tokenizer_fingerprint(files: Sequence[TokenizerFile]) -> str:
-    """Returns a digest of names and contents."""
-    lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
     files = await asyncio.to_thread(tokenizer_files, model.folder)
+    lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
     return model_pb2.BaseModel(
         name=model.name,
         context_length=model.context_length,
@@ -142,6 +124,6 @@ async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
         fingerprint=model.fingerprint,
         dtype=model.dtype,
         device=model.device,
-        tokenizer_fingerprint=tokenizer_fingerprint(files),
+        tokenizer_fingerprint=hashlib.sha256(lines.encode()).hexdigest(),
         eos_token_ids=model.eos_token_ids,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from checkpoint_store import CheckpointDamaged, PublishedRow, open_row
 from checkpoint_store.row_file import RowMissing
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
 from mint_core.model.loading import LoadedBase
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent, DropAdapter, LoadAdapter, RowUnusable
@@ -47,7 +47,7 @@ class LoadedAdapters:
 
     def __init__(self, base: LoadedBase, host_bytes: int) -> None:
         self._device = base.device
-        self.bank = base.new_bank(SAMPLING_PARTS)
+        self.bank = base.new_bank()
         self.rows: dict[str, AdapterRow] = {}  # by revision path
         self.host = HostRows(host_bytes)
 

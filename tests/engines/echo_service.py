@@ -9,7 +9,8 @@ from mint_core.hosting.service_config import ServiceConfig, option
 from mint_core.hosting.service_main import run_service
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
-from mint_core.rpc.model_service import ModelServicer, Offer, add_model_service
+from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mintrpc.v1 import model_pb2
 from tests.engines.echo_jobs import EchoConfig
 
 
@@ -29,9 +30,8 @@ class EchoService:
         self._model: ModelDescription | None = None
 
     def add_to(self, server: RpcServer) -> None:
-        servicer = ModelServicer(
-            lambda: self._model, lambda: self.engine.ready, Offer(role="trainer")
-        )
+        offer = model_pb2.GetServerCapabilitiesResponse(role=model_pb2.SERVICE_ROLE_TRAINER)
+        servicer = ModelServicer(lambda: self._model, lambda: self.engine.ready, offer)
         add_model_service(server, servicer)
 
     async def start(self) -> None:

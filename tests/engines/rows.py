@@ -54,7 +54,7 @@ MODULE = "lm_head"
 WIDTH = 16
 MAX_BATCH_TOKENS = 64
 LAYOUT = RowLayout.of(
-    2 * WIDTH, {MODULE: (Matrix(0, (1, WIDTH), (WIDTH, 1)), Matrix(WIDTH, (WIDTH, 1), (1, 1)))}
+    2 * WIDTH, {MODULE: (Matrix(0, 1, WIDTH, WIDTH, 1), Matrix(WIDTH, WIDTH, 1, 1, 1))}
 )
 POISON = 13  # a token
 HELD = "held"

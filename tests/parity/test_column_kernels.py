@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.columns import ActiveColumns, ColumnBank
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.spec import AdapterSpec
@@ -30,7 +30,7 @@ SIZE = 120
 
 def make_bank(dtype: torch.dtype) -> tuple[ColumnBank, list[AdapterRow]]:
     generator = torch.Generator(DEVICE).manual_seed(1)
-    adapters = AdapterBank(GROUPS, SAMPLING_PARTS, DEVICE)
+    adapters = AdapterBank(GROUPS, DEVICE)
     modules = tuple(itertools.chain.from_iterable(group.modules for group in GROUPS))
     rows = [
         adapters.add(AdapterSpec(rank=r, alpha=7, use_rslora=False, seed=0, modules=modules))

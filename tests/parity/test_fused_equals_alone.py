@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from mint_core.lora.bank import TRAINING_PARTS
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.attention import PackedAttention
@@ -266,7 +265,7 @@ def test_save_load_continue_equals_never_stopped(engine: Engine) -> None:
 
 def test_a_pass_that_trains_the_head_alone_keeps_nothing_below_it(engine: Engine) -> None:
     heads = LoraRequest(rank=8, seed=0, train_attn=False, train_mlp=False)
-    row = engine.base.new_bank(TRAINING_PARTS).add(EngineRun(engine, "head-alone", heads).spec)
+    row = engine.base.new_bank().add(EngineRun(engine, "head-alone", heads).spec)
     tokens = torch.arange(12)
     hidden = engine.base.hidden(
         tokens, tokens, (Segment(0, 12, row, accumulate=True),), PackedAttention([0, 12])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mint_core.lora.bank import TRAINING_PARTS, AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.layers import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.head import Piece
@@ -31,7 +31,7 @@ def matrices(base: LoadedBase, row: AdapterRow, part: Part) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def segments(base: LoadedBase) -> list[Segment]:
-    bank = base.new_bank(TRAINING_PARTS)
+    bank = base.new_bank()
     torch.manual_seed(0)
     made = []
     for i, rank in enumerate((8, 3, 16)):

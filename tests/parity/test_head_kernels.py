@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.model.shortcuts import RmsNorm, Rotation, turn
+from mint_core.model.shortcuts import RmsNorm, rotated, turn
 from tests.interpreted_kernels import DEVICE
 
 from mint_core.model.head_kernels import turned  # isort: skip  # after interpreted_kernels
@@ -62,7 +62,7 @@ def test_the_gradient_is_turned_back() -> None:
 def test_the_form_on_a_cpu_is_the_same() -> None:
     heads, weight = drawn(TOKENS, HEADS, 16, dtype=torch.float32), torch.ones(HEADS, 16)
     cosines, sines = (drawn(1, TOKENS + i, 16, dtype=torch.float32)[:, i:] for i in (0, 1))
-    ours = Rotation()(heads.cpu(), cosines.cpu(), sines.cpu(), RmsNorm(weight, EPS))
+    ours = rotated(heads.cpu(), turn(cosines.cpu(), sines.cpu()), RmsNorm(weight, EPS))
     expected = slowly(heads.cpu(), cosines.cpu(), sines.cpu(), weight)
     torch.testing.assert_close(ours, expected)
 

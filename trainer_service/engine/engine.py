@@ -12,7 +12,7 @@ import torch
 from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import MintError
-from mint_core.lora.bank import TRAINING_PARTS, Part
+from mint_core.lora.bank import Part
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
@@ -82,7 +82,7 @@ class Engine:
             threads=config.threads,
             max_lora_rank=config.max_lora_rank,
         )
-        self._bank = self.base.new_bank(TRAINING_PARTS)
+        self._bank = self.base.new_bank()
         self._saved_rows = config.saved_row_folder
         self._progress = progress
         device = self.base.device
@@ -153,7 +153,7 @@ class Engine:
             return run_pass(self.base, packed)
 
     def _step(self, job: StepRows) -> tuple[StepResult, ...]:
-        parts = [frozenset(TRAINING_PARTS)] * len(job.steps)
+        parts = [frozenset(Part)] * len(job.steps)
         return self._by_spans(job.steps, parts, self._take_steps, self._refuse_step)
 
     def _take_steps(self, steps: Sequence[StepRow]) -> list[StepResult]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.bank import TRAINING_PARTS
 from mint_core.lora.layers import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import HEAD
@@ -99,7 +98,7 @@ def _saved_bytes(base: LoadedBase, attention: PackedAttention) -> int:
     spec = AdapterSpec(
         rank=PROBE_RANK, alpha=1.0, use_rslora=False, seed=0, modules=tuple(sorted(base.shapes))
     )
-    row = base.new_bank(TRAINING_PARTS).add(spec)
+    row = base.new_bank().add(spec)
     frozen = {
         tensor.untyped_storage().data_ptr()
         for tensor in (*base.model.parameters(), *base.model.buffers())

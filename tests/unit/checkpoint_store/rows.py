@@ -9,8 +9,8 @@ from tests.unit.checkpoint_store.conftest import SPEC, adapter
 LAYOUT = RowLayout.of(  # of what `adapter` draws, with numbers that belong to nobody around it
     100_000,
     {
-        "lm_head": (Matrix(1, (4, 6), (6, 1)), Matrix(25, (8, 4), (1, 8))),
-        "model.layers.0.q_proj": (Matrix(57, (4, 6), (6, 1)), Matrix(81, (8, 4), (1, 8))),
+        "lm_head": (Matrix(1, 4, 6, 6, 1), Matrix(25, 8, 4, 1, 8)),
+        "model.layers.0.q_proj": (Matrix(57, 4, 6, 6, 1), Matrix(81, 8, 4, 1, 8)),
     },
 )
 NUMBERS_BYTES = 4 * LAYOUT.size

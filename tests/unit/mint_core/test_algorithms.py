@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.algorithms import GROUPED, LOOP, Adapted, Algorithm, Gradients, choose
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
@@ -32,7 +32,7 @@ class Case:
         ranks: Sequence[int] = RANKS,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.bank = AdapterBank((GROUP,), TRAINING_PARTS, torch.device(device))
+        self.bank = AdapterBank((GROUP,), torch.device(device))
         self.rows = [self._row(*kind, generator) for kind in zip(ranks, TRAINED, strict=True)]
         self.segments = tuple(
             Segment(start, stop, row, accumulate=i != 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mint_core.errors import InvalidRequest
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, Part
+from mint_core.lora.bank import AdapterBank, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
 
@@ -18,7 +18,7 @@ def make_spec(rank: int, *modules: str) -> AdapterSpec:
 
 
 def make_bank() -> AdapterBank:
-    return AdapterBank(complete(SHAPES), TRAINING_PARTS, torch.device("cpu"))
+    return AdapterBank(complete(SHAPES), torch.device("cpu"))
 
 
 def make_arrays(spec: AdapterSpec, seed: int) -> dict[str, np.ndarray]:
@@ -49,10 +49,10 @@ def test_what_was_loaded_is_exported_whatever_the_rank() -> None:
 def test_a_part_takes_memory_from_its_first_use_until_it_is_freed() -> None:
     row = make_bank().add(make_spec(8))
     assert not row.held
-    for part in TRAINING_PARTS:
+    for part in Part:
         assert not row.part(part).any()
         row.bank.matrices(row.part(part), "lm_head")[0].fill_(3.0)
-    assert set(row.held) == set(TRAINING_PARTS)
+    assert set(row.held) == set(Part)
     row.free(Part.EXP_AVG)
     assert Part.EXP_AVG not in row.held
     assert not row.bank.matrices(row.part(Part.EXP_AVG), "lm_head")[0].any()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.columns import LEAST_COLUMNS, ColumnBank
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.spec import AdapterSpec
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def make_rows() -> list[AdapterRow]:
     """Adapters of several ranks, which train all of the modules or some."""
     generator = torch.Generator().manual_seed(1)
-    bank = AdapterBank(GROUPS, SAMPLING_PARTS, CPU)
+    bank = AdapterBank(GROUPS, CPU)
     rows = []
     for i, rank in enumerate(RANKS):
         modules = TRAINED[i % len(TRAINED)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
 from mint_core.lora.segments import Segment
@@ -60,7 +60,7 @@ class Stack:
         self.groups = complete(shapes, read_together(calls) if together else ())
         self.context = LoraContext()
         install(self.model, self.context, self.groups)
-        bank = AdapterBank(self.groups, TRAINING_PARTS, torch.device("cpu"))
+        bank = AdapterBank(self.groups, torch.device("cpu"))
         self.rows = [self._row(bank, i, ends) for i, ends in enumerate(TRAINED)]
         self.segments = tuple(
             Segment(start, stop, row, accumulate=i != 4)

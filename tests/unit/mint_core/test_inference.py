@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora.bank import SAMPLING_PARTS, AdapterRow, Part
+from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.lanes import Lanes
 from mint_core.lora.packed import PackedLinear, available
 from mint_core.lora.segments import MIN_ROWS, Segment
@@ -37,7 +37,7 @@ def base(qwen3_folder: Path) -> LoadedBase:
 
 
 def make_rows(base: LoadedBase, count: int = len(REQUESTS)) -> list[AdapterRow]:
-    bank = base.new_bank(SAMPLING_PARTS)
+    bank = base.new_bank()
     rows = []
     for number, request in enumerate(REQUESTS[:count]):
         row = bank.add(resolve(request, base.description.linear_modules))

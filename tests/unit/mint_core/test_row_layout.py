@@ -38,7 +38,7 @@ def test_layouts_are_equal_where_rows_lie_alike() -> None:
     assert bank.rank_class(8).layout != bank.rank_class(16).layout
 
     def banked(*groups: ModuleGroup) -> RowLayout:
-        return AdapterBank(groups, (Part.WEIGHTS,), torch.device("cpu")).rank_class(8).layout
+        return AdapterBank(groups, torch.device("cpu")).rank_class(8).layout
 
     q, k = ModuleGroup(("q",), 6, (10,)), ModuleGroup(("k",), 6, (10,))
     both = ModuleGroup(("q", "k"), 6, (10, 10))
@@ -59,6 +59,6 @@ def test_an_adapter_of_another_model_is_refused() -> None:
 
 def test_a_matrix_that_exceeds_the_row_is_not_read() -> None:
     row = np.zeros(12, np.float32)
-    assert Matrix(2, (2, 5), (5, 1)).of(row).shape == (2, 5)
+    assert Matrix(2, 2, 5, 5, 1).of(row).shape == (2, 5)
     with pytest.raises(ValueError, match=r"incompatible|too small"):
-        Matrix(3, (2, 5), (5, 1)).of(row)
+        Matrix(3, 2, 5, 5, 1).of(row)

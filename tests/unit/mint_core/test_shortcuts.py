@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mint_core.lora.groups import watching
 from mint_core.lora.segments import Segment
 from mint_core.model.attention import PackedAttention
 from mint_core.model.loading import LoadedBase, load_base
@@ -15,7 +16,6 @@ from mint_core.model.shortcuts import (
     Mlp,
     RmsNorm,
     install_shortcuts,
-    watching_modules,
 )
 from tests.models import (
     tiny_gemma2,
@@ -118,7 +118,7 @@ class ShiftedNorm(Norm):
 )
 def test_a_form_is_given_only_to_what_it_equals(kind: type[Norm], given: bool) -> None:
     module = kind()
-    with torch.no_grad(), watching_modules(module) as calls:
+    with torch.no_grad(), watching(module) as calls:
         module(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
     install_shortcuts(calls, {})
     assert isinstance(module.__dict__.get("forward"), RmsNorm) is given

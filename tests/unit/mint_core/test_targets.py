@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from mint_core.errors import InvalidRequest
 from mint_core.lora.groups import LinearShape
@@ -31,6 +33,18 @@ MODULES = [
 )
 def test_switches_and_names_choose_modules(request_: LoraRequest, expected: list[str]) -> None:
     assert resolve(request_, MODULES).modules == tuple(sorted(expected))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "proj", "mlp.up_proj", "0.mlp.up_proj", MODULES[4]])
+def test_names_match_as_in_peft(name: str) -> None:
+    config = LoraConfig(target_modules=[name])
+    expected = [key for key in MODULES if check_target_module_exists(config, key)]
+    if expected:
+        chosen = resolve(LoraRequest(rank=1, target_modules=(name,)), MODULES).modules
+        assert chosen == tuple(sorted(expected))
+    else:
+        with pytest.raises(InvalidRequest):
+            resolve(LoraRequest(rank=1, target_modules=(name,)), MODULES)
 
 
 def test_a_name_that_matches_nothing_is_refused() -> None:

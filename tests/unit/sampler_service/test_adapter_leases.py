@@ -274,7 +274,7 @@ def other_layout() -> RowLayout:
     """Other places for the same numbers."""
     names = ("lm_head", "model.layers.0.q_proj")
     places = {
-        name: (Matrix(2 + 56 * i, (4, 6), (6, 1)), Matrix(26 + 56 * i, (8, 4), (1, 8)))
+        name: (Matrix(2 + 56 * i, 4, 6, 6, 1), Matrix(26 + 56 * i, 8, 4, 1, 8))
         for i, name in enumerate(names)
     }
     return RowLayout.of(LAYOUT.size, places)

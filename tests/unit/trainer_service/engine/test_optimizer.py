@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mint_core.lora.bank import TRAINING_PARTS, AdapterBank, AdapterRow, Part
+from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.engine.optimizer import NonFiniteGradient, step_rows
@@ -21,7 +21,7 @@ BROKEN = 3  # has a NaN in its gradient
 
 
 def make_steps() -> list[tuple[TrainedRow, AdamParams]]:
-    bank = AdapterBank(complete({"m": LinearShape(24, 40)}), TRAINING_PARTS, torch.device("cpu"))
+    bank = AdapterBank(complete({"m": LinearShape(24, 40)}), torch.device("cpu"))
     return [(TrainedRow(make_row(bank, i), 3 * i), params) for i, params in enumerate(PARAMS)]
 
 
@@ -30,7 +30,7 @@ def make_row(bank: AdapterBank, number: int) -> AdapterRow:
         AdapterSpec(rank=RANKS[number], alpha=8.0, use_rslora=False, seed=0, modules=("m",))
     )
     generator = torch.Generator().manual_seed(number)
-    for part in TRAINING_PARTS:
+    for part in Part:
         row.part(part).copy_(torch.rand(row.bank.row_size, generator=generator))
     if number == BROKEN:
         row.part(Part.GRADIENT)[5] = torch.nan
@@ -43,7 +43,7 @@ def test_steps_together_are_steps_one_by_one_bitwise() -> None:
     for i, step in enumerate(alone):
         (expected,) = step_rows([step])
         assert results[i].step == expected.step
-        for part in TRAINING_PARTS:
+        for part in Part:
             assert torch.equal(together[i][0].row.part(part), step[0].row.part(part))
         if i != BROKEN:
             assert results[i].grad_norm == expected.grad_norm
