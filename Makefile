@@ -58,7 +58,7 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 	$(BIN)/python -m sampler_service $(FLAGS)
 
 key: install  ## Makes a key: TENANT=name KEYS=file
-	$(BIN)/python -m mint_core.hosting.access $(TENANT) $(KEYS)
+	$(BIN)/python -m mint_core.rpc.access $(TENANT) $(KEYS)
 
 DO ?= inspect
 state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'

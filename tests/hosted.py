@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
 from mint_core.errors import InvalidRequest, Unavailable
-from mint_core.hosting.access import KeyRing
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics

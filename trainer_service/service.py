@@ -9,8 +9,8 @@ from checkpoint_store import SnapshotFolder, SnapshotMemory, snapshot_folder
 from checkpoint_store.opening import open_store
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
-from mint_core.hosting.access import KeyRing
 from mint_core.hosting.tasks import Tasks
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service

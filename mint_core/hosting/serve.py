@@ -8,9 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mint_core.addresses import host_and_port
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.hosting.serve_flags import HELP, ServeFlags, parse_serve_flags
-from mint_core.hosting.service_config import host_and_port
 from mint_core.hosting.service_main import first, set_up_logging, stop_signal, write_whole
 
 logger = logging.getLogger("mint.serve")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mint_core.addresses import host_and_port
 from mint_core.errors import InvalidRequest
-from mint_core.hosting.service_config import host_and_port
 
 EMBEDDED_MODEL = Path(".models/SmolLM2-135M-Instruct")
 SAMPLER_PORT = 50052  # where clients look for the sampler unless the trainer says otherwise

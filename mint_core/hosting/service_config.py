@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
-import ipaddress
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mint_core.addresses import host_and_port, is_loopback
 
 C = TypeVar("C")
 
@@ -119,25 +120,6 @@ class ServiceConfig:
         if self.store_is_remote:
             return self.local_folder or Path(".store")
         return Path(self.store)
-
-
-def host_and_port(address: str, name: str) -> tuple[str, int]:
-    """Takes `HOST:PORT` or `[HOST]:PORT` apart."""
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isascii() and port.isdecimal() and int(port) < 65536):
-        raise ValueError(f"`{name}` must look like HOST:PORT, got {address!r}")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def parse_flags(config: type[C], argv: Sequence[str], *, program: str, summary: str) -> C:

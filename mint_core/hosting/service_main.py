@@ -11,12 +11,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, MintError
-from mint_core.hosting.access import KeyRing
-from mint_core.hosting.service_config import ServiceConfig, host_and_port, parse_flags
+from mint_core.hosting.service_config import ServiceConfig, parse_flags
 from mint_core.hosting.tasks import Tasks
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 

@@ -8,7 +8,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mint_core.errors import FailedPrecondition
-from mint_core.hosting.access import KeyRing
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics

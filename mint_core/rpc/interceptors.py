@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from mint_core.errors import MintError, Unimplemented
-from mint_core.hosting.access import KeyRing
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, caller
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics

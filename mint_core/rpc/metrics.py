@@ -12,9 +12,9 @@ from prometheus_client import (
     start_http_server,
 )
 
+from mint_core.addresses import host_and_port
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition
-from mint_core.hosting.service_config import host_and_port
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from mint_core.hosting.access import KeyRing
 from mint_core.hosting.service_main import run_service
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.metrics import Metrics
 from tests.engines import bad_store
 from trainer_service.config import TrainerConfig

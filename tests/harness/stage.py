@@ -16,7 +16,7 @@ from typing import Any
 import mint
 from checkpoint_store import CheckpointStore
 from mint_core.errors import CheckpointNotFound
-from mint_core.hosting.access import make_key
+from mint_core.rpc.access import make_key
 from tests.checkpoint_files import moments
 from tests.engines.bad_store import BadStore
 from tests.harness import history

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mint_core.hosting.access import make_key
+from mint_core.rpc.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
 from tests.hosted import Served, serving
 from tests.servers import RunningService, running_trainer

@@ -13,7 +13,7 @@ from mint_core.errors import (
     FailedPrecondition,
     TrainingRunNotFound,
 )
-from mint_core.hosting.access import KeyRing, make_key
+from mint_core.rpc.access import KeyRing, make_key
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mintrpc.v1 import (

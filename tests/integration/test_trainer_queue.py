@@ -15,7 +15,7 @@ import pytest
 
 import mint
 from mint import types
-from mint_core.hosting.access import make_key
+from mint_core.rpc.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
 from tests.answers import exact
 from tests.metrics import Samples, scrape, value

@@ -6,10 +6,9 @@ from typing import Literal
 
 import pytest
 
+from mint_core.addresses import host_and_port, is_loopback
 from mint_core.hosting.service_config import (
     ServiceConfig,
-    host_and_port,
-    is_loopback,
     option,
     parse_flags,
     required,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mint_core.errors import FailedPrecondition, Unauthenticated
-from mint_core.hosting.access import KeyRing, make_key
+from mint_core.rpc.access import KeyRing, make_key
 
 
 def test_a_new_key_opens_its_tenant(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_tenant_must_be_a_plain_name(tmp_path: Path, tenant: str) -> None:
 
 def test_the_command_prints_the_key_alone(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    command = [sys.executable, "-m", "mint_core.hosting.access", "alice", str(file)]
+    command = [sys.executable, "-m", "mint_core.rpc.access", "alice", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(os.environ))
 
     assert done.returncode == 0
@@ -155,7 +155,7 @@ def test_the_command_prints_the_key_alone(tmp_path: Path) -> None:
     "arguments", [["alice"], ["a b", "keys"], ["alice", "no/such/folder/keys"]]
 )
 def test_a_wrong_command_is_one_line(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "mint_core.hosting.access", *arguments]
+    command = [sys.executable, "-m", "mint_core.rpc.access", *arguments]
     done = subprocess.run(
         command,
         capture_output=True,

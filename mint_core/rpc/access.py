@@ -127,7 +127,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, float]]:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m mint_core.hosting.access TENANT FILE")
+        sys.exit("usage: python -m mint_core.rpc.access TENANT FILE")
     try:
         sys.stdout.write(make_key(sys.argv[1], Path(sys.argv[2])) + "\n")
     except (MintError, OSError) as error:
