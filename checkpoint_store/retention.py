@@ -10,9 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import zip_longest
 
-from checkpoint_store.manifest import Manifest
-
-UNUSED_LIMIT_S = 24 * 3600
+from checkpoint_store.manifest import UNUSED_LIMIT_S, Manifest
 
 
 def past_expiry(manifest: Manifest, now: datetime) -> bool:

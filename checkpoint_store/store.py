@@ -12,12 +12,13 @@ from pathlib import Path
 
 from checkpoint_store import adapter_files, retention, revisions
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.layout import StoreLayout
+from checkpoint_store.layout import StoreLayout, share_files
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.memory.published_row import PublishedRow
-from checkpoint_store.memory.snapshot_folder import SnapshotFolder
+from checkpoint_store.memory.snapshot_folder import find_row
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
+from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
@@ -28,7 +29,6 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.places import Place
-from checkpoint_store.publishing import Published, Publisher, share_files
 from mint_core.errors import CheckpointNotFound, InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
     def __init__(
-        self, root: Place, snapshots: SnapshotFolder | None = None, local: Path | None = None
+        self, root: Place, snapshots: Path | None = None, local: Path | None = None
     ) -> None:
-        """With `snapshots`, those of this host are found there too, stored yet or not. `local` is
-        the folder for drafts and copies if the root is none.
+        """With a folder of `snapshots`, those of this host are found there too, stored yet or not.
+        `local` is the folder for drafts and copies if the root is none.
         """
         self._copies: Copies | None = None
         if isinstance(root, ObjectPath):
@@ -60,25 +60,24 @@ class CheckpointStore:
         else:
             local = root
         self._layout = StoreLayout(root, local)
-        self._publisher = Publisher(self._layout)
         self._snapshots = snapshots
 
     def staging(self) -> AbstractContextManager[Path]:
         """A folder to write in, on the store's file system, gone afterwards. A full disk is
         ResourceExhausted.
         """
-        return self._publisher.staging()
+        return self._layout.staging()
 
     def publish_folder(
         self, manifest: Manifest, staging: Path, *, overwrite: bool = True
-    ) -> Published:
+    ) -> Manifest:
         """Publishes what has been written to a folder of `staging`, as the next revision of its
         name. Readers see all of it or nothing.
 
         Without `overwrite`, a name that exists is AlreadyExists. What one request or call has
         published twice is there once: a crash may have hidden that it was.
         """
-        published = self._publisher.place(staging, manifest, overwrite=overwrite)
+        published = self._layout.publish(staging, manifest, overwrite=overwrite)
         if not manifest.named:
             self.recant(manifest.path)
         return published
@@ -91,14 +90,14 @@ class CheckpointStore:
         tenant: str,
         expire_time: datetime | None = None,
         request: str = "",
-    ) -> Published:
+    ) -> Manifest:
         """Publishes a stored revision once more, under another name of its run. A name that exists
         is AlreadyExists, unless the same request has made it.
         """
         asked = parse_path(path)
         target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
-        if made := self._publisher.made_by(target, request):
-            return Published(made)
+        if made := self._layout.made_by(target, request):
+            return made
         found = self.find_stored(path, tenant=tenant)
         found.note_use()
         self.verify(found)
@@ -116,7 +115,7 @@ class CheckpointStore:
         with self.staging() as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)
-            return self._publisher.place(staging, manifest, overwrite=False)
+            return self._layout.publish(staging, manifest, overwrite=False)
 
     def update(self, path: str, *, tenant: str, change: Callable[[Manifest], Manifest]) -> Manifest:
         """Replaces what a revision says of itself. Its files, and what is in memory, stay."""
@@ -153,10 +152,6 @@ class CheckpointStore:
     def describe(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> Manifest:
         """The manifest of the revision that `path` means now; with `kind`, only of that kind."""
         return self.find(path, tenant=tenant, kind=kind).manifest
-
-    def resolve(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> str:
-        """The path of the revision that `path` means now."""
-        return str(self.describe(path, tenant=tenant, kind=kind).revision_path)
 
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""
@@ -202,10 +197,6 @@ class CheckpointStore:
                 raise CheckpointNotFound(path) from None
             raise
 
-    def renew(self, path: str, *, tenant: str) -> None:
-        """Notes that a revision is still in use, so that it is kept for another while."""
-        self.find(path, tenant=tenant).note_use()
-
     def list(
         self,
         *,
@@ -243,7 +234,7 @@ class CheckpointStore:
     def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
         """The revision of that kind and of a path's name that a request has made."""
         asked = parse_path(path)
-        return self._publisher.made_by(replace(asked.at(None), kind=kind), request)
+        return self._layout.made_by(replace(asked.at(None), kind=kind), request)
 
     def has_deleted(self, training_run_id: str, request: str) -> bool:
         """Whether a request has deleted a checkpoint of a run."""
@@ -310,10 +301,25 @@ class CheckpointStore:
         if self._snapshots is None:
             return None, None
         try:
-            row = self._snapshots.find(revision)
+            row = find_row(self._snapshots, revision)
         except CheckpointDamaged as error:
             logger.warning("%s", error)
             return None, error
         if row is None or retention.past_memory(row.manifest, datetime.now(UTC)):
             return None, None
         return row, None
+
+
+def open_store(
+    store: str, local: Path, snapshots: Path | None = None, *, saves: bool
+) -> CheckpointStore:
+    """The store that a service was told: a folder, or an object store by its URL, which is asked
+    whether it can be used; `local` is for copies of its files then. `saves` says whether this
+    process will.
+    """
+    if not is_object_address(store):
+        return CheckpointStore(Path(store), snapshots)
+    objects = ObjectStore(parse_address(store))
+    objects.check(saves=saves)
+    root = ObjectPath(objects, objects.address.prefix)
+    return CheckpointStore(root, snapshots, local)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from checkpoint_store.memory.published_row import PublishedRow, open_row
@@ -22,27 +23,19 @@ OWNER_PREFIX = "trainer-"
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class SnapshotFolder:
-    """What samplers look into. Blocking calls, safe from any thread."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def find(self, revision: CheckpointPath) -> PublishedRow | None:
-        """The row of a revision, if a trainer of this host has it in memory. Raises
-        CheckpointDamaged.
-        """
-        if not self.path.exists():
-            return None
-        if not is_private(self.path):
-            logger.warning("%s is left alone: others than this user can write there", self.path)
-            return None
-        for owner in self.path.glob(f"{OWNER_PREFIX}*"):
-            try:
-                return open_row(owner / place_of(revision), str(revision))
-            except RowMissing:
-                continue
+def find_row(folder: Path, revision: CheckpointPath) -> PublishedRow | None:
+    """The row of a revision, if a trainer of this host has it in memory. Raises
+    CheckpointDamaged.
+    """
+    if not folder.exists():
         return None
+    if not is_private(folder):
+        logger.warning("%s is left alone: others than this user can write there", folder)
+        return None
+    for owner in folder.glob(f"{OWNER_PREFIX}*"):
+        with suppress(RowMissing):
+            return open_row(owner / place_of(revision), str(revision))
+    return None
 
 
 def snapshot_folder(chosen: Path | None, store: str) -> Path | None:

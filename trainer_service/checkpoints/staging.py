@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_store import CheckpointStore, FileEntry, Manifest, Published
+from checkpoint_store import CheckpointStore, FileEntry, Manifest
 
 
 @asynccontextmanager
@@ -29,7 +29,7 @@ async def publish(
     write: Callable[[str], Awaitable[Mapping[str, FileEntry]]],
     *,
     overwrite: bool = True,
-) -> Published:
+) -> Manifest:
     """Publishes what is written to a folder, which is handed to `write`."""
     async with staging(store) as folder:
         manifest = replace(manifest, files=await write(str(folder)))

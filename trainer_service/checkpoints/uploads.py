@@ -70,24 +70,26 @@ class Uploads:
             )
             converted: Converted = await do_apart(MODULE, job)
             manifest = new_manifest(
-                training_run_id=run,
-                kind=WEIGHTS if converted.with_optimizer else SAMPLER_WEIGHTS,
-                name=upload.name,
-                tenant=tenant,
-                base_model=model.name,
-                base_fingerprint=model.fingerprint,
-                spec=converted.spec,
-                step=converted.step,
-                metadata=upload.metadata,
-                expire_time=upload.expire_time,
-                request=request,
-                files=converted.files,
+                upload.name,
+                Manifest(
+                    training_run_id=run,
+                    kind=WEIGHTS if converted.with_optimizer else SAMPLER_WEIGHTS,
+                    tenant=tenant,
+                    base_model=model.name,
+                    base_fingerprint=model.fingerprint,
+                    spec=converted.spec,
+                    step=converted.step,
+                    metadata=upload.metadata,
+                    expire_time=upload.expire_time,
+                    request=request,
+                    files=converted.files,
+                ),
             )
-            published = await asyncio.to_thread(
+            manifest = await asyncio.to_thread(
                 self._store.publish_folder, manifest, output, overwrite=False
             )
         self._sweeper.note_expiry(upload.expire_time)
-        return published.manifest
+        return manifest
 
 
 async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:
