@@ -2,8 +2,13 @@
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry, Manifest, new_manifest
-from checkpoint_store.memory.published_row import PublishedRow, open_row, write_published_row
-from checkpoint_store.memory.snapshot_folder import find_row, snapshot_folder
+from checkpoint_store.memory.published_row import (
+    PublishedRow,
+    find_row,
+    open_row,
+    snapshot_folder,
+    write_published_row,
+)
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
 from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (

@@ -136,9 +136,7 @@ class StoreLayout:
         """
         folder = self.name_folder(path)
         revisions.clear_tombstones(folder, since)
-        if path.unnamed and (
-            revisions.all_dead(folder, since) or revisions.never_came(folder, since)
-        ):
+        if path.unnamed and revisions.has_ended(folder, since):
             remove_tree(folder)
         if isinstance(folder, ObjectPath):
             self._clear_files(path, folder, since)

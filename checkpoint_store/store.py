@@ -14,8 +14,7 @@ from checkpoint_store import adapter_files, retention, revisions
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout, share_files
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
-from checkpoint_store.memory.published_row import PublishedRow
-from checkpoint_store.memory.snapshot_folder import find_row
+from checkpoint_store.memory.published_row import PublishedRow, find_row
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
@@ -256,16 +255,11 @@ class CheckpointStore:
         removed = 0
         expiries: list[datetime] = []
         for name in self._layout.names(self._layout.runs()):
-            held = [
-                (
-                    manifest,
-                    revisions.last_used(self._layout.revision_folder(manifest.revision_path)),
-                )
-                for manifest in self._layout.revisions_of(name)
-            ]
-            expiries += retention.expiries((manifest for manifest, _ in held), now)
-            for number in retention.removable_of_name(held, now):
-                revisions.bury(self._layout.revision_folder(name.at(number)))
+            held = self._layout.revisions_of(name)
+            folders = [self._layout.revision_folder(manifest.revision_path) for manifest in held]
+            expiries += retention.expiries(held, now)
+            for at in retention.removable(held, list(map(revisions.last_used, folders)), now):
+                revisions.bury(folders[at])
                 removed += 1
             self._layout.tidy(name, since=now - _LEFT_LIMIT)
         self._layout.clear_staging(older_than=now - _LEFT_LIMIT)

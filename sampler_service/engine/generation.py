@@ -103,7 +103,7 @@ class Generation:
             penalized = asked.choice.repetition_penalty != 1  # of the prompt's tokens too
             continuation.occurrences = Occurrences(asked.prompt if penalized else asked.prompt[:0])
         if continuation.constrained is None and self._constraint is not None:
-            continuation.constrained = self._constraint.start(asked.stops.token_ids)
+            continuation.constrained = ConstrainedText(self._constraint, asked.stops.token_ids)
         allowed = continuation.constrained.allowed() if continuation.constrained else None
         topk = asked.topk_sample_logprobs
         return Draw(asked.choice, sample, position, continuation.occurrences, allowed, topk)

@@ -19,19 +19,11 @@ from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class Placed(CachedRows):
     """A span in the stream."""
 
     span: Span
-    start: int
     segment: Segment  # of its adapter
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.span.stop - self.span.start
-
-    def cached(self) -> CachedRows:
-        return CachedRows(self.start, self.stop, self.span.sequence.blocks, self.span.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,14 +71,8 @@ class Runner:
             start, stop = p.span.start, p.span.stop
             tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
             positions[p.start : p.stop] = range(start, stop)
-        attention = CachedAttention(
-            self.cache,
-            self._base.device,
-            decoding=[p.cached() for p in placed if p.span.stop - p.span.start == 1],
-            chunks=[p.cached() for p in placed if p.span.stop - p.span.start > 1],
-            progress=self._progress,
-        )
         device = self._base.device
+        attention = CachedAttention(self.cache, device, placed, self._progress)
         hidden = self._base.hidden(
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
@@ -129,8 +115,9 @@ def place(
         segment = Segment(start, start + rows, adapters.get(adapter), rowwise=rowwise)
         at = start
         for span in group:
-            placed.append(Placed(span, at, segment))
-            at += span.stop - span.start
+            stop = at + span.stop - span.start
+            placed.append(Placed(at, stop, span.sequence.blocks, span.stop, span, segment))
+            at = stop
         segments.append(segment)
         start = segment.stop
     return tuple(placed), tuple(segments)
