@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_store.adapter_files import Floats, check_arrays, read_weights
+from checkpoint_store.adapter_files import check_arrays, read_weights
 from checkpoint_store.manifest import Manifest
 from checkpoint_store.memory.published_row import PublishedRow
 from checkpoint_store.places import Place
 from checkpoint_store.revisions import renew_lease
 from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound
+from mint_core.lora.row_layout import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,6 @@ class OpenCheckpoint:
     folder: Path
     place: Place  # in the store
     row: PublishedRow | None = None  # the same weights in memory
-
-    @property
-    def stored(self) -> bool:
-        """Whether the files are there: a snapshot may be in memory alone."""
-        return bool(self.manifest.files)
 
     def note_use(self) -> None:
         """Keeps the revision for another while."""

@@ -52,10 +52,9 @@ class CheckpointStore:
         """With a folder of `snapshots`, those of this host are found there too, stored yet or not.
         `local` is the folder for drafts and copies if the root is none.
         """
-        self._copies: Copies | None = None
         if isinstance(root, ObjectPath):
             assert local is not None, "no folder for copies"
-            self._copies = Copies(local / ".copies")
+            self._copies = Copies(local / ".copies")  # of an object store alone
         else:
             local = root
         self._layout = StoreLayout(root, local)
@@ -186,7 +185,7 @@ class CheckpointStore:
         path = str(found.manifest.revision_path)
         files = self._layout.files_folder(found.manifest)
         try:
-            if self._copies is not None and isinstance(files, ObjectPath):
+            if isinstance(files, ObjectPath):
                 self._copies.bring(found.manifest, files)
                 return
             for name, entry in found.manifest.files.items():
@@ -274,10 +273,8 @@ class CheckpointStore:
 
     def _opened(self, manifest: Manifest, row: PublishedRow | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)
-        if isinstance(place, ObjectPath):
-            assert self._copies is not None
-            return OpenCheckpoint(manifest, self._copies.folder(manifest), place, row)
-        return OpenCheckpoint(manifest, place, place, row)
+        folder = place if isinstance(place, Path) else self._copies.folder(manifest)
+        return OpenCheckpoint(manifest, folder, place, row)
 
     def _row_of(self, manifest: Manifest) -> PublishedRow | None:
         """A stored revision in memory."""
