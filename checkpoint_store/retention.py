@@ -15,7 +15,7 @@ from checkpoint_store.manifest import UNUSED_LIMIT_S, Manifest
 
 def past_expiry(manifest: Manifest, now: datetime) -> bool:
     """Whether a named revision's time is over: readers no longer find it, swept or not."""
-    return manifest.named and manifest.expire_time is not None and manifest.expire_time <= now
+    return manifest.named and past_memory(manifest, now)
 
 
 def past_memory(manifest: Manifest, now: datetime) -> bool:

@@ -38,17 +38,17 @@ class OpenContinuation:
     def close(self) -> Continuation:
         assert self.stop_reason is not None
         tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
+        top = None
+        if self.tops:
+            ids, values = map(np.stack, zip(*self.tops, strict=True))
+            top = TokenLogprobs(token_ids=ids, logprobs=values)
         return Continuation(
             tokens=np.array(tokens, np.int64),
             logprobs=np.array(logprobs, np.float32),
             model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
-            topk_logprobs=self._top() if self.tops else None,
+            topk_logprobs=top,
         )
-
-    def _top(self) -> TokenLogprobs:
-        ids, logprobs = zip(*self.tops, strict=True)
-        return TokenLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
 
 
 class Generation:
