@@ -10,7 +10,6 @@ from checkpoint_store.memory.published_row import (
     write_published_row,
 )
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
-from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     KINDS,
     MERGED_WEIGHTS,
@@ -21,7 +20,7 @@ from checkpoint_store.paths import (
     check_name,
     parse_path,
 )
-from checkpoint_store.store import CheckpointStore, Swept, open_store
+from checkpoint_store.store import CheckpointStore, OpenCheckpoint, Swept, open_store
 
 __all__ = [
     "KINDS",

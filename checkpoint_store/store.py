@@ -4,13 +4,14 @@ It keeps nothing in memory.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from checkpoint_store import adapter_files, retention, revisions
+from checkpoint_store import retention, revisions
+from checkpoint_store.adapter_files import check_arrays, read_weights, verify_file
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout, share_files
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
@@ -18,7 +19,6 @@ from checkpoint_store.memory.published_row import PublishedRow, find_row
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
-from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
     CheckpointKind,
@@ -28,11 +28,48 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.places import Place
+from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
+from mint_core.lora.row_layout import Floats
 
 logger = logging.getLogger(__name__)
 
 _LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCheckpoint:
+    """A revision, whose files `CheckpointStore.open` has verified. Arrays have PEFT's names."""
+
+    manifest: Manifest
+    # Opens with `PeftModel.from_pretrained`. Absent while a snapshot is not stored; of an object
+    # store's checkpoints it holds copies, for a while, once they are verified.
+    folder: Path
+    place: Place  # in the store
+    row: PublishedRow | None = None  # the same weights in memory
+
+    def note_use(self) -> None:
+        """Keeps the revision for another while."""
+        revisions.renew_lease(self.place)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the folder holds copies."""
+        return self.folder != self.place
+
+    def weights(self) -> dict[str, Floats]:
+        with self.present():
+            weights = self.row.weights() if self.row else read_weights(self.folder)
+        check_arrays(str(self.manifest.revision_path), self.manifest.spec, weights)
+        return weights
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Says CheckpointNotFound where a file is no longer there."""
+        try:
+            yield
+        except (FileNotFoundError, RowMissing):  # deleted since it was opened
+            raise CheckpointNotFound(str(self.manifest.revision_path)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +226,7 @@ class CheckpointStore:
                 self._copies.bring(found.manifest, files)
                 return
             for name, entry in found.manifest.files.items():
-                adapter_files.verify_file(path, found.folder / name, entry)
+                verify_file(path, found.folder / name, entry)
         except CheckpointDamaged:
             if not (found.place / MANIFEST_FILE).exists():  # deleted meanwhile
                 raise CheckpointNotFound(path) from None
