@@ -1,11 +1,15 @@
 """Publishes, opens, lists and deletes adapters and training state. Arrays are numpy: no torch."""
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
-from checkpoint_store.manifest import FileEntry, Manifest
-from checkpoint_store.memory.published_row import PublishedRow, open_row, write_published_row
-from checkpoint_store.memory.snapshot_folder import SnapshotFolder, snapshot_folder
+from checkpoint_store.manifest import FileEntry, Manifest, new_manifest
+from checkpoint_store.memory.published_row import (
+    PublishedRow,
+    find_row,
+    open_row,
+    snapshot_folder,
+    write_published_row,
+)
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
-from checkpoint_store.opened import OpenCheckpoint
 from checkpoint_store.paths import (
     KINDS,
     MERGED_WEIGHTS,
@@ -16,8 +20,7 @@ from checkpoint_store.paths import (
     check_name,
     parse_path,
 )
-from checkpoint_store.publishing import Published, new_manifest
-from checkpoint_store.store import CheckpointStore, Swept
+from checkpoint_store.store import CheckpointStore, OpenCheckpoint, Swept, open_store
 
 __all__ = [
     "KINDS",
@@ -31,15 +34,15 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "OpenCheckpoint",
-    "Published",
     "PublishedRow",
-    "SnapshotFolder",
     "SnapshotMemory",
     "Swept",
     "WeightsNotFinite",
     "check_name",
+    "find_row",
     "new_manifest",
     "open_row",
+    "open_store",
     "parse_path",
     "snapshot_folder",
     "write_published_row",

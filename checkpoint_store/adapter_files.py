@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry
 from mint_core.errors import InvalidRequest
+from mint_core.lora.row_layout import Floats
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
-Floats = NDArray[np.float32]
 EXP_AVG, EXP_AVG_SQ = "exp_avg.", "exp_avg_sq."  # before the weights' names
 # What the files' own metadata say, for whoever has the files alone.
 BASE_FINGERPRINT, STEP = "base_fingerprint", "step"

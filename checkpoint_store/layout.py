@@ -1,29 +1,40 @@
-"""Where things lie: `<root>/<training_run_id>/<kind>/<name>/<revision>/`.
+"""Where things lie, `<root>/<training_run_id>/<kind>/<name>/<revision>/`, and how they come there:
+written beside, shown by one rename.
 
 What is being written lies in `.staging/`, in the root or, beside an object store, in a local
 folder.
 """
 
+import errno
 import logging
+import os
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
-from checkpoint_store import revisions
-from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.manifest import Manifest
+from checkpoint_store import retention, revisions
+from checkpoint_store.adapter_files import flush_files
+from checkpoint_store.errors import CheckpointDamaged, full_disk_told
+from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.paths import KINDS, CheckpointPath
-from checkpoint_store.places import Place, remove_tree
+from checkpoint_store.places import Place, flush_folder, make_folder, remove_tree, write_durably
+from mint_core.errors import AlreadyExists
 
 logger = logging.getLogger(__name__)
+
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)
 
 
 class StoreLayout:
     def __init__(self, root: Place, local: Path) -> None:
         self._root = root
-        self.staging = local / ".staging"  # no run id starts with a dot
+        self._staging = local / ".staging"  # no run id starts with a dot
 
     def name_folder(self, path: CheckpointPath) -> Place:
         return self._root / path.training_run_id / path.kind / path.name
@@ -37,10 +48,51 @@ class StoreLayout:
             return self.name_folder(manifest.path) / manifest.files_folder
         return self.revision_folder(manifest.revision_path)
 
-    def files_folder_of(self, staging: Path) -> str:
-        """How a manifest names where the files will lie that are staged now."""
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder to write in, on the store's file system, gone afterwards. A full disk is
+        ResourceExhausted.
+        """
+        staging = self._staging / uuid4().hex
+        try:
+            with full_disk_told():
+                make_folder(self._staging)
+                staging.mkdir()
+                yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def publish(self, staging: Path, manifest: Manifest, *, overwrite: bool) -> Manifest:
+        """Shows what was staged as the next revision of its name. What a request or a run's call
+        publishes once more is there already: a crash may have hidden that.
+        """
+        path, folder = manifest.path, self.name_folder(manifest.path)
+        if made := self._made(manifest):
+            revisions.settle(folder)
+            return made
+        files = manifest.files or flush_files(staging)
         local = isinstance(self._root, Path)
-        return "" if local else object_revisions.files_folder(staging)
+        files_folder = "" if local else object_revisions.files_folder(staging)
+        described = replace(manifest, files=files, files_folder=files_folder)
+
+        def prepare(revision: int) -> None:
+            now = datetime.now(UTC)
+            held = self.newest_first(path)
+            if not overwrite and any(not retention.past_expiry(m, now) for m in held):
+                raise AlreadyExists(
+                    f"checkpoint `{path}` exists; choose another `name` or set `overwrite`",
+                    path=path,
+                )
+            encoded = encode_manifest(replace(described, revision=revision))
+            write_durably(staging / MANIFEST_FILE, encoded)
+            flush_folder(staging)
+
+        return replace(described, revision=revisions.place(staging, folder, prepare))
+
+    def made_by(self, path: CheckpointPath, request: str) -> Manifest | None:
+        """The revision of a name that a request has made."""
+        held = self.revisions_of(path) if request else []
+        return next((m for m in held if m.request == request), None)
 
     def newest_first(self, path: CheckpointPath) -> Iterator[Manifest]:
         """The revision that the path names, or all of its name. A damaged manifest raises."""
@@ -84,15 +136,13 @@ class StoreLayout:
         """
         folder = self.name_folder(path)
         revisions.clear_tombstones(folder, since)
-        if path.unnamed and (
-            revisions.all_dead(folder, since) or revisions.never_came(folder, since)
-        ):
+        if path.unnamed and revisions.has_ended(folder, since):
             remove_tree(folder)
         if isinstance(folder, ObjectPath):
             self._clear_files(path, folder, since)
 
     def clear_staging(self, *, older_than: datetime) -> None:
-        for entry in self.staging.iterdir() if self.staging.is_dir() else ():
+        for entry in self._staging.iterdir() if self._staging.is_dir() else ():
             if datetime.fromtimestamp(entry.stat().st_mtime, UTC) >= older_than:
                 continue
             if entry.is_dir():
@@ -100,11 +150,29 @@ class StoreLayout:
             else:
                 entry.unlink(missing_ok=True)
 
+    def _made(self, manifest: Manifest) -> Manifest | None:
+        """The revision of the same name that the same request or call has made."""
+        held = self.revisions_of(manifest.path) if manifest.maker else []
+        return next((m for m in held if m.maker == manifest.maker), None)
+
     def _clear_files(self, path: CheckpointPath, folder: ObjectPath, since: datetime) -> None:
         live = self.revisions_of(path)
         if len(live) == len(revisions.live_revisions(folder)):  # so none is damaged
             named = {manifest.files_folder for manifest in live}
             object_revisions.remove_unnamed(folder, named, since)
+
+
+def share_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Puts files of one folder into another of the same file system. They are never written to, so
+    that links will do where there are links.
+    """
+    for name in names:
+        try:
+            os.link(source / name, target / name)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(source / name, target / name)
 
 
 def _entries(folder: Place) -> list[str]:

@@ -3,15 +3,23 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from typing import Any
 
-from checkpoint_store.paths import KINDS, CheckpointKind, CheckpointPath
+from checkpoint_store.paths import (
+    KINDS,
+    CheckpointKind,
+    CheckpointPath,
+    check_name,
+    check_new_name,
+    generated_name,
+)
 from mint_core.lora.spec import AdapterSpec
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
+UNUSED_LIMIT_S = 24 * 3600  # of what is kept for as long as it is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +35,13 @@ class Manifest:
     tenant: str
     training_run_id: str
     kind: CheckpointKind
-    name: str
-    revision: int  # 0 until the store has numbered it
+    name: str = ""  # empty until `new_manifest` has given it
+    revision: int = 0  # until the store has numbered it
     base_model: str
     base_fingerprint: str
     spec: AdapterSpec
     step: int
-    create_time: datetime
+    create_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     expire_time: datetime | None = None  # None: kept until deleted, or as `unused_limit_s` says
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +79,15 @@ class Manifest:
     def named(self) -> bool:
         """False for a snapshot whose name was generated."""
         return self.unused_limit_s is None
+
+
+def new_manifest(name: str | None, said: Manifest) -> Manifest:
+    """Of a checkpoint that is about to be made; without a name, of an unnamed snapshot."""
+    check_name(said.training_run_id, field="training_run_id")
+    if name is None:
+        unnamed = generated_name()
+        return replace(said, name=unnamed, revision=1, unused_limit_s=UNUSED_LIMIT_S)
+    return replace(said, name=check_new_name(name))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

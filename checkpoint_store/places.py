@@ -23,29 +23,25 @@ def write_durably(place: Place, content: bytes) -> None:
         place.objects.write(place.key, content)
 
 
-def replace_durably(place: Place, content: bytes) -> None:
-    """As `write_durably`, of what others read meanwhile: they see the old content or the new."""
+def replace(place: Place, content: bytes, *, durably: bool) -> None:
+    """Makes or replaces what others read meanwhile: they see all of the new content, or what was
+    there. Unless it is done `durably`, a crash of the machine may undo it.
+    """
     if isinstance(place, ObjectPath):
         place.objects.write(place.key, content)
         return
     draft = place.with_name(f".{place.name}.{uuid4().hex}")
-    durable_files.write_durably(draft, content)
-    draft.rename(place)
-    durable_files.flush_folder(place.parent)
-
-
-def write_whole(place: Place, content: bytes) -> None:
-    """Readers see all of it or nothing. A crash of the machine may undo it."""
-    if isinstance(place, ObjectPath):
-        place.objects.write(place.key, content)
-        return
-    draft = place.with_name(f".{place.name}")
     try:
-        draft.write_bytes(content)
+        if durably:
+            durable_files.write_durably(draft, content)
+        else:
+            draft.write_bytes(content)
         draft.rename(place)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+    if durably:
+        flush_folder(place.parent)
 
 
 def flush_folder(place: Place) -> None:

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from itertools import zip_longest
 
-from checkpoint_store.manifest import Manifest
-
-UNUSED_LIMIT_S = 24 * 3600
+from checkpoint_store.manifest import UNUSED_LIMIT_S, Manifest
 
 
 def past_expiry(manifest: Manifest, now: datetime) -> bool:
     """Whether a named revision's time is over: readers no longer find it, swept or not."""
-    return manifest.named and manifest.expire_time is not None and manifest.expire_time <= now
+    return manifest.named and past_memory(manifest, now)
 
 
 def past_memory(manifest: Manifest, now: datetime) -> bool:
@@ -26,27 +24,15 @@ def past_memory(manifest: Manifest, now: datetime) -> bool:
 
 
 def removable(
-    manifest: Manifest, *, followed: datetime | None, last_used: datetime | None, now: datetime
-) -> bool:
-    """Whether a sweep may remove a revision; `followed` is when the next one was published."""
-    if past_expiry(manifest, now):
-        return True
-    if manifest.named and followed is None:
-        return False
-    limit_s = UNUSED_LIMIT_S if manifest.unused_limit_s is None else manifest.unused_limit_s
-    end = _latest(manifest.create_time, followed, last_used) + timedelta(seconds=limit_s)
-    return _latest(end, None if manifest.named else manifest.expire_time) <= now
-
-
-def removable_of_name(
-    revisions: Sequence[tuple[Manifest, datetime | None]], now: datetime
+    revisions: Sequence[Manifest], last_used: Sequence[datetime | None], now: datetime
 ) -> list[int]:
-    """Numbers that a sweep may remove, of all revisions of a name in order, with their last use."""
-    following = [manifest.create_time for manifest, _ in revisions[1:]]
+    """Places of what a sweep may remove, of all revisions of a name in order."""
+    following = [manifest.create_time for manifest in revisions[1:]]
+    times = zip_longest(revisions, following, last_used)
     return [
-        manifest.revision
-        for (manifest, last_used), followed in zip_longest(revisions, following)
-        if removable(manifest, followed=followed, last_used=last_used, now=now)
+        at
+        for at, (manifest, followed, used) in enumerate(times)
+        if _is_removable(manifest, followed, used, now=now)
     ]
 
 
@@ -54,6 +40,19 @@ def expiries(manifests: Iterable[Manifest], now: datetime) -> list[datetime]:
     """When the times of named revisions will be over that have not passed."""
     times = (manifest.expire_time for manifest in manifests if manifest.named)
     return [time for time in times if time is not None and time > now]
+
+
+def _is_removable(
+    manifest: Manifest, followed: datetime | None, last_used: datetime | None, *, now: datetime
+) -> bool:
+    """`followed` is when the next one was published."""
+    if past_expiry(manifest, now):
+        return True
+    if manifest.named and followed is None:
+        return False
+    limit_s = UNUSED_LIMIT_S if manifest.unused_limit_s is None else manifest.unused_limit_s
+    end = _latest(manifest.create_time, followed, last_used) + timedelta(seconds=limit_s)
+    return _latest(end, None if manifest.named else manifest.expire_time) <= now
 
 
 def _latest(time: datetime, *others: datetime | None) -> datetime:

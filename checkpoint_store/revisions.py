@@ -24,9 +24,8 @@ from checkpoint_store.places import (
     flush_folder,
     make_folder,
     remove_tree,
-    replace_durably,
+    replace,
     write_durably,
-    write_whole,
 )
 from mint_core.errors import AlreadyExists
 from mint_core.fault_points import fault_point
@@ -97,7 +96,7 @@ def rewrite_manifest(folder: Place, encoded: bytes) -> bool:
     if not (folder / MANIFEST_FILE).exists():
         return False
     try:
-        replace_durably(folder / MANIFEST_FILE, encoded)
+        replace(folder / MANIFEST_FILE, encoded, durably=True)
     except FileNotFoundError:
         return False
     if (folder / _TOMBSTONE_FILE).exists():  # it is being buried, maybe past its manifest
@@ -138,11 +137,16 @@ def settle_burials(folder: Place) -> None:
                 flush_folder(folder / str(number))
 
 
-def all_dead(folder: Place, since: datetime) -> bool:
-    """Whether the name has had revisions, none exists, and nobody will ask who has buried them."""
+def has_ended(folder: Place, since: datetime) -> bool:
+    """Whether no revision of the name exists, and nobody will ask for one, or who has buried it:
+    one may still come if it was announced after `since`.
+    """
     numbers = _numbers(folder)
-    dead = bool(numbers) and not live_revisions(folder)
-    return dead and not any(_remembered(folder / str(number), since) for number in numbers)
+    if not numbers:
+        announced_at = _written(folder / _ANNOUNCEMENT_FILE)
+        return announced_at is not None and announced_at < since
+    remembered = (_remembered(folder / str(number), since) for number in numbers)
+    return not live_revisions(folder) and not any(remembered)
 
 
 def clear_tombstones(folder: Place, since: datetime) -> None:
@@ -168,15 +172,12 @@ def announce(folder: Place, tenant: str) -> None:
     make_folder(folder.parent)
     if isinstance(folder, Path):
         folder.mkdir(exist_ok=True)
-    write_whole(folder / _ANNOUNCEMENT_FILE, tenant.encode())
+    replace(folder / _ANNOUNCEMENT_FILE, tenant.encode(), durably=False)
 
 
-def announced(folder: Place) -> str | None:
-    """For which tenant a first revision is on its way; None: nobody has said so."""
-    try:
-        return (folder / _ANNOUNCEMENT_FILE).read_text()
-    except FileNotFoundError:
-        return None
+def announced(folder: Place) -> str:
+    """For which tenant a first revision is on its way; empty: nobody has said so."""
+    return _text(folder / _ANNOUNCEMENT_FILE)
 
 
 def recant(folder: Place) -> None:
@@ -184,15 +185,6 @@ def recant(folder: Place) -> None:
     with contextlib.suppress(OSError, ObjectStoreFailed):  # it has a revision, or never was
         (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
         folder.rmdir()
-
-
-def never_came(folder: Place, since: datetime) -> bool:
-    """Whether a first revision was announced before that and has not come."""
-    try:
-        announced_at = (folder / _ANNOUNCEMENT_FILE).stat().st_mtime
-    except FileNotFoundError:
-        return False
-    return not _numbers(folder) and datetime.fromtimestamp(announced_at, UTC) < since
 
 
 def renew_lease(folder: Place) -> None:
@@ -208,10 +200,7 @@ def renew_lease(folder: Place) -> None:
 
 def last_used(folder: Place) -> datetime | None:
     """When the revision was last opened; None: never."""
-    try:
-        return datetime.fromtimestamp((folder / _LEASE_FILE).stat().st_mtime, UTC)
-    except FileNotFoundError:
-        return None
+    return _written(folder / _LEASE_FILE)
 
 
 def _show(staging: Path, folder: Place) -> bool:
@@ -229,17 +218,29 @@ def _show(staging: Path, folder: Place) -> bool:
 
 def _epitaph(folder: Place) -> str:
     """Which request has buried a revision, if one has."""
-    try:
-        return (folder / _TOMBSTONE_FILE).read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
+    return _text(folder / _TOMBSTONE_FILE)
 
 
 def _remembered(folder: Place, since: datetime) -> bool:
     """Whether a request that may be sent again has buried a revision."""
-    if not _epitaph(folder):
-        return False
-    return datetime.fromtimestamp((folder / _TOMBSTONE_FILE).stat().st_mtime, UTC) >= since
+    buried_at = _written(folder / _TOMBSTONE_FILE) if _epitaph(folder) else None
+    return buried_at is not None and buried_at >= since
+
+
+def _text(file: Place) -> str:
+    """Empty if there is no such file."""
+    try:
+        return file.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _written(file: Place) -> datetime | None:
+    """When a file was written last; None: there is none."""
+    try:
+        return datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return None
 
 
 def _numbers(folder: Place) -> list[int]:

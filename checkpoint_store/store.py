@@ -4,21 +4,21 @@ It keeps nothing in memory.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from checkpoint_store import adapter_files, retention, revisions
+from checkpoint_store import retention, revisions
+from checkpoint_store.adapter_files import check_arrays, read_weights, verify_file
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.layout import StoreLayout
+from checkpoint_store.layout import StoreLayout, share_files
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
-from checkpoint_store.memory.published_row import PublishedRow
-from checkpoint_store.memory.snapshot_folder import SnapshotFolder
+from checkpoint_store.memory.published_row import PublishedRow, find_row
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.opened import OpenCheckpoint
+from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
     CheckpointKind,
@@ -28,12 +28,48 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.places import Place
-from checkpoint_store.publishing import Published, Publisher, share_files
+from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
+from mint_core.lora.row_layout import Floats
 
 logger = logging.getLogger(__name__)
 
 _LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCheckpoint:
+    """A revision, whose files `CheckpointStore.open` has verified. Arrays have PEFT's names."""
+
+    manifest: Manifest
+    # Opens with `PeftModel.from_pretrained`. Absent while a snapshot is not stored; of an object
+    # store's checkpoints it holds copies, for a while, once they are verified.
+    folder: Path
+    place: Place  # in the store
+    row: PublishedRow | None = None  # the same weights in memory
+
+    def note_use(self) -> None:
+        """Keeps the revision for another while."""
+        revisions.renew_lease(self.place)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the folder holds copies."""
+        return self.folder != self.place
+
+    def weights(self) -> dict[str, Floats]:
+        with self.present():
+            weights = self.row.weights() if self.row else read_weights(self.folder)
+        check_arrays(str(self.manifest.revision_path), self.manifest.spec, weights)
+        return weights
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Says CheckpointNotFound where a file is no longer there."""
+        try:
+            yield
+        except (FileNotFoundError, RowMissing):  # deleted since it was opened
+            raise CheckpointNotFound(str(self.manifest.revision_path)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +84,35 @@ class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
     def __init__(
-        self, root: Place, snapshots: SnapshotFolder | None = None, local: Path | None = None
+        self, root: Place, snapshots: Path | None = None, local: Path | None = None
     ) -> None:
-        """With `snapshots`, those of this host are found there too, stored yet or not. `local` is
-        the folder for drafts and copies if the root is none.
+        """With a folder of `snapshots`, those of this host are found there too, stored yet or not.
+        `local` is the folder for drafts and copies if the root is none.
         """
-        self._copies: Copies | None = None
         if isinstance(root, ObjectPath):
             assert local is not None, "no folder for copies"
-            self._copies = Copies(local / ".copies")
+            self._copies = Copies(local / ".copies")  # of an object store alone
         else:
             local = root
         self._layout = StoreLayout(root, local)
-        self._publisher = Publisher(self._layout)
         self._snapshots = snapshots
 
     def staging(self) -> AbstractContextManager[Path]:
         """A folder to write in, on the store's file system, gone afterwards. A full disk is
         ResourceExhausted.
         """
-        return self._publisher.staging()
+        return self._layout.staging()
 
     def publish_folder(
         self, manifest: Manifest, staging: Path, *, overwrite: bool = True
-    ) -> Published:
+    ) -> Manifest:
         """Publishes what has been written to a folder of `staging`, as the next revision of its
         name. Readers see all of it or nothing.
 
         Without `overwrite`, a name that exists is AlreadyExists. What one request or call has
         published twice is there once: a crash may have hidden that it was.
         """
-        published = self._publisher.place(staging, manifest, overwrite=overwrite)
+        published = self._layout.publish(staging, manifest, overwrite=overwrite)
         if not manifest.named:
             self.recant(manifest.path)
         return published
@@ -91,14 +125,14 @@ class CheckpointStore:
         tenant: str,
         expire_time: datetime | None = None,
         request: str = "",
-    ) -> Published:
+    ) -> Manifest:
         """Publishes a stored revision once more, under another name of its run. A name that exists
         is AlreadyExists, unless the same request has made it.
         """
         asked = parse_path(path)
         target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
-        if made := self._publisher.made_by(target, request):
-            return Published(made)
+        if made := self._layout.made_by(target, request):
+            return made
         found = self.find_stored(path, tenant=tenant)
         found.note_use()
         self.verify(found)
@@ -116,7 +150,7 @@ class CheckpointStore:
         with self.staging() as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)
-            return self._publisher.place(staging, manifest, overwrite=False)
+            return self._layout.publish(staging, manifest, overwrite=False)
 
     def update(self, path: str, *, tenant: str, change: Callable[[Manifest], Manifest]) -> Manifest:
         """Replaces what a revision says of itself. Its files, and what is in memory, stay."""
@@ -154,10 +188,6 @@ class CheckpointStore:
         """The manifest of the revision that `path` means now; with `kind`, only of that kind."""
         return self.find(path, tenant=tenant, kind=kind).manifest
 
-    def resolve(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> str:
-        """The path of the revision that `path` means now."""
-        return str(self.describe(path, tenant=tenant, kind=kind).revision_path)
-
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""
         asked = parse_path(path, kind=kind)
@@ -192,19 +222,15 @@ class CheckpointStore:
         path = str(found.manifest.revision_path)
         files = self._layout.files_folder(found.manifest)
         try:
-            if self._copies is not None and isinstance(files, ObjectPath):
+            if isinstance(files, ObjectPath):
                 self._copies.bring(found.manifest, files)
                 return
             for name, entry in found.manifest.files.items():
-                adapter_files.verify_file(path, found.folder / name, entry)
+                verify_file(path, found.folder / name, entry)
         except CheckpointDamaged:
             if not (found.place / MANIFEST_FILE).exists():  # deleted meanwhile
                 raise CheckpointNotFound(path) from None
             raise
-
-    def renew(self, path: str, *, tenant: str) -> None:
-        """Notes that a revision is still in use, so that it is kept for another while."""
-        self.find(path, tenant=tenant).note_use()
 
     def list(
         self,
@@ -243,7 +269,7 @@ class CheckpointStore:
     def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
         """The revision of that kind and of a path's name that a request has made."""
         asked = parse_path(path)
-        return self._publisher.made_by(replace(asked.at(None), kind=kind), request)
+        return self._layout.made_by(replace(asked.at(None), kind=kind), request)
 
     def has_deleted(self, training_run_id: str, request: str) -> bool:
         """Whether a request has deleted a checkpoint of a run."""
@@ -265,16 +291,11 @@ class CheckpointStore:
         removed = 0
         expiries: list[datetime] = []
         for name in self._layout.names(self._layout.runs()):
-            held = [
-                (
-                    manifest,
-                    revisions.last_used(self._layout.revision_folder(manifest.revision_path)),
-                )
-                for manifest in self._layout.revisions_of(name)
-            ]
-            expiries += retention.expiries((manifest for manifest, _ in held), now)
-            for number in retention.removable_of_name(held, now):
-                revisions.bury(self._layout.revision_folder(name.at(number)))
+            held = self._layout.revisions_of(name)
+            folders = [self._layout.revision_folder(manifest.revision_path) for manifest in held]
+            expiries += retention.expiries(held, now)
+            for at in retention.removable(held, list(map(revisions.last_used, folders)), now):
+                revisions.bury(folders[at])
                 removed += 1
             self._layout.tidy(name, since=now - _LEFT_LIMIT)
         self._layout.clear_staging(older_than=now - _LEFT_LIMIT)
@@ -289,10 +310,8 @@ class CheckpointStore:
 
     def _opened(self, manifest: Manifest, row: PublishedRow | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)
-        if isinstance(place, ObjectPath):
-            assert self._copies is not None
-            return OpenCheckpoint(manifest, self._copies.folder(manifest), place, row)
-        return OpenCheckpoint(manifest, place, place, row)
+        folder = place if isinstance(place, Path) else self._copies.folder(manifest)
+        return OpenCheckpoint(manifest, folder, place, row)
 
     def _row_of(self, manifest: Manifest) -> PublishedRow | None:
         """A stored revision in memory."""
@@ -310,10 +329,25 @@ class CheckpointStore:
         if self._snapshots is None:
             return None, None
         try:
-            row = self._snapshots.find(revision)
+            row = find_row(self._snapshots, revision)
         except CheckpointDamaged as error:
             logger.warning("%s", error)
             return None, error
         if row is None or retention.past_memory(row.manifest, datetime.now(UTC)):
             return None, None
         return row, None
+
+
+def open_store(
+    store: str, local: Path, snapshots: Path | None = None, *, saves: bool
+) -> CheckpointStore:
+    """The store that a service was told: a folder, or an object store by its URL, which is asked
+    whether it can be used; `local` is for copies of its files then. `saves` says whether this
+    process will.
+    """
+    if not is_object_address(store):
+        return CheckpointStore(Path(store), snapshots)
+    objects = ObjectStore(parse_address(store))
+    objects.check(saves=saves)
+    root = ObjectPath(objects, objects.address.prefix)
+    return CheckpointStore(root, snapshots, local)

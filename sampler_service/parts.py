@@ -59,8 +59,7 @@ class PartBuffer:
         self._continuations: dict[int, _Continuation] = {}  # by index
         self._waiting: dict[int, None] = {}  # indices, what has waited for longest first
         self._changed = asyncio.Event()
-        self._finished = False
-        self._error: Exception | None = None  # that has ended it
+        self._end: Exception | None = None  # what its reader gets after the last part
         self._read = asyncio.Event()  # to the end
         self.revision = ""  # that makes the tokens
         self.tokens = 0  # that have come so far
@@ -83,13 +82,12 @@ class PartBuffer:
 
     async def finish(self) -> None:
         """There will be no more. Waits until the reader has all of it."""
-        self._finished = True
-        self._changed.set()
+        self.fail(StopAsyncIteration())
         await self._read.wait()
 
     def fail(self, error: Exception) -> None:
         """There will be no more. The reader gets what is there, and then the error."""
-        self._error = error
+        self._end = error
         self._changed.set()
 
     def __aiter__(self) -> "PartBuffer":
@@ -97,11 +95,9 @@ class PartBuffer:
 
     async def __anext__(self) -> SamplePart:
         while not self._waiting:
-            if self._error is not None:
-                raise self._error
-            if self._finished:
+            if self._end is not None:
                 self._read.set()
-                raise StopAsyncIteration
+                raise self._end
             self._changed.clear()
             await self._changed.wait()
         index = next(iter(self._waiting))

@@ -220,25 +220,18 @@ def _context_holds(model: ModelDescription) -> str:
 
 
 def _choice(params: sampler_pb2.SamplingParams) -> Choice:
+    presence, frequency = params.presence_penalty, params.frequency_penalty
+    repetition = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
     return Choice(
         seed=params.seed if params.HasField("seed") else secrets.randbits(63),
         temperature=_temperature(params.temperature) if params.HasField("temperature") else 1.0,
         top_k=_top_k(params.top_k) if params.HasField("top_k") else -1,
         top_p=_top_p(params.top_p) if params.HasField("top_p") else 1.0,
-        min_p=_between(params.min_p, "min_p", 0, 1),
-        repetition_penalty=(
-            _between(params.repetition_penalty, "repetition_penalty", 0.01, 100)
-            if params.HasField("repetition_penalty")
-            else 1.0
-        ),
-        presence_penalty=_between(params.presence_penalty, "presence_penalty", -2, 2),
-        frequency_penalty=_between(params.frequency_penalty, "frequency_penalty", -2, 2),
+        min_p=_within(params.min_p, "sampling_params.min_p", 0, 1),
+        repetition_penalty=_within(repetition, "sampling_params.repetition_penalty", 0.01, 100),
+        presence_penalty=_within(presence, "sampling_params.presence_penalty", -2, 2),
+        frequency_penalty=_within(frequency, "sampling_params.frequency_penalty", -2, 2),
     )
-
-
-def _between(value: float, name: str, least: float, most: float) -> float:
-    legal = least <= value <= most
-    return _legal(value, f"sampling_params.{name}", legal, f"{least:g} to {most:g}")
 
 
 def _temperature(value: float) -> float:
@@ -271,7 +264,7 @@ def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops
     return Stops(token_ids=frozenset({*ids.tolist(), *ends}), texts=tuple(params.stop))
 
 
-def _within(value: int, field: str, least: int, most: int | None = None) -> int:
+def _within(value: N, field: str, least: float, most: float | None = None) -> N:
     legal = value >= least and (most is None or value <= most)
     wanted = f"at least {least}" if most is None else f"{least} to {most}"
     return _legal(value, field, legal, wanted)

@@ -28,7 +28,7 @@ def sample_response(
     return sampler_pb2.SampleResponse(
         sequences=[_sequence(c, revision_path) for c in generated.continuations],
         prompt_logprobs=_prompt_logprobs(generated),
-        topk_prompt_logprobs=_prompt_topk(generated),
+        topk_prompt_logprobs=_topk(generated.topk_prompt_logprobs, generated.unscored_tokens),
         target_prompt_logprobs=_rows(generated, generated.target_prompt_logprobs, np.nan),
         prompt_alt_tokens=_alternatives(generated),
         seed=seed,
@@ -77,14 +77,6 @@ def _prompt_logprobs(generated: Generated) -> list[float]:
     return [*unscored, *generated.prompt_logprobs.tolist()]
 
 
-def _prompt_topk(generated: Generated) -> list[sampler_pb2.TopkLogprobs]:
-    """One entry per prompt token."""
-    if generated.topk_prompt_logprobs is None:
-        return []
-    empty = [sampler_pb2.TopkLogprobs() for _ in range(generated.unscored_tokens)]
-    return empty + _topk(generated.topk_prompt_logprobs)
-
-
 def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
     drawn = generated.prompt_alternatives
     if drawn is None:
@@ -111,10 +103,12 @@ def _rows(
     )
 
 
-def _topk(top: TokenLogprobs | None) -> list[sampler_pb2.TopkLogprobs]:
+def _topk(top: TokenLogprobs | None, unscored: int = 0) -> list[sampler_pb2.TopkLogprobs]:
+    """One entry per token; those of the first, unscored ones are empty."""
     if top is None:
         return []
-    return [
+    empty = [sampler_pb2.TopkLogprobs() for _ in range(unscored)]
+    return empty + [
         sampler_pb2.TopkLogprobs(token_ids=ids, logprobs=logprobs)
         for ids, logprobs in zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
     ]

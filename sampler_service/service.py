@@ -1,7 +1,6 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
-from checkpoint_store import SnapshotFolder, snapshot_folder
-from checkpoint_store.opening import open_store
+from checkpoint_store import open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
@@ -81,8 +80,7 @@ class SamplerService:
 
 
 def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Revisions:
-    memory = snapshot_folder(config.snapshot_memory_folder, config.store)
-    snapshots = SnapshotFolder(memory) if memory else None
+    snapshots = snapshot_folder(config.snapshot_memory_folder, config.store)
     store = open_store(config.store, config.store_folder, snapshots, saves=False)
     limit_bytes = config.row_folder_mib * 2**20
     folder = RowFolder(config.row_folder or config.store_folder / ".rows", limit_bytes)

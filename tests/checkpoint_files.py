@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_store import CheckpointStore, Manifest, OpenCheckpoint, Published, new_manifest
+from checkpoint_store import CheckpointStore, Manifest, OpenCheckpoint, new_manifest
 from checkpoint_store.adapter_files import OPTIMIZER_FILE, check_arrays, read_moments, write_files
 from mint_core.lora.spec import AdapterArrays
 from trainer_service.jobs import Source
@@ -20,10 +20,11 @@ def publish_checkpoint(
     exp_avg: AdapterArrays | None = None,
     exp_avg_sq: AdapterArrays | None = None,
     overwrite: bool = True,
+    name: str | None,
     **said: Any,
-) -> Published:
+) -> Manifest:
     """Makes a checkpoint with the manifest that `new_manifest` makes of what is said of it."""
-    manifest = new_manifest(**said)
+    manifest = new_manifest(name, Manifest(**said))
     return publish_as(store, manifest, weights, exp_avg, exp_avg_sq, overwrite=overwrite)
 
 
@@ -35,7 +36,7 @@ def publish_as(
     exp_avg_sq: AdapterArrays | None = None,
     *,
     overwrite: bool = True,
-) -> Published:
+) -> Manifest:
     moments = None
     if exp_avg is not None and exp_avg_sq is not None:
         moments = exp_avg, exp_avg_sq

@@ -132,14 +132,16 @@ class RowArrays:
 
 def manifest_of(name: str, spec: AdapterSpec, step: int = 0) -> Manifest:
     manifest = new_manifest(
-        training_run_id="r",
-        kind="weights",
-        name="a",
-        tenant="t",
-        base_model="tiny",
-        base_fingerprint="f00d",
-        spec=spec,
-        step=step,
+        "a",
+        Manifest(
+            training_run_id="r",
+            kind="weights",
+            tenant="t",
+            base_model="tiny",
+            base_fingerprint="f00d",
+            spec=spec,
+            step=step,
+        ),
     )
     return replace(manifest, training_run_id=name)  # an engine takes any name
 

@@ -69,7 +69,8 @@ class Sampler:
             "step": 1,
             **changes,
         }
-        return publish_checkpoint(self.store, **fields).revision_path  # type: ignore[arg-type]
+        manifest = publish_checkpoint(self.store, **fields)  # type: ignore[arg-type]
+        return str(manifest.revision_path)
 
 
 def model_input(tokens: tuple[int, ...]) -> types_pb2.ModelInput:

@@ -5,8 +5,7 @@ import logging
 import time
 from functools import partial
 
-from checkpoint_store import SnapshotFolder, SnapshotMemory, snapshot_folder
-from checkpoint_store.opening import open_store
+from checkpoint_store import SnapshotMemory, open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.tasks import Tasks
@@ -180,6 +179,6 @@ def _checkpoints(config: TrainerConfig, scheduler: Scheduler) -> Checkpoints:
         logger.info("no shared memory here: snapshots go through the store")
         store = open_store(config.store, config.store_folder, saves=True)
         return Checkpoints(store, None, scheduler.store)
-    store = open_store(config.store, config.store_folder, SnapshotFolder(folder), saves=True)
+    store = open_store(config.store, config.store_folder, folder, saves=True)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
     return Checkpoints(store, memory, scheduler.store)

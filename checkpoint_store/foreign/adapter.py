@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from checkpoint_store.adapter_files import (
     BASE_FINGERPRINT,
@@ -24,9 +23,8 @@ from checkpoint_store.foreign.config import ForeignConfig, read_config, refused
 from checkpoint_store.foreign.tensor_file import TensorFile
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound
+from mint_core.lora.row_layout import Floats
 from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
-
-Floats = NDArray[np.float32]
 
 _ADAPTER_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _UNSUPPORTED_TENSORS = {  # parts of names, and what they are of
@@ -37,14 +35,14 @@ _UNSUPPORTED_TENSORS = {  # parts of names, and what they are of
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ForeignAdapter:
     """Arrays have PEFT's names. Without optimizer state there are no moments."""
 
     spec: AdapterSpec
     weights: Mapping[str, Floats]
-    moments: Moments | None = None
-    step: int = 0
+    moments: Moments | None
+    step: int
 
 
 def read_foreign_adapter(
@@ -78,8 +76,9 @@ def read_foreign_adapter(
         modules=tuple(sorted(modules)),
     )
     if not (folder / OPTIMIZER_FILE).exists():
-        return ForeignAdapter(spec=spec, weights=weights)
-    return _with_moments(spec, weights, TensorFile(folder / OPTIMIZER_FILE, OPTIMIZER_FILE))
+        return ForeignAdapter(spec, weights, None, 0)
+    optimizer = TensorFile(folder / OPTIMIZER_FILE, OPTIMIZER_FILE)
+    return ForeignAdapter(spec, weights, *_moments(weights, optimizer))
 
 
 def _check_base(config: ForeignConfig, model: ModelDescription, base_model: str) -> None:
@@ -200,9 +199,8 @@ def _arrays(
     return arrays
 
 
-def _with_moments(
-    spec: AdapterSpec, weights: Mapping[str, Floats], file: TensorFile
-) -> ForeignAdapter:
+def _moments(weights: Mapping[str, Floats], file: TensorFile) -> tuple[Moments, int]:
+    """Of the weights, and after how many steps."""
     step = file.metadata.get(STEP, "")
     if re.fullmatch(r"[0-9]{1,18}", step, re.ASCII) is None:
         raise file.refused(
@@ -219,9 +217,4 @@ def _with_moments(
             raise file.refused(
                 f"has negative numbers in `{EXP_AVG_SQ}{name}`, a mean of squares", tensor=name
             )
-    return ForeignAdapter(
-        spec=spec,
-        weights=weights,
-        moments=(with_prefix(moments, EXP_AVG), exp_avg_sq),
-        step=int(step),
-    )
+    return (with_prefix(moments, EXP_AVG), exp_avg_sq), int(step)

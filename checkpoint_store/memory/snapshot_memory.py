@@ -15,8 +15,13 @@ import psutil
 
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import Manifest
-from checkpoint_store.memory.published_row import PublishedRow, open_row
-from checkpoint_store.memory.snapshot_folder import OWNER_PREFIX, is_private, place_of
+from checkpoint_store.memory.published_row import (
+    OWNER_PREFIX,
+    PublishedRow,
+    is_private,
+    open_row,
+    place_of,
+)
 from checkpoint_store.paths import SAMPLER_WEIGHTS, CheckpointPath
 from mint_core.errors import FailedPrecondition
 from mint_core.owned_folder import OwnedFolder
@@ -34,6 +39,7 @@ class _Held:
     size_bytes: int
     stored: bool  # whether the store has it too
     kept: bool = True  # whether it stays when the store has it
+    given_up: bool = False  # whether it could not be stored
 
 
 class SnapshotMemory:
@@ -46,7 +52,6 @@ class SnapshotMemory:
         self._held: dict[CheckpointPath, _Held] = {}  # the oldest first
         self._drafts: dict[Path, int] = {}  # with their sizes
         self._spare: Path | None = None  # a draft whose memory is taken
-        self._given_up: dict[CheckpointPath, None] = {}
         self._lock = threading.Lock()
         try:
             self._owned = self._own(folder)
@@ -118,18 +123,17 @@ class SnapshotMemory:
     def stored(self, revision: CheckpointPath) -> None:
         """Notes that the store has a row too."""
         with self._lock:
-            self._given_up.pop(revision, None)
             held = self._held.get(revision)
-            if held is None:
-                return
-            held.stored = True
-            if not held.kept:
-                self._remove(revision)
+            if held is not None:
+                held.stored = True
+                if not held.kept:
+                    self._remove(revision)
 
     def give_up(self, revision: CheckpointPath) -> None:
         """Notes that a row could not be stored: it stays while there is room."""
         with self._lock:
-            self._given_up[revision] = None
+            if revision in self._held:
+                self._held[revision].given_up = True
 
     def release(self, revision: CheckpointPath) -> None:
         """Removes a row, if it is here, as soon as the store has it."""
@@ -201,14 +205,13 @@ class SnapshotMemory:
     def _dispensable(self) -> list[CheckpointPath]:
         """What may go, in that order."""
         stored = [revision for revision, held in self._held.items() if held.stored]
-        return stored + [revision for revision in self._given_up if revision in self._held]
+        given_up = (r for r, held in self._held.items() if held.given_up and not held.stored)
+        return [*stored, *given_up]
 
     def _remove(self, revision: CheckpointPath) -> None:
         held = self._held.pop(revision)
-        if revision in self._given_up:
-            del self._given_up[revision]
-            if not held.stored:
-                logger.error("snapshot %s is lost: others needed its memory", revision)
+        if held.given_up and not held.stored:
+            logger.error("snapshot %s is lost: others needed its memory", revision)
         file = self._owned.path / place_of(revision)
         with suppress(OSError):  # others of the run are there, or somebody has cleared the memory
             file.unlink()

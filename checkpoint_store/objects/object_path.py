@@ -2,13 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from checkpoint_store.objects.object_store import ObjectStore
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectStat:
-    st_mtime: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +43,11 @@ class ObjectPath:
         """Whether there is an object."""
         return self.objects.find(self.key) is not None
 
-    def stat(self) -> ObjectStat:
+    def stat(self) -> SimpleNamespace:
         written = self.objects.find(self.key)
         if written is None:
             raise FileNotFoundError(str(self))
-        return ObjectStat(written.timestamp())
+        return SimpleNamespace(st_mtime=written.timestamp())
 
     def read_bytes(self) -> bytes:
         return self.objects.read(self.key)

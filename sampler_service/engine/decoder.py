@@ -128,13 +128,9 @@ class Decoder:
 
     def _compute(self, size: int, columns: int) -> None:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
-        rows = self._rows
-        active = self._columns.active(rows.owners[:size], columns) if columns else None
+        active = self._columns.active(self._rows.owners[:size], columns) if columns else None
         with self._base.context.side_by_side(active):
-            hidden = self._base.hidden(
-                rows.tokens[:size], rows.positions[:size], (), self._attention(size)
-            )
-            self._logits[:size] = self._base.head.all_logits(hidden)
+            self._logits[:size] = self._base.head.all_logits(self._hidden(size))
 
     def _run_grouped(self, spans: Sequence[Span], rows: Sequence[AdapterRow | None]) -> Tensor:
         """A pass over more adapters than there are columns: an adapter's rows side by side."""
@@ -143,20 +139,18 @@ class Decoder:
         for row, group in itertools.groupby(rows):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + len(list(group)), row))
-        hidden = self._base.hidden(
-            self._rows.tokens[: len(spans)],
-            self._rows.positions[: len(spans)],
-            tuple(segments),
-            self._attention(len(spans)),
-        )
+        hidden = self._hidden(len(spans), segments)
         places = torch.arange(len(spans), device=hidden.device)
         return self._base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])
 
-    def _attention(self, size: int) -> PagedAttention:
+    def _hidden(self, size: int, segments: Sequence[Segment] = ()) -> Tensor:  # [size, d]
+        """The last hidden states of the first rows."""
         rows = self._rows
-        return PagedAttention(
+        attention = PagedAttention(
             self._cache, self._attend, rows.slots[:size], rows.table[:size], rows.lengths[:size]
         )
+        tokens, positions = rows.tokens[:size], rows.positions[:size]
+        return self._base.hidden(tokens, positions, tuple(segments), attention)
 
 
 class Recorder:

@@ -193,7 +193,7 @@ class Engine:
             scores = score_span(self.base.head, computed, placed, first, generation.job.sampling)
             generation.add_scores(max(span.start, first), scores)
             generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
-            if not np.isfinite(scores.logprobs).all():
+            if not np.isfinite(scores.logprobs[:, 0]).all():
                 generation.error = _not_finite(generation.job.adapter)
 
     def _draw(

@@ -8,7 +8,7 @@ import numpy as np
 from mint_core.errors import MintError
 from sampler_service.engine.drawing.constraint_compiler import CompiledConstraint, ConstrainedText
 from sampler_service.engine.drawing.penalties import Occurrences, penalizes
-from sampler_service.engine.drawing.prompt_scores import SpanScores
+from sampler_service.engine.drawing.prompt_scores import empty_scores, split_scores
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.stop import StopWatch, Vocabulary
 from sampler_service.jobs import (
@@ -38,17 +38,17 @@ class OpenContinuation:
     def close(self) -> Continuation:
         assert self.stop_reason is not None
         tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
+        top = None
+        if self.tops:
+            ids, values = map(np.stack, zip(*self.tops, strict=True))
+            top = TokenLogprobs(token_ids=ids, logprobs=values)
         return Continuation(
             tokens=np.array(tokens, np.int64),
             logprobs=np.array(logprobs, np.float32),
             model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
-            topk_logprobs=self._top() if self.tops else None,
+            topk_logprobs=top,
         )
-
-    def _top(self) -> TokenLogprobs:
-        ids, logprobs = zip(*self.tops, strict=True)
-        return TokenLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
 
 
 class Generation:
@@ -78,7 +78,7 @@ class Generation:
         scored = most if asked.scored_tokens is None else min(asked.scored_tokens, most)
         self.first_scored = most - scored  # whose successor is the first with a score
         self._unscored = scored if self.wants_scores else 0
-        self._scores = SpanScores.empty(self._unscored, asked)
+        self._scores = empty_scores(self._unscored, asked)
 
     @property
     def wants_scores(self) -> bool:
@@ -103,7 +103,7 @@ class Generation:
             penalized = asked.choice.repetition_penalty != 1  # of the prompt's tokens too
             continuation.occurrences = Occurrences(asked.prompt if penalized else asked.prompt[:0])
         if continuation.constrained is None and self._constraint is not None:
-            continuation.constrained = self._constraint.start(asked.stops.token_ids)
+            continuation.constrained = ConstrainedText(self._constraint, asked.stops.token_ids)
         allowed = continuation.constrained.allowed() if continuation.constrained else None
         topk = asked.topk_sample_logprobs
         return Draw(asked.choice, sample, position, continuation.occurrences, allowed, topk)
@@ -132,28 +132,27 @@ class Generation:
         """Takes the likeliest tokens where the sample's last token was drawn."""
         self._samples[sample].tops.append((ids, logprobs))
 
-    def add_scores(self, start: int, scores: SpanScores) -> None:
+    def add_scores(self, start: int, scores: TokenLogprobs) -> None:
         """Takes the scores that follow position `start`. A prompt that was sent away starts again
         from its first, and so do its scores.
         """
         at = start - self.first_scored
-        self._scores.put(at, scores)
-        self._unscored = len(self._scores.logprobs) - at - len(scores.logprobs)
+        end = at + len(scores.logprobs)
+        self._scores.token_ids[at:end] = scores.token_ids
+        self._scores.logprobs[at:end] = scores.logprobs
+        self._unscored = len(self._scores.logprobs) - end
 
     def result(self) -> Generated:
-        asked, scores = self._asked, self._scores
-        top = TokenLogprobs(token_ids=scores.top_ids, logprobs=scores.top_logprobs)
-        alternatives = TokenLogprobs(
-            token_ids=scores.alternative_ids, logprobs=scores.alternative_logprobs
-        )
+        asked = self._asked
+        own, targets, top, alternatives = split_scores(self._scores, asked)
         targeted = asked.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
         return Generated(
             continuations=tuple(sample.close() for sample in samples),
             prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
             unscored_tokens=self.first_scored + 1,
-            prompt_logprobs=scores.logprobs if asked.prompt_logprobs else None,
+            prompt_logprobs=own.logprobs[:, 0] if asked.prompt_logprobs else None,
             topk_prompt_logprobs=top if asked.topk_prompt_logprobs else None,
-            target_prompt_logprobs=scores.targets if targeted else None,
+            target_prompt_logprobs=targets.logprobs if targeted else None,
             prompt_alternatives=alternatives if asked.prompt_alternatives else None,
         )

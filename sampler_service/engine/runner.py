@@ -19,19 +19,11 @@ from sampler_service.engine.sequences import Span, Step, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class Placed(CachedRows):
     """A span in the stream."""
 
     span: Span
-    start: int
     segment: Segment  # of its adapter
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.span.stop - self.span.start
-
-    def cached(self) -> CachedRows:
-        return CachedRows(self.start, self.stop, self.span.sequence.blocks, self.span.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,20 +36,14 @@ class Computed:
     decoded: tuple[Tensor, list[TokenSequence]] | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Runner:
     """Runs steps over the base model and the adapters of the bank."""
 
-    def __init__(
-        self,
-        base: LoadedBase,
-        cache: KvCache,
-        progress: Callable[[], None],
-        decoder: Decoder | None = None,  # for spans that decode
-    ) -> None:
-        self._base = base
-        self.cache = cache
-        self._progress = progress
-        self.decoder = decoder
+    base: LoadedBase
+    cache: KvCache
+    progress: Callable[[], None]
+    decoder: Decoder | None = None  # for spans that decode
 
     def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
         """Computes the step's tokens and puts their keys and values into the cache."""
@@ -65,29 +51,23 @@ class Runner:
         if self.decoder is None or not any(span.decodes for span in step.spans):
             return self._run(step.spans, adapters)
         decoded = self.decoder.run([span for span in step.spans if span.decodes], adapters)
-        self._progress()
+        self.progress()
         rest = [span for span in step.spans if not span.decodes]
         if not rest:
             return Computed(decoded[0].new_empty(0), (), decoded)
         return replace(self._run(rest, adapters), decoded=decoded)
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
-        placed, segments = place(spans, adapters, self._base.min_rows)
+        placed, segments = place(spans, adapters, self.base.min_rows)
         tokens = [0] * segments[-1].stop
         positions = [0] * segments[-1].stop
         for p in placed:
             start, stop = p.span.start, p.span.stop
             tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
             positions[p.start : p.stop] = range(start, stop)
-        attention = CachedAttention(
-            self.cache,
-            self._base.device,
-            decoding=[p.cached() for p in placed if p.span.stop - p.span.start == 1],
-            chunks=[p.cached() for p in placed if p.span.stop - p.span.start > 1],
-            progress=self._progress,
-        )
-        device = self._base.device
-        hidden = self._base.hidden(
+        device = self.base.device
+        attention = CachedAttention(self.cache, device, placed, self.progress)
+        hidden = self.base.hidden(
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
             segments,
@@ -101,10 +81,10 @@ class Runner:
             return computed.decoded
         decoding = [p for p in computed.placed if p.span.decodes]
         pieces = [
-            Piece(segment, torch.tensor([p.start for p in group], device=self._base.device))
+            Piece(segment, torch.tensor([p.start for p in group], device=self.base.device))
             for segment, group in itertools.groupby(decoding, attrgetter("segment"))
         ]
-        logits = self._base.head.logits(computed.hidden, pieces)
+        logits = self.base.head.logits(computed.hidden, pieces)
         return logits, [p.span.sequence for p in decoding]
 
 
@@ -129,8 +109,9 @@ def place(
         segment = Segment(start, start + rows, adapters.get(adapter), rowwise=rowwise)
         at = start
         for span in group:
-            placed.append(Placed(span, at, segment))
-            at += span.stop - span.start
+            stop = at + span.stop - span.start
+            placed.append(Placed(at, stop, span.sequence.blocks, span.stop, span, segment))
+            at = stop
         segments.append(segment)
         start = segment.stop
     return tuple(placed), tuple(segments)

@@ -66,8 +66,8 @@ class Scheduler:
         assert blocks_for(len(prompt)) <= self._pool.size
         self._tenants.want(tenant)
         self._requests[request_id] = _Request(num_samples)
-        sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reusable)
-        sequence.keys.append(first_key(tenant, adapter))
+        keys = [first_key(tenant, adapter)]
+        sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reusable, keys)
         self._requests[request_id].sequences.add(sequence)
         if sequence.missing:
             move(sequence, self._tenants.of(sequence).fresh)

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mint
-from checkpoint_store import CheckpointStore
-from checkpoint_store.opening import open_store
+from checkpoint_store import CheckpointStore, open_store
 from mint import types
 from tests.checkpoint_files import moments
 from tests.object_servers import ObjectServer

@@ -76,7 +76,7 @@ class Archive:
     async def _copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
         with suppress(CheckpointNotFound):  # of what was copied already, the source may be gone
             await stored(self._store, tenant, request.path)
-        published = await asyncio.to_thread(
+        copied = await asyncio.to_thread(
             self._store.copy,
             request.path,
             request.name,
@@ -85,7 +85,7 @@ class Archive:
             request=request.identity.digest(tenant),
         )
         self._sweeper.note_expiry(request.expire_time)
-        return published.manifest
+        return copied
 
     async def delete(self, tenant: str, path: str, identity: Identity) -> None:
         digest = identity.digest(tenant)

@@ -14,7 +14,6 @@ from checkpoint_store import (
     CheckpointKind,
     CheckpointStore,
     Manifest,
-    Published,
     SnapshotMemory,
     new_manifest,
 )
@@ -98,7 +97,7 @@ class Checkpoints:
 
     async def save_state(
         self, origin: RunOrigin, save: Save, call: Call, write: Write, *, step: int
-    ) -> Published:
+    ) -> Manifest:
         """Publishes training state; that of the same call once. `write` has the engine write the
         run's row, of that step.
         """
@@ -108,7 +107,7 @@ class Checkpoints:
 
     async def save_for_sampler(
         self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write, *, step: int
-    ) -> Published:
+    ) -> Manifest:
         """Publishes an adapter for samplers, as `save_state`."""
         manifest = self._manifest(origin, SAMPLER_WEIGHTS, save, call, step)
         return await self.handoff.publish(manifest, origin.row_bytes, write)
@@ -130,18 +129,20 @@ class Checkpoints:
             expire_time = datetime.now(UTC) + timedelta(seconds=save.ttl_s)
             self.sweeper.note_expiry(expire_time)
         return new_manifest(
-            training_run_id=origin.training_run_id,
-            kind=kind,
-            name=save.name,
-            tenant=origin.tenant,
-            base_model=origin.base_model,
-            base_fingerprint=origin.base_fingerprint,
-            spec=origin.spec,
-            step=step,
-            metadata=save.metadata,
-            sequence=call.place.sequence,
-            mark=call.mark,
-            expire_time=expire_time,
+            save.name,
+            Manifest(
+                training_run_id=origin.training_run_id,
+                kind=kind,
+                tenant=origin.tenant,
+                base_model=origin.base_model,
+                base_fingerprint=origin.base_fingerprint,
+                spec=origin.spec,
+                step=step,
+                metadata=save.metadata,
+                sequence=call.place.sequence,
+                mark=call.mark,
+                expire_time=expire_time,
+            ),
         )
 
 

@@ -59,9 +59,9 @@ class Exports:
                 head_untied = await do_apart(MODULE, job)
                 await asyncio.to_thread(_add_tokenizer, folder, model.folder)
                 manifest = _manifest(source, request, digest, head_untied)
-                published = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
+                manifest = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
         self._sweeper.note_expiry(request.expire_time)
-        return published.manifest
+        return manifest
 
 
 def _manifest(
@@ -69,19 +69,21 @@ def _manifest(
 ) -> Manifest:
     adapter = source.manifest
     return new_manifest(
-        training_run_id=adapter.training_run_id,
-        kind=MERGED_WEIGHTS,
-        name=adapter.name,
-        tenant=adapter.tenant,
-        base_model=adapter.base_model,
-        base_fingerprint=adapter.base_fingerprint,
-        spec=adapter.spec,
-        step=adapter.step,
-        metadata=adapter.metadata,
-        expire_time=request.expire_time,
-        source=str(adapter.revision_path),
-        request=digest,
-        head_untied=head_untied,
+        adapter.name,
+        Manifest(
+            training_run_id=adapter.training_run_id,
+            kind=MERGED_WEIGHTS,
+            tenant=adapter.tenant,
+            base_model=adapter.base_model,
+            base_fingerprint=adapter.base_fingerprint,
+            spec=adapter.spec,
+            step=adapter.step,
+            metadata=adapter.metadata,
+            expire_time=request.expire_time,
+            source=str(adapter.revision_path),
+            request=digest,
+            head_untied=head_untied,
+        ),
     )
 
 

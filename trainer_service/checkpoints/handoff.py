@@ -15,7 +15,6 @@ from checkpoint_store import (
     CheckpointPath,
     CheckpointStore,
     Manifest,
-    Published,
     SnapshotMemory,
     parse_path,
 )
@@ -58,7 +57,7 @@ class Handoff:
         if self._next() and (self._writer is None or self._writer.done()):
             self._writer = asyncio.create_task(self._write())
 
-    async def publish(self, manifest: Manifest, row_bytes: int, write: Write) -> Published:
+    async def publish(self, manifest: Manifest, row_bytes: int, write: Write) -> Manifest:
         """Publishes a run's weights; those of the same named call once. `write` has the engine
         write the run's row.
         """
@@ -119,7 +118,7 @@ class Handoff:
 
     async def _through_memory(
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
-    ) -> Published:
+    ) -> Manifest:
         announced = asyncio.create_task(asyncio.to_thread(self._announce, manifest))
         try:
             await write(WriteRow(str(draft), manifest))
@@ -135,22 +134,22 @@ class Handoff:
         self._release_later(memory, manifest)
         self._unstored[manifest.revision_path] = False
         self.start()
-        return Published(manifest)
+        return manifest
 
     async def _beside_memory(
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
-    ) -> Published:
+    ) -> Manifest:
         await write(WriteRow(str(draft), manifest))
         published = await self._publish(manifest, draft)
         try:
-            await asyncio.to_thread(memory.place, draft, published.manifest, stored=True)
+            await asyncio.to_thread(memory.place, draft, published, stored=True)
         except OSError:
             logger.exception("%s is stored and not in memory", published.revision_path)
         else:
-            self._release_later(memory, published.manifest)
+            self._release_later(memory, published)
         return published
 
-    async def _publish(self, manifest: Manifest, file: Path) -> Published:
+    async def _publish(self, manifest: Manifest, file: Path) -> Manifest:
         job = partial(StoreRow, str(file), manifest)
         return await publish(self._store, manifest, job, self._store_row)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_store import CheckpointStore, Manifest, Published
+from checkpoint_store import CheckpointStore, Manifest
 from trainer_service.jobs import SaveCheckpoint, StoreRow
 
 Write = Callable[[object], Awaitable[Any]]  # has the engine do a job that writes a row
@@ -34,7 +34,7 @@ async def publish(
     do: Write,
     *,
     overwrite: bool = True,
-) -> Published:
+) -> Manifest:
     """Publishes what a job of the engine's writes to a folder."""
     async with staging(store) as folder:
         manifest = replace(manifest, files=await do(job(folder=str(folder))))

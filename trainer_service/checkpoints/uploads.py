@@ -63,24 +63,26 @@ class Uploads:
             )
             spec, step, files = await do_apart(MODULE, job)
             manifest = new_manifest(
-                training_run_id=run,
-                kind=WEIGHTS if OPTIMIZER_FILE in files else SAMPLER_WEIGHTS,
-                name=upload.name,
-                tenant=tenant,
-                base_model=model.name,
-                base_fingerprint=model.fingerprint,
-                spec=spec,
-                step=step,
-                metadata=upload.metadata,
-                expire_time=upload.expire_time,
-                request=request,
-                files=files,
+                upload.name,
+                Manifest(
+                    training_run_id=run,
+                    kind=WEIGHTS if OPTIMIZER_FILE in files else SAMPLER_WEIGHTS,
+                    tenant=tenant,
+                    base_model=model.name,
+                    base_fingerprint=model.fingerprint,
+                    spec=spec,
+                    step=step,
+                    metadata=upload.metadata,
+                    expire_time=upload.expire_time,
+                    request=request,
+                    files=files,
+                ),
             )
-            published = await asyncio.to_thread(
+            manifest = await asyncio.to_thread(
                 self._store.publish_folder, manifest, output, overwrite=False
             )
         self._sweeper.note_expiry(upload.expire_time)
-        return published.manifest
+        return manifest
 
 
 async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:

@@ -146,9 +146,9 @@ class Execution:
         return Outcome(
             make_reply=partial(
                 replies.saved_state,
-                published.path,
-                published.revision_path,
-                published.manifest.step,
+                str(published.path),
+                str(published.revision_path),
+                published.step,
                 gradient_pending=run.gradient.pending,
             )
         )
@@ -163,9 +163,9 @@ class Execution:
         return Outcome(
             make_reply=partial(
                 replies.saved_for_sampler,
-                published.path,
-                published.revision_path,
-                published.manifest.step,
+                str(published.path),
+                str(published.revision_path),
+                published.step,
             )
         )
 

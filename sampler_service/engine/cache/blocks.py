@@ -42,8 +42,9 @@ class BlockPool:
         self._keys: dict[int, list[bytes]] = {}  # of each block with any
         self._kept_tokens: dict[int, int] = {}  # how many of its tokens the longest key stands for
         self._idle: OrderedDict[int, None] = OrderedDict()  # free with a key, oldest release first
-        self._blank: list[int] = []  # free without; the last one is taken first: it is warm
-        self._untouched = 0  # blocks from here on were never taken, so their memory is not in use
+        # Free without; the last one is taken first: it is warm. The memory of those that were never
+        # taken is not in use.
+        self._blank = list(reversed(range(size)))
 
     @property
     def free(self) -> int:
@@ -54,9 +55,6 @@ class BlockPool:
         assert self.free, "take() needs a free block"
         if self._blank:
             block = self._blank.pop()
-        elif self._untouched < self.size:
-            block = self._untouched
-            self._untouched += 1
         else:
             block, _ = self._idle.popitem(last=False)
             self.forget(block)

@@ -45,17 +45,14 @@ class CachedAttention:
         self,
         cache: KvCache,
         device: torch.device,
-        *,
-        decoding: Sequence[CachedRows],  # of one row each
-        chunks: Sequence[CachedRows],
+        rows: Sequence[CachedRows],  # as they lie in the stream
         progress: Callable[[], None] = lambda: None,  # called in every layer
     ) -> None:
         self._cache = cache
         self._device = device
-        self._decoding = decoding
-        self._chunks = chunks
+        self._decoding = [r for r in rows if r.stop - r.start == 1]
+        self._chunks = [r for r in rows if r.stop - r.start > 1]
         self._progress = progress
-        rows = sorted([*decoding, *chunks], key=lambda r: r.start)  # as in the stream
         self._real = self._indices([i for r in rows for i in range(r.start, r.stop)])
         self._slots = self._indices([slot for r in rows for slot in _slots(r)])
         self._groups: dict[int | None, list[_Group]] = {}  # by window

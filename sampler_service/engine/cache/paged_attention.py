@@ -5,6 +5,7 @@ can be captured in a CUDA graph.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,31 +18,22 @@ from sampler_service.engine.cache.kv_cache import KvCache
 DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Scores], Tensor]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PagedAttention:
     """Each row enters its sequence's cache and attends to it."""
 
-    def __init__(
-        self,
-        cache: KvCache,
-        attend: DecodeAttention,
-        slots: Tensor,  # [n] where keys and values of the rows go
-        table: Tensor,  # [n, most blocks] int32, of each sequence
-        lengths: Tensor,  # [n] tokens of each sequence, the row included
-    ) -> None:
-        self._cache = cache
-        self._attend = attend
-        self._slots = slots
-        self._table = table
-        self._lengths = lengths
+    cache: KvCache
+    compute: DecodeAttention
+    slots: Tensor  # [n] where keys and values of the rows go
+    table: Tensor  # [n, most blocks] int32, of each sequence
+    lengths: Tensor  # [n] tokens of each sequence, the row included
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        self._cache.write(layer_index, self._slots, key, value)
-        keys, values = self._cache.layer(layer_index)
-        output = self._attend(
-            query.transpose(0, 1), keys, values, self._table, self._lengths, scores
-        )
+        self.cache.write(layer_index, self.slots, key, value)
+        keys, values = self.cache.layer(layer_index)
+        output = self.compute(query.transpose(0, 1), keys, values, self.table, self.lengths, scores)
         return output.transpose(0, 1)
 
 

@@ -94,10 +94,6 @@ class CompiledConstraint:
     masking: ThreadPoolExecutor
     first: "Future[bytes]" = field(default_factory=Future)  # a bit for each token that may come
 
-    def start(self, ends: Collection[int]) -> "ConstrainedText":
-        """A text with nothing in it; `ends` are the tokens that may end it."""
-        return ConstrainedText(self, ends)
-
     def refusal(self, why: str) -> MintError:
         field = self.constraint.field
         return InvalidRequest(
@@ -110,6 +106,7 @@ class ConstrainedText:
     """One continuation and what may follow it."""
 
     def __init__(self, compiled: CompiledConstraint, ends: Collection[int]) -> None:
+        """There is nothing in it yet; `ends` are the tokens that may end it."""
         self._compiled = compiled
         self._matcher = compiled.matcher.deep_copy()
         self._ends = np.array(sorted(ends), np.int64)

@@ -1,7 +1,7 @@
 """Logprobs of prompt tokens, from the hidden states of the prompt's spans."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,40 +11,34 @@ from mint_core.model.head import Head, Piece
 from sampler_service.engine.drawing.randomness import alternative_uniforms
 from sampler_service.engine.drawing.token_draws import draw_alternatives
 from sampler_service.engine.runner import Computed, Placed
-from sampler_service.jobs import Floats, Sampling, Tokens
+from sampler_service.jobs import Floats, Sampling, TokenLogprobs, Tokens
 
 ROWS = 128  # whose logits are held at once, where likeliest tokens or alternatives are wanted
 _IdsAndLogprobs = tuple[Tensor, Tensor]  # both [rows, k]
 
 
-@dataclass(frozen=True, slots=True)
-class SpanScores:
-    """Of consecutive positions, given the tokens before."""
+def empty_scores(positions: int, asked: Sampling) -> TokenLogprobs:
+    """Room for what `score_span` makes."""
+    shape = positions, _starts(asked)[-1] + asked.prompt_alternatives
+    return TokenLogprobs(token_ids=np.empty(shape, np.int64), logprobs=np.empty(shape, np.float32))
 
-    logprobs: Floats  # [positions]
-    top_ids: Tokens  # [positions, k], likeliest first; k is 0 where they are not wanted
-    top_logprobs: Floats  # [positions, k]
-    targets: Floats  # [positions, targets], NaN where there is no target
-    alternative_ids: Tokens  # [positions, alternatives], drawn at temperature 1
-    alternative_logprobs: Floats  # [positions, alternatives]
 
-    @classmethod
-    def empty(cls, positions: int, asked: Sampling) -> "SpanScores":
-        k, wanted = asked.topk_prompt_logprobs, asked.target_prompt_tokens
-        return cls(
-            np.empty(positions, np.float32),
-            np.empty((positions, k), np.int64),
-            np.empty((positions, k), np.float32),
-            np.empty((positions, 0 if wanted is None else wanted.shape[1]), np.float32),
-            np.empty((positions, asked.prompt_alternatives), np.int64),
-            np.empty((positions, asked.prompt_alternatives), np.float32),
-        )
+def split_scores(scores: TokenLogprobs, asked: Sampling) -> list[TokenLogprobs]:
+    """Of the prompt's own tokens, of targets, of the likeliest, and of those drawn at temperature
+    1. What is not asked for has no columns.
+    """
+    ids, logprobs = scores.token_ids, scores.logprobs
+    return [
+        TokenLogprobs(token_ids=ids[:, start:stop], logprobs=logprobs[:, start:stop])
+        for start, stop in pairwise([0, *_starts(asked), None])
+    ]
 
-    def put(self, at: int, scores: "SpanScores") -> None:
-        """Takes in those of some of the positions, from `at` on."""
-        for field in fields(self):
-            part = getattr(scores, field.name)
-            getattr(self, field.name)[at : at + len(part)] = part
+
+def _starts(asked: Sampling) -> list[int]:
+    """The columns at which targets, likeliest and drawn tokens begin."""
+    targets = asked.target_prompt_tokens
+    likeliest = 1 if targets is None else 1 + targets.shape[1]
+    return [1, likeliest, likeliest + asked.topk_prompt_logprobs]
 
 
 def score_span(
@@ -53,9 +47,9 @@ def score_span(
     placed: Placed,
     first: int,  # position whose successor is the first to be scored
     asked: Sampling,
-) -> SpanScores:
+) -> TokenLogprobs:
     """Scores what follows the span's positions from `first` on. All of it is in the prompt: a span
-    ends before its last token.
+    ends before its last token. Where there is no target, -1 and NaN stand for it.
     """
     span = placed.span
     start = max(first, span.start)
@@ -68,15 +62,18 @@ def score_span(
     targets = torch.from_numpy(np.maximum(columns, 0)).to(device)
     logprobs = head.logprobs(computed.hidden, [piece], [targets])[0].cpu().numpy()
     logprobs[columns < 0] = np.nan
-    top = _top(head, computed.hidden, piece, asked.topk_prompt_logprobs)
-    alternatives = _alternatives(head, computed.hidden, piece, range(start, span.stop), asked)
-    return SpanScores(logprobs[:, 0], *_joined(top), logprobs[:, 1:], *_joined(alternatives))
+    parts = [(columns, logprobs)]
+    if k := asked.topk_prompt_logprobs:
+        parts.append(_joined(_top(head, computed.hidden, piece, k)))
+    if asked.prompt_alternatives:
+        positions = range(start, span.stop)
+        parts.append(_joined(_alternatives(head, computed.hidden, piece, positions, asked)))
+    ids, values = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
+    return TokenLogprobs(token_ids=ids, logprobs=values)
 
 
 def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> list[_IdsAndLogprobs]:
     """The k likeliest tokens of each row."""
-    if not k:
-        return _none(piece)
     return [
         head.likeliest(hidden, Piece(piece.segment, rows), k) for rows in piece.rows.split(ROWS)
     ]
@@ -86,19 +83,12 @@ def _alternatives(
     head: Head, hidden: Tensor, piece: Piece, positions: range, asked: Sampling
 ) -> list[_IdsAndLogprobs]:
     """Tokens that the model might have said after each of the positions, which are the rows'."""
-    if not asked.prompt_alternatives:
-        return _none(piece)
     drawn_by = alternative_uniforms(asked.choice.seed, positions, asked.prompt_alternatives)
     uniform = torch.from_numpy(drawn_by).to(hidden.device)
     return [
         draw_alternatives(head.logits(hidden, [Piece(piece.segment, rows)]), uniforms)
         for rows, uniforms in zip(piece.rows.split(ROWS), uniform.split(ROWS), strict=True)
     ]
-
-
-def _none(piece: Piece) -> list[_IdsAndLogprobs]:
-    none = torch.empty(len(piece.rows), 0)
-    return [(none.long(), none)]
 
 
 def _joined(parts: Sequence[_IdsAndLogprobs]) -> tuple[Tokens, Floats]:

@@ -8,6 +8,8 @@ import re
 from functools import cache
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from sampler_service.jobs import StopReason, Stops
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -52,14 +54,8 @@ class Vocabulary:
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers (GPT-2's convention) write bytes: printable Latin-1 characters
-    stand for themselves, the others for the characters from 256 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
+    """How byte-level tokenizers (GPT-2's convention) write bytes."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class StopWatch:

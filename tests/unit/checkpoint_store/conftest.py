@@ -52,6 +52,7 @@ def publish(store: CheckpointStore) -> Publish:
             "weights": adapter()["weights"],
             "step": 3,
         }
-        return publish_checkpoint(store, name=name, **(arguments | changes)).revision_path  # type: ignore[arg-type]
+        manifest = publish_checkpoint(store, name=name, **(arguments | changes))  # type: ignore[arg-type]
+        return str(manifest.revision_path)
 
     return publish

@@ -27,7 +27,7 @@ def snapshot(name: str | None = None, **changes: object) -> Manifest:
         "spec": SPEC,
         "step": 3,
     }
-    return new_manifest(name=name, **(fields | changes))  # type: ignore[arg-type]
+    return new_manifest(name, Manifest(**(fields | changes)))  # type: ignore[arg-type]
 
 
 def write_snapshot(

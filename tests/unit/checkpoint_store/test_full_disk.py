@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint_store import CheckpointStore, new_manifest
+from checkpoint_store import CheckpointStore, Manifest, new_manifest
 from mint_core.errors import ResourceExhausted
 from mint_core.lora.spec import AdapterSpec
 from tests.checkpoint_files import publish_as, publish_checkpoint
@@ -100,14 +100,16 @@ def test_a_snapshot_that_cannot_even_be_announced_is_told(disk: Path) -> None:
     store = CheckpointStore(disk)
     filler = leave(disk, 0)
     manifest = new_manifest(
-        training_run_id="r-1",
-        kind="sampler_weights",
-        name=None,
-        tenant="t",
-        base_model="tiny",
-        base_fingerprint="f00d",
-        spec=SPEC,
-        step=1,
+        None,
+        Manifest(
+            training_run_id="r-1",
+            kind="sampler_weights",
+            tenant="t",
+            base_model="tiny",
+            base_fingerprint="f00d",
+            spec=SPEC,
+            step=1,
+        ),
     )
     with pytest.raises(OSError, match="No space left"):
         store.announce(manifest)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint_store import CheckpointStore, new_manifest
+from checkpoint_store import CheckpointStore, Manifest, new_manifest
 from mint_core.errors import AlreadyExists, CheckpointNotFound
 from tests.checkpoint_files import moments, publish_as, publish_checkpoint
 from tests.power_loss import Film, Killed, filmed
@@ -32,7 +32,8 @@ def save(store: CheckpointStore, name: str = "a", step: int = 1, **changes: obje
         "step": step,
         **adapter(seed=step),
     }
-    return publish_checkpoint(store, name=name, **(arguments | changes)).revision_path  # type: ignore[arg-type]
+    manifest = publish_checkpoint(store, name=name, **(arguments | changes))  # type: ignore[arg-type]
+    return str(manifest.revision_path)
 
 
 def found(root: Path) -> Found:
@@ -210,14 +211,16 @@ def test_a_deletion_that_another_process_has_begun_stays_too(tmp_path: Path, act
 
 def test_a_snapshot_that_was_announced_is_whole_or_not_there(root: Path, tmp_path: Path) -> None:
     snapshot = new_manifest(
-        training_run_id="r-1",
-        kind="sampler_weights",
-        name=None,
-        tenant="t",
-        base_model="tiny",
-        base_fingerprint="f00d",
-        spec=SPEC,
-        step=1,
+        None,
+        Manifest(
+            training_run_id="r-1",
+            kind="sampler_weights",
+            tenant="t",
+            base_model="tiny",
+            base_fingerprint="f00d",
+            spec=SPEC,
+            step=1,
+        ),
     )
     path = str(snapshot.revision_path)
     with filmed(root) as film:

@@ -15,7 +15,7 @@ HOUR = timedelta(hours=1)
 
 def gone(store: CheckpointStore, path: str) -> bool:
     try:
-        store.resolve(path, tenant="t")
+        store.describe(path, tenant="t")
     except CheckpointNotFound:
         return True
     return False
@@ -40,16 +40,21 @@ def test_an_old_revision_stays_a_day_after_its_last_use(
     assert store.sweep(now=now + 23 * HOUR).removed == 0
     assert store.sweep(now=now + 25 * HOUR).removed == 1
     assert gone(store, old)
-    assert store.resolve(PATH, tenant="t") == new
+    assert str(store.describe(PATH, tenant="t").revision_path) == new
     assert publish() == f"{PATH}@3"
 
 
-@pytest.mark.parametrize("use", ["open", "renew"])
-def test_use_keeps_an_unnamed_snapshot(store: CheckpointStore, publish: Publish, use: str) -> None:
+@pytest.mark.parametrize("opens", [True, False])
+def test_use_keeps_an_unnamed_snapshot(
+    store: CheckpointStore, publish: Publish, opens: bool
+) -> None:
     path = publish(None)
     lease = store.open(path, tenant="t").folder / "last_used"
     lease.unlink()
-    getattr(store, use)(path, tenant="t")
+    if opens:
+        store.open(path, tenant="t")
+    else:
+        store.find(path, tenant="t").note_use()
     used = datetime.fromtimestamp(lease.stat().st_mtime, UTC)
 
     assert store.sweep(now=used + 23 * HOUR).removed == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint_store import CheckpointStore, SnapshotFolder, SnapshotMemory, open_row
+from checkpoint_store import CheckpointStore, SnapshotMemory, open_row
 from mint_core.engine_host import process as engine_process
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, EngineFault, InvalidRequest
@@ -49,7 +49,7 @@ class Front:
 
     def publish(self, tenant: str = "t", name: str | None = None) -> str:
         manifest = snapshot(name=name or f"a{next(self._names)}", tenant=tenant)
-        return publish_as(self.store, manifest, adapter()["weights"]).revision_path
+        return str(publish_as(self.store, manifest, adapter()["weights"]).revision_path)
 
     async def use(self, path: str, tenant: str = "t") -> tuple[str, ...]:
         """What the engine holds while the adapter is leased."""
@@ -80,7 +80,7 @@ async def serving(
     root: Path, *, capacity: int = 2, ranks: int = 100 * RANKS, row_bytes: int = 0
 ) -> AsyncIterator[Front]:
     engine = EngineProcess("tests.engines.sampler", ranks)
-    store = CheckpointStore(root / "store", SnapshotFolder(root / "memory"))
+    store = CheckpointStore(root / "store", root / "memory")
     tasks = Tasks()
     found = Revisions(store, RowFolder(root / "rows", row_bytes), engine, tasks)
     held = AdapterLeases(found, engine, tasks, capacity=capacity)

@@ -57,12 +57,7 @@ class Sequences:
         for i, start, stop in parts:
             rows.append(CachedRows(at, at + stop - start, self.blocks[i], stop))
             at += stop - start + padding
-        attention = CachedAttention(
-            self.cache,
-            CPU,
-            decoding=[r for r in rows if r.stop - r.start == 1],
-            chunks=[r for r in rows if r.stop - r.start > 1],
-        )
+        attention = CachedAttention(self.cache, CPU, rows)
         query, key, value = (
             torch.cat(
                 [

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from mint_core.errors import InvalidRequest
 from sampler_service.engine.drawing.constraint_compiler import (
     CompiledConstraint,
+    ConstrainedText,
     ConstraintCompiler,
 )
 from sampler_service.engine.drawing.stop import Vocabulary
@@ -76,7 +77,7 @@ def test_tokens_that_can_still_become_a_match_are_allowed_and_no_others(
     constraint = compiled(compiler, "regex", regex)
     rng = np.random.default_rng(0)
     for _ in range(12):
-        text, so_far = constraint.start([END]), b""
+        text, so_far = ConstrainedText(constraint, [END]), b""
         for _ in range(2 * LONGEST + 1):
             allowed = set(np.flatnonzero(text.allowed()).tolist()) & legible
             assert allowed == slow_allowed(vocabulary, matches, so_far)
@@ -93,7 +94,7 @@ def test_texts_of_one_constraint_do_not_share_where_they_are(
 ) -> None:
     constraint = compiled(compiler, "regex", "ab")
     a, b = (next(i for i in range(SIZE) if vocabulary.bytes_of(i) == text) for text in (b"a", b"b"))
-    ahead, behind = constraint.start([END]), constraint.start([END])
+    ahead, behind = ConstrainedText(constraint, [END]), ConstrainedText(constraint, [END])
     ahead.add(a)
     assert ahead.allowed()[b]
     assert not ahead.allowed()[a]
@@ -106,7 +107,7 @@ def test_all_that_may_end_a_text_may_do_so_where_it_matches_and_nowhere_else(
 ) -> None:
     a = next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"a")
     ends = [END, a, SIZE - 1]
-    text = compiled(compiler, "regex", "ba?").start(ends)
+    text = ConstrainedText(compiled(compiler, "regex", "ba?"), ends)
     assert not text.allowed()[ends].any()
     text.add(next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"b"))
     assert text.allowed()[ends].all()
@@ -131,7 +132,7 @@ def test_random_walks_through_a_schema_end_in_what_it_describes(
     constraint = compiled(compiler, "json_schema", SCHEMA)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        text, so_far = constraint.start([END]), b""
+        text, so_far = ConstrainedText(constraint, [END]), b""
         while not (allowed := text.allowed())[END]:
             token = int(rng.choice(np.flatnonzero(allowed)))
             text.add(token)
@@ -181,7 +182,7 @@ def test_what_the_model_cannot_spell_is_refused_where_it_shows() -> None:
     compiler = ConstraintCompiler(Letters(), 3)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="no token of this model leads on"):
         compiled(compiler, "regex", "c")
-    text = compiled(compiler, "regex", "ac").start([END])
+    text = ConstrainedText(compiled(compiler, "regex", "ac"), [END])
     assert np.flatnonzero(text.allowed()).tolist() == [0]
     text.add(0)
     with pytest.raises(InvalidRequest, match="no token of this model leads on"):

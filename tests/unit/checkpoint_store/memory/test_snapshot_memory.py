@@ -13,8 +13,8 @@ from checkpoint_store import (
     CheckpointDamaged,
     CheckpointStore,
     Manifest,
-    SnapshotFolder,
     SnapshotMemory,
+    find_row,
     snapshot_folder,
 )
 from mint_core.errors import CheckpointNotFound, FailedPrecondition, InvalidRequest
@@ -34,12 +34,11 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def seeing_store(tmp_path: Path, folder: Path) -> CheckpointStore:
     """A store that looks into memory, too."""
-    return CheckpointStore(tmp_path / "store", SnapshotFolder(folder))
+    return CheckpointStore(tmp_path / "store", folder)
 
 
 def found(folder: Path, *manifests: Manifest) -> list[bool]:
-    reader = SnapshotFolder(folder)
-    return [reader.find(m.revision_path) is not None for m in manifests]
+    return [find_row(folder, m.revision_path) is not None for m in manifests]
 
 
 def test_a_snapshot_opens_before_it_is_stored(folder: Path, seeing_store: CheckpointStore) -> None:
@@ -225,17 +224,17 @@ def test_a_named_revision_is_the_stores_and_memory_only_makes_it_faster(
 
     manifest = snapshot(name="a")
     published = publish_as(seeing_store, manifest, adapter(seed=2)["weights"])
-    assert seeing_store.open(published.path, tenant="t").row is None
+    assert seeing_store.open(str(published.path), tenant="t").row is None
     again = publish_as(seeing_store, manifest, adapter(seed=2)["weights"])
-    remember(memory, again.manifest, seed=2, stored=True)
+    remember(memory, again, seed=2, stored=True)
 
-    opened = seeing_store.open(again.path, tenant="t")
+    opened = seeing_store.open(str(again.path), tenant="t")
     assert opened.row is not None
     expected = adapter(seed=2)["weights"]
     assert all(np.array_equal(opened.weights()[name], expected[name]) for name in expected)
-    seeing_store.delete(published.path, tenant="t")
+    seeing_store.delete(str(published.path), tenant="t")
     with pytest.raises(CheckpointNotFound):
-        seeing_store.open(again.revision_path, tenant="t")
+        seeing_store.open(str(again.revision_path), tenant="t")
 
 
 def test_after_its_time_the_stored_copy_is_used(

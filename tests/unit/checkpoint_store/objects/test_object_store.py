@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint_store import CheckpointDamaged, CheckpointStore, new_manifest
+from checkpoint_store import CheckpointDamaged, CheckpointStore, Manifest, new_manifest, open_store
 from checkpoint_store.errors import ObjectStoreFailed
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, parse_address
-from checkpoint_store.opening import open_store
 from mint_core.errors import AlreadyExists, CheckpointNotFound, FailedPrecondition
 from tests.checkpoint_files import moments, publish_as, publish_checkpoint
 from tests.object_servers import BUCKET, ObjectServer
@@ -183,14 +182,16 @@ def test_a_snapshot_is_announced_stored_and_kept_by_its_use(
     store: CheckpointStore, objects: ObjectStore
 ) -> None:
     snapshot = new_manifest(
-        training_run_id="r-1",
-        kind="sampler_weights",
-        name=None,
-        tenant="t",
-        base_model="tiny",
-        base_fingerprint="f00d",
-        spec=SPEC,
-        step=1,
+        None,
+        Manifest(
+            training_run_id="r-1",
+            kind="sampler_weights",
+            tenant="t",
+            base_model="tiny",
+            base_fingerprint="f00d",
+            spec=SPEC,
+            step=1,
+        ),
     )
     path = str(snapshot.path)
     assert not store.announced(path, tenant="t")
@@ -202,7 +203,7 @@ def test_a_snapshot_is_announced_stored_and_kept_by_its_use(
 
     assert store.has(snapshot.revision_path)
     assert not store.announced(path, tenant="t")
-    store.renew(path, tenant="t")
+    store.find(path, tenant="t").note_use()
     assert f"r-1/sampler_weights/{snapshot.name}/1/last_used" in keys(objects)
     assert store.sweep(now=datetime.now(UTC) + 2 * DAY).removed == 1
     assert keys(objects) == []

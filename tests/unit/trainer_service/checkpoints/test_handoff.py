@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 from checkpoint_store import (
-    CheckpointPath,
     CheckpointStore,
     Manifest,
-    Published,
-    SnapshotFolder,
     SnapshotMemory,
+    find_row,
     new_manifest,
     open_row,
 )
@@ -71,20 +69,22 @@ class Trainer:
         ttl_s: float | None = None,
         sequence: int = 0,
         mark: str = "",
-    ) -> Published:
+    ) -> Manifest:
         expire_time = None if ttl_s is None else datetime.now(UTC) + timedelta(seconds=ttl_s)
         manifest = new_manifest(
-            training_run_id=RUN.training_run_id,
-            kind="sampler_weights",
-            name=name,
-            tenant=RUN.tenant,
-            base_model=RUN.base_model,
-            base_fingerprint=RUN.base_fingerprint,
-            spec=RUN.spec,
-            step=1,
-            sequence=sequence,
-            mark=mark,
-            expire_time=expire_time,
+            name,
+            Manifest(
+                training_run_id=RUN.training_run_id,
+                kind="sampler_weights",
+                tenant=RUN.tenant,
+                base_model=RUN.base_model,
+                base_fingerprint=RUN.base_fingerprint,
+                spec=RUN.spec,
+                step=1,
+                sequence=sequence,
+                mark=mark,
+                expire_time=expire_time,
+            ),
         )
         return await self.handoff.publish(manifest, RUN.row_bytes, self.write)
 
@@ -99,13 +99,13 @@ class Trainer:
 
     @property
     def here(self) -> CheckpointStore:
-        return CheckpointStore(self.root / "store", SnapshotFolder(self.folder))
+        return CheckpointStore(self.root / "store", self.folder)
 
-    def stored(self, published: Published) -> bool:
-        return self.store.has(published.manifest.revision_path)
+    def stored(self, published: Manifest) -> bool:
+        return self.store.has(published.revision_path)
 
-    def in_memory(self, published: Published) -> bool:
-        return SnapshotFolder(self.folder).find(published.manifest.revision_path) is not None
+    def in_memory(self, published: Manifest) -> bool:
+        return find_row(self.folder, published.revision_path) is not None
 
     def break_store(self) -> None:
         shutil.rmtree(self.root / "store", ignore_errors=True)
@@ -152,10 +152,10 @@ async def test_a_snapshot_is_acknowledged_from_memory_and_stored_behind_it(tmp_p
         published = await trainer.publish()
 
         assert trainer.in_memory(published)
-        assert published.manifest.step == 1
-        row = trainer.here.open(published.path, tenant="ann").weights()
+        assert published.step == 1
+        row = trainer.here.open(str(published.path), tenant="ann").weights()
         trainer.mend_store()
-    stored = trainer.store.open(published.revision_path, tenant="ann")
+    stored = trainer.store.open(str(published.revision_path), tenant="ann")
     assert stored.manifest.step == 1
     assert all((stored.weights()[name] == row[name]).all() for name in row)
     assert not trainer.folder.exists()
@@ -165,7 +165,7 @@ async def test_snapshots_are_stored_in_order(tmp_path: Path) -> None:
     async with training(tmp_path) as trainer:
         published = [await trainer.publish() for _ in range(5)]
     written = [
-        (trainer.root / "store/r-1/sampler_weights" / p.manifest.name / "1").stat().st_mtime_ns
+        (trainer.root / "store/r-1/sampler_weights" / p.name / "1").stat().st_mtime_ns
         for p in published
     ]
     assert written == sorted(written)
@@ -176,14 +176,14 @@ async def test_a_named_checkpoint_is_stored_first_and_put_into_memory_beside(
 ) -> None:
     async with training(tmp_path) as trainer:
         first, second = await trainer.publish("a"), await trainer.publish("a")
-        assert first.revision_path == "mint://r-1/sampler_weights/a@1"
-        assert second.revision_path == "mint://r-1/sampler_weights/a@2"
+        assert str(first.revision_path) == "mint://r-1/sampler_weights/a@1"
+        assert str(second.revision_path) == "mint://r-1/sampler_weights/a@2"
         for published in (first, second):
             assert trainer.stored(published)
             assert trainer.in_memory(published)
-            opened = trainer.here.open(published.revision_path, tenant="ann")
+            opened = trainer.here.open(str(published.revision_path), tenant="ann")
             assert opened.row is not None
-            stored = trainer.store.open(published.revision_path, tenant="ann").weights()
+            stored = trainer.store.open(str(published.revision_path), tenant="ann").weights()
             assert all((opened.weights()[name] == stored[name]).all() for name in stored)
 
 
@@ -191,12 +191,12 @@ async def test_a_call_that_is_done_again_after_a_crash_names_one_revision(tmp_pa
     async with training(tmp_path) as trainer:
         first = await trainer.publish("a", sequence=7, mark="x")
         assert await trainer.publish("a", sequence=7, mark="x") == first
-        opened = trainer.here.open(first.path, tenant="ann")
+        opened = trainer.here.open(str(first.path), tenant="ann")
         assert opened.row is None  # that in memory is of the second time
-        stored = trainer.store.open(first.path, tenant="ann").weights()
+        stored = trainer.store.open(str(first.path), tenant="ann").weights()
         assert all((opened.weights()[name] == stored[name]).all() for name in stored)
         later = await trainer.publish("a", sequence=8, mark="y")
-        assert later.revision_path == "mint://r-1/sampler_weights/a@2"
+        assert str(later.revision_path) == "mint://r-1/sampler_weights/a@2"
 
 
 async def test_a_call_of_another_timeline_makes_a_revision_of_its_own(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ async def test_a_call_of_another_timeline_makes_a_revision_of_its_own(tmp_path: 
     async with training(tmp_path) as trainer:
         first = await trainer.publish("a", sequence=7, mark="x")
         other = await trainer.publish("a", sequence=7, mark="y")
-        assert (first.manifest.revision, other.manifest.revision) == (1, 2)
+        assert (first.revision, other.revision) == (1, 2)
         before_marks = await trainer.publish("b", sequence=7)
         assert await trainer.publish("b", sequence=7) == before_marks
-        assert (await trainer.publish("b", sequence=7, mark="z")).manifest.revision == 2
+        assert (await trainer.publish("b", sequence=7, mark="z")).revision == 2
 
 
 async def test_a_named_checkpoint_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
@@ -226,7 +226,9 @@ async def test_a_store_that_fails_is_told_and_tried_again_with_the_next(tmp_path
         failed = [await trainer.publish() for _ in range(2)]
         told = asyncio.Event()
         trainer.handoff.followers.add(told)
-        while failed[1].revision_path not in trainer.handoff.troubles.get(RUN.training_run_id, ""):
+        while str(failed[1].revision_path) not in trainer.handoff.troubles.get(
+            RUN.training_run_id, ""
+        ):
             await told.wait()
             told.clear()
         assert "cannot be stored" in trainer.handoff.troubles[RUN.training_run_id]
@@ -290,7 +292,7 @@ async def test_without_room_a_snapshot_is_stored_before_it_is_acknowledged(
     async with training(tmp_path, limit_bytes) as trainer:
         published = await trainer.publish()
         assert trainer.stored(published)
-        assert not published.manifest.named
+        assert not published.named
         assert not list((tmp_path / "store/.staging").iterdir())
 
 
@@ -312,7 +314,7 @@ async def test_memory_that_was_cleared_sends_it_through_the_store(tmp_path: Path
         shutil.rmtree(trainer.folder)  # as a system may do when its user logs out
         for _ in range(2):
             assert trainer.stored(await trainer.publish())
-        assert trainer.here.open(first.path, tenant="ann").row is None
+        assert trainer.here.open(str(first.path), tenant="ann").row is None
         await trainer.handoff.delete_run(RUN, named=True)
 
 
@@ -333,7 +335,7 @@ async def test_memory_stays_within_its_limit_and_the_store_has_the_rest(tmp_path
         assert trainer.memory.size_bytes <= 3 * ROOM_BYTES
         while trainer.handoff.unstored:
             await asyncio.sleep(0)
-        assert all(trainer.here.open(p.path, tenant="ann").weights() for p in published)
+        assert all(trainer.here.open(str(p.path), tenant="ann").weights() for p in published)
         assert sum(trainer.in_memory(p) for p in published) <= 3
 
 
@@ -342,7 +344,7 @@ async def test_a_ttl_ends_the_copy_in_memory_alone(tmp_path: Path) -> None:
         published = await trainer.publish(ttl_s=0.2)
         while trainer.in_memory(published):
             await asyncio.sleep(0)
-        assert trainer.here.open(published.path, tenant="ann").row is None
+        assert trainer.here.open(str(published.path), tenant="ann").row is None
 
 
 async def test_a_run_that_is_deleted_takes_its_snapshots_with_it(tmp_path: Path) -> None:
@@ -352,9 +354,9 @@ async def test_a_run_that_is_deleted_takes_its_snapshots_with_it(tmp_path: Path)
         await trainer.handoff.delete_run(RUN, named=False)
         for p in published:
             with pytest.raises(CheckpointNotFound):
-                trainer.here.open(p.path, tenant="ann")
-        assert trainer.here.open(named.path, tenant="ann")
-    assert [str(m.path) for m in trainer.store.list(tenant="ann")] == [named.path]
+                trainer.here.open(str(p.path), tenant="ann")
+        assert trainer.here.open(str(named.path), tenant="ann")
+    assert [str(m.path) for m in trainer.store.list(tenant="ann")] == [str(named.path)]
     assert all(not trainer.stored(p) for p in published)
 
 
@@ -367,10 +369,11 @@ async def test_other_hosts_know_that_a_snapshot_comes(tmp_path: Path) -> None:
 
     async with training(tmp_path, store=store_late) as trainer:
         published = await trainer.publish()
-        assert trainer.store.announced(published.path, tenant="ann")
-        assert not trainer.store.announced(published.path, tenant="bob")
+        assert trainer.store.announced(str(published.path), tenant="ann")
+        assert not trainer.store.announced(str(published.path), tenant="bob")
         may_store.set()
-        while trainer.handoff.unstored or trainer.store.announced(published.path, tenant="ann"):
+        while trainer.handoff.unstored or trainer.store.announced(
+            str(published.path), tenant="ann"
+        ):
             await asyncio.sleep(0)
-        assert isinstance(published.manifest.path, CheckpointPath)
-        assert trainer.store.open(published.path, tenant="ann")
+        assert trainer.store.open(str(published.path), tenant="ann")

@@ -38,7 +38,7 @@ class CountingStore(CheckpointStore):
         return super().sweep(now=now)
 
     def save(self, name: str, expire_time: datetime) -> str:
-        return publish_checkpoint(
+        manifest = publish_checkpoint(
             self,
             training_run_id="r-1",
             kind="sampler_weights",
@@ -50,7 +50,8 @@ class CountingStore(CheckpointStore):
             weights=adapter()["weights"],
             step=1,
             expire_time=expire_time,
-        ).revision_path
+        )
+        return str(manifest.revision_path)
 
     def gone(self, path: str) -> bool:
         folder = self._layout.revision_folder(parse_path(path))

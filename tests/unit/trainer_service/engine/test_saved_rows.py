@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from checkpoint_store import WeightsNotFinite, new_manifest, open_row
+from checkpoint_store import Manifest, WeightsNotFinite, new_manifest, open_row
 from checkpoint_store.row_file import RowFile, write_row
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import (
@@ -149,14 +149,16 @@ class Published:
         """How many digests were taken for it."""
         model, before = self._engine.description, self.taken
         manifest = new_manifest(
-            training_run_id=RUN,
-            kind="sampler_weights",
-            name=None,
-            tenant="t",
-            base_model=model.name,
-            base_fingerprint=model.fingerprint,
-            spec=self._run.spec,
-            step=2,
+            None,
+            Manifest(
+                training_run_id=RUN,
+                kind="sampler_weights",
+                tenant="t",
+                base_model=model.name,
+                base_fingerprint=model.fingerprint,
+                spec=self._run.spec,
+                step=2,
+            ),
         )
         file = self._folder / manifest.name
         self._engine.run(WriteRow(str(file), manifest))
