@@ -22,8 +22,14 @@ from checkpoint_store.errors import CheckpointDamaged, full_disk_told
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
+from checkpoint_store.objects.places import (
+    Place,
+    flush_folder,
+    make_folder,
+    remove_tree,
+    write_durably,
+)
 from checkpoint_store.paths import KINDS, CheckpointPath
-from checkpoint_store.places import Place, flush_folder, make_folder, remove_tree, write_durably
 from mint_core.errors import AlreadyExists
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from checkpoint_store.errors import CheckpointDamaged, ObjectStoreFailed
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.paths import CheckpointPath
-from checkpoint_store.places import (
+from checkpoint_store.objects.places import (
     Place,
     flush_folder,
     make_folder,
@@ -27,6 +26,7 @@ from checkpoint_store.places import (
     replace,
     write_durably,
 )
+from checkpoint_store.paths import CheckpointPath
 from mint_core.errors import AlreadyExists
 from mint_core.fault_points import fault_point
 

@@ -19,6 +19,7 @@ from checkpoint_store.memory.published_row import PublishedRow, find_row
 from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
+from checkpoint_store.objects.places import Place
 from checkpoint_store.paths import (
     SAMPLER_WEIGHTS,
     CheckpointKind,
@@ -27,7 +28,6 @@ from checkpoint_store.paths import (
     check_new_name,
     parse_path,
 )
-from checkpoint_store.places import Place
 from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
 from mint_core.lora.row_layout import Floats

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoint_store.manifest import MANIFEST_FILE, decode_manifest
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.places import remove_tree
+from checkpoint_store.objects.places import remove_tree
 
 _PREFIX = "files-"  # no revision is called so
 
