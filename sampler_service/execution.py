@@ -12,16 +12,8 @@ from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, EngineFault
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics
+from sampler_service import jobs
 from sampler_service.adapters.leases import AdapterLeases
-from sampler_service.jobs import (
-    Abort,
-    AdapterAbsent,
-    Generate,
-    Generated,
-    SamplePart,
-    Sampling,
-    WaitedTooLong,
-)
 from sampler_service.parts import PartBuffer
 from sampler_service.waiting_room import WaitingRoom
 
@@ -58,8 +50,8 @@ class Execution:
         )
 
     async def sample(
-        self, sampling: Sampling, parts: PartBuffer | None = None
-    ) -> tuple[Generated, str]:
+        self, sampling: jobs.Sampling, parts: PartBuffer | None = None
+    ) -> tuple[jobs.Generated, str]:
         """The whole way of a request through the front: it is admitted, waits for its adapter, and
         goes to the engine, or the next one if that dies. Returns the answer, and from which
         revision it is; tokens go to `parts` as they come, if that is given.
@@ -74,7 +66,7 @@ class Execution:
                         job = replace(job, adapter=revision)  # which it keeps
                         generated = await self._generate(job, parts)
                         break
-                except AdapterAbsent:
+                except jobs.AdapterAbsent:
                     pass  # the engine was started anew since the adapter was leased
                 except EngineDied as death:
                     deaths += 1
@@ -86,7 +78,9 @@ class Execution:
                 await parts.finish()
             return generated, job.adapter
 
-    async def stream(self, sampling: Sampling) -> AsyncGenerator[tuple[SamplePart, str], None]:
+    async def stream(
+        self, sampling: jobs.Sampling
+    ) -> AsyncGenerator[tuple[jobs.SamplePart, str], None]:
         """Does the same, and gives tokens as they come, and from which revision. To be closed by
         its reader; the engine does not wait for it.
         """
@@ -106,14 +100,14 @@ class Execution:
             await asyncio.wait([filling])  # what it holds is free again
             self._count_sampled(parts.tokens)
 
-    async def _fill(self, parts: PartBuffer, sampling: Sampling) -> None:
+    async def _fill(self, parts: PartBuffer, sampling: jobs.Sampling) -> None:
         try:
             await self.sample(sampling, parts)
         except Exception as error:
             parts.fail(error)
 
-    def _job(self, sampling: Sampling, *, stream: bool) -> Generate:
-        return Generate(
+    def _job(self, sampling: jobs.Sampling, *, stream: bool) -> jobs.Generate:
+        return jobs.Generate(
             request_id=next(self._request_ids),
             adapter=sampling.model_path,  # until it is leased
             sampling=sampling,
@@ -123,7 +117,7 @@ class Execution:
         )
 
     @contextmanager
-    def _admitted(self, job: Generate) -> Iterator[None]:
+    def _admitted(self, job: jobs.Generate) -> Iterator[None]:
         """A request's place, while it has one."""
         samples, tokens = job.sampling.num_samples, len(job.sampling.prompt)
         load = Load(count=max(samples, 1), tokens=tokens)
@@ -132,7 +126,7 @@ class Execution:
             yield
 
     @asynccontextmanager
-    async def _leased(self, job: Generate) -> AsyncIterator[str]:
+    async def _leased(self, job: jobs.Generate) -> AsyncIterator[str]:
         """Holds an adapter in an engine that is up, and says which revision it is."""
         async with AsyncExitStack() as stack:
             try:
@@ -143,25 +137,25 @@ class Execution:
             except TimeoutError:
                 if not limit.expired():
                     raise
-                raise WaitedTooLong(self._max_wait_s) from None
+                raise jobs.WaitedTooLong(self._max_wait_s) from None
             yield revision
 
-    async def _generate(self, job: Generate, parts: PartBuffer | None) -> Generated:
+    async def _generate(self, job: jobs.Generate, parts: PartBuffer | None) -> jobs.Generated:
         """What the engine makes of a job; it is told if the caller leaves."""
         if parts:
             parts.begin(job.adapter)
         started_s = time.perf_counter()
         try:
-            generated: Generated = await self._engine.call(
+            generated: jobs.Generated = await self._engine.call(
                 job, on_part=parts.put if parts else None
             )
         except asyncio.CancelledError:
-            self._engine.cast(Abort(job.request_id))
+            self._engine.cast(jobs.Abort(job.request_id))
             raise
         note(run_s=time.perf_counter() - started_s)
         return generated
 
-    def _count(self, job: Generate, generated: Generated) -> None:
+    def _count(self, job: jobs.Generate, generated: jobs.Generated) -> None:
         self._tokens.labels("prompt").inc(len(job.sampling.prompt))
         self._tokens.labels("prompt_cached").inc(generated.prompt_cache_hit_tokens)
         note(cached_tokens=generated.prompt_cache_hit_tokens)

@@ -5,25 +5,17 @@ import math
 import numpy as np
 
 from mintrpc.v1 import sampler_pb2, types_pb2
-from sampler_service.jobs import (
-    Continuation,
-    Floats,
-    Generated,
-    SamplePart,
-    StopReason,
-    TokenLogprobs,
-    Tokens,
-)
+from sampler_service import jobs
 
 _STOP_REASONS = {
     None: sampler_pb2.STOP_REASON_UNSPECIFIED,
-    StopReason.STOP: sampler_pb2.STOP_REASON_STOP,
-    StopReason.LENGTH: sampler_pb2.STOP_REASON_LENGTH,
+    jobs.StopReason.STOP: sampler_pb2.STOP_REASON_STOP,
+    jobs.StopReason.LENGTH: sampler_pb2.STOP_REASON_LENGTH,
 }
 
 
 def sample_response(
-    generated: Generated, seed: int, revision_path: str
+    generated: jobs.Generated, seed: int, revision_path: str
 ) -> sampler_pb2.SampleResponse:
     return sampler_pb2.SampleResponse(
         sequences=[_sequence(c, revision_path) for c in generated.continuations],
@@ -37,7 +29,7 @@ def sample_response(
 
 
 def stream_sample_response(
-    part: SamplePart, seed: int, revision_path: str
+    part: jobs.SamplePart, seed: int, revision_path: str
 ) -> sampler_pb2.StreamSampleResponse:
     return sampler_pb2.StreamSampleResponse(
         index=part.sample,
@@ -51,14 +43,14 @@ def stream_sample_response(
 
 
 def compute_logprobs_response(
-    generated: Generated, revision_path: str
+    generated: jobs.Generated, revision_path: str
 ) -> sampler_pb2.ComputeLogprobsResponse:
     return sampler_pb2.ComputeLogprobsResponse(
         logprobs=_prompt_logprobs(generated), revision_path=revision_path
     )
 
 
-def _sequence(continuation: Continuation, revision_path: str) -> sampler_pb2.SampledSequence:
+def _sequence(continuation: jobs.Continuation, revision_path: str) -> sampler_pb2.SampledSequence:
     return sampler_pb2.SampledSequence(
         tokens=continuation.tokens.tolist(),
         logprobs=continuation.logprobs.tolist(),
@@ -69,7 +61,7 @@ def _sequence(continuation: Continuation, revision_path: str) -> sampler_pb2.Sam
     )
 
 
-def _prompt_logprobs(generated: Generated) -> list[float]:
+def _prompt_logprobs(generated: jobs.Generated) -> list[float]:
     """One entry per prompt token."""
     if generated.prompt_logprobs is None:
         return []
@@ -77,7 +69,7 @@ def _prompt_logprobs(generated: Generated) -> list[float]:
     return [*unscored, *generated.prompt_logprobs.tolist()]
 
 
-def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
+def _alternatives(generated: jobs.Generated) -> sampler_pb2.PromptAltTokens | None:
     drawn = generated.prompt_alternatives
     if drawn is None:
         return None
@@ -88,7 +80,7 @@ def _alternatives(generated: Generated) -> sampler_pb2.PromptAltTokens | None:
 
 
 def _rows(
-    generated: Generated, scored: Floats | Tokens | None, unscored: float
+    generated: jobs.Generated, scored: jobs.Floats | jobs.Tokens | None, unscored: float
 ) -> types_pb2.TensorData | None:
     """One row per prompt token but the first, in the byte order of the contract."""
     if scored is None:
@@ -103,7 +95,7 @@ def _rows(
     )
 
 
-def _topk(top: TokenLogprobs | None, unscored: int = 0) -> list[sampler_pb2.TopkLogprobs]:
+def _topk(top: jobs.TokenLogprobs | None, unscored: int = 0) -> list[sampler_pb2.TopkLogprobs]:
     """One entry per token; those of the first, unscored ones are empty."""
     if top is None:
         return []

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from mint_core.engine_host.pipe import Failure, Part, Reply
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.model.loading import load_base
+from sampler_service import jobs
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from sampler_service.engine.cache.kv_cache import KvCache, layer_shapes
@@ -30,15 +31,6 @@ from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_b
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
-from sampler_service.jobs import (
-    CHUNK_TOKENS,
-    Abort,
-    DescribeRows,
-    DropAdapter,
-    Generate,
-    LoadAdapter,
-    WaitedTooLong,
-)
 
 COMPILING_WAIT_S = 0.01  # between looks for new jobs, while nothing runs
 
@@ -67,7 +59,7 @@ class Engine:
         blocks = cache_blocks(config, base, shapes.values())
         self.kv_cache_tokens = blocks * BLOCK_TOKENS
         self.description = within(base.description, self.kv_cache_tokens)
-        least = config.max_running_samples + CHUNK_TOKENS
+        least = config.max_running_samples + jobs.CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
         self.adapters = LoadedAdapters(base, host_bytes(config))
@@ -92,7 +84,7 @@ class Engine:
         )
         self._compiler = ConstraintCompiler(self._vocabulary, self.description.vocabulary_size)
         # By request id: calls and jobs that start once their constraint is compiled.
-        self._compiling: dict[int, tuple[int, Generate, Future[CompiledConstraint]]] = {}
+        self._compiling: dict[int, tuple[int, jobs.Generate, Future[CompiledConstraint]]] = {}
         self._generations: dict[int, Generation] = {}  # by request id
         self._start_by: list[tuple[float, int]] = []  # heap of times and request ids
 
@@ -103,15 +95,15 @@ class Engine:
     def accept(self, number: int, job: object) -> Answer | None:
         """Takes a job in, and answers it if that needs no pass. Raises what it refuses."""
         match job:
-            case Generate():
+            case jobs.Generate():
                 return self._take(number, job)
-            case LoadAdapter():
+            case jobs.LoadAdapter():
                 self.adapters.load(job)
-            case DescribeRows(rank):
+            case jobs.DescribeRows(rank):
                 return Reply(number, self.adapters.layout(rank))
-            case DropAdapter():
+            case jobs.DropAdapter():
                 self.adapters.drop(job)
-            case Abort(request_id):
+            case jobs.Abort(request_id):
                 self._forget(request_id)
             case _:
                 raise AssertionError(f"unknown job {job!r}")
@@ -130,7 +122,7 @@ class Engine:
             answers += self._hand_out(step)
         return answers
 
-    def _take(self, number: int, job: Generate) -> Answer | None:
+    def _take(self, number: int, job: jobs.Generate) -> Answer | None:
         self.adapters.check(job.adapter)
         constraint = job.sampling.constraint
         if constraint is None:
@@ -155,7 +147,7 @@ class Engine:
                 yield answer
 
     def _begin(
-        self, number: int, job: Generate, constraint: CompiledConstraint | None
+        self, number: int, job: jobs.Generate, constraint: CompiledConstraint | None
     ) -> Answer | None:
         generation = Generation(number, job, self._vocabulary, constraint)
         if generation.done:
@@ -180,7 +172,7 @@ class Engine:
             generation = self._generations.get(request_id)
             if generation is not None and not self._scheduler.begun(request_id):
                 self._forget(request_id)
-                yield Failure(generation.number, WaitedTooLong(generation.age_s))
+                yield Failure(generation.number, jobs.WaitedTooLong(generation.age_s))
 
     def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""

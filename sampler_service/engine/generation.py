@@ -6,21 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mint_core.errors import MintError
+from sampler_service import jobs
 from sampler_service.engine.drawing.constraint_compiler import CompiledConstraint, ConstrainedText
 from sampler_service.engine.drawing.penalties import Occurrences, penalizes
 from sampler_service.engine.drawing.prompt_scores import empty_scores, split_scores
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.stop import StopWatch, Vocabulary
-from sampler_service.jobs import (
-    Continuation,
-    Floats,
-    Generate,
-    Generated,
-    SamplePart,
-    StopReason,
-    TokenLogprobs,
-    Tokens,
-)
 
 
 @dataclass(slots=True)
@@ -30,19 +21,19 @@ class OpenContinuation:
     watch: StopWatch
     drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token and its logprobs
     # The likeliest tokens of each position and their logprobs, both [k], where they are wanted.
-    tops: list[tuple[Tokens, Floats]] = field(default_factory=list)
-    stop_reason: StopReason | None = None
+    tops: list[tuple[jobs.Tokens, jobs.Floats]] = field(default_factory=list)
+    stop_reason: jobs.StopReason | None = None
     occurrences: Occurrences | None = None  # if there are penalties, from its first draw on
     constrained: ConstrainedText | None = None
 
-    def close(self) -> Continuation:
+    def close(self) -> jobs.Continuation:
         assert self.stop_reason is not None
         tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
         top = None
         if self.tops:
             ids, values = map(np.stack, zip(*self.tops, strict=True))
-            top = TokenLogprobs(token_ids=ids, logprobs=values)
-        return Continuation(
+            top = jobs.TokenLogprobs(token_ids=ids, logprobs=values)
+        return jobs.Continuation(
             tokens=np.array(tokens, np.int64),
             logprobs=np.array(logprobs, np.float32),
             model_logprobs=np.array(model_logprobs, np.float32),
@@ -57,14 +48,14 @@ class Generation:
     def __init__(
         self,
         number: int,
-        job: Generate,
+        job: jobs.Generate,
         vocabulary: Vocabulary,
         constraint: CompiledConstraint | None = None,  # the job's
     ) -> None:
         self.number = number  # of the call that waits for it
         self.job = job
         self.error: MintError | None = None  # that has ended it
-        self.new_parts: list[SamplePart] = []  # to be handed out after the pass
+        self.new_parts: list[jobs.SamplePart] = []  # to be handed out after the pass
         self.prompt_cache_hit_tokens = 0
         self._asked = asked = job.sampling
         self._accepted_s = time.monotonic()
@@ -113,7 +104,7 @@ class Generation:
         continuation = self._samples[sample]
         reason = continuation.watch.read(token)
         if self.job.stream:
-            part = SamplePart(sample, (token,), (logprob,), (model_logprob,), reason)
+            part = jobs.SamplePart(sample, (token,), (logprob,), (model_logprob,), reason)
             self.new_parts.append(part)
         else:
             continuation.drawn.append((token, logprob, model_logprob))
@@ -128,11 +119,11 @@ class Generation:
             continuation.constrained.add(token)
         return False
 
-    def add_top(self, sample: int, ids: Tokens, logprobs: Floats) -> None:  # both [k]
+    def add_top(self, sample: int, ids: jobs.Tokens, logprobs: jobs.Floats) -> None:  # both [k]
         """Takes the likeliest tokens where the sample's last token was drawn."""
         self._samples[sample].tops.append((ids, logprobs))
 
-    def add_scores(self, start: int, scores: TokenLogprobs) -> None:
+    def add_scores(self, start: int, scores: jobs.TokenLogprobs) -> None:
         """Takes the scores that follow position `start`. A prompt that was sent away starts again
         from its first, and so do its scores.
         """
@@ -142,12 +133,12 @@ class Generation:
         self._scores.logprobs[at:end] = scores.logprobs
         self._unscored = len(self._scores.logprobs) - end
 
-    def result(self) -> Generated:
+    def result(self) -> jobs.Generated:
         asked = self._asked
         own, targets, top, alternatives = split_scores(self._scores, asked)
         targeted = asked.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
-        return Generated(
+        return jobs.Generated(
             continuations=tuple(sample.close() for sample in samples),
             prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
             unscored_tokens=self.first_scored + 1,

@@ -16,6 +16,7 @@ from mint_core.lora.bank import Part
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from trainer_service import jobs
 from trainer_service.config import TrainerConfig
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_rows
@@ -34,34 +35,13 @@ from trainer_service.engine.saving import (
 )
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
-from trainer_service.jobs import (
-    ClearGradient,
-    CreateRow,
-    DropRow,
-    LoadRow,
-    Plan,
-    RestoredRow,
-    RestoreRow,
-    RowCounts,
-    RowDescription,
-    SaveCheckpoint,
-    SaveRow,
-    Source,
-    StepResult,
-    StepRow,
-    StepRows,
-    StoreRow,
-    Tile,
-    TileResult,
-    WriteRow,
-)
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
 
-W = TypeVar("W", Tile, StepRow)
-R = TypeVar("R", TileResult, StepResult)
+W = TypeVar("W", jobs.Tile, jobs.StepRow)
+R = TypeVar("R", jobs.TileResult, jobs.StepResult)
 
 
 class Engine:
@@ -97,30 +77,30 @@ class Engine:
         self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
         self.description = _within(self.base.description, self.lengths.document_tokens)
         self._handlers: Mapping[type, Callable[[Any], object]] = {
-            Plan: self._plan,
-            StepRows: self._step,
-            CreateRow: self._create,
-            DropRow: self._drop,
-            ClearGradient: self._clear,
-            WriteRow: self._write,
-            SaveCheckpoint: self._save,
-            StoreRow: store_row_later,
-            LoadRow: self._load,
-            SaveRow: self._save_row,
-            RestoreRow: self._restore,
+            jobs.Plan: self._plan,
+            jobs.StepRows: self._step,
+            jobs.CreateRow: self._create,
+            jobs.DropRow: self._drop,
+            jobs.ClearGradient: self._clear,
+            jobs.WriteRow: self._write,
+            jobs.SaveCheckpoint: self._save,
+            jobs.StoreRow: store_row_later,
+            jobs.LoadRow: self._load,
+            jobs.SaveRow: self._save_row,
+            jobs.RestoreRow: self._restore,
         }
 
     def run(self, job: object) -> object:
         """Does a job and returns its answer, or the `Rest` of it; see trainer_service.jobs."""
         return self._handlers[type(job)](job)
 
-    def row_counts(self) -> RowCounts:
+    def row_counts(self) -> jobs.RowCounts:
         return self._rows.counts()
 
-    def _plan(self, plan: Plan) -> tuple[TileResult, ...]:
+    def _plan(self, plan: jobs.Plan) -> tuple[jobs.TileResult, ...]:
         parts = [frozenset({Part.GRADIENT} if tile.backward else ()) for tile in plan.tiles]
         return self._by_spans(
-            plan.tiles, parts, self._pass, lambda tile, error: TileResult(error=error)
+            plan.tiles, parts, self._pass, lambda tile, error: jobs.TileResult(error=error)
         )
 
     def _by_spans(
@@ -141,7 +121,7 @@ class Engine:
                 results.append(refuse(each, error) if error else next(done))
         return tuple(results)
 
-    def _pass(self, tiles: Sequence[Tile]) -> tuple[TileResult, ...]:
+    def _pass(self, tiles: Sequence[jobs.Tile]) -> tuple[jobs.TileResult, ...]:
         rows = {}
         for tile in tiles:
             trained = self._rows[tile.training_run_id]
@@ -152,61 +132,61 @@ class Engine:
         with _deterministic(any(tile.isolated for tile in tiles)):
             return run_pass(self.base, packed)
 
-    def _step(self, job: StepRows) -> tuple[StepResult, ...]:
+    def _step(self, job: jobs.StepRows) -> tuple[jobs.StepResult, ...]:
         parts = [frozenset(Part)] * len(job.steps)
         return self._by_spans(job.steps, parts, self._take_steps, self._refuse_step)
 
-    def _take_steps(self, steps: Sequence[StepRow]) -> list[StepResult]:
+    def _take_steps(self, steps: Sequence[jobs.StepRow]) -> list[jobs.StepResult]:
         assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
         return step_rows([(self._rows[step.training_run_id], step.adam_params) for step in steps])
 
-    def _refuse_step(self, step: StepRow, error: MintError) -> StepResult:
+    def _refuse_step(self, step: jobs.StepRow, error: MintError) -> jobs.StepResult:
         trained = self._rows[step.training_run_id]
         trained.clear_gradient()
-        return StepResult(step=trained.step, grad_norm=0.0, error=error)
+        return jobs.StepResult(step=trained.step, grad_norm=0.0, error=error)
 
-    def _create(self, job: CreateRow) -> RowDescription:
+    def _create(self, job: jobs.CreateRow) -> jobs.RowDescription:
         spec, parts, step = self._start(job.request)
         with self._rows.adding(job.training_run_id, self._bank.add(spec)) as trained:
             self._fill(job.training_run_id, parts, step)
-        return RowDescription(
+        return jobs.RowDescription(
             spec=spec,
             trainable_parameter_count=trained.row.parameter_count(),
             row_bytes=trained.row.bank.part_bytes,
         )
 
     def _start(
-        self, request: LoraRequest | AdapterSpec | Source
+        self, request: LoraRequest | AdapterSpec | jobs.Source
     ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays], int]:
         """What a row is, with what it begins, and at which step."""
-        if isinstance(request, Source):
+        if isinstance(request, jobs.Source):
             return request.spec, read_source(request), request.step
         if isinstance(request, LoraRequest):
             request = resolve(request, self.base.description.linear_modules)
         return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}, 0
 
-    def _drop(self, job: DropRow) -> None:
+    def _drop(self, job: jobs.DropRow) -> None:
         self._rows.remove(job.training_run_id)
 
-    def _clear(self, job: ClearGradient) -> None:
+    def _clear(self, job: jobs.ClearGradient) -> None:
         self._rows[job.training_run_id].clear_gradient()
 
-    def _write(self, job: WriteRow) -> None:
+    def _write(self, job: jobs.WriteRow) -> None:
         write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
 
-    def _save(self, job: SaveCheckpoint) -> Rest:
+    def _save(self, job: jobs.SaveCheckpoint) -> Rest:
         return save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
 
-    def _load(self, job: LoadRow) -> None:
+    def _load(self, job: jobs.LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.
         self._rows[job.training_run_id].clear_gradient()
         self._fill(job.training_run_id, read_source(job.source), job.source.step)
 
-    def _save_row(self, job: SaveRow) -> Rest:
+    def _save_row(self, job: jobs.SaveRow) -> Rest:
         trained = self._rows.here(job.training_run_id)
         return save_row_later(job, trained, self.base, self._saved_rows)
 
-    def _restore(self, job: RestoreRow) -> RestoredRow:
+    def _restore(self, job: jobs.RestoreRow) -> jobs.RestoredRow:
         name = job.training_run_id
         try:
             file = RowFile.open(self._saved_rows / job.file)
@@ -217,7 +197,7 @@ class Engine:
             raise StateDamaged(name, error.message) from error
         trained.step = int(file.about["step"])
         trained.gradient_pending = file.about["gradient_pending"] == "1"
-        return RestoredRow(difference(file, self.base))
+        return jobs.RestoredRow(difference(file, self.base))
 
     def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
         """Replaces weights, moments and step; without moments they become 0."""

@@ -24,25 +24,17 @@ from mint_core.errors import CheckpointNotFound
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import AdapterArrays
 from mint_core.model.loading import LoadedBase
+from trainer_service import jobs
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
 from trainer_service.errors import RowNotSaved, RowNotWritten
-from trainer_service.jobs import (
-    SaveCheckpoint,
-    SavedRow,
-    SaveRow,
-    Source,
-    StoreRow,
-    WriteRow,
-    saved_row_name,
-)
 
 # What is left of a job when its row may change again. Calls what it is given now and then, and
 # returns the job's answer.
 Rest = Callable[[Progress], object]
 
 
-def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
+def save_row_later(job: jobs.SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
     """Copies what of a row is needed to go on, the gradient if there is one."""
     parts = {
         part.value: vector.detach().to("cpu", copy=True)  # [params]
@@ -59,14 +51,14 @@ def save_row_later(job: SaveRow, trained: TrainedRow, base: LoadedBase, folder: 
         "layout": trained.row.bank.layout.encoded.decode(),  # older files lack it
     }
 
-    def write(progress: Progress) -> SavedRow:
+    def write(progress: Progress) -> jobs.SavedRow:
         arrays = {part: vector.numpy() for part, vector in parts.items()}
-        name = saved_row_name(job.training_run_id, job.sequence)
+        name = jobs.saved_row_name(job.training_run_id, job.sequence)
         try:
             size_bytes = save_row(folder / name, arrays, about, progress)
         except OSError as error:
             raise RowNotSaved(error) from error
-        return SavedRow(job.sequence, name, size_bytes)
+        return jobs.SavedRow(job.sequence, name, size_bytes)
 
     return write
 
@@ -102,7 +94,7 @@ def difference(file: RowFile, base: LoadedBase) -> str:
     )
 
 
-def save_checkpoint_later(job: SaveCheckpoint, trained: TrainedRow) -> Rest:
+def save_checkpoint_later(job: jobs.SaveCheckpoint, trained: TrainedRow) -> Rest:
     """Copies weights, and moments if they are asked for."""
     row = trained.row
     weights = row.export(Part.WEIGHTS)
@@ -114,7 +106,7 @@ def save_checkpoint_later(job: SaveCheckpoint, trained: TrainedRow) -> Rest:
     )
 
 
-def store_row_later(job: StoreRow) -> Rest:
+def store_row_later(job: jobs.StoreRow) -> Rest:
     """Of a row file, which may lie in memory."""
 
     def write(progress: Progress) -> Mapping[str, FileEntry]:
@@ -148,7 +140,7 @@ def _write_checkpoint(
         )
 
 
-def read_source(source: Source) -> dict[Part, AdapterArrays]:
+def read_source(source: jobs.Source) -> dict[Part, AdapterArrays]:
     """The parts of a row that a checkpoint holds and that are asked for. Raises CheckpointNotFound
     if it was deleted meanwhile, CheckpointDamaged, InvalidRequest.
     """
@@ -168,7 +160,7 @@ def read_source(source: Source) -> dict[Part, AdapterArrays]:
     return parts
 
 
-def write_weights(job: WriteRow, trained: TrainedRow, progress: Progress) -> None:
+def write_weights(job: jobs.WriteRow, trained: TrainedRow, progress: Progress) -> None:
     """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
     row, file, path = trained.row, Path(job.file), str(job.manifest.path)
     vector = row.part(Part.WEIGHTS)

@@ -17,15 +17,7 @@ from mint_core.engine_host.pipe import Hello, ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, MintError, Unavailable
 from mint_core.rpc.errors import domain_error
-from trainer_service.jobs import (
-    Plan,
-    StepResult,
-    StepRow,
-    StepRows,
-    Tile,
-    TileResult,
-    tile_tokens,
-)
+from trainer_service import jobs
 from trainer_service.queue.planner import Key, Planner, key_of
 from trainer_service.queue.usage import Usage
 
@@ -83,7 +75,7 @@ class Handed:
 class _Running:
     """What the engine is busy with."""
 
-    work: Sequence[Tile | StepRow]
+    work: Sequence[jobs.Tile | jobs.StepRow]
     tokens: Sequence[int]  # of each; of a step, which costs next to nothing, 0
     handed: Mapping[Key, Handed]  # of which they are, in their order
     start_s: float  # as time.monotonic()
@@ -190,7 +182,7 @@ class Scheduler:
             finally:
                 self._running = None
 
-    async def _schedule(self) -> Plan | StepRows:
+    async def _schedule(self) -> jobs.Plan | jobs.StepRows:
         """What the engine does next, once there is something."""
         await self._follow_ups()
         while True:
@@ -212,10 +204,10 @@ class Scheduler:
             except TimeoutError:
                 self._expected.clear()
 
-    def _begin(self, job: Plan | StepRows) -> _Running:
-        work = job.tiles if isinstance(job, Plan) else job.steps
+    def _begin(self, job: jobs.Plan | jobs.StepRows) -> _Running:
+        work = job.tiles if isinstance(job, jobs.Plan) else job.steps
         handed = {key: self._waiting.pop(key) for key in map(key_of, work)}
-        tokens = [tile_tokens(each) if isinstance(each, Tile) else 0 for each in work]
+        tokens = [jobs.tile_tokens(each) if isinstance(each, jobs.Tile) else 0 for each in work]
         return _Running(work, tokens, handed, time.monotonic())
 
     def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:
@@ -262,8 +254,8 @@ class Scheduler:
                     raise
 
     async def compute(
-        self, tenant: str, tiles: Sequence[Tile], life: int, *, billed: bool = True
-    ) -> tuple[list[TileResult], float]:
+        self, tenant: str, tiles: Sequence[jobs.Tile], life: int, *, billed: bool = True
+    ) -> tuple[list[jobs.TileResult], float]:
         """Computes the tiles of one call, beside those of others, on a row that was there in that
         life; and how long the engine took.
         """
@@ -273,19 +265,19 @@ class Scheduler:
         return list(handed.results.values()), handed.seconds
 
     async def step(
-        self, tenant: str, step: StepRow, life: int, *, billed: bool = True
-    ) -> StepResult:
+        self, tenant: str, step: jobs.StepRow, life: int, *, billed: bool = True
+    ) -> jobs.StepResult:
         """Takes an optimizer step, beside those of other runs; see `compute`."""
         handed = self._hand_in(tenant, [step], life, billed)
         self._planner.add_step(step)
         await handed.done
-        result: StepResult = handed.results[key_of(step)]
+        result: jobs.StepResult = handed.results[key_of(step)]
         if result.error is not None:
             raise result.error
         return result
 
     def _hand_in(
-        self, tenant: str, work: Sequence[Tile | StepRow], life: int, billed: bool
+        self, tenant: str, work: Sequence[jobs.Tile | jobs.StepRow], life: int, billed: bool
     ) -> Handed:
         if life != self.life:
             raise NotStarted("the engine with the row has ended")

@@ -7,6 +7,7 @@ from functools import partial
 
 from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
+from trainer_service import jobs
 from trainer_service.calls import (
     Call,
     Compute,
@@ -18,13 +19,6 @@ from trainer_service.calls import (
     Save,
     SaveForSampler,
     Step,
-)
-from trainer_service.jobs import (
-    ClearGradient,
-    LoadRow,
-    StepRow,
-    TileResult,
-    tile_tokens,
 )
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
 from trainer_service.run.run import Run
@@ -61,7 +55,7 @@ class Execution:
         """The gradient is cleared after a step that was not taken."""
         if call.method == "OptimStep" and self._run.gradient.touched and not self._run.lost:
             try:
-                await self._row(ClearGradient(self._run.id))
+                await self._row(jobs.ClearGradient(self._run.id))
             except EngineDied as death:
                 return death
             except MintError:
@@ -103,7 +97,7 @@ class Execution:
         for result in results:
             if result.error is not None:
                 raise result.error
-        metrics = merge_metrics(results, [tile_tokens(tile) for tile in tiles])
+        metrics = merge_metrics(results, [jobs.tile_tokens(tile) for tile in tiles])
         logprobs = [each for result in results for each in result.logprobs]
         return Outcome(
             make_reply=partial(
@@ -118,7 +112,7 @@ class Execution:
         if refused := run.gradient.refusal(step.backward_count):
             raise refused
         alone = call.course.deaths >= DEATHS_UNTIL_ALONE
-        job = StepRow(run.id, step.adam_params, alone=alone)
+        job = jobs.StepRow(run.id, step.adam_params, alone=alone)
         result = await self._scheduler.step(run.origin.tenant, job, run.row_life)
         metrics = {
             "grad_norm:mean": result.grad_norm,
@@ -135,7 +129,7 @@ class Execution:
     async def _discard(self) -> Outcome:
         gradient = self._run.gradient
         if gradient.touched:
-            await self._row(ClearGradient(self._run.id))
+            await self._row(jobs.ClearGradient(self._run.id))
         return Outcome(make_reply=partial(replies.discarded, gradient.pending), effect=Effect.CLEAR)
 
     async def _save(self, call: Call, save: Save) -> Outcome:
@@ -176,7 +170,7 @@ class Execution:
         checkpoint.check_fits(run.origin)
         source = checkpoint.source
         try:
-            await self._row(LoadRow(run.id, source))
+            await self._row(jobs.LoadRow(run.id, source))
             sequence = call.place.sequence
             saved_row = await self._saved_rows.take(run.id, sequence, run.row_life)
             run.unsaved = UnsavedWork()
@@ -213,7 +207,7 @@ def refusal(call: Call, error: MintError) -> Outcome:
     )
 
 
-def merge_metrics(results: Sequence[TileResult], tokens: Sequence[int]) -> Mapping[str, float]:
+def merge_metrics(results: Sequence[jobs.TileResult], tokens: Sequence[int]) -> Mapping[str, float]:
     """Joins the metrics of a call's tiles as their suffixes say; means count by tokens."""
     merged: dict[str, float] = {}
     for name in results[0].metrics:

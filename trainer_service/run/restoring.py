@@ -14,16 +14,9 @@ from typing import Any, TypeVar
 
 from mint_core.errors import EngineDied, MintError
 from mint_core.fault_points import fault_point
+from trainer_service import jobs
 from trainer_service.calls import Compute, Effect, Step
 from trainer_service.errors import StateDamaged
-from trainer_service.jobs import (
-    ClearGradient,
-    CreateRow,
-    DropRow,
-    RestoredRow,
-    RestoreRow,
-    StepRow,
-)
 from trainer_service.journal.records import PastCall
 from trainer_service.journal.run_journal import Past
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
@@ -77,12 +70,12 @@ class Restoring:
         """Makes the row as it was when it was saved, or when it was created."""
         run, row = self._run, past.saved_row
         spec = run.origin.spec
-        job: object = CreateRow(run.id, spec)
+        job: object = jobs.CreateRow(run.id, spec)
         if row is not None:
-            job = RestoreRow(run.id, spec, row.file)
-        await self._scheduler.row(DropRow(run.id), life)
+            job = jobs.RestoreRow(run.id, spec, row.file)
+        await self._scheduler.row(jobs.DropRow(run.id), life)
         restored = await self._scheduler.row(job, life)
-        if isinstance(restored, RestoredRow) and restored.differs and past.calls:
+        if isinstance(restored, jobs.RestoredRow) and restored.differs and past.calls:
             logger.warning("run=%s may not replay exactly: %s", run.id, restored.differs)
 
     async def _replay(self, past: Past, life: int) -> None:
@@ -99,7 +92,7 @@ class Restoring:
                     step = await self._work(call, Step)
                     await self._counting(call.sequence, self._step(call, step, life))
                 case Effect.CLEAR:
-                    await self._scheduler.row(ClearGradient(self._run.id), life)
+                    await self._scheduler.row(jobs.ClearGradient(self._run.id), life)
         await _all(adding)
 
     async def _work(self, call: PastCall, kind: type[W]) -> W:
@@ -129,7 +122,7 @@ class Restoring:
     async def _step(self, call: PastCall, step: Step, life: int) -> None:
         run = self._run
         alone = self._deaths.get(call.sequence, 0) >= DEATHS_UNTIL_ALONE
-        job = StepRow(run.id, step.adam_params, alone=alone)
+        job = jobs.StepRow(run.id, step.adam_params, alone=alone)
         result = await self._scheduler.step(run.origin.tenant, job, life, billed=False)
         if result.weight_digest == call.digest or self._differs:
             return

@@ -15,6 +15,7 @@ from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.errors import domain_error
 from mint_core.rpc.limits import MAX_DATA_PER_REQUEST
 from mintrpc.v1 import trainer_pb2, types_pb2
+from trainer_service import jobs
 from trainer_service.calls import (
     Call,
     Compute,
@@ -27,31 +28,21 @@ from trainer_service.calls import (
     Step,
     Work,
 )
-from trainer_service.jobs import (
-    AdamParams,
-    Cispo,
-    CrossEntropy,
-    Dro,
-    Gspo,
-    ImportanceSampling,
-    Loss,
-    Ppo,
-)
 from trainer_service.wire import fields
 from trainer_service.wire.datums import parse_datum
 from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
 
 LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
 
-_LOSSES: Mapping[str, type[Loss]] = {
-    "cross_entropy": CrossEntropy,
-    "importance_sampling": ImportanceSampling,
-    "ppo": Ppo,
-    "cispo": Cispo,
-    "dro": Dro,
-    "gspo": Gspo,
+_LOSSES: Mapping[str, type[jobs.Loss]] = {
+    "cross_entropy": jobs.CrossEntropy,
+    "importance_sampling": jobs.ImportanceSampling,
+    "ppo": jobs.Ppo,
+    "cispo": jobs.Cispo,
+    "dro": jobs.Dro,
+    "gspo": jobs.Gspo,
 }
-N = TypeVar("N", bound=Loss | AdamParams)
+N = TypeVar("N", bound=jobs.Loss | jobs.AdamParams)
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
 
@@ -136,7 +127,7 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
     )
 
 
-def parse_loss(request: ComputeRequest) -> Loss:
+def parse_loss(request: ComputeRequest) -> jobs.Loss:
     name = request.WhichOneof("loss_fn")
     if name is None:
         raise InvalidRequest(
@@ -148,7 +139,10 @@ def parse_loss(request: ComputeRequest) -> Loss:
     if name == "dro" and not given.HasField("beta"):
         raise InvalidRequest("`dro.beta` is missing; dro has no default for it", field="dro.beta")
     loss = _with_numbers(_LOSSES[name], given, name)
-    if isinstance(loss, Ppo | Cispo | Gspo) and loss.clip_high_threshold < loss.clip_low_threshold:
+    if (
+        isinstance(loss, jobs.Ppo | jobs.Cispo | jobs.Gspo)
+        and loss.clip_high_threshold < loss.clip_low_threshold
+    ):
         low, high = loss.clip_low_threshold, loss.clip_high_threshold
         raise InvalidRequest(
             f"`{name}.clip_high_threshold` is {high:g}, less than `clip_low_threshold` {low:g}; "
@@ -160,8 +154,8 @@ def parse_loss(request: ComputeRequest) -> Loss:
     return loss
 
 
-def parse_adam_params(given: types_pb2.AdamParams) -> AdamParams:
-    return _with_numbers(AdamParams, given, "adam_params")
+def parse_adam_params(given: types_pb2.AdamParams) -> jobs.AdamParams:
+    return _with_numbers(jobs.AdamParams, given, "adam_params")
 
 
 def _with_numbers(kind: type[N], given: Any, where: str) -> N:
