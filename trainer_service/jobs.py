@@ -271,16 +271,13 @@ class SavedRow:
 
 @dataclass(frozen=True, slots=True)
 class RestoreRow:
-    """Makes a row anew from a saved one. Answer: `RestoredRow`."""
+    """Makes a row anew from a saved one. Answer: a text, in which way this engine is another than
+    the one that saved it; empty: in none that counts.
+    """
 
     training_run_id: str
     spec: AdapterSpec
     file: str  # name
-
-
-@dataclass(frozen=True, slots=True)
-class RestoredRow:
-    differs: str  # in which way this engine is another than the file's; empty: in none that counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from trainer_service.journal.ledger import Ledger, PastRun
 from trainer_service.journal.records import RunRecord
 from trainer_service.journal.writer import Written
 from trainer_service.queue.admission import Admission
-from trainer_service.run.call_numbers import CallLimits, PastNumber
+from trainer_service.run.call_numbers import CallLimits
 from trainer_service.run.loop import RunLoop
 from trainer_service.run.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
 from trainer_service.run.run import Run
@@ -94,15 +94,10 @@ class Runs:
             self._runs[run.id] = run
             run.closing = past.record.removing is not None
             numbers = [
-                PastNumber(
-                    call.sequence,
-                    call.payload_hash,
-                    None if call.answer is None else decode_reply(call.answer),
-                )
-                for call in past.calls
+                (call.sequence, call.payload_hash, decode_reply(call.answer)) for call in past.calls
             ]
             run.numbers.resume(state.acknowledged, state.writer_epoch, numbers)
-            ended = [number.sequence for number in numbers if number.reply is not None]
+            ended = [call.sequence for call in past.calls if call.answer is not None]
             run.ended = max(ended, default=state.acknowledged)
             run.unsaved.calls = int(past.dirty)
             if past.saved_row is not None:

@@ -207,17 +207,20 @@ def _folder(base_model: str) -> Path:
         ) from None
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Refuses a model that does not fit; `dtype` None: as it is stored."""
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stored = json.loads((folder / "config.json").read_text())
     stored_size = 4 if "float32" in (stored.get("dtype"), stored.get("torch_dtype")) else 2
     needed = on_disk * (dtype.itemsize if dtype else stored_size) // stored_size
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    free = free_bytes(device)
     if needed > free:
         raise FailedPrecondition(
             f"the base model needs {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are free "

@@ -4,13 +4,12 @@ import dataclasses
 import logging
 from collections.abc import Collection
 
-import psutil
 import torch
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import stored_rank
-from mint_core.model.loading import LoadedBase
+from mint_core.model.loading import LoadedBase, free_bytes
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.engine.cache.kv_cache import LayerShape
@@ -20,12 +19,6 @@ logger = logging.getLogger(__name__)
 CACHE_SHARE = 0.4  # of free memory: adapters, activations and a trainer beside us want some too
 ADAPTER_SHARE = 0.2  # of what is free after loading
 HOST_SHARE = 0.2  # of free host memory, for adapters beside a GPU
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def cache_blocks(config: SamplerConfig, base: LoadedBase, shapes: Collection[LayerShape]) -> int:
@@ -66,5 +59,5 @@ def affordable_ranks(config: SamplerConfig, base: LoadedBase) -> int:
 
 def host_bytes(config: SamplerConfig) -> int:
     """Host memory for adapters beside a GPU."""
-    free = int(HOST_SHARE * psutil.virtual_memory().available)
+    free = int(HOST_SHARE * free_bytes(torch.device("cpu")))
     return config.host_adapter_memory_mib * 2**20 or free

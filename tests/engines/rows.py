@@ -33,7 +33,6 @@ from trainer_service.jobs import (
     Floats,
     LoadRow,
     Plan,
-    RestoredRow,
     RestoreRow,
     RowDescription,
     SaveCheckpoint,
@@ -205,14 +204,14 @@ class Rows:
             raise RowNotSaved(error) from error
         return SavedRow(job.sequence, name, size_bytes)
 
-    def _restore(self, job: RestoreRow) -> RestoredRow:
+    def _restore(self, job: RestoreRow) -> str:
         if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
             raise MemoryError
         file = RowFile.open(self._saved_rows / job.file)
         weights, gradient = file.read("weights"), file.read("gradient")
         step = int(file.about["step"])
         self._rows[job.training_run_id] = Row(job.spec, weights, gradient, step)
-        return RestoredRow("")
+        return ""
 
 
 def resolve(request: LoraRequest) -> AdapterSpec:

@@ -186,7 +186,7 @@ class Engine:
         trained = self._rows.here(job.training_run_id)
         return save_row_later(job, trained, self.base, self._saved_rows)
 
-    def _restore(self, job: jobs.RestoreRow) -> jobs.RestoredRow:
+    def _restore(self, job: jobs.RestoreRow) -> str:
         name = job.training_run_id
         try:
             file = RowFile.open(self._saved_rows / job.file)
@@ -197,7 +197,7 @@ class Engine:
             raise StateDamaged(name, error.message) from error
         trained.step = int(file.about["step"])
         trained.gradient_pending = file.about["gradient_pending"] == "1"
-        return jobs.RestoredRow(difference(file, self.base))
+        return difference(file, self.base)
 
     def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
         """Replaces weights, moments and step; without moments they become 0."""

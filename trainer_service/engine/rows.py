@@ -10,12 +10,12 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow, Part, zero_vector
+from mint_core.model.loading import free_bytes
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.jobs import RowCounts
 
@@ -213,13 +213,6 @@ def _in_host_memory(vector: Tensor) -> Tensor:
 
 def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
     return sum(vector.nbytes for vector in parts.values())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def device_limit_bytes(device: torch.device) -> int:

@@ -74,8 +74,8 @@ def encode_reply(reply: Reply) -> bytes:
     return (_STATUS if reply.failed else _MESSAGE) + reply.content
 
 
-def decode_reply(answer: bytes) -> Reply:
-    return Reply(answer[1:], answer[:1] == _STATUS)
+def decode_reply(answer: bytes | None) -> Reply | None:
+    return None if answer is None else Reply(answer[1:], answer[:1] == _STATUS)
 
 
 def die(db: sqlite3.Connection, call: int) -> None:

@@ -11,7 +11,6 @@ from checkpoint_store.row_file import RowDamaged, RowFile
 from mintrpc.v1 import trainer_pb2
 from trainer_service.calls import Effect
 from trainer_service.journal import codec, queries, records
-from trainer_service.journal.changes import decode_reply
 from trainer_service.journal.records import PastCall
 from trainer_service.wire.sequenced_requests import request_kind
 
@@ -61,9 +60,8 @@ def _of_calls(database: sqlite3.Connection, record: records.RunRecord) -> Iterat
 
 
 def _readable(method: str, answer: bytes) -> bool:
-    reply = decode_reply(answer)
-    kind = status_pb2.Status if reply.failed else getattr(trainer_pb2, f"{method}Response")
-    return answer[:1] in (b"M", b"S") and _parses(kind, reply.content)
+    kind = {b"S": status_pb2.Status, b"M": getattr(trainer_pb2, f"{method}Response")}
+    return answer[:1] in kind and _parses(kind[answer[:1]], answer[1:])
 
 
 def _of_past(database: sqlite3.Connection, run: int, call: PastCall) -> Iterator[str]:

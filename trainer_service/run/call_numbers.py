@@ -60,15 +60,6 @@ class _Entry:
         return _SMALL_BYTES + len(self.reply.content) if self.reply else 0
 
 
-@dataclass(frozen=True, slots=True)
-class PastNumber:
-    """A number that was accepted before a restart."""
-
-    sequence: int
-    payload_hash: bytes
-    reply: Reply | None  # None: it is still to come
-
-
 class Intake(Protocol):
     """What stands behind the numbers of a run."""
 
@@ -137,18 +128,23 @@ class CallNumbers:
         entry = self._entries.get(sequence)
         return entry is not None and entry.reply is not None
 
-    def resume(self, acknowledged: int, writer_epoch: int, past: Iterable[PastNumber]) -> None:
+    def resume(
+        self,
+        acknowledged: int,
+        writer_epoch: int,
+        past: Iterable[tuple[int, bytes, Reply | None]],  # numbers, hashes, replies so far
+    ) -> None:
         """Goes on behind the numbers of before a restart, given in order."""
         self.acknowledged = self._answered = acknowledged
         self.writer_epoch = writer_epoch
         self.next_sequence = acknowledged + 1
-        for number in past:
-            assert number.sequence == self.next_sequence, "the journal has a gap"
+        for sequence, payload_hash, reply in past:
+            assert sequence == self.next_sequence, "the journal has a gap"
             self.next_sequence += 1
-            self._entries[number.sequence] = _Entry(number.payload_hash)
+            self._entries[sequence] = _Entry(payload_hash)
             self._in_flight += 1
-            if number.reply is not None:
-                self.answer(number.sequence, number.reply)
+            if reply is not None:
+                self.answer(sequence, reply)
 
     def abandon(self, error: MintError) -> None:
         """Fails all who wait: nothing will be answered any more."""

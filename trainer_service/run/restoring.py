@@ -75,8 +75,8 @@ class Restoring:
             job = jobs.RestoreRow(run.id, spec, row.file)
         await self._scheduler.row(jobs.DropRow(run.id), life)
         restored = await self._scheduler.row(job, life)
-        if isinstance(restored, jobs.RestoredRow) and restored.differs and past.calls:
-            logger.warning("run=%s may not replay exactly: %s", run.id, restored.differs)
+        if row is not None and restored and past.calls:
+            logger.warning("run=%s may not replay exactly: %s", run.id, restored)
 
     async def _replay(self, past: Past, life: int) -> None:
         adding: list[Coroutine[Any, Any, None]] = []

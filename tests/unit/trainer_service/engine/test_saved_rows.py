@@ -26,7 +26,6 @@ from trainer_service.jobs import (
     AdamParams,
     CrossEntropy,
     DropRow,
-    RestoredRow,
     RestoreRow,
     SaveCheckpoint,
     SavedRow,
@@ -77,7 +76,7 @@ def test_what_was_saved_is_restored(engine: Engine, run: EngineRun, tmp_path: Pa
 
     assert written == SavedRow(5, FILE, (tmp_path / FILE).stat().st_size)
     assert len(signs) == 2 * 4  # a digest of each part, and each part in one piece
-    assert restore(engine, run) == RestoredRow("")
+    assert restore(engine, run) == ""
     after = run.export()
     for ours, theirs in (
         (after.weights, before.weights),
@@ -97,7 +96,7 @@ def test_a_file_of_before_layouts_were_told_is_restored(
 ) -> None:
     save(engine, SAVE)
     changed(tmp_path / FILE, {}, keep=lambda name: name != "layout")
-    assert restore(engine, run) == RestoredRow("")
+    assert restore(engine, run) == ""
 
 
 def test_a_row_that_lies_otherwise_is_refused(
