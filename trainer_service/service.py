@@ -77,7 +77,12 @@ class TrainerService:
                 metrics=metrics,
             ),
             tasks=self.tasks,
-            metrics=metrics,
+            rows_restored=metrics.counter(
+                "mint_rows_restored", "Rows restored after their engine had ended"
+            ),
+            inexact_replays=metrics.counter(
+                "mint_inexact_replays", "Rows that are not to the bit what they were before"
+            ),
         )
         self._ledger = Ledger(self.journal)
         self.runs = Runs(

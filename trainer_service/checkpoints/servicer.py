@@ -11,6 +11,7 @@ from trainer_service.checkpoints.archive import Archive
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import pieces
 from trainer_service.checkpoints.exports import Exports
+from trainer_service.checkpoints.responses import checkpoint_message
 from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.queue.scheduler import Scheduler
 
@@ -38,24 +39,21 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.GetCheckpointResponse:
         """See checkpoint.proto."""
         manifest = await self._archive.get(caller().tenant, requests.parse_get(request))
-        checkpoint = responses.checkpoint_message(manifest)
-        return checkpoint_pb2.GetCheckpointResponse(checkpoint=checkpoint)
+        return checkpoint_pb2.GetCheckpointResponse(checkpoint=checkpoint_message(manifest))
 
     async def UpdateCheckpoint(
         self, request: checkpoint_pb2.UpdateCheckpointRequest, context: Any
     ) -> checkpoint_pb2.UpdateCheckpointResponse:
         """See checkpoint.proto."""
         manifest = await self._archive.update(caller().tenant, requests.parse_update(request))
-        checkpoint = responses.checkpoint_message(manifest)
-        return checkpoint_pb2.UpdateCheckpointResponse(checkpoint=checkpoint)
+        return checkpoint_pb2.UpdateCheckpointResponse(checkpoint=checkpoint_message(manifest))
 
     async def CopyCheckpoint(
         self, request: checkpoint_pb2.CopyCheckpointRequest, context: Any
     ) -> checkpoint_pb2.CopyCheckpointResponse:
         """See checkpoint.proto."""
         manifest = await self._archive.copy(caller().tenant, requests.parse_copy(request))
-        checkpoint = responses.checkpoint_message(manifest)
-        return checkpoint_pb2.CopyCheckpointResponse(checkpoint=checkpoint)
+        return checkpoint_pb2.CopyCheckpointResponse(checkpoint=checkpoint_message(manifest))
 
     async def DeleteCheckpoint(
         self, request: checkpoint_pb2.DeleteCheckpointRequest, context: Any
@@ -88,5 +86,5 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         model = self._scheduler.model
         upload, sent = await requests.parse_upload(request, model)
         manifest = await self._uploads.receive(caller().tenant, upload, sent, model)
-        checkpoint = responses.checkpoint_message(manifest)
+        checkpoint = checkpoint_message(manifest)
         return checkpoint_pb2.UploadCheckpointResponse(checkpoint=checkpoint)

@@ -9,24 +9,17 @@ from dataclasses import astuple
 
 from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
-from trainer_service.journal.records import (
-    STATE_COLUMNS,
-    RequestRecord,
-    RunRecord,
-    call_id,
-    last_id,
-    signed,
-)
+from trainer_service.journal import records
 from trainer_service.run_description import RunState
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
 _SET_STATE = (
-    f"UPDATE states SET ({', '.join(STATE_COLUMNS)}) = ({', '.join('?' for _ in STATE_COLUMNS)})"
-    " WHERE run = ?"
+    f"UPDATE states SET ({', '.join(records.STATE_COLUMNS)})"
+    f" = ({', '.join('?' * len(records.STATE_COLUMNS))}) WHERE run = ?"
 )
 
 
-def add_run(db: sqlite3.Connection, record: RunRecord) -> None:
+def add_run(db: sqlite3.Connection, record: records.RunRecord) -> None:
     metadata = json.dumps(dict(record.metadata))
     db.execute(
         "INSERT INTO runs (number, training_run_id, origin, metadata, retention_s)"
@@ -63,7 +56,8 @@ def end(
     db: sqlite3.Connection, call: int, effect: Effect, digest: int | None, reply: Reply
 ) -> None:
     db.execute(
-        "UPDATE calls SET effect = ?, digest = ? WHERE id = ?", (effect, signed(digest), call)
+        "UPDATE calls SET effect = ?, digest = ? WHERE id = ?",
+        (effect, records.signed(digest), call),
     )
     db.execute("INSERT INTO answers VALUES (?, ?)", (call, encode_reply(reply)))
     if effect not in (Effect.ADD, Effect.STEP):
@@ -85,12 +79,12 @@ def die(db: sqlite3.Connection, call: int) -> None:
 
 def acknowledge(db: sqlite3.Connection, run: int, before: int, upto: int) -> None:
     """Drops the answers behind `before` up to `upto`, and calls of which nothing is needed."""
-    span = call_id(run, before + 1), call_id(run, upto)
+    span = records.call_id(run, before + 1), records.call_id(run, upto)
     db.execute("DELETE FROM answers WHERE id BETWEEN ? AND ?", span)
     db.execute("UPDATE states SET acknowledged = max(acknowledged, ?) WHERE run = ?", (upto, run))
     db.execute(
         "DELETE FROM calls WHERE id BETWEEN ? AND ? AND (effect = 0 OR id <= ?)",
-        (*span, call_id(run, _covered(db, run))),
+        (*span, records.call_id(run, _covered(db, run))),
     )
 
 
@@ -99,10 +93,12 @@ def cover(db: sqlite3.Connection, run: int, row: SavedRow) -> None:
     db.execute(
         "REPLACE INTO saved_rows VALUES (?, ?, ?, ?)", (run, row.sequence, row.file, row.size_bytes)
     )
-    first = call_id(run, 0)
-    db.execute("DELETE FROM payloads WHERE id BETWEEN ? AND ?", (first, call_id(run, row.sequence)))
+    first = records.call_id(run, 0)
+    db.execute(
+        "DELETE FROM payloads WHERE id BETWEEN ? AND ?", (first, records.call_id(run, row.sequence))
+    )
     (acknowledged,) = db.execute("SELECT acknowledged FROM states WHERE run = ?", (run,)).fetchone()
-    done = call_id(run, min(row.sequence, acknowledged))
+    done = records.call_id(run, min(row.sequence, acknowledged))
     db.execute("DELETE FROM calls WHERE id BETWEEN ? AND ?", (first, done))
 
 
@@ -112,7 +108,7 @@ def begin_removal(db: sqlite3.Connection, run: int, *, named: bool) -> None:
 
 
 def remove_run(db: sqlite3.Connection, run: int) -> None:
-    span = (call_id(run, 0), last_id(run))
+    span = (records.call_id(run, 0), records.last_id(run))
     for table in ("answers", "payloads", "calls"):
         db.execute(f"DELETE FROM {table} WHERE id BETWEEN ? AND ?", span)
     for table in ("states", "saved_rows"):
@@ -120,7 +116,7 @@ def remove_run(db: sqlite3.Connection, run: int) -> None:
     db.execute("DELETE FROM runs WHERE number = ?", (run,))
 
 
-def add_request(db: sqlite3.Connection, request: RequestRecord) -> None:
+def add_request(db: sqlite3.Connection, request: records.RequestRecord) -> None:
     db.execute("REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", astuple(request))
 
 

@@ -6,18 +6,7 @@ from collections.abc import Iterator
 
 from trainer_service.calls import Effect
 from trainer_service.jobs import SavedRow
-from trainer_service.journal.records import (
-    STATE_COLUMNS,
-    CallRecord,
-    PastCall,
-    Payload,
-    RequestRecord,
-    RunRecord,
-    call_id,
-    last_id,
-    sequence_of,
-    unsigned,
-)
+from trainer_service.journal import records
 from trainer_service.run_description import Gradient, RunState
 
 
@@ -26,15 +15,15 @@ def load_server(db: sqlite3.Connection) -> dict[str, str]:
     return dict(db.execute("SELECT name, value FROM server").fetchall())
 
 
-def load_runs(db: sqlite3.Connection) -> Iterator[RunRecord]:
+def load_runs(db: sqlite3.Connection) -> Iterator[records.RunRecord]:
     """All runs, oldest first."""
     rows = db.execute(
-        f"SELECT {', '.join(STATE_COLUMNS)}, number, training_run_id, origin, metadata,"
+        f"SELECT {', '.join(records.STATE_COLUMNS)}, number, training_run_id, origin, metadata,"
         " retention_s, removing FROM runs JOIN states ON run = number ORDER BY number"
     ).fetchall()
     for *state, number, run, origin, metadata, retention_s, removing in rows:
         values = (*state[:3], Gradient(*state[3:6]), *state[6:])
-        yield RunRecord(
+        yield records.RunRecord(
             number=number,
             training_run_id=run,
             origin=origin,
@@ -45,7 +34,7 @@ def load_runs(db: sqlite3.Connection) -> Iterator[RunRecord]:
         )
 
 
-def load_calls(db: sqlite3.Connection, run: int, after: int) -> Iterator[CallRecord]:
+def load_calls(db: sqlite3.Connection, run: int, after: int) -> Iterator[records.CallRecord]:
     """The calls behind a number, in order: those that have not ended, and those with answers."""
     rows = db.execute(
         "SELECT c.id, c.method, c.hash, c.mark, c.deaths,"
@@ -53,16 +42,16 @@ def load_calls(db: sqlite3.Connection, run: int, after: int) -> Iterator[CallRec
         " CAST(p.payload AS BLOB), CAST(a.answer AS BLOB) FROM calls c"
         " LEFT JOIN payloads p ON p.id = c.id AND c.effect IS NULL"
         " LEFT JOIN answers a ON a.id = c.id WHERE c.id BETWEEN ? AND ? ORDER BY c.id",
-        (call_id(run, after + 1), last_id(run)),
+        (records.call_id(run, after + 1), records.last_id(run)),
     )
     for call, *rest in rows:
-        yield CallRecord(sequence_of(call), *rest)
+        yield records.CallRecord(records.sequence_of(call), *rest)
 
 
-def load_requests(db: sqlite3.Connection) -> Iterator[RequestRecord]:
+def load_requests(db: sqlite3.Connection) -> Iterator[records.RequestRecord]:
     """All that are remembered, oldest first."""
     for row in db.execute("SELECT * FROM requests ORDER BY time"):
-        yield RequestRecord(*row)
+        yield records.RequestRecord(*row)
 
 
 def load_saved_row(db: sqlite3.Connection, run: int) -> SavedRow | None:
@@ -72,23 +61,23 @@ def load_saved_row(db: sqlite3.Connection, run: int) -> SavedRow | None:
     return SavedRow(*found) if found else None
 
 
-def load_past(db: sqlite3.Connection, run: int, covered: int) -> list[PastCall]:
+def load_past(db: sqlite3.Connection, run: int, covered: int) -> list[records.PastCall]:
     """The calls that have changed the run's row since it was saved, in order."""
     rows = db.execute(
         "SELECT id, effect, digest FROM calls WHERE id BETWEEN ? AND ? AND effect > 0 ORDER BY id",
-        (call_id(run, covered + 1), last_id(run)),
+        (records.call_id(run, covered + 1), records.last_id(run)),
     )
     return [
-        PastCall(sequence_of(call), Effect(effect), unsigned(digest))
+        records.PastCall(records.sequence_of(call), Effect(effect), records.unsigned(digest))
         for call, effect, digest in rows
     ]
 
 
-def find_payload(db: sqlite3.Connection, run: int, sequence: int) -> Payload | None:
+def find_payload(db: sqlite3.Connection, run: int, sequence: int) -> records.Payload | None:
     """What was sent with a call, if it is still there."""
     found = db.execute(
         "SELECT c.method, c.hash, CAST(p.payload AS BLOB) FROM calls c"
         " JOIN payloads p ON p.id = c.id WHERE c.id = ?",
-        (call_id(run, sequence),),
+        (records.call_id(run, sequence),),
     ).fetchone()
-    return Payload(*found) if found else None
+    return records.Payload(*found) if found else None

@@ -11,15 +11,8 @@ from typing import Protocol
 
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
+from trainer_service import errors
 from trainer_service.calls import Call, Place, Refused, Reply
-from trainer_service.errors import (
-    AnswerAcknowledged,
-    AnswersUnacknowledged,
-    SequenceGap,
-    SequenceReused,
-    TooManyCallsInFlight,
-    WriterFenced,
-)
 
 _SMALL_BYTES = 1024  # of an answer, beside its content, about
 
@@ -159,7 +152,7 @@ class CallNumbers:
         """Starts a new epoch: early arrivals are dropped and calls of older epochs fenced."""
         self.writer_epoch += 1
         for arrival in self._take_held():
-            arrival.fail(WriterFenced(arrival.call.place.writer_epoch, self.writer_epoch))
+            arrival.fail(errors.WriterFenced(arrival.call.place.writer_epoch, self.writer_epoch))
         return self.writer_epoch
 
     def _place(self, arrival: Arrival) -> None:
@@ -175,7 +168,7 @@ class CallNumbers:
 
     def _check_epoch(self, place: Place) -> None:
         if place.writer_epoch < self.writer_epoch:
-            raise WriterFenced(place.writer_epoch, self.writer_epoch)
+            raise errors.WriterFenced(place.writer_epoch, self.writer_epoch)
         if place.writer_epoch > self.writer_epoch:
             # Not recorded: a stranger must not use up the writer's numbers.
             raise InvalidRequest(
@@ -211,10 +204,10 @@ class CallNumbers:
     def _repeat(self, arrival: Arrival) -> None:
         place = arrival.call.place
         if place.sequence <= self.acknowledged:
-            raise AnswerAcknowledged(place.sequence, self.acknowledged)
+            raise errors.AnswerAcknowledged(place.sequence, self.acknowledged)
         entry = self._entries[place.sequence]
         if entry.payload_hash != place.payload_hash:
-            raise SequenceReused(place.sequence)
+            raise errors.SequenceReused(place.sequence)
         if entry.reply is not None:
             arrival.reply.set_result(entry.reply)
         else:
@@ -235,9 +228,9 @@ class CallNumbers:
     def _full(self, sequence: int) -> MintError | None:
         limits = self._limits
         if self._in_flight >= limits.calls_in_flight:
-            return TooManyCallsInFlight(limits.calls_in_flight)
+            return errors.TooManyCallsInFlight(limits.calls_in_flight)
         if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
-            return AnswersUnacknowledged(len(self._entries), self._kept_bytes)
+            return errors.AnswersUnacknowledged(len(self._entries), self._kept_bytes)
         return self._intake.refusal(sequence - self.next_sequence)
 
     def _hold(self, arrival: Arrival) -> None:
@@ -245,14 +238,14 @@ class CallNumbers:
         if error := self._full(sequence):
             raise error  # as the number before it is, or would be
         if sum(map(len, self._held.values())) >= self._limits.held_calls:
-            raise SequenceGap(sequence, self.next_sequence)
+            raise errors.SequenceGap(sequence, self.next_sequence)
         loop = asyncio.get_running_loop()
         arrival.timer = loop.call_later(self._limits.gap_s, self._give_up, arrival)
         self._held.setdefault(sequence, []).append(arrival)
 
     def _give_up(self, arrival: Arrival) -> None:
         self._unhold(arrival)
-        arrival.fail(SequenceGap(arrival.call.place.sequence, self.next_sequence))
+        arrival.fail(errors.SequenceGap(arrival.call.place.sequence, self.next_sequence))
 
     def _unhold(self, arrival: Arrival) -> None:
         assert arrival.timer is not None

@@ -7,19 +7,7 @@ from functools import partial
 
 from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
-from trainer_service import jobs
-from trainer_service.calls import (
-    Call,
-    Compute,
-    Discard,
-    Effect,
-    Load,
-    Outcome,
-    Refused,
-    Save,
-    SaveForSampler,
-    Step,
-)
+from trainer_service import calls, jobs
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
@@ -36,7 +24,7 @@ class Execution:
         self._checkpoints = services.checkpoints
         self._saved_rows = services.saved_rows
 
-    async def attempt(self, call: Call) -> Outcome | EngineDied:
+    async def attempt(self, call: calls.Call) -> calls.Outcome | EngineDied:
         """Does a call. Returns what it has come to, or the death of the engine that was at it."""
         course = call.course
         started_s = time.monotonic()
@@ -51,7 +39,7 @@ class Execution:
         finally:
             course.run_s = time.monotonic() - started_s
 
-    async def _fail(self, call: Call, error: MintError) -> Outcome | EngineDied:
+    async def _fail(self, call: calls.Call, error: MintError) -> calls.Outcome | EngineDied:
         """The gradient is cleared after a step that was not taken."""
         if call.method == "OptimStep" and self._run.gradient.touched and not self._run.lost:
             try:
@@ -65,24 +53,24 @@ class Execution:
     async def _row(self, job: object) -> None:
         await self._scheduler.row(job, self._run.row_life)
 
-    async def _perform(self, call: Call) -> Outcome:
+    async def _perform(self, call: calls.Call) -> calls.Outcome:
         match call.work:
-            case Refused(error):
+            case calls.Refused(error):
                 raise error
-            case Compute() as compute:
+            case calls.Compute() as compute:
                 return await self._compute(call, compute)
-            case Step() as step:
+            case calls.Step() as step:
                 return await self._step(call, step)
-            case Discard():
+            case calls.Discard():
                 return await self._discard()
-            case Save() as save:
+            case calls.Save() as save:
                 return await self._save(call, save)
-            case SaveForSampler() as save:
+            case calls.SaveForSampler() as save:
                 return await self._save_for_sampler(call, save)
-            case Load() as load:
+            case calls.Load() as load:
                 return await self._load(call, load)
 
-    async def _compute(self, call: Call, compute: Compute) -> Outcome:
+    async def _compute(self, call: calls.Call, compute: calls.Compute) -> calls.Outcome:
         run = self._run
         tiles = cut(
             compute,
@@ -99,15 +87,15 @@ class Execution:
                 raise result.error
         metrics = merge_metrics(results, [jobs.tile_tokens(tile) for tile in tiles])
         logprobs = [each for result in results for each in result.logprobs]
-        return Outcome(
+        return calls.Outcome(
             make_reply=partial(
                 replies.computed, logprobs, metrics, backward=call.method == "ForwardBackward"
             ),
-            effect=Effect.ADD if compute.backward else Effect.NONE,
+            effect=calls.Effect.ADD if compute.backward else calls.Effect.NONE,
             metrics=metrics,
         )
 
-    async def _step(self, call: Call, step: Step) -> Outcome:
+    async def _step(self, call: calls.Call, step: calls.Step) -> calls.Outcome:
         run = self._run
         if refused := run.gradient.refusal(step.backward_count):
             raise refused
@@ -118,26 +106,28 @@ class Execution:
             "grad_norm:mean": result.grad_norm,
             "learning_rate:mean": step.adam_params.learning_rate,
         }
-        return Outcome(
+        return calls.Outcome(
             make_reply=partial(replies.stepped, result.step, metrics),
-            effect=Effect.STEP,
+            effect=calls.Effect.STEP,
             step=result.step,
             digest=result.weight_digest,
             metrics=metrics,
         )
 
-    async def _discard(self) -> Outcome:
+    async def _discard(self) -> calls.Outcome:
         gradient = self._run.gradient
         if gradient.touched:
             await self._row(jobs.ClearGradient(self._run.id))
-        return Outcome(make_reply=partial(replies.discarded, gradient.pending), effect=Effect.CLEAR)
+        return calls.Outcome(
+            make_reply=partial(replies.discarded, gradient.pending), effect=calls.Effect.CLEAR
+        )
 
-    async def _save(self, call: Call, save: Save) -> Outcome:
+    async def _save(self, call: calls.Call, save: calls.Save) -> calls.Outcome:
         run = self._run
         await _noted(call)
         write = partial(self._scheduler.row, life=run.row_life)
         published = await self._checkpoints.save_state(run.origin, save, call, write, step=run.step)
-        return Outcome(
+        return calls.Outcome(
             make_reply=partial(
                 replies.saved_state,
                 str(published.path),
@@ -147,14 +137,16 @@ class Execution:
             )
         )
 
-    async def _save_for_sampler(self, call: Call, save: SaveForSampler) -> Outcome:
+    async def _save_for_sampler(
+        self, call: calls.Call, save: calls.SaveForSampler
+    ) -> calls.Outcome:
         run = self._run
         await _noted(call)
         write = partial(self._scheduler.row, life=run.row_life)
         published = await self._checkpoints.save_for_sampler(
             run.origin, save, call, write, step=run.step
         )
-        return Outcome(
+        return calls.Outcome(
             make_reply=partial(
                 replies.saved_for_sampler,
                 str(published.path),
@@ -163,7 +155,7 @@ class Execution:
             )
         )
 
-    async def _load(self, call: Call, load: Load) -> Outcome:
+    async def _load(self, call: calls.Call, load: calls.Load) -> calls.Outcome:
         """The loaded row is on disk, apart from its checkpoint, before the call is answered."""
         run = self._run
         checkpoint = await self._checkpoints.open(load, run.origin.tenant)
@@ -177,7 +169,7 @@ class Execution:
         except MintError:
             run.row_life = 0  # half loaded: it is restored as it was before
             raise
-        return Outcome(
+        return calls.Outcome(
             make_reply=partial(
                 replies.loaded,
                 checkpoint.revision_path,
@@ -189,20 +181,20 @@ class Execution:
         )
 
 
-async def _noted(call: Call) -> None:
+async def _noted(call: calls.Call) -> None:
     """Waits until the mark of a call is on disk: the store is touched only then."""
     if call.mark and call.course.noted is not None:
         await call.course.noted
 
 
-def refusal(call: Call, error: MintError) -> Outcome:
+def refusal(call: calls.Call, error: MintError) -> calls.Outcome:
     """The outcome of a call that failed, without a wish to send it again: its number is used up."""
     if isinstance(error, ResourceExhausted) and error.retry_after_s is not None:
         error = copy.copy(error)
         error.retry_after_s = None
-    return Outcome(
+    return calls.Outcome(
         make_reply=partial(replies.refused, error),
-        effect=Effect.CLEAR if call.method == "OptimStep" else Effect.NONE,
+        effect=calls.Effect.CLEAR if call.method == "OptimStep" else calls.Effect.NONE,
         error=error,
     )
 

@@ -15,19 +15,7 @@ from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.errors import domain_error
 from mint_core.rpc.limits import MAX_DATA_PER_REQUEST
 from mintrpc.v1 import trainer_pb2, types_pb2
-from trainer_service import jobs
-from trainer_service.calls import (
-    Call,
-    Compute,
-    Discard,
-    Method,
-    Place,
-    Refused,
-    Save,
-    SaveForSampler,
-    Step,
-    Work,
-)
+from trainer_service import calls, jobs
 from trainer_service.wire import fields
 from trainer_service.wire.datums import parse_datum
 from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
@@ -50,36 +38,38 @@ def parse_call(
     request: Message,
     model: ModelDescription,
     refusals: Sequence[MintError] = (),  # of the content, from before it was parsed
-) -> Call:
+) -> calls.Call:
     """Reads a sequenced request. Raises only what is wrong with its place.
 
     Clears in it what may differ in a repeat.
     """
-    method = cast(Method, request.DESCRIPTOR.name.removesuffix("Request"))
+    method = cast(calls.Method, request.DESCRIPTOR.name.removesuffix("Request"))
     place, payload = _place(request)
-    work = Refused(refusals[0]) if refusals else _work(method, request, model)
-    named = isinstance(work, Save) or (isinstance(work, SaveForSampler) and work.name is not None)
-    return Call(place, method, work, payload, secrets.token_hex(16) if named else "")
+    work = calls.Refused(refusals[0]) if refusals else _work(method, request, model)
+    named = isinstance(work, calls.Save) or (
+        isinstance(work, calls.SaveForSampler) and work.name is not None
+    )
+    return calls.Call(place, method, work, payload, secrets.token_hex(16) if named else "")
 
 
-def parse_work(method: Method, payload: bytes, model: ModelDescription) -> Work:
+def parse_work(method: calls.Method, payload: bytes, model: ModelDescription) -> calls.Work:
     """Reads the content of a call again from its payload."""
     return _work(method, request_kind(method).FromString(payload), model)
 
 
-def request_kind(method: Method) -> type[Message]:
+def request_kind(method: calls.Method) -> type[Message]:
     kind: type[Message] = getattr(trainer_pb2, f"{method}Request")
     return kind
 
 
-def _work(method: Method, request: Message, model: ModelDescription) -> Work:
+def _work(method: calls.Method, request: Message, model: ModelDescription) -> calls.Work:
     try:
         return _PARSERS[method](request, model)
     except Exception as error:
-        return Refused(domain_error(error))
+        return calls.Refused(domain_error(error))
 
 
-def _place(request: Any) -> tuple[Place, bytes]:
+def _place(request: Any) -> tuple[calls.Place, bytes]:
     """The call's place and its payload, without what may differ in a repeat."""
     training_run_id = run_id(request.training_run_id)
     sequence = fields.within(request.sequence, "sequence", 1)
@@ -88,7 +78,7 @@ def _place(request: Any) -> tuple[Place, bytes]:
     request.ClearField("writer_epoch")
     request.ClearField("acknowledged_sequence")
     payload = canonical(request)
-    place = Place(
+    place = calls.Place(
         training_run_id=training_run_id,
         sequence=sequence,
         writer_epoch=writer_epoch,
@@ -98,7 +88,7 @@ def _place(request: Any) -> tuple[Place, bytes]:
     return place, payload
 
 
-def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
+def _parse_compute(request: ComputeRequest, model: ModelDescription) -> calls.Compute:
     if not request.data:
         raise InvalidRequest("`data` is empty; a batch needs at least one datum", field="data")
     if len(request.data) > MAX_DATA_PER_REQUEST:
@@ -116,7 +106,7 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription) -> Compute:
             value=scope,
         )
     loss = parse_loss(request)
-    return Compute(
+    return calls.Compute(
         documents=tuple(
             parse_datum(datum, f"data[{index}]", loss, model)
             for index, datum in enumerate(request.data)
@@ -169,15 +159,15 @@ def _with_numbers(kind: type[N], given: Any, where: str) -> N:
     return kind(**numbers)
 
 
-def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) -> Step:
+def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) -> calls.Step:
     count = request.backward_count if request.HasField("backward_count") else None
     if count is not None:
         fields.within(count, "backward_count", 0)
-    return Step(adam_params=parse_adam_params(request.adam_params), backward_count=count)
+    return calls.Step(adam_params=parse_adam_params(request.adam_params), backward_count=count)
 
 
-def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> Save:
-    return Save(
+def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> calls.Save:
+    return calls.Save(
         name=fields.check_name(request.name),
         overwrite=request.overwrite,
         ttl_s=fields.ttl_s(request),
@@ -187,19 +177,19 @@ def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) 
 
 def _parse_save_for_sampler(
     request: trainer_pb2.SaveWeightsForSamplerRequest, model: ModelDescription
-) -> SaveForSampler:
-    return SaveForSampler(
+) -> calls.SaveForSampler:
+    return calls.SaveForSampler(
         name=fields.check_name(request.name) if request.name else None,
         ttl_s=fields.ttl_s(request),
         metadata=fields.metadata(request.metadata),
     )
 
 
-_PARSERS: dict[str, Callable[[Any, ModelDescription], Work]] = {
+_PARSERS: dict[str, Callable[[Any, ModelDescription], calls.Work]] = {
     "Forward": _parse_compute,
     "ForwardBackward": _parse_compute,
     "OptimStep": _parse_step,
-    "DiscardGradient": lambda request, model: Discard(),
+    "DiscardGradient": lambda request, model: calls.Discard(),
     "SaveState": _parse_save,
     "SaveWeightsForSampler": _parse_save_for_sampler,
     "LoadState": lambda request, model: parse_load(request.path, request.with_optimizer, "path"),
