@@ -21,29 +21,3 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.store import CheckpointStore, OpenCheckpoint, Swept, open_store
-
-__all__ = [
-    "KINDS",
-    "MERGED_WEIGHTS",
-    "SAMPLER_WEIGHTS",
-    "WEIGHTS",
-    "CheckpointDamaged",
-    "CheckpointKind",
-    "CheckpointPath",
-    "CheckpointStore",
-    "FileEntry",
-    "Manifest",
-    "OpenCheckpoint",
-    "PublishedRow",
-    "SnapshotMemory",
-    "Swept",
-    "WeightsNotFinite",
-    "check_name",
-    "find_row",
-    "new_manifest",
-    "open_row",
-    "open_store",
-    "parse_path",
-    "snapshot_folder",
-    "write_published_row",
-]

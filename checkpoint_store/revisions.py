@@ -16,16 +16,8 @@ from pathlib import Path
 
 from checkpoint_store.errors import CheckpointDamaged, ObjectStoreFailed
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
-from checkpoint_store.objects import object_revisions
+from checkpoint_store.objects import object_revisions, places
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.objects.places import (
-    Place,
-    flush_folder,
-    make_folder,
-    remove_tree,
-    replace,
-    write_durably,
-)
 from checkpoint_store.paths import CheckpointPath
 from mint_core.errors import AlreadyExists
 from mint_core.fault_points import fault_point
@@ -37,17 +29,17 @@ _TOMBSTONE_FILE = "deleted"
 _ANNOUNCEMENT_FILE = "announced"  # in the name's folder; holds the tenant
 
 
-def live_revisions(folder: Place) -> list[int]:
+def live_revisions(folder: places.Place) -> list[int]:
     """Numbers of the revisions that exist, in order."""
     return [n for n in _numbers(folder) if (folder / str(n) / MANIFEST_FILE).exists()]
 
 
-def place(staging: Path, folder: Place, prepare: Callable[[int], None]) -> int:
+def place(staging: Path, folder: places.Place, prepare: Callable[[int], None]) -> int:
     """Publishes a staged folder under the next free number and returns the number.
 
     `prepare` learns the number beforehand, again if another writer was quicker.
     """
-    make_folder(folder)
+    places.make_folder(folder)
     if isinstance(folder, ObjectPath):
         object_revisions.send(staging, folder)
     while True:
@@ -66,16 +58,16 @@ def place(staging: Path, folder: Place, prepare: Callable[[int], None]) -> int:
             return revision
 
 
-def settle(folder: Place) -> None:
+def settle(folder: places.Place) -> None:
     """Brings to disk which revisions a name has. Processes see what others have placed before it
     is there, and may not rely on it: those others may have been killed.
     """
     if isinstance(folder, Path):
         for above in (folder, *folder.parents[:3]):  # up to the root
-            flush_folder(above)
+            places.flush_folder(above)
 
 
-def read_manifest(folder: Place, path: CheckpointPath) -> Manifest | None:
+def read_manifest(folder: places.Place, path: CheckpointPath) -> Manifest | None:
     """The manifest of a revision, or None if the revision does not exist."""
     try:
         encoded = (folder / MANIFEST_FILE).read_bytes()
@@ -91,12 +83,12 @@ def read_manifest(folder: Place, path: CheckpointPath) -> Manifest | None:
     return manifest
 
 
-def rewrite_manifest(folder: Place, encoded: bytes) -> bool:
+def rewrite_manifest(folder: places.Place, encoded: bytes) -> bool:
     """Replaces the manifest of a revision. Returns whether the revision is still there."""
     if not (folder / MANIFEST_FILE).exists():
         return False
     try:
-        replace(folder / MANIFEST_FILE, encoded, durably=True)
+        places.replace(folder / MANIFEST_FILE, encoded, durably=True)
     except FileNotFoundError:
         return False
     if (folder / _TOMBSTONE_FILE).exists():  # it is being buried, maybe past its manifest
@@ -105,7 +97,7 @@ def rewrite_manifest(folder: Place, encoded: bytes) -> bool:
     return True
 
 
-def buried_by(folder: Place, request: str) -> int | None:
+def buried_by(folder: places.Place, request: str) -> int | None:
     """The newest revision that a request has buried, or has begun to; None: it has not."""
     if not request:
         return None
@@ -113,7 +105,7 @@ def buried_by(folder: Place, request: str) -> int | None:
     return max(numbers, default=None)
 
 
-def bury(folder: Place, request: str = "") -> None:
+def bury(folder: places.Place, request: str = "") -> None:
     """Removes a revision's files, in the name of a request. Its number stays taken.
 
     The manifest goes first, on disk too: killed half way, or when the power goes, the revision is
@@ -121,23 +113,23 @@ def bury(folder: Place, request: str = "") -> None:
     """
     elsewhere = object_revisions.files_of(folder) if isinstance(folder, ObjectPath) else []
     if not _epitaph(folder):
-        write_durably(folder / _TOMBSTONE_FILE, request.encode())
+        places.write_durably(folder / _TOMBSTONE_FILE, request.encode())
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    flush_folder(folder)
+    places.flush_folder(folder)
     for file in [*folder.iterdir(), *elsewhere]:
         if file.name != _TOMBSTONE_FILE:
             file.unlink(missing_ok=True)
 
 
-def settle_burials(folder: Place) -> None:
+def settle_burials(folder: places.Place) -> None:
     """Brings to disk which revisions of a name are gone, whoever has buried them."""
     for number in _numbers(folder):
         if not (folder / str(number) / MANIFEST_FILE).exists():
             with contextlib.suppress(FileNotFoundError):  # a sweep has just removed what was left
-                flush_folder(folder / str(number))
+                places.flush_folder(folder / str(number))
 
 
-def has_ended(folder: Place, since: datetime) -> bool:
+def has_ended(folder: places.Place, since: datetime) -> bool:
     """Whether no revision of the name exists, and nobody will ask for one, or who has buried it:
     one may still come if it was announced after `since`.
     """
@@ -149,7 +141,7 @@ def has_ended(folder: Place, since: datetime) -> bool:
     return not live_revisions(folder) and not any(remembered)
 
 
-def clear_tombstones(folder: Place, since: datetime) -> None:
+def clear_tombstones(folder: places.Place, since: datetime) -> None:
     """Drops dead revisions below the highest number, those that requests have buried only if that
     was earlier than `since`; and what a burial cut short has left.
     """
@@ -160,34 +152,34 @@ def clear_tombstones(folder: Place, since: datetime) -> None:
         if number in live:
             continue
         if number < numbers[-1] and not _remembered(revision, since):
-            remove_tree(revision)
+            places.remove_tree(revision)
         else:
             bury(revision)
 
 
-def announce(folder: Place, tenant: str) -> None:
+def announce(folder: places.Place, tenant: str) -> None:
     """Says that the first revision of a name is on its way. Lost in a crash of the machine, which
     is of no harm: so is the revision.
     """
-    make_folder(folder.parent)
+    places.make_folder(folder.parent)
     if isinstance(folder, Path):
         folder.mkdir(exist_ok=True)
-    replace(folder / _ANNOUNCEMENT_FILE, tenant.encode(), durably=False)
+    places.replace(folder / _ANNOUNCEMENT_FILE, tenant.encode(), durably=False)
 
 
-def announced(folder: Place) -> str:
+def announced(folder: places.Place) -> str:
     """For which tenant a first revision is on its way; empty: nobody has said so."""
     return _text(folder / _ANNOUNCEMENT_FILE)
 
 
-def recant(folder: Place) -> None:
+def recant(folder: places.Place) -> None:
     """Takes an announcement back, and the name with it if there is nothing else of it."""
     with contextlib.suppress(OSError, ObjectStoreFailed):  # it has a revision, or never was
         (folder / _ANNOUNCEMENT_FILE).unlink(missing_ok=True)
         folder.rmdir()
 
 
-def renew_lease(folder: Place) -> None:
+def renew_lease(folder: places.Place) -> None:
     """Notes that the revision is in use now, as far as this host may write there."""
     try:
         if (folder / MANIFEST_FILE).exists():  # a lease alone would take the number
@@ -198,12 +190,12 @@ def renew_lease(folder: Place) -> None:
         logger.warning("cannot note the use of %s: %s", folder, error)
 
 
-def last_used(folder: Place) -> datetime | None:
+def last_used(folder: places.Place) -> datetime | None:
     """When the revision was last opened; None: never."""
     return _written(folder / _LEASE_FILE)
 
 
-def _show(staging: Path, folder: Place) -> bool:
+def _show(staging: Path, folder: places.Place) -> bool:
     """Puts a revision where readers look; False if another is there."""
     if isinstance(folder, ObjectPath):
         return object_revisions.show(staging, folder)
@@ -216,18 +208,18 @@ def _show(staging: Path, folder: Place) -> bool:
     return True
 
 
-def _epitaph(folder: Place) -> str:
+def _epitaph(folder: places.Place) -> str:
     """Which request has buried a revision, if one has."""
     return _text(folder / _TOMBSTONE_FILE)
 
 
-def _remembered(folder: Place, since: datetime) -> bool:
+def _remembered(folder: places.Place, since: datetime) -> bool:
     """Whether a request that may be sent again has buried a revision."""
     buried_at = _written(folder / _TOMBSTONE_FILE) if _epitaph(folder) else None
     return buried_at is not None and buried_at >= since
 
 
-def _text(file: Place) -> str:
+def _text(file: places.Place) -> str:
     """Empty if there is no such file."""
     try:
         return file.read_text()
@@ -235,7 +227,7 @@ def _text(file: Place) -> str:
         return ""
 
 
-def _written(file: Place) -> datetime | None:
+def _written(file: places.Place) -> datetime | None:
     """When a file was written last; None: there is none."""
     try:
         return datetime.fromtimestamp(file.stat().st_mtime, UTC)
@@ -243,7 +235,7 @@ def _written(file: Place) -> datetime | None:
         return None
 
 
-def _numbers(folder: Place) -> list[int]:
+def _numbers(folder: places.Place) -> list[int]:
     try:
         return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
     except FileNotFoundError:

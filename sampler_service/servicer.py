@@ -6,13 +6,9 @@ from typing import Any
 
 from mint_core.engine_host.pipe import ModelDescription
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
+from sampler_service import responses
 from sampler_service.execution import Execution
 from sampler_service.requests import parse_compute_logprobs, parse_sample, parse_stream_sample
-from sampler_service.responses import (
-    compute_logprobs_response,
-    sample_response,
-    stream_sample_response,
-)
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
@@ -30,7 +26,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         """See sampler.proto."""
         sampling = parse_sample(request, await self._model())
         generated, revision_path = await self._execution.sample(sampling)
-        return sample_response(generated, sampling.choice.seed, revision_path)
+        return responses.sample_response(generated, sampling.choice.seed, revision_path)
 
     async def StreamSample(
         self, request: sampler_pb2.StreamSampleRequest, context: Any
@@ -39,7 +35,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         sampling = parse_stream_sample(request, await self._model())
         async with aclosing(self._execution.stream(sampling)) as parts:
             async for part, revision_path in parts:
-                yield stream_sample_response(part, sampling.choice.seed, revision_path)
+                yield responses.stream_sample_response(part, sampling.choice.seed, revision_path)
 
     async def ComputeLogprobs(
         self, request: sampler_pb2.ComputeLogprobsRequest, context: Any
@@ -47,4 +43,4 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         """See sampler.proto."""
         sampling = parse_compute_logprobs(request, await self._model())
         generated, revision_path = await self._execution.sample(sampling)
-        return compute_logprobs_response(generated, revision_path)
+        return responses.compute_logprobs_response(generated, revision_path)

@@ -4,7 +4,6 @@ import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mint_core.errors import EngineDied, EngineFault
@@ -21,12 +20,9 @@ logger = logging.getLogger(__name__)
 MOST_ATTEMPTS = 3  # at a row with which engines die
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    origin: RunOrigin
-    state: RunState
-    life: int  # of the engine that has the row
-    saved_row: SavedRow | None  # of one that starts from a checkpoint: on disk apart from it
+# What is known of a run, the life of the engine that has its row and, of one that starts from a
+# checkpoint, the row on disk apart from that.
+Made = tuple[RunOrigin, RunState, int, SavedRow | None]
 
 
 class Creation:
@@ -59,7 +55,7 @@ class Creation:
                 origin = self._origin(tenant, request, job, description, number())
                 created_s = origin.create_time.timestamp()
                 step = job.request.step if isinstance(job.request, Source) else 0
-                return Made(origin, RunState(step=step, update_time_s=created_s), life, saved_row)
+                return origin, RunState(step=step, update_time_s=created_s), life, saved_row
         raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
 
     def _origin(

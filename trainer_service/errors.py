@@ -3,18 +3,12 @@
 import errno
 from pathlib import Path
 
-from mint_core.errors import (
-    Aborted,
-    AlreadyExists,
-    FailedPrecondition,
-    NotFound,
-    ResourceExhausted,
-)
+from mint_core import errors
 
 RETRY_AFTER_S = 1.0
 
 
-class SequenceGap(Aborted):
+class SequenceGap(errors.Aborted):
     """The call came before an earlier one, which did not come in time. Send both again."""
 
     reason = "SEQUENCE_GAP"
@@ -28,7 +22,7 @@ class SequenceGap(Aborted):
         )
 
 
-class WriterFenced(Aborted):
+class WriterFenced(errors.Aborted):
     """Another client has opened the run. Final."""
 
     reason = "WRITER_FENCED"
@@ -43,7 +37,7 @@ class WriterFenced(Aborted):
         )
 
 
-class SequenceReused(AlreadyExists):
+class SequenceReused(errors.AlreadyExists):
     """The number belongs to another call."""
 
     reason = "SEQUENCE_REUSED"
@@ -56,7 +50,7 @@ class SequenceReused(AlreadyExists):
         )
 
 
-class RequestIdReused(AlreadyExists):
+class RequestIdReused(errors.AlreadyExists):
     """The id belongs to another request."""
 
     reason = "REQUEST_ID_REUSED"
@@ -69,7 +63,7 @@ class RequestIdReused(AlreadyExists):
         )
 
 
-class AnswerAcknowledged(FailedPrecondition):
+class AnswerAcknowledged(errors.FailedPrecondition):
     """The answer may be gone, since the caller said that it has it."""
 
     reason = "ANSWER_ACKNOWLEDGED"
@@ -83,7 +77,7 @@ class AnswerAcknowledged(FailedPrecondition):
         )
 
 
-class AnswersUnacknowledged(ResourceExhausted):
+class AnswersUnacknowledged(errors.ResourceExhausted):
     """The run keeps as many answers as it may."""
 
     reason = "ANSWERS_UNACKNOWLEDGED"
@@ -98,7 +92,7 @@ class AnswersUnacknowledged(ResourceExhausted):
         )
 
 
-class TooManyCallsInFlight(ResourceExhausted):
+class TooManyCallsInFlight(errors.ResourceExhausted):
     """The run's queue is full."""
 
     reason = "TOO_MANY_CALLS_IN_FLIGHT"
@@ -112,7 +106,7 @@ class TooManyCallsInFlight(ResourceExhausted):
         )
 
 
-class QueueFull(ResourceExhausted):
+class QueueFull(errors.ResourceExhausted):
     """As much of the tenant's, or of the run's, waits as may."""
 
     reason = "QUEUE_FULL"
@@ -132,7 +126,7 @@ class QueueFull(ResourceExhausted):
         )
 
 
-class GradientIncomplete(FailedPrecondition):
+class GradientIncomplete(errors.FailedPrecondition):
     """A backward that belongs to the step failed."""
 
     reason = "GRADIENT_INCOMPLETE"
@@ -146,7 +140,7 @@ class GradientIncomplete(FailedPrecondition):
         )
 
 
-class BackwardCountMismatch(FailedPrecondition):
+class BackwardCountMismatch(errors.FailedPrecondition):
     """The program asked for another number of backwards than arrived."""
 
     reason = "BACKWARD_COUNT_MISMATCH"
@@ -160,7 +154,7 @@ class BackwardCountMismatch(FailedPrecondition):
         )
 
 
-class NoGradient(FailedPrecondition):
+class NoGradient(errors.FailedPrecondition):
     """There is nothing to step on."""
 
     reason = "NO_GRADIENT"
@@ -171,7 +165,7 @@ class NoGradient(FailedPrecondition):
         )
 
 
-class TrainingRunExpired(NotFound):
+class TrainingRunExpired(errors.NotFound):
     """Nobody called the run for its retention time."""
 
     reason = "TRAINING_RUN_NOT_FOUND"
@@ -184,7 +178,7 @@ class TrainingRunExpired(NotFound):
         )
 
 
-class TrainingRunLost(FailedPrecondition):
+class TrainingRunLost(errors.FailedPrecondition):
     """The run's weights cannot be restored from the server's state."""
 
     reason = "TRAINING_RUN_LOST"
@@ -203,7 +197,7 @@ class StateDamaged(TrainingRunLost):
     """What the server's state lacks or has wrong of a run."""
 
 
-class RequestDamaged(FailedPrecondition):
+class RequestDamaged(errors.FailedPrecondition):
     """What was accepted, and not executed yet, is not as it was sent."""
 
     reason = "REQUEST_DAMAGED"
@@ -217,7 +211,7 @@ class RequestDamaged(FailedPrecondition):
         )
 
 
-class TrainingRunUploaded(FailedPrecondition):
+class TrainingRunUploaded(errors.FailedPrecondition):
     """The run holds uploaded checkpoints, and nothing that could be trained."""
 
     reason = "TRAINING_RUN_UPLOADED"
@@ -231,13 +225,13 @@ class TrainingRunUploaded(FailedPrecondition):
         )
 
 
-class CheckpointMismatch(FailedPrecondition):
+class CheckpointMismatch(errors.FailedPrecondition):
     """The checkpoint belongs to another base model or shape of adapter."""
 
     reason = "CHECKPOINT_MISMATCH"
 
 
-class RowNotSaved(ResourceExhausted):
+class RowNotSaved(errors.ResourceExhausted):
     """The disk did not take a saved row; the one before it is as good as ever."""
 
     reason = "SNAPSHOT_FAILED"
@@ -250,7 +244,7 @@ class RowNotSaved(ResourceExhausted):
         )
 
 
-class RowNotWritten(ResourceExhausted):
+class RowNotWritten(errors.ResourceExhausted):
     """The weights could not be put where they can be published from."""
 
     reason = "ROW_NOT_WRITTEN"

@@ -22,6 +22,7 @@ from trainer_service.journal.changes import decode_reply
 from trainer_service.journal.codec import encode_origin
 from trainer_service.journal.ledger import Ledger, PastRun
 from trainer_service.journal.records import RunRecord
+from trainer_service.journal.run_journal import RunJournal
 from trainer_service.journal.writer import Written
 from trainer_service.queue.admission import Admission
 from trainer_service.run.call_numbers import CallLimits
@@ -203,6 +204,7 @@ class Runs:
                 await self._services.saved_rows.cover(idle)
                 await self._ledger.journal.flush()
         self._abandon(self._admission.draining)
+        self.end_watches()
 
     async def _keep_expiring(self) -> None:
         while True:
@@ -243,10 +245,11 @@ class Runs:
     async def _create(self, tenant: str, request: CreateRun) -> bytes:
         if error := self._admission.refusal():
             raise error
-        made = await self._creation.make(tenant, request, lambda: next(self._numbers))
+        number = partial(next, self._numbers)
+        origin, state, life, saved_row = await self._creation.make(tenant, request, number)
         retention = Retention(request.retention_s or self._retention_s, self._clock)
-        run = self._run_of(made.origin, made.state, request.metadata, retention)
-        run.row_life = made.life
+        run = self._run_of(origin, state, request.metadata, retention)
+        run.row_life = life
         answer = create_response(run.view())
         record = RunRecord(
             number=run.origin.number,
@@ -257,9 +260,9 @@ class Runs:
             removing=None,
             state=run.state(),
         )
-        await run.journal.created(record, made.saved_row, request.identity, answer)
-        if made.saved_row is not None:
-            self._services.saved_rows.replaced(run, made.saved_row)
+        await run.journal.created(record, saved_row, request.identity, answer)
+        if saved_row is not None:
+            self._services.saved_rows.replaced(run, saved_row)
         self._runs[run.id] = run
         self._loops[run] = RunLoop(run, self._services)
         return answer
@@ -276,7 +279,7 @@ class Runs:
             state,
             metadata=metadata,
             retention=retention,
-            journal=self._ledger.of_run(origin),
+            journal=RunJournal(self._ledger.journal, origin),
             admission=self._admission,
             limits=self._limits,
         )
@@ -336,7 +339,8 @@ class Runs:
                 return  # somebody else has
             if loop := self._loops.get(run):
                 await loop.end()
-            await self._services.checkpoints.delete_run(run.origin, named=removal.named)
+            handoff = self._services.checkpoints.handoff
+            await handoff.delete_run(run.origin, named=removal.named)
             if run.row_life:
                 with suppress(EngineDied):  # and the row with it
                     await self._scheduler.row(DropRow(run.id), run.row_life)

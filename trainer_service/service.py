@@ -66,7 +66,7 @@ class TrainerService:
             per_run=keys is None,
             predict=scheduler.predict_s,
         )
-        self._services = RunServices(
+        self.services = RunServices(
             scheduler=scheduler,
             checkpoints=self._checkpoints,
             saved_rows=SavedRows(
@@ -86,7 +86,7 @@ class TrainerService:
         )
         self._ledger = Ledger(self.journal)
         self.runs = Runs(
-            self._services,
+            self.services,
             self._ledger,
             self._admission,
             CallLimits(gap_s=config.gap_s),
@@ -96,13 +96,9 @@ class TrainerService:
         )
         self._add_gauges(metrics)
 
-    @property
-    def saved_rows(self) -> SavedRows:
-        return self._services.saved_rows
-
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
-        server.drain_by(self._drain)
+        server.drain_by(partial(self.runs.drain, self._config.drain_s))
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
             TrainerServicer(
@@ -137,15 +133,10 @@ class TrainerService:
         for name, work in {
             "scheduler": self.scheduler.run(),
             "state's size": self._size.keep_measured(),
-            "rows of idle runs": self._services.saved_rows.cover_idle(self.runs.all),
+            "rows of idle runs": self.services.saved_rows.cover_idle(self.runs.all),
             "sweeper": self._checkpoints.sweeper.run(),
         }.items():
             self.tasks.start(work, name)
-
-    async def _drain(self) -> None:
-        """Brings what is under way to an end, within its time."""
-        await self.runs.drain(self._config.drain_s)
-        self.runs.end_watches()
 
     async def stop(self) -> None:
         await self.tasks.stop()

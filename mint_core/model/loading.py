@@ -25,14 +25,7 @@ from mint_core.lora.groups import LinearShape, complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
 from mint_core.lora.segments import Segment
 from mint_core.lora.targets import HEAD, linear_shapes
-from mint_core.model.architecture import (
-    check_architecture,
-    check_windows,
-    context_length,
-    first_line,
-    refusing,
-    unsupported,
-)
+from mint_core.model import architecture
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.base import LoadedBase, Recomputation
@@ -80,20 +73,21 @@ def load_base(
         model, eos_token_ids = _read(folder, place, kind)
     except _UNREADABLE as error:
         raise FailedPrecondition(
-            f"the base model {base_model!r} cannot be loaded: {first_line(error)}; give the "
-            f"folder of a causal LM that transformers {transformers.__version__} knows, whole"
+            f"the base model {base_model!r} cannot be loaded: {architecture.first_line(error)}; "
+            "give the folder of a causal LM that transformers "
+            f"{transformers.__version__} knows, whole"
         ) from error
     shapes = linear_shapes(model)
     _check_shapes(base_model, shapes)
-    check_architecture(model)
-    with refusing(model), watching(model) as calls:
+    architecture.check_architecture(model)
+    with architecture.refusing(model), watching(model) as calls:
         expected = _own_logits(model)
     groups = complete(shapes, read_together(calls))
     fingerprint = _fingerprint(model)
     context = LoraContext()
     linears = install(model, context, groups)
     register()
-    with refusing(model):
+    with architecture.refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
     linear = model.get_submodule(HEAD)
     assert isinstance(linear, MultiLoraLinear)
@@ -108,7 +102,7 @@ def load_base(
             name=name
             or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),
             folder=str(folder),
-            context_length=context_length(model),
+            context_length=architecture.context_length(model),
             vocabulary_size=linear.out_features,
             max_lora_rank=max_lora_rank,
             fingerprint=fingerprint,
@@ -305,13 +299,13 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     positions = torch.arange(n, device=base.device)
     whole = Segment(0, 2 * n)
     probe = _Probe([0, n, 2 * n])
-    with refusing(base.model):
+    with architecture.refusing(base.model):
         hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
-    check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
+    architecture.check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
     logits = base.head.logits(hidden, [Piece(whole, positions + n)])
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
-        raise unsupported(
+        raise architecture.unsupported(
             base.model, f"packed logits differ from its own by {difference.item():.1e}"
         )
     logger.info("packed logits agree with the model's own to %.1e", difference.item())
@@ -325,7 +319,7 @@ def _take_shortcuts(base: LoadedBase) -> None:
     tokens = _probe(base.model)
     n = len(tokens)
     probe = _Probe([0, n])
-    positions = torch.arange(n, device=base.device) + context_length(base.model) - n
+    positions = torch.arange(n, device=base.device) + architecture.context_length(base.model) - n
     with watching(base.model) as calls:
         base.hidden(tokens, positions, (Segment(0, n),), probe)
     install_shortcuts(calls, probe.scores)

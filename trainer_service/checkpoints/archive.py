@@ -9,13 +9,9 @@ from dataclasses import replace
 
 from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
+from trainer_service.checkpoints import requests
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored
-from trainer_service.checkpoints.requests import (
-    CopyCheckpoint,
-    ListCheckpoints,
-    UpdateCheckpoint,
-)
 from trainer_service.wire.idempotency import Once
 from trainer_service.wire.pages import Page, page_of, place
 from trainer_service.wire.requests import Identity
@@ -31,7 +27,7 @@ class Archive:
         self._once = Once()
         self._updating = asyncio.Lock()  # what one reads, no other may change before it writes
 
-    async def list(self, tenant: str, request: ListCheckpoints) -> Page[Manifest]:
+    async def list(self, tenant: str, request: requests.ListCheckpoints) -> Page[Manifest]:
         """The newest revision of each name, newest first."""
         found = await asyncio.to_thread(
             self._store.list,
@@ -52,10 +48,10 @@ class Archive:
         except CheckpointNotFound:  # a snapshot may be in memory alone
             return self._store.describe(path, tenant=tenant)
 
-    async def update(self, tenant: str, request: UpdateCheckpoint) -> Manifest:
+    async def update(self, tenant: str, request: requests.UpdateCheckpoint) -> Manifest:
         return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
 
-    async def _update(self, tenant: str, request: UpdateCheckpoint) -> Manifest:
+    async def _update(self, tenant: str, request: requests.UpdateCheckpoint) -> Manifest:
         def change(manifest: Manifest) -> Manifest:
             if request.changes_lifetime:
                 manifest = replace(manifest, expire_time=request.expire_time)
@@ -70,10 +66,10 @@ class Archive:
         self._sweeper.note_expiry(changed.expire_time)
         return changed
 
-    async def copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
+    async def copy(self, tenant: str, request: requests.CopyCheckpoint) -> Manifest:
         return await self._once.run(tenant, request.identity, lambda: self._copy(tenant, request))
 
-    async def _copy(self, tenant: str, request: CopyCheckpoint) -> Manifest:
+    async def _copy(self, tenant: str, request: requests.CopyCheckpoint) -> Manifest:
         with suppress(CheckpointNotFound):  # of what was copied already, the source may be gone
             await stored(self._store, tenant, request.path)
         copied = await asyncio.to_thread(

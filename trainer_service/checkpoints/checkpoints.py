@@ -112,10 +112,6 @@ class Checkpoints:
         manifest = self._manifest(origin, SAMPLER_WEIGHTS, save, call, step)
         return await self.handoff.publish(manifest, origin.row_bytes, write)
 
-    async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
-        """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
-        await self.handoff.delete_run(origin, named=named)
-
     def _manifest(
         self,
         origin: RunOrigin,

@@ -18,21 +18,12 @@ from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
 from trainer_service import jobs
 from trainer_service.config import TrainerConfig
+from trainer_service.engine import saving
 from trainer_service.engine.memory import budget_bytes, lengths, measure
 from trainer_service.engine.optimizer import step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
-from trainer_service.engine.saving import (
-    Rest,
-    difference,
-    read_saved_row,
-    read_source,
-    save_checkpoint_later,
-    save_row_later,
-    store_row_later,
-    write_weights,
-)
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 
@@ -84,7 +75,7 @@ class Engine:
             jobs.ClearGradient: self._clear,
             jobs.WriteRow: self._write,
             jobs.SaveCheckpoint: self._save,
-            jobs.StoreRow: store_row_later,
+            jobs.StoreRow: saving.store_row_later,
             jobs.LoadRow: self._load,
             jobs.SaveRow: self._save_row,
             jobs.RestoreRow: self._restore,
@@ -160,7 +151,7 @@ class Engine:
     ) -> tuple[AdapterSpec, Mapping[Part, AdapterArrays], int]:
         """What a row is, with what it begins, and at which step."""
         if isinstance(request, jobs.Source):
-            return request.spec, read_source(request), request.step
+            return request.spec, saving.read_source(request), request.step
         if isinstance(request, LoraRequest):
             request = resolve(request, self.base.description.linear_modules)
         return request, {Part.WEIGHTS: initial_arrays(request, self.base.shapes)}, 0
@@ -172,19 +163,19 @@ class Engine:
         self._rows[job.training_run_id].clear_gradient()
 
     def _write(self, job: jobs.WriteRow) -> None:
-        write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
+        saving.write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
 
-    def _save(self, job: jobs.SaveCheckpoint) -> Rest:
-        return save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
+    def _save(self, job: jobs.SaveCheckpoint) -> saving.Rest:
+        return saving.save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
 
     def _load(self, job: jobs.LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.
         self._rows[job.training_run_id].clear_gradient()
-        self._fill(job.training_run_id, read_source(job.source), job.source.step)
+        self._fill(job.training_run_id, saving.read_source(job.source), job.source.step)
 
-    def _save_row(self, job: jobs.SaveRow) -> Rest:
+    def _save_row(self, job: jobs.SaveRow) -> saving.Rest:
         trained = self._rows.here(job.training_run_id)
-        return save_row_later(job, trained, self.base, self._saved_rows)
+        return saving.save_row_later(job, trained, self.base, self._saved_rows)
 
     def _restore(self, job: jobs.RestoreRow) -> str:
         name = job.training_run_id
@@ -192,12 +183,12 @@ class Engine:
             file = RowFile.open(self._saved_rows / job.file)
             with self._rows.adding(name, self._bank.add(job.spec)) as trained:
                 self._rows.here(name, *map(Part, file.digests))
-                read_saved_row(file, trained.row)
+                saving.read_saved_row(file, trained.row)
         except RowDamaged as error:
             raise StateDamaged(name, error.message) from error
         trained.step = int(file.about["step"])
         trained.gradient_pending = file.about["gradient_pending"] == "1"
-        return difference(file, self.base)
+        return saving.difference(file, self.base)
 
     def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
         """Replaces weights, moments and step; without moments they become 0."""

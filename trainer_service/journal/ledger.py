@@ -12,7 +12,6 @@ from trainer_service.errors import RequestDamaged, StateDamaged
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
 from trainer_service.journal.records import CallRecord, Payload, RequestRecord, RunRecord
-from trainer_service.journal.run_journal import RunJournal
 from trainer_service.journal.writer import Journal
 from trainer_service.run_description import RunOrigin
 
@@ -97,9 +96,6 @@ class Ledger:
     def load_requests(self) -> list[RequestRecord]:
         """The requests that are remembered and their answers, oldest first."""
         return list(queries.load_requests(self.journal.database))
-
-    def of_run(self, origin: RunOrigin) -> RunJournal:
-        return RunJournal(self.journal, origin)
 
     def forget_requests(self, older_than_s: float) -> None:
         before_s = time.time() - older_than_s

@@ -11,13 +11,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from trainer_service.calls import Call, Outcome, Reply, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import SavedRow
-from trainer_service.journal import changes, codec, queries
-from trainer_service.journal.records import (
-    PastCall,
-    RequestRecord,
-    RunRecord,
-    call_id,
-)
+from trainer_service.journal import changes, codec, queries, records
 from trainer_service.journal.writer import Journal, Statement, Written
 from trainer_service.run_description import RunOrigin, RunState
 from trainer_service.wire.requests import Identity
@@ -29,7 +23,7 @@ class Past:
     """What it takes to have a run's row again."""
 
     saved_row: SavedRow | None  # None: it starts as it was created
-    calls: Sequence[PastCall]  # behind it
+    calls: Sequence[records.PastCall]  # behind it
 
 
 class RunJournal:
@@ -44,7 +38,11 @@ class RunJournal:
         self._removed = False
 
     def created(
-        self, record: RunRecord, saved_row: SavedRow | None, identity: Identity, answer: bytes
+        self,
+        record: records.RunRecord,
+        saved_row: SavedRow | None,
+        identity: Identity,
+        answer: bytes,
     ) -> Written:
         statements: list[Statement] = [lambda db: changes.add_run(db, record)]
         if saved_row is not None:
@@ -66,7 +64,7 @@ class RunJournal:
     def accepted(self, call: Call) -> Written:
         """Notes a call. One with a mark will change the store, and goes to disk at once."""
         place = call.place
-        key = call_id(self._run, place.sequence)
+        key = records.call_id(self._run, place.sequence)
         return self._write(
             lambda db: changes.accept(
                 db, key, call.method, place.payload_hash, call.mark, codec.encode_payload(call)
@@ -76,7 +74,7 @@ class RunJournal:
 
     def ended(self, call: Call, outcome: Outcome, state: RunState) -> "asyncio.Future[Reply]":
         """Notes an outcome, with the saved row that is its effect. What is written is its reply."""
-        key = call_id(self._run, call.place.sequence)
+        key = records.call_id(self._run, call.place.sequence)
         end: Statement = lambda db: changes.end(  # noqa: E731
             db, key, outcome.effect, outcome.digest, outcome.reply
         )
@@ -85,7 +83,7 @@ class RunJournal:
 
     def died(self, call: Call) -> Written:
         """Notes that an engine died with a call."""
-        key = call_id(self._run, call.place.sequence)
+        key = records.call_id(self._run, call.place.sequence)
         return self._write(lambda db: changes.die(db, key), soon=False)
 
     def acknowledged(self, before: int, upto: int) -> Written:
@@ -140,7 +138,7 @@ class RunJournal:
         return partial(changes.cover, run=self._run, row=row)
 
     def _remember(self, identity: Identity, answer: bytes) -> Statement:
-        request = RequestRecord(
+        request = records.RequestRecord(
             tenant=self._origin.tenant,
             request_id=identity.request_id,
             payload_hash=identity.payload_hash,

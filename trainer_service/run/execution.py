@@ -9,9 +9,8 @@ from mint_core.errors import EngineDied, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
 from trainer_service import calls, jobs
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
-from trainer_service.run.run import Run
+from trainer_service.run.run import Run, UnsavedWork
 from trainer_service.run.services import RunServices
-from trainer_service.run.unsaved import UnsavedWork
 from trainer_service.wire import replies
 
 

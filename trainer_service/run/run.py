@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
@@ -14,8 +15,31 @@ from trainer_service.queue.admission import Admission
 from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
 from trainer_service.run.inbox import Inbox
 from trainer_service.run.retention import Retention
-from trainer_service.run.unsaved import UnsavedWork
 from trainer_service.run_description import Gradient, RunOrigin, RunState, RunView
+
+
+@dataclass(slots=True)
+class UnsavedWork:
+    """How much of a run would have to be computed again after a crash: what has come since its row
+    was saved last.
+    """
+
+    calls: int = 0  # that have changed the row
+    seconds: float = 0.0  # of the engine, this run's share
+    backlog_bytes: int = 0  # of backwards since the last step: a step needs all of them
+    changed_s: float = field(default_factory=time.monotonic)  # when the row last was
+
+    def change(self, size_bytes: int, *, stepped: bool) -> None:
+        """Notes a call that has changed the row."""
+        self.calls += 1
+        self.backlog_bytes = 0 if stepped else self.backlog_bytes + size_bytes
+        self.changed_s = time.monotonic()
+
+    def add(self, other: "UnsavedWork") -> None:
+        """Takes back what a row that could not be saved would have covered."""
+        self.calls += other.calls
+        self.seconds += other.seconds
+        self.backlog_bytes += other.backlog_bytes
 
 
 class Watcher(Protocol):

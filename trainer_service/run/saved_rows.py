@@ -18,8 +18,7 @@ from mint_core.rpc.metrics import Metrics
 from trainer_service.errors import RowNotSaved
 from trainer_service.jobs import SavedRow, SaveRow
 from trainer_service.queue.scheduler import Scheduler
-from trainer_service.run.run import Run
-from trainer_service.run.unsaved import UnsavedWork
+from trainer_service.run.run import Run, UnsavedWork
 
 logger = logging.getLogger(__name__)
 

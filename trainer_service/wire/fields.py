@@ -8,11 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from checkpoint_store import check_name as check_name
 from mint_core.errors import InvalidRequest
-from mint_core.rpc.limits import (
-    MAX_METADATA_BYTES,
-    MAX_METADATA_ENTRIES,
-    MAX_REQUEST_ID_CHARACTERS,
-)
+from mint_core.rpc import limits
 
 MAX_TTL_DAYS = 36_500
 
@@ -53,9 +49,9 @@ def finite(
 
 def request_id(value: str, field: str = "request_id") -> str:
     text(value, field)
-    if len(value) > MAX_REQUEST_ID_CHARACTERS:
+    if len(value) > limits.MAX_REQUEST_ID_CHARACTERS:
         raise InvalidRequest(
-            f"`{field}` has {len(value)} characters but at most {MAX_REQUEST_ID_CHARACTERS} "
+            f"`{field}` has {len(value)} characters but at most {limits.MAX_REQUEST_ID_CHARACTERS} "
             "are taken; "
             "a UUID will do",
             field=field,
@@ -65,18 +61,18 @@ def request_id(value: str, field: str = "request_id") -> str:
 
 
 def metadata(entries: Mapping[str, str], field: str = "metadata") -> dict[str, str]:
-    if len(entries) > MAX_METADATA_ENTRIES:
+    if len(entries) > limits.MAX_METADATA_ENTRIES:
         raise InvalidRequest(
-            f"`{field}` has {len(entries)} entries but at most {MAX_METADATA_ENTRIES} are kept; "
-            "leave some out",
+            f"`{field}` has {len(entries)} entries but at most {limits.MAX_METADATA_ENTRIES} are "
+            "kept; leave some out",
             field=field,
             entries=len(entries),
         )
     size_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in entries.items())
-    if size_bytes > MAX_METADATA_BYTES:
+    if size_bytes > limits.MAX_METADATA_BYTES:
         raise InvalidRequest(
-            f"`{field}` has {size_bytes} bytes but at most {MAX_METADATA_BYTES} are kept; shorten "
-            "it",
+            f"`{field}` has {size_bytes} bytes but at most {limits.MAX_METADATA_BYTES} are kept; "
+            "shorten it",
             field=field,
             size_bytes=size_bytes,
         )

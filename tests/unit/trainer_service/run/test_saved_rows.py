@@ -126,7 +126,7 @@ async def test_what_a_crash_left_beside_the_rows_is_removed(tmp_path: Path) -> N
     async with fronting_rows(tmp_path, 1000.0) as front:
         name = await front.create()
         await front.submit(backward(name, 1, [4]))
-        await front.service.saved_rows.want(front.run(name))
+        await front.service.services.saved_rows.want(front.run(name))
         await until(front, f"{name}-1")
         (front.state / "snapshots" / "run-x-7.safetensors").touch()
         (front.state / "snapshots" / ".draft").touch()
@@ -144,9 +144,9 @@ async def test_a_flooded_run_stops_no_other_row_from_being_saved(front: Front) -
     calls = [front.submit(backward(flooded, number, [4])) for number in range(2, 66)]
     while front.run(flooded).numbers.in_flight < 64 or front.run(flooded).inbox.first:
         await asyncio.sleep(0)
-    first = front.service.saved_rows.want(front.run(flooded))
+    first = front.service.services.saved_rows.want(front.run(flooded))
 
-    await front.service.saved_rows.want(front.run(other))
+    await front.service.services.saved_rows.want(front.run(other))
 
     assert await covered(front, other) == 1
     assert not first.done()
