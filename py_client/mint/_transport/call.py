@@ -71,8 +71,9 @@ class Call(Generic[T]):
     def submit(self) -> APIFuture[T]:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
         refuse_calls_that_would_hang()
+        future = self.future  # a call that has ended may have let go of it
         self._send()
-        return self.future
+        return future
 
     def ask(self) -> T:
         """Sends it and waits for the answer."""
