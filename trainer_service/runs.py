@@ -339,8 +339,7 @@ class Runs:
                 return  # somebody else has
             if loop := self._loops.get(run):
                 await loop.end()
-            handoff = self._services.checkpoints.handoff
-            await handoff.delete_run(run.origin, named=removal.named)
+            await self._services.checkpoints.handoff.delete_run(run.origin, named=removal.named)
             if run.row_life:
                 with suppress(EngineDied):  # and the row with it
                     await self._scheduler.row(DropRow(run.id), run.row_life)

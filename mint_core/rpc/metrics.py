@@ -2,15 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import prometheus_client as prometheus
 import psutil
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    start_http_server,
-)
 
 from mint_core.addresses import host_and_port
 from mint_core.engine_host.process import EngineProcess
@@ -23,29 +16,29 @@ class Metrics:
     """The metrics of one service, which moves `queue_depth` and counters of its own."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._gauges: dict[str, Gauge] = {}
-        ProcessCollector(namespace="mint_front", registry=self._registry)
+        self._registry = prometheus.CollectorRegistry()
+        self._gauges: dict[str, prometheus.Gauge] = {}
+        prometheus.ProcessCollector(namespace="mint_front", registry=self._registry)
         self.calls = self.counter("mint_calls", "Calls ended", ["method", "code"])
         self.call_seconds = self.histogram(
             "mint_call_seconds", "Time from arrival to answer", ["method"]
         )
-        self.queue_depth = Gauge(
+        self.queue_depth = prometheus.Gauge(
             "mint_queue_depth", "Calls accepted and not answered", registry=self._registry
         )
 
-    def counter(self, name: str, help: str, labels: Sequence[str] = ()) -> Counter:
+    def counter(self, name: str, help: str, labels: Sequence[str] = ()) -> prometheus.Counter:
         """Makes a counter; its name gets `_total` at the end."""
-        return Counter(name, help, labels, registry=self._registry)
+        return prometheus.Counter(name, help, labels, registry=self._registry)
 
-    def histogram(self, name: str, help: str, labels: Sequence[str] = ()) -> Histogram:
+    def histogram(self, name: str, help: str, labels: Sequence[str] = ()) -> prometheus.Histogram:
         """Makes a histogram of seconds."""
-        return Histogram(name, help, labels, buckets=_SECONDS, registry=self._registry)
+        return prometheus.Histogram(name, help, labels, buckets=_SECONDS, registry=self._registry)
 
     def gauge(self, name: str, help: str, read: Callable[[], float], **labels: str) -> None:
         """Reports what `read` says whenever the metrics are read, under fixed labels."""
         if name not in self._gauges:
-            self._gauges[name] = Gauge(name, help, list(labels), registry=self._registry)
+            self._gauges[name] = prometheus.Gauge(name, help, list(labels), registry=self._registry)
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
@@ -65,7 +58,7 @@ class Metrics:
         """Answers HTTP on HOST:PORT from a thread of its own, and returns the port."""
         host, port = host_and_port(address, "metrics_address")
         try:
-            server, _ = start_http_server(port, host, self._registry)
+            server, _ = prometheus.start_http_server(port, host, self._registry)
         except OSError as error:
             raise FailedPrecondition(
                 f"`metrics_address` {address} cannot be listened on: {error.strerror};"

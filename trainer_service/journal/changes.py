@@ -59,13 +59,10 @@ def end(
         "UPDATE calls SET effect = ?, digest = ? WHERE id = ?",
         (effect, records.signed(digest), call),
     )
-    db.execute("INSERT INTO answers VALUES (?, ?)", (call, encode_reply(reply)))
+    answer = (_STATUS if reply.failed else _MESSAGE) + reply.content
+    db.execute("INSERT INTO answers VALUES (?, ?)", (call, answer))
     if effect not in (Effect.ADD, Effect.STEP):
         db.execute("DELETE FROM payloads WHERE id = ?", (call,))
-
-
-def encode_reply(reply: Reply) -> bytes:
-    return (_STATUS if reply.failed else _MESSAGE) + reply.content
 
 
 def decode_reply(answer: bytes | None) -> Reply | None:

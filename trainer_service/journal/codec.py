@@ -10,7 +10,7 @@ from typing import Any
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.errors import Recorded
-from trainer_service.calls import Call, Method, Refused, Work
+from trainer_service.calls import Call, Refused, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.journal.records import Payload
 from trainer_service.run_description import RunOrigin
@@ -37,7 +37,7 @@ def is_as_sent(found: Payload) -> bool:
     """Whether a request is, to the bit, the one whose hash was taken. Of a refusal nobody knows."""
     if found.payload[:1] == _STATUS:
         return True
-    kind = request_kind(method_of(found.method))
+    kind = request_kind(found.method)
     return hash_of(kind, content_of(found.payload)) == found.payload_hash
 
 
@@ -48,7 +48,7 @@ def decode_payload(found: Payload, run: str, sequence: int, model: ModelDescript
         if found.payload[:1] == _STATUS:
             return Refused(Recorded(found.payload[1:]))
         if is_as_sent(found):
-            return parse_work(method_of(found.method), content_of(found.payload), model)
+            return parse_work(found.method, content_of(found.payload), model)
     except Exception as error:
         raise damaged from error
     raise damaged
@@ -68,7 +68,3 @@ def decode_origin(encoded: str) -> RunOrigin:
             "spec": AdapterSpec(**spec | {"modules": tuple(spec["modules"])}),
         }
     )
-
-
-def method_of(name: str) -> Method:
-    return name  # type: ignore[return-value]  # as it was written

@@ -42,8 +42,7 @@ class PastRun:
             content = codec.content_of(record.payload or b"")
             course = Course(deaths=record.deaths)
             work = self._work(record, model)
-            method = codec.method_of(record.method)
-            yield Call(place, method, work, content, record.mark, course)
+            yield Call(place, record.method, work, content, record.mark, course)
 
     def _work(self, record: CallRecord, model: ModelDescription) -> Work:
         run = self.origin.training_run_id

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer_service.calls import Effect
+from trainer_service.calls import Effect, Method
 from trainer_service.run_description import RunState
 
 # Of the table of states: the fields of RunState and, in the gradient's place, those of Gradient.
@@ -29,7 +29,7 @@ class RunRecord:
 @dataclass(frozen=True, slots=True)
 class CallRecord:
     sequence: int
-    method: str
+    method: Method
     payload_hash: bytes
     mark: str
     deaths: int
@@ -59,7 +59,7 @@ class PastCall:
 class Payload:
     """What was sent with a call; see codec.py."""
 
-    method: str
+    method: Method
     payload_hash: bytes
     payload: bytes
 

@@ -72,7 +72,7 @@ def _of_past(database: sqlite3.Connection, run: int, call: PastCall) -> Iterator
     if found is None:
         yield f"the request of call {call.sequence} is missing"
         return
-    kind = request_kind(codec.method_of(found.method))
+    kind = request_kind(found.method)
     if not codec.is_as_sent(found) or not _parses(kind, codec.content_of(found.payload)):
         yield f"the request of call {call.sequence} is not the one that was sent"
 

@@ -75,16 +75,11 @@ class CallNumbers:
         self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
-        self._in_flight = 0
+        self.in_flight = 0  # calls accepted and not answered
         self.acknowledged = 0
         self._answered = 0  # all numbers up to here are
         self.next_sequence = 1
         self.writer_epoch = 1
-
-    @property
-    def in_flight(self) -> int:
-        """Calls accepted and not answered."""
-        return self._in_flight
 
     def arrive(self, call: Call) -> Arrival:
         """Takes a call that an RPC brought. Raises refusals that are known at once.
@@ -109,7 +104,7 @@ class CallNumbers:
         assert entry.reply is None, f"sequence {sequence} is answered twice"
         entry.reply = reply
         self._kept_bytes += entry.size_bytes
-        self._in_flight -= 1
+        self.in_flight -= 1
         while self._is_answered(self._answered + 1):
             self._answered += 1
         for waiting in entry.waiting:
@@ -135,7 +130,7 @@ class CallNumbers:
             assert sequence == self.next_sequence, "the journal has a gap"
             self.next_sequence += 1
             self._entries[sequence] = _Entry(payload_hash)
-            self._in_flight += 1
+            self.in_flight += 1
             if reply is not None:
                 self.answer(sequence, reply)
 
@@ -222,12 +217,12 @@ class CallNumbers:
             raise error
         self._entries[place.sequence] = _Entry(place.payload_hash, {arrival.reply})
         self.next_sequence += 1
-        self._in_flight += 1
+        self.in_flight += 1
         self._intake.accept(arrival.call)
 
     def _full(self, sequence: int) -> MintError | None:
         limits = self._limits
-        if self._in_flight >= limits.calls_in_flight:
+        if self.in_flight >= limits.calls_in_flight:
             return errors.TooManyCallsInFlight(limits.calls_in_flight)
         if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
             return errors.AnswersUnacknowledged(len(self._entries), self._kept_bytes)

@@ -167,7 +167,8 @@ class Run:
         if outcome.step is not None:
             self.step = outcome.step
         self.ended = max(self.ended, sequence)
-        self.touch()
+        self.retention.touch()
+        self._update_time_s = time.time()
         return self._note(self.journal.ended(call, outcome, self.state()))
 
     def answer(self, call: Call, outcome: Outcome, reply: Reply) -> None:
@@ -229,11 +230,6 @@ class Run:
     def abandoned(self) -> bool:
         """Whether it may be deleted because nobody has called or watched it for long."""
         return self.retention.over and not self.numbers.in_flight and not self.watchers
-
-    def touch(self) -> None:
-        """Notes that a call has ended."""
-        self.retention.touch()
-        self._update_time_s = time.time()
 
     def state(self) -> RunState:
         return RunState(
