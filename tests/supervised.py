@@ -84,8 +84,10 @@ class Supervised:
         """The engine that is up or starts, if there is one."""
         assert self._process is not None
         try:
-            return psutil.Process(self._process.pid).children()
-        except psutil.NoSuchProcess:
+            front = psutil.Process(self._process.pid)
+            # A child that is still a copy of the front would stop it if it were stopped.
+            return [each for each in front.children() if each.cmdline() != front.cmdline()]
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return []
 
     def start_next_with(self, environment: Environment) -> None:
