@@ -6,7 +6,6 @@ wait for it.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import pickle
@@ -169,7 +168,11 @@ class EngineProcess:
         """Runs an engine, and another whenever one has ended."""
         delay_s = RESTART_DELAY_S
         while True:
-            how = await self._run()
+            try:
+                how = await self._run()
+            except Exception:  # callers wait for a next engine, or for the word that there is none
+                logger.exception("the engine cannot be served")
+                how = "the engine's front failed at it"
             if self.closed:
                 return
             delay_s = RESTART_DELAY_S if self.ready else min(2 * delay_s, MAX_RESTART_DELAY_S)
@@ -198,9 +201,11 @@ class EngineProcess:
             ours.close()
             return f"the engine's process cannot be made: {error.strerror}"
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        with contextlib.closing(self._writer):
+        try:
             self._send(self._config)
             await self._listen(reader)
+        finally:
+            self._writer.close()
             await asyncio.to_thread(_await_end, process)
         code = process.returncode
         return f"the engine ended with {f'exit code {code}' if code >= 0 else f'signal {-code}'}"
@@ -292,9 +297,7 @@ class EngineProcess:
                 continue
             waiting = (waiter for waiter in self._waiting.values() if not waiter.aside)
             limits_s = (waiter.silence_limit_s for waiter in waiting)
-            limit_s = max(limits_s, default=float("inf"))
-            if not self.ready:
-                limit_s = START_LIMIT_S
+            limit_s = max(limits_s, default=float("inf")) if self.ready else START_LIMIT_S
             silent_s = time.monotonic() - self._last_word
             if silent_s > limit_s:
                 self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"

@@ -235,6 +235,14 @@ async def test_a_start_that_fails_says_why() -> None:
     assert engine.pid is None
 
 
+async def test_a_fault_of_the_front_itself_ends_the_start() -> None:
+    engine = EngineProcess("tests.engines.echo", config=lambda: "no process can be sent this")
+    with pytest.raises(EngineFault, match="front failed at it"):
+        await asyncio.wait_for(engine.start(), LIMIT_S)
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(engine.call(Echo("late")), LIMIT_S)
+
+
 async def test_an_engine_that_dies_while_it_starts_is_reported() -> None:
     engine = EngineProcess("tests.engines.no_such_engine", EchoConfig())
     with pytest.raises(EngineFault, match="exit code 1 while it started"):
