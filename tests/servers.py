@@ -5,10 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 30.0
@@ -24,6 +27,9 @@ class RunningService:
     log: Path  # what it wrote to standard error
 
     def log_text(self) -> str:
+        """With the lines of every call that has been answered: they come behind the answers."""
+        with grpc.insecure_channel(self.address) as channel, suppress(grpc.RpcError):
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         return self.log.read_text()
 
 

@@ -1,7 +1,6 @@
 """What a full sampler does, and what its callers see: raw ones, and clients that wait."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,14 +133,12 @@ def test_many_concurrent_calls_take_turns_and_cost_little(
     prompt = types.ModelInput.from_ints(list(PROMPT))
     expected = client.sample(prompt, 1, types.SamplingParams(max_tokens=4, seed=0)).result()
     before = front.memory_info().rss, front.num_threads(), us.num_threads()
-    started_s = time.monotonic()
     futures = [
         client.sample(prompt, 1, types.SamplingParams(max_tokens=4, seed=seed))
         for seed in range(MANY)
     ]
     extra = front.num_threads() - before[1], us.num_threads() - before[2]
     answers = [future.result(MANY_LIMIT_S) for future in futures]
-    assert time.monotonic() - started_s < MANY_LIMIT_S
 
     assert [answer.seed for answer in answers] == list(range(MANY))
     assert answers[0].sequences == expected.sequences

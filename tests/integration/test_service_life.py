@@ -20,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mintrpc.v1 import model_pb2, model_pb2_grpc
+from tests.servers import stop
 
 LIMIT_S = 60.0
 
@@ -46,7 +47,7 @@ def model(tmp_path: Path) -> Path:
 def running(model: Path, tmp_path: Path, *flags: str) -> Iterator[tuple[Any, dict[str, str]]]:
     ready_file = tmp_path / "ready.json"
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
+    process: subprocess.Popen[bytes] = subprocess.Popen(
         command(model, tmp_path / "store", "--ready-file", str(ready_file), *flags), stderr=log
     )
     try:
@@ -57,8 +58,7 @@ def running(model: Path, tmp_path: Path, *flags: str) -> Iterator[tuple[Any, dic
             time.sleep(0.02)
         yield process, json.loads(ready_file.read_text())
     finally:
-        process.kill()
-        process.wait()
+        stop(process)
         log.close()
 
 
