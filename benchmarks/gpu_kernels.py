@@ -73,7 +73,7 @@ def attention(bench: Bench) -> None:
 def _ways(parts: list[Tensor], bounds: list[int], tiny: bool) -> dict[str, Callable[[], Tensor]]:
     scores = Scores(parts[0].shape[2] ** -0.5)
     ways: dict[str, Callable[[], Tensor]] = {
-        "as the trainer does": lambda: PackedAttention(bounds).attend(0, *parts, scores),
+        "as the trainer does": lambda: PackedAttention(bounds).attend(0, *parts, scores=scores),
     }
     if tiny:
         return ways
@@ -101,7 +101,7 @@ def _each(parts: list[Tensor], bounds: list[int], backend: SDPBackend) -> Tensor
     with sdpa_kernel([backend]):
         return torch.cat(
             [
-                causal_attention(*(part[:, start:stop] for part in parts), scores)
+                causal_attention(*(part[:, start:stop] for part in parts), scores=scores)
                 for start, stop in itertools.pairwise(bounds)
             ],
             dim=1,
@@ -195,8 +195,8 @@ def paged(bench: Bench) -> None:
         lengths = torch.full((batch,), context, device=bench.device)
         query = torch.randn(batch, heads, size, device=bench.device, dtype=BF16)
         scores = Scores(size**-0.5)
-        ours = attend(query, *caches[0], table, lengths, scores)
-        expected = plain_attention(query, *caches[0], table, lengths, scores)
+        ours = attend(query, *caches[0], table=table, lengths=lengths, scores=scores)
+        expected = plain_attention(query, *caches[0], table=table, lengths=lengths, scores=scores)
         error = ((ours - expected).norm() / expected.norm()).item()
 
         def all_layers() -> None:

@@ -52,7 +52,8 @@ def added_ms(name: str, both: Sequence[Callable[[], object]], target: float | No
     added = ours - np.median(baseline, axis=1, keepdims=True)
     name = f"{name}, ms added (p95 {np.quantile(added, 0.95):.2f})"
     median = float(np.median(added))
-    return Row(name, *map(float, map(np.median, (ours, baseline))), median, target, "ms", "lower")
+    medians = map(float, map(np.median, (ours, baseline)))
+    return Row(name, *medians, ratio=median, target=target, unit="ms", better="lower")
 
 
 def passes(clients: Sequence[Client], tokens: int) -> list[Callable[[], object]]:

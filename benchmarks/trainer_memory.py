@@ -53,8 +53,13 @@ def main() -> None:
     heads = [[peak / MIB for peak in peaks] for peaks in zip(*pairs, strict=True)]
     report(
         [
-            share("documents of 64 to 512 tokens, memory beyond weights", *steps, 0.25, "MiB"),
-            share(f"head and loss on {tokens} tokens", *heads, 0.1, "MiB"),
+            share(
+                "documents of 64 to 512 tokens, memory beyond weights",
+                *steps,
+                target=0.25,
+                unit="MiB",
+            ),
+            share(f"head and loss on {tokens} tokens", *heads, target=0.1, unit="MiB"),
         ]
     )
 

@@ -14,7 +14,7 @@ from mint_core.lora.targets import HEAD
 from mint_core.model.loading import LoadedBase
 from tests.engines_in_process import make_engine
 from tests.models import tiny_qwen3
-from trainer_service.calls import Call, Compute, Place
+from trainer_service.calls import Compute
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
     AdamParams,
@@ -151,15 +151,8 @@ def plans(
         compute = Compute(
             documents=tuple(documents), loss=CrossEntropy(), backward=True, weighted_only=weighted
         )
-        place = Place(
-            training_run_id=name,
-            sequence=1,
-            writer_epoch=1,
-            acknowledged_sequence=0,
-            payload_hash=b"",
-        )
-        call = Call(place, "ForwardBackward", compute)
-        planner.add(name, cut(call, compute, most_tile_tokens(max_batch_tokens)))
+        most = most_tile_tokens(max_batch_tokens)
+        planner.add(name, cut(compute, most, training_run_id=name, sequence=1))
     while (job := planner.next_job()) is not None:
         assert isinstance(job, Plan)
         yield job
