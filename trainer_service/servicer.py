@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from mint_core.rpc.caller import caller, note, records_refusals
 from mint_core.rpc.errors import code_of
+from mint_core.rpc.limits import LARGE_BYTES
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.calls import Call
 from trainer_service.queue.scheduler import Scheduler
@@ -20,7 +21,7 @@ from trainer_service.run_description import RunView
 from trainer_service.run_directory import RunDirectory
 from trainer_service.runs import Runs
 from trainer_service.wire import requests, responses
-from trainer_service.wire.sequenced_requests import LARGE_BYTES, parse_call
+from trainer_service.wire.sequenced_requests import parse_call
 
 Encoded = Any  # bytes of a response, of which the generated types know nothing
 

@@ -12,6 +12,7 @@ from mint_core.rpc.access import KeyRing
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 
 Role = Literal["trainer", "sampler"]
 
@@ -43,11 +44,12 @@ class RpcServer:
         *,
         keys: KeyRing | None,  # None: any key or none, all callers are the tenant `default`
         metrics: Metrics,
+        quotas: QuotaBook | None = None,  # None: the defaults
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._address = address
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(keys, metrics)],
+            interceptors=[CallInterceptor(keys, metrics, quotas or QuotaBook(None, metrics))],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

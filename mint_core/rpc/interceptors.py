@@ -4,18 +4,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from mint_core.errors import MintError, Unimplemented
+from mint_core.errors import InvalidRequest, MintError, Unavailable, Unimplemented
 from mint_core.rpc.access import KeyRing
-from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, caller
+from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller
 from mint_core.rpc.errors import code_of, domain_error, to_status
+from mint_core.rpc.limits import LARGE_BYTES
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.unknown_fields import UnknownField, parse
+from mint_core.rpc.parsing import NotTaken, parse
+from mint_core.rpc.quotas import Account, QuotaBook
 
 logger = logging.getLogger("mint.calls")
 
@@ -24,16 +26,21 @@ Handler = Any  # grpc.RpcMethodHandler, whose stubs know only servers with threa
 
 # Health and reflection: open to everybody, and not worth a line each time they are asked.
 _STANDARD = ("/grpc.health.", "/grpc.reflection.")
+BODY_S = 600.0  # from the begin of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Serves every method of ours, of each of the three kinds that the contract has."""
 
-    def __init__(self, keys: KeyRing | None, metrics: Metrics) -> None:
+    def __init__(self, keys: KeyRing | None, metrics: Metrics, quotas: QuotaBook) -> None:
         self._keys = keys
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
+        end = "wait until some have ended"
+        self._calls = Account(quotas, "calls", "calls under way", end)
+        self._streams = Account(quotas, "streams", "streams under way", end)
+        self._bytes = Account(quotas, "request_mib", "MiB of requests under way", end, 2**20)
 
     async def intercept_service(
         self,
@@ -59,39 +66,43 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._unary_unary(method, handler)
 
     def _unary_unary(self, method: str, handler: Handler) -> Handler:
-        async def serve(raw: bytes, context: Context) -> Any:
+        async def serve(_: object, context: Context) -> Any:
             async with self._around(method, context) as call:
-                request = call.describe(_read(handler, raw))
+                request = await self._read(handler, context, call)
                 return await handler.unary_unary(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(
+        # As if the request were a stream: then this is called before the body is taken in.
+        return grpc.stream_unary_rpc_method_handler(
             serve, response_serializer=_passing_bytes(handler.response_serializer)
         )
 
     def _unary_stream(self, method: str, handler: Handler) -> Handler:
-        async def serve(raw: bytes, context: Context) -> None:
-            async with self._around(method, context) as call:
-                request = call.describe(parse(handler.request_deserializer, raw))
+        async def serve(_: object, context: Context) -> None:
+            async with self._around(method, context, self._streams) as call:
+                request = await self._read(handler, context, call)
                 # Closed as soon as the caller leaves, not when the generator is collected.
                 async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
 
-        return handler._replace(request_deserializer=None, unary_stream=serve)
+        return grpc.stream_stream_rpc_method_handler(
+            serve, response_serializer=handler.response_serializer
+        )
 
     def _stream_unary(self, method: str, handler: Handler) -> Handler:
         async def serve(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def requests() -> AsyncIterator[Message]:
                 async for piece in raw:
-                    yield call.describe(parse(handler.request_deserializer, piece))
+                    with self._bytes.holding(call.caller.tenant, len(piece)):
+                        yield call.describe(await _parse(handler, piece))
 
-            async with self._around(method, context) as call:
+            async with self._around(method, context, self._streams) as call:
                 return await handler.stream_unary(requests(), context)
 
         return handler._replace(request_deserializer=None, stream_unary=serve)
 
     def _refusing(self, method: str) -> Handler:
-        async def refuse(raw: AsyncIterator[bytes], context: Context) -> Any:
+        async def refuse(_: object, context: Context) -> Any:
             async with self._around("unknown", context):
                 raise Unimplemented(
                     f"this server has no RPC `{method}`; its version differs from the client's",
@@ -100,14 +111,39 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
+    async def _read(self, handler: Handler, context: Context, call: "_Call") -> Message:
+        """Takes a request in and parses it, leaving the refusal of its content to a method that
+        records it.
+        """
+        try:
+            async with asyncio.timeout(BODY_S):
+                raw = await context.read()
+        except TimeoutError:
+            raise Unavailable(f"the request has not come within {BODY_S:g} s") from None
+        if raw is grpc.aio.EOF:
+            raise InvalidRequest("the call has no message; use a client of the server's version")
+        call.resources.enter_context(self._bytes.holding(call.caller.tenant, len(raw)))
+        try:
+            return call.describe(await _parse(handler, raw))
+        except NotTaken as error:
+            if not getattr(handler.unary_unary, "records_refusals", False):
+                raise
+            call.caller.refusals.append(error)
+            return call.describe(error.request)
+
     @asynccontextmanager
-    async def _around(self, method: str, context: Context) -> AsyncIterator["_Call"]:
+    async def _around(
+        self, method: str, context: Context, *accounts: Account
+    ) -> AsyncIterator["_Call"]:
         call = _Call(method)
         try:
             tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
             call.caller = Caller(tenant)
             CALLER.set(call.caller)
-            yield call
+            with call.resources:
+                for account in (self._calls, *accounts):
+                    call.resources.enter_context(account.holding(tenant, 1))
+                yield call
             call.end("OK")
         except asyncio.CancelledError:
             call.end("CANCELLED")  # the caller left, or its deadline passed
@@ -135,15 +171,10 @@ def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message |
     return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
-def _read(handler: Handler, raw: bytes) -> Message:
-    """Parses a request, leaving the refusal of its content to a method that records it."""
-    try:
+async def _parse(handler: Handler, raw: bytes) -> Message:
+    if len(raw) < LARGE_BYTES:
         return parse(handler.request_deserializer, raw)
-    except UnknownField as error:
-        if not getattr(handler.unary_unary, "records_refusals", False):
-            raise
-        caller().refusals.append(error)
-        return error.request
+    return await asyncio.to_thread(parse, handler.request_deserializer, raw)
 
 
 class _Call:
@@ -153,6 +184,7 @@ class _Call:
         self.method = method
         self._start = time.perf_counter()
         self.caller = Caller("-")
+        self.resources = ExitStack()  # that it holds while it is under way
         self.code = "UNKNOWN"
         self.seconds = 0.0
         self._error: MintError | None = None

@@ -20,8 +20,6 @@ from trainer_service.wire import fields
 from trainer_service.wire.datums import parse_datum
 from trainer_service.wire.requests import canonical, hash_of, parse_load, run_id
 
-LARGE_BYTES = 64 * 1024  # parsing more than this on the event loop would hold up other calls
-
 _LOSSES: Mapping[str, type[jobs.Loss]] = {
     "cross_entropy": jobs.CrossEntropy,
     "importance_sampling": jobs.ImportanceSampling,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from mint_core.errors import InvalidRequest
-from mint_core.rpc.unknown_fields import parse
+from mint_core.rpc.parsing import parse
 from mintrpc.v1 import trainer_pb2, types_pb2
 
 Request = trainer_pb2.ForwardBackwardRequest

@@ -1,0 +1,77 @@
+"""How much a request may hold: the most elements, bytes and magnitude of each field. One table.
+
+The contract's comments and `Limits` say the same; `mint_core.rpc.parsing` refuses what goes beyond,
+before anything is made of it. Not here: what depends on the model, or on other fields.
+"""
+
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from mint_core.rpc import limits
+
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_LEAST = 1.1754943508222875e-38  # the smallest that is not denormal
+
+# Of all that a request holds: each field that is set, and each element that is not packed.
+MAX_VALUES = 1_000_000
+SHORTEN = "shorten it"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Of one field, in each message that has it."""
+
+    most: int = 1  # elements
+    most_bytes: int | None = None  # of a text; None: limits.MAX_TEXT_BYTES
+    least: float = 0.0  # of a number other than 0, and of 0 if `positive`
+    positive: bool = False
+    remedy: str = SHORTEN
+
+
+_METADATA = Bound(limits.MAX_METADATA_ENTRIES, remedy="leave some out")
+_DATA = Bound(limits.MAX_DATA_PER_REQUEST, remedy="split the batch")
+_CONSTRAINT = Bound(most_bytes=limits.MAX_CONSTRAINT_BYTES)
+_METADATA_TEXT = Bound(most_bytes=limits.MAX_METADATA_BYTES)
+
+# Of the fields that hold more than one text of MAX_TEXT_BYTES or one number of float32.
+_TABLE: dict[str, Bound] = {
+    "TensorData.shape": Bound(limits.MAX_TENSOR_DIMENSIONS),
+    "ModelInput.chunks": Bound(limits.MAX_CHUNKS_PER_INPUT, remedy="join chunks of text"),
+    "EncodedTextChunk.tokens": Bound(limits.MAX_TOKENS_PER_CHUNK),
+    "Datum.loss_fn_inputs": Bound(limits.MAX_LOSS_FN_INPUTS),
+    "LoraConfig.target_modules": Bound(
+        limits.MAX_TARGET_MODULES, remedy="name the ends of names, which match many modules"
+    ),
+    "AdamParams.eps": Bound(least=FLOAT32_LEAST, positive=True),
+    "ForwardRequest.data": _DATA,
+    "ForwardBackwardRequest.data": _DATA,
+    "SamplingParams.stop": Bound(limits.MAX_STOP_TEXTS, remedy="leave some out"),
+    "SamplingParams.stop_token_ids": Bound(limits.MAX_STOP_TOKEN_IDS, remedy="leave some out"),
+    "SamplingParams.regex": _CONSTRAINT,
+    "SamplingParams.json_schema": _CONSTRAINT,
+    "CreateTrainingRunRequest.metadata": _METADATA,
+    "UpdateTrainingRunRequest.metadata": _METADATA,
+    "ListTrainingRunsRequest.metadata_filter": _METADATA,
+    "SaveStateRequest.metadata": _METADATA,
+    "SaveWeightsForSamplerRequest.metadata": _METADATA,
+    "ListCheckpointsRequest.metadata_filter": _METADATA,
+    "CheckpointMetadata.entries": _METADATA,
+    "UploadHeader.metadata": _METADATA,
+    "UploadHeader.files": Bound(limits.MAX_UPLOADED_FILES, remedy="leave some out"),
+    "MetadataEntry.key": _METADATA_TEXT,
+    "MetadataEntry.value": _METADATA_TEXT,
+    "MetadataFilterEntry.key": _METADATA_TEXT,
+    "MetadataFilterEntry.value": _METADATA_TEXT,
+    "EntriesEntry.key": _METADATA_TEXT,
+    "EntriesEntry.value": _METADATA_TEXT,
+}
+
+
+def bound_of(field: FieldDescriptor) -> Bound:
+    """What holds for a field. KeyError if it may repeat and the table does not know it."""
+    name = f"{field.containing_type.name}.{field.name}"
+    return _TABLE[name] if field.is_repeated else _TABLE.get(name, _SINGLE)
+
+
+_SINGLE = Bound()

@@ -1,0 +1,149 @@
+"""What one tenant may have at the same time, so that no other feels it: settings and accounts."""
+
+import dataclasses
+import logging
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mint_core.errors import FailedPrecondition, MintError, ResourceExhausted
+from mint_core.rpc.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0  # for what is free again when a call ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """Of one tenant. The defaults are such that honest use does not meet them."""
+
+    calls: int = 16_384  # RPCs under way
+    streams: int = 1024  # of these, those that stream
+    request_mib: int = 1024  # of requests under way
+    runs: int = 20_000
+    row_gib: int = 1024  # of weights, gradients and moments of runs
+    remembered_requests: int = 100_000  # request ids of a day
+    waiting_exports: int = 16
+
+
+class QuotaExceeded(ResourceExhausted):
+    """The tenant has as much of something as it may have."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class QuotaBook:
+    """The quotas of each tenant, by a TOML file that is read again when it has changed: numbers for
+    every tenant at its beginning, and for one of them under `[tenant.NAME]`.
+    """
+
+    def __init__(self, file: Path | None, metrics: Metrics) -> None:
+        self._file = file
+        self._refusals = metrics.counter(
+            "mint_quota_refusals", "Calls that a tenant's quota has refused", ["quota"]
+        )
+        self._version = _version(file)
+        self._default, self._tenants = _read(file)
+
+    def of(self, tenant: str) -> Quotas:
+        version = _version(self._file)
+        if version != self._version:
+            self._version = version
+            try:
+                self._default, self._tenants = _read(self._file)
+                logger.info("quotas read again file=%s", self._file)
+            except MintError as error:
+                # An editor's half-written file must not change what anybody may have.
+                logger.error("quotas kept as they were: %s", error.message)
+        return self._tenants.get(tenant, self._default)
+
+    def check(
+        self, tenant: str, quota: str, held: float, what: str, remedy: str, *, passes: bool = False
+    ) -> None:
+        """Raises QuotaExceeded if a tenant would hold more than a quota. `passes`: some of it is
+        free again soon, and a client should come again by itself.
+        """
+        limit = getattr(self.of(tenant), quota)
+        if held <= limit:
+            return
+        self._refusals.labels(quota).inc()
+        raise QuotaExceeded(
+            f"this would be {held:,.10g} {what} of yours, and the quota `{quota}` of this server "
+            f"allows {limit:,}; {remedy}",
+            retry_after_s=RETRY_S if passes else None,
+            quota=quota,
+            limit=limit,
+        )
+
+
+class Account:
+    """How much of one thing each tenant holds, while calls are under way."""
+
+    def __init__(self, book: QuotaBook, quota: str, what: str, remedy: str, unit: int = 1) -> None:
+        """`unit`: how many of what is held make one of the quota's."""
+        self._book = book
+        self._quota = quota
+        self._words = what, remedy
+        self._unit = unit
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def holding(self, tenant: str, amount: int) -> Iterator[None]:
+        """Raises QuotaExceeded if that would be too much. One alone is never too large."""
+        held = self._held[tenant]
+        if held:
+            total = (held + amount) / self._unit
+            self._book.check(tenant, self._quota, total, *self._words, passes=True)
+        self._held[tenant] += amount
+        try:
+            yield
+        finally:
+            self._held[tenant] -= amount
+            if not self._held[tenant]:
+                del self._held[tenant]
+
+    def held(self, tenant: str) -> int:
+        return self._held[tenant]
+
+
+def _version(file: Path | None) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat() if file else None
+    except OSError:
+        return None
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if status else None
+
+
+def _read(file: Path | None) -> tuple[Quotas, Mapping[str, Quotas]]:
+    """The quotas of any tenant, and those of some."""
+    if file is None:
+        return Quotas(), {}
+    try:
+        content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise FailedPrecondition(f"`quotas` file {file} cannot be read: {why}") from error
+    tenants = content.pop("tenant", {})
+    default = _quotas(Quotas(), content, file, "its beginning")
+    if not isinstance(tenants, dict):
+        tenants = {"": tenants}
+    return default, {
+        name: _quotas(default, given, file, f"[tenant.{name}]") for name, given in tenants.items()
+    }
+
+
+def _quotas(default: Quotas, given: object, file: Path, where: str) -> Quotas:
+    names = [entry.name for entry in dataclasses.fields(Quotas)]
+    numbers = given if isinstance(given, dict) else {"": given}
+    for name, value in numbers.items():
+        if name not in names or type(value) is not int or value < 0:
+            raise FailedPrecondition(
+                f"`quotas` file {file} has a bad `{name} = {value!r}` at {where}; it takes whole "
+                f"numbers for {', '.join(names)}"
+            )
+    return dataclasses.replace(default, **numbers)
