@@ -8,7 +8,6 @@ from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import sampler_pb2
 from sampler_service.jobs import Constraint, Stops
 
-MAX_CONSTRAINT_BYTES = 64 * 1024
 # The compiler's own key: it can turn refusals of what is not understood into silence.
 COMPILER_OPTIONS = "x-guidance"
 
@@ -31,13 +30,8 @@ def parse_constraint(params: sampler_pb2.SamplingParams, stops: Stops) -> Constr
             field=field,
         )
     text = getattr(params, name)
-    size_bytes = len(text.encode())
-    if not text or size_bytes > MAX_CONSTRAINT_BYTES:
-        raise InvalidRequest(
-            f"`{field}` has {size_bytes} bytes but must have 1 to {MAX_CONSTRAINT_BYTES}",
-            field=field,
-            size_bytes=size_bytes,
-        )
+    if not text:
+        raise InvalidRequest(f"`{field}` is empty; give it a text, or leave it out", field=field)
     if not stops.token_ids:
         raise InvalidRequest(
             f"`{field}` needs a token to end the text with, and `ignore_eos` leaves none; leave it "

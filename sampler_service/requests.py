@@ -10,7 +10,7 @@ import numpy as np
 from checkpoint_store import SAMPLER_WEIGHTS, parse_path
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
-from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TOPK_LOGPROBS
+from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TARGETS, MAX_TOPK_LOGPROBS
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.constraint_parsing import parse_constraint
 from sampler_service.jobs import Choice, Sampling, Stops, Tokens
@@ -113,6 +113,13 @@ def _targets(
             shape=list(shape),
             prompt_tokens=prompt_tokens,
         )
+    if shape[1] > MAX_TARGETS:
+        raise InvalidRequest(
+            f"`{field}` has {shape[1]} tokens for each place but at most {MAX_TARGETS} are scored; "
+            "ask for them in several calls",
+            field=field,
+            shape=list(shape),
+        )
     if len(tensor.values) != 8 * shape[0] * shape[1]:
         raise InvalidRequest(
             f"`{field}.values` has {len(tensor.values)} bytes, which is not 8 times the product of "
@@ -136,20 +143,20 @@ def _is_set(request: sampler_pb2.SampleRequest, name: str) -> bool:
 
 def parse_prompt(prompt: types_pb2.ModelInput, model: ModelDescription) -> Tokens:
     """The prompt's tokens, at least one and no more than the context holds."""
+    count = sum(len(chunk.encoded_text.tokens) for chunk in prompt.chunks)
+    if count > model.context_length:
+        raise InvalidRequest(
+            f"`prompt` has {count} tokens but {_context_holds(model)}; shorten it",
+            field="prompt",
+            prompt_tokens=count,
+            context_length=model.context_length,
+        )
     parts = [
         _chunk_tokens(chunk, f"prompt.chunks[{i}]", model) for i, chunk in enumerate(prompt.chunks)
     ]
-    tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    if not len(tokens):
+    if not count:
         raise InvalidRequest("`prompt` is empty; it needs at least one token", field="prompt")
-    if len(tokens) > model.context_length:
-        raise InvalidRequest(
-            f"`prompt` has {len(tokens)} tokens but {_context_holds(model)}; shorten it",
-            field="prompt",
-            prompt_tokens=len(tokens),
-            context_length=model.context_length,
-        )
-    return tokens
+    return np.concatenate(parts)
 
 
 def _chunk_tokens(chunk: types_pb2.ModelInputChunk, field: str, model: ModelDescription) -> Tokens:

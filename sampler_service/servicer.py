@@ -1,14 +1,21 @@
 """SamplerService's methods: parse, call, reply."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from mint_core.engine_host.pipe import ModelDescription
+from mint_core.rpc.limits import LARGE_BYTES
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
 from sampler_service import responses
 from sampler_service.execution import Execution
+from sampler_service.jobs import Sampling
 from sampler_service.requests import parse_compute_logprobs, parse_sample, parse_stream_sample
+
+R = TypeVar("R", bound=Message)
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
@@ -24,7 +31,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.SampleRequest, context: Any
     ) -> sampler_pb2.SampleResponse:
         """See sampler.proto."""
-        sampling = parse_sample(request, await self._model())
+        sampling = await self._parse(parse_sample, request)
         generated, revision_path = await self._execution.sample(sampling)
         return responses.sample_response(generated, sampling.choice.seed, revision_path)
 
@@ -32,7 +39,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.StreamSampleRequest, context: Any
     ) -> AsyncGenerator[sampler_pb2.StreamSampleResponse, None]:
         """See sampler.proto."""
-        sampling = parse_stream_sample(request, await self._model())
+        sampling = await self._parse(parse_stream_sample, request)
         async with aclosing(self._execution.stream(sampling)) as parts:
             async for part, revision_path in parts:
                 yield responses.stream_sample_response(part, sampling.choice.seed, revision_path)
@@ -41,6 +48,14 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.ComputeLogprobsRequest, context: Any
     ) -> sampler_pb2.ComputeLogprobsResponse:
         """See sampler.proto."""
-        sampling = parse_compute_logprobs(request, await self._model())
+        sampling = await self._parse(parse_compute_logprobs, request)
         generated, revision_path = await self._execution.sample(sampling)
         return responses.compute_logprobs_response(generated, revision_path)
+
+    async def _parse(
+        self, parse: Callable[[R, ModelDescription], Sampling], request: R
+    ) -> Sampling:
+        model = await self._model()
+        if request.ByteSize() < LARGE_BYTES:
+            return parse(request, model)
+        return await asyncio.to_thread(parse, request, model)

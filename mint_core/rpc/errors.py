@@ -107,10 +107,9 @@ def _short_metadata(error: errors.MintError) -> dict[str, str]:
 
 def _shorten(text: str, limit_bytes: int) -> str:
     """Cuts text so that it takes at most `limit_bytes` in a header."""
-    text = text.encode(errors="replace").decode()
-    if _size_bytes(text) <= limit_bytes:
-        return text
-    kept = text[:limit_bytes]
+    kept = text[:limit_bytes].encode(errors="replace").decode()
+    if len(text) <= limit_bytes and _size_bytes(kept) <= limit_bytes:
+        return kept
     while _size_bytes(kept) > limit_bytes - 4:
         kept = kept[: len(kept) * 9 // 10]
     return kept + " ..."

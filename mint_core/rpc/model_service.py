@@ -42,6 +42,11 @@ class TokenizerFile:
     sha256: str
 
 
+_LIMITS = model_pb2.Limits(
+    **{name: getattr(limits, name.upper()) for name in model_pb2.Limits.DESCRIPTOR.fields_by_name}
+)
+
+
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Answers from what the engine said of itself when it was last up."""
 
@@ -63,13 +68,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         capabilities = model_pb2.GetServerCapabilitiesResponse(
             server_version=__version__,
             base_models=[await _base_model(model)] if model else [],
-            limits=model_pb2.Limits(
-                max_message_bytes=limits.MAX_MESSAGE_BYTES,
-                max_data_per_request=limits.MAX_DATA_PER_REQUEST,
-                max_calls_in_flight_per_run=limits.MAX_CALLS_IN_FLIGHT_PER_RUN,
-                max_samples_per_request=limits.MAX_SAMPLES_PER_REQUEST,
-                max_topk_logprobs=limits.MAX_TOPK_LOGPROBS,
-            ),
+            limits=_LIMITS,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             engine_ready=self._engine_ready(),
         )

@@ -91,6 +91,7 @@ def _ratio_mask(given: Floats | None, path: str, document: Document) -> Floats:
 def _tokens(
     model_input: types_pb2.ModelInput, path: str, model: ModelDescription
 ) -> NDArray[np.int64]:
+    _check_length(sum(len(c.encoded_text.tokens) for c in model_input.chunks), path, model)
     pieces = []
     for index, chunk in enumerate(model_input.chunks):
         kind = chunk.WhichOneof("chunk")
@@ -109,20 +110,24 @@ def _tokens(
     tokens = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
     if not len(tokens):
         raise InvalidRequest(f"`{path}` has no tokens; it needs at least one", field=path)
-    if len(tokens) > model.context_length:
-        limit = (
-            f"the memory at hand holds {model.context_length} of one sequence; shorten or split "
-            "it, or start the trainer where more is free"
-            if model.memory_bound
-            else f"the context of {model.name} is {model.context_length}; shorten the sequence"
-        )
-        raise InvalidRequest(
-            f"`{path}` has {len(tokens)} tokens but {limit}",
-            field=path,
-            tokens=len(tokens),
-            context_length=model.context_length,
-        )
     return _in_vocabulary(tokens, path, model)
+
+
+def _check_length(tokens: int, path: str, model: ModelDescription) -> None:
+    if tokens <= model.context_length:
+        return
+    limit = (
+        f"the memory at hand holds {model.context_length} of one sequence; shorten or split "
+        "it, or start the trainer where more is free"
+        if model.memory_bound
+        else f"the context of {model.name} is {model.context_length}; shorten the sequence"
+    )
+    raise InvalidRequest(
+        f"`{path}` has {tokens} tokens but {limit}",
+        field=path,
+        tokens=tokens,
+        context_length=model.context_length,
+    )
 
 
 def _in_vocabulary(

@@ -61,13 +61,6 @@ def request_id(value: str, field: str = "request_id") -> str:
 
 
 def metadata(entries: Mapping[str, str], field: str = "metadata") -> dict[str, str]:
-    if len(entries) > limits.MAX_METADATA_ENTRIES:
-        raise InvalidRequest(
-            f"`{field}` has {len(entries)} entries but at most {limits.MAX_METADATA_ENTRIES} are "
-            "kept; leave some out",
-            field=field,
-            entries=len(entries),
-        )
     size_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in entries.items())
     if size_bytes > limits.MAX_METADATA_BYTES:
         raise InvalidRequest(

@@ -133,7 +133,7 @@ def parse_delete(request: trainer_pb2.DeleteTrainingRunRequest) -> DeleteRun:
 
 
 def run_id(value: str) -> str:
-    return fields.text(value, "training_run_id")
+    return fields.check_name(fields.text(value, "training_run_id"), field="training_run_id")
 
 
 def parse_load(path: str, with_optimizer: bool, field: str) -> Load:
@@ -200,15 +200,16 @@ def _switches(config: types_pb2.LoraConfig, where: str) -> dict[str, bool]:
 
 
 def _target_modules(config: types_pb2.LoraConfig, where: str) -> tuple[str, ...]:
-    names = tuple(config.target_modules)
+    names, seen = tuple(config.target_modules), set[str]()
     for index, name in enumerate(names):
         fields.text(name, f"{where}[{index}]")
-        if name in names[:index]:
+        if name in seen:
             raise InvalidRequest(
                 f"`{where}` names {name!r} twice; name each module once",
                 field=f"{where}[{index}]",
                 module=name,
             )
+        seen.add(name)
     return names
 
 

@@ -13,7 +13,6 @@ from google.protobuf.message import Message
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.errors import domain_error
-from mint_core.rpc.limits import MAX_DATA_PER_REQUEST
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service import calls, jobs
 from trainer_service.wire import fields
@@ -89,13 +88,6 @@ def _place(request: Any) -> tuple[calls.Place, bytes]:
 def _parse_compute(request: ComputeRequest, model: ModelDescription) -> calls.Compute:
     if not request.data:
         raise InvalidRequest("`data` is empty; a batch needs at least one datum", field="data")
-    if len(request.data) > MAX_DATA_PER_REQUEST:
-        raise InvalidRequest(
-            f"`data` has {len(request.data)} entries but at most {MAX_DATA_PER_REQUEST} are "
-            "taken; split the batch",
-            field="data",
-            count=len(request.data),
-        )
     scope = request.logprob_scope
     if scope not in trainer_pb2.LogprobScope.values():
         raise InvalidRequest(
