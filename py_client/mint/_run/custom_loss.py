@@ -54,7 +54,7 @@ class CustomPass:
         """Sends the forward. Calls that are queued from now on wait for the backward."""
         requests = [_forward_of(request) for request in self._requests]
         forwards, forward = self._passes.calls(requests, "custom", self._set_scored)
-        forward.add_done_callback(lambda _: self._forward_ended(forward))
+        forward.when_done(lambda _: self._forward_ended(forward))
         for call in self.backwards:
             call.held = True
         self._calls.enqueue([*forwards, *self.backwards])
