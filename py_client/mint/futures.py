@@ -200,6 +200,13 @@ def run_into(future: APIFuture[T], function: Callable[[], T]) -> None:
         future.succeed(value)
 
 
+def on_thread(function: Callable[[], T]) -> APIFuture[T]:
+    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
+    future: APIFuture[T] = APIFuture()
+    waiters.run_at_once(lambda: run_into(future, function))
+    return future
+
+
 def _no_answer_within(timeout: float | None) -> APITimeoutError:
     return APITimeoutError(
         f"no answer within {timeout} s; the wait is over, the call is not: ask for the result again"

@@ -14,9 +14,8 @@ from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
 from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
-from mint._transport.threads import on_thread
 from mint.errors import refused
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from mint import types
 from mint._run.passes import Passes, PassRequest, checked_batch, join
 from mint._run.run_calls import RunCalls
-from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 from mintrpc.v1 import trainer_pb2, types_pb2
 
 # Of data and a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from mint._run.runs import Opened, open_run
+from mint._threads import sender
 from mint._transport.call import Call, broken_off, check_size
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure
-from mint._transport.threads import sender
 from mint.futures import APIFuture
 
 T = TypeVar("T")

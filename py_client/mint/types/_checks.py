@@ -35,10 +35,9 @@ def number(value: Any, field: str) -> float:
     value = _item(value, field)
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise refused(field, f"is {value!r}; give a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise refused(field, f"is beyond {sys.float_info.max}") from None
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise refused(field, f"is beyond {sys.float_info.max}")
+    return float(value)
 
 
 def text(value: Any, field: str) -> str:
