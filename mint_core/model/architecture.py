@@ -4,6 +4,7 @@ A probe (loading.py) compares logits; here is what shows only beyond a probe's l
 """
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,21 @@ def check_architecture(model: nn.Module) -> None:
                     model,
                     f"its layer `{name}` ({type(module).__name__}) has weights but is no nn.Linear",
                 )
+
+
+def check_layers(model: nn.Module, calls: Counter[int]) -> None:
+    """Refuses a model whose attention does not run once in each layer: a cache keeps one set of
+    keys and values of each.
+    """
+    layers: int = model.config.num_hidden_layers  # type: ignore[union-attr,assignment]
+    once = Counter(range(layers))
+    for index in calls | once:
+        if calls[index] != once[index]:
+            raise unsupported(
+                model,
+                f"its attention runs {calls[index]} times as layer {index} in a pass over {layers} "
+                "layers, of each of which a cache keeps one set of keys and values",
+            )
 
 
 def check_windows(model: nn.Module, seen: Mapping[int, int | None]) -> None:

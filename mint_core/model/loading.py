@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.groups import LinearShape, complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
-from mint_core.lora.segments import Segment
+from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
-from mint_core.model.attention_kernels import Scores
+from mint_core.model.attention_kernels import Scores, causal_attention
 from mint_core.model.base import LoadedBase, Recomputation
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
@@ -38,6 +39,7 @@ __all__ = ["LoadedBase", "load_base"]
 
 logger = logging.getLogger(__name__)
 
+PROBE_TOKENS = 24
 SAMPLED_VALUES = 65_536  # per tensor, for the fingerprint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What libraries raise over files that are missing, torn, or of a kind that they do not know.
@@ -138,6 +140,12 @@ def _read(
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
+    parts = {*dict(model.named_children()), *dict(model.base_model.named_children())}
+    # They would be left out without a word. Other heads and parts lie beside what is served.
+    if extra := sorted(k for k in info["unexpected_keys"] if k.partition(".")[0] in parts):
+        raise ValueError(
+            f"its config.json has no place for {extra[0]} and {len(extra) - 1} other tensors"
+        )
     model = model.to(device).eval().requires_grad_(False)
     return model, _eos_token_ids(model, folder)
 
@@ -266,7 +274,7 @@ def _fingerprint(model: nn.Module) -> str:
 def _probe(model: nn.Module) -> Tensor:  # [tokens]
     vocabulary_size: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
     device = next(model.parameters()).device
-    return (torch.arange(24, device=device) * 7919 + 11) % vocabulary_size
+    return (torch.arange(PROBE_TOKENS, device=device) * 7919 + 11) % vocabulary_size
 
 
 @torch.no_grad()
@@ -276,23 +284,48 @@ def _own_logits(model: nn.Module) -> Tensor:  # [tokens, vocabulary]
 
 
 class _Probe(PackedAttention):
-    """Notes what window each layer asks for."""
+    """Notes what window each layer asks for, and what a cache would keep of it."""
 
     def __init__(self, bounds: list[int]) -> None:
         super().__init__(bounds)
         self.scores: dict[int, Scores] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, of the whole stream
+        self.calls: Counter[int] = Counter()  # of each layer's attention
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         self.scores[layer_index] = scores
+        self.kept[layer_index] = key, value
+        self.calls[layer_index] += 1
         return super().attend(layer_index, query, key, value, scores)
+
+
+class _Decoding:
+    """Each row is a token of the probe, beside what was kept of those before it."""
+
+    def __init__(self, kept: Mapping[int, tuple[Tensor, Tensor]], places: Sequence[int]) -> None:
+        self._kept = kept
+        self._places = places
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
+        outputs = []
+        for row, place in enumerate(self._places):
+            own = slice(row, row + 1)
+            keys, values = (
+                torch.cat([kept[:, :place], new[:, own]], dim=1)
+                for kept, new in zip(self._kept[layer_index], (key, value), strict=True)
+            )
+            outputs.append(causal_attention(query[:, own], keys, values, scores))
+        return torch.cat(outputs, dim=1)
 
 
 @torch.no_grad()
 def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     """Refuses a model whose own logits the packed path does not reproduce: two documents side by
-    side.
+    side, and tokens that are decoded from what is kept of the first.
     """
     tokens = _probe(base.model)
     n = len(tokens)
@@ -301,14 +334,23 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     probe = _Probe([0, n, 2 * n])
     with architecture.refusing(base.model):
         hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
+    architecture.check_layers(base.model, probe.calls)
     architecture.check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
-    logits = base.head.logits(hidden, [Piece(whole, positions + n)])
+    _compare(base, "packed", base.head.logits(hidden, [Piece(whole, positions + n)]), expected)
+    places = positions[n // MIN_ROWS - 1 :: n // MIN_ROWS]
+    rows = Segment(0, len(places))
+    hidden = base.hidden(tokens[places], places, (rows,), _Decoding(probe.kept, places.tolist()))
+    decoded = base.head.logits(hidden, [Piece(rows, positions[rows.rows])])
+    _compare(base, "decoded", decoded, expected[places])
+
+
+def _compare(base: LoadedBase, kind: str, logits: Tensor, expected: Tensor) -> None:
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
         raise architecture.unsupported(
-            base.model, f"packed logits differ from its own by {difference.item():.1e}"
+            base.model, f"{kind} logits differ from its own by {difference.item():.1e}"
         )
-    logger.info("packed logits agree with the model's own to %.1e", difference.item())
+    logger.info("%s logits agree with the model's own to %.1e", kind, difference.item())
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def _forms(
             yield Attention(module, scores[module.layer_idx], norms)
         elif hasattr(module, "self_attn"):
             yield Layer(module, forms)
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, RuntimeError):  # norms over other widths than heads
         return
 
 

@@ -4,8 +4,7 @@ import functools
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from mint._transport.threads import on_thread
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 
 P = ParamSpec("P")
 S = TypeVar("S")

@@ -43,7 +43,7 @@ def differentiate(
         np.zeros_like(array) if slope is None else np.asarray(host_array_of(slope), np.float32)
         for slope, array in zip(slopes, logprobs, strict=True)
     ]
-    return loss.item(), metrics, arrays
+    return loss.detach().item(), metrics, arrays
 
 
 def _checked(answer: Any) -> tuple[torch.Tensor, dict[str, float]]:
@@ -62,6 +62,7 @@ def _checked(answer: Any) -> tuple[torch.Tensor, dict[str, float]]:
 
 
 def _number(value: Any) -> float:
+    value = value.detach() if isinstance(value, torch.Tensor) else value
     return value if isinstance(value, int | float) else float(value)
 
 

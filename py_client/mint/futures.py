@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from mint._threads import waiters
 from mint.errors import APITimeoutError, MintError
 from mint.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData, Topk
 
@@ -41,12 +42,20 @@ class _End(type(threading.RLock())):  # type: ignore[misc]
 
 
 class APIFuture(Future[T]):
-    """The outcome of a call that was sent. A timeout abandons the wait, never the call."""
+    """The outcome of a call that was sent. A timeout abandons the wait, never the call.
+
+    Callbacks run in their order, on a thread of their own where they may wait for other calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._condition = _End()
+        self._prepare()
         self.set_running_or_notify_cancel()  # sent: from here on it cannot be cancelled
+
+    def _prepare(self) -> None:
+        self._condition = _End()
+        self._done_callbacks: list[Callable[[Future[T]], object]] = []  # a user's
+        self._followers: list[Callable[[Future[T]], object]] = []  # ours
 
     def result(self, timeout: float | None = None) -> T:
         """Waits for the outcome. Raises APITimeoutError after `timeout` seconds; ask again then."""
@@ -58,7 +67,12 @@ class APIFuture(Future[T]):
         self._wait_until_done(timeout)
         return super().exception(0)
 
+    def check_wait(self) -> None:
+        """Raises where a wait would keep the outcome from ever coming."""
+
     def _wait_until_done(self, timeout: float | None) -> None:
+        if not self.done():
+            self.check_wait()
         ends_s = math.inf if timeout is None else time.monotonic() + timeout
         while not self.done():
             if (left_s := ends_s - time.monotonic()) <= 0:
@@ -86,6 +100,7 @@ class APIFuture(Future[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
+            self.check_wait()
             yield from self._wait().__await__()
         if self.cancelled():
             raise asyncio.CancelledError
@@ -101,10 +116,18 @@ class APIFuture(Future[T]):
             except RuntimeError:
                 return  # the loop has closed: nobody waits any more
 
-        self.add_done_callback(wake)
+        self.when_done(wake)
         await ended.wait()
 
     # What transports call, from any thread.
+
+    def when_done(self, follow: Callable[[Future[T]], object]) -> None:
+        """As `add_done_callback`, for what is quick: on the thread that brings the outcome."""
+        with self._condition:
+            if not self.done():
+                self._followers.append(follow)
+                return
+        follow(self)
 
     def succeed(self, value: T) -> None:
         """Gives the outcome, unless there is one."""
@@ -119,13 +142,23 @@ class APIFuture(Future[T]):
     def _may_end(self) -> bool:
         return not self.done()
 
+    def _invoke_callbacks(self) -> None:
+        """The standard future calls it once there is an outcome. A user's callback that waited on
+        this thread would wait for the thread that is to bring what it waits for.
+        """
+        callbacks, self._done_callbacks = self._done_callbacks, self._followers
+        super()._invoke_callbacks()  # type: ignore[misc]
+        self._done_callbacks = callbacks
+        if callbacks:
+            waiters.run_at_once(super()._invoke_callbacks)  # type: ignore[misc]
+
 
 class CancellableFuture(APIFuture[T]):
     """The outcome of a call whose work stops when it is cancelled, also by cancelling its await."""
 
     def __init__(self) -> None:
         Future.__init__(self)  # pending, and so it can be cancelled, until the outcome is there
-        self._condition = _End()
+        self._prepare()
 
     async def _wait(self) -> None:
         try:
@@ -165,6 +198,13 @@ def run_into(future: APIFuture[T], function: Callable[[], T]) -> None:
         future.fail(error)
     else:
         future.succeed(value)
+
+
+def on_thread(function: Callable[[], T]) -> APIFuture[T]:
+    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
+    future: APIFuture[T] = APIFuture()
+    waiters.run_at_once(lambda: run_into(future, function))
+    return future
 
 
 def _no_answer_within(timeout: float | None) -> APITimeoutError:

@@ -17,9 +17,8 @@ from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
-from mint._transport.threads import on_thread
 from mint.errors import refused
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 from mint.types._checks import choice, integer, text, text_map, ttl
 from mint.types.checkpoints import CheckpointType
 from mintrpc.v1 import checkpoint_pb2

@@ -161,7 +161,7 @@ class SamplingClient:
         check_size(self._sampler, request, "prompt")
         call = Call(self._sampler, method, request, convert, future=future, attaches=False)
         call.submit()
-        future.add_done_callback(lambda ended: call.cancel() if ended.cancelled() else None)
+        future.when_done(lambda ended: call.cancel() if ended.cancelled() else None)
         return future
 
 

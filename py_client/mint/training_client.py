@@ -14,9 +14,8 @@ from mint._run.run_calls import MAX_IN_FLIGHT, RunCalls
 from mint._run.runs import Opened, get_run
 from mint._run.watch import RunWatch
 from mint._transport.servers import Servers
-from mint._transport.threads import on_thread
 from mint.errors import refused
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.types._checks import instance, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
@@ -102,8 +101,8 @@ class TrainingClient:
         `loss_fn(data, logprobs)` gets the data and, per datum, the logprobs of its `target_tokens`,
         [n] or [n, k], float32, and returns a tensor with one value and metrics by name. It may
         couple data in any way. Of a datum the server reads `target_tokens` alone; whatever else is
-        in `loss_fn_inputs` is for the loss. It runs on a thread of its own, and must not call this
-        client.
+        in `loss_fn_inputs` is for the loss. It runs on a thread of its own, and must neither call
+        this client nor wait for calls of its that were made after this one.
 
         Costs a forward and a backward. Calls made after it take effect after it. The metrics of the
         loss are in the answer, beside `loss:sum`, its value. If the loss raises, this call fails
@@ -262,7 +261,7 @@ class TrainingClient:
         with self._lock:
             ended = self._backwards.clear()
             future: APIFuture[Any] = self._calls.submit(method, request, convert)
-            future.add_done_callback(ended)
+            future.when_done(ended)
             return future
 
     def _publish(

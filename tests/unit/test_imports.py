@@ -28,8 +28,8 @@ MAY_IMPORT = {
 _VALUES = {"errors", "types"}
 CLIENT_MAY_IMPORT = {
     "types": {"errors", "_torch"},
-    "_transport": {*_VALUES, "futures", "_forks", "_version"},
-    "_run": {*_VALUES, "futures", "_transport", "_torch"},
+    "_transport": {*_VALUES, "futures", "_forks", "_threads", "_version"},
+    "_run": {*_VALUES, "futures", "_threads", "_transport", "_torch"},
     "_sampling": {*_VALUES, "_transport"},
     "_files": {*_VALUES, "futures", "_transport"},
     "recipe": _VALUES,

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from mint import types
 from mint._run.passes import Passes, PassRequest, checked_batch, join
 from mint._run.run_calls import RunCalls
-from mint._transport.threads import on_thread
 from mint.errors import APIResponseValidationError, InvalidInputError
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 from mintrpc.v1 import trainer_pb2, types_pb2
 
 # Of data and a torch.Tensor of logprobs each, to a scalar torch.Tensor and metrics. Not named, as
@@ -54,7 +53,7 @@ class CustomPass:
         """Sends the forward. Calls that are queued from now on wait for the backward."""
         requests = [_forward_of(request) for request in self._requests]
         forwards, forward = self._passes.calls(requests, "custom", self._set_scored)
-        forward.add_done_callback(lambda _: self._forward_ended(forward))
+        forward.when_done(lambda _: self._forward_ended(forward))
         for call in self.backwards:
             call.held = True
         self._calls.enqueue([*forwards, *self.backwards])

@@ -241,8 +241,9 @@ def gathered(
                 return
         run_into(result, lambda: convert([future.result() for future in futures]))
 
+    result.check_wait = futures[-1].check_wait  # type: ignore[method-assign]
     for future in futures:
-        future.add_done_callback(ended)
+        future.when_done(ended)
     return result
 
 

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from mint._run.runs import Opened, open_run
+from mint._threads import sender
 from mint._transport.call import Call, broken_off, check_size
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure
-from mint._transport.threads import sender
 from mint.futures import APIFuture
 
 T = TypeVar("T")
@@ -69,11 +69,7 @@ class RunCalls:
                 "this TrainingClient belongs to the process from which this one was forked; take "
                 f"the run over by ServiceClient.open_training_run({self.training_run_id!r})"
             )
-        if self._working_thread == threading.get_ident():
-            raise RuntimeError(
-                "a custom loss cannot call the run that it is computed for: that call would wait "
-                "for the loss; make it before or after forward_backward_custom"
-            )
+        self.refuse_loss("call the run that it is computed for")
         with self._lock:
             self._waiting.extend(calls)
         sender.run(self._send_waiting)
@@ -99,6 +95,14 @@ class RunCalls:
             yield
         finally:
             self._working_thread = None
+
+    def refuse_loss(self, what: str) -> None:
+        """Raises on the thread of a custom loss, for which calls that are held wait."""
+        if self._working_thread == threading.get_ident():
+            raise RuntimeError(
+                f"a custom loss cannot {what}: that call would wait for the loss; do it before or "
+                "after forward_backward_custom"
+            )
 
     def _send_waiting(self) -> None:
         """Puts waiting calls on the wire while there is room.
@@ -202,10 +206,15 @@ class SequencedCall(Call[Any]):
         request.training_run_id = run.training_run_id
         super().__init__(run.connection, method, request, convert, ended=partial(run.ended, self))
         self._run = run
+        self.future.check_wait = self._check_wait  # type: ignore[method-assign]
         self.made_s = time.monotonic()
 
     def before_attempt(self) -> None:
         self._run.acknowledge(self)
+
+    def _check_wait(self) -> None:
+        if not self.sequence:  # it has not been sent
+            self._run.refuse_loss("wait for a call of its run that was made after it")
 
     def waits_for_another(self) -> bool:
         return self._run.lacks_an_earlier_one(self)

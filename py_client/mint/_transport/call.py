@@ -11,10 +11,10 @@ import grpc
 from google.protobuf.message import Message
 
 from mint._forks import refuse_calls_that_would_hang
+from mint._threads import OWN_ERROR, callers, off_main_thread, timer
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, error_of, failure_of
 from mint._transport.silence import Silence
-from mint._transport.threads import OWN_ERROR, callers, off_main_thread, timer
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
 

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import grpc
 
 from mint._forks import refuse_calls_that_would_hang
+from mint._threads import off_main_thread
 from mint._transport.call import LONGEST_S
 from mint._transport.closing import Closing
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, error_of, failure_of
 from mint._transport.silence import Silence
-from mint._transport.threads import off_main_thread, on_thread
-from mint.futures import APIFuture
+from mint.futures import APIFuture, on_thread
 
 T = TypeVar("T")
 _Code = grpc.StatusCode

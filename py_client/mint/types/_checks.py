@@ -1,5 +1,6 @@
 """Values and numbers that users give, as the contract's fields take them, or refused."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -31,8 +32,11 @@ def choice(enum: Any, value: Any, field: str, remedy: str) -> Any:
 
 def number(value: Any, field: str) -> float:
     """A real number; text and booleans are refused."""
+    value = _item(value, field)
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise refused(field, f"is {value!r}; give a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise refused(field, f"is beyond {sys.float_info.max}")
     return float(value)
 
 
@@ -52,6 +56,7 @@ def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
 
 def integer(value: Any, field: str, *, bits: int = 32) -> int:
     """A whole number that fits the contract's field."""
+    value = _item(value, field)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise refused(field, f"is {value!r}; give a whole number")
     whole = int(value)
@@ -72,16 +77,18 @@ def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
 
 
 def array_of(values: Any, field: str) -> NDArray[Any]:
-    """Numbers out of a list, numpy array or torch tensor; booleans, text, ragged lists refused."""
-    # A torch tensor, found out without importing torch.
-    if any(kind.__module__.partition(".")[0] == "torch" for kind in type(values).__mro__):
-        from mint._torch import host_array_of
-
-        values = host_array_of(values)
+    """Numbers out of a numpy array or torch tensor, or a list of them or of numbers; booleans,
+    text, ragged lists refused.
+    """
     try:
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except (TypeError, RuntimeError):  # of torch, and of a kind that numpy cannot read
+            array = np.asarray(_on_host(values))
     except ValueError:
         raise refused(field, "is ragged; give every row the same length") from None
+    except (TypeError, RuntimeError) as error:
+        raise refused(field, f"cannot be read: {error}") from None
     if array.size == 0:
         return array
     if array.dtype.kind not in "iuf":
@@ -94,7 +101,32 @@ def integers_of(values: Any, field: str) -> NDArray[np.int64]:
     array = array_of(values, field)
     if array.size and array.dtype.kind == "f":
         raise refused(field, "holds floats; give integers")
-    return array.astype(np.int64, copy=False)
+    whole = array.astype(np.int64, copy=False)
+    if array.dtype.kind == "u" and (whole < 0).any():
+        raise refused(field, f"holds {array.max()}, beyond 64 bits")
+    return whole
+
+
+def _on_host(values: Any) -> Any:
+    """With numpy arrays in place of torch's tensors, also of those in lists."""
+    if isinstance(values, list | tuple):
+        return [_on_host(value) for value in values]
+    # Found out without importing torch.
+    if any(kind.__module__.partition(".")[0] == "torch" for kind in type(values).__mro__):
+        from mint._torch import host_array_of
+
+        return host_array_of(values)
+    return values
+
+
+def _item(value: Any, field: str) -> Any:
+    """What a tensor or array of one entry holds; anything else as it is."""
+    if not hasattr(value, "item"):
+        return value
+    array = array_of(value, field)
+    if array.size != 1:
+        raise refused(field, f"holds {array.size} numbers; give one")
+    return array.item()
 
 
 def _kind_name(array: NDArray[Any]) -> str:

@@ -52,10 +52,11 @@ class Datum:
 
 def _tensor(name: str, value: Any) -> TensorData:
     field = f"loss_fn_inputs.{name}"
-    array = array_of(value, field)
-    if array.size and not np.isfinite(array).all():
+    given = array_of(value, field)
+    array = cast(given, _DTYPES.get(name), field)
+    if not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))
-        raise refused(field, f"holds {array.ravel()[index]} at {index}; every entry must be finite")
-    if name in _DTYPES:
-        array = cast(array, _DTYPES[name], field)
+        raise refused(
+            field, f"holds {given.ravel()[index]} at {index}; every entry must be finite in float32"
+        )
     return TensorData(array)

@@ -58,12 +58,13 @@ class AdamParams:
         }
         for name, value in values.items():
             limit = 1.0 if name in ("beta1", "beta2") else math.inf
-            if not 0.0 <= number(value, name) < limit:
+            value = number(value, name)
+            if not 0.0 <= value < limit:
                 wanted = "in [0, 1)" if limit == 1.0 else "finite and at least 0"
                 raise InvalidInputError(
                     f"`{name}` is {value}; it must be {wanted}", field=f"adam_params.{name}"
                 )
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, value)
 
     @property
     def betas(self) -> tuple[float, float]:

@@ -35,6 +35,7 @@ class TensorData:
         """
         array = array_of(data, "data")
         array = cast(array, dtype, "data")
+        shape = None if shape is None else integers_of(shape, "shape").ravel().tolist()
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             array = _dense(array, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None:
@@ -133,7 +134,8 @@ def cast(array: NDArray[Any], dtype: str | None, field: str) -> NDArray[Any]:
     if dtype not in get_args(TensorDtype):
         raise refused("dtype", f"is {dtype!r}; it must be 'float32' or 'int64'")
     if dtype == "float32":
-        return array.astype(np.float32)
+        with np.errstate(over="ignore"):  # Inf is what it is then
+            return array.astype(np.float32)
     return integers_of(array, field).copy()
 
 

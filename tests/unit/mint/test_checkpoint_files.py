@@ -165,3 +165,18 @@ def test_an_upload_that_is_cut_is_sent_again_under_the_same_id(
         name: FILES[name] for name in ("adapter_config.json", "adapter_model.safetensors")
     }
     assert told[-1] == (35, 35)
+
+
+def test_whoever_is_told_of_progress_may_wait_for_other_calls(
+    checkpoints: Checkpoints, rest: mint.RestClient, tmp_path: Path
+) -> None:
+    told: list[int] = []
+
+    def wait(done: int, total: int) -> None:
+        rest.get_checkpoint(PATH).result(LIMIT_S)
+        told.append(done)
+
+    folder = rest.download_checkpoint(PATH, tmp_path / "here", progress=wait).result(LIMIT_S)
+    rest.upload_checkpoint(folder, "a", progress=wait).result(LIMIT_S)
+
+    assert told.count(max(told)) >= 2

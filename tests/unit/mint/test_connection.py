@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 import mint
-from mint._transport.threads import timer
+from mint._threads import timer
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Code, Fault, Server, running
 

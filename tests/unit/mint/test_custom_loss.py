@@ -63,6 +63,18 @@ def test_a_metric_of_the_losss_own_wins(training: mint.TrainingClient, data: Dat
     assert (metrics["loss:sum"], metrics["tokens:sum"]) == (7.0, 8.0)
 
 
+def test_metrics_that_require_grad_are_numbers_without_a_warning(
+    training: mint.TrainingClient, data: Data
+) -> None:
+    def told(data: Data, logprobs: Logprobs) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss = logprobs[0].sum()
+        return loss, {"own": loss * 2, "half": loss.bfloat16()}
+
+    metrics = training.forward_backward_custom(data, told).result(LIMIT_S).metrics
+
+    assert (metrics["own"], metrics["half"]) == (2.0, 1.0)
+
+
 def test_targets_of_two_dimensions(server: Server, training: mint.TrainingClient) -> None:
     targets = [[1, 2, 3], [4, 5, 6]]
     wide = types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": targets})

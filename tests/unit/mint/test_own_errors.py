@@ -9,7 +9,8 @@ import pytest
 
 import mint
 from mint import types
-from mint._transport.threads import on_thread, sender, timer
+from mint._threads import sender, timer
+from mint.futures import on_thread
 from tests.unit.mint.faulty_server import Code, Fault, Server
 
 Data = list[types.Datum]

@@ -7,22 +7,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
     CohereConfig,
+    DiffLlamaConfig,
     GPT2Config,
     GPTJConfig,
     GptOssConfig,
+    HrmTextConfig,
+    Olmo2Config,
     PretrainedConfig,
     Qwen3MoeConfig,
     StableLmConfig,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from mint_core.errors import FailedPrecondition
 from mint_core.model.architecture import check_architecture, check_windows, context_length
-from mint_core.model.loading import load_base
+from mint_core.model.loading import PROBE_TOKENS, load_base
 from tests.models import tiny_unsupported
 
 
@@ -37,6 +42,28 @@ def without_weights(folder: Path) -> None:
 def torn_weights(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
+
+
+def add_weights(folder: Path, *names: str, shape: tuple[int, ...] = (64,)) -> None:
+    arrays = load_file(folder / "model.safetensors")
+    arrays |= {name: np.ones(shape, np.float32) for name in names}
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+
+
+def weights_without_a_place(folder: Path) -> None:
+    add_weights(folder, "model.layers.0.self_attn.q_proj.bias")
+
+
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def more_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def lacking_weights(folder: Path) -> None:
@@ -61,6 +88,15 @@ def unknown_architecture(folder: Path) -> None:
         (without_weights, r"no file named model\.safetensors"),
         (torn_weights, r"(incomplete|header|deserializ)"),
         (lacking_weights, r"its weights lack model\.norm\.weight and 0 other tensors"),
+        (more_layers, r"its weights lack model\.layers\.2\.input_layernorm\.weight and 10 other"),
+        (
+            fewer_layers,
+            r"config.json has no place for model\.layers\.1\.input_\w+\.weight and 10 ot",
+        ),
+        (
+            weights_without_a_place,
+            r"no place for model\.layers\.0\.self_attn\.q_proj\.bias and 0 oth",
+        ),
         (broken_config, r"JSON|property name"),
         (unknown_architecture, "`unheard_of`"),
     ],
@@ -113,6 +149,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
         (StableLmConfig, r"attention \(StableLmAttention\) is not told where documents begin"),
         (GPTJConfig, r"GPTJForCausalLM is not supported: it fails on a probe: The size of tensor"),
         (CohereConfig, r"CohereForCausalLM is not supported: packed logits differ from its own"),
+        (DiffLlamaConfig, r"DiffLlamaForCausalLM .* its attention runs 2 times as layer 0 in a"),
+        (HrmTextConfig, r"HrmTextForCausalLM .* its attention runs 8 times as layer 0 in a pass"),
     ],
 )
 def test_an_architecture_that_packing_does_not_reproduce_is_refused_by_name(
@@ -121,6 +159,41 @@ def test_an_architecture_that_packing_does_not_reproduce_is_refused_by_name(
     folder = tiny_unsupported(tmp_path, config_class)
     with pytest.raises(FailedPrecondition, match=words):
         load_base(str(folder), device="cpu")
+
+
+def test_weights_that_are_no_part_of_the_model_are_left_out(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    """A tied head that is stored too, buffers of older versions, heads beside the model."""
+    folder = Path(shutil.copytree(qwen3_folder, tmp_path / "model"))
+    arrays = load_file(folder / "model.safetensors")
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    inverse = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    add_weights(folder, "v_head.summary.weight", "mtp.layers.0.mlp.up_proj.weight", *inverse)
+
+    base = load_base(str(folder), device="cpu")
+
+    assert base.description.fingerprint == load_base(str(qwen3_folder)).description.fingerprint
+
+
+def test_norms_over_all_heads_keep_their_code(tmp_path: Path) -> None:
+    load_base(str(tiny_unsupported(tmp_path, Olmo2Config)), device="cpu")
+
+
+def test_a_layer_that_remembers_what_no_cache_keeps_is_refused(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It mixes each token's state with that of the token before, in each document alone."""
+    own = Qwen3MLP.forward
+
+    def mixing(module: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[1])[:, None] % PROBE_TOKENS
+        return own(module, x + 0.5 * x.roll(1, dims=1) * (at > 0))
+
+    monkeypatch.setattr(Qwen3MLP, "forward", mixing)
+    with pytest.raises(FailedPrecondition, match=r"Qwen3ForCausalLM .* decoded logits differ"):
+        load_base(str(qwen3_folder), device="cpu")
 
 
 def model_with(**config: Any) -> torch.nn.Module:

@@ -14,11 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TypeVar
 
-from mint.futures import APIFuture, run_into
-
-T = TypeVar("T")
 logger = logging.getLogger("mint")
 
 OWN_ERROR = "a call ended in an error of the client's own"
@@ -121,14 +117,7 @@ callers = Threads("mint-call", most=4)
 # a thread of its own neither can happen. What it runs must be quick.
 sender = Threads("mint-send", most=1)
 
-_waiters = Threads("mint-wait", most=sys.maxsize)  # as many as wait at the same time
-
-
-def on_thread(function: Callable[[], T]) -> APIFuture[T]:
-    """Runs a function that blocks on a daemon thread that does nothing else meanwhile."""
-    future: APIFuture[T] = APIFuture()
-    _waiters.run_at_once(lambda: run_into(future, function))
-    return future
+waiters = Threads("mint-wait", most=sys.maxsize)  # as many as wait at the same time
 
 
 def off_main_thread(function: Callable[[], None]) -> None:
