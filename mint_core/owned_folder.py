@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mint_core.errors import FailedPrecondition
 
+ROW_PREFIXES = TRAINER_ROWS, SAMPLER_ROWS = "engine-", "sampler-"
+
 
 class OwnedFolder:
     """A new folder in `parent`, and the end of those whose owners are gone. Raises OSError."""
@@ -52,6 +54,13 @@ def owned_row_folder(parent: Path, prefix: str) -> OwnedFolder:
         raise FailedPrecondition(
             f"`row_folder` {parent} cannot be used: {error.strerror}; choose another"
         ) from error
+
+
+def remove_abandoned_rows(parent: Path) -> None:
+    """Makes room on a disk that is full of rows whose owners are gone."""
+    for prefix in ROW_PREFIXES:
+        for folder in _abandoned(parent, prefix):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _abandoned(parent: Path, prefix: str) -> Iterator[Path]:

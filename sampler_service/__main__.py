@@ -12,7 +12,7 @@ def main() -> int:
     return run_service(
         "sampler",
         SamplerConfig,
-        lambda config, metrics, _: SamplerService(config, metrics),
+        lambda config, metrics, *_: SamplerService(config, metrics),
         summary,
     )
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavail
 from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 from trainer_service.calls import Call
 from trainer_service.creation import Creation
 from trainer_service.errors import TrainingRunUploaded
@@ -39,6 +41,8 @@ from trainer_service.wire.responses import create_response, open_response, updat
 
 logger = logging.getLogger(__name__)
 
+ROW_PARTS = 4  # weights, gradient and two moments
+_DELETE = "delete training runs that are not needed (DeleteTrainingRun)"
 FINISHING_SHARE = 0.6  # of the time of a drain, for calls under way; the rest is for saving rows
 
 
@@ -63,6 +67,7 @@ class Runs:
         ledger: Ledger,
         admission: Admission,
         limits: CallLimits,
+        quotas: QuotaBook,
         metrics: Metrics,
         retention_s: float = math.inf,
         clock: Clock = time.monotonic,
@@ -72,6 +77,8 @@ class Runs:
         self._ledger = ledger
         self._admission = admission
         self._limits = limits
+        self._quotas = quotas
+        self._being_made: Counter[str] = Counter()  # runs, by tenant
         self._retention_s = retention_s
         self._clock = clock
         self._expiries = Expiries(metrics)
@@ -245,8 +252,13 @@ class Runs:
     async def _create(self, tenant: str, request: CreateRun) -> bytes:
         if error := self._admission.refusal():
             raise error
+        self._check_quotas(tenant)
         number = partial(next, self._numbers)
-        origin, state, life, saved_row = await self._creation.make(tenant, request, number)
+        self._being_made[tenant] += 1
+        try:
+            origin, state, life, saved_row = await self._creation.make(tenant, request, number)
+        finally:
+            self._being_made[tenant] -= 1
         retention = Retention(request.retention_s or self._retention_s, self._clock)
         run = self._run_of(origin, state, request.metadata, retention)
         run.row_life = life
@@ -266,6 +278,15 @@ class Runs:
         self._runs[run.id] = run
         self._loops[run] = RunLoop(run, self._services)
         return answer
+
+    def _check_quotas(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant may not have one more run."""
+        own = [run for run in self._runs.values() if run.origin.tenant == tenant]
+        runs = len(own) + self._being_made[tenant] + 1
+        self._quotas.check(tenant, "runs", runs, "training runs", _DELETE)
+        gib = sum(run.origin.row_bytes for run in own) * ROW_PARTS / 2**30
+        what = "GiB of weights, gradients and moments"
+        self._quotas.check(tenant, "row_gib", gib, what, _DELETE)
 
     def _run_of(
         self,

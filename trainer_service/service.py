@@ -13,6 +13,7 @@ from mint_core.rpc.access import KeyRing
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
@@ -47,6 +48,7 @@ class TrainerService:
         config: TrainerConfig,
         metrics: Metrics,
         keys: KeyRing | None,
+        quotas: QuotaBook,
         engine_module: str = ENGINE_MODULE,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -57,7 +59,8 @@ class TrainerService:
         self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
         self._checkpoints = _checkpoints(config, scheduler)
         self.journal = Journal(config.state_folder)
-        self._size = StateSize(config.state_folder, int(config.state_quota_gib * 2**30), metrics)
+        quota_bytes = int(config.state_quota_gib * 2**30)
+        self._size = StateSize(config.state_folder, quota_bytes, self.journal.reserve, metrics)
         self._admission = Admission(
             self.journal,
             self._size,
@@ -90,6 +93,7 @@ class TrainerService:
             self._ledger,
             self._admission,
             CallLimits(gap_s=config.gap_s),
+            quotas,
             metrics,
             retention_s=config.retention_days * 86_400,
             clock=clock,

@@ -68,6 +68,11 @@ class ServiceConfig:
         "file of hashed API keys, one `HASH TENANT` a line; `make key` adds to it. A number after "
         "the tenant is its weight in the trainer's fair shares (0.01 to 100, default 1)",
     )
+    quotas: Path | None = option(
+        None,
+        "TOML file of what one tenant may have at the same time, such as `runs = 500`; under "
+        "[tenant.NAME], what a certain one may; docs/security.md has all names and defaults",
+    )
     allow_insecure: bool = option(
         False, "answer other hosts without TLS, so that keys and data cross the network readable"
     )

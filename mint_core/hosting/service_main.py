@@ -17,9 +17,11 @@ from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, MintError
 from mint_core.hosting.service_config import ServiceConfig, parse_flags
 from mint_core.hosting.tasks import Tasks
+from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.access import KeyRing
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class TaskDied(Exception):
     """A service lacks something that it does in the background."""
 
 
-Build = Callable[[C, Metrics, KeyRing | None], Service]  # None: all callers are one tenant
+# No keys: all callers are one tenant.
+Build = Callable[[C, Metrics, KeyRing | None, QuotaBook], Service]
 
 
 def run_service(role: Role, kind: type[C], build: Build[C], summary: str) -> int:
@@ -81,8 +84,9 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     check_folders(config)
     keys = KeyRing(config.keys) if config.keys else None
     metrics = Metrics()
-    server = RpcServer(config.address, keys=keys, metrics=metrics)
-    service = build(config, metrics, keys)
+    quotas = QuotaBook(config.quotas, metrics)
+    server = RpcServer(config.address, keys=keys, metrics=metrics, quotas=quotas)
+    service = build(config, metrics, keys, quotas)
     service.add_to(server)
     metrics.watch_engine(service.engine)
     try:
@@ -139,8 +143,9 @@ def check_folders(config: ServiceConfig) -> None:
         ) from error
     if not os.access(folder, os.W_OK):
         raise FailedPrecondition(f"{what} cannot be written; choose another folder")
-    free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
+    if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+        remove_abandoned_rows(getattr(config, "row_folder", None) or folder / ".rows")
+    if (free := shutil.disk_usage(folder).free) < MIN_FREE_BYTES:
         raise FailedPrecondition(
             f"{what} has {free // 2**20} MiB of free space and needs"
             f" {MIN_FREE_BYTES // 2**20}; free some, or choose another folder"

@@ -70,6 +70,7 @@ _TABLE: dict[str, Bound] = {
 
 def bound_of(field: FieldDescriptor) -> Bound:
     """What holds for a field. KeyError if it may repeat and the table does not know it."""
+    assert field.containing_type is not None
     name = f"{field.containing_type.name}.{field.name}"
     return _TABLE[name] if field.is_repeated else _TABLE.get(name, _SINGLE)
 

@@ -60,6 +60,7 @@ class _Field:
     """A field of a request as its bytes have it."""
 
     def __init__(self, field: FieldDescriptor) -> None:
+        assert field.containing_type is not None
         in_map = field.containing_type.GetOptions().map_entry
         self.name = "" if in_map else field.name  # the entry's place says it all
         self.number = field.number

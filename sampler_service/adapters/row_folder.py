@@ -13,12 +13,11 @@ from pathlib import Path
 from checkpoint_store import Manifest, write_published_row
 from mint_core.errors import ResourceExhausted
 from mint_core.lora.row_layout import Floats, RowLayout
-from mint_core.owned_folder import owned_row_folder
+from mint_core.owned_folder import SAMPLER_ROWS, owned_row_folder
 
 logger = logging.getLogger(__name__)
 
 DISK_SHARE = 0.2  # of what is free, where no limit is given
-_PREFIX = "sampler-"
 
 
 class RowFolder:
@@ -28,7 +27,7 @@ class RowFolder:
 
     def __init__(self, parent: Path, limit_bytes: int = 0) -> None:
         """With `limit_bytes` 0, the limit is a share of the free space."""
-        self._owned = owned_row_folder(parent, _PREFIX)
+        self._owned = owned_row_folder(parent, SAMPLER_ROWS)
         self._limit_bytes = limit_bytes or int(DISK_SHARE * shutil.disk_usage(parent).free)
         self._sizes: dict[str, int] = {}  # by revision path, the least recently used first
         self._lock = threading.RLock()

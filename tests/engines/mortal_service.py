@@ -1,18 +1,17 @@
 """The trainer on an engine with ways to die: `python -m tests.engines.mortal_service ...`."""
 
 import sys
+from typing import Any
 
 from mint_core.hosting.service_main import run_service
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.metrics import Metrics
 from tests.engines import bad_store
 from trainer_service.config import TrainerConfig
 from trainer_service.service import TrainerService
 
 
-def build(config: TrainerConfig, metrics: Metrics, keys: KeyRing | None) -> TrainerService:
+def build(config: TrainerConfig, *parts: Any) -> TrainerService:
     bad_store.install(config.store)
-    return TrainerService(config, metrics, keys, "tests.engines.mortal")
+    return TrainerService(config, *parts, engine_module="tests.engines.mortal")
 
 
 def main() -> int:

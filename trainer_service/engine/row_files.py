@@ -14,11 +14,9 @@ from torch import Tensor
 from checkpoint_store.row_file import RowDamaged, RowFile, write_row
 from mint_core.errors import EngineFault, ResourceExhausted
 from mint_core.lora.bank import Part, zero_vector
-from mint_core.owned_folder import owned_row_folder
+from mint_core.owned_folder import TRAINER_ROWS, owned_row_folder
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "engine-"
 
 
 class RowStorageFull(ResourceExhausted):
@@ -31,7 +29,7 @@ class RowFiles:
     """One row file per row. It need not outlive the machine, so it is not flushed to disk."""
 
     def __init__(self, parent: Path, progress: Callable[[], None] = lambda: None) -> None:
-        self._folder = owned_row_folder(parent, _PREFIX).path
+        self._folder = owned_row_folder(parent, TRAINER_ROWS).path
         self._progress = progress
         self._names: set[str] = set()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
+from mint_core.rpc.limits import LARGE_BYTES
 from trainer_service.calls import Call, Outcome, Reply, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import SavedRow
@@ -15,7 +16,6 @@ from trainer_service.journal import changes, codec, queries, records
 from trainer_service.journal.writer import Journal, Statement, Written
 from trainer_service.run_description import RunOrigin, RunState
 from trainer_service.wire.requests import Identity
-from trainer_service.wire.sequenced_requests import LARGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mint_core.errors import MintError, ResourceExhausted
 from mint_core.rpc.metrics import Metrics
+from trainer_service.journal.reserve import Reserve
+from trainer_service.journal.writer import JournalFull
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +25,9 @@ class StateQuotaExceeded(ResourceExhausted):
 class StateSize:
     """Measured now and then."""
 
-    def __init__(self, folder: Path, quota_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, folder: Path, quota_bytes: int, reserve: Reserve, metrics: Metrics) -> None:
         self._folder = folder
+        self._reserve = reserve
         self._quota_bytes = quota_bytes  # 0: none
         self._warned = False
         self.size_bytes = _size_bytes(folder)
@@ -35,6 +38,12 @@ class StateSize:
 
     def refusal(self) -> MintError | None:
         """Why nothing may be accepted now, if so."""
+        if self._reserve.low:
+            return JournalFull(
+                "the disk of the server's state is nearly full, and what is left of it is for "
+                "calls under way; delete training runs, and send the call again",
+                retry_after_s=RETRY_S,
+            )
         if not self._quota_bytes or self.size_bytes < self._quota_bytes:
             return None
         return StateQuotaExceeded(

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from mint_core.errors import MintError, ResourceExhausted, Unavailable
 from mint_core.fault_points import fault_point
+from trainer_service.journal.reserve import Reserve
 from trainer_service.journal.schema import lock_folder, open_database
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         """Locks and opens the folder. Raises StateRefused."""
         self._lock = lock_folder(folder)
+        self.reserve = Reserve(folder)
         try:
             self.database = open_database(folder)  # before `start`, and after `close`, for anyone
         except BaseException:
@@ -279,8 +281,9 @@ class Journal:
             "accepted calls are answered once there is room: send the call again",
             retry_after_s=RETRY_S,
         )
+        at_once = self.reserve.release()
         while True:
-            if self._closing.wait(RETRY_S):  # nothing tells of room
+            if not at_once and self._closing.wait(RETRY_S):  # nothing tells of room
                 raise _GivenUp from error
             try:
                 self._again()
@@ -288,6 +291,7 @@ class Journal:
             except sqlite3.OperationalError as again:
                 if not _is_full(again):
                     raise again from error
+            at_once = False
 
     def _end(self, failure: JournalFailed) -> None:
         self.failure = failure  # from now on nothing is put into the queue
@@ -315,6 +319,7 @@ class Journal:
             self.database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             ((free_pages,),) = self.database.execute("PRAGMA freelist_count").fetchall()
             self._tidy = free_pages == 0
+            self.reserve.hold()
         except sqlite3.OperationalError as error:
             if not _is_full(error):
                 raise

@@ -56,7 +56,7 @@ def _array(
     count, rest = divmod(len(values), dtype.itemsize)
     shape = tuple(tensor.shape) or (count,)
     # First the lengths: a product of many large ones is long in the making.
-    if rest or min(shape) < 0 or max(shape) > count or math.prod(shape) != count:
+    if rest or min(shape) < 0 or max(shape) >= 2**31 or math.prod(shape) != count:
         raise InvalidRequest(
             f"`{path}.values` has {len(values)} bytes, which is not {dtype.itemsize} times the "
             f"product of shape {list(shape)}; send every value once",

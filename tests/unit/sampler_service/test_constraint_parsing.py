@@ -7,7 +7,7 @@ import pytest
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import sampler_pb2
 from sampler_service import constraint_parsing
-from sampler_service.constraint_parsing import MAX_CONSTRAINT_BYTES, parse_constraint
+from sampler_service.constraint_parsing import parse_constraint
 from sampler_service.jobs import Constraint, Stops
 
 END = Stops(token_ids=frozenset({2}))
@@ -29,10 +29,9 @@ def test_a_constraint_arrives_with_the_name_of_its_field() -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"regex": ""}, "has 0 bytes"),
-        ({"regex": "\u00e9" * (MAX_CONSTRAINT_BYTES // 2 + 1)}, "has 65538 bytes"),
+        ({"regex": ""}, "is empty"),
         ({"regex": "a\\"}, "lone backslash"),
-        ({"json_schema": ""}, "has 0 bytes"),
+        ({"json_schema": ""}, "is empty"),
         ({"json_schema": "{"}, "is not JSON"),
         ({"json_schema": '{"const": NaN}'}, "is not JSON: NaN"),
         ({"json_schema": "[" * 60_000}, "is not JSON"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call, compute
 from trainer_service.calls import Call, Step
@@ -103,7 +104,9 @@ async def fronting(
         snapshot_s=snapshot_s,
         retention_days=retention_s / 86_400,
     )
-    service = TrainerService(config, Metrics(), None, engine_module, clock)
+    metrics = Metrics()
+    quotas = QuotaBook(None, metrics)
+    service = TrainerService(config, metrics, None, quotas, engine_module, clock)
     async with asyncio.timeout(LIMIT_S):
         await service.start()
         try:

@@ -250,11 +250,8 @@ def test_a_loss_needs_its_inputs() -> None:
     assert error.metadata["missing"] == "advantages, logprobs"
 
 
-@pytest.mark.parametrize("count", [0, 1025])
-def test_a_batch_has_1_to_1024_data(count: int) -> None:
-    request = trainer_pb2.ForwardBackwardRequest(
-        **PLACE, data=[datum([1, 2])] * count, cross_entropy=CE
-    )
+def test_a_batch_has_data() -> None:
+    request = trainer_pb2.ForwardBackwardRequest(**PLACE, cross_entropy=CE)
 
     assert refusal(parse(request)).metadata["field"] == "data"
 
