@@ -15,7 +15,7 @@ from torch import Tensor
 from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.losses import LossInputs, differentiate, sequence_ratios
+from trainer_service.engine.losses import LossInputs, differentiate, sequence_log_ratios
 from trainer_service.engine.packing import PackedPlan, PackedTile
 from trainer_service.jobs import TileResult
 
@@ -94,7 +94,7 @@ def _with_ratios(tile: PackedTile, rows: Tensor, logprobs: Tensor) -> LossInputs
     assert mask is not None
     log_ratio = torch.zeros_like(mask)
     log_ratio[rows] = logprobs - inputs.logprobs[rows]
-    return replace(inputs, sequence_ratios=sequence_ratios(log_ratio, mask, tile.lengths))
+    return replace(inputs, sequence_log_ratios=sequence_log_ratios(log_ratio, mask, tile.lengths))
 
 
 def _result(tile: _Scored) -> TileResult:
