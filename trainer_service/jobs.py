@@ -179,6 +179,7 @@ class StepRow:
     training_run_id: str
     adam_params: AdamParams
     alone: bool = False  # as of a tile
+    replayed: bool = False  # it was taken before: so it is again, whatever it leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,9 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """`error` is a FailedPrecondition when the gradient was not finite: no step was taken."""
+    """`error` is a FailedPrecondition when the gradient was not finite, or weights or moments would
+    not have been: no step was taken.
+    """
 
     step: int
     grad_norm: float  # before clipping

@@ -129,7 +129,7 @@ class Engine:
 
     def _take_steps(self, steps: Sequence[jobs.StepRow]) -> list[jobs.StepResult]:
         assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
-        return step_rows([(self._rows[step.training_run_id], step.adam_params) for step in steps])
+        return step_rows([(self._rows[step.training_run_id], step) for step in steps])
 
     def _refuse_step(self, step: jobs.StepRow, error: MintError) -> jobs.StepResult:
         trained = self._rows[step.training_run_id]
@@ -193,7 +193,7 @@ class Engine:
     def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
         """Replaces weights, moments and step; without moments they become 0."""
         trained = self._rows.here(name, *parts)
-        trained.weight_digest = 0
+        trained.weight_digest, trained.largest = 0, None
         for part, arrays in parts.items():
             trained.row.load(part, arrays)
         for part in MOMENTS:
