@@ -154,6 +154,20 @@ class BackwardCountMismatch(errors.FailedPrecondition):
         )
 
 
+class LossNotFinite(errors.FailedPrecondition):
+    """What the arithmetic of a forward or backward came to."""
+
+    reason = "LOSS_NOT_FINITE"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} is not finite (NaN, Inf, or too large for float32), so nothing of this call "
+            "counts; check advantages, weights and logprobs of the data and the adapter's alpha, "
+            "or load an earlier state and lower the learning rate",
+            what=what,
+        )
+
+
 class NoGradient(errors.FailedPrecondition):
     """There is nothing to step on."""
 

@@ -4,16 +4,15 @@ proto/mintrpc/v1/types.proto and docs/losses.md.
 `tokens` counts the targets of a tile, its documents one after the other.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from mint_core.lora.spec import within_float32
 from trainer_service.jobs import Cispo, CrossEntropy, Dro, Gspo, ImportanceSampling, Loss, Ppo
 
-LARGEST_SINGLE = torch.finfo(torch.float32).max
 LARGEST_LOG_RATIO = 600.0  # exp of it times three float32 numbers is a float64
 
 
@@ -56,7 +55,7 @@ def _unweighted(
         case Cispo():
             return -_clipped(loss, _exp(log_ratio), inputs).detach() * logprobs * advantages
         case Dro(beta):
-            return -(logprobs * advantages - _single(0.5 * beta) * log_ratio.square())
+            return -(logprobs * advantages - within_float32(0.5 * beta) * log_ratio.square())
         case Gspo():
             assert inputs.sequence_log_ratios is not None
             own = (logprobs - logprobs.detach()).exp()  # 1, with the gradient of the logprob
@@ -75,18 +74,13 @@ def _pessimistic(loss: Ppo | Gspo, ratio: Tensor, inputs: LossInputs) -> Tensor:
 
 
 def _clipped(loss: Ppo | Cispo | Gspo, ratio: Tensor, inputs: LossInputs) -> Tensor:  # [tokens]
-    low, high = _single(loss.clip_low_threshold), _single(loss.clip_high_threshold)
+    low, high = within_float32(loss.clip_low_threshold), within_float32(loss.clip_high_threshold)
     if inputs.clip_low is None and inputs.clip_high is None:
         return ratio.clamp(low, high)
     return ratio.clamp(
         torch.full_like(ratio, low) if inputs.clip_low is None else inputs.clip_low,
         torch.full_like(ratio, high) if inputs.clip_high is None else inputs.clip_high,
     )
-
-
-def _single(number: float) -> float:
-    """What no float32 holds is infinite: torch refuses it as an argument."""
-    return number if abs(number) <= LARGEST_SINGLE else math.copysign(math.inf, number)
 
 
 def sequence_log_ratios(

@@ -7,8 +7,10 @@ the loss also reads the ratio of the whole sequence, the head scores that sequen
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
 from trainer_service.engine.losses import LossInputs, differentiate, sequence_log_ratios
 from trainer_service.engine.packing import PackedPlan, PackedTile
+from trainer_service.errors import LossNotFinite
 from trainer_service.jobs import TileResult
 
 
@@ -102,13 +105,17 @@ def _result(tile: _Scored) -> TileResult:
     weighted = [int(d.weighted.sum()) for d in packed.tile.documents]
     counts = weighted if packed.tile.weighted_only else list(packed.lengths)
     logprobs = _joined(tile.logprobs).cpu().numpy()
+    loss = _joined(tile.losses).double().sum().item()
+    if not (math.isfinite(loss) and np.isfinite(logprobs).all()):
+        # What of it is in the gradient stays there: the run's step must not be taken, ever.
+        return TileResult(error=LossNotFinite("a logprob" if math.isfinite(loss) else "the loss"))
     return TileResult(
         logprobs=tuple(
             logprobs[end - count : end].copy()
             for end, count in zip(itertools.accumulate(counts), counts, strict=True)
         ),
         metrics={
-            "loss:sum": _joined(tile.losses).double().sum().item(),
+            "loss:sum": loss,
             "tokens:sum": float(sum(packed.lengths)),
             "weighted_tokens:sum": float(sum(weighted)),
         },

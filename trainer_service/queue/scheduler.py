@@ -15,7 +15,7 @@ from typing import Any
 
 from mint_core.engine_host.pipe import Hello, ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 from mint_core.rpc.errors import domain_error
 from trainer_service import jobs
 from trainer_service.queue.planner import Key, Planner, key_of
@@ -173,7 +173,11 @@ class Scheduler:
             try:
                 results = await self._call(job, silence_limit_s=self._limit_s(running))
             except Exception as raised:
-                self._hand_out(running, [domain_error(raised)] * len(running.handed))
+                error = domain_error(raised)
+                if isinstance(error, EngineFault) and len(running.work) > 1:
+                    # It may be a neighbour's doing, and all rows may hold some of the pass.
+                    error = EngineDied(error.message)
+                self._hand_out(running, [error] * len(running.handed))
             else:
                 elapsed_s = time.monotonic() - running.start_s
                 self._hand_out(running, results, elapsed_s)
