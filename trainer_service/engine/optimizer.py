@@ -6,41 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch.optim.adamw import adamw
 
-from mint_core.errors import FailedPrecondition, MintError
+from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow, Part
 from trainer_service.engine.digests import digest
 from trainer_service.engine.rows import TrainedRow
+from trainer_service.errors import NonFiniteGradient, NonFiniteStep
 from trainer_service.jobs import AdamParams, StepResult, StepRow
 
 # From here on the end of float32 is near: what may come so far is looked at.
 _FAR = 1e37
 _LARGEST_SQUARED = 1e18  # whose square is not far
 _LEAST_EPS = 1e-30
-
-
-class NonFiniteGradient(FailedPrecondition):
-    reason = "GRADIENT_NOT_FINITE"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the norm of the gradient is not finite (NaN, Inf, or too large for float32): it was "
-            "cleared and no step was taken; lower the learning rate or check the data"
-        )
-
-
-class NonFiniteStep(FailedPrecondition):
-    reason = "STEP_NOT_FINITE"
-
-    def __init__(self, params: AdamParams) -> None:
-        super().__init__(
-            "the step would have left NaN, or what is too large for float32, in weights or "
-            f"moments (`learning_rate` {params.learning_rate:g}, `eps` {params.eps:g}, "
-            f"`weight_decay` {params.weight_decay:g}): it was not taken, and the gradient is "
-            "cleared; lower the learning rate, or give a usual `eps` such as 1e-8",
-            learning_rate=params.learning_rate,
-            eps=params.eps,
-            weight_decay=params.weight_decay,
-        )
 
 
 @torch.no_grad()
@@ -65,7 +41,7 @@ def step_rows(steps: Sequence[tuple[TrainedRow, StepRow]]) -> list[StepResult]:
         elif _stays_finite(trained, params, norm) or step.replayed:
             alike.setdefault(params, []).append(trained)
         elif not _step_if_finite(trained, params):
-            error = NonFiniteStep(params)
+            error = NonFiniteStep(params.learning_rate, params.eps, params.weight_decay)
         errors.append(error)
     for params, group in alike.items():
         _step_alike(group, params)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec
-from trainer_service.engine.optimizer import NonFiniteGradient, NonFiniteStep, step_rows
+from trainer_service.engine.optimizer import step_rows
 from trainer_service.engine.rows import TrainedRow
+from trainer_service.errors import NonFiniteGradient, NonFiniteStep
 from trainer_service.jobs import AdamParams, StepRow
 
 PARAMS = [
