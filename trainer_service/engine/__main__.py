@@ -72,8 +72,6 @@ def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[tuple[int, Rest]]) -> Non
         try:
             answer = rest(lambda: pipe.send(Heartbeat()))
             pipe.send(Reply(number, answer))
-        except BrokenPipeError:
-            return  # the front is gone
         except Exception as error:
             pipe.fail(number, error)
 
