@@ -119,7 +119,8 @@ class Engine:
             trained.gradient_pending |= tile.backward
             rows[tile.training_run_id] = trained.row
         packed = pack(tiles, rows, self.base.device)
-        self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
+        more = sum(jobs.tile_cost(tile) - jobs.tile_tokens(tile) for tile in tiles)
+        self.base.recomputation.on = len(packed.tokens) + more > self.lengths.kept_tokens
         with _deterministic(any(tile.isolated for tile in tiles)):
             return run_pass(self.base, packed)
 

@@ -32,7 +32,8 @@ def step_rows(steps: Sequence[tuple[TrainedRow, StepRow]]) -> list[StepResult]:
     alike: dict[AdamParams, list[TrainedRow]] = {}
     errors: list[MintError | None] = []
     for (trained, step), gradient, norm in zip(steps, gradients, norms, strict=True):
-        params, error = step.adam_params, None
+        params = step.adam_params
+        error: MintError | None = None
         if 0 < params.grad_clip_norm < norm:
             # As torch.nn.utils.clip_grad_norm_ does.
             gradient.mul_(params.grad_clip_norm / (norm + 1e-6))

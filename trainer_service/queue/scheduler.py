@@ -76,7 +76,7 @@ class _Running:
     """What the engine is busy with."""
 
     work: Sequence[jobs.Tile | jobs.StepRow]
-    tokens: Sequence[int]  # of each; of a step, which costs next to nothing, 0
+    tokens: Sequence[int]  # that each costs; of a step, which costs next to nothing, 0
     handed: Mapping[Key, Handed]  # of which they are, in their order
     start_s: float  # as time.monotonic()
 
@@ -211,7 +211,7 @@ class Scheduler:
     def _begin(self, job: jobs.Plan | jobs.StepRows) -> _Running:
         work = job.tiles if isinstance(job, jobs.Plan) else job.steps
         handed = {key: self._waiting.pop(key) for key in map(key_of, work)}
-        tokens = [jobs.tile_tokens(each) if isinstance(each, jobs.Tile) else 0 for each in work]
+        tokens = [jobs.tile_cost(each) if isinstance(each, jobs.Tile) else 0 for each in work]
         return _Running(work, tokens, handed, time.monotonic())
 
     def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:
