@@ -8,7 +8,7 @@ import grpc
 import pytest
 import torch
 
-from tests.engines.mortal import ODD
+from tests.engines.mortal import ODD, ODD_RATE
 from tests.resending import ADAM, start_run, stub_of
 from tests.supervised import Supervised, supervised
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, datum
@@ -74,6 +74,55 @@ def test_what_a_pass_raises_is_one_calls_error_and_its_neighbours_are_to_the_bit
         assert service.engines() == [engine]
         assert f"run={neighbour.id} restored" in service.log_text()
         assert neighbour.describe().inexact_replay_count == 0
+
+
+def test_what_steps_raise_is_one_steps_error_and_its_row_is_as_before(service: Supervised) -> None:
+    """Though all of the steps were taken before it was raised."""
+    with stub_of(service) as stub:
+        neighbour, twin, odd, unmoved = (pending(start_run(stub)) for _ in range(4))
+        first = start_run(stub)
+        (engine,) = service.engines()
+        service.kill_engine(signal.SIGSTOP)
+        under_way = first.start(first.forward())
+        first.wait_until_accepted(1)
+        calls = [
+            odd.start(odd.optim_step(adam_params={"learning_rate": ODD_RATE})),
+            neighbour.start(neighbour.optim_step(adam_params=ADAM)),
+        ]
+        neighbour.wait_until_accepted(4)
+        odd.wait_until_accepted(4)
+        service.kill_engine(signal.SIGCONT)
+
+        with pytest.raises(grpc.RpcError) as caught:
+            calls[0].result(CALL_LIMIT_S)
+        assert "ENGINE_FAULT" in str(caught.value.trailing_metadata())
+        step = twin.send(twin.optim_step(adam_params=ADAM))
+        assert calls[1].result(CALL_LIMIT_S) == step
+        under_way.result(CALL_LIMIT_S)
+        assert f"run={neighbour.id} restored" in service.log_text()
+        assert odd.describe().step == 1
+        assert odd.refused(odd.optim_step()).reason == "NO_GRADIENT"
+        unmoved.send(unmoved.discard())
+        for run in (odd, unmoved):
+            run.send(run.forward_backward())
+        steps = [run.send(run.optim_step(adam_params=ADAM)) for run in (odd, unmoved)]
+        assert steps[0] == steps[1]
+        assert odd.send(odd.forward()).outputs == unmoved.send(unmoved.forward()).outputs
+        assert service.engines() == [engine]
+
+
+def test_a_pass_of_one_call_that_raises_fails_at_once(service: Supervised) -> None:
+    with stub_of(service) as stub:
+        run, twin = (pending(start_run(stub)) for _ in range(2))
+        before = service.log_text().count("call failed in the engine")
+        for backward in (run.forward_backward, run.forward):
+            error = run.refused(backward(datum([*ODD, 5, 6])))
+            assert (error.reason, error.metadata) == ("ENGINE_FAULT", {})
+            assert "ZeroDivisionError" in error.message
+        assert service.log_text().count("call failed in the engine") == before + 2
+        assert run.send(run.discard()).gradient_discarded
+        twin.send(twin.discard())
+        assert run.send(run.forward()).outputs == twin.send(twin.forward()).outputs
 
 
 @pytest.mark.parametrize("raised", [ZeroDivisionError(), KeyError("a"), AssertionError("b")])
