@@ -20,7 +20,7 @@ from trainer_service import jobs
 from trainer_service.config import TrainerConfig
 from trainer_service.engine import saving
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import step_rows
+from trainer_service.engine.optimizer import largest, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
@@ -194,12 +194,13 @@ class Engine:
     def _fill(self, name: str, parts: Mapping[Part, AdapterArrays], step: int) -> None:
         """Replaces weights, moments and step; without moments they become 0."""
         trained = self._rows.here(name, *parts)
-        trained.weight_digest, trained.largest = 0, None
+        trained.weight_digest = 0
         for part, arrays in parts.items():
             trained.row.load(part, arrays)
         for part in MOMENTS:
             if part not in parts:
                 trained.row.free(part)
+        trained.largest = largest(trained.row, moments=Part.EXP_AVG in parts)
         trained.step = step
 
 

@@ -58,7 +58,7 @@ def _stays_finite(trained: TrainedRow, params: AdamParams, norm: float) -> bool:
     """Whether weights and moments are sure to be finite after the step: by how large they can have
     become since they were looked at, so that it costs nothing to know.
     """
-    weight, moment = trained.largest or _largest(trained.row)
+    weight, moment = trained.largest or largest(trained.row)
     moment = max(moment, norm)  # averages of gradients, and of their squares
     rate = params.learning_rate / (1 - params.beta1 ** (trained.step + 1))
     decay = params.learning_rate * params.weight_decay
@@ -69,10 +69,12 @@ def _stays_finite(trained: TrainedRow, params: AdamParams, norm: float) -> bool:
     return sure
 
 
-def _largest(row: AdapterRow) -> tuple[float, float]:
+def largest(row: AdapterRow, *, moments: bool = True) -> tuple[float, float]:
     """The largest weight, and what no moment or root of a second one exceeds: a second moment
-    below 0 has none. NaN where one is.
+    below 0 has none. NaN where one is. Without moments they are 0, and not looked at.
     """
+    if not moments:
+        return row.part(Part.WEIGHTS).norm(math.inf).item(), 0.0
     parts = [row.part(part) for part in (Part.WEIGHTS, Part.EXP_AVG, Part.EXP_AVG_SQ)]
     weight, first, second = torch.stack(torch._foreach_norm(parts, math.inf)).tolist()
     negative = bool(parts[-1].amin() < 0)
