@@ -211,8 +211,8 @@ class EngineRun:
     def compute(self, tile: Tile) -> TileResult:
         return run_plan(self.engine, tile)[0]
 
-    def step(self, params: AdamParams) -> StepResult:
-        results = self.engine.run(StepRows((StepRow(self.name, params),)))
+    def step(self, params: AdamParams, *, replayed: bool = False) -> StepResult:
+        results = self.engine.run(StepRows((StepRow(self.name, params, replayed=replayed),)))
         assert isinstance(results, tuple)
         result = results[0]
         assert isinstance(result, StepResult)

@@ -123,9 +123,16 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        if not isinstance(self.work, Compute):
-            return 0
-        return sum(len(document.tokens) for document in self.work.documents)
+        return sum(len(document.tokens) for document in self._documents)
+
+    @property
+    def cost(self) -> int:
+        """In tokens: see Document."""
+        return sum(document.cost for document in self._documents)
+
+    @property
+    def _documents(self) -> tuple[Document, ...]:
+        return self.work.documents if isinstance(self.work, Compute) else ()
 
 
 class Effect(IntEnum):

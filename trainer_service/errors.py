@@ -1,6 +1,9 @@
-"""What the trainer's front refuses, each with a reason of its own."""
+"""What the trainer refuses, each with a reason of its own. Errors of its engine too: they cross the
+pipe, and in the front there is no torch.
+"""
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 from mint_core import errors
@@ -152,6 +155,73 @@ class BackwardCountMismatch(errors.FailedPrecondition):
             backward_count=asked,
             arrived=arrived,
         )
+
+
+class LossNotFinite(errors.FailedPrecondition):
+    """What the arithmetic of a forward or backward came to."""
+
+    reason = "LOSS_NOT_FINITE"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} is not finite (NaN, Inf, or too large for float32), so nothing of this call "
+            "counts; check advantages, weights and logprobs of the data and the adapter's alpha, "
+            "or load an earlier state and lower the learning rate",
+            what=what,
+        )
+
+
+class NonFiniteGradient(errors.FailedPrecondition):
+    """No step is taken on NaN."""
+
+    reason = "GRADIENT_NOT_FINITE"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the norm of the gradient is not finite (NaN, Inf, or too large for float32): it was "
+            "cleared and no step was taken; lower the learning rate or check the data"
+        )
+
+
+class NonFiniteStep(errors.FailedPrecondition):
+    """No step is taken that leaves NaN."""
+
+    reason = "STEP_NOT_FINITE"
+
+    def __init__(self, learning_rate: float, eps: float, weight_decay: float) -> None:
+        super().__init__(
+            "the step would have left NaN, or what is too large for float32, in weights or "
+            f"moments (`learning_rate` {learning_rate:g}, `eps` {eps:g}, `weight_decay` "
+            f"{weight_decay:g}): it was not taken, and the gradient is cleared; lower the "
+            "learning rate, or give a usual `eps` such as 1e-8",
+            learning_rate=learning_rate,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+
+class NonFiniteExport(errors.FailedPrecondition):
+    """Rounding to a shorter type made Inf, or the model holds it anyway."""
+
+    reason = "EXPORT_NOT_FINITE"
+
+    def __init__(self, names: Sequence[str], dtype: str) -> None:
+        remedy = "an earlier checkpoint: the base model or this one has it in float32 too"
+        if dtype == "float16":
+            remedy = "`dtype` bfloat16 or float32, which hold what is beyond 65,504"
+        super().__init__(
+            f"{len(names)} tensors of the merged model, the first `{names[0]}`, would hold NaN or "
+            f"Inf in {dtype}; export {remedy}",
+            tensor=names[0],
+            count=len(names),
+            dtype=dtype,
+        )
+
+
+class RowStorageFull(errors.ResourceExhausted):
+    """There is no room for one more row, neither in memory nor on disk."""
+
+    reason = "ROW_STORAGE_FULL"
 
 
 class NoGradient(errors.FailedPrecondition):

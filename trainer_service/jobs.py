@@ -16,6 +16,11 @@ from mint_core.lora.spec import AdapterSpec, LoraRequest
 
 Floats = NDArray[np.float32]
 
+# How many targets of a token, beyond its first, cost as much as a token. On a tiny model (2 layers
+# of 64; a busy core, 2026-11-29) a token takes 50 us and a target 0.05; a target is 24 bytes on the
+# device, a token at least 20 KB. Larger models' tokens take and hold more.
+TARGETS_PER_TOKEN = 256
+
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
@@ -75,6 +80,15 @@ class Document:
         return np.asarray(wide.any(axis=1))
 
     @property
+    def cost(self) -> int:
+        """What it takes to compute, in tokens of one target each: the one measure of shares, cuts,
+        quotas, forecasts and memory. `targets` of any shape count; the first of each token is in
+        its own cost.
+        """
+        more = self.targets.size - len(self.tokens)
+        return len(self.tokens) + -(-more // TARGETS_PER_TOKEN)
+
+    @property
     def width(self) -> tuple[int, ...]:
         """(k,), or () for one target at each position."""
         return self.targets.shape[1:]
@@ -114,6 +128,17 @@ def saved_row_name(training_run_id: str, sequence: int) -> str:
 
 def tile_tokens(tile: Tile) -> int:
     return sum(len(document.tokens) for document in tile.documents)
+
+
+def tile_cost(tile: Tile) -> int:
+    return sum(document.cost for document in tile.documents)
+
+
+def most_targets(tile_tokens: int) -> int:
+    """How many targets may stand at one position: a token with its targets costs a tile at most,
+    so that nobody waits longer for it than for another's tile.
+    """
+    return 1 + TARGETS_PER_TOKEN * (tile_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +204,7 @@ class StepRow:
     training_run_id: str
     adam_params: AdamParams
     alone: bool = False  # as of a tile
+    replayed: bool = False  # it was taken before: so it is again, whatever it leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +216,9 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """`error` is a FailedPrecondition when the gradient was not finite: no step was taken."""
+    """`error` is a FailedPrecondition when the gradient was not finite, or weights or moments would
+    not have been: no step was taken.
+    """
 
     step: int
     grad_norm: float  # before clipping

@@ -6,6 +6,7 @@ The answers to what is executed once are bytes, made when it was.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -15,6 +16,8 @@ from mint_core.rpc.errors import code_of
 from mint_core.rpc.limits import LARGE_BYTES
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.calls import Call
+from trainer_service.jobs import most_targets
+from trainer_service.queue.planner import most_tile_tokens
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.watching import CallEnd, Event, QueueProgress
 from trainer_service.run_description import RunView
@@ -102,10 +105,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 yield _watch_response(event)
 
     async def _parse(self, request: Message) -> Call:
-        model, refusals = self._scheduler.model, caller().refusals
-        if request.ByteSize() < LARGE_BYTES:
-            return parse_call(request, model, refusals)
-        return await asyncio.to_thread(parse_call, request, model, refusals)
+        model = self._scheduler.model
+        most = most_targets(most_tile_tokens(self._scheduler.max_batch_tokens))
+        most = min(most, model.vocabulary_size)
+        parse = partial(parse_call, request, model, caller().refusals, most_targets=most)
+        return parse() if request.ByteSize() < LARGE_BYTES else await asyncio.to_thread(parse)
 
 
 def _note(call: Call) -> None:

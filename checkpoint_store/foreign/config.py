@@ -1,13 +1,13 @@
 """PEFT's configuration of somebody else's adapter: what of it is followed, and what refused."""
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoint_store.adapter_files import CONFIG_FILE
 from mint_core.errors import InvalidRequest
+from mint_core.lora.spec import LARGEST_FLOAT32
 
 # What is neither followed nor changes what the weights mean. Dropout belongs to training; here
 # there is none.
@@ -123,8 +123,8 @@ def _rank(config: Mapping[str, Any]) -> int:
 
 def _alpha(config: Mapping[str, Any]) -> float:
     alpha: Any = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
-        raise _odd(config, "lora_alpha", "it is above 0")
+    if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_FLOAT32:
+        raise _odd(config, "lora_alpha", "it is above 0, and a float32 holds it")
     return float(alpha)
 
 

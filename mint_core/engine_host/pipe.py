@@ -106,8 +106,12 @@ class EnginePipe:
         return self._connection.poll(0)
 
     def send(self, message: object) -> None:
+        """Ends the calling thread if the front is gone: there is nobody to tell."""
         with self._sending:
-            self._connection.send(message)
+            try:
+                self._connection.send(message)
+            except (BrokenPipeError, ConnectionResetError):
+                raise SystemExit(1) from None
 
     def send_all(self, messages: Sequence[object]) -> None:
         """Messages in order: together they cost one write, and wake the front's loop once."""

@@ -27,6 +27,7 @@ START_LIMIT_S = 1800.0  # loading a large base from a cold disk
 EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
 RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
+MOST_KILLED_STARTS = 3  # until it is taken for the machine's word that no engine can start
 WATCH_INTERVAL_S = 0.5
 # Lengths of messages in the pipe, as the engine's end, `multiprocessing.connection`, writes them: a
 # long one behind a short one of -1.
@@ -180,7 +181,8 @@ class EngineProcess:
             if self.closed:
                 return
             logger.error("%s; starting another in %g s", why, delay_s)
-            self._attempt = asyncio.get_running_loop().create_future()
+            if self._attempt is None or self._attempt.done():
+                self._attempt = asyncio.get_running_loop().create_future()
             self.changed.set()
             await asyncio.sleep(delay_s)
             self.restarts += 1
@@ -260,14 +262,17 @@ class EngineProcess:
     def _bury(self, how: str) -> str:
         """Tells those who wait for an engine that has ended, and returns why it has."""
         was_up = self.ready
-        self._process = None
+        process, self._process = self._process, None
         self.report = None
+        killed = process is not None and (process.returncode or 0) < 0 and not self._why_killed
         why = self._why_killed or how
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self.life += 1
             self._mourn(f"{why}; another is starting")
-        elif self.restarts == 0:
+        elif self.life == 1 and killed and not cause and self.restarts < MOST_KILLED_STARTS - 1:
+            pass  # by the system or a hand: whoever waits for the first engine waits for the next
+        elif self.life == 1:
             cause = cause or EngineFault(f"{why} while it started; its log says why")
             self._start_error = cause  # start() raises it; callers wait for the next server
             self.closed = True

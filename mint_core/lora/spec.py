@@ -2,6 +2,7 @@
 too.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 DEFAULT_ALPHA = 32.0
 RANK_STEP = 8  # ranks are stored as multiples of it
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 # Adapter weights on their way between processes: PEFT's tensor names to float32 arrays, such as
 # "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" [rank, in] and
@@ -43,7 +45,12 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+        return within_float32(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))
+
+
+def within_float32(number: float) -> float:
+    """The number, or infinity where no float32 holds it: torch refuses it as an argument."""
+    return float(number) if abs(number) <= LARGEST_FLOAT32 else math.copysign(math.inf, number)
 
 
 def stored_rank(rank: int) -> int:

@@ -10,7 +10,6 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from mint_core.rpc import limits
 
-FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_LEAST = 1.1754943508222875e-38  # the smallest that is not denormal
 
 # Of all that a request holds: each field that is set, and each element that is not packed.

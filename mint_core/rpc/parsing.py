@@ -11,7 +11,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from mint_core.errors import InvalidRequest
-from mint_core.rpc.bounds import FLOAT32_MAX, MAX_VALUES, Bound, bound_of
+from mint_core.lora.spec import LARGEST_FLOAT32
+from mint_core.rpc.bounds import MAX_VALUES, Bound, bound_of
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES, MAX_TEXT_BYTES
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = (
@@ -238,8 +239,8 @@ def _too_long(field: _Field, size: int) -> _Fault:
 def _check_number(field: _Field, value: Any) -> None:
     """Refuses what float32 does not hold; what is no number is for those who know the field."""
     size, bound = abs(value), field.bound
-    if FLOAT32_MAX < size < float("inf"):
-        problem = f"but must be within {FLOAT32_MAX:.6g}, the largest number of float32"
+    if LARGEST_FLOAT32 < size < float("inf"):
+        problem = f"but must be within {LARGEST_FLOAT32:.6g}, the largest number of float32"
     elif size < bound.least and (value or bound.positive):
         problem = f"but must be at least {bound.least:.6g}, the smallest number of float32"
     else:

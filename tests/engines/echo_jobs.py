@@ -28,6 +28,7 @@ class EchoConfig:
     folder: str = "."  # of the model
     refusal: str = ""  # why the engine does not start; empty: it does
     failing_starts: tuple[int, ...] = ()  # with a start log, only these, from 1
+    hangs_at_starts: tuple[int, ...] = ()  # of the start log: it loads for ever
     start_s: float = 0.0
     start_log: Path | None = None  # gets a line per start
 

@@ -20,12 +20,12 @@ from checkpoint_store.adapter_files import read_weights, write_files
 from checkpoint_store.errors import full_disk_told
 from checkpoint_store.row_file import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
-from mint_core.errors import MintError
+from mint_core.errors import EngineFault, MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest, lora_a_name, lora_b_name
 from tests.engines.echo_jobs import MODEL
-from trainer_service.errors import RowNotSaved
+from trainer_service.errors import LossNotFinite, RowNotSaved
 from trainer_service.jobs import (
     ClearGradient,
     CreateRow,
@@ -58,8 +58,11 @@ LAYOUT = RowLayout.of(
 POISON = 13  # a token
 HELD = "held"
 DIFFERENT = "MINT_TEST_OTHER_BITS"  # set in an engine's environment, its steps differ in a bit
-UNLUCKY = "MINT_TEST_UNLUCKY"  # set there, rows of UNLUCKY_SEED find no memory when restored
+UNLUCKY = (
+    "MINT_TEST_UNLUCKY"  # set there, rows of UNLUCKY_SEED find no memory when restored, or fail
+)
 UNLUCKY_SEED = 13
+NOT_FINITE = "MINT_TEST_NOT_FINITE"  # set there, what a tile comes to is not, and is added
 
 
 @dataclass
@@ -120,6 +123,8 @@ class Rows:
             if tile.backward:
                 weights = document.weights.reshape(len(document.tokens), -1)
                 row.add(document.tokens, weights.sum(axis=1))
+        if NOT_FINITE in os.environ:
+            return TileResult(error=LossNotFinite("the loss"))
         total = float(sum(float(each.sum()) for each in logprobs))
         return TileResult(logprobs=tuple(logprobs), metrics={"loss:sum": total})
 
@@ -206,7 +211,7 @@ class Rows:
 
     def _restore(self, job: RestoreRow) -> str:
         if UNLUCKY in os.environ and job.spec.seed == UNLUCKY_SEED:
-            raise MemoryError
+            raise EngineFault("odd") if os.environ[UNLUCKY] == "odd" else MemoryError
         file = RowFile.open(self._saved_rows / job.file)
         weights, gradient = file.read("weights"), file.read("gradient")
         step = int(file.about["step"])

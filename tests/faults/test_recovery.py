@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 from mintrpc.v1 import trainer_pb2
-from tests.engines.rows import DIFFERENT, POISON, UNLUCKY, UNLUCKY_SEED
+from tests.engines.rows import DIFFERENT, NOT_FINITE, POISON, UNLUCKY, UNLUCKY_SEED
 from tests.resending import ADAM, insisting, resend, start_run, stub_of, train
 from tests.supervised import LIMIT_S, Supervised, summing
 from tests.trainer_rpc import (
@@ -205,23 +205,42 @@ def test_a_replay_that_differs_is_told_and_not_hidden(tmp_path: Path) -> None:
         assert run.describe().inexact_replay_count == 1
 
 
-def test_a_run_that_no_engine_can_restore_is_given_up_and_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "more_engines"), [("1", MOST_DEATHS), ("odd", 0)])
+def test_a_run_that_no_engine_can_restore_is_given_up_and_others_go_on(
+    tmp_path: Path, how: str, more_engines: int
+) -> None:
+    """Whether engines end at it, or it fails and they go on."""
     with summing(tmp_path) as service, stub_of(service) as stub:
         unlucky = start_run(stub, lora_config=lora_config(seed=UNLUCKY_SEED))
         run = start_run(stub)
         train(unlucky, 1)
         train(run, 1)
 
-        service.start_next_with({UNLUCKY: "1"})
+        service.start_next_with({UNLUCKY: how})
         service.restart()
 
         resend(run, run.forward_backward())
         assert unlucky.refused(unlucky.forward_backward()).reason == "TRAINING_RUN_LOST"
         assert run.send(run.optim_step()).step == 2
-        assert service.log_text().count("engine ready") == 1 + 1 + MOST_DEATHS
+        assert service.log_text().count("engine ready") == 1 + 1 + more_engines
 
         service.restart()
         assert resend(unlucky, unlucky.forward_backward()).outputs
+
+
+def test_what_an_earlier_version_answered_with_nan_is_replayed_as_it_was(tmp_path: Path) -> None:
+    """A refusal now is no refusal then: what was added is added again."""
+    with summing(tmp_path, {}, {NOT_FINITE: "1"}) as service, stub_of(service) as stub:
+        run, twin = start_run(stub), start_run(stub)
+        train(run, 2)
+        expected = train(twin, 3)[-1]
+        run.send(run.forward_backward(datum([22, 21, 22, 23])))
+
+        service.kill()
+
+        assert resend(run, run.optim_step(adam_params=ADAM)) == expected
+        assert run.describe().inexact_replay_count == 0
+        assert run.refused(run.forward()).reason == "LOSS_NOT_FINITE"
 
 
 def test_a_rolling_restart_writes_rows_and_loses_nothing(tmp_path: Path) -> None:

@@ -135,3 +135,21 @@ def test_what_cannot_be_exported_or_used_as_an_adapter(
         ).result(60)
     with pytest.raises(mint.NotFoundError):
         rest.export_checkpoint(f"mint://{training.training_run_id}/weights/a").result(60)
+
+
+def test_what_float16_cannot_hold_is_refused_by_name_with_a_way_out(
+    rest: mint.RestClient, services: Services, tmp_path: Path
+) -> None:
+    """Its largest number is 65,504."""
+    config = {"r": 4, "lora_alpha": 1e9, "target_modules": ["q_proj", "down_proj"]}
+    path = uploaded(rest, services.model, tmp_path / "theirs", SERVED_NAME, **config)
+
+    with pytest.raises(mint.APIStatusError, match=r"q_proj.*float16.*bfloat16 or float32") as found:
+        rest.export_checkpoint(path, dtype="float16").result(LIMIT_S)
+
+    assert found.value.reason == "EXPORT_NOT_FINITE"
+    assert int(found.value.metadata["count"]) == 4
+    exported = rest.export_checkpoint(path, dtype="bfloat16").result(LIMIT_S)
+    folder = rest.download_checkpoint(exported.path, tmp_path / "merged").result(LIMIT_S)
+    (file,) = folder.glob("*.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())

@@ -184,18 +184,6 @@ def test_a_deleted_run_takes_its_rows_with_it(host: Host) -> None:
     assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
 
 
-def test_weights_that_went_to_nan_are_not_handed_on(host: Host) -> None:
-    run = create(host.stub)
-    run.send(run.forward_backward(datum([5, 6, 7, 8])))
-    run.send(run.optim_step(adam_params=types_pb2.AdamParams(learning_rate=1e308)))
-    for name in ("", "named"):
-        error = run.refused(run.save_for_sampler(name))
-        assert error.reason == "WEIGHTS_NOT_FINITE"
-        assert "lora_" in error.message
-    assert not list(host.root.glob(f"memory/*/{run.id}/*"))
-    assert not list(host.root.glob(f"store/{run.id}/sampler_weights/*"))
-
-
 def test_memory_is_bounded_and_nothing_is_lost_and_tenants_find_their_own_alone(
     qwen3_folder: Path, tmp_path: Path
 ) -> None:

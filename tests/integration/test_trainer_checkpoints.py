@@ -169,14 +169,3 @@ def test_an_adapter_of_another_base_does_not_fit(run: RawRun, keyed_trainer: Key
     assert error.code == grpc.StatusCode.FAILED_PRECONDITION
     assert error.reason == "CHECKPOINT_MISMATCH"
     assert error.metadata["checkpoint_base_model"] == "tiny"
-
-
-def test_weights_that_went_to_nan_are_not_saved(run: RawRun) -> None:
-    run.send(run.forward_backward(datum([5, 6, 7, 8])))
-    run.send(run.optim_step(adam_params=types_pb2.AdamParams(learning_rate=1e308)))
-
-    error = run.refused(run.save_state("a"))
-
-    assert error.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert error.reason == "WEIGHTS_NOT_FINITE"
-    assert "NaN or Inf" in error.message

@@ -99,11 +99,32 @@ def test_a_discarded_gradient_is_gone(run: RawRun) -> None:
 
 
 def test_a_gradient_that_is_not_finite(run: RawRun) -> None:
-    run.send(run.forward_backward(datum([5, 6, 7], [3e38, 3e38])))
+    run.send(run.forward_backward(datum([5, 6, 7], [3e37, 3e37])))
 
     error = run.refused(run.optim_step())
 
     check_refused_step(run, error, "GRADIENT_NOT_FINITE")
+
+
+def test_a_loss_that_is_not_finite(run: RawRun) -> None:
+    huge = datum([5, 6, 7], [3e38, 3e38])
+    for request in (run.forward(huge), run.forward_backward(huge)):
+        error = run.refused(request)
+        assert error.reason == "LOSS_NOT_FINITE"
+        assert "the loss is not finite" in error.message
+    run.send(run.forward_backward())
+
+    check_refused_step(run, run.refused(run.optim_step()), "GRADIENT_INCOMPLETE")
+
+
+@pytest.mark.parametrize("other", [{"eps": 1e-30}, {"weight_decay": 10.0}])
+def test_a_step_that_would_not_be_finite(run: RawRun, other: dict[str, float]) -> None:
+    run.send(run.forward_backward())
+
+    error = run.refused(run.optim_step(adam_params={"learning_rate": 3e38, **other}))
+
+    check_refused_step(run, error, "STEP_NOT_FINITE")
+    run.send(run.save_state("unharmed"))
 
 
 def test_backwards_add_up(trainer_stub: Stub) -> None:

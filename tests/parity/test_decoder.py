@@ -2,6 +2,7 @@
 passes. Here it runs without being recorded, in plain torch and in interpreted kernels.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,14 +151,15 @@ def test_rows_that_fill_up_touch_the_scratch_block_alone(qwen3_folder: Path) -> 
         assert written == [0, 1, 2, 3, len(part) - 1]
 
 
-@pytest.mark.parametrize("weights", [1e30, np.nan])
+@pytest.mark.parametrize(("weights", "alpha"), [(1e30, 16.0), (np.nan, 16.0), (1.0, 1e308)])
 def test_an_adapter_that_is_broken_fails_its_own_requests_alone(
-    qwen3_folder: Path, weights: float
+    qwen3_folder: Path, weights: float, alpha: float
 ) -> None:
     sampler = make_sampler(qwen3_folder)
     bad = "mint://r-9/sampler_weights/bad@1"
-    spec = sampler.row(ALL).spec
-    huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
+    spec = replace(sampler.row(ALL).spec, alpha=alpha)
+    factor = np.float32(1e30 if np.isnan(weights) else weights)
+    huge = {name: array * factor for name, array in sampler.arrays[ALL].items()}
     sampler.load_arrays(bad, spec, huge)
     if np.isnan(weights):  # what is loaded is checked; this got there by another way
         sampler.row(bad).part("weights").fill_(torch.nan)  # type: ignore[arg-type]

@@ -166,12 +166,15 @@ def test_a_run_full_of_nan_touches_none_of_seven_others(engine: Engine) -> None:
     runs = [EngineRun(engine, f"nan{i}", request, random=i) for i, request in enumerate(REQUESTS)]
     broken = runs[1]
     broken.compute(broken.tile(data(1, 0), LOSSES[1]))
-    assert broken.step(AdamParams(learning_rate=3e38, weight_decay=1e3)).error is None
+    assert (
+        broken.step(AdamParams(learning_rate=3e38, weight_decay=1e3), replayed=True).error is None
+    )
     tiles = [run.tile(data(i, 0), LOSSES[i]) for i, run in enumerate(runs)]
 
     results = run_plan(engine, *tiles)
 
-    assert np.isnan(results[1].metrics["loss:sum"])
+    assert results[1].error is not None
+    assert results[1].error.reason == "LOSS_NOT_FINITE"
     refused = broken.step(AdamParams())
     assert refused.error is not None
     assert refused.error.reason == "GRADIENT_NOT_FINITE"
@@ -271,3 +274,43 @@ def test_a_pass_that_trains_the_head_alone_keeps_nothing_below_it(engine: Engine
         tokens, tokens, (Segment(0, 12, row, accumulate=True),), PackedAttention([0, 12])
     )
     assert not hidden.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("request_", "loss"),
+    [
+        (LoraRequest(rank=8, seed=1, alpha=1e308), CrossEntropy()),
+        (LoraRequest(rank=8, seed=1, alpha=1e300, use_rslora=True), CrossEntropy()),
+        (LoraRequest(rank=8, seed=1, alpha=1e308, train_attn=False, train_mlp=False), Ppo()),
+        (REQUESTS[0], Dro(1e308)),
+        (REQUESTS[0], Cispo(1e300, 1e308)),
+    ],
+)
+def test_numbers_that_no_float32_holds_are_one_calls_error(
+    engine: Engine, request_: LoraRequest, loss: Loss
+) -> None:
+    odd = EngineRun(engine, "odd", request_)
+    neighbour, alone = (
+        EngineRun(engine, n, REQUESTS[1], random=4) for n in ("beside", "by itself")
+    )
+    documents = make_documents(3, (17, 5))
+
+    results = run_plan(engine, odd.tile(documents, loss), neighbour.tile(documents, LOSSES[1]))
+
+    assert results[0].error is not None
+    assert results[0].error.reason == "LOSS_NOT_FINITE"
+    expected = alone.compute(alone.tile(documents, LOSSES[1]))
+    assert results[1].metrics == expected.metrics
+    assert neighbour.step(AdamParams()) == alone.step(AdamParams())
+    assert equal(neighbour.export(), alone.export())
+
+
+@pytest.mark.parametrize("loss", [Ppo(0.8, 1e39), Cispo(0.0, 1.7e308), Gspo(0.2, 1e308)], ids=str)
+def test_a_threshold_that_no_float32_holds_clips_nothing(engine: Engine, loss: Loss) -> None:
+    documents = for_loss(make_documents(3, (17, 5)), loss)
+    run = EngineRun(engine, "unclipped", REQUESTS[1])
+    found = [
+        run.compute(run.tile(documents, replaced)).metrics
+        for replaced in (loss, dataclasses.replace(loss, clip_high_threshold=3e38))
+    ]
+    assert found[0] == found[1]

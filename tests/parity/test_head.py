@@ -13,6 +13,7 @@ from mint_core.lora.layers import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase, load_base
+from mint_core.model.softmax import PlainSoftmax
 
 ROWS = (1, 5, 37, 2)  # scored of each segment
 
@@ -167,3 +168,24 @@ def test_a_segments_scores_do_not_depend_on_its_neighbours(
         assert torch.equal(base.head.logprobs(hidden, [pieces[i]], [wide[i]])[0], mixed[i])
         first = mixed[i] if mixed[i].dim() == 1 else mixed[i][:, 0]
         assert torch.equal(first, score)  # whatever else its row was asked for
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 64, 300])
+@pytest.mark.parametrize("k", [1, 2, 9, 129, 5000])
+def test_a_rows_targets_are_added_in_their_order(rows: int, k: int) -> None:
+    """So a row has the same bits whatever rows are beside it, and however many targets there are a
+    sum costs one call.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    upstream = torch.randn(rows, k, generator=generator)
+    targets = torch.randint(0, 40, (rows, k), generator=generator)
+    z = torch.randn(rows, 40, generator=generator)
+    total = upstream[:, 0]
+    for column in range(1, k):
+        total = total + upstream[:, column]
+    powers = (z - z.amax(1)[:, None]).exp()
+    expected = powers * -(total / powers.sum(1))[:, None]
+
+    gradient = PlainSoftmax(z.clone()).gradient(None, targets, upstream)
+
+    assert torch.equal(gradient, expected.scatter_add_(1, targets, upstream))

@@ -1,11 +1,17 @@
 """Single losses against their formulas, token by token."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given as for_all
+from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer_service.engine.losses import LossInputs, differentiate, sequence_ratios
-from trainer_service.jobs import Cispo, Gspo, Loss, Ppo
+from trainer_service.engine.losses import LossInputs, differentiate, sequence_log_ratios
+from trainer_service.jobs import Cispo, Dro, Gspo, ImportanceSampling, Loss, Ppo
 
 TOKENS = 40
 LENGTHS = (7, 1, 32)
@@ -24,7 +30,7 @@ def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens() -> None:
     log_ratio, mask = draw(4), (draw(5) > 0).float()
     mask[7] = 0  # the second document has none
 
-    ratios = sequence_ratios(log_ratio, mask, LENGTHS)
+    ratios = sequence_log_ratios(log_ratio, mask, LENGTHS).exp()
 
     start = 0
     for length in LENGTHS:
@@ -49,7 +55,7 @@ def test_gspo_is_one_ratio_and_one_clip_per_sequence() -> None:
             weights=torch.full((TOKENS,), 1 / TOKENS),
             logprobs=old,
             advantages=torch.full((TOKENS,), advantage),
-            sequence_ratios=sequence_ratios(logprobs - old, torch.ones(TOKENS), (TOKENS,)),
+            sequence_log_ratios=sequence_log_ratios(logprobs - old, torch.ones(TOKENS), (TOKENS,)),
         )
 
         losses, ours = differentiate(Gspo(0.95, 1.05), logprobs, given)
@@ -86,3 +92,97 @@ def test_thresholds_equal_to_the_losss_change_nothing(loss: Loss) -> None:
     given = differentiate(loss, logprobs, inputs(clip_low=0.8 * ones, clip_high=1.2 * ones))
 
     assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+
+
+LARGEST = float(np.finfo(np.float32).max)
+FACTORS = st.sampled_from([0.0, 1.0, -1.0, 0.3, -2.5, 1e-4, 1e-15, -1e-15, 1e15, -1e15])
+LOG_RATIOS = st.one_of(
+    st.floats(-1e4, 1e4, width=32),
+    st.sampled_from([0.0, 87.0, 88.0, 89.0, -89.0, 100.0, -104.0, 700.0, 710.0, 1e4, -1e4]),
+)
+ORACLES: list[Loss] = [
+    *(ImportanceSampling(), Ppo(), Ppo(0.0, 1e38), Ppo(0.5, 1e300), Cispo(), Cispo(0.0, 1e38)),
+    *(Dro(0.0), Dro(0.1), Dro(1e30), Gspo(), Gspo(0.0, 1e39)),
+]
+
+
+def product(log_ratio: float, *factors: float) -> float:
+    """exp(log_ratio) times the factors, in float64: nothing overflows on the way."""
+    if 0.0 in factors:
+        return 0.0
+    log = log_ratio + sum(math.log(abs(factor)) for factor in factors)
+    sign = math.prod(math.copysign(1.0, factor) for factor in factors)
+    return sign * (math.exp(log) if log < 700 else math.inf)
+
+
+def oracle(loss: Loss, lp: float, q: float, a: float, w: float, sequence: float) -> list[float]:
+    """Loss and slope of a token by docs/losses.md; `sequence`: log ratio of its sequence."""
+    l = sequence if isinstance(loss, Gspo) else lp - q  # noqa: E741
+    if isinstance(loss, Dro):
+        return [-w * (lp * a - loss.beta / 2 * l * l), -w * (a - loss.beta * l)]
+    if isinstance(loss, ImportanceSampling):
+        return [-product(l, w, a), -product(l, w, a)]
+    assert isinstance(loss, Ppo | Cispo | Gspo)
+    low, high = loss.clip_low_threshold, loss.clip_high_threshold
+    high = high if high <= LARGEST else math.inf  # no float32 holds it
+    bound = low if product(l, 1.0) < low else high if product(l, 1.0) > high else None
+    if isinstance(loss, Cispo):
+        if bound is None:
+            return [-product(l, w, lp, a), -product(l, w, a)]
+        return [-w * bound * lp * a, -w * bound * a]
+    if a == 0 or w == 0:
+        return [0.0, 0.0]
+    if bound is None or (bound == high) != (a > 0):
+        return [-product(l, w, a), -product(l, w, a)]
+    return [-w * bound * a, 0.0]
+
+
+@for_all(st.lists(st.tuples(LOG_RATIOS, FACTORS, FACTORS, LOG_RATIOS), min_size=1, max_size=6))
+@pytest.mark.parametrize("loss", ORACLES, ids=str)
+def test_extremes_agree_with_the_formulas_in_float64(
+    loss: Loss, tokens: list[tuple[float, float, float, float]]
+) -> None:
+    """Whatever is multiplied by 0 or clipped away. What float32 cannot hold is not finite."""
+    lp = -2.5
+    log_ratios, advantages, weights, sequences = map(torch.tensor, zip(*tokens, strict=True))
+    given = LossInputs(
+        weights=weights.abs(),
+        logprobs=lp - log_ratios,
+        advantages=advantages,
+        sequence_log_ratios=sequences,
+    )
+
+    ours = differentiate(loss, torch.full_like(weights, lp), given)
+
+    assert given.logprobs is not None
+    for i in range(len(tokens)):
+        q, a, w = given.logprobs[i].item(), advantages[i].item(), weights[i].abs().item()
+        wanted = oracle(loss, lp, q, a, w, sequences[i].item())
+        if abs(wanted[0]) > 0.99 * LARGEST:
+            assert not ours[0][i].isfinite() or abs(ours[0][i].item()) > 0.9 * LARGEST
+            continue
+        rel = 1e-5 + 1e-6 * abs(lp - q)  # the ratio's logarithm is rounded
+        scale = max(abs(a * w), 1.0) * 1e-36
+        assert [each[i].item() for each in ours] == pytest.approx(wanted, rel=rel, abs=scale)
+
+
+@pytest.mark.parametrize("loss", [ImportanceSampling(), Ppo(), Cispo(), Dro(0.1), Gspo()], ids=str)
+def test_a_token_that_adds_nothing_changes_no_bit_of_the_rest(loss: Loss) -> None:
+    logprobs, given = draw(10) - 3, inputs(sequence_log_ratios=draw(11) / 10)
+    plain = differentiate(loss, logprobs, given)
+    assert given.logprobs is not None
+    old = given.logprobs.clone()
+    old[::5] = -1e4  # the ratio overflows
+    weights = torch.ones(TOKENS)
+    weights[::5] = 0.0
+    for changes in ({"weights": weights * given.weights}, {"advantages": weights * draw(3)}):
+        if isinstance(loss, Dro) and "advantages" in changes:
+            continue  # its other term stays
+        odd = dataclasses.replace(given, logprobs=old, **changes)
+
+        losses, slopes = differentiate(loss, logprobs, odd)
+
+        assert not losses[::5].any()
+        assert not slopes[::5].any()
+        for each, before in zip((losses, slopes), plain, strict=True):
+            assert torch.equal(each[weights > 0], before[weights > 0])

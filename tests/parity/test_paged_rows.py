@@ -8,7 +8,7 @@ import pytest
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine, run_plan
 from trainer_service.engine.engine import Engine
-from trainer_service.engine.row_files import RowStorageFull
+from trainer_service.errors import RowStorageFull
 from trainer_service.jobs import (
     AdamParams,
     ClearGradient,

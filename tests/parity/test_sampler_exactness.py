@@ -2,6 +2,7 @@
 the trainer's engine, and itself alone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -340,11 +341,14 @@ def test_scoring_alone_gives_the_scores_of_sampling(sampler: SamplerEngine) -> N
         assert len(scored.prompt_logprobs) == len(prompt) - 1
 
 
-def test_an_adapter_that_overflows_fails_its_own_requests_alone(qwen3_folder: Path) -> None:
+@pytest.mark.parametrize(("factor", "alpha"), [(1e30, 16.0), (1.0, 1e308)])
+def test_an_adapter_that_overflows_fails_its_own_requests_alone(
+    qwen3_folder: Path, factor: float, alpha: float
+) -> None:
     sampler = make_sampler(qwen3_folder)
     bad = "mint://r-9/sampler_weights/bad@1"
-    spec = sampler.row(ALL).spec
-    huge = {name: array * np.float32(1e30) for name, array in sampler.arrays[ALL].items()}
+    spec = replace(sampler.row(ALL).spec, alpha=alpha)
+    huge = {name: array * np.float32(factor) for name, array in sampler.arrays[ALL].items()}
     sampler.load_arrays(bad, spec, huge)
     prompt = random_tokens(4, 30)
     expected = sampler.generate(prompt, adapter=ALL, seed=1)

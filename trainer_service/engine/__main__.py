@@ -6,6 +6,8 @@ import logging
 import queue
 import threading
 
+import torch
+
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
 from mint_core.errors import MintError
 from trainer_service.config import TrainerConfig
@@ -41,17 +43,24 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
                 rests.put((call.number, answer))
             else:
                 pipe.send(Reply(call.number, answer))
-        except MintError as refusal:
-            pipe.fail(call.number, refusal)
         except Exception as error:
-            # Our bug, no memory, or the device's end: the front starts another engine, has the
-            # rest done again, and finds out whose doing it is.
-            if not (isinstance(call.job, SaveRow) and call.job.optional):
+            optional = isinstance(call.job, SaveRow) and call.job.optional
+            if ends_the_engine(error) and not optional:
                 raise
             pipe.fail(call.number, error)
         if (counts := engine.row_counts()) != told:
             pipe.send(Report(counts))
             told = counts
+
+
+def ends_the_engine(error: Exception) -> bool:
+    """Whether memory or the device has failed: the front then starts another engine, has all done
+    again, and finds out whose doing it is. Of anything else the front makes the rows anew.
+    """
+    kinds = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+    text = str(error).lower()  # torch has no class for all of them
+    words = any(word in text for word in ("memory", "cuda", "cublas", "cudnn"))
+    return not isinstance(error, MintError) and (isinstance(error, kinds) or words)
 
 
 def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[tuple[int, Rest]]) -> None:
@@ -63,8 +72,6 @@ def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[tuple[int, Rest]]) -> Non
         try:
             answer = rest(lambda: pipe.send(Heartbeat()))
             pipe.send(Reply(number, answer))
-        except BrokenPipeError:
-            return  # the front is gone
         except Exception as error:
             pipe.fail(number, error)
 

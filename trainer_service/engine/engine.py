@@ -20,7 +20,7 @@ from trainer_service import jobs
 from trainer_service.config import TrainerConfig
 from trainer_service.engine import saving
 from trainer_service.engine.memory import budget_bytes, lengths, measure
-from trainer_service.engine.optimizer import step_rows
+from trainer_service.engine.optimizer import largest, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
@@ -119,7 +119,8 @@ class Engine:
             trained.gradient_pending |= tile.backward
             rows[tile.training_run_id] = trained.row
         packed = pack(tiles, rows, self.base.device)
-        self.base.recomputation.on = len(packed.tokens) > self.lengths.kept_tokens
+        more = sum(jobs.tile_cost(tile) - jobs.tile_tokens(tile) for tile in tiles)
+        self.base.recomputation.on = len(packed.tokens) + more > self.lengths.kept_tokens
         with _deterministic(any(tile.isolated for tile in tiles)):
             return run_pass(self.base, packed)
 
@@ -129,7 +130,7 @@ class Engine:
 
     def _take_steps(self, steps: Sequence[jobs.StepRow]) -> list[jobs.StepResult]:
         assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
-        return step_rows([(self._rows[step.training_run_id], step.adam_params) for step in steps])
+        return step_rows([(self._rows[step.training_run_id], step) for step in steps])
 
     def _refuse_step(self, step: jobs.StepRow, error: MintError) -> jobs.StepResult:
         trained = self._rows[step.training_run_id]
@@ -199,6 +200,7 @@ class Engine:
         for part in MOMENTS:
             if part not in parts:
                 trained.row.free(part)
+        trained.largest = largest(trained.row, moments=Part.EXP_AVG in parts)
         trained.step = step
 
 

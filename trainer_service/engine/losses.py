@@ -4,35 +4,39 @@ proto/mintrpc/v1/types.proto and docs/losses.md.
 `tokens` counts the targets of a tile, its documents one after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mint_core.lora.spec import within_float32
 from trainer_service.jobs import Cispo, CrossEntropy, Dro, Gspo, ImportanceSampling, Loss, Ppo
+
+LARGEST_LOG_RATIO = 600.0  # exp of it times three float32 numbers is a float64
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What losses read beside the logprobs; each is [tokens] float32."""
+    """What losses read beside the logprobs; each is [tokens] float32, in `differentiate` float64 of
+    what overflows.
+    """
 
     weights: Tensor  # [tokens, k] where k targets stand at each position
     logprobs: Tensor | None = None  # under the policy that sampled
     advantages: Tensor | None = None
     clip_low: Tensor | None = None  # instead of the loss's own
     clip_high: Tensor | None = None
-    sequence_ratios: Tensor | None = None  # of the sequence to which each token belongs
+    sequence_log_ratios: Tensor | None = None  # of the sequence to which each token belongs
 
     def at(self, places: Tensor | slice) -> "LossInputs":
         """The inputs of some of the tokens."""
-        chosen: dict[str, Any] = {
-            entry.name: None if value is None else value[places]
-            for entry in fields(self)
-            for value in [getattr(self, entry.name)]
-        }
-        return LossInputs(**chosen)
+        return self.each(lambda tensor: tensor[places])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "LossInputs":
+        """The inputs, each changed."""
+        given = (getattr(self, entry.name) for entry in fields(self))
+        return LossInputs(*(None if value is None else change(value) for value in given))  # type: ignore[arg-type]
 
 
 def _unweighted(
@@ -45,17 +49,22 @@ def _unweighted(
     log_ratio = logprobs - inputs.logprobs
     match loss:
         case ImportanceSampling():
-            return -log_ratio.exp() * advantages
+            return -_exp(log_ratio) * advantages
         case Ppo():
-            return -_pessimistic(loss, log_ratio.exp(), inputs)
+            return -_pessimistic(loss, _exp(log_ratio), inputs)
         case Cispo():
-            return -_clipped(loss, log_ratio.exp(), inputs).detach() * logprobs * advantages
+            return -_clipped(loss, _exp(log_ratio), inputs).detach() * logprobs * advantages
         case Dro(beta):
-            return -(logprobs * advantages - 0.5 * beta * log_ratio.square())
+            return -(logprobs * advantages - within_float32(0.5 * beta) * log_ratio.square())
         case Gspo():
-            assert inputs.sequence_ratios is not None
+            assert inputs.sequence_log_ratios is not None
             own = (logprobs - logprobs.detach()).exp()  # 1, with the gradient of the logprob
-            return -_pessimistic(loss, inputs.sequence_ratios * own, inputs)
+            return -_pessimistic(loss, _exp(inputs.sequence_log_ratios) * own, inputs)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    """Finite in float64, so that 0 times it is 0; beyond what a float32 times it can hold."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def _pessimistic(loss: Ppo | Gspo, ratio: Tensor, inputs: LossInputs) -> Tensor:  # [tokens]
@@ -65,7 +74,7 @@ def _pessimistic(loss: Ppo | Gspo, ratio: Tensor, inputs: LossInputs) -> Tensor:
 
 
 def _clipped(loss: Ppo | Cispo | Gspo, ratio: Tensor, inputs: LossInputs) -> Tensor:  # [tokens]
-    low, high = loss.clip_low_threshold, loss.clip_high_threshold
+    low, high = within_float32(loss.clip_low_threshold), within_float32(loss.clip_high_threshold)
     if inputs.clip_low is None and inputs.clip_high is None:
         return ratio.clamp(low, high)
     return ratio.clamp(
@@ -74,27 +83,39 @@ def _clipped(loss: Ppo | Cispo | Gspo, ratio: Tensor, inputs: LossInputs) -> Ten
     )
 
 
-def sequence_ratios(
+def sequence_log_ratios(
     log_ratio: Tensor,  # [tokens]; read where the mask is 1
     mask: Tensor,  # [tokens], 0 or 1
     lengths: Sequence[int],  # of the documents
 ) -> Tensor:  # [tokens]
-    """The ratio of the sequence to which each token belongs: exp(mean of its log ratios). 1 where
-    a document has no token in its sequence.
+    """The logarithm of the ratio of the sequence to which each token belongs: the mean of its log
+    ratios. 0 where a document has no token in its sequence.
     """
     ratios = []
     for values, chosen in zip(
         log_ratio.split(list(lengths)), mask.bool().split(list(lengths)), strict=True
     ):
         mean = values[chosen].mean() if chosen.any() else values.new_zeros(())
-        ratios.append(mean.exp().expand(len(values)))
+        ratios.append(mean.expand(len(values)))
     return torch.cat(ratios)
 
 
 def differentiate(
     loss: Loss, logprobs: Tensor, inputs: LossInputs
 ) -> tuple[Tensor, Tensor]:  # both as `logprobs`
-    """Each token's loss and its derivative with respect to that token's logprob."""
+    """Each token's loss and its derivative with respect to that token's logprob. Not finite only
+    where float32 cannot hold the number itself, or a logprob is not finite.
+    """
+    losses, slopes = _differentiate(loss, logprobs, inputs)
+    # A ratio that overflows may be clipped away, or meet an advantage that is 0 or tiny.
+    if not (losses.isfinite() & slopes.isfinite()).all():
+        exact = _differentiate(loss, logprobs.double(), inputs.each(Tensor.double))
+        losses = torch.where(losses.isfinite(), losses, exact[0].float())
+        slopes = torch.where(slopes.isfinite(), slopes, exact[1].float())
+    return losses, slopes
+
+
+def _differentiate(loss: Loss, logprobs: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     if isinstance(loss, CrossEntropy):  # what most tiles ask for: a graph would cost more than it
         losses, slopes = -inputs.weights * logprobs, -inputs.weights
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from checkpoint_store.adapter_files import read_weights
@@ -17,6 +17,7 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_
 from mint_core.lora.targets import HEAD
 from mint_core.model.loading import check_memory
 from trainer_service.checkpoints.apart import Merge, answer_once
+from trainer_service.errors import NonFiniteExport
 
 _CPU = torch.device("cpu")
 _SHARD_SIZE = "5GB"
@@ -43,6 +44,7 @@ def _merge(job: Merge) -> bool:
     model = AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=dtype or "auto")
     untied = HEAD in job.spec.modules and _untie(model)
     _add(model, job.spec, read_weights(Path(job.adapter_folder)))
+    _check_finite(model)
     output = Path(job.output_folder)
     model.save_pretrained(output, max_shard_size=_SHARD_SIZE)
     _make_readable(output)
@@ -69,6 +71,18 @@ def _add(model: nn.Module, spec: AdapterSpec, weights: AdapterArrays) -> None:
         b = torch.from_numpy(weights[lora_b_name(module)])  # [out, rank]
         assert isinstance(weight, nn.Parameter)
         weight.copy_(torch.addmm(weight.float(), b, a, alpha=spec.scale))
+
+
+def _check_finite(model: nn.Module) -> None:
+    broken = {name: each.dtype for name, each in model.named_parameters() if not _finite(each)}
+    if broken:
+        dtype = str(next(iter(broken.values()))).removeprefix("torch.")
+        raise NonFiniteExport(list(broken), dtype)
+
+
+def _finite(weight: Tensor) -> bool:
+    """Without a mask of the weight's size."""
+    return all(bool(end.isfinite()) for end in weight.aminmax())  # NaN is either
 
 
 def _make_readable(folder: Path) -> None:

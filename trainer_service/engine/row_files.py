@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_store.row_file import RowDamaged, RowFile, write_row
-from mint_core.errors import EngineFault, ResourceExhausted
+from mint_core.errors import EngineFault
 from mint_core.lora.bank import Part, zero_vector
 from mint_core.owned_folder import TRAINER_ROWS, owned_row_folder
+from trainer_service.errors import RowStorageFull
 
 logger = logging.getLogger(__name__)
-
-
-class RowStorageFull(ResourceExhausted):
-    """There is no room for one more row, neither in memory nor on disk."""
-
-    reason = "ROW_STORAGE_FULL"
 
 
 class RowFiles:

@@ -31,6 +31,8 @@ class TrainedRow:
     step: int = 0
     gradient_pending: bool = False  # otherwise the gradient is zero
     weight_digest: int = 0  # of the weights as they are; 0: not taken
+    # A weight, and a moment or root of a second one, than which none is larger; None: not known.
+    largest: tuple[float, float] | None = None
     moved: tuple[Part, ...] = ()  # the parts that are kept elsewhere while the row is away
 
     def worth_keeping(self) -> dict[Part, Tensor]:
@@ -123,7 +125,7 @@ class Rows:
         try:
             self.here(training_run_id, Part.WEIGHTS)
             yield trained
-        except MintError:
+        except Exception:
             self.remove(training_run_id)
             raise
 

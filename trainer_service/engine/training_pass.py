@@ -7,16 +7,19 @@ the loss also reads the ratio of the whole sequence, the head scores that sequen
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
-from trainer_service.engine.losses import LossInputs, differentiate, sequence_ratios
+from trainer_service.engine.losses import LossInputs, differentiate, sequence_log_ratios
 from trainer_service.engine.packing import PackedPlan, PackedTile
+from trainer_service.errors import LossNotFinite
 from trainer_service.jobs import TileResult
 
 
@@ -94,7 +97,7 @@ def _with_ratios(tile: PackedTile, rows: Tensor, logprobs: Tensor) -> LossInputs
     assert mask is not None
     log_ratio = torch.zeros_like(mask)
     log_ratio[rows] = logprobs - inputs.logprobs[rows]
-    return replace(inputs, sequence_ratios=sequence_ratios(log_ratio, mask, tile.lengths))
+    return replace(inputs, sequence_log_ratios=sequence_log_ratios(log_ratio, mask, tile.lengths))
 
 
 def _result(tile: _Scored) -> TileResult:
@@ -102,13 +105,17 @@ def _result(tile: _Scored) -> TileResult:
     weighted = [int(d.weighted.sum()) for d in packed.tile.documents]
     counts = weighted if packed.tile.weighted_only else list(packed.lengths)
     logprobs = _joined(tile.logprobs).cpu().numpy()
+    loss = _joined(tile.losses).double().sum().item()
+    if not (math.isfinite(loss) and np.isfinite(logprobs).all()):
+        # What of it is in the gradient stays there: the run's step must not be taken, ever.
+        return TileResult(error=LossNotFinite("a logprob" if math.isfinite(loss) else "the loss"))
     return TileResult(
         logprobs=tuple(
             logprobs[end - count : end].copy()
             for end, count in zip(itertools.accumulate(counts), counts, strict=True)
         ),
         metrics={
-            "loss:sum": _joined(tile.losses).double().sum().item(),
+            "loss:sum": loss,
             "tokens:sum": float(sum(packed.lengths)),
             "weighted_tokens:sum": float(sum(weighted)),
         },

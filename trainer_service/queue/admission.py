@@ -75,12 +75,12 @@ class Admission:
     def enter(self, origin: RunOrigin, call: Call) -> None:
         """Notes an accepted call of a run."""
         self._queue_depth.inc()
-        self._backlog.enter(self._key(origin), Load(count=1, tokens=call.tokens))
+        self._backlog.enter(self._key(origin), Load(count=1, tokens=call.cost))
 
     def leave(self, origin: RunOrigin, call: Call) -> None:
         """Notes that the call is answered, or will not be."""
         self._queue_depth.dec()
-        self._backlog.leave(self._key(origin), Load(count=1, tokens=call.tokens))
+        self._backlog.leave(self._key(origin), Load(count=1, tokens=call.cost))
 
     def _retry_after_s(self, origin: RunOrigin, held: Load, calls_before: int) -> float:
         """About when enough will be done: what is too much, and at least a call's worth of it."""

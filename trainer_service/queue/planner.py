@@ -1,7 +1,8 @@
 """What the engine does next: a pass over tiles of any runs, or all optimizer steps that are ready.
 
 Tenants share by deficit round robin in tokens, as their weights say, and so do the runs of one
-tenant, all alike. A run's tiles keep their order.
+tenant, all alike. A run's tiles keep their order. Tokens are what documents cost: one with many
+targets counts for more.
 """
 
 from collections import Counter, deque
@@ -73,12 +74,12 @@ def _groups(documents: Iterable[Document], most_tokens: int) -> Iterator[tuple[D
     group: list[Document] = []
     tokens = 0
     for document in documents:
-        grown = tokens + len(document.tokens)
+        grown = tokens + document.cost
         if group and (grown > most_tokens or document.width != group[-1].width):
             yield tuple(group)
             group, tokens = [], 0
         group.append(document)
-        tokens += len(document.tokens)
+        tokens += document.cost
     yield tuple(group)
 
 

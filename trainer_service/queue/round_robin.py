@@ -1,11 +1,13 @@
-"""Deficit round robin in tokens over queues of tiles, and over rings of such queues."""
+"""Deficit round robin over queues of tiles, and over rings of such queues, in tokens as tiles cost
+them.
+"""
 
 import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from trainer_service.jobs import Tile, tile_tokens
+from trainer_service.jobs import Tile, tile_cost
 
 
 class RunQueue:
@@ -17,7 +19,7 @@ class RunQueue:
         self.deficit = 0.0  # tokens that it may still take in this round of the ring that it is in
 
     def add(self, tile: Tile) -> None:
-        tokens = tile_tokens(tile)
+        tokens = tile_cost(tile)
         self._tiles.append((tile, tokens))
         self.tokens += tokens
 

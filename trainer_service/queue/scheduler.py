@@ -15,7 +15,7 @@ from typing import Any
 
 from mint_core.engine_host.pipe import Hello, ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
 from mint_core.rpc.errors import domain_error
 from trainer_service import jobs
 from trainer_service.queue.planner import Key, Planner, key_of
@@ -76,7 +76,7 @@ class _Running:
     """What the engine is busy with."""
 
     work: Sequence[jobs.Tile | jobs.StepRow]
-    tokens: Sequence[int]  # of each; of a step, which costs next to nothing, 0
+    tokens: Sequence[int]  # that each costs; of a step, which costs next to nothing, 0
     handed: Mapping[Key, Handed]  # of which they are, in their order
     start_s: float  # as time.monotonic()
 
@@ -173,7 +173,11 @@ class Scheduler:
             try:
                 results = await self._call(job, silence_limit_s=self._limit_s(running))
             except Exception as raised:
-                self._hand_out(running, [domain_error(raised)] * len(running.handed))
+                error = domain_error(raised)
+                if isinstance(error, EngineFault) and len(running.work) > 1:
+                    # It may be a neighbour's doing, and all rows may hold some of the pass.
+                    error = EngineDied(error.message)
+                self._hand_out(running, [error] * len(running.handed))
             else:
                 elapsed_s = time.monotonic() - running.start_s
                 self._hand_out(running, results, elapsed_s)
@@ -207,7 +211,7 @@ class Scheduler:
     def _begin(self, job: jobs.Plan | jobs.StepRows) -> _Running:
         work = job.tiles if isinstance(job, jobs.Plan) else job.steps
         handed = {key: self._waiting.pop(key) for key in map(key_of, work)}
-        tokens = [jobs.tile_tokens(each) if isinstance(each, jobs.Tile) else 0 for each in work]
+        tokens = [jobs.tile_cost(each) if isinstance(each, jobs.Tile) else 0 for each in work]
         return _Running(work, tokens, handed, time.monotonic())
 
     def _hand_out(self, running: _Running, results: Sequence[Any], elapsed_s: float = 0.0) -> None:

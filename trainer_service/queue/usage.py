@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mint_core.rpc.metrics import Metrics
-from trainer_service.jobs import StepResult, StepRow, Tile, TileResult, tile_tokens
+from trainer_service.jobs import StepResult, StepRow, Tile, TileResult, tile_cost, tile_tokens
 
 
 class Usage:
@@ -18,7 +18,7 @@ class Usage:
         )
         self._engine_seconds = metrics.counter(
             "mint_usage_engine_seconds",
-            "Time of the engine; that of a pass is shared by tokens, that of steps equally",
+            "Time of the engine; a pass is shared by what tiles cost, steps equally",
             ["tenant"],
         )
         self._optim_steps = metrics.counter(
@@ -35,7 +35,7 @@ class Usage:
         """Counts a pass or steps; `tenants` are those of the work, None of what is done again."""
         parts: Counter[str | None] = Counter()
         for each, result, tenant in zip(work, results, tenants, strict=True):
-            parts[tenant] += tile_tokens(each) if isinstance(each, Tile) else 1
+            parts[tenant] += tile_cost(each) if isinstance(each, Tile) else 1
             if tenant is None:
                 continue
             if isinstance(each, StepRow):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from mint_core.errors import EngineDied, MintError, ResourceExhausted
+from mint_core.errors import EngineDied, EngineFault, MintError, ResourceExhausted
 from mint_core.rpc.errors import domain_error
 from trainer_service import calls, jobs
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
@@ -31,16 +31,18 @@ class Execution:
         try:
             self._run.check_usable()
             return await self._perform(call)
-        except EngineDied as death:
-            return death
         except Exception as raised:
-            return await self._fail(call, domain_error(raised))
+            error = domain_error(raised)
+            if isinstance(error, EngineFault):
+                self._run.row_life = 0  # nobody knows what it holds: it is restored
+            return error if isinstance(error, EngineDied) else await self._fail(call, error)
         finally:
             course.run_s = time.monotonic() - started_s
 
     async def _fail(self, call: calls.Call, error: MintError) -> calls.Outcome | EngineDied:
         """The gradient is cleared after a step that was not taken."""
-        if call.method == "OptimStep" and self._run.gradient.touched and not self._run.lost:
+        run = self._run
+        if call.method == "OptimStep" and run.gradient.touched and run.row_life and not run.lost:
             try:
                 await self._row(jobs.ClearGradient(self._run.id))
             except EngineDied as death:

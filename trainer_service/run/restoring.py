@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mint_core.errors import EngineDied, MintError
+from mint_core.errors import EngineDied, EngineFault, MintError
 from mint_core.fault_points import fault_point
 from trainer_service import jobs
 from trainer_service.calls import Compute, Effect, Step
-from trainer_service.errors import StateDamaged
+from trainer_service.errors import LossNotFinite, StateDamaged
 from trainer_service.journal.records import PastCall
 from trainer_service.journal.run_journal import Past
 from trainer_service.queue.planner import DEATHS_UNTIL_ALONE, cut
@@ -116,13 +116,14 @@ class Restoring:
         results, seconds = await self._scheduler.compute(tenant, tiles, life, billed=False)
         run.unsaved.seconds += seconds
         for result in results:
-            if result.error is not None:
+            # What an earlier version answered with NaN has its NaN in the gradient again.
+            if result.error is not None and not isinstance(result.error, LossNotFinite):
                 raise result.error
 
     async def _step(self, call: PastCall, step: Step, life: int) -> None:
         run = self._run
         alone = self._deaths.get(call.sequence, 0) >= DEATHS_UNTIL_ALONE
-        job = jobs.StepRow(run.id, step.adam_params, alone=alone)
+        job = jobs.StepRow(run.id, step.adam_params, alone=alone, replayed=True)
         result = await self._scheduler.step(run.origin.tenant, job, life, billed=False)
         if result.weight_digest == call.digest or self._differs:
             return
@@ -147,12 +148,14 @@ class Restoring:
             await work
         except NotStarted:
             raise
-        except EngineDied as death:
+        except EngineFault as fault:
             self._deaths[doing] = self._deaths.get(doing, 0) + 1
+            if not isinstance(fault, EngineDied):
+                raise StateDamaged(self._run.id, f"its replay failed: {fault.message}") from fault
             if self._deaths[doing] < MOST_DEATHS:
                 raise
             why = f"its replay ended {MOST_DEATHS} engines"
-            raise StateDamaged(self._run.id, why) from death
+            raise StateDamaged(self._run.id, why) from fault
 
 
 async def _all(works: Sequence[Coroutine[Any, Any, None]]) -> None:

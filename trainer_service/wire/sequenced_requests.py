@@ -35,6 +35,8 @@ def parse_call(
     request: Message,
     model: ModelDescription,
     refusals: Sequence[MintError] = (),  # of the content, from before it was parsed
+    *,
+    most_targets: int,  # at one position
 ) -> calls.Call:
     """Reads a sequenced request. Raises only what is wrong with its place.
 
@@ -43,10 +45,27 @@ def parse_call(
     method = cast(calls.Method, request.DESCRIPTOR.name.removesuffix("Request"))
     place, payload = _place(request)
     work = calls.Refused(refusals[0]) if refusals else _work(method, request, model)
+    if isinstance(work, calls.Compute):
+        work = _checked_width(work, most_targets)
     named = isinstance(work, calls.Save) or (
         isinstance(work, calls.SaveForSampler) and work.name is not None
     )
     return calls.Call(place, method, work, payload, secrets.token_hex(16) if named else "")
+
+
+def _checked_width(work: calls.Compute, most: int) -> calls.Compute | calls.Refused:
+    for index, document in enumerate(work.documents):
+        if document.width and document.width[0] > most:
+            field = f"data[{index}].loss_fn_inputs.target_tokens"
+            return calls.Refused(
+                InvalidRequest(
+                    f"`{field}` has {document.width[0]} targets at each position but at most "
+                    f"{most} are taken; leave out those of the least weight",
+                    field=field,
+                    max_targets=most,
+                )
+            )
+    return work
 
 
 def parse_work(method: calls.Method, payload: bytes, model: ModelDescription) -> calls.Work:

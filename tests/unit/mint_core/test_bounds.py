@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 from hypothesis import given
 
 from mint_core.errors import InvalidRequest
+from mint_core.lora.spec import LARGEST_FLOAT32 as FLOAT32_MAX
 from mint_core.rpc import bounds
-from mint_core.rpc.bounds import FLOAT32_LEAST, FLOAT32_MAX, bound_of
+from mint_core.rpc.bounds import FLOAT32_LEAST, bound_of
 from mint_core.rpc.parsing import NotTaken, parse
 from mintrpc.v1 import checkpoint_pb2, sampler_pb2, trainer_pb2, types_pb2
 

@@ -15,6 +15,17 @@ def document(tokens: int, first: int = 0) -> Document:
     return Document(tokens=ids, targets=ids + 1, weights=np.ones(tokens, np.float32))
 
 
+def wide_document(tokens: int, k: int) -> Document:
+    """With k targets at each position."""
+    shape = (tokens, k)
+    ids = np.arange(tokens)
+    return Document(tokens=ids, targets=np.zeros(shape, int), weights=np.ones(shape, np.float32))
+
+
+def of(*documents: Document, backward: bool = True) -> Compute:
+    return Compute(documents=documents, loss=CrossEntropy(), backward=backward, weighted_only=False)
+
+
 def call(
     sequence: int,
     *,
@@ -36,12 +47,7 @@ def call(
 
 
 def compute(*lengths: int, backward: bool = True) -> Compute:
-    return Compute(
-        documents=tuple(document(length) for length in lengths),
-        loss=CrossEntropy(),
-        backward=backward,
-        weighted_only=False,
-    )
+    return of(*(document(length) for length in lengths), backward=backward)
 
 
 def tiles(run: str, sequence: int, *lengths: int, tile_tokens: int = 16) -> tuple[Tile, ...]:

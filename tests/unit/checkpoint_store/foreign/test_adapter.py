@@ -139,6 +139,7 @@ def test_a_plain_configuration() -> None:
         ({"r": True}, "r"),
         ({"r": "8"}, "r"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": 1e39}, "lora_alpha"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"use_rslora": 1}, "use_rslora"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path"),

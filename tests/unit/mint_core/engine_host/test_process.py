@@ -3,9 +3,13 @@
 import asyncio
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -248,6 +252,62 @@ async def test_an_engine_that_dies_while_it_starts_is_reported() -> None:
     engine = EngineProcess("tests.engines.no_such_engine", EchoConfig())
     with pytest.raises(EngineFault, match="exit code 1 while it started"):
         await asyncio.wait_for(engine.start(), LIMIT_S)
+
+
+async def kill_starting(engine: EngineProcess, log: Path, starts: int) -> None:
+    """Kills the first engines while they load, each once it has been told what."""
+    for number in range(1, starts + 1):
+        async with asyncio.timeout(LIMIT_S):
+            while not log.exists() or len(log.read_text().splitlines()) < number:
+                await asyncio.sleep(0.01)  # nothing tells of a file's change
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+
+
+async def test_an_engine_that_is_killed_during_its_first_start_is_started_again(
+    tmp_path: Path,
+) -> None:
+    """As one that is killed later; its callers wait."""
+    config = EchoConfig(start_log=tmp_path / "starts", hangs_at_starts=(1, 2))
+    engine = EngineProcess("tests.engines.echo", config)
+    async with asyncio.timeout(LIMIT_S):
+        start = asyncio.create_task(engine.start())
+        await asyncio.sleep(0)
+        early = asyncio.create_task(engine.call(Echo("early")))
+        await kill_starting(engine, tmp_path / "starts", 2)
+        assert (await start).model == MODEL
+        assert await early == "early"
+        assert (engine.restarts, engine.life) == (2, 1)
+        await engine.close()
+
+
+async def test_first_starts_that_are_killed_again_and_again_are_told(tmp_path: Path) -> None:
+    config = EchoConfig(start_log=tmp_path / "starts", hangs_at_starts=(1, 2, 3))
+    engine = EngineProcess("tests.engines.echo", config)
+    start = asyncio.create_task(engine.start())
+    await kill_starting(engine, tmp_path / "starts", 3)
+    with pytest.raises(EngineFault, match="signal 9 while it started"):
+        await asyncio.wait_for(start, LIMIT_S)
+
+
+def test_an_engine_whose_front_dies_while_it_loads_ends_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    """The kernel's signal comes too late for one that had not asked for it yet."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        engine = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.echo", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+    with ours:
+        front = Connection(os.dup(ours.fileno()))
+        front.send(EchoConfig(start_log=tmp_path / "starts", start_s=0.2))
+        front.close()
+    _, told = engine.communicate(timeout=LIMIT_S)
+    assert engine.returncode == 1
+    assert told.decode() == "echo engine starts\n"
 
 
 async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again() -> None:

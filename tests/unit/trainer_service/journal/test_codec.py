@@ -50,7 +50,7 @@ def request() -> trainer_pb2.ForwardBackwardRequest:
 
 
 def test_requests_are_read_again_as_they_were() -> None:
-    call = parse_call(request(), MODEL)
+    call = parse_call(request(), MODEL, most_targets=64)
     encoded = codec.encode_payload(call)
 
     work = codec.decode_payload(found(call, encoded), "run-1", 4, MODEL)
@@ -65,7 +65,7 @@ def test_requests_are_read_again_as_they_were() -> None:
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
 def test_what_is_not_to_the_bit_what_was_sent_is_damage(place: int, bit: int) -> None:
-    call = parse_call(request(), MODEL)
+    call = parse_call(request(), MODEL, most_targets=64)
     encoded = bytearray(codec.encode_payload(call))
     encoded[1 + place % (len(encoded) - 1)] ^= 1 << bit
 
@@ -75,7 +75,9 @@ def test_what_is_not_to_the_bit_what_was_sent_is_damage(place: int, bit: int) ->
 
 
 def test_what_was_refused_stays_refused_for_the_same_reason() -> None:
-    call = parse_call(request(), MODEL, [InvalidRequest("`x` is unknown", field="x")])
+    call = parse_call(
+        request(), MODEL, most_targets=64, refusals=[InvalidRequest("`x` is unknown", field="x")]
+    )
     assert isinstance(call.work, Refused)
     encoded = codec.encode_payload(call)
 

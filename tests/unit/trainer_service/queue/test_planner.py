@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.trainer_service.calls import compute, document, step
+from tests.unit.trainer_service.calls import call, compute, document, of, step, wide_document
 from trainer_service.calls import Compute
-from trainer_service.jobs import CrossEntropy, Plan, StepRows, Tile, tile_tokens
+from trainer_service.jobs import (
+    TARGETS_PER_TOKEN,
+    CrossEntropy,
+    Plan,
+    StepRows,
+    Tile,
+    most_targets,
+    tile_cost,
+    tile_tokens,
+)
 from trainer_service.queue.planner import Planner, cut, most_tile_tokens
 
 BUDGET = 64
@@ -155,6 +164,38 @@ def test_plans_keep_the_budget_and_the_order_and_lose_nothing(calls: Calls, budg
         for tile in plan.tiles:
             done[tile.training_run_id].append((tile.sequence, tile.index))
     assert done == added
+
+
+def test_targets_count_in_cuts_and_the_first_of_each_token_is_its_own() -> None:
+    assert document(7).cost == wide_document(7, 1).cost == 7
+    assert wide_document(2, 1 + TARGETS_PER_TOKEN).cost == 4
+    assert wide_document(1, 2).cost == 2
+    assert wide_document(1, most_targets(16)).cost == 16
+    assert call(1, work=of(document(3), wide_document(2, 300))).cost == 3 + 5
+    assert call(1, work=of(document(3), wide_document(2, 300))).tokens == 5
+    wide = [wide_document(2, 1 + 3 * TARGETS_PER_TOKEN) for _ in range(4)]  # 8 tokens' worth each
+
+    cuts = cut(of(*wide), 16, training_run_id="a", sequence=1)
+
+    assert [len(tile.documents) for tile in cuts] == [2, 2]
+    assert [tile_cost(tile) for tile in cuts] == [16, 16]
+    assert [tile_tokens(tile) for tile in cuts] == [4, 4]
+
+
+def test_shares_are_in_what_targets_cost() -> None:
+    """A flood of single tokens with a million targets each."""
+    planner = Planner(BUDGET)
+    million = wide_document(1, 1_000_000)
+    for sequence in range(1, 5):
+        planner.add("wide", cut(of(million), 16, training_run_id="wide", sequence=sequence))
+    for sequence in range(1, 1 + 3 * million.cost // 16):
+        planner.add("narrow", tiles("narrow", sequence, 16))
+
+    served = order(planner)
+
+    before = served[: [i for i, run in enumerate(served) if run == "wide"][1]].count("narrow")
+    assert before * 16 >= million.cost  # as much as the first of them, before there is a second
+    assert planner.tokens_ahead("narrow", "narrow") is None
 
 
 def order(planner: Planner) -> list[str]:

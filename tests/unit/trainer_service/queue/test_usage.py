@@ -7,8 +7,15 @@ import pytest
 from mint_core.errors import EngineFault
 from mint_core.rpc.metrics import Metrics
 from tests.metrics import scrape, value
-from tests.unit.trainer_service.calls import compute
-from trainer_service.jobs import AdamParams, StepResult, StepRow, Tile, TileResult
+from tests.unit.trainer_service.calls import compute, of, wide_document
+from trainer_service.jobs import (
+    TARGETS_PER_TOKEN,
+    AdamParams,
+    StepResult,
+    StepRow,
+    Tile,
+    TileResult,
+)
 from trainer_service.queue.planner import cut
 from trainer_service.queue.usage import Usage
 
@@ -51,6 +58,20 @@ def test_a_pass_is_shared_by_tokens() -> None:
 
     assert counters.read("ann") == (60, 30 + 30, 0.75 + 0.25, 0)
     assert counters.read("bob") == (50, 0, 1.25, 0)
+
+
+def test_who_asks_for_many_targets_pays_for_them_and_tokens_stay_tokens() -> None:
+    counters = Counters()
+    wide = wide_document(10, 1 + 8 * TARGETS_PER_TOKEN)  # 90 tokens' worth
+    plan = (
+        *cut(of(wide), 10_000, training_run_id="a", sequence=1),
+        tile("b", 10, backward=True),
+    )
+
+    counters.usage.add(plan, (TileResult(),) * 2, ("ann", "bob"), 1.0)
+
+    assert counters.read("ann") == (10, 10, 0.9, 0)
+    assert counters.read("bob") == (10, 10, 0.1, 0)
 
 
 def test_runs_of_a_tenant_add_up() -> None:

@@ -41,7 +41,7 @@ RL = {
 
 
 def parse(request: Any) -> Call:
-    return parse_call(request, MODEL)
+    return parse_call(request, MODEL, most_targets=64)
 
 
 def backward(*data: types_pb2.Datum, **options: Any) -> Call:
