@@ -133,7 +133,8 @@ class Engine:
         constraint = job.sampling.constraint
         if constraint is None:
             return self._begin(number, job, None)
-        self._compiling[job.request_id] = number, job, self._compiler.compile(constraint)
+        compiling = self._compiler.compile(constraint, job.tenant)
+        self._compiling[job.request_id] = number, job, compiling
         return None
 
     def _begin_compiled(self) -> Iterator[Answer]:
