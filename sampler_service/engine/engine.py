@@ -191,18 +191,16 @@ class Engine:
             self._score(computed)
             drawn = self._draw(spans, computed)
         except Exception as error:
-            fault = error_of_call(error)
-            requests: dict[int, list[Span]] = {}
-            for span in spans:
-                requests.setdefault(span.sequence.request_id, []).append(span)
+            fault, requests = error_of_call(error), _requests(spans)
             if len(requests) == 1:
-                self._generations[spans[0].sequence.request_id].error = fault
-                return
-            for own in requests.values():
-                yield from self._compute(own)
-            return
-        if drawn is not None:
-            yield drawn
+                self._generations[requests[0]].error = fault
+            else:
+                for request_id in requests:
+                    own = [span for span in spans if span.sequence.request_id == request_id]
+                    yield from self._compute(own)
+        else:
+            if drawn is not None:
+                yield drawn
 
     def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""
@@ -231,15 +229,9 @@ class Engine:
     def _note(self, sequences: list[TokenSequence], drawn: DrawnTokens) -> set[TokenSequence]:
         """Hands drawn tokens to their generations, and returns the samples that end."""
         ended: set[TokenSequence] = set()
-        columns = zip(
-            sequences,
-            drawn.tokens.tolist(),
-            drawn.logprobs.tolist(),
-            drawn.model_logprobs.tolist(),
-            drawn.finite.tolist(),
-            strict=True,
-        )
-        for row, (sequence, token, logprob, model_logprob, finite) in enumerate(columns):
+        columns = drawn.tokens, drawn.logprobs, drawn.model_logprobs, drawn.finite
+        rows = zip(sequences, *(column.tolist() for column in columns), strict=True)
+        for row, (sequence, token, logprob, model_logprob, finite) in enumerate(rows):
             generation = self._generations[sequence.request_id]
             k = generation.job.sampling.topk_sample_logprobs
             if not finite or (k and not np.isfinite(drawn.top_logprobs[row, :k]).all()):
@@ -259,7 +251,7 @@ class Engine:
 
     def _refuse(self, step: Step) -> Iterator[Answer]:
         """Forgets those that have failed, before what they computed is kept for others."""
-        for request_id in dict.fromkeys(span.sequence.request_id for span in step.spans):
+        for request_id in _requests(step.spans):
             generation = self._generations[request_id]
             if generation.error is not None:
                 self._forget(request_id)
@@ -267,7 +259,7 @@ class Engine:
 
     def _hand_out(self, spans: Sequence[Span]) -> Iterator[Answer]:
         """What those are told who had a part in a pass."""
-        for request_id in dict.fromkeys(span.sequence.request_id for span in spans):
+        for request_id in _requests(spans):
             generation = self._generations[request_id]
             for part in generation.new_parts:
                 yield Part(generation.number, part)
@@ -284,6 +276,11 @@ class Engine:
             waiting[2].cancel()
         self._generations.pop(request_id, None)
         self._scheduler.abort(request_id)
+
+
+def _requests(spans: Sequence[Span]) -> list[int]:
+    """The ids of those that have a part in a pass."""
+    return list(dict.fromkeys(span.sequence.request_id for span in spans))
 
 
 def _draw_of(sequence: TokenSequence, generation: Generation) -> Draw:

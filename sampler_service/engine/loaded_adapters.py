@@ -101,5 +101,4 @@ def _check_scale(spec: AdapterSpec, revision_path: str) -> None:
             f"adapter `{revision_path}` cannot be used: alpha {spec.alpha:g} at rank {spec.rank} "
             "makes a scale that float32 does not hold; train one with a smaller `alpha`",
             model_path=revision_path,
-            alpha=spec.alpha,
         )

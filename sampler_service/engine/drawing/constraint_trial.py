@@ -4,11 +4,10 @@ Some schemas end llguidance (1.9.1: an integer between -2**63 and -2**63 + 1 ove
 others keep it for minutes (multipleOf 9999991, 2,500 patterns in one allOf), and nothing can tell
 it to stop. What one process has compiled, another compiles too.
 
-`python -m sampler_service.engine.drawing.constraint_trial` reads grammars and says when it has
-survived one.
+`python -m sampler_service.engine.drawing.constraint_trial FD` reads grammars from a pipe, and says
+when it has survived one.
 """
 
-import json
 import logging
 import resource
 import subprocess
@@ -16,6 +15,8 @@ import sys
 import threading
 import weakref
 from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,33 +41,29 @@ class ConstraintTrial:
         """Whether a process that compiles the grammar, as llguidance reads it, lives on."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(grammar).encode() + b"\n")
-            process.stdin.flush()
-            if process.stdout.readline():
-                return True
-        self._end()
-        logger.warning("a constraint ended its trial with code %s", process.returncode)
-        return False
+        try:
+            self._pipe.send(grammar)
+            self._pipe.recv()
+            return True
+        except (EOFError, OSError):
+            self._end()
+            logger.warning("a constraint ended its trial with %s", self._process.returncode)
+            return False
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", __name__]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
-        self._end = weakref.finalize(self, _end, process)
-        assert process.stdout is not None
-        if not process.stdout.readline():
-            raise ChildProcessError("the process in which constraints are tried cannot start")
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self._pipe, theirs = Pipe()
+        with theirs:
+            command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self._end = weakref.finalize(self, _end, process, self._pipe)
+        self._pipe.recv()  # an EOFError if it cannot start
         return process
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: "subprocess.Popen[bytes]", pipe: Connection) -> None:
+    pipe.close()
     process.kill()
-    with suppress(BrokenPipeError), process:  # which closes its pipes and waits for it
-        pass
+    process.wait()
 
 
 def limits() -> "LLParserLimits":
@@ -88,21 +85,17 @@ def limits() -> "LLParserLimits":
 def _serve() -> None:
     from llguidance import LLMatcher, LLTokenizer
 
+    pipe = Connection(int(sys.argv[1]))
     tokens = LLTokenizer("byte")  # what compiling takes does not depend on the vocabulary
-    _say_alive()
-    for grammar in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        most_s = int(used.ru_utime + used.ru_stime) + 1 + MOST_CPU_S
-        resource.setrlimit(resource.RLIMIT_CPU, (most_s, resource.RLIM_INFINITY))
-        with suppress(Exception):  # a refusal, which the engine will meet too, and tell
-            matcher = LLMatcher(tokens, json.loads(grammar), log_level=0, limits=limits())
-            matcher.compute_bitmask()
-        _say_alive()
-
-
-def _say_alive() -> None:
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    with suppress(EOFError):
+        while True:
+            pipe.send(None)  # alive
+            grammar = pipe.recv()
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            most_s = int(used.ru_utime + used.ru_stime) + 1 + MOST_CPU_S
+            resource.setrlimit(resource.RLIMIT_CPU, (most_s, resource.RLIM_INFINITY))
+            with suppress(Exception):  # a refusal, which the engine will meet too, and tell
+                LLMatcher(tokens, grammar, log_level=0, limits=limits()).compute_bitmask()
 
 
 def main() -> None:
