@@ -11,6 +11,9 @@ from sampler_service.jobs import Constraint, Stops
 # The compiler's own key: it can turn refusals of what is not understood into silence.
 COMPILER_OPTIONS = "x-guidance"
 
+# Of numbers; the compiler takes those beyond 64 bits for the nearest.
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+
 
 def constraints_served() -> bool:
     """Whether the library that compiles them is installed: images of GPU machines may lack it."""
@@ -50,11 +53,21 @@ def _regex(text: str, field: str) -> str:
 def _schema(text: str, field: str) -> str:
     """The schema, in ASCII without what JSON does not know."""
 
+    def check_bounds(found: dict[str, Any]) -> dict[str, Any]:
+        for name in BOUNDS & found.keys():
+            if type(found[name]) in (int, float) and not -(2**63) < found[name] < 2**63:
+                raise InvalidRequest(
+                    f"`{field}` has a `{name}` of {str(found[name])[:40]}, which is beyond what is "
+                    "followed here: bounds are between -2**63 and 2**63; leave it out",
+                    field=field,
+                )
+        return found
+
     def refuse(problem: object) -> NoReturn:
         raise InvalidRequest(f"`{field}` is not JSON: {problem}; send a JSON schema", field=field)
 
     try:
-        schema: Any = json.loads(text, parse_constant=refuse)
+        schema: Any = json.loads(text, parse_constant=refuse, object_hook=check_bounds)
     except (ValueError, RecursionError) as error:
         refuse(error)
     if isinstance(schema, dict) and COMPILER_OPTIONS in schema:

@@ -83,7 +83,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # Closed as soon as the caller leaves, not when the generator is collected.
                 async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
-                        await context.write(response)
+                        try:
+                            await context.write(response)
+                        except grpc.aio.InternalError:  # before the word that its reader has left
+                            raise asyncio.CancelledError from None
 
         return grpc.stream_stream_rpc_method_handler(
             serve, response_serializer=handler.response_serializer

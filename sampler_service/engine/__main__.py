@@ -60,7 +60,7 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
                     pipe.send(answer)
             except Exception as error:
                 pipe.fail(call.number, error)
-        # An exception in a pass is our bug or the device's end: the front starts another engine.
+        # An exception that is no request's ends the engine: the front starts another.
         pipe.send_all(engine.step())
 
 

@@ -2,7 +2,7 @@
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import numpy as np
@@ -24,13 +24,14 @@ from sampler_service.engine.drawing.constraint_compiler import (
 from sampler_service.engine.drawing.prompt_scores import score_span
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.stop import Vocabulary
-from sampler_service.engine.drawing.token_draws import draw_tokens
+from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_tokens
+from sampler_service.engine.faults import error_of_call
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.loaded_adapters import LoadedAdapters
 from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_bytes, within
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
-from sampler_service.engine.sequences import PROMPT, Step, TokenSequence
+from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
 
 COMPILING_WAIT_S = 0.01  # between looks for new jobs, while nothing runs
 
@@ -115,11 +116,16 @@ class Engine:
         answers = [*self._begin_compiled(), *self._refuse_late()]
         step = self._scheduler.schedule()
         if step is not None:
-            computed = self.runner.run(step, self.adapters.rows)
-            self._score(computed)
-            tokens, ended = self._draw(step, computed)
-            self._scheduler.update(step, tokens, ended)
-            answers += self._hand_out(step)
+            self.runner.cache.copy(step.copies)
+            tokens: dict[TokenSequence, int] = {}
+            ended: set[TokenSequence] = set()
+            for sequences, drawn in self._compute(step.spans):
+                tokens.update(zip(sequences, drawn.tokens.tolist(), strict=True))
+                ended |= self._note(sequences, drawn)
+            answers += self._refuse(step)
+            spans = tuple(s for s in step.spans if s.sequence.request_id in self._generations)
+            self._scheduler.update(Step(spans), tokens, ended)
+            answers += self._hand_out(spans)
         return answers
 
     def _take(self, number: int, job: jobs.Generate) -> Answer | None:
@@ -127,7 +133,8 @@ class Engine:
         constraint = job.sampling.constraint
         if constraint is None:
             return self._begin(number, job, None)
-        self._compiling[job.request_id] = number, job, self._compiler.compile(constraint)
+        compiling = self._compiler.compile(constraint, job.tenant)
+        self._compiling[job.request_id] = number, job, compiling
         return None
 
     def _begin_compiled(self) -> Iterator[Answer]:
@@ -141,8 +148,8 @@ class Engine:
             del self._compiling[job.request_id]
             try:
                 answer: Answer | None = self._begin(number, job, compiling.result())
-            except MintError as refusal:
-                answer = Failure(number, refusal)
+            except Exception as error:
+                answer = Failure(number, error_of_call(error))
             if answer is not None:
                 yield answer
 
@@ -174,6 +181,27 @@ class Engine:
                 self._forget(request_id)
                 yield Failure(generation.number, jobs.WaitedTooLong(generation.age_s))
 
+    def _compute(self, spans: Sequence[Span]) -> Iterator[tuple[list[TokenSequence], DrawnTokens]]:
+        """A pass: scores prompts, and gives the samples that decode and what is drawn for them.
+        If something raises, each request is computed by itself, with the same bits where a pass
+        computes each row alike: then who is to blame is known, and fails alone.
+        """
+        try:
+            computed = self.runner.run(spans, self.adapters.rows)
+            self._score(computed)
+            drawn = self._draw(spans, computed)
+        except Exception as error:
+            fault, requests = error_of_call(error), _requests(spans)
+            if len(requests) == 1:
+                self._generations[requests[0]].error = fault
+            else:
+                for request_id in requests:
+                    own = [span for span in spans if span.sequence.request_id == request_id]
+                    yield from self._compute(own)
+        else:
+            if drawn is not None:
+                yield drawn
+
     def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""
         for placed in computed.placed:
@@ -185,49 +213,63 @@ class Engine:
             scores = score_span(self.base.head, computed, placed, first, generation.job.sampling)
             generation.add_scores(max(span.start, first), scores)
             generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
-            if not np.isfinite(scores.logprobs[:, 0]).all():
+            if not np.isfinite(scores.logprobs[scores.token_ids >= 0]).all():
                 generation.error = _not_finite(generation.job.adapter)
 
     def _draw(
-        self, step: Step, computed: Computed
-    ) -> tuple[dict[TokenSequence, int], set[TokenSequence]]:
-        """Draws a token for each sample that decodes. Returns them, and the samples that end."""
-        ended: set[TokenSequence] = set()
-        if not any(span.decodes for span in step.spans):
-            return {}, ended
+        self, spans: Sequence[Span], computed: Computed
+    ) -> tuple[list[TokenSequence], DrawnTokens] | None:
+        """Draws a token for each sample that decodes; None if there is none."""
+        if not any(span.decodes for span in spans):
+            return None
         logits, sequences = self.runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
-        drawn = draw_tokens(logits, list(map(_draw_of, sequences, generations)))
-        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        model_logprobs, finite = drawn.model_logprobs.tolist(), drawn.finite.tolist()
-        for row, (sequence, generation) in enumerate(zip(sequences, generations, strict=True)):
-            if not finite[row]:
-                generation.error = _not_finite(generation.job.adapter)
+        return sequences, draw_tokens(logits, list(map(_draw_of, sequences, generations)))
+
+    def _note(self, sequences: list[TokenSequence], drawn: DrawnTokens) -> set[TokenSequence]:
+        """Hands drawn tokens to their generations, and returns the samples that end."""
+        ended: set[TokenSequence] = set()
+        columns = drawn.tokens, drawn.logprobs, drawn.model_logprobs, drawn.finite
+        rows = zip(sequences, *(column.tolist() for column in columns), strict=True)
+        for row, (sequence, token, logprob, model_logprob, finite) in enumerate(rows):
+            generation = self._generations[sequence.request_id]
+            k = generation.job.sampling.topk_sample_logprobs
+            if not finite or (k and not np.isfinite(drawn.top_logprobs[row, :k]).all()):
+                generation.error = generation.error or _not_finite(generation.job.adapter)
             if generation.error is not None:
                 continue
-            index = sequence.index
-            if generation.add_token(index, tokens[row], logprobs[row], model_logprobs[row]):
-                ended.add(sequence)
-                generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
-            if k := generation.job.sampling.topk_sample_logprobs:
-                ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
-                generation.add_top(index, ids.copy(), values.copy())
-        return dict(zip(sequences, tokens, strict=True)), ended
+            try:
+                if generation.add_token(sequence.index, token, logprob, model_logprob):
+                    ended.add(sequence)
+                    generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
+                if k:
+                    ids, values = drawn.top_ids[row, :k], drawn.top_logprobs[row, :k]
+                    generation.add_top(sequence.index, ids.copy(), values.copy())
+            except Exception as error:
+                generation.error = error_of_call(error)
+        return ended
 
-    def _hand_out(self, step: Step) -> Iterator[Answer]:
-        """What those are told who had a part in a pass."""
-        for request_id in dict.fromkeys(span.sequence.request_id for span in step.spans):
+    def _refuse(self, step: Step) -> Iterator[Answer]:
+        """Forgets those that have failed, before what they computed is kept for others."""
+        for request_id in _requests(step.spans):
             generation = self._generations[request_id]
             if generation.error is not None:
                 self._forget(request_id)
                 yield Failure(generation.number, generation.error)
-                continue
+
+    def _hand_out(self, spans: Sequence[Span]) -> Iterator[Answer]:
+        """What those are told who had a part in a pass."""
+        for request_id in _requests(spans):
+            generation = self._generations[request_id]
             for part in generation.new_parts:
                 yield Part(generation.number, part)
             generation.new_parts.clear()
             if generation.done:
                 del self._generations[request_id]
-                yield Reply(generation.number, generation.result())
+                try:
+                    yield Reply(generation.number, generation.result())
+                except Exception as error:
+                    yield Failure(generation.number, error_of_call(error))
 
     def _forget(self, request_id: int) -> None:
         if waiting := self._compiling.pop(request_id, None):
@@ -236,13 +278,18 @@ class Engine:
         self._scheduler.abort(request_id)
 
 
+def _requests(spans: Sequence[Span]) -> list[int]:
+    """The ids of those that have a part in a pass."""
+    return list(dict.fromkeys(span.sequence.request_id for span in spans))
+
+
 def _draw_of(sequence: TokenSequence, generation: Generation) -> Draw:
     """What the sequence's token is drawn by; where a constraint leaves none, any will do."""
     position = len(sequence.generated)
     try:
         return generation.draw(sequence.index, position)
-    except MintError as error:
-        generation.error = error
+    except Exception as error:
+        generation.error = error_of_call(error)
         return Draw(generation.job.sampling.choice, sequence.index, position)
 
 

@@ -11,7 +11,7 @@ from sampler_service.engine.drawing.constraint_compiler import CompiledConstrain
 from sampler_service.engine.drawing.penalties import Occurrences, penalizes
 from sampler_service.engine.drawing.prompt_scores import empty_scores, split_scores
 from sampler_service.engine.drawing.randomness import Draw
-from sampler_service.engine.drawing.stop import StopWatch, Vocabulary
+from sampler_service.engine.drawing.stop import StopTexts, StopWatch, Vocabulary
 
 
 @dataclass(slots=True)
@@ -59,8 +59,9 @@ class Generation:
         self.prompt_cache_hit_tokens = 0
         self._asked = asked = job.sampling
         self._accepted_s = time.monotonic()
+        texts = StopTexts(asked.stops.texts, vocabulary)
         self._samples = [
-            OpenContinuation(StopWatch(asked.stops, asked.max_tokens, vocabulary))
+            OpenContinuation(StopWatch(asked.stops, asked.max_tokens, texts))
             for _ in range(asked.num_samples)
         ]
         self._constraint = constraint

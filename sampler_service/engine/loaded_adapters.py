@@ -7,8 +7,10 @@ from torch import Tensor
 
 from checkpoint_store import CheckpointDamaged, PublishedRow, open_row
 from checkpoint_store.row_file import RowMissing
+from mint_core.errors import FailedPrecondition
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
+from mint_core.lora.spec import AdapterSpec
 from mint_core.model.loading import LoadedBase
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent, DropAdapter, LoadAdapter, RowUnusable
 
@@ -59,6 +61,7 @@ class LoadedAdapters:
             return
         try:
             published = open_row(Path(job.file), job.revision_path)
+            _check_scale(published.manifest.spec, job.revision_path)
             row = self.bank.add(published.manifest.spec)
             if published.layout != row.bank.layout:
                 raise RowUnusable(f"the numbers of `{job.file}` lie otherwise than rows do here")
@@ -89,3 +92,13 @@ class LoadedAdapters:
             pinned = torch.from_numpy(published.numbers()).pin_memory()
             self.host.put(revision_path, pinned)
         return pinned.to(self._device, non_blocking=True)
+
+
+def _check_scale(spec: AdapterSpec, revision_path: str) -> None:
+    """Refuses an adapter whose scale is no float32, in which it is applied."""
+    if not spec.scale <= torch.finfo(torch.float32).max:
+        raise FailedPrecondition(
+            f"adapter `{revision_path}` cannot be used: alpha {spec.alpha:g} at rank {spec.rank} "
+            "makes a scale that float32 does not hold; train one with a smaller `alpha`",
+            model_path=revision_path,
+        )

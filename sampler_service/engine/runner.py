@@ -1,4 +1,4 @@
-"""Computes one step: lays its spans side by side, sorted by adapter, and runs the model."""
+"""Computes one pass: lays its spans side by side, sorted by adapter, and runs the model."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.cached_attention import CachedAttention, CachedRows
 from sampler_service.engine.cache.kv_cache import KvCache
 from sampler_service.engine.decoder import Decoder
-from sampler_service.engine.sequences import Span, Step, TokenSequence
+from sampler_service.engine.sequences import Span, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +28,7 @@ class Placed(CachedRows):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
-    """The last hidden states of a step."""
+    """The last hidden states of a pass."""
 
     hidden: Tensor  # [rows, d]
     placed: tuple[Placed, ...]
@@ -38,21 +38,20 @@ class Computed:
 
 @dataclass(slots=True, eq=False)
 class Runner:
-    """Runs steps over the base model and the adapters of the bank."""
+    """Runs passes over the base model and the adapters of the bank."""
 
     base: LoadedBase
     cache: KvCache
     progress: Callable[[], None]
     decoder: Decoder | None = None  # for spans that decode
 
-    def run(self, step: Step, adapters: Mapping[str, AdapterRow]) -> Computed:
-        """Computes the step's tokens and puts their keys and values into the cache."""
-        self.cache.copy(step.copies)
-        if self.decoder is None or not any(span.decodes for span in step.spans):
-            return self._run(step.spans, adapters)
-        decoded = self.decoder.run([span for span in step.spans if span.decodes], adapters)
+    def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
+        """Computes the spans' tokens and puts their keys and values into the cache."""
+        if self.decoder is None or not any(span.decodes for span in spans):
+            return self._run(spans, adapters)
+        decoded = self.decoder.run([span for span in spans if span.decodes], adapters)
         self.progress()
-        rest = [span for span in step.spans if not span.decodes]
+        rest = [span for span in spans if not span.decodes]
         if not rest:
             return Computed(decoded[0].new_empty(0), (), decoded)
         return replace(self._run(rest, adapters), decoded=decoded)

@@ -1,5 +1,8 @@
 """Samples as they come, over the contract and by the client, against real samplers."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -111,6 +114,25 @@ def test_a_slow_reader_holds_nobody_up_and_gets_all(sampler: Sampler) -> None:
 
     assert [len(joined(parts, index).tokens) for index in range(63)] == [300] * 63
     assert len(parts) < 63 * 300  # joined while nobody read
+
+
+def test_slow_readers_that_disappear_are_callers_that_left(sampler: Sampler) -> None:
+    before, count = len(sampler.service.log_text()), 8
+    readers = subprocess.Popen(
+        [sys.executable, "-m", "tests.slow_readers", sampler.service.address, str(count)],
+        stdout=subprocess.PIPE,
+    )
+    with readers:
+        assert readers.stdout is not None
+        assert readers.stdout.readline() == b"begun\n"
+        sampler.sample(params={"max_tokens": 400})  # longer than theirs, whose next writes wait
+        readers.kill()
+    deadline, log = time.monotonic() + DEADLINE_S, ""
+    while log.count("=StreamSample") < count:
+        assert time.monotonic() < deadline
+        log = sampler.service.log_text()[before:]
+    assert log.count("method=StreamSample tenant=default code=CANCELLED") == count
+    assert "Traceback" not in log
 
 
 def test_who_waits_for_too_long_is_told_for_how_long_and_why(

@@ -150,14 +150,12 @@ def held_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Lets constraints be compiled from when it is set."""
     compile_now, free = ConstraintCompiler.compile, threading.Event()
 
-    def held(compiler: ConstraintCompiler, constraint: Constraint) -> CompiledConstraint:
+    def held(compiler: ConstraintCompiler, *asked: object) -> CompiledConstraint:
         free.wait(LIMIT_S)
-        return compile_now(compiler, constraint).result(LIMIT_S)
+        return compile_now(compiler, *asked).result(LIMIT_S)
 
-    def compile_later(
-        compiler: ConstraintCompiler, constraint: Constraint
-    ) -> "Future[CompiledConstraint]":
-        return thread.submit(held, compiler, constraint)
+    def compile_later(compiler: ConstraintCompiler, *asked: object) -> Future[CompiledConstraint]:
+        return thread.submit(held, compiler, *asked)
 
     with ThreadPoolExecutor(1) as thread:
         monkeypatch.setattr(ConstraintCompiler, "compile", compile_later)

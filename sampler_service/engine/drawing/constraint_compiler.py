@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mint_core.errors import InvalidRequest, MintError
+from sampler_service.engine.drawing.constraint_trial import ConstraintTrial, limits
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MASK_THREADS = 2
 MAX_REASON = 300  # characters of a refusal that may quote the constraint
@@ -34,20 +35,27 @@ class ConstraintCompiler:
     def __init__(self, vocabulary: Vocabulary, size: int) -> None:
         self._vocabulary = vocabulary
         self._size = size  # of the model's; the tokenizer may know fewer
-        self._compiling = ThreadPoolExecutor(1, "compile-constraints")
+        self._compiling: dict[str, ThreadPoolExecutor] = {}  # by tenant: who sends many waits alone
+        self._trial = ConstraintTrial()
+        self._trying = ThreadPoolExecutor(1, "try-constraints")  # in the order they come
         self._masking = ThreadPoolExecutor(MASK_THREADS, "mask-constraints")
         self._tokenizer: LLTokenizer | None = None
 
-    def compile(self, constraint: Constraint) -> "Future[CompiledConstraint]":
+    def compile(self, constraint: Constraint, tenant: str = "") -> "Future[CompiledConstraint]":
         """Fails with InvalidRequest if nothing matches, or if it is not understood."""
-        return self._compiling.submit(self._compile, constraint)
+        if tenant not in self._compiling:
+            self._compiling[tenant] = ThreadPoolExecutor(1, "compile-constraints")
+        return self._compiling[tenant].submit(self._compile, constraint)
 
     def _compile(self, constraint: Constraint) -> "CompiledConstraint":
         # Here, since nothing else needs it: images of GPU machines may lack it.
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_lark(_lark(constraint))
-        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=_limits())
+        tokens = self._trying.submit(self._try, grammar).result()
+        if tokens is None:
+            raise _refusal(constraint, "to compile it takes more than the server has for it")
+        matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits())
         compiled = CompiledConstraint(constraint, self._size, matcher, self._masking)
         if problem := _trouble(matcher) or "; ".join(matcher.get_grammar_warnings()):
             raise compiled.refusal(problem)
@@ -56,9 +64,12 @@ class ConstraintCompiler:
             raise compiled.refusal(_trouble(matcher))
         return compiled
 
-    def _tokens(self) -> "LLTokenizer":
+    def _try(self, grammar: str) -> "LLTokenizer | None":
+        """What the grammar may be compiled with, or None if it may not."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
+        if not self._trial.survives(grammar):
+            return None
         if self._tokenizer is None:  # made with the first constraint: a second for 150,000 tokens
             tokens = TokenizerWrapper(_Tokens(self._vocabulary, self._size))
             self._tokenizer = LLTokenizer(tokens, n_vocab=self._size + 1, eos_token=self._size)
@@ -95,11 +106,7 @@ class CompiledConstraint:
     first: "Future[bytes]" = field(default_factory=Future)  # a bit for each token that may come
 
     def refusal(self, why: str) -> MintError:
-        field = self.constraint.field
-        return InvalidRequest(
-            f"`{field}` cannot be followed: {_readable(why)}; change it, or leave it out",
-            field=field,
-        )
+        return _refusal(self.constraint, why)
 
 
 class ConstrainedText:
@@ -135,6 +142,13 @@ def _advance(matcher: "LLMatcher", token: int) -> bytes:
     return matcher.compute_bitmask()
 
 
+def _refusal(constraint: Constraint, why: str) -> MintError:
+    return InvalidRequest(
+        f"`{constraint.field}` cannot be followed: {_readable(why)}; change it, or leave it out",
+        field=constraint.field,
+    )
+
+
 def _trouble(matcher: "LLMatcher") -> str:
     """What is wrong; empty if nothing is."""
     error = matcher.get_error()
@@ -155,22 +169,6 @@ def _lark(constraint: Constraint) -> str:
             schema = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
         rule = f"%json {json.dumps(schema)}"
     return f'%llguidance {{"no_forcing": true}}\nstart: {rule}'
-
-
-def _limits() -> "LLParserLimits":
-    """Some hundred milliseconds of compiling and about ten of looking for tokens: what needs more
-    is refused, or fails alone.
-    """
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=100_000,
-        step_max_items=20_000,
-        max_lexer_states=20_000,
-        max_grammar_size=50_000,
-        verbose_errors=False,
-    )
 
 
 def _readable(problem: str) -> str:

@@ -34,7 +34,8 @@ class DrawnTokens:
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float32]  # at the row's temperature, at 1 where that is 0
     model_logprobs: NDArray[np.float32]  # at temperature 1
-    finite: NDArray[np.bool_]  # whether the row's logits are; if not, its other values mean nothing
+    # Whether the row's logits and both logprobs are; if not, its other values mean nothing.
+    finite: NDArray[np.bool_]
     top_ids: NDArray[np.int64]  # [n, TOPK], likeliest first, of rows that want them; [n, 0] if none
     top_logprobs: NDArray[np.float32]  # of the same shape, at temperature 1
 
@@ -77,6 +78,8 @@ def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int) -> tuple[Tenso
         bent_at_one = _Distribution(bent_logits, bent_logits.amax(1), None)
         tokens[rows] = _choose(_at_temperatures(bent_at_one, theirs), theirs, uniform[rows])
     logprobs, model_logprobs = (d.logprobs(tokens[:, None])[:, 0] for d in (own, at_one))
+    # Of logits too far apart for float32, what a constraint leaves may have none.
+    finite &= logprobs.isfinite() & model_logprobs.isfinite()
     return tokens, logprobs, model_logprobs, finite, *_likeliest(at_one, draws, topk)
 
 

@@ -187,3 +187,48 @@ def test_what_the_model_cannot_spell_is_refused_where_it_shows() -> None:
     text.add(0)
     with pytest.raises(InvalidRequest, match="no token of this model leads on"):
         text.allowed()
+
+
+CRASHING = {"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1}
+ENDLESS = {"type": "integer", "multipleOf": 9999991}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", CRASHING),
+        ("json_schema", {"allOf": [{**CRASHING, "multipleOf": 7}]}),
+        ("json_schema", {"items": {"type": "integer", "minimum": -2e19, "maximum": -1e19}}),
+        ("json_schema", {"type": "integer", "minimum": -(2**63) + 1, "maximum": -(2**63) + 2}),
+        ("json_schema", ENDLESS),
+        ("regex", ".?" * 30_000),
+    ],
+)
+def test_a_constraint_that_ends_or_keeps_the_library_is_refused_and_others_go_on(
+    compiler: ConstraintCompiler, kind: str, text: object
+) -> None:
+    with pytest.raises(InvalidRequest, match="more than the server has") as caught:
+        compiled(compiler, kind, text)
+    assert caught.value.metadata["field"] == f"sampling_params.{kind}"
+    assert compiled(compiler, "regex", "ab").first.done()
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [(-(2**62), -(2**62)), (-9 * 10**18, 9 * 10**18), (2**63 - 1, 2**63 - 1), (-(2**53), 2**53)],
+)
+def test_integers_of_64_bits_are_followed(
+    compiler: ConstraintCompiler, bounds: tuple[int, int]
+) -> None:
+    schema = {"type": "integer", "minimum": bounds[0], "maximum": bounds[1]}
+    assert compiled(compiler, "json_schema", schema).first.done()
+
+
+def test_who_sends_many_hard_constraints_waits_alone(compiler: ConstraintCompiler) -> None:
+    hard = Constraint("json_schema", "sampling_params.json_schema", json.dumps(ENDLESS))
+    flood = [compiler.compile(hard, "a") for _ in range(2)]
+    compiler.compile(Constraint("regex", "sampling_params.regex", "ab"), "b").result(TIMEOUT_S)
+    assert not flood[-1].done()
+    for each in flood:
+        with pytest.raises(InvalidRequest):
+            each.result(TIMEOUT_S)

@@ -35,6 +35,12 @@ def test_a_constraint_arrives_with_the_name_of_its_field() -> None:
         ({"json_schema": "{"}, "is not JSON"),
         ({"json_schema": '{"const": NaN}'}, "is not JSON: NaN"),
         ({"json_schema": "[" * 60_000}, "is not JSON"),
+        (
+            {"json_schema": '{"items": {"minimum": -9223372036854775808}}'},
+            "a `minimum` of -9223372",
+        ),
+        ({"json_schema": '{"allOf": [{"exclusiveMaximum": 1e400}]}'}, "`exclusiveMaximum` of inf"),
+        ({"json_schema": f'{{"maximum": {10**400}}}'}, "a `maximum` of 1000000"),
         ({"json_schema": '{"x-guidance": {"lenient": true}}'}, "x-guidance"),
     ],
 )
