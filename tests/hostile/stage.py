@@ -34,8 +34,8 @@ class Stage:
     def resident_mib(self) -> list[int]:
         return [front.memory_info().rss >> 20 for front in self.fronts()]
 
-    def log(self) -> str:
-        return "".join(service.log_text() for service in self.services)
+    def logs(self) -> list[str]:
+        return [service.log_text() for service in self.services]
 
 
 @contextmanager
