@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from mint_core.errors import FailedPrecondition, InvalidRequest, ResourceExhausted
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class CheckpointDamaged(FailedPrecondition):
     """The files are not those that were published."""
@@ -54,7 +56,7 @@ def full_disk_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise ResourceExhausted(
             "the checkpoint store has no space left; delete checkpoints, then save again"

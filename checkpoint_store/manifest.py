@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +17,7 @@ from checkpoint_store.paths import (
     check_name,
     check_new_name,
     generated_name,
+    is_name,
 )
 from mint_core.lora.spec import AdapterSpec
 
@@ -46,6 +50,7 @@ class Manifest:
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = ""  # path, with revision, of what it is a copy of or was merged from
+    dtype: str = ""  # of a merged model: as it was asked for; empty: the base model's own
     head_untied: bool = False  # of a merged model: whether its head was tied in the base model
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
@@ -103,33 +108,105 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(encoded: bytes) -> Manifest:
     """Raises ValueError with what is wrong."""
     try:
-        content = json.loads(encoded)
-        digest = content.pop("manifest_sha256")
-    except (ValueError, AttributeError, TypeError, KeyError):
+        content: dict[str, Any] = json.loads(encoded)
+        matches = content.pop("manifest_sha256") == _digest(content)
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise ValueError("is torn or not a manifest") from None
-    if digest != _digest(content):
+    if not matches:
         raise ValueError("does not match its own SHA-256")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"has format version {version!r} where {FORMAT_VERSION} is read here")
+    content["spec"] = content.pop("adapter", None)
+    said = {}
+    for name in content.keys() & _READ.keys():  # older manifests lack some
+        try:
+            said[name] = _READ[name](content[name])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"garbles `{name}`") from None
     try:
-        return _from_content(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"lacks or garbles {error}") from None
+        return Manifest(**said)
+    except TypeError as error:
+        raise ValueError(f"is not whole: {error}") from None
 
 
-def _from_content(content: dict[str, Any]) -> Manifest:
-    adapter, expire_time = content.pop("adapter"), content["expire_time"]
-    known = {field.name for field in fields(Manifest)}  # older manifests lack some
-    said = {name: value for name, value in content.items() if name in known}
-    said |= {
-        "kind": KINDS[content["kind"]],
-        "spec": AdapterSpec(**(adapter | {"modules": tuple(adapter["modules"])})),
-        "create_time": datetime.fromisoformat(content["create_time"]),
-        "expire_time": expire_time and datetime.fromisoformat(expire_time),
-        "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
-    }
-    return Manifest(**said)
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError
+    value.encode()  # half of a surrogate pair is refused: no message takes it
+    return sys.intern(value)  # many manifests say the same
+
+
+def _name(value: Any) -> str:
+    if not is_name(value):
+        raise ValueError
+    return _text(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError
+    return value
+
+
+def _time(value: Any) -> datetime:
+    time = datetime.fromisoformat(value)
+    if time.tzinfo is None or not 1970 <= time.year < 9000:  # others cannot be reckoned with
+        raise ValueError
+    return time.astimezone(UTC)
+
+
+def _optional(read: Callable[[Any], Any], nothing: object = None) -> Callable[[Any], Any]:
+    return lambda value: value if value == nothing else read(value)
+
+
+def _spec(value: Any) -> AdapterSpec:
+    return AdapterSpec(
+        rank=_count(value["rank"]),
+        alpha=_number(value["alpha"]),
+        use_rslora=_flag(value["use_rslora"]),
+        seed=_count(value["seed"]),
+        modules=tuple(map(_text, value["modules"])),
+    )
+
+
+def _files(value: Any) -> Mapping[str, FileEntry]:
+    entries = {}
+    for name, entry in value.items():
+        if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
+            raise ValueError
+        entries[_name(name)] = FileEntry(_count(entry["size_bytes"]), entry["sha256"])
+    return entries
+
+
+# What of a manifest may be believed: how each field is read, and refused.
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("tenant", "base_model", "base_fingerprint"), _text),
+    **dict.fromkeys(("source", "request", "mark", "dtype"), _text),
+    **dict.fromkeys(("training_run_id", "name"), _name),
+    **dict.fromkeys(("revision", "step", "sequence"), _count),
+    "kind": KINDS.__getitem__,
+    "spec": _spec,
+    "create_time": _time,
+    "expire_time": _optional(_time),
+    "unused_limit_s": _optional(lambda value: min(_count(value), UNUSED_LIMIT_S)),
+    "metadata": lambda value: {_text(key): _text(text) for key, text in value.items()},
+    "head_untied": _flag,
+    "files": _files,
+    "files_folder": _optional(_name, ""),
+}
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -57,6 +57,11 @@ class CheckpointPath:
         return CheckpointPath(self.training_run_id, self.kind, self.name, revision)
 
 
+def is_path(path: str) -> bool:
+    """Whether `parse_path` takes it."""
+    return _PATH.fullmatch(path) is not None
+
+
 def parse_path(
     path: str, *, kind: CheckpointKind | None = None, field: str = "path"
 ) -> CheckpointPath:
@@ -81,9 +86,14 @@ def parse_path(
     return CheckpointPath(match["run"], found, match["name"], revision)
 
 
+def is_name(name: str) -> bool:
+    """Whether a run, a checkpoint, or a file of one may be called so: none leads elsewhere."""
+    return re.fullmatch(_NAME, name, re.ASCII) is not None
+
+
 def check_name(name: str, *, field: str = "name") -> str:
     """Returns the name, or refuses it."""
-    if re.fullmatch(_NAME, name, re.ASCII) is None:
+    if not is_name(name):
         raise InvalidRequest(
             f"`{field}` {name!r} cannot name a checkpoint; use 1 to 128 letters, digits, `.`, `_` "
             "and `-`, the first a letter or digit",

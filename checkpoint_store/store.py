@@ -1,10 +1,7 @@
-"""The store in a folder or an object store, which several processes and hosts may share.
-
-It keeps nothing in memory.
-"""
+"""The store in a folder or an object store, which several processes and hosts may share."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -191,7 +188,8 @@ class CheckpointStore:
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""
         asked = parse_path(path, kind=kind)
-        row, damage = self._row(asked.at(asked.revision or 1)) if asked.unnamed else (None, None)
+        in_memory = asked.unnamed and asked.kind == SAMPLER_WEIGHTS
+        row, damage = self._row(asked.at(asked.revision or 1)) if in_memory else (None, None)
         if row is not None:
             if row.manifest.tenant != tenant:
                 raise CheckpointNotFound(path)
@@ -244,9 +242,9 @@ class CheckpointStore:
         found: dict[str, Manifest] = {}
         now = datetime.now(UTC)
         runs = [training_run_id] if training_run_id else self._layout.runs(run_prefix)
-        for manifest in self._layout.all_revisions(runs):
-            mine = manifest.tenant == tenant and kind in (None, manifest.kind)
-            if mine and manifest.named and not retention.past_expiry(manifest, now):
+        for manifest in self._layout.index.of_tenant(tenant, runs):
+            wanted = manifest.named and kind in (None, manifest.kind)
+            if wanted and not retention.past_expiry(manifest, now):
                 found[str(manifest.path)] = manifest  # revisions come in order: the newest stays
         return sorted(found.values(), key=lambda m: (m.create_time, str(m.path)), reverse=True)
 
@@ -255,7 +253,7 @@ class CheckpointStore:
         request deletes twice is deleted once: a newer revision of the name stays.
         """
         asked = parse_path(path)
-        found = [m for m in self._layout.newest_first(asked) if m.tenant == tenant]
+        found = [m for m in self._newest_first(asked, tenant) if m.tenant == tenant]
         last = revisions.buried_by(self._layout.name_folder(asked), request)
         if last is not None:
             found = [manifest for manifest in found if manifest.revision <= last]
@@ -264,7 +262,7 @@ class CheckpointStore:
             if last is None:
                 raise CheckpointNotFound(path)
         for manifest in found:  # newest first: of a deletion cut short, the newest one tells
-            revisions.bury(self._layout.revision_folder(manifest.revision_path), request)
+            self._layout.bury(manifest, request)
 
     def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
         """The revision of that kind and of a path's name that a request has made."""
@@ -279,9 +277,9 @@ class CheckpointStore:
 
     def delete_run(self, training_run_id: str, *, tenant: str, named: bool = False) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
-        for manifest in self._layout.all_revisions([check_name(training_run_id)]):
+        for manifest in self._layout.index.all_of(check_name(training_run_id)):
             if manifest.tenant == tenant and (named or not manifest.named):
-                revisions.bury(self._layout.revision_folder(manifest.revision_path))
+                self._layout.bury(manifest)
         for name in self._layout.names([training_run_id]):
             revisions.settle_burials(self._layout.name_folder(name))
 
@@ -290,23 +288,52 @@ class CheckpointStore:
         now = now or datetime.now(UTC)
         removed = 0
         expiries: list[datetime] = []
-        for name in self._layout.names(self._layout.runs()):
-            held = self._layout.revisions_of(name)
-            folders = [self._layout.revision_folder(manifest.revision_path) for manifest in held]
-            expiries += retention.expiries(held, now)
-            for at in retention.removable(held, list(map(revisions.last_used, folders)), now):
-                revisions.bury(folders[at])
-                removed += 1
-            self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        runs = self._layout.runs()
+        self._layout.index.keep(runs)
+        for run in runs:
+            of_names: dict[CheckpointPath, list[Manifest]] = {}
+            for manifest in self._layout.index.all_of(run):
+                of_names.setdefault(manifest.path, []).append(manifest)
+            for name in self._layout.names([run]):
+                held = of_names.get(name, [])
+                expiries += retention.expiries(held, now)
+                try:
+                    removed += self._sweep(name, held, now)
+                except (OSError, CheckpointDamaged):  # of one name; the others are swept
+                    logger.exception("`%s` could not be swept", name)
         self._layout.clear_staging(older_than=now - _LEFT_LIMIT)
         return Swept(removed, min(expiries, default=None))
 
+    def _sweep(self, name: CheckpointPath, held: Sequence[Manifest], now: datetime) -> int:
+        """How many revisions of a name it has removed, of those that there are."""
+        folders = (self._layout.revision_folder(manifest.revision_path) for manifest in held)
+        removable = retention.removable(held, list(map(revisions.last_used, folders)), now)
+        for at in removable:
+            self._layout.bury(held[at])
+        self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        return len(removable)
+
+    def size_bytes(self, tenant: str) -> Mapping[str, int]:
+        """What a tenant's checkpoints, snapshots, uploads and merged models take, as far as this
+        process knows: it learns of others' at sweeps and lists.
+        """
+        return self._layout.index.size_bytes(tenant)
+
     def _stored(self, asked: CheckpointPath, tenant: str) -> Manifest:
         now = datetime.now(UTC)
-        for manifest in self._layout.newest_first(asked):
+        for manifest in self._newest_first(asked, tenant):
             if manifest.tenant == tenant and not retention.past_expiry(manifest, now):
                 return manifest
         raise CheckpointNotFound(str(asked))
+
+    def _newest_first(self, asked: CheckpointPath, tenant: str) -> Iterator[Manifest]:
+        """Of damage in another tenant's run, nobody hears more than that there is nothing."""
+        try:
+            yield from self._layout.newest_first(asked)
+        except CheckpointDamaged:
+            if not self._layout.index.may_tell(tenant, asked.training_run_id):
+                raise CheckpointNotFound(str(asked)) from None
+            raise
 
     def _opened(self, manifest: Manifest, row: PublishedRow | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)

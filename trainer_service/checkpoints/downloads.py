@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, FileEntry, OpenCheckpoint
+from checkpoint_store.store_files import open_file
 from mint_core.errors import CheckpointNotFound, InvalidRequest, NotFound, Unavailable
 from trainer_service.checkpoints.requests import Download
 
@@ -83,11 +84,13 @@ def _chosen(path: str, files: Mapping[str, FileEntry], wanted: Download) -> Mapp
 def _read(path: str, file: Path, entry: FileEntry, offset: int) -> bytes:
     # Opened for each piece: a reader that pauses holds no descriptor here.
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             opened.seek(offset)
             data = opened.read(min(PIECE_BYTES, entry.size_bytes - offset))
     except FileNotFoundError:
         raise CheckpointNotFound(path) from None
+    except OSError as error:
+        raise CheckpointDamaged(path, file.name, f"cannot be read: {error.strerror}") from None
     if not data and offset < entry.size_bytes:
         problem = f"has {offset} bytes where {entry.size_bytes} were published"
         raise CheckpointDamaged(path, file.name, problem)
