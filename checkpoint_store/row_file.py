@@ -144,7 +144,7 @@ def save_row(
     """The same for a file that appears under its name when it is whole and on disk."""
     draft = file.with_name(f".{file.name}.draft")
     try:
-        with draft.open("wb") as opened:
+        with open(draft, "wb", opener=_private) as opened:
             for piece in _pieces(parts, about, progress):
                 opened.write(piece)
                 opened.flush()
@@ -188,6 +188,10 @@ def _encode_header(
     encoded = json.dumps(content).encode()
     encoded += b" " * (-(8 + len(encoded)) % _PAGE_BYTES)
     return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextmanager
