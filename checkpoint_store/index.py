@@ -10,14 +10,15 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint_store import revisions
-from checkpoint_store.errors import CheckpointDamaged
+from checkpoint_store.errors import CheckpointDamaged, StoreQuotaExceeded
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.objects.places import Place, folder_of, folders_in
-from checkpoint_store.paths import KINDS, MERGED_WEIGHTS, CheckpointPath, is_path, parse_path
+from checkpoint_store.objects.places import Place, folder_of
+from checkpoint_store.paths import MERGED_WEIGHTS, CheckpointPath, is_path, parse_path
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,14 @@ class Index:
 
     def find(self, revision: CheckpointPath) -> Manifest | None:
         """The manifest of a revision as it is now, if there is one. Raises CheckpointDamaged."""
-        file = folder_of(self._root, revision) / MANIFEST_FILE
-        return self._read(revision, _stamp(file) if isinstance(file, Path) else ())
+        return self._read(revision, ())
 
     def all_of(self, run: str) -> list[Manifest]:
         """The manifests of a run, those of each name in order; damaged ones are only logged."""
-        found = []
-        stamps = dict(self._stamps(run))
-        for gone in self._runs.get(run, {}).keys() - stamps.keys():
-            self.forget(gone)
+        found, stamps = [], self._stamps(run)
+        for known in list(self._runs.get(run, {})):
+            if known not in stamps:
+                self.forget(known)
         for revision, stamp in stamps.items():
             try:
                 found.append(self._read(revision, stamp))
@@ -71,11 +71,25 @@ class Index:
             self._tenants.pop(run, None)
 
     def size_bytes(self, tenant: str) -> Mapping[str, int]:
-        """What a tenant's checkpoints, snapshots, uploads and merged models take, as far as is
-        known; a link counts as a copy.
+        """What a tenant's `checkpoints`, `snapshots`, `uploads` and `merged_models` take, as far as
+        is known, and what is `under_way`. A link counts as a copy.
         """
         sizes = list(self._sizes.items())
-        return {use: size for (whose, use), size in sizes if whose == tenant}
+        return {use: size for (whose, use), size in sizes if whose == tenant and size}
+
+    @contextmanager
+    def room(self, tenant: str, size_bytes: int, quota_bytes: int) -> Iterator[None]:
+        """Counts what is about to come, if that is within a tenant's quota."""
+        with self._lock:
+            used = sum(self.size_bytes(tenant).values())
+            if 0 < quota_bytes < used + max(1, size_bytes):
+                raise StoreQuotaExceeded(used, quota_bytes, size_bytes)
+            self._sizes[tenant, "under_way"] += size_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sizes[tenant, "under_way"] -= size_bytes
 
     def note(self, manifest: Manifest) -> None:
         """Takes in what was published."""
@@ -85,16 +99,16 @@ class Index:
         """Takes in that a revision is gone."""
         self._set(revision, None)
 
-    def _read(self, revision: CheckpointPath, stamp: Stamp | None) -> Manifest | None:
+    def _read(self, revision: CheckpointPath, stamp: Stamp) -> Manifest | None:
         known = self._runs.get(revision.training_run_id, {}).get(revision)
         if known is not None and stamp and known[0] == stamp:
             return known[1]
         found = None
         try:
-            if stamp is not None:
-                found = revisions.read_manifest(folder_of(self._root, revision), revision)
+            found = revisions.read_manifest(folder_of(self._root, revision), revision)
         finally:
-            self._set(revision, None if found is None else (stamp or (), found))
+            if found is None or known is None or stamp or found != known[1]:
+                self._set(revision, None if found is None else (stamp, found))
         return found
 
     def _set(self, revision: CheckpointPath, known: tuple[Stamp, Manifest] | None) -> None:
@@ -110,40 +124,28 @@ class Index:
             if not held:
                 del self._runs[run]
 
-    def _stamps(self, run: str) -> Iterator[tuple[CheckpointPath, Stamp]]:
+    def _stamps(self, run: str) -> Mapping[CheckpointPath, Stamp]:
         """Of the manifests of a run, those of each name in order."""
-        if isinstance(self._root, ObjectPath):
-            yield from _stamps_of_objects(self._root / run)
-            return
-        for kind in () if (self._root / run).is_symlink() else KINDS.values():
-            folder = self._root / run / kind
-            for name in folders_in(folder):
-                for number in revisions.numbers(folder / name):
-                    if stamp := _stamp(folder / name / str(number) / MANIFEST_FILE):
-                        yield CheckpointPath(run, kind, name, number), stamp
+        place = self._root / run
+        if isinstance(place, ObjectPath):  # one request for each thousand keys
+            below = place.objects.below(place.key)
+            files = {key.removeprefix(place.key): tuple(below[key].values()) for key in below}
+        else:
+            found = place.glob(f"*/*/*/{MANIFEST_FILE}")
+            files = {str(file).removeprefix(str(place)): _stamp(file) for file in found}
+        stamps = {}
+        for file, stamp in files.items():
+            name, _, revision = file.removesuffix(f"/{MANIFEST_FILE}").rpartition("/")
+            if file.endswith(MANIFEST_FILE) and is_path(path := f"mint://{run}{name}@{revision}"):
+                stamps[parse_path(path)] = stamp
+        return {path: stamps[path] for path in sorted(stamps)}
 
 
-def _stamps_of_objects(run: ObjectPath) -> Iterator[tuple[CheckpointPath, Stamp]]:
-    """Listing all keys of a run takes one request for each thousand."""
-    found = {}
-    for key, meta in run.objects.below(run.key).items():
-        place, _, file = key.removeprefix(f"{run.key}/").rpartition("/")
-        path = f"mint://{run.name}/{'@'.join(place.rsplit('/', 1))}"
-        if file == MANIFEST_FILE and is_path(path):
-            stamp = meta["e_tag"], meta["last_modified"], meta["size"]
-            found[parse_path(path)] = stamp
-    for revision in sorted(found, key=lambda path: (str(path.at(None)), path.revision or 0)):
-        yield revision, found[revision]
-
-
-def _stamp(file: Path) -> Stamp | None:
-    """None: there is no file, or only by way of a link."""
+def _stamp(file: Path) -> Stamp:
     try:
         found = os.stat(file, follow_symlinks=False)
     except OSError:
-        return None
-    if os.path.islink(file.parent):
-        return None
+        return ()
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -12,12 +11,12 @@ from typing import Any
 
 from checkpoint_store.paths import (
     KINDS,
+    NAME,
     CheckpointKind,
     CheckpointPath,
     check_name,
     check_new_name,
     generated_name,
-    is_name,
 )
 from mint_core.lora.spec import AdapterSpec
 
@@ -50,7 +49,7 @@ class Manifest:
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = ""  # path, with revision, of what it is a copy of or was merged from
-    dtype: str = ""  # of a merged model: as it was asked for; empty: the base model's own
+    dtype: str = ""  # of a merged model: "base": its base's own
     head_untied: bool = False  # of a merged model: whether its head was tied in the base model
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
@@ -122,90 +121,71 @@ def decode_manifest(encoded: bytes) -> Manifest:
     for name in content.keys() & _READ.keys():  # older manifests lack some
         try:
             said[name] = _READ[name](content[name])
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise ValueError(f"garbles `{name}`") from None
     try:
         return Manifest(**said)
     except TypeError as error:
-        raise ValueError(f"is not whole: {error}") from None
+        raise ValueError(f"lacks a field: {error}") from None
 
 
 def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise TypeError
-    value.encode()  # half of a surrogate pair is refused: no message takes it
+    value.encode()  # halves of surrogate pairs are refused: no message takes them
     return sys.intern(value)  # many manifests say the same
 
 
-def _name(value: Any) -> str:
-    if not is_name(value):
-        raise ValueError
-    return _text(value)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise TypeError
-    return value
-
-
-def _time(value: Any) -> datetime:
-    time = datetime.fromisoformat(value)
-    if time.tzinfo is None or not 1970 <= time.year < 9000:  # others cannot be reckoned with
-        raise ValueError
-    return time.astimezone(UTC)
-
-
-def _optional(read: Callable[[Any], Any], nothing: object = None) -> Callable[[Any], Any]:
-    return lambda value: value if value == nothing else read(value)
-
-
-def _spec(value: Any) -> AdapterSpec:
-    return AdapterSpec(
-        rank=_count(value["rank"]),
-        alpha=_number(value["alpha"]),
-        use_rslora=_flag(value["use_rslora"]),
-        seed=_count(value["seed"]),
-        modules=tuple(map(_text, value["modules"])),
-    )
-
-
-def _files(value: Any) -> Mapping[str, FileEntry]:
-    entries = {}
-    for name, entry in value.items():
-        if re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is None:
+def _like(pattern: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if re.fullmatch(pattern, value, re.ASCII) is None:
             raise ValueError
-        entries[_name(name)] = FileEntry(_count(entry["size_bytes"]), entry["sha256"])
-    return entries
+        return _text(value)
+
+    return read
 
 
-# What of a manifest may be believed: how each field is read, and refused.
+def _within(kind: type, least: float, below: float) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        found: type = type(value)  # a flag is no count
+        if found is not kind or not least <= value < below:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _time(value: Any) -> datetime | None:
+    time = None if value is None else datetime.fromisoformat(value)
+    if time and (time.tzinfo is None or not 1970 <= time.year < 9000):  # no way to reckon with it
+        raise ValueError
+    return time and time.astimezone(UTC)
+
+
+_name, _sha256, _count = _like(NAME), _like("[0-9a-f]{64}"), _within(int, 0, 2**63)
+_flag, _number = _within(bool, 0, 2), _within(float, 0, 1e300)
+_SPEC: Mapping[str, Callable[[Any], Any]] = {
+    "rank": _count,
+    "alpha": lambda value: _number(float(value)),
+    "use_rslora": _flag,
+    "seed": _count,
+    "modules": lambda value: tuple(map(_text, value)),
+}
+# What of a manifest may be believed: how each field is read, or refused.
 _READ: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("tenant", "base_model", "base_fingerprint"), _text),
-    **dict.fromkeys(("source", "request", "mark", "dtype"), _text),
+    **dict.fromkeys(("tenant", "base_model", "base_fingerprint", "source"), _text),
+    **dict.fromkeys(("request", "mark", "dtype"), _text),
     **dict.fromkeys(("training_run_id", "name"), _name),
     **dict.fromkeys(("revision", "step", "sequence"), _count),
+    **dict.fromkeys(("create_time", "expire_time"), _time),
     "kind": KINDS.__getitem__,
-    "spec": _spec,
-    "create_time": _time,
-    "expire_time": _optional(_time),
-    "unused_limit_s": _optional(lambda value: min(_count(value), UNUSED_LIMIT_S)),
+    "spec": lambda value: AdapterSpec(**{key: _SPEC[key](value[key]) for key in _SPEC}),
+    "unused_limit_s": lambda value: value if value is None else min(_count(value), UNUSED_LIMIT_S),
     "metadata": lambda value: {_text(key): _text(text) for key, text in value.items()},
     "head_untied": _flag,
-    "files": _files,
-    "files_folder": _optional(_name, ""),
+    "files": lambda value: {
+        _name(name): FileEntry(_count(entry["size_bytes"]), _sha256(entry["sha256"]))
+        for name, entry in value.items()
+    },
+    "files_folder": _like(f"|{NAME}"),
 }
 
 

@@ -10,7 +10,6 @@ two writers of one name, on one host or two, get two numbers.
 import contextlib
 import errno
 import logging
-import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -196,7 +195,7 @@ def renew_lease(folder: places.Place) -> None:
     """Notes that the revision is in use now, as far as this host may write there."""
     try:
         if (folder / MANIFEST_FILE).exists():  # a lease alone would take the number
-            places.touch(folder / _LEASE_FILE)
+            places.replace(folder / _LEASE_FILE, b"", durably=False)
     except FileNotFoundError:
         pass  # deleted meanwhile, or not stored yet
     except (OSError, ObjectStoreFailed) as error:
@@ -251,8 +250,6 @@ def _written(file: places.Place) -> datetime | None:
 def numbers(folder: places.Place) -> list[int]:
     """All that were ever given, of those that are not forgotten, in order."""
     try:
-        local = isinstance(folder, Path)
-        entries = os.listdir(folder) if local else [entry.name for entry in folder.iterdir()]
-        return sorted(int(name) for name in entries if _NUMBER.fullmatch(name))
+        return sorted(int(e.name) for e in folder.iterdir() if _NUMBER.fullmatch(e.name))
     except (FileNotFoundError, NotADirectoryError):
         return []

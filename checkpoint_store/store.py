@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.objects.places import Place
 from checkpoint_store.paths import (
+    MERGED_WEIGHTS,
     SAMPLER_WEIGHTS,
     CheckpointKind,
     CheckpointPath,
@@ -27,10 +28,12 @@ from checkpoint_store.paths import (
 )
 from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
+from mint_core.hosting.turns import Workers
 from mint_core.lora.row_layout import Floats
 
 logger = logging.getLogger(__name__)
 
+THREADS = 8  # that wait for the disk, or for an object store
 _LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
 
 
@@ -81,10 +84,15 @@ class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
     def __init__(
-        self, root: Place, snapshots: Path | None = None, local: Path | None = None
+        self,
+        root: Place,
+        snapshots: Path | None = None,
+        local: Path | None = None,
+        quota_bytes: int = 0,
     ) -> None:
         """With a folder of `snapshots`, those of this host are found there too, stored yet or not.
-        `local` is the folder for drafts and copies if the root is none.
+        `local` is the folder for drafts and copies if the root is none. `quota_bytes`: what is
+        published of one tenant; 0: without a limit.
         """
         if isinstance(root, ObjectPath):
             assert local is not None, "no folder for copies"
@@ -93,12 +101,17 @@ class CheckpointStore:
             local = root
         self._layout = StoreLayout(root, local)
         self._snapshots = snapshots
+        self._quota_bytes = quota_bytes
+        self.in_turn = Workers(THREADS, "store").run  # for those who must not block
 
-    def staging(self) -> AbstractContextManager[Path]:
+    @contextmanager
+    def staging(self, tenant: str = "", size_bytes: int = 0) -> Iterator[Path]:
         """A folder to write in, on the store's file system, gone afterwards. A full disk is
-        ResourceExhausted.
+        ResourceExhausted, and so is a tenant's full share, where about so much comes into it.
         """
-        return self._layout.staging()
+        room = self._layout.index.room(tenant, size_bytes, self._quota_bytes)
+        with room, self._layout.staging() as folder:
+            yield folder
 
     def publish_folder(
         self, manifest: Manifest, staging: Path, *, overwrite: bool = True
@@ -144,7 +157,7 @@ class CheckpointStore:
             sequence=0,
             mark="",
         )
-        with self.staging() as staging:
+        with self.staging(tenant, manifest.size_bytes) as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)
             return self._layout.publish(staging, manifest, overwrite=False)
@@ -264,10 +277,17 @@ class CheckpointStore:
         for manifest in found:  # newest first: of a deletion cut short, the newest one tells
             self._layout.bury(manifest, request)
 
-    def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
-        """The revision of that kind and of a path's name that a request has made."""
-        asked = parse_path(path)
-        return self._layout.made_by(replace(asked.at(None), kind=kind), request)
+    def merged(self, source: Manifest, dtype: str, request: str) -> Manifest | None:
+        """The newest model that was merged from a revision in a type, or for a request."""
+        now, run = datetime.now(UTC), source.training_run_id
+        made = [
+            manifest
+            for manifest in self._layout.index.of_tenant(source.tenant, [run])
+            if manifest.kind == MERGED_WEIGHTS and not retention.past_expiry(manifest, now)
+            if manifest.request == request
+            or (manifest.source, manifest.dtype) == (str(source.revision_path), dtype)
+        ]
+        return made[-1] if made else None
 
     def has_deleted(self, training_run_id: str, request: str) -> bool:
         """Whether a request has deleted a checkpoint of a run."""
@@ -366,15 +386,15 @@ class CheckpointStore:
 
 
 def open_store(
-    store: str, local: Path, snapshots: Path | None = None, *, saves: bool
+    store: str, local: Path, snapshots: Path | None = None, *, saves: bool, quota_bytes: int = 0
 ) -> CheckpointStore:
     """The store that a service was told: a folder, or an object store by its URL, which is asked
     whether it can be used; `local` is for copies of its files then. `saves` says whether this
     process will.
     """
     if not is_object_address(store):
-        return CheckpointStore(Path(store), snapshots)
+        return CheckpointStore(Path(store), snapshots, quota_bytes=quota_bytes)
     objects = ObjectStore(parse_address(store))
     objects.check(saves=saves)
     root = ObjectPath(objects, objects.address.prefix)
-    return CheckpointStore(root, snapshots, local)
+    return CheckpointStore(root, snapshots, local, quota_bytes)

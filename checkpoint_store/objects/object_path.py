@@ -52,9 +52,6 @@ class ObjectPath:
     def read_bytes(self) -> bytes:
         return self.objects.read(self.key)
 
-    def touch(self) -> None:
-        self.objects.write(self.key, b"")
-
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object, if there is one: the store does not tell."""
         self.objects.remove(self.key)

@@ -1,5 +1,6 @@
 """What differs between a folder and an object store, below the store's own ways."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -26,16 +27,12 @@ def folder_of(root: Place, path: CheckpointPath) -> Place:
 
 def folders_in(place: Place) -> list[str]:
     """Names of the store's folders in one of them, in order; none if it does not exist."""
-    try:
+    found: list[str] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if isinstance(place, ObjectPath):
             found = [entry.name for entry in place.iterdir() if entry.is_dir()]
-        elif place.is_symlink():
-            return []
         else:
-            with os.scandir(place) as entries:
-                found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+            found = [e.name for e in os.scandir(place) if e.is_dir(follow_symlinks=False)]
     return sorted(filter(is_name, found))
 
 
@@ -82,19 +79,6 @@ def flush_folder(place: Place) -> None:
     """Brings the entries of a folder to disk."""
     if isinstance(place, Path):
         durable_files.flush_folder(place)
-
-
-def touch(place: Place) -> None:
-    """Makes a file that others see the time of, or renews it. Raises OSError."""
-    if isinstance(place, ObjectPath):
-        place.touch()
-        return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = os.open(place, flags, 0o666)
-    try:
-        os.utime(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(place: Place) -> None:

@@ -157,8 +157,9 @@ def test_a_folder_that_is_a_link_is_not_followed(
     folder.rename(tmp_path / "outside")
     folder.symlink_to(tmp_path / "outside")
 
-    assert "bad" not in names(store)
-    assert not store.list(tenant="t", training_run_id="r-1") or depth < 4
+    restarted = CheckpointStore(tmp_path / "store")
+    assert "bad" not in names(restarted)
+    assert not restarted.list(tenant="t", training_run_id="r-1") or depth < 4
     with pytest.raises(CheckpointDamaged, match="is a link, which may lead out of the store"):
         store.open("mint://r-1/sampler_weights/bad@1", tenant="t")
 
