@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry
+from checkpoint_store.store_files import open_file
 from mint_core.errors import InvalidRequest
 from mint_core.lora.row_layout import Floats
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
@@ -112,11 +113,13 @@ def flush_files(folder: Path) -> dict[str, FileEntry]:
 def verify_file(path: str, file: Path, entry: FileEntry) -> None:
     """Refuses a file that is not, byte for byte, the one that was published."""
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        size_bytes = file.stat().st_size
+            size_bytes = opened.tell()
     except FileNotFoundError:
         raise CheckpointDamaged(path, file.name, "is missing") from None
+    except OSError as error:
+        raise CheckpointDamaged(path, file.name, f"cannot be read: {error.strerror}") from None
     if size_bytes != entry.size_bytes:
         problem = f"has {size_bytes} bytes where {entry.size_bytes} were published"
         raise CheckpointDamaged(path, file.name, problem)

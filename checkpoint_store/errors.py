@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from mint_core.errors import FailedPrecondition, InvalidRequest, ResourceExhausted
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class CheckpointDamaged(FailedPrecondition):
     """The files are not those that were published."""
@@ -34,6 +36,22 @@ class ObjectStoreFailed(FailedPrecondition):
         )
 
 
+class StoreQuotaExceeded(ResourceExhausted):
+    """A tenant's checkpoints take all that it may have."""
+
+    reason = "STORE_QUOTA_EXCEEDED"
+
+    def __init__(self, used_bytes: int, quota_bytes: int, size_bytes: int) -> None:
+        super().__init__(
+            f"your checkpoints take {used_bytes} bytes of the {quota_bytes} that a tenant may have "
+            f"in the store, and {size_bytes} more are needed; delete some, or ask for a larger "
+            "--store-quota-gib",
+            used_bytes=used_bytes,
+            quota_bytes=quota_bytes,
+            size_bytes=size_bytes,
+        )
+
+
 class WeightsNotFinite(InvalidRequest):
     """NaN or Inf in weights or moments."""
 
@@ -54,7 +72,7 @@ def full_disk_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise ResourceExhausted(
             "the checkpoint store has no space left; delete checkpoints, then save again"

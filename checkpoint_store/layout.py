@@ -19,13 +19,17 @@ from uuid import uuid4
 from checkpoint_store import retention, revisions
 from checkpoint_store.adapter_files import flush_files
 from checkpoint_store.errors import CheckpointDamaged, full_disk_told
+from checkpoint_store.index import Index
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.places import (
     Place,
     flush_folder,
+    folder_of,
+    folders_in,
     make_folder,
+    remove,
     remove_tree,
     write_durably,
 )
@@ -40,13 +44,14 @@ _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)
 class StoreLayout:
     def __init__(self, root: Place, local: Path) -> None:
         self._root = root
+        self.index = Index(root)
         self._staging = local / ".staging"  # no run id starts with a dot
 
     def name_folder(self, path: CheckpointPath) -> Place:
-        return self._root / path.training_run_id / path.kind / path.name
+        return folder_of(self._root, path.at(None))
 
     def revision_folder(self, path: CheckpointPath) -> Place:
-        return self.name_folder(path) / str(path.revision)
+        return folder_of(self._root, path)
 
     def files_folder(self, manifest: Manifest) -> Place:
         """Where a revision's files lie."""
@@ -93,7 +98,14 @@ class StoreLayout:
             write_durably(staging / MANIFEST_FILE, encoded)
             flush_folder(staging)
 
-        return replace(described, revision=revisions.place(staging, folder, prepare))
+        published = replace(described, revision=revisions.place(staging, folder, prepare))
+        self.index.note(published)
+        return published
+
+    def bury(self, manifest: Manifest, request: str = "") -> None:
+        """Removes a revision, in the name of a request."""
+        revisions.bury(self.revision_folder(manifest.revision_path), request)
+        self.index.forget(manifest.revision_path)
 
     def made_by(self, path: CheckpointPath, request: str) -> Manifest | None:
         """The revision of a name that a request has made."""
@@ -102,19 +114,14 @@ class StoreLayout:
 
     def newest_first(self, path: CheckpointPath) -> Iterator[Manifest]:
         """The revision that the path names, or all of its name. A damaged manifest raises."""
-        numbers = (
-            [path.revision] if path.revision else revisions.live_revisions(self.name_folder(path))
-        )
-        for number in reversed(numbers):
-            revision = path.at(number)
-            manifest = revisions.read_manifest(self.revision_folder(revision), revision)
-            if manifest is not None:
-                yield manifest
+        numbers = [path.revision] if path.revision else revisions.numbers(self.name_folder(path))
+        found = (self.index.find(path.at(number)) for number in reversed(numbers))
+        return (manifest for manifest in found if manifest is not None)
 
     def revisions_of(self, path: CheckpointPath) -> list[Manifest]:
         """All revisions of a name, in order; damaged ones are only logged."""
         found: list[Manifest] = []
-        for number in revisions.live_revisions(self.name_folder(path)):
+        for number in revisions.numbers(self.name_folder(path)):
             try:
                 found += self.newest_first(path.at(number))
             except CheckpointDamaged as error:
@@ -123,18 +130,14 @@ class StoreLayout:
 
     def runs(self, prefix: str = "") -> list[str]:
         """Ids of the runs that have had checkpoints."""
-        return [run for run in _entries(self._root) if run.startswith(prefix)]
+        return [run for run in folders_in(self._root) if run.startswith(prefix)]
 
     def names(self, runs: Iterable[str]) -> Iterator[CheckpointPath]:
         """Every name of the runs, those without revisions too."""
         for run in runs:
             for kind in KINDS.values():
-                for name in _entries(self._root / run / kind):
+                for name in folders_in(self._root / run / kind):
                     yield CheckpointPath(run, kind, name)
-
-    def all_revisions(self, runs: Iterable[str]) -> Iterator[Manifest]:
-        for name in self.names(runs):
-            yield from self.revisions_of(name)
 
     def tidy(self, path: CheckpointPath, *, since: datetime) -> None:
         """Removes what dead revisions of a name left behind, and a snapshot's folder in which
@@ -149,12 +152,8 @@ class StoreLayout:
 
     def clear_staging(self, *, older_than: datetime) -> None:
         for entry in self._staging.iterdir() if self._staging.is_dir() else ():
-            if datetime.fromtimestamp(entry.stat().st_mtime, UTC) >= older_than:
-                continue
-            if entry.is_dir():
-                remove_tree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+            if datetime.fromtimestamp(entry.lstat().st_mtime, UTC) < older_than:
+                remove(entry)
 
     def _made(self, manifest: Manifest) -> Manifest | None:
         """The revision of the same name that the same request or call has made."""
@@ -179,11 +178,3 @@ def share_files(names: Iterable[str], source: Path, target: Path) -> None:
             if error.errno not in _NO_LINKS:
                 raise
             shutil.copyfile(source / name, target / name)
-
-
-def _entries(folder: Place) -> list[str]:
-    """Names of the folders in a folder, in order; none if it does not exist."""
-    try:
-        return sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
-    except FileNotFoundError:
-        return []

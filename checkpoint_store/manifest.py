@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from checkpoint_store.paths import (
     KINDS,
+    NAME,
     CheckpointKind,
     CheckpointPath,
     check_name,
@@ -46,6 +49,7 @@ class Manifest:
     unused_limit_s: int | None = None  # set on unnamed snapshots: kept this long after the last use
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = ""  # path, with revision, of what it is a copy of or was merged from
+    dtype: str = ""  # of a merged model: "base": its base's own
     head_untied: bool = False  # of a merged model: whether its head was tied in the base model
     request: str = ""  # digest of the request that made it, which makes it once; empty: of none
     sequence: int = 0  # of the run's call that saved it; 0: of none
@@ -103,33 +107,86 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(encoded: bytes) -> Manifest:
     """Raises ValueError with what is wrong."""
     try:
-        content = json.loads(encoded)
-        digest = content.pop("manifest_sha256")
-    except (ValueError, AttributeError, TypeError, KeyError):
+        content: dict[str, Any] = json.loads(encoded)
+        matches = content.pop("manifest_sha256") == _digest(content)
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise ValueError("is torn or not a manifest") from None
-    if digest != _digest(content):
+    if not matches:
         raise ValueError("does not match its own SHA-256")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"has format version {version!r} where {FORMAT_VERSION} is read here")
+    content["spec"] = content.pop("adapter", None)
+    said = {}
+    for name in content.keys() & _READ.keys():  # older manifests lack some
+        try:
+            said[name] = _READ[name](content[name])
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            raise ValueError(f"garbles `{name}`") from None
     try:
-        return _from_content(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"lacks or garbles {error}") from None
+        return Manifest(**said)
+    except TypeError as error:
+        raise ValueError(f"lacks a field: {error}") from None
 
 
-def _from_content(content: dict[str, Any]) -> Manifest:
-    adapter, expire_time = content.pop("adapter"), content["expire_time"]
-    known = {field.name for field in fields(Manifest)}  # older manifests lack some
-    said = {name: value for name, value in content.items() if name in known}
-    said |= {
-        "kind": KINDS[content["kind"]],
-        "spec": AdapterSpec(**(adapter | {"modules": tuple(adapter["modules"])})),
-        "create_time": datetime.fromisoformat(content["create_time"]),
-        "expire_time": expire_time and datetime.fromisoformat(expire_time),
-        "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
-    }
-    return Manifest(**said)
+def _text(value: Any) -> str:
+    value.encode()  # halves of surrogate pairs are refused: no message takes them
+    return sys.intern(value)  # many manifests say the same
+
+
+def _like(pattern: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if re.fullmatch(pattern, value, re.ASCII) is None:
+            raise ValueError
+        return _text(value)
+
+    return read
+
+
+def _within(kind: type, least: float, below: float) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        found: type = type(value)  # a flag is no count
+        if found is not kind or not least <= value < below:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _time(value: Any) -> datetime | None:
+    time = None if value is None else datetime.fromisoformat(value)
+    if time and (time.tzinfo is None or not 1970 <= time.year < 9000):  # no way to reckon with it
+        raise ValueError
+    return time and time.astimezone(UTC)
+
+
+_name, _sha256, _count = _like(NAME), _like("[0-9a-f]{64}"), _within(int, 0, 2**63)
+_flag, _number = _within(bool, 0, 2), _within(float, 0, 1e300)
+_SPEC: Mapping[str, Callable[[Any], Any]] = {
+    "rank": _count,
+    "alpha": lambda value: _number(float(value)),
+    "use_rslora": _flag,
+    "seed": _count,
+    "modules": lambda value: tuple(map(_text, value)),
+}
+# What of a manifest may be believed: how each field is read, or refused.
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("tenant", "base_model", "base_fingerprint", "source"), _text),
+    **dict.fromkeys(("request", "mark", "dtype"), _text),
+    **dict.fromkeys(("training_run_id", "name"), _name),
+    **dict.fromkeys(("revision", "step", "sequence"), _count),
+    **dict.fromkeys(("create_time", "expire_time"), _time),
+    "kind": KINDS.__getitem__,
+    "spec": lambda value: AdapterSpec(**{key: _SPEC[key](value[key]) for key in _SPEC}),
+    "unused_limit_s": lambda value: value if value is None else min(_count(value), UNUSED_LIMIT_S),
+    "metadata": lambda value: {_text(key): _text(text) for key, text in value.items()},
+    "head_untied": _flag,
+    "files": lambda value: {
+        _name(name): FileEntry(_count(entry["size_bytes"]), _sha256(entry["sha256"]))
+        for name, entry in value.items()
+    },
+    "files_folder": _like(f"|{NAME}"),
+}
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -22,16 +22,16 @@ LEGAL_FORMS = (
     "either with `@<revision>` at its end"
 )
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _PATH = re.compile(
-    rf"mint://(?P<run>{_NAME})/(?P<kind>{'|'.join(KINDS)})/(?P<name>{_NAME})"
+    rf"mint://(?P<run>{NAME})/(?P<kind>{'|'.join(KINDS)})/(?P<name>{NAME})"
     r"(?:@(?P<revision>[1-9][0-9]{0,17}))?",
     re.ASCII,
 )
 _GENERATED_NAME = re.compile(r"snapshot-[0-9a-f]{32}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class CheckpointPath:
     """A path taken apart. Without `revision` it means the newest."""
 
@@ -55,6 +55,11 @@ class CheckpointPath:
 
     def at(self, revision: int | None) -> "CheckpointPath":
         return CheckpointPath(self.training_run_id, self.kind, self.name, revision)
+
+
+def is_path(path: str) -> bool:
+    """Whether `parse_path` takes it."""
+    return _PATH.fullmatch(path) is not None
 
 
 def parse_path(
@@ -81,9 +86,14 @@ def parse_path(
     return CheckpointPath(match["run"], found, match["name"], revision)
 
 
+def is_name(name: str) -> bool:
+    """Whether a run, a checkpoint, or a file of one may be called so: none leads elsewhere."""
+    return re.fullmatch(NAME, name, re.ASCII) is not None
+
+
 def check_name(name: str, *, field: str = "name") -> str:
     """Returns the name, or refuses it."""
-    if re.fullmatch(_NAME, name, re.ASCII) is None:
+    if not is_name(name):
         raise InvalidRequest(
             f"`{field}` {name!r} cannot name a checkpoint; use 1 to 128 letters, digits, `.`, `_` "
             "and `-`, the first a letter or digit",

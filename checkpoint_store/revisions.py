@@ -10,11 +10,12 @@ two writers of one name, on one host or two, get two numbers.
 import contextlib
 import errno
 import logging
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoint_store.errors import CheckpointDamaged, ObjectStoreFailed
+from checkpoint_store.errors import FULL, CheckpointDamaged, ObjectStoreFailed
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from checkpoint_store.objects import object_revisions, places
 from checkpoint_store.objects.object_path import ObjectPath
@@ -24,6 +25,7 @@ from mint_core.fault_points import fault_point
 
 logger = logging.getLogger(__name__)
 
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
 _LEASE_FILE = "last_used"  # its modification time counts
 _TOMBSTONE_FILE = "deleted"
 _ANNOUNCEMENT_FILE = "announced"  # in the name's folder; holds the tenant
@@ -31,7 +33,7 @@ _ANNOUNCEMENT_FILE = "announced"  # in the name's folder; holds the tenant
 
 def live_revisions(folder: places.Place) -> list[int]:
     """Numbers of the revisions that exist, in order."""
-    return [n for n in _numbers(folder) if (folder / str(n) / MANIFEST_FILE).exists()]
+    return [n for n in numbers(folder) if (folder / str(n) / MANIFEST_FILE).exists()]
 
 
 def place(staging: Path, folder: places.Place, prepare: Callable[[int], None]) -> int:
@@ -43,7 +45,7 @@ def place(staging: Path, folder: places.Place, prepare: Callable[[int], None]) -
     if isinstance(folder, ObjectPath):
         object_revisions.send(staging, folder)
     while True:
-        revision = max(_numbers(folder), default=0) + 1
+        revision = max(numbers(folder), default=0) + 1
         try:
             prepare(revision)
         except AlreadyExists:
@@ -70,13 +72,12 @@ def settle(folder: places.Place) -> None:
 def read_manifest(folder: places.Place, path: CheckpointPath) -> Manifest | None:
     """The manifest of a revision, or None if the revision does not exist."""
     try:
-        encoded = (folder / MANIFEST_FILE).read_bytes()
+        manifest = decode_manifest(places.read(folder / MANIFEST_FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        manifest = decode_manifest(encoded)
-    except ValueError as error:
-        raise CheckpointDamaged(str(path), MANIFEST_FILE, str(error)) from None
+    except (ValueError, OSError) as error:
+        problem = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise CheckpointDamaged(str(path), MANIFEST_FILE, problem) from None
     if manifest.revision_path != path:
         problem = f"is that of `{manifest.revision_path}`"
         raise CheckpointDamaged(str(path), MANIFEST_FILE, problem)
@@ -101,8 +102,8 @@ def buried_by(folder: places.Place, request: str) -> int | None:
     """The newest revision that a request has buried, or has begun to; None: it has not."""
     if not request:
         return None
-    numbers = [number for number in _numbers(folder) if _epitaph(folder / str(number)) == request]
-    return max(numbers, default=None)
+    buried = [number for number in numbers(folder) if _epitaph(folder / str(number)) == request]
+    return max(buried, default=None)
 
 
 def bury(folder: places.Place, request: str = "") -> None:
@@ -112,18 +113,29 @@ def bury(folder: places.Place, request: str = "") -> None:
     gone for readers all the same.
     """
     elsewhere = object_revisions.files_of(folder) if isinstance(folder, ObjectPath) else []
-    if not _epitaph(folder):
-        places.write_durably(folder / _TOMBSTONE_FILE, request.encode())
+    full = False
+    try:
+        if not _epitaph(folder):
+            places.replace(folder / _TOMBSTONE_FILE, request.encode(), durably=True)
+    except OSError as error:
+        if error.errno not in FULL or not isinstance(folder, Path):
+            raise
+        full = True
+        with contextlib.suppress(FileNotFoundError):  # a disk without room takes this
+            (folder / MANIFEST_FILE).rename(folder / _TOMBSTONE_FILE)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     places.flush_folder(folder)
     for file in [*folder.iterdir(), *elsewhere]:
         if file.name != _TOMBSTONE_FILE:
-            file.unlink(missing_ok=True)
+            places.remove(file)
+    if full:
+        with contextlib.suppress(OSError):  # or the same request, sent again, finds nothing
+            places.replace(folder / _TOMBSTONE_FILE, request.encode(), durably=True)
 
 
 def settle_burials(folder: places.Place) -> None:
     """Brings to disk which revisions of a name are gone, whoever has buried them."""
-    for number in _numbers(folder):
+    for number in numbers(folder):
         if not (folder / str(number) / MANIFEST_FILE).exists():
             with contextlib.suppress(FileNotFoundError):  # a sweep has just removed what was left
                 places.flush_folder(folder / str(number))
@@ -133,11 +145,11 @@ def has_ended(folder: places.Place, since: datetime) -> bool:
     """Whether no revision of the name exists, and nobody will ask for one, or who has buried it:
     one may still come if it was announced after `since`.
     """
-    numbers = _numbers(folder)
-    if not numbers:
+    given = numbers(folder)
+    if not given:
         announced_at = _written(folder / _ANNOUNCEMENT_FILE)
         return announced_at is not None and announced_at < since
-    remembered = (_remembered(folder / str(number), since) for number in numbers)
+    remembered = (_remembered(folder / str(number), since) for number in given)
     return not live_revisions(folder) and not any(remembered)
 
 
@@ -145,13 +157,13 @@ def clear_tombstones(folder: places.Place, since: datetime) -> None:
     """Drops dead revisions below the highest number, those that requests have buried only if that
     was earlier than `since`; and what a burial cut short has left.
     """
-    numbers = _numbers(folder)
+    given = numbers(folder)
     live = live_revisions(folder)
-    for number in numbers:
+    for number in given:
         revision = folder / str(number)
         if number in live:
             continue
-        if number < numbers[-1] and not _remembered(revision, since):
+        if number < given[-1] and not _remembered(revision, since):
             places.remove_tree(revision)
         else:
             bury(revision)
@@ -183,7 +195,7 @@ def renew_lease(folder: places.Place) -> None:
     """Notes that the revision is in use now, as far as this host may write there."""
     try:
         if (folder / MANIFEST_FILE).exists():  # a lease alone would take the number
-            (folder / _LEASE_FILE).touch()
+            places.replace(folder / _LEASE_FILE, b"", durably=False)
     except FileNotFoundError:
         pass  # deleted meanwhile, or not stored yet
     except (OSError, ObjectStoreFailed) as error:
@@ -220,10 +232,10 @@ def _remembered(folder: places.Place, since: datetime) -> bool:
 
 
 def _text(file: places.Place) -> str:
-    """Empty if there is no such file."""
+    """Empty if there is no such file, or none that can be read."""
     try:
-        return file.read_text()
-    except (FileNotFoundError, NotADirectoryError):
+        return places.read(file).decode(errors="replace")
+    except OSError:
         return ""
 
 
@@ -231,12 +243,13 @@ def _written(file: places.Place) -> datetime | None:
     """When a file was written last; None: there is none."""
     try:
         return datetime.fromtimestamp(file.stat().st_mtime, UTC)
-    except FileNotFoundError:
+    except OSError:
         return None
 
 
-def _numbers(folder: places.Place) -> list[int]:
+def numbers(folder: places.Place) -> list[int]:
+    """All that were ever given, of those that are not forgotten, in order."""
     try:
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
-    except FileNotFoundError:
+        return sorted(int(e.name) for e in folder.iterdir() if _NUMBER.fullmatch(e.name))
+    except (FileNotFoundError, NotADirectoryError):
         return []

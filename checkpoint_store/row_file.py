@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_store.store_files import open_file
 from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
@@ -76,7 +77,7 @@ class RowFile:
             digests = {part: int(about.pop(f"digest.{part}"), 16) for part in content}
             ((numbers,),) = {tuple(entry["shape"]) for entry in content.values()}
             found_format = about["format"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RowDamaged(path, f"is torn, or not of format {FORMAT}") from None
         if found_format != FORMAT:
             raise RowDamaged(path, f"has format {found_format}, and {FORMAT} is read here")
@@ -143,7 +144,7 @@ def save_row(
     """The same for a file that appears under its name when it is whole and on disk."""
     draft = file.with_name(f".{file.name}.draft")
     try:
-        with draft.open("wb") as opened:
+        with open(draft, "wb", opener=_private) as opened:
             for piece in _pieces(parts, about, progress):
                 opened.write(piece)
                 opened.flush()
@@ -189,10 +190,14 @@ def _encode_header(
     return len(encoded).to_bytes(8, "little") + encoded
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield file
     except (FileNotFoundError, NotADirectoryError):
         raise RowMissing(path, "is not there") from None

@@ -1,11 +1,8 @@
-"""The store in a folder or an object store, which several processes and hosts may share.
-
-It keeps nothing in memory.
-"""
+"""The store in a folder or an object store, which several processes and hosts may share."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +18,7 @@ from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.objects.places import Place
 from checkpoint_store.paths import (
+    MERGED_WEIGHTS,
     SAMPLER_WEIGHTS,
     CheckpointKind,
     CheckpointPath,
@@ -30,10 +28,12 @@ from checkpoint_store.paths import (
 )
 from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
+from mint_core.hosting.turns import Workers
 from mint_core.lora.row_layout import Floats
 
 logger = logging.getLogger(__name__)
 
+THREADS = 8  # that wait for the disk, or for an object store
 _LEFT_LIMIT = timedelta(days=1)  # no publish takes so long, and no request comes again so late
 
 
@@ -84,10 +84,15 @@ class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
 
     def __init__(
-        self, root: Place, snapshots: Path | None = None, local: Path | None = None
+        self,
+        root: Place,
+        snapshots: Path | None = None,
+        local: Path | None = None,
+        quota_bytes: int = 0,
     ) -> None:
         """With a folder of `snapshots`, those of this host are found there too, stored yet or not.
-        `local` is the folder for drafts and copies if the root is none.
+        `local` is the folder for drafts and copies if the root is none. `quota_bytes`: what is
+        published of one tenant; 0: without a limit.
         """
         if isinstance(root, ObjectPath):
             assert local is not None, "no folder for copies"
@@ -96,12 +101,17 @@ class CheckpointStore:
             local = root
         self._layout = StoreLayout(root, local)
         self._snapshots = snapshots
+        self._quota_bytes = quota_bytes
+        self.in_turn = Workers(THREADS, "store").run  # for those who must not block
 
-    def staging(self) -> AbstractContextManager[Path]:
+    @contextmanager
+    def staging(self, tenant: str = "", size_bytes: int = 0) -> Iterator[Path]:
         """A folder to write in, on the store's file system, gone afterwards. A full disk is
-        ResourceExhausted.
+        ResourceExhausted, and so is a tenant's full share, where about so much comes into it.
         """
-        return self._layout.staging()
+        room = self._layout.index.room(tenant, size_bytes, self._quota_bytes)
+        with room, self._layout.staging() as folder:
+            yield folder
 
     def publish_folder(
         self, manifest: Manifest, staging: Path, *, overwrite: bool = True
@@ -147,7 +157,7 @@ class CheckpointStore:
             sequence=0,
             mark="",
         )
-        with self.staging() as staging:
+        with self.staging(tenant, manifest.size_bytes) as staging:
             with found.present():
                 share_files(manifest.files, found.folder, staging)
             return self._layout.publish(staging, manifest, overwrite=False)
@@ -191,7 +201,8 @@ class CheckpointStore:
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""
         asked = parse_path(path, kind=kind)
-        row, damage = self._row(asked.at(asked.revision or 1)) if asked.unnamed else (None, None)
+        in_memory = asked.unnamed and asked.kind == SAMPLER_WEIGHTS
+        row, damage = self._row(asked.at(asked.revision or 1)) if in_memory else (None, None)
         if row is not None:
             if row.manifest.tenant != tenant:
                 raise CheckpointNotFound(path)
@@ -244,9 +255,9 @@ class CheckpointStore:
         found: dict[str, Manifest] = {}
         now = datetime.now(UTC)
         runs = [training_run_id] if training_run_id else self._layout.runs(run_prefix)
-        for manifest in self._layout.all_revisions(runs):
-            mine = manifest.tenant == tenant and kind in (None, manifest.kind)
-            if mine and manifest.named and not retention.past_expiry(manifest, now):
+        for manifest in self._layout.index.of_tenant(tenant, runs):
+            wanted = manifest.named and kind in (None, manifest.kind)
+            if wanted and not retention.past_expiry(manifest, now):
                 found[str(manifest.path)] = manifest  # revisions come in order: the newest stays
         return sorted(found.values(), key=lambda m: (m.create_time, str(m.path)), reverse=True)
 
@@ -255,7 +266,7 @@ class CheckpointStore:
         request deletes twice is deleted once: a newer revision of the name stays.
         """
         asked = parse_path(path)
-        found = [m for m in self._layout.newest_first(asked) if m.tenant == tenant]
+        found = [m for m in self._newest_first(asked, tenant) if m.tenant == tenant]
         last = revisions.buried_by(self._layout.name_folder(asked), request)
         if last is not None:
             found = [manifest for manifest in found if manifest.revision <= last]
@@ -264,12 +275,19 @@ class CheckpointStore:
             if last is None:
                 raise CheckpointNotFound(path)
         for manifest in found:  # newest first: of a deletion cut short, the newest one tells
-            revisions.bury(self._layout.revision_folder(manifest.revision_path), request)
+            self._layout.bury(manifest, request)
 
-    def made(self, path: str, kind: CheckpointKind, request: str) -> Manifest | None:
-        """The revision of that kind and of a path's name that a request has made."""
-        asked = parse_path(path)
-        return self._layout.made_by(replace(asked.at(None), kind=kind), request)
+    def merged(self, source: Manifest, dtype: str, request: str) -> Manifest | None:
+        """The newest model that was merged from a revision in a type, or for a request."""
+        now, run = datetime.now(UTC), source.training_run_id
+        made = [
+            manifest
+            for manifest in self._layout.index.of_tenant(source.tenant, [run])
+            if manifest.kind == MERGED_WEIGHTS and not retention.past_expiry(manifest, now)
+            if manifest.request == request
+            or (manifest.source, manifest.dtype) == (str(source.revision_path), dtype)
+        ]
+        return made[-1] if made else None
 
     def has_deleted(self, training_run_id: str, request: str) -> bool:
         """Whether a request has deleted a checkpoint of a run."""
@@ -279,9 +297,9 @@ class CheckpointStore:
 
     def delete_run(self, training_run_id: str, *, tenant: str, named: bool = False) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
-        for manifest in self._layout.all_revisions([check_name(training_run_id)]):
+        for manifest in self._layout.index.all_of(check_name(training_run_id)):
             if manifest.tenant == tenant and (named or not manifest.named):
-                revisions.bury(self._layout.revision_folder(manifest.revision_path))
+                self._layout.bury(manifest)
         for name in self._layout.names([training_run_id]):
             revisions.settle_burials(self._layout.name_folder(name))
 
@@ -290,23 +308,52 @@ class CheckpointStore:
         now = now or datetime.now(UTC)
         removed = 0
         expiries: list[datetime] = []
-        for name in self._layout.names(self._layout.runs()):
-            held = self._layout.revisions_of(name)
-            folders = [self._layout.revision_folder(manifest.revision_path) for manifest in held]
-            expiries += retention.expiries(held, now)
-            for at in retention.removable(held, list(map(revisions.last_used, folders)), now):
-                revisions.bury(folders[at])
-                removed += 1
-            self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        runs = self._layout.runs()
+        self._layout.index.keep(runs)
+        for run in runs:
+            of_names: dict[CheckpointPath, list[Manifest]] = {}
+            for manifest in self._layout.index.all_of(run):
+                of_names.setdefault(manifest.path, []).append(manifest)
+            for name in self._layout.names([run]):
+                held = of_names.get(name, [])
+                expiries += retention.expiries(held, now)
+                try:
+                    removed += self._sweep(name, held, now)
+                except (OSError, CheckpointDamaged):  # of one name; the others are swept
+                    logger.exception("`%s` could not be swept", name)
         self._layout.clear_staging(older_than=now - _LEFT_LIMIT)
         return Swept(removed, min(expiries, default=None))
 
+    def _sweep(self, name: CheckpointPath, held: Sequence[Manifest], now: datetime) -> int:
+        """How many revisions of a name it has removed, of those that there are."""
+        folders = (self._layout.revision_folder(manifest.revision_path) for manifest in held)
+        removable = retention.removable(held, list(map(revisions.last_used, folders)), now)
+        for at in removable:
+            self._layout.bury(held[at])
+        self._layout.tidy(name, since=now - _LEFT_LIMIT)
+        return len(removable)
+
+    def size_bytes(self, tenant: str) -> Mapping[str, int]:
+        """What a tenant's checkpoints, snapshots, uploads and merged models take, as far as this
+        process knows: it learns of others' at sweeps and lists.
+        """
+        return self._layout.index.size_bytes(tenant)
+
     def _stored(self, asked: CheckpointPath, tenant: str) -> Manifest:
         now = datetime.now(UTC)
-        for manifest in self._layout.newest_first(asked):
+        for manifest in self._newest_first(asked, tenant):
             if manifest.tenant == tenant and not retention.past_expiry(manifest, now):
                 return manifest
         raise CheckpointNotFound(str(asked))
+
+    def _newest_first(self, asked: CheckpointPath, tenant: str) -> Iterator[Manifest]:
+        """Of damage in another tenant's run, nobody hears more than that there is nothing."""
+        try:
+            yield from self._layout.newest_first(asked)
+        except CheckpointDamaged:
+            if not self._layout.index.may_tell(tenant, asked.training_run_id):
+                raise CheckpointNotFound(str(asked)) from None
+            raise
 
     def _opened(self, manifest: Manifest, row: PublishedRow | None = None) -> OpenCheckpoint:
         place = self._layout.revision_folder(manifest.revision_path)
@@ -339,15 +386,15 @@ class CheckpointStore:
 
 
 def open_store(
-    store: str, local: Path, snapshots: Path | None = None, *, saves: bool
+    store: str, local: Path, snapshots: Path | None = None, *, saves: bool, quota_bytes: int = 0
 ) -> CheckpointStore:
     """The store that a service was told: a folder, or an object store by its URL, which is asked
     whether it can be used; `local` is for copies of its files then. `saves` says whether this
     process will.
     """
     if not is_object_address(store):
-        return CheckpointStore(Path(store), snapshots)
+        return CheckpointStore(Path(store), snapshots, quota_bytes=quota_bytes)
     objects = ObjectStore(parse_address(store))
     objects.check(saves=saves)
     root = ObjectPath(objects, objects.address.prefix)
-    return CheckpointStore(root, snapshots, local)
+    return CheckpointStore(root, snapshots, local, quota_bytes)

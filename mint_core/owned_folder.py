@@ -28,6 +28,7 @@ class OwnedFolder:
         looking = _lock(parent, wait=True)
         try:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self.path.chmod(0o700)  # whatever the umask
             self._lock = _lock(self.path)
             for folder in _abandoned(parent, prefix):
                 rescue(folder, self.path)

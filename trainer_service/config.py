@@ -1,10 +1,13 @@
 """What the trainer, front and engine, can be told at start."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from mint_core.hosting.service_config import ServiceConfig, option
 from trainer_service.journal.schema import SAVED_ROWS
+
+STORE_SHARE = 0.8  # of the disk, for one tenant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,11 @@ class TrainerConfig(ServiceConfig):
     state_quota_gib: float = option(
         0.0, "most GiB that the state may take before nothing new is accepted; 0: no limit"
     )
+    store_quota_gib: float = option(
+        0.0,
+        "most GiB that one tenant's checkpoints, snapshots, uploads and merged models may take in "
+        "the store; 0: with `keys`, four fifths of its disk, otherwise no limit",
+    )
     snapshot_s: float = option(
         60.0,
         "seconds of computing, or of idleness, after which the row of a run is written to the "
@@ -89,6 +97,7 @@ class TrainerConfig(ServiceConfig):
             "host_row_memory_mib",
             "snapshot_memory_mib",
             "state_quota_gib",
+            "store_quota_gib",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
@@ -109,6 +118,14 @@ class TrainerConfig(ServiceConfig):
     @property
     def idle_row_folder(self) -> Path:
         return self.row_folder or self.store_folder / ".rows"
+
+    @property
+    def store_quota_bytes(self) -> int:
+        """Of one tenant; 0: no limit."""
+        if self.store_quota_gib or self.keys is None or self.store_is_remote:
+            return int(self.store_quota_gib * 2**30)
+        self.store_folder.mkdir(parents=True, exist_ok=True)
+        return int(STORE_SHARE * shutil.disk_usage(self.store_folder).total)
 
     @property
     def row_memory_bytes(self) -> int:

@@ -1,6 +1,5 @@
 """All runs that a tenant can name: those that train here, and those of uploaded adapters."""
 
-import asyncio
 from collections.abc import Mapping
 
 from checkpoint_store import CheckpointStore
@@ -29,8 +28,8 @@ class RunDirectory:
     async def get(self, tenant: str, training_run_id: str) -> RunView | UploadedRun:
         if not is_uploaded(training_run_id):
             return self._runs.get(tenant, training_run_id)
-        found = await asyncio.to_thread(
-            self._store.list, tenant=tenant, training_run_id=training_run_id
+        found = await self._store.in_turn(
+            tenant, self._store.list, tenant=tenant, training_run_id=training_run_id
         )
         if not found:
             raise TrainingRunNotFound(training_run_id)
@@ -42,7 +41,9 @@ class RunDirectory:
         if request.kind != "uploaded":
             runs += self._runs.views(tenant)
         if request.kind != "trained":
-            found = await asyncio.to_thread(self._store.list, tenant=tenant, run_prefix=PREFIX)
+            found = await self._store.in_turn(
+                tenant, self._store.list, tenant=tenant, run_prefix=PREFIX
+            )
             runs += uploaded_runs(found)
         wanted = request.metadata_filter.items()
         chosen = [run for run in runs if wanted <= _metadata(run).items()]
@@ -58,7 +59,9 @@ class RunDirectory:
                 training_run_id=request.training_run_id,
             )
         return await self._once.run(
-            tenant, request.identity, lambda: asyncio.to_thread(self._delete, tenant, request)
+            tenant,
+            request.identity,
+            lambda: self._store.in_turn(tenant, self._delete, tenant, request),
         )
 
     def _delete(self, tenant: str, request: DeleteRun) -> bytes:

@@ -16,6 +16,7 @@ from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
+from trainer_service import remembered
 from trainer_service.calls import Call
 from trainer_service.creation import Creation
 from trainer_service.errors import TrainingRunUploaded
@@ -145,14 +146,28 @@ class Runs:
         return reply.content
 
     async def create(self, tenant: str, request: CreateRun) -> bytes:
-        return await self._once.run(tenant, request.identity, lambda: self._create(tenant, request))
+        kept = await self._once.run(tenant, request.identity, lambda: self._create(tenant, request))
+        return self._whole(tenant, kept, request.metadata)
 
     async def open(self, tenant: str, request: OpenRun) -> bytes:
         """Fences earlier writers, and waits for the calls they were promised."""
-        return await self._once.run(tenant, request.identity, lambda: self._open(tenant, request))
+        kept = await self._once.run(tenant, request.identity, lambda: self._open(tenant, request))
+        return self._whole(tenant, kept, None)
 
     async def update(self, tenant: str, request: UpdateRun) -> bytes:
-        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+        kept = await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+        return self._whole(tenant, kept, request.metadata)
+
+    def _whole(self, tenant: str, kept: bytes, metadata: Mapping[str, str] | None) -> bytes:
+        """An answer as it is sent, about a run that is still there; without metadata, with those
+        that the run has now.
+        """
+        if not (run_id := remembered.run_of(kept)):
+            return kept
+        run = self._runs.get(run_id)
+        if run is None:
+            raise self._expiries.not_found(tenant, run_id)
+        return remembered.whole(kept, run.origin, run.metadata if metadata is None else metadata)
 
     async def delete(self, tenant: str, request: DeleteRun) -> bytes:
         return await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
@@ -262,7 +277,7 @@ class Runs:
         retention = Retention(request.retention_s or self._retention_s, self._clock)
         run = self._run_of(origin, state, request.metadata, retention)
         run.row_life = life
-        answer = create_response(run.view())
+        answer = remembered.brief(create_response(run.view()))
         record = RunRecord(
             number=run.origin.number,
             training_run_id=run.id,
@@ -272,7 +287,12 @@ class Runs:
             removing=None,
             state=run.state(),
         )
-        await run.journal.created(record, saved_row, request.identity, answer)
+        try:
+            await run.journal.created(record, saved_row, request.identity, answer)
+        except MintError:  # what is not noted is not there
+            with suppress(EngineDied):
+                await self._scheduler.row(DropRow(run.id), life)
+            raise
         if saved_row is not None:
             self._services.saved_rows.replaced(run, saved_row)
         self._runs[run.id] = run
@@ -313,7 +333,7 @@ class Runs:
         async def answer() -> bytes:
             run.check_usable()
             # Another may have opened it since.
-            return open_response(self._view(run), writer_epoch)
+            return remembered.brief(open_response(self._view(run), writer_epoch))
 
         answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
         await run.journal.answered(run.state(), request.identity, answered)
@@ -325,7 +345,7 @@ class Runs:
         run.check_usable()
         run.metadata = request.metadata
         run.stir_watchers()
-        answer = update_response(self._view(run))
+        answer = remembered.brief(update_response(self._view(run)))
         await run.journal.updated(run.metadata, request.identity, answer)
         return answer
 

@@ -177,8 +177,10 @@ def _checkpoints(config: TrainerConfig, scheduler: Scheduler) -> Checkpoints:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
     if folder is None:
         logger.info("no shared memory here: snapshots go through the store")
-        store = open_store(config.store, config.store_folder, saves=True)
+    store = open_store(
+        config.store, config.store_folder, folder, saves=True, quota_bytes=config.store_quota_bytes
+    )
+    if folder is None:
         return Checkpoints(store, None, scheduler.store)
-    store = open_store(config.store, config.store_folder, folder, saves=True)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
     return Checkpoints(store, memory, scheduler.store)

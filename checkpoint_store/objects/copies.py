@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from checkpoint_store.adapter_files import verify_file
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.manifest import MANIFEST_FILE, Manifest
+from checkpoint_store.manifest import Manifest
 from checkpoint_store.objects.object_path import ObjectPath
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ class Copies:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         for name, entry in manifest.files.items():
-            if name != Path(name).name:
-                raise CheckpointDamaged(path, MANIFEST_FILE, f"names the file {name!r}")
             file = folder / name
             try:
                 verify_file(path, file, entry)

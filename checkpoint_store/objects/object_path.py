@@ -52,12 +52,6 @@ class ObjectPath:
     def read_bytes(self) -> bytes:
         return self.objects.read(self.key)
 
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
-
-    def touch(self) -> None:
-        self.objects.write(self.key, b"")
-
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the object, if there is one: the store does not tell."""
         self.objects.remove(self.key)

@@ -44,7 +44,7 @@ def files_of(revision: ObjectPath) -> list[ObjectPath]:
     """The files of a revision; none if they cannot be told."""
     try:
         folder = decode_manifest((revision / MANIFEST_FILE).read_bytes()).files_folder
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return []
     return list((revision.parent / folder).iterdir()) if folder else []
 
@@ -54,6 +54,6 @@ def remove_unnamed(name: ObjectPath, named: set[str], since: datetime) -> None:
     for folder in name.iterdir():
         if not folder.name.startswith(_PREFIX) or folder.name in named:
             continue
-        written = folder.objects.below(folder.key).values()
-        if max(written, default=since) < since:
+        objects = folder.objects.below(folder.key).values()
+        if max((entry["last_modified"] for entry in objects), default=since) < since:
             remove_tree(folder)

@@ -18,9 +18,11 @@ from urllib.parse import parse_qsl, urlsplit
 from uuid import uuid4
 
 from checkpoint_store.errors import ObjectStoreFailed
+from checkpoint_store.store_files import check_small
 from mint_core.errors import FailedPrecondition
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Store
 
 logger = logging.getLogger(__name__)
@@ -99,9 +101,11 @@ class ObjectStore:
             )
 
     def read(self, key: str) -> bytes:
-        """An object's content. Raises FileNotFoundError."""
+        """A small object's content. Raises FileNotFoundError, or OSError over a large one."""
         with self._asking(key):
-            return bytes(self._s3.get(key).bytes())
+            found = self._s3.get(key)
+            check_small(found.meta["size"])
+            return bytes(found.bytes())
 
     def download(self, key: str, file: Path) -> None:
         """Writes an object's content to a file. Raises FileNotFoundError."""
@@ -147,11 +151,11 @@ class ObjectStore:
         objects = [entry["path"] for entry in found["objects"] if entry["path"] != key]
         return list(found["common_prefixes"]), objects
 
-    def below(self, key: str) -> dict[str, datetime]:
-        """All objects below a key, and when each was written."""
+    def below(self, key: str) -> dict[str, "ObjectMeta"]:
+        """All objects below a key."""
         with self._asking(key):
             pages = list(self._s3.list(key))
-        return {entry["path"]: entry["last_modified"] for page in pages for entry in page}
+        return {entry["path"]: entry for page in pages for entry in page}
 
     def remove(self, key: str) -> None:
         """Removes an object, if there is one."""

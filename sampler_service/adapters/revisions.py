@@ -5,7 +5,6 @@ memory, those of the store converted once and kept while there is room.
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.hosting.tasks import Tasks
+from mint_core.hosting.turns import Workers
 from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import stored_rank
 from sampler_service.adapters.row_folder import RowFolder
@@ -79,7 +79,7 @@ class Revisions:
         self._layouts: dict[int, RowLayout] = {}  # by stored rank
         self._known: dict[str, Revision] = {}  # by revision path
         self._looks: dict[tuple[str, str], asyncio.Task[Revision | Exception]] = {}
-        self._threads = ThreadPoolExecutor(CONVERSIONS, "adapter-rows")
+        self._conversions = Workers(CONVERSIONS, "adapter-rows")
 
     async def resolve(self, path: str, tenant: str) -> Revision:
         """What a path means now. Raises CheckpointNotFound, or another MintError if it is no
@@ -111,7 +111,7 @@ class Revisions:
         return await self._convert(revision)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._conversions.close()
         self._folder.close()
 
     async def _look(self, path: str, tenant: str) -> Revision | Exception:
@@ -128,14 +128,16 @@ class Revisions:
         started_s, announced = time.monotonic(), True
         while True:
             try:
-                return await asyncio.to_thread(self._find, path, tenant)
+                return await self._store.in_turn(tenant, self._find, path, tenant)
             except CheckpointNotFound:
                 self._forget(path, tenant)
                 limit_s = ANNOUNCED_LIMIT_S if announced else APPEAR_LIMIT_S
                 if time.monotonic() - started_s > limit_s:
                     raise
             # Asked before the next look: what is published between the two is then found.
-            announced = await asyncio.to_thread(self._store.announced, path, tenant=tenant)
+            announced = await self._store.in_turn(
+                tenant, self._store.announced, path, tenant=tenant
+            )
             await asyncio.sleep(APPEAR_INTERVAL_S)
 
     def _find(self, path: str, tenant: str) -> OpenCheckpoint:
@@ -175,8 +177,8 @@ class Revisions:
         path, rank, started_s = revision.path, revision.stored_rank, time.perf_counter()
         if rank not in self._layouts:
             self._layouts[rank] = await self._engine.call(DescribeRows(revision.rank))
-        file = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._lay_out, revision, self._layouts[rank]
+        file = await self._conversions.run(
+            revision.tenant, self._lay_out, revision, self._layouts[rank]
         )
         logger.info("adapter fetched path=%s s=%.4f", path, time.perf_counter() - started_s)
         return file

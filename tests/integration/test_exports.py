@@ -1,7 +1,9 @@
 """Merged models open in transformers, and compute what PEFT computes."""
 
 import json
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,55 @@ def test_an_export_sent_twice_is_made_once(
     run = first.checkpoint.training_run_id
     found = rest.list_user_checkpoints(training_run_id=run, checkpoint_type="merged").result(60)
     assert [checkpoint.revision_path for checkpoint in found.checkpoints] == [first.path]
+
+
+def test_one_question_has_one_answer_however_often_it_is_asked(
+    rest: mint.RestClient, services: Services, tmp_path: Path
+) -> None:
+    path = uploaded(rest, services.model, tmp_path / "theirs", SERVED_NAME)
+    with grpc.insecure_channel(services.trainer) as channel:
+        export = checkpoint_pb2_grpc.CheckpointServiceStub(channel).ExportCheckpoint
+
+        def asked(path: str, ttl_s: int = 60, **said: Any) -> Any:
+            request = checkpoint_pb2.ExportCheckpointRequest(
+                path=path, request_id=uuid.uuid4().hex, **said
+            )
+            request.ttl.FromSeconds(ttl_s)
+            return export.future(request, timeout=LIMIT_S)
+
+        together = [asked(path) for _ in range(3)]
+        first, *others = [call.result() for call in together]
+        later = asked(f"{path}@1", 3600).result()
+        half = asked(path, dtype=checkpoint_pb2.EXPORT_DTYPE_BFLOAT16).result()
+
+    assert {other.path for other in (*others, later)} == {first.path}
+    lifetime = later.checkpoint.expire_time.ToSeconds() - first.checkpoint.expire_time.ToSeconds()
+    assert 3500 < lifetime < 3600  # as long as the last has asked for
+    assert half.path != first.path
+
+
+def test_a_merge_ends_with_the_last_who_waits_for_it(
+    rest: mint.RestClient, services: Services, tmp_path: Path
+) -> None:
+    path = uploaded(rest, services.model, tmp_path / "theirs", SERVED_NAME)
+    staging = services.store / ".staging"
+    request = checkpoint_pb2.ExportCheckpointRequest(path=path, request_id="left")
+    with grpc.insecure_channel(services.trainer) as channel:
+        stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
+        call = stub.ExportCheckpoint.future(request, timeout=LIMIT_S)
+        until(lambda: any(staging.iterdir()))
+        call.cancel()
+        until(lambda: not any(staging.iterdir()))
+
+    run = path.split("/")[2]
+    assert not (services.store / run / "merged_weights").exists()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_cannot_be_exported_or_used_as_an_adapter(

@@ -3,12 +3,12 @@
 The store blocks, so threads wait for it.
 """
 
-import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
 from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
+from mint_core.hosting.turns import Turns
 from trainer_service.checkpoints import requests
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored
@@ -24,23 +24,23 @@ class Archive:
         self._store = checkpoints.store
         self._handoff = checkpoints.handoff
         self._sweeper = checkpoints.sweeper
-        self._once = Once()
-        self._updating = asyncio.Lock()  # what one reads, no other may change before it writes
+        self._once = Once()  # what it keeps are paths
+        self._updating = Turns(1)  # what one reads, no other may change before it writes
 
     async def list(self, tenant: str, request: requests.ListCheckpoints) -> Page[Manifest]:
         """The newest revision of each name, newest first."""
-        found = await asyncio.to_thread(
-            self._store.list,
-            tenant=tenant,
-            training_run_id=request.training_run_id or None,
-            kind=request.kind,
+        return await self._store.in_turn(tenant, self._list, tenant, request)
+
+    def _list(self, tenant: str, request: requests.ListCheckpoints) -> Page[Manifest]:
+        found = self._store.list(
+            tenant=tenant, training_run_id=request.training_run_id or None, kind=request.kind
         )
         wanted = request.metadata_filter.items()
         chosen = [manifest for manifest in found if wanted <= manifest.metadata.items()]
         return page_of(chosen, lambda m: place(m.create_time, str(m.path)), request.page)
 
     async def get(self, tenant: str, path: str) -> Manifest:
-        return await asyncio.to_thread(self._get, tenant, path)
+        return await self._store.in_turn(tenant, self._get, tenant, path)
 
     def _get(self, tenant: str, path: str) -> Manifest:
         try:
@@ -49,9 +49,10 @@ class Archive:
             return self._store.describe(path, tenant=tenant)
 
     async def update(self, tenant: str, request: requests.UpdateCheckpoint) -> Manifest:
-        return await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+        path = await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))
+        return await self.get(tenant, path)
 
-    async def _update(self, tenant: str, request: requests.UpdateCheckpoint) -> Manifest:
+    async def _update(self, tenant: str, request: requests.UpdateCheckpoint) -> str:
         def change(manifest: Manifest) -> Manifest:
             if request.changes_lifetime:
                 manifest = replace(manifest, expire_time=request.expire_time)
@@ -59,20 +60,22 @@ class Archive:
                 manifest = replace(manifest, metadata=request.metadata)
             return manifest
 
-        async with self._updating:
-            changed = await asyncio.to_thread(
-                self._store.update, request.path, tenant=tenant, change=change
+        async with self._updating.turn(tenant):
+            changed = await self._store.in_turn(
+                tenant, self._store.update, request.path, tenant=tenant, change=change
             )
         self._sweeper.note_expiry(changed.expire_time)
-        return changed
+        return str(changed.revision_path)
 
     async def copy(self, tenant: str, request: requests.CopyCheckpoint) -> Manifest:
-        return await self._once.run(tenant, request.identity, lambda: self._copy(tenant, request))
+        path = await self._once.run(tenant, request.identity, lambda: self._copy(tenant, request))
+        return await self.get(tenant, path)
 
-    async def _copy(self, tenant: str, request: requests.CopyCheckpoint) -> Manifest:
+    async def _copy(self, tenant: str, request: requests.CopyCheckpoint) -> str:
         with suppress(CheckpointNotFound):  # of what was copied already, the source may be gone
             await stored(self._store, tenant, request.path)
-        copied = await asyncio.to_thread(
+        copied = await self._store.in_turn(
+            tenant,
             self._store.copy,
             request.path,
             request.name,
@@ -81,7 +84,7 @@ class Archive:
             request=request.identity.digest(tenant),
         )
         self._sweeper.note_expiry(request.expire_time)
-        return copied
+        return str(copied.revision_path)
 
     async def delete(self, tenant: str, path: str, identity: Identity) -> None:
         digest = identity.digest(tenant)

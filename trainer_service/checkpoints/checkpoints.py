@@ -3,7 +3,6 @@
 The store blocks, so threads wait for it.
 """
 
-import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -84,7 +83,9 @@ class Checkpoints:
     async def open(self, load: Load, tenant: str) -> Opened:
         """Opens a checkpoint of the tenant's, whatever it fits."""
         kind = WEIGHTS if load.with_optimizer else None
-        found = await asyncio.to_thread(self.store.open, load.path, tenant=tenant, kind=kind)
+        found = await self.store.in_turn(
+            tenant, self.store.open, load.path, tenant=tenant, kind=kind
+        )
         source = Source(
             revision_path=str(found.manifest.revision_path),
             spec=found.manifest.spec,

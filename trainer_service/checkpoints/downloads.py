@@ -3,9 +3,11 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from pathlib import Path
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, FileEntry, OpenCheckpoint
+from checkpoint_store.store_files import open_file
 from mint_core.errors import CheckpointNotFound, InvalidRequest, NotFound, Unavailable
 from trainer_service.checkpoints.requests import Download
 
@@ -34,15 +36,15 @@ async def pieces(
     store: CheckpointStore, tenant: str, wanted: Download
 ) -> AsyncGenerator[FilePiece, None]:
     """The files in pieces. Their reader checks them as wholes: SHA-256 is not computed here."""
-    found = await stored(store, tenant, wanted.path)
-    await asyncio.to_thread(found.note_use)
+    found, run = await stored(store, tenant, wanted.path), partial(store.in_turn, tenant)
+    await run(found.note_use)
     if found.copied:
-        await asyncio.to_thread(store.verify, found)  # which brings the copies
+        await run(store.verify, found)  # which brings the copies
     path = str(found.manifest.revision_path)
     for name, entry in _chosen(path, found.manifest.files, wanted).items():
         offset = wanted.offset_bytes
         while True:
-            data = await asyncio.to_thread(_read, path, found.folder / name, entry, offset)
+            data = await run(_read, path, found.folder / name, entry, offset)
             yield name, entry, offset, data
             offset += len(data)
             if offset >= entry.size_bytes:
@@ -54,9 +56,9 @@ async def stored(store: CheckpointStore, tenant: str, path: str) -> OpenCheckpoi
     ends_s = time.monotonic() + _STORED_LIMIT_S
     while True:
         try:
-            return await asyncio.to_thread(store.find_stored, path, tenant=tenant)
+            return await store.in_turn(tenant, store.find_stored, path, tenant=tenant)
         except CheckpointNotFound:
-            await asyncio.to_thread(store.find, path, tenant=tenant)  # or is it nowhere?
+            await store.in_turn(tenant, store.find, path, tenant=tenant)  # or is it nowhere?
         if time.monotonic() > ends_s:
             raise Unavailable(
                 f"snapshot `{path}` is in memory and not stored yet; send the call again"
@@ -83,11 +85,13 @@ def _chosen(path: str, files: Mapping[str, FileEntry], wanted: Download) -> Mapp
 def _read(path: str, file: Path, entry: FileEntry, offset: int) -> bytes:
     # Opened for each piece: a reader that pauses holds no descriptor here.
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             opened.seek(offset)
             data = opened.read(min(PIECE_BYTES, entry.size_bytes - offset))
     except FileNotFoundError:
         raise CheckpointNotFound(path) from None
+    except OSError as error:
+        raise CheckpointDamaged(path, file.name, f"cannot be read: {error.strerror}") from None
     if not data and offset < entry.size_bytes:
         problem = f"has {offset} bytes where {entry.size_bytes} were published"
         raise CheckpointDamaged(path, file.name, problem)

@@ -1,36 +1,42 @@
 """Merged models: made by a process that ends with its work, and kept in the store."""
 
-import asyncio
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from checkpoint_store import MERGED_WEIGHTS, Manifest, OpenCheckpoint, new_manifest
 from mint_core.engine_host.pipe import ModelDescription
+from mint_core.hosting.turns import Turns
 from mint_core.rpc.model_service import tokenizer_files
 from trainer_service.checkpoints.apart import Merge, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints, check_base
 from trainer_service.checkpoints.downloads import stored
 from trainer_service.checkpoints.requests import ExportCheckpoint
 from trainer_service.checkpoints.staging import staging
-from trainer_service.wire.idempotency import Once
+from trainer_service.wire.idempotency import Joined, Once
 
+BASE_DTYPE = "base"  # in manifests: the base model's own
 MODULE = "trainer_service.engine.merging"
 
 
 class Exports:
-    """One at a time, since each takes a model's memory. All methods belong to one event loop."""
+    """One at a time, since each takes a model's memory, and tenants take turns. A merge ends with
+    the last who waits for it. All methods belong to one event loop.
+    """
 
     def __init__(self, checkpoints: Checkpoints, *, threads: int) -> None:
         self._store = checkpoints.store
         self._sweeper = checkpoints.sweeper
         self._threads = threads
-        self._once = Once()
-        self._turn = asyncio.Lock()
+        self._once = Once(goes_on=False)
+        self._merges = Joined()  # by revision and type
+        self._turns = Turns(1)
 
     async def export(
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription
     ) -> Manifest:
-        """Makes a merged model. The same request makes it once."""
+        """Makes a merged model, unless it is there or being made: however it is asked for."""
         return await self._once.run(
             tenant, request.identity, lambda: self._export(tenant, request, model)
         )
@@ -38,16 +44,29 @@ class Exports:
     async def _export(
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription
     ) -> Manifest:
-        digest = request.identity.digest(tenant)
-        async with self._turn:
-            made = await asyncio.to_thread(self._store.made, request.path, MERGED_WEIGHTS, digest)
-            if made is not None:  # before a restart
-                return made
-            source = await stored(self._store, tenant, request.path)  # the merge reads files
-            await asyncio.to_thread(source.note_use)
-            await asyncio.to_thread(self._store.verify, source)
+        digest, run = request.identity.digest(tenant), partial(self._store.in_turn, tenant)
+        source = await stored(self._store, tenant, request.path)  # the merge reads files
+        dtype = request.dtype or BASE_DTYPE
+        made = await run(self._store.merged, source.manifest, dtype, digest)
+        if made is None:
+            question = (tenant, str(source.manifest.revision_path), dtype)
+            made = await self._merges.run(question, lambda: self._merge(source, request, model))
+        if made.expire_time is not None and made.expire_time < request.expire_time:
+            kept = partial(replace, expire_time=request.expire_time)
+            path = str(made.revision_path)
+            made = await run(self._store.update, path, tenant=tenant, change=kept)
+        return made
+
+    async def _merge(
+        self, source: OpenCheckpoint, request: ExportCheckpoint, model: ModelDescription
+    ) -> Manifest:
+        tenant = source.manifest.tenant
+        run = partial(self._store.in_turn, tenant)
+        async with self._turns.turn(tenant):
+            await run(source.note_use)
+            await run(self._store.verify, source)
             check_base(source.manifest, model.name, model.fingerprint)
-            async with staging(self._store) as folder:
+            async with staging(self._store, tenant) as folder:
                 job = Merge(
                     base_folder=model.folder,
                     adapter_folder=str(source.folder),
@@ -57,16 +76,14 @@ class Exports:
                     threads=self._threads,
                 )
                 head_untied = await do_apart(MODULE, job)
-                await asyncio.to_thread(_add_tokenizer, folder, model.folder)
-                manifest = _manifest(source, request, digest, head_untied)
-                manifest = await asyncio.to_thread(self._store.publish_folder, manifest, folder)
+                await run(_add_tokenizer, folder, model.folder)
+                manifest = _manifest(source, request, head_untied)
+                manifest = await run(self._store.publish_folder, manifest, folder)
         self._sweeper.note_expiry(request.expire_time)
         return manifest
 
 
-def _manifest(
-    source: OpenCheckpoint, request: ExportCheckpoint, digest: str, head_untied: bool
-) -> Manifest:
+def _manifest(source: OpenCheckpoint, request: ExportCheckpoint, head_untied: bool) -> Manifest:
     adapter = source.manifest
     return new_manifest(
         adapter.name,
@@ -81,7 +98,8 @@ def _manifest(
             metadata=adapter.metadata,
             expire_time=request.expire_time,
             source=str(adapter.revision_path),
-            request=digest,
+            request=request.identity.digest(adapter.tenant),
+            dtype=request.dtype or BASE_DTYPE,
             head_untied=head_untied,
         ),
     )

@@ -20,6 +20,7 @@ from checkpoint_store import (
 )
 from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import CheckpointNotFound, MintError
+from mint_core.hosting.turns import Turns
 from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow
@@ -41,7 +42,7 @@ class Handoff:
         # Snapshots that the store does not have, in order, and whether they could not be written:
         # such are tried again when another could.
         self._unstored = dict.fromkeys(memory.unstored() if memory else (), False)
-        self._writing = asyncio.Lock()  # held while the store is written to in the background
+        self._writing = Turns(1)  # taken while the store is written to in the background
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
         self.troubles: dict[str, str] = {}  # what is wrong with a run's snapshots
@@ -77,18 +78,20 @@ class Handoff:
     async def delete_run(self, origin: RunOrigin, *, named: bool) -> None:
         """Deletes a run's unnamed snapshots, and its named checkpoints if asked."""
         run = origin.training_run_id
-        async with self._writing:
+        async with self._writing.turn(origin.tenant):
             for revision in [r for r in self._unstored if r.training_run_id == run]:
                 del self._unstored[revision]
             if self._memory is not None:
                 await asyncio.to_thread(self._memory.remove_run, run)
-            await asyncio.to_thread(self._store.delete_run, run, tenant=origin.tenant, named=named)
+            await self._store.in_turn(
+                origin.tenant, self._store.delete_run, run, tenant=origin.tenant, named=named
+            )
 
     async def delete(self, path: str, *, tenant: str, request: str) -> None:
         """Deletes a revision, or a name with all its revisions, in memory too."""
         asked = parse_path(path)
-        async with self._writing:
-            await asyncio.to_thread(self._delete, asked, tenant, request)
+        async with self._writing.turn(tenant):
+            await self._store.in_turn(tenant, self._delete, asked, tenant, request)
             for revision in [r for r in self._unstored if asked.covers(r)]:
                 del self._unstored[revision]
 
@@ -119,7 +122,8 @@ class Handoff:
     async def _through_memory(
         self, memory: SnapshotMemory, draft: Path, manifest: Manifest, write: Write
     ) -> Manifest:
-        announced = asyncio.create_task(asyncio.to_thread(self._announce, manifest))
+        run = partial(self._store.in_turn, manifest.tenant)
+        announced = asyncio.create_task(run(self._announce, manifest))
         try:
             await write(WriteRow(str(draft), manifest))
             try:
@@ -128,7 +132,7 @@ class Handoff:
                 raise RowNotWritten(str(manifest.path), draft.parent, error) from error
         except BaseException:
             await announced
-            await asyncio.to_thread(self._store.recant, manifest.path)
+            await run(self._store.recant, manifest.path)
             raise
         await announced
         self._release_later(memory, manifest)
@@ -171,7 +175,7 @@ class Handoff:
         """Stores what waits, one after the other."""
         assert self._memory is not None
         while self._next():
-            async with self._writing:
+            async with self._writing.turn(""):  # the server's own
                 revision = self._next()
                 if revision is None:
                     return  # a run was deleted meanwhile
@@ -187,7 +191,7 @@ class Handoff:
     async def _store_snapshot(self, memory: SnapshotMemory, revision: CheckpointPath) -> None:
         row = await asyncio.to_thread(memory.open, revision)
         await asyncio.to_thread(memory.prepare, 4 * row.layout.size)
-        if not await asyncio.to_thread(self._store.has, revision):
+        if not await self._store.in_turn(row.manifest.tenant, self._store.has, revision):
             await self._publish(row.manifest, row.file.path)
         await asyncio.to_thread(memory.stored, revision)
 

@@ -3,10 +3,12 @@
 Here are all checks that need no state but the base model's description.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from checkpoint_store import (
     MERGED_WEIGHTS,
@@ -18,7 +20,7 @@ from checkpoint_store import (
 )
 from checkpoint_store.adapter_files import CONFIG_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import InvalidRequest, Unimplemented
+from mint_core.errors import InvalidRequest, Unavailable, Unimplemented
 from mintrpc.v1 import checkpoint_pb2
 from trainer_service.wire import fields
 from trainer_service.wire.pages import PageRequest, parse_page
@@ -35,6 +37,7 @@ _DTYPES: Mapping[int, str] = {
     checkpoint_pb2.EXPORT_DTYPE_BFLOAT16: "bfloat16",
     checkpoint_pb2.EXPORT_DTYPE_FLOAT16: "float16",
 }
+SILENCE_LIMIT_S = 60.0  # between two messages of an upload
 EXPORT_TTL = timedelta(hours=24)
 _UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -92,6 +95,7 @@ class Upload:
     base_model: str  # empty: what the adapter's configuration says
 
 
+T = TypeVar("T")
 Piece = tuple[str, int, bytes]  # name of a file, and where the bytes begin in it
 
 
@@ -180,10 +184,21 @@ async def parse_upload(
     requests: AsyncIterator[checkpoint_pb2.UploadCheckpointRequest], model: ModelDescription
 ) -> tuple[Upload, AsyncIterator[Piece]]:
     """Reads the header, and leaves the pieces to be read."""
-    first = await anext(requests, None)
+    first = await next_message(requests, "header")
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidRequest("the first message has no `header`; send it first", field="header")
     return _header(first.header, model), _pieces(requests)
+
+
+async def next_message(messages: AsyncIterator[T], what: str) -> T | None:
+    """The next one, if there is one. Raises Unavailable when it does not come."""
+    try:
+        async with asyncio.timeout(SILENCE_LIMIT_S):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise Unavailable(
+            f"no {what} of the upload has come for {SILENCE_LIMIT_S:.0f} s; send it again"
+        ) from None
 
 
 async def _pieces(

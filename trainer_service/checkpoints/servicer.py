@@ -31,8 +31,9 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Any
     ) -> checkpoint_pb2.ListCheckpointsResponse:
         """See checkpoint.proto."""
-        page = await self._archive.list(caller().tenant, requests.parse_list(request))
-        return responses.list_response(page)
+        tenant = caller().tenant
+        page = await self._archive.list(tenant, requests.parse_list(request))
+        return await self._store.in_turn(tenant, responses.list_response, page)
 
     async def GetCheckpoint(
         self, request: checkpoint_pb2.GetCheckpointRequest, context: Any

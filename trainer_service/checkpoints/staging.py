@@ -1,9 +1,9 @@
 """The store's folders for what is being made, for those who must not block."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ Write = Callable[[object], Awaitable[Any]]  # has the engine do a job that write
 
 
 @asynccontextmanager
-async def staging(store: CheckpointStore) -> AsyncIterator[Path]:
+async def staging(store: CheckpointStore, tenant: str, size_bytes: int = 0) -> AsyncIterator[Path]:
     """As `CheckpointStore.staging`; threads make the folder and remove it."""
-    folder = store.staging()
-    path = await asyncio.to_thread(folder.__enter__)
+    folder, run = store.staging(tenant, size_bytes), partial(store.in_turn, tenant)
     try:
-        yield path
-    except BaseException as error:
-        await asyncio.to_thread(folder.__exit__, type(error), error, error.__traceback__)
+        yield await run(folder.__enter__)
+    except BaseException as error:  # also of a caller who has left while it was made
+        await run(folder.__exit__, type(error), error, error.__traceback__)
         raise
     else:
-        await asyncio.to_thread(folder.__exit__, None, None, None)
+        await run(folder.__exit__, None, None, None)
 
 
 async def publish(
@@ -36,6 +35,8 @@ async def publish(
     overwrite: bool = True,
 ) -> Manifest:
     """Publishes what a job of the engine's writes to a folder."""
-    async with staging(store) as folder:
+    async with staging(store, manifest.tenant) as folder:
         manifest = replace(manifest, files=await do(job(folder=str(folder))))
-        return await asyncio.to_thread(store.publish_folder, manifest, folder, overwrite=overwrite)
+        return await store.in_turn(
+            manifest.tenant, store.publish_folder, manifest, folder, overwrite=overwrite
+        )

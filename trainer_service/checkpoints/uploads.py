@@ -1,24 +1,23 @@
 """Adapters from elsewhere: received beside the store, checked whole, and only then kept."""
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest, new_manifest
 from checkpoint_store.adapter_files import OPTIMIZER_FILE
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import InvalidRequest, Unavailable
+from mint_core.errors import InvalidRequest
 from trainer_service.checkpoints.apart import Convert, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints
-from trainer_service.checkpoints.requests import Piece, Upload
+from trainer_service.checkpoints.requests import Piece, Upload, next_message
 from trainer_service.checkpoints.staging import staging
 from trainer_service.errors import RequestIdReused
 from trainer_service.uploaded_runs import uploaded_run_id
 from trainer_service.wire.idempotency import Once
 
 MODULE = "trainer_service.checkpoints.conversion"
-SILENCE_LIMIT_S = 60.0  # between two pieces
 
 
 class Uploads:
@@ -27,34 +26,36 @@ class Uploads:
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._store = checkpoints.store
         self._sweeper = checkpoints.sweeper
-        self._once = Once()
+        self._once = Once(goes_on=False)
 
     async def receive(
         self, tenant: str, upload: Upload, pieces: AsyncIterator[Piece], model: ModelDescription
     ) -> Manifest:
         """Makes a checkpoint, in a run of its own. The same request makes it once."""
-        async with staging(self._store) as folder:
-            await _receive(pieces, _Files(folder, upload.files))
-            keeping = self._once.run(
-                tenant, upload.identity, lambda: self._keep(tenant, upload, folder, model)
-            )
-            kept = asyncio.ensure_future(keeping)
+        size_bytes = sum(entry.size_bytes for entry in upload.files.values())
+        async with staging(self._store, tenant, size_bytes) as folder:
+            files, run = _Files(folder, upload.files), partial(self._store.in_turn, tenant)
+            while (piece := await next_message(pieces, "piece")) is not None:
+                await run(files.write, *piece)
+            files.check_whole()
             try:
-                return await asyncio.shield(kept)
-            finally:
-                await asyncio.wait([kept])  # its files are here, even if the caller has left
+                return await self._once.run(
+                    tenant, upload.identity, lambda: self._keep(tenant, upload, folder, model)
+                )
+            finally:  # others who have sent the same may wait for what becomes of these files
+                await self._once.ended(tenant, upload.identity)
 
     async def _keep(
         self, tenant: str, upload: Upload, folder: Path, model: ModelDescription
     ) -> Manifest:
         run = uploaded_run_id(tenant, upload.identity.request_id)
         request = upload.identity.digest(tenant)
-        for earlier in await asyncio.to_thread(
-            self._store.list, tenant=tenant, training_run_id=run
+        for earlier in await self._store.in_turn(
+            tenant, self._store.list, tenant=tenant, training_run_id=run
         ):
             if not earlier.source and earlier.request != request:  # before a restart
                 raise RequestIdReused(upload.identity.request_id)
-        async with staging(self._store) as output:
+        async with staging(self._store, tenant) as output:
             job = Convert(
                 folder=str(folder),
                 output_folder=str(output),
@@ -78,26 +79,11 @@ class Uploads:
                     files=files,
                 ),
             )
-            manifest = await asyncio.to_thread(
-                self._store.publish_folder, manifest, output, overwrite=False
+            manifest = await self._store.in_turn(
+                tenant, self._store.publish_folder, manifest, output, overwrite=False
             )
         self._sweeper.note_expiry(upload.expire_time)
         return manifest
-
-
-async def _receive(pieces: AsyncIterator[Piece], files: "_Files") -> None:
-    while True:
-        try:
-            async with asyncio.timeout(SILENCE_LIMIT_S):
-                piece = await anext(pieces, None)
-        except TimeoutError:
-            raise Unavailable(
-                f"no piece of the upload has come for {SILENCE_LIMIT_S:.0f} s; send it again"
-            ) from None
-        if piece is None:
-            break
-        await asyncio.to_thread(files.write, *piece)
-    files.check_whole()
 
 
 class _Files:
@@ -114,6 +100,8 @@ class _Files:
             raise InvalidRequest(
                 f"a piece is of `{name}`, which the header does not name", field="piece.file_name"
             )
+        if not data:  # or a call that sends nothing would never end
+            raise InvalidRequest(f"a piece of `{name}` is empty; leave it out", field="piece.data")
         if offset_bytes != self._sizes[name]:
             raise InvalidRequest(
                 f"a piece of `{name}` starts at byte {offset_bytes} where "

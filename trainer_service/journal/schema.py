@@ -115,8 +115,9 @@ class StateRefused(FailedPrecondition):
 def lock_folder(folder: Path) -> int:
     """Makes the folder and locks it until the descriptor is closed, or the process has ended."""
     try:
-        make_folder(folder)
-        make_folder(folder / SAVED_ROWS)
+        for made in (folder, folder / SAVED_ROWS):
+            make_folder(made)
+            made.chmod(0o700)  # whatever the umask, and whoever made it
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StateRefused(folder, f"cannot be used: {error.strerror}; choose another") from error
@@ -151,6 +152,9 @@ def open_database(folder: Path) -> sqlite3.Connection:
 
 
 def _open(folder: Path) -> sqlite3.Connection:
+    # SQLite gives its log the mode that the database has.
+    os.close(os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT, 0o600))
+    (folder / DATABASE).chmod(0o600)
     database = sqlite3.connect(
         folder / DATABASE,
         isolation_level=None,  # transactions are begun and ended in so many words

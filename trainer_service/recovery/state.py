@@ -78,6 +78,7 @@ def backup(folder: Path, target: Path) -> None:
     if target.exists() and any(target.iterdir()):
         raise FailedPrecondition(f"{target} is not empty; give a new folder")
     make_folder(target / SAVED_ROWS)
+    target.chmod(0o700)
     for _ in range(MOST_ATTEMPTS):
         wanted = _copy_journal(folder, target)
         if all(_copied(folder, target, name) for name in wanted):

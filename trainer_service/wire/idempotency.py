@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,54 +12,100 @@ from trainer_service.wire.requests import Identity
 REMEMBERED_S = 24 * 3600.0
 
 T = TypeVar("T")
+Act = Callable[[], Coroutine[Any, Any, T]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
+class _Work:
+    task: asyncio.Task[Any]
+    callers: int = 0
+
+
+class Joined:
+    """What is done once for all who ask for it meanwhile."""
+
+    def __init__(self, *, goes_on: bool = False) -> None:
+        """`goes_on`: also when all who have asked have left."""
+        self._goes_on = goes_on
+        self._under_way: dict[Hashable, _Work] = {}
+
+    async def run(self, key: Hashable, act: Act[T]) -> T:
+        work = self._under_way.get(key)
+        if work is None:
+            work = self._under_way[key] = _Work(asyncio.create_task(act()))
+            work.task.add_done_callback(lambda task: self._drop(key, task))
+        work.callers += 1
+        try:
+            result: T = await asyncio.shield(work.task)
+            return result
+        finally:
+            work.callers -= 1
+            if not (work.callers or self._goes_on or work.task.done()):
+                self._drop(key, work.task)  # nobody may join it any more
+                work.task.cancel()
+                await asyncio.wait([work.task])
+
+    async def ended(self, key: Hashable) -> None:
+        """Waits until nothing is done for others."""
+        if work := self._under_way.get(key):
+            await asyncio.wait([work.task])
+
+    def _drop(self, key: Hashable, task: "asyncio.Task[Any]") -> None:
+        if key in self._under_way and self._under_way[key].task is task:
+            del self._under_way[key]
+
+
+@dataclass(slots=True, eq=False)
 class _Entry:
     payload_hash: bytes
-    task: asyncio.Future[Any]
     since_s: float
+    ended: bool = False
+    answer: Any = None
 
 
 class Once:
     """Remembers the answers of requests. One that fails has changed nothing and is forgotten."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, *, goes_on: bool = True) -> None:
+        """`goes_on`: what was begun goes on if its callers leave."""
         self._clock = clock
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
+        self._joined = Joined(goes_on=goes_on)
 
     def recall(self, tenant: str, identity: Identity, since_s: float, answer: object) -> None:
         """Takes in an answer that was given before a restart."""
-        task: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        task.set_result(answer)
-        key = (tenant, identity.request_id)
-        self._entries[key] = _Entry(identity.payload_hash, task, since_s)
+        entry = _Entry(identity.payload_hash, since_s, True, answer)
+        self._entries[tenant, identity.request_id] = entry
 
-    async def run(
-        self, tenant: str, identity: Identity, act: Callable[[], Coroutine[Any, Any, T]]
-    ) -> T:
-        """Returns what `act` did when the request first came; it goes on if the caller leaves."""
+    async def run(self, tenant: str, identity: Identity, act: Act[T]) -> T:
+        """Returns what `act` did when the request first came."""
         self._forget_old()
         key = (tenant, identity.request_id)
-        entry = self._entries.get(key)
-        if entry is None:
-            task = asyncio.create_task(act())
-            entry = _Entry(identity.payload_hash, task, self._clock())
-            self._entries[key] = entry
-            task.add_done_callback(lambda task: self._forget_failed(key, task))
-        elif entry.payload_hash != identity.payload_hash:
+        entry = self._entries.setdefault(key, _Entry(identity.payload_hash, self._clock()))
+        if entry.payload_hash != identity.payload_hash:
             raise RequestIdReused(identity.request_id)
-        result: T = await asyncio.shield(entry.task)
+
+        async def answer() -> Any:
+            try:
+                entry.answer = await act()
+            except BaseException:
+                if self._entries.get(key) is entry:
+                    del self._entries[key]
+                raise
+            entry.ended = True
+            return entry.answer
+
+        result: T = entry.answer if entry.ended else await self._joined.run(key, answer)
         return result
 
-    def _forget_failed(self, key: tuple[str, str], task: asyncio.Task[Any]) -> None:
-        if task.cancelled() or task.exception() is not None:
-            del self._entries[key]
+    async def ended(self, tenant: str, identity: Identity) -> None:
+        """Waits until nothing is done any more for others who have sent the request."""
+        await self._joined.ended((tenant, identity.request_id))
 
     def _forget_old(self) -> None:
         horizon = self._clock() - REMEMBERED_S
         while self._entries:
             key, oldest = next(iter(self._entries.items()))
-            if oldest.since_s > horizon or not oldest.task.done():
+            if oldest.since_s > horizon:
                 return
             del self._entries[key]

@@ -123,3 +123,20 @@ def test_a_snapshot_that_cannot_even_be_announced_is_told(disk: Path) -> None:
         str(Path("r-1/sampler_weights", manifest.name, "1", file))
         for file in ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
     ]
+
+
+def test_a_deletion_needs_no_room(disk: Path) -> None:
+    store = CheckpointStore(disk)
+    save(store, 1)
+    save(store, 2)
+    leave(disk, 0)
+    path = "mint://r-1/weights/a"
+
+    store.delete(path, tenant="t", request="asked")
+    store.delete(path, tenant="t", request="asked")
+
+    assert store.list(tenant="t") == []
+    assert names(disk / "r-1") == ["weights/a/1/deleted", "weights/a/2/deleted"]
+    (disk / "filler").unlink()
+    save(store, 3)
+    assert store.open(path, tenant="t").manifest.revision == 3

@@ -1,5 +1,6 @@
 """Folders that end with their process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,14 @@ def test_a_folder_can_be_removed_or_left_to_the_next(tmp_path: Path) -> None:
     new = OwnedFolder(tmp_path, "p-")
 
     assert list(tmp_path.iterdir()) == [new.path]
+
+
+def test_only_its_owner_can_look_into_it(tmp_path: Path) -> None:
+    before = os.umask(0o777)
+    try:
+        owned = OwnedFolder(tmp_path, "part-")
+    finally:
+        os.umask(before)
+
+    assert owned.path.stat().st_mode & 0o777 == 0o700
+    owned.remove()

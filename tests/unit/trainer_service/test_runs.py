@@ -1,6 +1,10 @@
 """Which jobs the calls of several runs become, counted by a real engine that has no model."""
 
 import asyncio
+import secrets
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
 from trainer_service.calls import Load, Save
 from trainer_service.jobs import CreateRow, DropRow, SaveRow
-from trainer_service.wire.requests import CreateRun
+from trainer_service.journal.schema import DATABASE
+from trainer_service.journal.writer import RecordRefused
+from trainer_service.wire.requests import CreateRun, Identity, OpenRun, UpdateRun
+from trainer_service.wire.responses import update_response
 
 
 def job_of(answer: Any) -> float:
@@ -119,3 +126,72 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
 
         assert [type(job) for job in jobs] == [CreateRow, SaveRow, DropRow]
         assert len(list(front.runs.all())) == 1
+
+
+async def test_a_run_that_the_journal_refuses_leaves_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fronting(tmp_path) as front:
+        first = await front.create()
+        jobs: list[object] = []
+        real = front.service.scheduler.row
+
+        async def watched(job: object, *args: Any, **options: Any) -> Any:
+            jobs.append(job)
+            return await real(job, *args, **options)
+
+        monkeypatch.setattr(front.service.scheduler, "row", watched)
+        monkeypatch.setattr(secrets, "token_hex", lambda count: first.removeprefix("run-"))
+        with pytest.raises(RecordRefused):  # the id is taken
+            await front.create()
+
+        assert [type(job) for job in jobs] == [CreateRow, DropRow]
+        assert len(list(front.runs.all())) == 1
+
+
+LARGE = {"a": "x" * 16_000}
+
+
+async def test_of_a_request_little_is_remembered_and_the_same_is_answered(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        update = UpdateRun(training_run_id=run, identity=front.identity(), metadata=LARGE)
+        opening = OpenRun(run, front.identity())
+        answers = [await front.runs.update(TENANT, update), await front.runs.open(TENANT, opening)]
+        assert [await front.runs.update(TENANT, update)] == answers[:1]
+    answered = trainer_pb2.UpdateTrainingRunResponse.FromString(answers[0]).training_run
+    assert (answered.metadata, answered.training_run_id) == (LARGE, run)
+    assert answered.lora_config.rank == 1
+
+    with closing(sqlite3.connect(front.state / DATABASE)) as journal:
+        sizes = journal.execute("SELECT length(answer) + length(hash) FROM requests").fetchall()
+    assert len(sizes) == 3
+    assert max(size for (size,) in sizes) < 400
+    async with fronting(tmp_path) as front:  # again, after a restart
+        again = [await front.runs.update(TENANT, update), await front.runs.open(TENANT, opening)]
+        assert again == answers
+
+        other = UpdateRun(training_run_id=run, identity=Identity("other", b""), metadata={})
+        await front.runs.update(TENANT, other)
+        assert await front.runs.update(TENANT, update) == answers[0]
+        assert front.runs.get(TENANT, run).metadata == {}
+
+
+async def test_answers_that_were_remembered_whole_are_given_as_they_were(tmp_path: Path) -> None:
+    """As earlier versions did."""
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        update = UpdateRun(training_run_id=run, identity=front.identity(), metadata={"a": "b"})
+        await front.runs.update(TENANT, update)
+        view = front.runs.get(TENANT, run)
+    whole = update_response(replace(view, metadata={"then": "this"}))
+    with closing(sqlite3.connect(front.state / DATABASE)) as journal, journal:
+        journal.execute(
+            "UPDATE requests SET answer = ? WHERE request_id = ?",
+            (whole, update.identity.request_id),
+        )
+
+    async with fronting(tmp_path) as front:
+        assert await front.runs.update(TENANT, update) == whole
+        await front.delete(run, Identity("deletion", b""))
+        assert await front.runs.update(TENANT, update) == whole

@@ -103,3 +103,27 @@ def test_a_migration_happens_whole_or_not_at_all() -> None:
     migrate(database, version, more)
     assert database.execute("PRAGMA user_version").fetchone() == (version + 1,)
     assert database.execute("SELECT note FROM calls").fetchall() == []
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o777])
+def test_only_its_owner_can_look_into_a_state_folder(tmp_path: Path, mask: int) -> None:
+    state = tmp_path / "state"
+    before = os.umask(mask)
+    try:
+        for _ in range(2):
+            journal = Journal(state)
+            journal.database.execute("PRAGMA user_version")
+            modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in files(state)}
+            journal.close()
+            state.chmod(0o755)  # as earlier versions made it
+            (state / DATABASE).chmod(0o644)
+    finally:
+        os.umask(before)
+
+    assert {name for name, mode in modes.items() if mode == 0o700} == {"state", "state/snapshots"}
+    assert "state/journal.db-wal" in modes
+    assert not any(mode & 0o077 for mode in modes.values())
+
+
+def files(folder: Path) -> list[Path]:
+    return [folder, *folder.rglob("*")]

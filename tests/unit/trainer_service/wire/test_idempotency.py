@@ -1,12 +1,14 @@
 """Requests that act once."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
 from mint_core.errors import FailedPrecondition
 from trainer_service.errors import RequestIdReused
-from trainer_service.wire.idempotency import REMEMBERED_S, Once
+from trainer_service.wire.idempotency import REMEMBERED_S, Joined, Once
 from trainer_service.wire.requests import Identity
 
 ID = Identity("id", b"hash")
@@ -79,3 +81,63 @@ async def test_ids_are_forgotten_after_a_day() -> None:
     now = REMEMBERED_S + 1
 
     assert await once.run("a", ID, act) == 2
+
+
+async def test_what_may_end_ends_with_the_last_caller() -> None:
+    once, act = Once(goes_on=False), Counter()
+    act.gate.clear()
+    waiting = [asyncio.create_task(once.run("a", ID, act)) for _ in range(2)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.wait([waiting[0]])
+    assert act.count == 1
+    waiting[1].cancel()  # the last
+    await asyncio.wait([waiting[1]])
+    act.gate.set()
+
+    assert await once.run("a", ID, act) == 2  # the first was given up
+
+
+async def test_who_comes_while_it_is_given_up_has_it_done_anew() -> None:
+    joined, ending = Joined(), asyncio.Event()
+
+    async def slow_to_end() -> str:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await ending.wait()
+        return ""
+
+    async def quick() -> str:
+        return "done"
+
+    first = asyncio.create_task(joined.run("key", slow_to_end))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+
+    assert await joined.run("key", quick) == "done"
+    ending.set()
+    await asyncio.wait([first])
+    assert first.cancelled()
+
+
+async def test_nothing_but_the_answer_is_kept() -> None:
+    class Large:
+        pass
+
+    once = Once()
+    large = Large()
+    watched = weakref.ref(large)
+
+    async def act(held: Large) -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    assert await once.run("a", ID, lambda held=large: act(held)) == 1  # type: ignore[misc]
+    del large
+    await asyncio.sleep(0)
+    gc.collect()
+
+    assert watched() is None
