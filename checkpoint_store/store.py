@@ -28,8 +28,8 @@ from checkpoint_store.paths import (
 )
 from checkpoint_store.row_file import RowMissing
 from mint_core.errors import CheckpointNotFound, InvalidRequest
-from mint_core.hosting.turns import Workers
 from mint_core.lora.row_layout import Floats
+from mint_core.turns import Workers
 
 logger = logging.getLogger(__name__)
 

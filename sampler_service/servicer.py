@@ -1,6 +1,5 @@
 """SamplerService's methods: parse, call, reply."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.rpc.limits import LARGE_BYTES
+from mint_core.rpc.caller import parsed
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc
 from sampler_service import responses
 from sampler_service.execution import Execution
@@ -55,7 +54,4 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def _parse(
         self, parse: Callable[[R, ModelDescription], Sampling], request: R
     ) -> Sampling:
-        model = await self._model()
-        if request.ByteSize() < LARGE_BYTES:
-            return parse(request, model)
-        return await asyncio.to_thread(parse, request, model)
+        return await parsed(request.ByteSize(), parse, request, await self._model())

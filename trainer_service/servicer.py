@@ -3,7 +3,6 @@
 The answers to what is executed once are bytes, made when it was.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -11,9 +10,8 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from mint_core.rpc.caller import caller, note, records_refusals
+from mint_core.rpc.caller import caller, note, parsed, records_refusals
 from mint_core.rpc.errors import code_of
-from mint_core.rpc.limits import LARGE_BYTES
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.calls import Call
 from trainer_service.jobs import most_targets
@@ -109,7 +107,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         most = most_targets(most_tile_tokens(self._scheduler.max_batch_tokens))
         most = min(most, model.vocabulary_size)
         parse = partial(parse_call, request, model, caller().refusals, most_targets=most)
-        return parse() if request.ByteSize() < LARGE_BYTES else await asyncio.to_thread(parse)
+        return await parsed(request.ByteSize(), parse)
 
 
 def _note(call: Call) -> None:

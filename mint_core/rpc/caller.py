@@ -1,19 +1,24 @@
 """Who makes the call that is being served, and what its log line will say."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mint_core.errors import MintError
+from mint_core.rpc.limits import LARGE_BYTES
+from mint_core.turns import Workers
 
 DEFAULT_TENANT = "default"
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     tenant: str
+    parsers: Workers | None = None  # for what is large; None: what parses is not a server's call
     notes: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
     refusals: list[MintError] = field(default_factory=list, compare=False, repr=False)
 
@@ -24,6 +29,14 @@ CALLER: ContextVar[Caller] = ContextVar("caller")  # who makes the call that a t
 def caller() -> Caller:
     """Returns who makes the call. Only inside a servicer's method and the tasks it starts."""
     return CALLER.get()
+
+
+async def parsed(size_bytes: int, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+    """Calls what parses so many bytes: what is large in a thread, in the tenant's turn."""
+    who = caller()
+    if size_bytes < LARGE_BYTES or who.parsers is None:
+        return function(*args, **options)
+    return await who.parsers.run(who.tenant, function, *args, **options)
 
 
 def records_refusals(method: M) -> M:

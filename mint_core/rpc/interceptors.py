@@ -12,12 +12,12 @@ from google.protobuf.message import Message
 
 from mint_core.errors import InvalidRequest, MintError, Unavailable, Unimplemented
 from mint_core.rpc.access import KeyRing
-from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller
+from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, parsed
 from mint_core.rpc.errors import code_of, domain_error, to_status
-from mint_core.rpc.limits import LARGE_BYTES
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
+from mint_core.turns import Workers
 
 logger = logging.getLogger("mint.calls")
 
@@ -26,6 +26,7 @@ Handler = Any  # grpc.RpcMethodHandler, whose stubs know only servers with threa
 
 # Health and reflection: open to everybody, and not worth a line each time they are asked.
 _STANDARD = ("/grpc.health.", "/grpc.reflection.")
+PARSERS = 2  # threads, which share the interpreter
 BODY_S = 600.0  # from the begin of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 
@@ -37,6 +38,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
+        self._parsers = Workers(PARSERS, "parsing")
         end = "wait until some have ended"
         self._calls = Account(quotas, "calls", "calls under way", end)
         self._streams = Account(quotas, "streams", "streams under way", end)
@@ -97,7 +99,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async def requests() -> AsyncIterator[Message]:
                 async for piece in raw:
                     with self._bytes.holding(call.caller.tenant, len(piece)):
-                        yield call.describe(await _parse(handler, piece))
+                        deserialize = handler.request_deserializer
+                        yield call.describe(await parsed(len(piece), parse, deserialize, piece))
 
             async with self._around(method, context, self._streams) as call:
                 return await handler.stream_unary(requests(), context)
@@ -127,7 +130,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise InvalidRequest("the call has no message; use a client of the server's version")
         call.resources.enter_context(self._bytes.holding(call.caller.tenant, len(raw)))
         try:
-            return call.describe(await _parse(handler, raw))
+            return call.describe(await parsed(len(raw), parse, handler.request_deserializer, raw))
         except NotTaken as error:
             if not getattr(handler.unary_unary, "records_refusals", False):
                 raise
@@ -141,7 +144,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = _Call(method)
         try:
             tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
-            call.caller = Caller(tenant)
+            call.caller = Caller(tenant, self._parsers)
             CALLER.set(call.caller)
             with call.resources:
                 for account in (self._calls, *accounts):
@@ -172,12 +175,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
     """Lets a method answer with a message that is encoded already."""
     return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
-
-
-async def _parse(handler: Handler, raw: bytes) -> Message:
-    if len(raw) < LARGE_BYTES:
-        return parse(handler.request_deserializer, raw)
-    return await asyncio.to_thread(parse, handler.request_deserializer, raw)
 
 
 class _Call:

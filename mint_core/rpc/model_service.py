@@ -59,6 +59,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self._describe = describe
         self._engine_ready = engine_ready
         self._offer = offer
+        self._files: dict[str, tuple[TokenizerFile, ...]] = {}
 
     async def GetServerCapabilities(
         self, request: model_pb2.GetServerCapabilitiesRequest, context: Any
@@ -67,7 +68,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         model = self._describe()
         capabilities = model_pb2.GetServerCapabilitiesResponse(
             server_version=__version__,
-            base_models=[await _base_model(model)] if model else [],
+            base_models=[_base_model(model, await self._files_of(model))] if model else [],
             limits=_LIMITS,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             engine_ready=self._engine_ready(),
@@ -84,7 +85,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             raise Unavailable("the base model is still being loaded; send the call again")
         if request.base_model not in ("", model.name):
             raise BaseModelNotFound(request.base_model, model.name)
-        for file in await asyncio.to_thread(tokenizer_files, model.folder):
+        for file in await self._files_of(model):
             for offset in range(0, max(len(file.content), 1), PIECE_BYTES):
                 yield model_pb2.GetTokenizerResponse(
                     name=file.name,
@@ -93,6 +94,12 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                     offset_bytes=offset,
                     data=file.content[offset : offset + PIECE_BYTES],
                 )
+
+    async def _files_of(self, model: ModelDescription) -> tuple[TokenizerFile, ...]:
+        """Its tokenizer's, at once if they have been read: no thread is waited for."""
+        if model.folder not in self._files:
+            self._files[model.folder] = await asyncio.to_thread(tokenizer_files, model.folder)
+        return self._files[model.folder]
 
 
 def add_model_service(server: Any, servicer: ModelServicer) -> None:
@@ -112,8 +119,7 @@ def tokenizer_files(folder: str) -> tuple[TokenizerFile, ...]:
     return tuple(files)
 
 
-async def _base_model(model: ModelDescription) -> model_pb2.BaseModel:
-    files = await asyncio.to_thread(tokenizer_files, model.folder)
+def _base_model(model: ModelDescription, files: tuple[TokenizerFile, ...]) -> model_pb2.BaseModel:
     lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
     return model_pb2.BaseModel(
         name=model.name,

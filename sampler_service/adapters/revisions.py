@@ -13,9 +13,9 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.hosting.tasks import Tasks
-from mint_core.hosting.turns import Workers
 from mint_core.lora.row_layout import RowLayout
 from mint_core.lora.spec import stored_rank
+from mint_core.turns import Workers
 from sampler_service.adapters.row_folder import RowFolder
 from sampler_service.jobs import DescribeRows
 

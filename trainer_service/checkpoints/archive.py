@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
-from mint_core.hosting.turns import Turns
+from mint_core.turns import Turns
 from trainer_service.checkpoints import requests
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import stored

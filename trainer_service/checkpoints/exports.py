@@ -7,8 +7,8 @@ from pathlib import Path
 
 from checkpoint_store import MERGED_WEIGHTS, Manifest, OpenCheckpoint, new_manifest
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.hosting.turns import Turns
 from mint_core.rpc.model_service import tokenizer_files
+from mint_core.turns import Turns
 from trainer_service.checkpoints.apart import Merge, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints, check_base
 from trainer_service.checkpoints.downloads import stored

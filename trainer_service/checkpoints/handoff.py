@@ -20,7 +20,7 @@ from checkpoint_store import (
 )
 from checkpoint_store.errors import ObjectStoreFailed
 from mint_core.errors import CheckpointNotFound, MintError
-from mint_core.hosting.turns import Turns
+from mint_core.turns import Turns
 from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.errors import RowNotWritten
 from trainer_service.jobs import SaveCheckpoint, StoreRow, WriteRow

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mint_core.hosting.turns import Turns, Workers
+from mint_core.turns import Turns, Workers
 
 LIMIT_S = 30.0
 
