@@ -95,6 +95,14 @@ SEED ?= 1
 faults: install  ## Kills processes under load, and worse, and checks all that was answered: KILLS=500 SEED=1
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.harness $(KILLS) $(SEED)
 
+MINUTES ?= 30
+hostile: install  ## Trains beside an honest tenant and then a hostile one: MINUTES=30 each
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile $(MINUTES)
+
+COUNT ?= 100000
+fuzz: install  ## Sends seeded messages to every RPC: COUNT=100000 SEED=1
+	OMP_NUM_THREADS=1 FUZZ_COUNT=$(COUNT) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m '' -q --timeout 0 tests/integration/test_fuzz.py
+
 bench: install  ## Measures what the services add to the engine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_overhead.py
 

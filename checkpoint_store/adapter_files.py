@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry
-from checkpoint_store.store_files import open_file
+from checkpoint_store.store_files import open_file, problem_of
 from mint_core.errors import InvalidRequest
 from mint_core.lora.row_layout import Floats
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
@@ -119,7 +119,7 @@ def verify_file(path: str, file: Path, entry: FileEntry) -> None:
     except FileNotFoundError:
         raise CheckpointDamaged(path, file.name, "is missing") from None
     except OSError as error:
-        raise CheckpointDamaged(path, file.name, f"cannot be read: {error.strerror}") from None
+        raise CheckpointDamaged(path, file.name, problem_of(error)) from None
     if size_bytes != entry.size_bytes:
         problem = f"has {size_bytes} bytes where {entry.size_bytes} were published"
         raise CheckpointDamaged(path, file.name, problem)

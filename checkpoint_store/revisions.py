@@ -20,6 +20,7 @@ from checkpoint_store.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from checkpoint_store.objects import object_revisions, places
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.paths import CheckpointPath
+from checkpoint_store.store_files import problem_of
 from mint_core.errors import AlreadyExists
 from mint_core.fault_points import fault_point
 
@@ -76,7 +77,7 @@ def read_manifest(folder: places.Place, path: CheckpointPath) -> Manifest | None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
-        problem = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        problem = problem_of(error) if isinstance(error, OSError) else str(error)
         raise CheckpointDamaged(str(path), MANIFEST_FILE, problem) from None
     if manifest.revision_path != path:
         problem = f"is that of `{manifest.revision_path}`"

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_store.store_files import open_file
+from checkpoint_store.store_files import open_file, problem_of
 from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError
 from mint_core.fault_points import fault_point
@@ -202,7 +202,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     except (FileNotFoundError, NotADirectoryError):
         raise RowMissing(path, "is not there") from None
     except OSError as error:
-        raise RowDamaged(path, f"cannot be read: {error.strerror}") from error
+        raise RowDamaged(path, problem_of(error)) from error
 
 
 def _digest(content: dict[str, object]) -> str:

@@ -27,6 +27,15 @@ def read_file(path: Path) -> bytes:
         return opened.read(MOST_TEXT_BYTES)
 
 
+def problem_of(error: OSError) -> str:
+    """What is wrong with a file that cannot be read. Raises MemoryError where nothing is: this
+    process lacks memory or descriptors.
+    """
+    if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        raise MemoryError(f"{error.filename or 'a file'}: {error.strerror}") from error
+    return f"cannot be read: {error.strerror}"
+
+
 def check_small(size_bytes: int) -> None:
     """Refuses what is not read whole. Raises OSError."""
     if size_bytes > MOST_TEXT_BYTES:

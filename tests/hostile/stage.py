@@ -20,6 +20,7 @@ class Stage:
     services: tuple[RunningService, RunningService]
     hostile: Hostile
     neighbour: Neighbour
+    honest: Neighbour  # another tenant, who only works much
 
     def fronts(self) -> list[psutil.Process]:
         return [psutil.Process(service.process.pid) for service in self.services]
@@ -40,7 +41,7 @@ class Stage:
 
 @contextmanager
 def staged(model: Path, folder: Path, size: int) -> Iterator[Stage]:
-    keys = {tenant: make_key(tenant, folder / "keys") for tenant in ("bad", "good")}
+    keys = {tenant: make_key(tenant, folder / "keys") for tenant in ("bad", "good", "other")}
     flags = {"keys": folder / "keys", "base_model_name": "tiny"}
     limits = [("grpc.max_send_message_length", -1)]
     with (
@@ -50,8 +51,9 @@ def staged(model: Path, folder: Path, size: int) -> Iterator[Stage]:
         ) as trainer,
         grpc.insecure_channel(trainer.address, limits) as to_trainer,
         grpc.insecure_channel(sampler.address, limits) as to_sampler,
-        mint.ServiceClient(base_url=trainer.address, api_key=keys["good"]) as client,
+        mint.ServiceClient(base_url=trainer.address, api_key=keys["good"]) as good,
+        mint.ServiceClient(base_url=trainer.address, api_key=keys["other"]) as other,
     ):
         hostile = Hostile(to_trainer, to_sampler, keys["bad"], size)
-        neighbour = Neighbour(client, client.create_sampling_client())
-        yield Stage((trainer, sampler), hostile, neighbour)
+        workers = (Neighbour(each, each.create_sampling_client()) for each in (good, other))
+        yield Stage((trainer, sampler), hostile, *workers)

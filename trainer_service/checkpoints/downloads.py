@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, FileEntry, OpenCheckpoint
-from checkpoint_store.store_files import open_file
+from checkpoint_store.store_files import open_file, problem_of
 from mint_core.errors import CheckpointNotFound, InvalidRequest, NotFound, Unavailable
 from trainer_service.checkpoints.requests import Download
 
@@ -91,7 +91,7 @@ def _read(path: str, file: Path, entry: FileEntry, offset: int) -> bytes:
     except FileNotFoundError:
         raise CheckpointNotFound(path) from None
     except OSError as error:
-        raise CheckpointDamaged(path, file.name, f"cannot be read: {error.strerror}") from None
+        raise CheckpointDamaged(path, file.name, problem_of(error)) from None
     if not data and offset < entry.size_bytes:
         problem = f"has {offset} bytes where {entry.size_bytes} were published"
         raise CheckpointDamaged(path, file.name, problem)

@@ -3,8 +3,10 @@ gone.
 """
 
 import logging
+import os
 import queue
 import threading
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,16 @@ from trainer_service.config import TrainerConfig
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.saving import Rest
 from trainer_service.jobs import SaveRow
+
+logger = logging.getLogger(__name__)
+
+
+class _Later(NamedTuple):
+    """What is left of a job."""
+
+    number: int  # of its call
+    rest: Rest
+    optional: bool  # as of a `SaveRow`
 
 
 def main() -> None:
@@ -33,18 +45,18 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
-    rests: queue.SimpleQueue[tuple[int, Rest]] = queue.SimpleQueue()
+    rests: queue.SimpleQueue[_Later] = queue.SimpleQueue()
     threading.Thread(target=_finish, args=(pipe, rests), daemon=True, name="background").start()
     while (call := pipe.receive()) is not None:
+        optional = isinstance(call.job, SaveRow) and call.job.optional
         try:
             answer = engine.run(call.job)
             if callable(answer):
                 pipe.send(Part(call.number, None))
-                rests.put((call.number, answer))
+                rests.put(_Later(call.number, answer, optional))
             else:
                 pipe.send(Reply(call.number, answer))
         except Exception as error:
-            optional = isinstance(call.job, SaveRow) and call.job.optional
             if ends_the_engine(error) and not optional:
                 raise
             pipe.fail(call.number, error)
@@ -63,16 +75,19 @@ def ends_the_engine(error: Exception) -> bool:
     return not isinstance(error, MintError) and (isinstance(error, kinds) or words)
 
 
-def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[tuple[int, Rest]]) -> None:
+def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[_Later]) -> None:
     """Does what is left of jobs, one after the other, and answers for the engine, which computes
     meanwhile.
     """
     while True:
-        number, rest = rests.get()
+        number, rest, optional = rests.get()
         try:
             answer = rest(lambda: pipe.send(Heartbeat()))
             pipe.send(Reply(number, answer))
         except Exception as error:
+            if ends_the_engine(error) and not optional:
+                logger.critical("the engine ends", exc_info=error)
+                os._exit(1)  # from a thread: nothing else ends the others
             pipe.fail(number, error)
 
 

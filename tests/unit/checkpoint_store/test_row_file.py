@@ -2,7 +2,9 @@
 found.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from checkpoint_store import row_file
+from checkpoint_store import FileEntry, parse_path, row_file
+from checkpoint_store.adapter_files import verify_file
+from checkpoint_store.revisions import read_manifest
 from checkpoint_store.row_file import RowDamaged, RowFile, RowMissing, save_row, write_row
 from mint_core.lora.row_layout import Floats
 from tests.power_loss import filmed
@@ -233,3 +237,23 @@ def test_another_format_is_refused_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "row"
     write_row(path, drawn(4, "weights"), {"format": "mint-row-9"})
     assert "has format mint-row-9, and mint-row-1 is read here" in problem(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.ENFILE])
+def test_what_this_process_lacks_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """An engine without memory ends, and another does its work: no checkpoint and no run is lost."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    entry = FileEntry(1, "0" * 64)
+    for read in (
+        lambda: RowFile.open(tmp_path / "row"),
+        lambda: verify_file("mint://r/weights/a", tmp_path / "file", entry),
+        lambda: read_manifest(tmp_path, parse_path("mint://r/weights/a@1")),
+    ):
+        with pytest.raises(MemoryError):
+            read()

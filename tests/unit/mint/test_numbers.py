@@ -67,7 +67,9 @@ def test_token_ids_are_taken_out_of_torch_scalars(dtype: torch.dtype) -> None:
     assert list(params.stop_token_ids) == [1, 2, 1, 2]
 
 
-@pytest.mark.parametrize("make", [torch.tensor, np.array, np.float32], ids=repr)
+@pytest.mark.parametrize(
+    "make", [torch.tensor, np.array, np.float32], ids=["torch", "array", "float32"]
+)
 def test_options_are_taken_out_of_scalars(make: Callable[[float], Any]) -> None:
     half = make(0.5)
 

@@ -1,0 +1,162 @@
+"""Messages of every kind with numbers at the edges of what they may be, drawn from a seed."""
+
+import importlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from tests.hostile.attacks import Code, Hostile
+
+LIMIT_S = 60.0
+MOST = 4  # elements of a list, but now and then
+FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1.2e-38, 3.4e38, 3.5e38, 1e300, 1e-300)
+ODD = (float("inf"), -float("inf"), float("nan"))
+INTS = (0, 1, 2, 3, 4, 7, -1, 100, 2**15, 2**31 - 1, -(2**31))
+LONG_INTS = (*INTS, 2**31, 2**53 + 1, 2**63 - 1, -(2**63))
+TEXTS = ("", "a", "..", "x" * 128, "x" * 2000, "é" * 600, "a\nb", "target_tokens", "weights")
+NAMES = ("logprobs", "advantages", "sequence_ratio_mask", "clip_low_threshold", "q_proj")
+# What the contract may answer; nothing else, and INTERNAL least of all.
+LEGAL = frozenset(Code) - {Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS, Code.OUT_OF_RANGE}
+
+
+def methods() -> list[MethodDescriptor]:
+    """Every RPC whose request is one message and that ends by itself."""
+    found = []
+    for name in ("model", "trainer", "sampler", "checkpoint"):
+        module = importlib.import_module(f"mintrpc.v1.{name}_pb2")
+        for service in module.DESCRIPTOR.services_by_name.values():
+            found += [m for m in service.methods if not m.client_streaming]
+    return found
+
+
+class Fuzz:
+    """`runs` are some that exist; their calls get numbers that come next, now and then."""
+
+    def __init__(self, seed: int, runs: list[str]) -> None:
+        self._random = random.Random(seed)
+        self._runs = runs
+        self._next: Counter[str] = Counter()
+
+    def message(self, method: MethodDescriptor) -> Message:
+        message = self._message(GetMessageClass(method.input_type), 0)
+        names = method.input_type.fields_by_name
+        if "training_run_id" in names and self._random.random() < 0.9:
+            run = self._random.choice(self._runs)
+            self._set(message, training_run_id=run)
+            if "sequence" in names and self._random.random() < 0.9:
+                self._next[run] += 1
+                self._set(message, sequence=self._next[run], writer_epoch=1)
+                self._set(message, acknowledged_sequence=max(0, self._next[run] - 50))
+        return message
+
+    def answered(self, method: MethodDescriptor, message: Message, code: Code) -> None:
+        """Keeps the numbers of runs without a gap: what has used none up is drawn again."""
+        if "sequence" in method.input_type.fields_by_name and code == Code.RESOURCE_EXHAUSTED:
+            self._next[message.training_run_id] -= 1  # type: ignore[attr-defined]
+
+    def _set(self, message: Message, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(message, name, value)
+
+    def _message(self, kind: type[Message], depth: int) -> Message:
+        message = kind()
+        for field in kind.DESCRIPTOR.fields:
+            if self._random.random() < (0.3 if depth < 3 else 0.1):
+                continue
+            if field.containing_oneof is not None and self._random.random() < 0.6:
+                continue
+            self._fill(message, field, depth)
+        return message
+
+    def _fill(self, message: Message, field: FieldDescriptor, depth: int) -> None:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            self._fill_map(getattr(message, field.name), field, depth)
+        elif field.is_repeated:
+            many = 70 if self._random.random() < 0.02 else MOST
+            values = [self._value(field, depth) for _ in range(self._random.randrange(many))]
+            getattr(message, field.name).extend(values)
+        elif field.message_type is not None:
+            getattr(message, field.name).CopyFrom(self._value(field, depth))
+        else:
+            setattr(message, field.name, self._value(field, depth))
+
+    def _fill_map(self, entries: Any, field: FieldDescriptor, depth: int) -> None:
+        assert field.message_type is not None
+        value = field.message_type.fields_by_name["value"]
+        for _ in range(self._random.randrange(MOST)):
+            key = self._random.choice((*TEXTS[:3], *TEXTS[-2:], *NAMES))
+            if value.message_type is None:
+                entries[key] = self._value(value, depth)
+            else:
+                entries[key].CopyFrom(self._value(value, depth))
+
+    def _value(self, field: FieldDescriptor, depth: int) -> Any:
+        pick, F = self._random.choice, FieldDescriptor
+        if field.message_type is not None:
+            return self._message(GetMessageClass(field.message_type), depth + 1)
+        if field.enum_type is not None:
+            return pick([*(value.number for value in field.enum_type.values), 99])
+        if field.type in (F.TYPE_DOUBLE, F.TYPE_FLOAT):
+            return pick(FLOATS) if self._random.random() < 0.9 else pick(ODD)
+        if field.type == F.TYPE_STRING:
+            return pick((*TEXTS, f"mint://{pick(self._runs)}/weights/a"))
+        if field.type == F.TYPE_BYTES:
+            return self._random.randbytes(4 * self._random.randrange(8))
+        if field.type == F.TYPE_BOOL:
+            return pick((True, False))
+        return pick(INTS if field.type == F.TYPE_INT32 else LONG_INTS)
+
+
+def fuzz(hostile: Hostile, runs: list[str], seed: int, count: int) -> Counter[str]:
+    """Sends so many, each with damaged bytes now and then. Raises AssertionError on an answer that
+    the contract does not have. Returns how often each code came.
+    """
+    draw, fuzzing = random.Random(seed), Fuzz(seed, runs)
+    codes: Counter[str] = Counter()
+    for method, raw, message in _drawn(fuzzing, draw, count):
+        service = method.containing_service
+        assert service is not None
+        path = f"{service.name}/{method.name}"
+        if method.server_streaming:
+            code = _stream(hostile, path, raw)
+        else:
+            code, _ = hostile.send(path, raw, limit_s=LIMIT_S)
+        fuzzing.answered(method, message, code)
+        assert code in LEGAL, f"{path} was answered {code}: {message}"
+        codes[code.name] += 1
+    return codes
+
+
+def _drawn(
+    fuzzing: Fuzz, draw: random.Random, count: int
+) -> Iterator[tuple[MethodDescriptor, bytes, Message]]:
+    known = [method for method in methods() if method.name not in ("ExportCheckpoint",)]
+    for _ in range(count):
+        method = draw.choice(known)
+        message = fuzzing.message(method)
+        raw = message.SerializeToString()
+        if draw.random() < 0.1 and raw and "sequence" not in method.input_type.fields_by_name:
+            at = draw.randrange(len(raw))
+            raw = raw[:at] + draw.randbytes(1) + raw[at + draw.randrange(2) :]
+        yield method, raw, message
+
+
+def _stream(hostile: Hostile, path: str, raw: bytes) -> Code:
+    """What becomes of a stream of which a few messages are read."""
+    channel = hostile.sampler if path.startswith("SamplerService/") else hostile.trainer
+    call = channel.unary_stream(f"/mintrpc.v1.{path}")(
+        raw, timeout=LIMIT_S, metadata=hostile.metadata()
+    )
+    try:
+        for _, _ in zip(range(3), call, strict=False):
+            pass
+    except grpc.RpcError as error:
+        return error.code()
+    call.cancel()
+    return Code.OK
