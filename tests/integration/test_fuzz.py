@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.hostile.fuzz import fuzz
 from tests.hostile.stage import staged
 
-COUNT = int(os.environ.get("FUZZ_COUNT", "1500"))
+COUNT = int(os.environ.get("FUZZ_COUNT", "1000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 RUNS = 3
 

@@ -243,7 +243,7 @@ def test_another_format_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_what_this_process_lacks_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """An engine without memory ends, and another does its work: no checkpoint and no run is lost."""
+    """An engine without memory ends, and another does its work: nothing is lost."""
 
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
