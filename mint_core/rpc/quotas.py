@@ -27,8 +27,6 @@ class Quotas:
     request_mib: int = 1024  # of requests under way
     runs: int = 20_000
     row_gib: int = 1024  # of weights, gradients and moments of runs
-    remembered_requests: int = 100_000  # request ids of a day
-    waiting_exports: int = 16
 
 
 class QuotaExceeded(ResourceExhausted):

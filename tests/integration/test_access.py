@@ -22,8 +22,9 @@ def new_key(tenant: str, keys: Path) -> str:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A trainer that demands keys, and the keys of two tenants."""
     folder = tmp_path_factory.mktemp("guarded")
-    keys = {tenant: new_key(tenant, folder / "keys") for tenant in ("ada", "bob")}
-    with running_summing_trainer(folder, keys=folder / "keys") as trainer:
+    keys = {tenant: new_key(tenant, folder / "keys") for tenant in ("ada", "bob", "cid")}
+    (folder / "quotas").write_text("[tenant.cid]\nruns = 1\n")
+    with running_summing_trainer(folder, keys=folder / "keys", quotas=folder / "quotas") as trainer:
         yield trainer.address, keys
 
 
@@ -66,3 +67,16 @@ def test_another_tenants_run_is_not_found(guarded: tuple[str, dict[str, str]]) -
             bob.create_training_client_from_state(path)
         assert caught.value.reason == "CHECKPOINT_NOT_FOUND"
         assert ada.get_training_run(run.training_run_id).training_run_id == run.training_run_id
+
+
+def test_a_tenant_has_as_many_runs_as_its_quota_says(guarded: tuple[str, dict[str, str]]) -> None:
+    address, keys = guarded
+    with mint.ServiceClient(base_url=address, api_key=keys["cid"]) as client:
+        run = client.create_lora_training_client(rank=1)
+        with pytest.raises(mint.RateLimitError, match="`runs` of this server allows 1") as caught:
+            client.create_lora_training_client(rank=1)
+        assert caught.value.reason == "QUOTA_EXCEEDED"
+        client.delete_training_run(run.training_run_id).result(60)
+        client.create_lora_training_client(rank=1)
+    with mint.ServiceClient(base_url=address, api_key=keys["ada"]) as other:
+        other.create_lora_training_client(rank=1)
