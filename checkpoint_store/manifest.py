@@ -161,7 +161,7 @@ def _time(value: Any) -> datetime | None:
 
 
 _name, _sha256, _count = _like(NAME), _like("[0-9a-f]{64}"), _within(int, 0, 2**63)
-_flag, _number = _within(bool, 0, 2), _within(float, 0, 1e300)
+_flag, _number = _within(bool, 0, 2), _within(float, 0, float("inf"))
 _SPEC: Mapping[str, Callable[[Any], Any]] = {
     "rank": _count,
     "alpha": lambda value: _number(float(value)),

@@ -302,32 +302,30 @@ def test_a_run_moves_with_its_state_folder(tmp_path: Path) -> None:
         assert run.send(run.forward()) == expected
 
 
-def test_a_full_disk_stops_what_comes_in_until_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_stops_what_is_new_and_neither_answers_nor_deletions(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with small_disk(state), summing(tmp_path, state=state) as service, stub_of(service) as stub:
-        run = start_run(stub)
+        run, other = start_run(stub), start_run(stub)
         train(run, 1)
         filler = state / "filler"
-        fill(filler)
+        waiting = filled_while_under_way(service, run, run.forward_backward(), filler)
 
-        refusal = None
-        while refusal is None:
-            request = run.forward_backward(*[datum(list(range(20, 60)))] * 20)
-            waiting = run.start(request)
-            try:
-                waiting.result(2)
-            except grpc.FutureTimeoutError:  # accepted; its answer is not on disk
-                refusal = run.refused(run.optim_step())
+        assert waiting.result(CALL_LIMIT_S).outputs  # there is a reserve for what was accepted
+        refusal = run.refused(run.optim_step(adam_params=ADAM))
         assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refusal.reason == "JOURNAL_FULL"
         assert refusal.retry_after_s is not None
+        delete = trainer_pb2.DeleteTrainingRunRequest(
+            training_run_id=other.id, request_id="make room"
+        )
+        stub.DeleteTrainingRun(delete, timeout=CALL_LIMIT_S)
         filler.unlink()
 
-        assert len(waiting.result(CALL_LIMIT_S).outputs) == 20
         run.next_sequence -= 1  # the refused call has used up nothing
-        assert resend(run, run.optim_step()).step == 2
+        assert resend(run, run.optim_step(adam_params=ADAM)).step == 2
         service.kill()
         assert resend(run, run.forward_backward()).outputs
+        assert other.refused(other.forward()).code is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_load_waits_for_room_on_a_full_disk(tmp_path: Path) -> None:
@@ -343,9 +341,8 @@ def test_a_load_waits_for_room_on_a_full_disk(tmp_path: Path) -> None:
         expected = run.send(run.forward())
         train(run, 1)
         filler = state / "filler"
-        fill(filler)
-
-        loading = run.start(run.load_state(path=saved.path))
+        load = run.load_state(path=saved.path)
+        loading = filled_while_under_way(service, run, load, filler, reserve=False)
         with pytest.raises(grpc.FutureTimeoutError):
             loading.result(2)
         filler.unlink()
@@ -353,6 +350,22 @@ def test_a_load_waits_for_room_on_a_full_disk(tmp_path: Path) -> None:
         assert loading.result(CALL_LIMIT_S).revision_path == saved.revision_path
         assert f"run={run.id} waits for room" in service.log_text()
         assert run.send(run.forward()) == expected
+
+
+def filled_while_under_way(
+    service: Supervised, run: RawRun, request: Any, filler: Path, *, reserve: bool = True
+) -> Any:
+    """Fills a disk while the engine is at a call; without `reserve`, that is used up too."""
+    service.kill_engine(signal.SIGSTOP)
+    call = run.start(request)
+    deadline = time.monotonic() + LIMIT_S
+    while run.describe().next_sequence <= request.sequence:
+        assert time.monotonic() < deadline
+    if not reserve:
+        filler.with_name("reserve").unlink(missing_ok=True)
+    fill(filler)
+    service.kill_engine(signal.SIGCONT)
+    return call
 
 
 @contextmanager

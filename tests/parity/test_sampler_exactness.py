@@ -341,7 +341,7 @@ def test_scoring_alone_gives_the_scores_of_sampling(sampler: SamplerEngine) -> N
         assert len(scored.prompt_logprobs) == len(prompt) - 1
 
 
-@pytest.mark.parametrize(("factor", "alpha"), [(1e30, 16.0), (1.0, 1e308)])
+@pytest.mark.parametrize(("factor", "alpha"), [(1e30, 16.0), (1.0, 3e38)])
 def test_an_adapter_that_overflows_fails_its_own_requests_alone(
     qwen3_folder: Path, factor: float, alpha: float
 ) -> None:
