@@ -129,6 +129,21 @@ class QueueFull(errors.ResourceExhausted):
         )
 
 
+class EarlyArrivalsFull(errors.ResourceExhausted):
+    """The tenant's calls that came before their turn hold as much as they may."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, held_bytes: int, max_bytes: int) -> None:
+        super().__init__(
+            f"calls of yours that came before an earlier one hold {held_bytes >> 20} MiB, of "
+            f"{max_bytes >> 20} that they may; this one has used up nothing: send it again",
+            retry_after_s=1.0,
+            held_bytes=held_bytes,
+            max_bytes=max_bytes,
+        )
+
+
 class GradientIncomplete(errors.FailedPrecondition):
     """A backward that belongs to the step failed."""
 

@@ -283,7 +283,7 @@ def streams(hostile: Hostile) -> None:
 
 
 def lists(hostile: Hostile) -> None:
-    for _ in range(30):
+    for _ in range(hostile.size):
         for method in ("TrainerService/ListTrainingRuns", "CheckpointService/ListCheckpoints"):
             hostile.expect(OK, method, b"")
         hostile.expect(

@@ -1,5 +1,6 @@
 """Whether anything new is accepted, and what was and waits: of each tenant, or of each run."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from prometheus_client import Gauge
@@ -7,10 +8,12 @@ from prometheus_client import Gauge
 from mint_core.backlog import Backlog, Load, retry_after_s
 from mint_core.errors import MintError, Unavailable
 from trainer_service.calls import Call
-from trainer_service.errors import QueueFull
+from trainer_service.errors import EarlyArrivalsFull, QueueFull
 from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal
 from trainer_service.run_description import RunOrigin
+
+HELD_BYTES = 256 * 2**20  # of one tenant's early arrivals
 
 # Says when a tenant, or one run of it, will have had so many more tokens computed, in seconds.
 Predict = Callable[[str, str | None, int], float]
@@ -36,6 +39,7 @@ class Admission:
         self._queue_depth = queue_depth
         self._backlog = Backlog(limit)
         self._per_run = per_run
+        self._held_bytes: Counter[str] = Counter()  # of early arrivals, by tenant
         self._predict = predict
         self.draining: Unavailable | None = None  # set when the service ends
 
@@ -71,6 +75,21 @@ class Admission:
         """Raises if nothing can be promised any more, old or new."""
         if self._journal.failure is not None:
             raise self._journal.failure
+
+    def hold(self, origin: RunOrigin, call: Call) -> MintError | None:
+        """Notes an early arrival, or says why there is no room for it: they may take a part of what
+        requests may, so that those they wait for find room.
+        """
+        held, size_bytes = self._held_bytes[origin.tenant], len(call.payload)
+        if held and held + size_bytes > HELD_BYTES:
+            return EarlyArrivalsFull(held, HELD_BYTES)
+        self._held_bytes[origin.tenant] += size_bytes
+        return None
+
+    def unhold(self, origin: RunOrigin, call: Call) -> None:
+        self._held_bytes[origin.tenant] -= len(call.payload)
+        if not self._held_bytes[origin.tenant]:
+            del self._held_bytes[origin.tenant]
 
     def enter(self, origin: RunOrigin, call: Call) -> None:
         """Notes an accepted call of a run."""

@@ -65,6 +65,12 @@ class Intake(Protocol):
     def acknowledge(self, before: int, upto: int) -> None:
         """Drops the answers behind one number, up to another."""
 
+    def hold(self, call: Call) -> MintError | None:
+        """Notes that an early arrival is held, or says why it cannot be."""
+
+    def unhold(self, call: Call) -> None:
+        """Notes that it is held no longer."""
+
 
 class CallNumbers:
     """The numbers of one run. All methods belong to one event loop and return at once."""
@@ -234,6 +240,8 @@ class CallNumbers:
             raise error  # as the number before it is, or would be
         if sum(map(len, self._held.values())) >= self._limits.held_calls:
             raise errors.SequenceGap(sequence, self.next_sequence)
+        if error := self._intake.hold(arrival.call):
+            raise error
         loop = asyncio.get_running_loop()
         arrival.timer = loop.call_later(self._limits.gap_s, self._give_up, arrival)
         self._held.setdefault(sequence, []).append(arrival)
@@ -246,6 +254,7 @@ class CallNumbers:
         assert arrival.timer is not None
         arrival.timer.cancel()
         arrival.timer = None
+        self._intake.unhold(arrival.call)
         sequence = arrival.call.place.sequence
         held = self._held[sequence]
         held.remove(arrival)

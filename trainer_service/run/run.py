@@ -120,6 +120,14 @@ class Run:
         """See Intake."""
         return self._admission.call_refusal(self.origin, calls_before)
 
+    def hold(self, call: Call) -> MintError | None:
+        """See Intake."""
+        return self._admission.hold(self.origin, call)
+
+    def unhold(self, call: Call) -> None:
+        """See Intake."""
+        self._admission.unhold(self.origin, call)
+
     def accept(self, call: Call) -> None:
         """See Intake."""
         call.course.noted = self._note(self.journal.accepted(call))

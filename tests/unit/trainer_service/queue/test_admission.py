@@ -1,15 +1,19 @@
 """How much may wait, and when to come again."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from mint_core.backlog import Load
 from mint_core.lora.spec import AdapterSpec
 from mint_core.rpc.metrics import Metrics
 from tests.unit.trainer_service.calls import call, compute
 from trainer_service.calls import Call
-from trainer_service.errors import QueueFull
+from trainer_service.errors import EarlyArrivalsFull, QueueFull
+from trainer_service.queue import admission
 from trainer_service.queue.admission import Admission
 from trainer_service.run.run import RunOrigin
 
@@ -129,3 +133,16 @@ def test_the_wait_is_neither_a_storm_nor_an_age() -> None:
         assert isinstance(error, QueueFull)
         assert error.retry_after_s == told_s
         assert asked.asked == [("ann", "a1", 100)]
+
+
+def test_early_arrivals_hold_so_much_of_each_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "HELD_BYTES", 100)
+    asked = Asked().admission
+    large = replace(call(7), payload=b"x" * 80)
+    assert asked.hold(A1, large) is None
+    refusal = asked.hold(A2, large)
+    assert isinstance(refusal, EarlyArrivalsFull)
+    assert refusal.retry_after_s is not None
+    assert asked.hold(B1, large) is None
+    asked.unhold(A1, large)
+    assert asked.hold(A2, replace(large, payload=b"x" * 1000)) is None  # one is never too large

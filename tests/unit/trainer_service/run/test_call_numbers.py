@@ -16,6 +16,7 @@ from trainer_service.calls import Call, Refused, Reply
 from trainer_service.errors import (
     AnswerAcknowledged,
     AnswersUnacknowledged,
+    EarlyArrivalsFull,
     QueueFull,
     SequenceGap,
     SequenceReused,
@@ -33,6 +34,8 @@ class Recorder:
     def __init__(self, **limits: float) -> None:
         self.accepted: list[Call] = []
         self.acknowledged: list[tuple[int, int]] = []
+        self.held: list[int] = []
+        self.room = 1000  # for early arrivals
         self.sequence = CallNumbers(self, CallLimits(**limits))  # type: ignore[arg-type]
 
     def refusal(self, calls_before: int) -> MintError | None:
@@ -44,6 +47,15 @@ class Recorder:
     def acknowledge(self, before: int, upto: int) -> None:
         self.acknowledged.append((before, upto))
 
+    def hold(self, call: Call) -> MintError | None:
+        if len(self.held) >= self.room:
+            return EarlyArrivalsFull(0, 0)
+        self.held.append(call.place.sequence)
+        return None
+
+    def unhold(self, call: Call) -> None:
+        self.held.remove(call.place.sequence)
+
     @property
     def numbers(self) -> list[int]:
         return [call.place.sequence for call in self.accepted]
@@ -51,6 +63,24 @@ class Recorder:
     def answer(self, *sequences: int) -> None:
         for sequence in sequences:
             self.sequence.answer(sequence, ANSWER)
+
+
+async def test_early_arrivals_take_room_until_they_are_let_in_leave_or_are_given_up() -> None:
+    recorder = Recorder(gap_s=0.01)
+    recorder.room = 3
+    arrivals = [recorder.sequence.arrive(call(number)) for number in (2, 3, 5)]
+    with pytest.raises(EarlyArrivalsFull):
+        recorder.sequence.arrive(call(4))
+    recorder.sequence.leave(arrivals[1])
+    recorder.sequence.arrive(call(4))
+    assert recorder.held == [2, 5, 4]
+    recorder.sequence.arrive(call(1))  # which always finds room
+    assert recorder.numbers == [1, 2]
+    assert recorder.held == [5, 4]
+    with pytest.raises(SequenceGap):
+        await arrivals[2].reply
+    await asyncio.sleep(0.02)
+    assert recorder.held == []
 
 
 async def test_calls_are_accepted_in_order_whatever_order_they_arrive_in() -> None:
