@@ -34,25 +34,28 @@ class Turns:
             yield
         finally:
             if granted.cancelled():
-                self._take(tenant, granted)
+                self._leave(tenant, granted)
             else:
                 self._free += 1
                 self._taken[tenant] -= 1
                 self._grant()
 
     def _grant(self) -> None:
-        ready = (tenant for tenant in self._waiting if self._taken[tenant] < self._most)
-        if self._free and (tenant := next(ready, None)) is not None:
+        while self._free:
+            ready = (tenant for tenant in self._waiting if self._taken[tenant] < self._most)
+            if (tenant := next(ready, None)) is None:
+                return
             granted = next(iter(self._waiting[tenant]))
-            self._take(tenant, granted)
-            self._free -= 1
-            self._taken[tenant] += 1
-            granted.set_result(None)
+            self._leave(tenant, granted)
+            if not granted.cancelled():  # else its caller is about to say so
+                self._free -= 1
+                self._taken[tenant] += 1
+                granted.set_result(None)
 
-    def _take(self, tenant: str, waiting: "asyncio.Future[None]") -> None:
+    def _leave(self, tenant: str, waiting: "asyncio.Future[None]") -> None:
         """Takes one out of a tenant's line; the rest of it comes behind the other tenants."""
-        line = self._waiting.pop(tenant)
-        del line[waiting]
+        line = self._waiting.pop(tenant, {})
+        line.pop(waiting, None)
         if line:
             self._waiting[tenant] = line
 

@@ -99,3 +99,22 @@ async def test_errors_come_to_the_caller_and_free_the_place() -> None:
     with pytest.raises(ZeroDivisionError):
         await workers.run("a", divmod, 1, 0)
     assert await workers.run("a", divmod, 3, 2) == (1, 1)
+
+
+async def test_a_place_is_not_given_to_who_is_leaving() -> None:
+    """Cancelled, it says so a turn of the loop later: a place that it got would be lost."""
+    turns = Turns(1)
+
+    async def take() -> None:
+        async with turns.turn("b"):
+            raise AssertionError("it had left")
+
+    async with turns.turn("a"):
+        leaving = asyncio.create_task(take())
+        await asyncio.sleep(0)
+        leaving.cancel()
+    async with asyncio.timeout(LIMIT_S), turns.turn("c"):
+        pass
+    assert (await asyncio.gather(leaving, return_exceptions=True))[0].__class__ is (
+        asyncio.CancelledError
+    )
