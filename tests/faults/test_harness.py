@@ -16,10 +16,10 @@ LIMIT_S = 10.0
 # The rest of the kinds come by chance in `make faults`.
 FAULTS = (
     "cut",
+    "restore",  # early: what is left of the scripts must save what both timelines save
     "delay",
     "full_store",
     "client",
-    "restore",
     "delete",
     "damage",
     "held_store",
