@@ -22,6 +22,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = (
     5,
 )  # https://protobuf.dev/programming-guides/encoding/
 _DOUBLE = struct.Struct("<d")
+MAX_ELEMENT_BYTES = 10  # of a packed list
 _KEY_TAG = 1 << 3 | _LENGTH  # in an entry of a map
 _CONTINUES = bytes(range(0x80, 0x100))  # bytes of a varint that are not its last
 
@@ -166,6 +167,8 @@ class _Scan:
                         except _Fault as fault:
                             raise fault.within(field.place(count, raw, position - size)) from None
                 elif field.packs:
+                    if size > MAX_ELEMENT_BYTES * field.most:  # too many, without counting them
+                        raise _too_many(field)
                     count += _elements(raw, position - size, position, field.wire) - 1
                 elif size > field.most_bytes:
                     raise _too_long(field, size)
