@@ -138,7 +138,7 @@ class EarlyArrivalsFull(errors.ResourceExhausted):
         super().__init__(
             f"calls of yours that came before an earlier one hold {held_bytes >> 20} MiB, of "
             f"{max_bytes >> 20} that they may; this one has used up nothing: send it again",
-            retry_after_s=1.0,
+            retry_after_s=RETRY_AFTER_S,
             held_bytes=held_bytes,
             max_bytes=max_bytes,
         )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
+from mint_core.rpc.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,7 @@ class KeyRing:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._version = _version(file)
+        self._file = WatchedFile(file)
         self._tenants, self._weights = _read(file)
 
     def tenant_of(self, key: str | None) -> str:
@@ -53,13 +53,11 @@ class KeyRing:
         return self._weights.get(tenant, 1.0)
 
     def _refresh(self) -> None:
-        version = _version(self._file)
-        if version == self._version:
+        if not self._file.changed():
             return
-        self._version = version
         try:
-            self._tenants, self._weights = _read(self._file)
-            logger.info("keys read again file=%s keys=%d", self._file, len(self._tenants))
+            self._tenants, self._weights = _read(self._file.path)
+            logger.info("keys read again file=%s keys=%d", self._file.path, len(self._tenants))
         except MintError as error:
             # An editor's half-written file must not lock everybody out.
             logger.error("keys kept as they were: %s", error.message)
@@ -84,14 +82,6 @@ def make_key(tenant: str, file: Path) -> str:
 def _digest(key: str) -> str:
     # Keys are random and long: one round of a plain hash is enough.
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _version(file: Path) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, float]]:

@@ -14,7 +14,6 @@ FLOAT32_LEAST = 1.1754943508222875e-38  # the smallest that is not denormal
 
 # Of all that a request holds: each field that is set, and each element that is not packed.
 MAX_VALUES = 1_000_000
-SHORTEN = "shorten it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +24,10 @@ class Bound:
     most_bytes: int | None = None  # of a text; None: limits.MAX_TEXT_BYTES
     least: float = 0.0  # of a number other than 0, and of 0 if `positive`
     positive: bool = False
-    remedy: str = SHORTEN
+    remedy: str = "shorten it"
 
 
+_SINGLE = Bound()
 _METADATA = Bound(limits.MAX_METADATA_ENTRIES, remedy="leave some out")
 _DATA = Bound(limits.MAX_DATA_PER_REQUEST, remedy="split the batch")
 _CONSTRAINT = Bound(most_bytes=limits.MAX_CONSTRAINT_BYTES)
@@ -72,6 +72,3 @@ def bound_of(field: FieldDescriptor) -> Bound:
     assert field.containing_type is not None
     name = f"{field.containing_type.name}.{field.name}"
     return _TABLE[name] if field.is_repeated else _TABLE.get(name, _SINGLE)
-
-
-_SINGLE = Bound()

@@ -1,4 +1,4 @@
-"""What happens around every call: access, strict parsing, errors, metrics, one log line."""
+"""What happens around every call: access, quotas, strict parsing, errors, metrics, one log line."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ Handler = Any  # grpc.RpcMethodHandler, whose stubs know only servers with threa
 # Health and reflection: open to everybody, and not worth a line each time they are asked.
 _STANDARD = ("/grpc.health.", "/grpc.reflection.")
 PARSERS = 2  # threads, which share the interpreter
-BODY_S = 600.0  # from the begin of a call to the end of its request
+BODY_S = 600.0  # from the beginning of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 
 

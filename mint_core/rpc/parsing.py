@@ -22,7 +22,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = (
     5,
 )  # https://protobuf.dev/programming-guides/encoding/
 _DOUBLE = struct.Struct("<d")
-MAX_ELEMENT_BYTES = 10  # of a packed list
+_MOST_ELEMENT_BYTES = 10  # of a packed list
 _KEY_TAG = 1 << 3 | _LENGTH  # in an entry of a map
 _CONTINUES = bytes(range(0x80, 0x100))  # bytes of a varint that are not its last
 
@@ -138,7 +138,7 @@ class _Scan:
         self._values = 0
         self.plain: list[bytes] = []
 
-    def message(self, start: int, end: int, kind: "_Kind", *, outermost: bool = False) -> None:
+    def message(self, start: int, end: int, kind: _Kind, *, outermost: bool = False) -> None:
         raw, by_tag, counts = self._raw, kind.by_tag, dict[int, int]()
         position, values = start, 0
         while position < end:
@@ -167,7 +167,7 @@ class _Scan:
                         except _Fault as fault:
                             raise fault.within(field.place(count, raw, position - size)) from None
                 elif field.packs:
-                    if size > MAX_ELEMENT_BYTES * field.most:  # too many, without counting them
+                    if size > _MOST_ELEMENT_BYTES * field.most:  # too many, without counting them
                         raise _too_many(field)
                     count += _elements(raw, position - size, position, field.wire) - 1
                 elif size > field.most_bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mint_core.errors import FailedPrecondition, MintError, ResourceExhausted
 from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +42,17 @@ class QuotaBook:
     """
 
     def __init__(self, file: Path | None, metrics: Metrics) -> None:
-        self._file = file
+        self._file = WatchedFile(file) if file else None
         self._refusals = metrics.counter(
             "mint_quota_refusals", "Calls that a tenant's quota has refused", ["quota"]
         )
-        self._version = _version(file)
         self._default, self._tenants = _read(file)
 
     def of(self, tenant: str) -> Quotas:
-        version = _version(self._file)
-        if version != self._version:
-            self._version = version
+        if self._file is not None and self._file.changed():
             try:
-                self._default, self._tenants = _read(self._file)
-                logger.info("quotas read again file=%s", self._file)
+                self._default, self._tenants = _read(self._file.path)
+                logger.info("quotas read again file=%s", self._file.path)
             except MintError as error:
                 # An editor's half-written file must not change what anybody may have.
                 logger.error("quotas kept as they were: %s", error.message)
@@ -107,14 +105,6 @@ class Account:
 
     def held(self, tenant: str) -> int:
         return self._held[tenant]
-
-
-def _version(file: Path | None) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat() if file else None
-    except OSError:
-        return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns) if status else None
 
 
 def _read(file: Path | None) -> tuple[Quotas, Mapping[str, Quotas]]:

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 RESERVE_BYTES = 32 * 2**20
-RESERVE_SHARE = 50  # of the free space at most one so-manieth
-LOW_BYTES, LOW_SHARE = 4 * RESERVE_BYTES, 20  # of the whole disk, where that is less
+# On a small disk a fiftieth of what is free, and nothing new within a twentieth of the whole.
+RESERVE_SHARE = 50
+LOW_BYTES, LOW_SHARE = 4 * RESERVE_BYTES, 20
 
 
 class Reserve:
