@@ -206,6 +206,8 @@ def test_no_checkpoint_is_written_of_what_is_not_finite(
         )
         with pytest.raises(WeightsNotFinite):
             save(engine, job)
+    with pytest.raises(WeightsNotFinite, match="lora_"):  # what samplers map
+        engine.run(WriteRow(str(tmp_path / "row"), manifest_of(RUN, run.spec)))
     assert not list(tmp_path.iterdir())
 
 
