@@ -98,10 +98,16 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(keys: KeyRing | None = None) -> AsyncIterator[Served]:
+async def serving(
+    keys: KeyRing | None = None, max_connections: int | None = None
+) -> AsyncIterator[Served]:
     metrics = Metrics()
     server = RpcServer(
-        "127.0.0.1:0", keys=keys, metrics=metrics, max_message_bytes=MAX_MESSAGE_BYTES
+        "127.0.0.1:0",
+        keys=keys,
+        metrics=metrics,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        max_connections=max_connections,
     )
     trainer = Trainer()
     server.add(

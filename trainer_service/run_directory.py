@@ -1,10 +1,14 @@
 """All runs that a tenant can name: those that train here, and those of uploaded adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from checkpoint_store import CheckpointStore
 from mint_core.errors import FailedPrecondition, TrainingRunNotFound
+from mint_core.rpc.quotas import Account
+from trainer_service.run.run import Run
 from trainer_service.run_description import RunView
+from trainer_service.run_table import RunTable
 from trainer_service.runs import Runs
 from trainer_service.uploaded_runs import (
     PREFIX,
@@ -20,10 +24,11 @@ from trainer_service.wire.requests import DeleteRun, ListRuns
 class RunDirectory:
     """All methods belong to one event loop."""
 
-    def __init__(self, runs: Runs, store: CheckpointStore) -> None:
+    def __init__(self, runs: Runs, table: RunTable, store: CheckpointStore, ids: Account) -> None:
         self._runs = runs
+        self._table = table
         self._store = store
-        self._once = Once()
+        self._once = Once(ids)
 
     async def get(self, tenant: str, training_run_id: str) -> RunView | UploadedRun:
         if not is_uploaded(training_run_id):
@@ -37,14 +42,17 @@ class RunDirectory:
 
     async def list(self, tenant: str, request: ListRuns) -> Page[RunView | UploadedRun]:
         """The tenant's runs, newest first."""
-        runs: list[RunView | UploadedRun] = []
-        if request.kind != "uploaded":
-            runs += self._runs.views(tenant)
+        trained = [] if request.kind == "uploaded" else self._table.of(tenant)
+        page = await self._store.in_turn(tenant, self._page, tenant, request, trained)
+        shown = [self._runs.view(run) if isinstance(run, Run) else run for run in page.entries]
+        return Page(shown, page.next_page_token, page.total_size)
+
+    def _page(
+        self, tenant: str, request: ListRuns, trained: Sequence[Run]
+    ) -> Page[Run | UploadedRun]:
+        runs: list[Run | UploadedRun] = [*trained]
         if request.kind != "trained":
-            found = await self._store.in_turn(
-                tenant, self._store.list, tenant=tenant, run_prefix=PREFIX
-            )
-            runs += uploaded_runs(found)
+            runs += uploaded_runs(self._store.list(tenant=tenant, run_prefix=PREFIX))
         wanted = request.metadata_filter.items()
         chosen = [run for run in runs if wanted <= _metadata(run).items()]
         return page_of(chosen, _place, request.page)
@@ -58,11 +66,8 @@ class RunDirectory:
                 "set `delete_checkpoints` to delete it with them",
                 training_run_id=request.training_run_id,
             )
-        return await self._once.run(
-            tenant,
-            request.identity,
-            lambda: self._store.in_turn(tenant, self._delete, tenant, request),
-        )
+        delete = partial(self._store.in_turn, tenant, self._delete, tenant, request)
+        return await self._once.run(tenant, request.identity, delete, frees=True)
 
     def _delete(self, tenant: str, request: DeleteRun) -> bytes:
         run, digest = request.training_run_id, request.identity.digest(tenant)
@@ -74,11 +79,11 @@ class RunDirectory:
         return b""
 
 
-def _metadata(run: RunView | UploadedRun) -> Mapping[str, str]:
-    return run.metadata if isinstance(run, RunView) else run.last.metadata
+def _metadata(run: Run | UploadedRun) -> Mapping[str, str]:
+    return run.metadata if isinstance(run, Run) else run.last.metadata
 
 
-def _place(run: RunView | UploadedRun) -> Place:
-    if isinstance(run, RunView):
+def _place(run: Run | UploadedRun) -> Place:
+    if isinstance(run, Run):
         return place(run.origin.create_time, run.origin.training_run_id)
     return place(run.first.create_time, run.training_run_id)

@@ -5,7 +5,6 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavail
 from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.quotas import QuotaBook
+from mint_core.rpc.quotas import Account
 from trainer_service import remembered
 from trainer_service.calls import Call
 from trainer_service.creation import Creation
@@ -35,6 +34,7 @@ from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
 from trainer_service.run.watching import Watch
 from trainer_service.run_description import RunOrigin, RunState, RunView
+from trainer_service.run_table import RunTable
 from trainer_service.uploaded_runs import is_uploaded
 from trainer_service.wire.idempotency import REMEMBERED_S, Once
 from trainer_service.wire.requests import CreateRun, DeleteRun, Identity, OpenRun, UpdateRun
@@ -42,8 +42,6 @@ from trainer_service.wire.responses import create_response, open_response, updat
 
 logger = logging.getLogger(__name__)
 
-ROW_PARTS = 4  # weights, gradient and two moments
-_DELETE = "delete training runs that are not needed (DeleteTrainingRun)"
 FINISHING_SHARE = 0.6  # of the time of a drain, for calls under way; the rest is for saving rows
 
 
@@ -68,7 +66,8 @@ class Runs:
         ledger: Ledger,
         admission: Admission,
         limits: CallLimits,
-        quotas: QuotaBook,
+        table: RunTable,
+        ids: Account,
         metrics: Metrics,
         retention_s: float = math.inf,
         clock: Clock = time.monotonic,
@@ -78,14 +77,12 @@ class Runs:
         self._ledger = ledger
         self._admission = admission
         self._limits = limits
-        self._quotas = quotas
-        self._being_made: Counter[str] = Counter()  # runs, by tenant
         self._retention_s = retention_s
         self._clock = clock
         self._expiries = Expiries(metrics)
         self._creation = Creation(services)
-        self._once = Once()
-        self._runs: dict[str, Run] = {}  # oldest first
+        self._once = Once(ids)
+        self._table = table
         self._loops: dict[Run, RunLoop] = {}
         self._closing: dict[Run, _Removal] = {}
         self._recalled = False  # whether accepted calls of before a restart have their places
@@ -100,7 +97,7 @@ class Runs:
             retention = Retention(past.record.retention_s, self._clock)
             retention.resume(time.time() - state.update_time_s)
             run = self._run_of(past.origin, state, past.record.metadata, retention)
-            self._runs[run.id] = run
+            self._table.add(run)
             run.closing = past.record.removing is not None
             numbers = [
                 (call.sequence, call.payload_hash, decode_reply(call.answer)) for call in past.calls
@@ -164,44 +161,37 @@ class Runs:
         """
         if not (run_id := remembered.run_of(kept)):
             return kept
-        run = self._runs.get(run_id)
+        run = self._table.get(run_id)
         if run is None:
             raise self._expiries.not_found(tenant, run_id)
         return remembered.whole(kept, run.origin, run.metadata if metadata is None else metadata)
 
     async def delete(self, tenant: str, request: DeleteRun) -> bytes:
-        return await self._once.run(tenant, request.identity, lambda: self._delete(tenant, request))
+        delete = partial(self._delete, tenant, request)
+        return await self._once.run(tenant, request.identity, delete, frees=True)
 
     def get(self, tenant: str, training_run_id: str) -> RunView:
-        return self._view(self.find(tenant, training_run_id))
-
-    def views(self, tenant: str) -> list[RunView]:
-        """The tenant's runs."""
-        runs = (run for run in self._runs.values() if run.origin.tenant == tenant)
-        return [self._view(run) for run in runs if not run.closing]
+        return self.view(self.find(tenant, training_run_id))
 
     def watch(self, tenant: str, training_run_id: str) -> Watch:
         run = self.find(tenant, training_run_id)
         return Watch(
             run,
-            partial(self._view, run),
+            partial(self.view, run),
             partial(self._scheduler.forecast, tenant, training_run_id),
             [self._scheduler.followers, self._services.checkpoints.handoff.followers],
         )
 
-    def all(self) -> Iterable[Run]:
-        return self._runs.values()
-
     def end_watches(self) -> None:
         """Sends watchers away, who would hold up the end of the service."""
-        for run in self._runs.values():
+        for run in self._table.all():
             run.end_watches(Unavailable("the server is shutting down; watch again"))
 
     async def expire(self) -> None:
         """Deletes the runs that nobody has called for their retention time. What has a name in
         the store stays. Deletions that have failed are tried again.
         """
-        for run in list(self._runs.values()):
+        for run in list(self._table.all()):
             if run in self._closing:
                 await self._remove_later(run)
             elif run.abandoned:
@@ -240,16 +230,16 @@ class Runs:
 
     def _abandon(self, error: MintError) -> None:
         """Sends all callers away: nothing more will be answered."""
-        for run in self._runs.values():
+        for run in self._table.all():
             run.numbers.abandon(error)
 
-    def _view(self, run: Run) -> RunView:
+    def view(self, run: Run) -> RunView:
         trouble = self._services.checkpoints.handoff.troubles.get(run.id, "")
         return replace(run.view(), trouble=trouble)
 
     def find(self, tenant: str, training_run_id: str) -> Run:
         """A run that is being called: its retention time starts again."""
-        run = self._runs.get(training_run_id)
+        run = self._table.get(training_run_id)
         if is_uploaded(training_run_id):
             raise TrainingRunUploaded(training_run_id)
         if run is None or run.origin.tenant != tenant or run.closing:
@@ -267,13 +257,9 @@ class Runs:
     async def _create(self, tenant: str, request: CreateRun) -> bytes:
         if error := self._admission.refusal():
             raise error
-        self._check_quotas(tenant)
         number = partial(next, self._numbers)
-        self._being_made[tenant] += 1
-        try:
+        with self._table.room(tenant):
             origin, state, life, saved_row = await self._creation.make(tenant, request, number)
-        finally:
-            self._being_made[tenant] -= 1
         retention = Retention(request.retention_s or self._retention_s, self._clock)
         run = self._run_of(origin, state, request.metadata, retention)
         run.row_life = life
@@ -295,18 +281,9 @@ class Runs:
             raise
         if saved_row is not None:
             self._services.saved_rows.replaced(run, saved_row)
-        self._runs[run.id] = run
+        self._table.add(run)
         self._loops[run] = RunLoop(run, self._services)
         return answer
-
-    def _check_quotas(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant may not have one more run."""
-        own = [run for run in self._runs.values() if run.origin.tenant == tenant]
-        runs = len(own) + self._being_made[tenant] + 1
-        self._quotas.check(tenant, "runs", runs, "training runs", _DELETE)
-        gib = sum(run.origin.row_bytes for run in own) * ROW_PARTS / 2**30
-        what = "GiB of weights, gradients and moments"
-        self._quotas.check(tenant, "row_gib", gib, what, _DELETE)
 
     def _run_of(
         self,
@@ -333,7 +310,7 @@ class Runs:
         async def answer() -> bytes:
             run.check_usable()
             # Another may have opened it since.
-            return remembered.brief(open_response(self._view(run), writer_epoch))
+            return remembered.brief(open_response(self.view(run), writer_epoch))
 
         answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
         await run.journal.answered(run.state(), request.identity, answered)
@@ -345,12 +322,12 @@ class Runs:
         run.check_usable()
         run.metadata = request.metadata
         run.stir_watchers()
-        answer = remembered.brief(update_response(self._view(run)))
+        answer = remembered.brief(update_response(self.view(run)))
         await run.journal.updated(run.metadata, request.identity, answer)
         return answer
 
     async def _delete(self, tenant: str, request: DeleteRun) -> bytes:
-        run = self._runs.get(request.training_run_id)
+        run = self._table.get(request.training_run_id)
         if run is None or run.origin.tenant != tenant or run not in self._closing:
             run = self._find_changing(tenant, request.training_run_id)
             await self._close(run, request.identity, named=request.delete_checkpoints)
@@ -387,7 +364,8 @@ class Runs:
             self._services.saved_rows.forget(run)
             fault_point("removal:before-record")
             await run.journal.removed()
-            del self._runs[run.id], self._closing[run]
+            self._table.remove(run)
+            del self._closing[run]
             self._loops.pop(run, None)
         run.end_watches()  # behind the ends of its calls
 

@@ -14,6 +14,7 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
 from mint_core.rpc.quotas import QuotaBook
+from mint_core.turns import Workers
 from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
@@ -30,8 +31,10 @@ from trainer_service.run.retention import Clock
 from trainer_service.run.saved_rows import SavedRows
 from trainer_service.run.services import RunServices
 from trainer_service.run_directory import RunDirectory
+from trainer_service.run_table import RunTable
 from trainer_service.runs import Runs
 from trainer_service.servicer import TrainerServicer
+from trainer_service.wire.idempotency import remembered_ids
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class TrainerService:
                 metrics=metrics,
             ),
             tasks=self.tasks,
+            decoders=Workers(1, "decoding"),
             rows_restored=metrics.counter(
                 "mint_rows_restored", "Rows restored after their engine had ended"
             ),
@@ -88,12 +92,15 @@ class TrainerService:
             ),
         )
         self._ledger = Ledger(self.journal)
+        self._quotas, self._ids = quotas, remembered_ids(quotas)
+        self.table = RunTable(quotas)
         self.runs = Runs(
             self.services,
             self._ledger,
             self._admission,
             CallLimits(gap_s=config.gap_s),
-            quotas,
+            self.table,
+            self._ids,
             metrics,
             retention_s=config.retention_days * 86_400,
             clock=clock,
@@ -103,16 +110,21 @@ class TrainerService:
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
         server.drain_by(partial(self.runs.drain, self._config.drain_s))
+        directory = RunDirectory(self.runs, self.table, self._checkpoints.store, self._ids)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
-            TrainerServicer(
-                self.runs, RunDirectory(self.runs, self._checkpoints.store), self.scheduler
-            ),
+            TrainerServicer(self.runs, directory, self.scheduler),
             "mintrpc.v1.TrainerService",
         )
         server.add(
             checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
-            CheckpointServicer(self._checkpoints, self.scheduler, threads=self._config.threads),
+            CheckpointServicer(
+                self._checkpoints,
+                self.scheduler,
+                self._quotas,
+                self._ids,
+                threads=self._config.threads,
+            ),
             "mintrpc.v1.CheckpointService",
         )
         offer = model_pb2.GetServerCapabilitiesResponse(
@@ -137,7 +149,7 @@ class TrainerService:
         for name, work in {
             "scheduler": self.scheduler.run(),
             "state's size": self._size.keep_measured(),
-            "rows of idle runs": self.services.saved_rows.cover_idle(self.runs.all),
+            "rows of idle runs": self.services.saved_rows.cover_idle(self.table.all),
             "sweeper": self._checkpoints.sweeper.run(),
         }.items():
             self.tasks.start(work, name)

@@ -1,5 +1,6 @@
 """A gRPC server with what all services share: access, errors, metrics, log, health, reflection."""
 
+import resource
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ _BURSTS = (
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
     ("grpc.server_max_unrequested_time_in_server", 600),  # seconds
 )
+MAX_DESCRIPTORS = 65_536
 
 
 class RpcServer:
@@ -46,6 +48,7 @@ class RpcServer:
         metrics: Metrics,
         quotas: QuotaBook | None = None,  # None: the defaults
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_connections: int | None = None,  # None: half the descriptors
     ) -> None:
         self._address = address
         self._server = grpc.aio.server(
@@ -53,6 +56,7 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.max_allowed_incoming_connections", max_connections or _descriptors() // 2),
                 ("grpc.so_reuseport", 0),  # a port in use is refused instead of shared
                 *_SIGNS_OF_LIFE,
                 *_BURSTS,
@@ -109,3 +113,14 @@ class RpcServer:
         for drain in self._drains:
             await drain()
         await self._server.stop(grace_s)
+
+
+def _descriptors() -> int:
+    """How many this process may have, once that is as many as it may ask for. Connections get some
+    of them, so that the journal, the store and new engines always find others.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft not in (most, resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -39,10 +40,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
         self._parsers = Workers(PARSERS, "parsing")
-        end = "wait until some have ended"
-        self._calls = Account(quotas, "calls", "calls under way", end)
-        self._streams = Account(quotas, "streams", "streams under way", end)
-        self._bytes = Account(quotas, "request_mib", "MiB of requests under way", end, 2**20)
+        account = partial(Account, quotas, remedy="wait until some have ended", passes=True)
+        self._calls = account("calls", "calls under way")
+        self._streams = account("streams", "streams under way")
+        self._bytes = account("request_mib", "MiB of requests under way", unit=2**20)
 
     async def intercept_service(
         self,

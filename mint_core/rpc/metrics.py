@@ -1,9 +1,11 @@
 """What Prometheus sees of a service."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import prometheus_client as prometheus
 import psutil
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from mint_core.addresses import host_and_port
 from mint_core.engine_host.process import EngineProcess
@@ -42,6 +44,16 @@ class Metrics:
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set_function(read)
 
+    def table(
+        self,
+        name: str,
+        help: str,
+        labels: Sequence[str],
+        read: Callable[[], Mapping[tuple[str, ...], float]],
+    ) -> None:
+        """Reports what `read` says, by the labels' values, whenever the metrics are read."""
+        self._registry.register(_Table(name, help, labels, read))
+
     def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
@@ -66,6 +78,25 @@ class Metrics:
                 metrics_address=address,
             ) from error
         return server.server_port
+
+
+class _Table(Collector):
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        labels: Sequence[str],
+        read: Callable[[], Mapping[tuple[str, ...], float]],
+    ) -> None:
+        self._words = name, help
+        self._labels = labels
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(*self._words, labels=self._labels)
+        for values, number in self._read().items():
+            family.add_metric(values, number)
+        yield family
 
 
 def _resident_bytes(pid: int | None) -> float:

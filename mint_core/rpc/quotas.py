@@ -28,6 +28,8 @@ class Quotas:
     request_mib: int = 1024  # of requests under way
     runs: int = 20_000
     row_gib: int = 1024  # of weights, gradients and moments of runs
+    exports: int = 256  # that wait or are made
+    request_ids: int = 200_000  # that are remembered, each for a day, in some 400 bytes
 
 
 class QuotaExceeded(ResourceExhausted):
@@ -46,6 +48,10 @@ class QuotaBook:
         self._refusals = metrics.counter(
             "mint_quota_refusals", "Calls that a tenant's quota has refused", ["quota"]
         )
+        self.accounts: list[Account] = []
+        metrics.table(
+            "mint_quota_used", "What tenants hold of a quota", ("quota", "tenant"), self._used
+        )
         self._default, self._tenants = _read(file)
 
     def of(self, tenant: str) -> Quotas:
@@ -58,12 +64,17 @@ class QuotaBook:
                 logger.error("quotas kept as they were: %s", error.message)
         return self._tenants.get(tenant, self._default)
 
+    def _used(self) -> Mapping[tuple[str, ...], float]:
+        return {
+            (account.quota, tenant): held / account.unit
+            for account in self.accounts
+            for tenant, held in dict(account.held).items()  # at once: a thread reads it
+        }
+
     def check(
-        self, tenant: str, quota: str, held: float, what: str, remedy: str, *, passes: bool = False
+        self, tenant: str, quota: str, held: float, what: str, remedy: str, *, passes: bool
     ) -> None:
-        """Raises QuotaExceeded if a tenant would hold more than a quota. `passes`: some of it is
-        free again soon, and a client should come again by itself.
-        """
+        """Raises QuotaExceeded if a tenant would hold more than a quota."""
         limit = getattr(self.of(tenant), quota)
         if held <= limit:
             return
@@ -78,33 +89,51 @@ class QuotaBook:
 
 
 class Account:
-    """How much of one thing each tenant holds, while calls are under way."""
+    """How much of one thing each tenant holds."""
 
-    def __init__(self, book: QuotaBook, quota: str, what: str, remedy: str, unit: int = 1) -> None:
-        """`unit`: how many of what is held make one of the quota's."""
+    def __init__(
+        self,
+        book: QuotaBook,
+        quota: str,
+        what: str,
+        remedy: str,
+        *,
+        unit: int = 1,
+        passes: bool = False,
+    ) -> None:
+        """`unit`: how many of what is held make one of the quota's. `passes`: it is held while
+        calls are under way, so that a client should come again by itself; what one call holds alone
+        is never too much then.
+        """
+        self.quota = quota
+        self.unit = unit
+        self.held: Counter[str] = Counter()
         self._book = book
-        self._quota = quota
         self._words = what, remedy
-        self._unit = unit
-        self._held: Counter[str] = Counter()
+        self._passes = passes
+        book.accounts.append(self)
+
+    def check(self, tenant: str, amount: int) -> None:
+        """Raises QuotaExceeded if the tenant may not hold so much more."""
+        if self.held[tenant] or not self._passes:
+            total = (self.held[tenant] + amount) / self.unit
+            self._book.check(tenant, self.quota, total, *self._words, passes=self._passes)
+
+    def add(self, tenant: str, amount: int) -> None:
+        """Notes what a tenant holds, or no longer does, whatever the quota."""
+        self.held[tenant] += amount
+        if not self.held[tenant]:
+            del self.held[tenant]
 
     @contextmanager
     def holding(self, tenant: str, amount: int) -> Iterator[None]:
-        """Raises QuotaExceeded if that would be too much. One alone is never too large."""
-        held = self._held[tenant]
-        if held:
-            total = (held + amount) / self._unit
-            self._book.check(tenant, self._quota, total, *self._words, passes=True)
-        self._held[tenant] += amount
+        """Raises QuotaExceeded if that would be too much."""
+        self.check(tenant, amount)
+        self.add(tenant, amount)
         try:
             yield
         finally:
-            self._held[tenant] -= amount
-            if not self._held[tenant]:
-                del self._held[tenant]
-
-    def held(self, tenant: str) -> int:
-        return self._held[tenant]
+            self.add(tenant, -amount)
 
 
 def _read(file: Path | None) -> tuple[Quotas, Mapping[str, Quotas]]:

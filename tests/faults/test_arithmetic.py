@@ -8,11 +8,11 @@ import grpc
 import pytest
 import torch
 
+from mint_core.engine_host.faults import ends_the_engine
 from tests.engines.mortal import ODD, ODD_RATE
 from tests.resending import ADAM, start_run, stub_of
 from tests.supervised import Supervised, supervised
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, datum
-from trainer_service.engine.__main__ import ends_the_engine
 
 
 @pytest.fixture(scope="module")

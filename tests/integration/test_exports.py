@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,29 @@ def test_a_head_of_its_own_is_merged_like_any_layer(
     assert not export.head_untied
     expected = peft_logprobs(llama_folder, tmp_path / "theirs")
     assert logprobs_of(opened(folder)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_a_tenant_has_so_many_exports_under_way(llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "quotas").write_text("exports = 1")
+    with (
+        running_trainer(
+            llama_folder, tmp_path, base_model_name="llama", quotas=tmp_path / "quotas"
+        ) as trainer,
+        mint.ServiceClient(base_url=trainer.address) as service,
+    ):
+        rest = service.create_rest_client()
+        path = uploaded(rest, llama_folder, tmp_path / "theirs", "llama")
+        with grpc.insecure_channel(trainer.address) as channel:
+            stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
+            requests = [
+                checkpoint_pb2.ExportCheckpointRequest(path=path, request_id=str(number))
+                for number in range(3)
+            ]
+            calls = [stub.ExportCheckpoint.future(request, timeout=LIMIT_S) for request in requests]
+            codes = Counter(call.code() for call in calls)
+
+            assert codes == {grpc.StatusCode.OK: 1, grpc.StatusCode.RESOURCE_EXHAUSTED: 2}
+            assert stub.ExportCheckpoint(requests[2], timeout=LIMIT_S).path.startswith("mint://")
 
 
 def test_an_export_sent_twice_is_made_once(

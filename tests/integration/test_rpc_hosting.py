@@ -1,6 +1,7 @@
 """What surrounds every call, with a real server and a real channel."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ async def test_a_missing_or_wrong_key_is_unauthenticated(
     assert "not known" in str(wrong.details())
     assert "sk-mint-wrong" not in call_log.text + str(wrong.details())
     assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_so_many_connections_are_taken_in_and_those_that_are_there_go_on() -> None:
+    async with serving(max_connections=3) as served:
+        await served.stub.GetTrainingRun(RUN)
+        others = [await asyncio.open_connection("127.0.0.1", served.port) for _ in range(20)]
+        ended = 0
+        for reader, _ in others:
+            with suppress(ConnectionError):
+                while data := await asyncio.wait_for(reader.read(1024), LIMIT_S):
+                    if data:
+                        break
+            ended += reader.at_eof() or not data
+        assert ended == 18
+        await served.stub.GetTrainingRun(RUN)
+        for _, writer in others:
+            writer.close()
 
 
 async def test_a_call_leaves_one_line(served: Served, call_log: pytest.LogCaptureFixture) -> None:

@@ -5,9 +5,11 @@ The store blocks, so threads wait for it.
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from checkpoint_store import Manifest
 from mint_core.errors import CheckpointNotFound
+from mint_core.rpc.quotas import Account
 from mint_core.turns import Turns
 from trainer_service.checkpoints import requests
 from trainer_service.checkpoints.checkpoints import Checkpoints
@@ -20,11 +22,11 @@ from trainer_service.wire.requests import Identity
 class Archive:
     """All methods belong to one event loop. Another tenant's checkpoint is not found."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: Checkpoints, ids: Account) -> None:
         self._store = checkpoints.store
         self._handoff = checkpoints.handoff
         self._sweeper = checkpoints.sweeper
-        self._once = Once()  # what it keeps are paths
+        self._once = Once(ids)  # what it keeps are paths
         self._updating = Turns(1)  # what one reads, no other may change before it writes
 
     async def list(self, tenant: str, request: requests.ListCheckpoints) -> Page[Manifest]:
@@ -88,6 +90,5 @@ class Archive:
 
     async def delete(self, tenant: str, path: str, identity: Identity) -> None:
         digest = identity.digest(tenant)
-        await self._once.run(
-            tenant, identity, lambda: self._handoff.delete(path, tenant=tenant, request=digest)
-        )
+        delete = partial(self._handoff.delete, path, tenant=tenant, request=digest)
+        await self._once.run(tenant, identity, delete, frees=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from checkpoint_store import MERGED_WEIGHTS, Manifest, OpenCheckpoint, new_manifest
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.rpc.model_service import tokenizer_files
+from mint_core.rpc.quotas import Account, QuotaBook
 from mint_core.turns import Turns
 from trainer_service.checkpoints.apart import Merge, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints, check_base
@@ -25,11 +26,16 @@ class Exports:
     the last who waits for it. All methods belong to one event loop.
     """
 
-    def __init__(self, checkpoints: Checkpoints, *, threads: int) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, quotas: QuotaBook, ids: Account, *, threads: int
+    ) -> None:
         self._store = checkpoints.store
         self._sweeper = checkpoints.sweeper
         self._threads = threads
-        self._once = Once(goes_on=False)
+        self._once = Once(ids, goes_on=False)
+        self._waiting = Account(
+            quotas, "exports", "exports under way", "wait until some have ended", passes=True
+        )
         self._merges = Joined()  # by revision and type
         self._turns = Turns(1)
 
@@ -37,9 +43,10 @@ class Exports:
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription
     ) -> Manifest:
         """Makes a merged model, unless it is there or being made: however it is asked for."""
-        return await self._once.run(
-            tenant, request.identity, lambda: self._export(tenant, request, model)
-        )
+        with self._waiting.holding(tenant, 1):
+            return await self._once.run(
+                tenant, request.identity, lambda: self._export(tenant, request, model)
+            )
 
     async def _export(
         self, tenant: str, request: ExportCheckpoint, model: ModelDescription

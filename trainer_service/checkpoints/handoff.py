@@ -63,7 +63,7 @@ class Handoff:
         write the run's row.
         """
         if self._memory is not None:
-            draft = await asyncio.to_thread(self._memory.draft, row_bytes)
+            draft = await self._store.in_turn(manifest.tenant, self._memory.draft, row_bytes)
             if draft is not None:
                 way = self._beside_memory if manifest.named else self._through_memory
                 try:
@@ -82,7 +82,7 @@ class Handoff:
             for revision in [r for r in self._unstored if r.training_run_id == run]:
                 del self._unstored[revision]
             if self._memory is not None:
-                await asyncio.to_thread(self._memory.remove_run, run)
+                await self._store.in_turn(origin.tenant, self._memory.remove_run, run)
             await self._store.in_turn(
                 origin.tenant, self._store.delete_run, run, tenant=origin.tenant, named=named
             )
@@ -127,7 +127,7 @@ class Handoff:
         try:
             await write(WriteRow(str(draft), manifest))
             try:
-                await asyncio.to_thread(memory.place, draft, manifest, stored=False)
+                await run(memory.place, draft, manifest, stored=False)
             except OSError as error:
                 raise RowNotWritten(str(manifest.path), draft.parent, error) from error
         except BaseException:
@@ -146,7 +146,7 @@ class Handoff:
         await write(WriteRow(str(draft), manifest))
         published = await self._publish(manifest, draft)
         try:
-            await asyncio.to_thread(memory.place, draft, published, stored=True)
+            await self._store.in_turn(manifest.tenant, memory.place, draft, published, stored=True)
         except OSError:
             logger.exception("%s is stored and not in memory", published.revision_path)
         else:
@@ -189,11 +189,12 @@ class Handoff:
                     self._note_success(revision)
 
     async def _store_snapshot(self, memory: SnapshotMemory, revision: CheckpointPath) -> None:
-        row = await asyncio.to_thread(memory.open, revision)
-        await asyncio.to_thread(memory.prepare, 4 * row.layout.size)
-        if not await self._store.in_turn(row.manifest.tenant, self._store.has, revision):
+        row = await asyncio.to_thread(memory.open, revision)  # whose it is, the row says
+        run = partial(self._store.in_turn, row.manifest.tenant)
+        await run(memory.prepare, 4 * row.layout.size)
+        if not await run(self._store.has, revision):
             await self._publish(row.manifest, row.file.path)
-        await asyncio.to_thread(memory.stored, revision)
+        await run(memory.stored, revision)
 
     def _note_failure(self, revision: CheckpointPath, error: Exception) -> None:
         assert self._memory is not None

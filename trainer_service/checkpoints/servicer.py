@@ -5,6 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from mint_core.rpc.caller import caller
+from mint_core.rpc.quotas import Account, QuotaBook
 from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from trainer_service.checkpoints import requests, responses
 from trainer_service.checkpoints.archive import Archive
@@ -19,12 +20,20 @@ from trainer_service.queue.scheduler import Scheduler
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     """Parses, asks, answers."""
 
-    def __init__(self, checkpoints: Checkpoints, scheduler: Scheduler, *, threads: int) -> None:
-        """`threads` are those of a merge."""
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        scheduler: Scheduler,
+        quotas: QuotaBook,
+        ids: Account,
+        *,
+        threads: int,
+    ) -> None:
+        """`ids` counts request ids; `threads` are those of a merge."""
         self._store = checkpoints.store
-        self._archive = Archive(checkpoints)
-        self._uploads = Uploads(checkpoints)
-        self._exports = Exports(checkpoints, threads=threads)
+        self._archive = Archive(checkpoints, ids)
+        self._uploads = Uploads(checkpoints, ids)
+        self._exports = Exports(checkpoints, quotas, ids, threads=threads)
         self._scheduler = scheduler
 
     async def ListCheckpoints(

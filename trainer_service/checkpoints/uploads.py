@@ -9,6 +9,7 @@ from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, FileEntry, Manifest, new_
 from checkpoint_store.adapter_files import OPTIMIZER_FILE
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest
+from mint_core.rpc.quotas import Account
 from trainer_service.checkpoints.apart import Convert, do_apart
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.requests import Piece, Upload, next_message
@@ -23,10 +24,10 @@ MODULE = "trainer_service.checkpoints.conversion"
 class Uploads:
     """All methods belong to one event loop."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: Checkpoints, ids: Account) -> None:
         self._store = checkpoints.store
         self._sweeper = checkpoints.sweeper
-        self._once = Once(goes_on=False)
+        self._once = Once(ids, goes_on=False)
 
     async def receive(
         self, tenant: str, upload: Upload, pieces: AsyncIterator[Piece], model: ModelDescription

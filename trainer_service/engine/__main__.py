@@ -8,10 +8,8 @@ import queue
 import threading
 from typing import NamedTuple
 
-import torch
-
+from mint_core.engine_host.faults import ends_the_engine
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
-from mint_core.errors import MintError
 from trainer_service.config import TrainerConfig
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.saving import Rest
@@ -63,16 +61,6 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
         if (counts := engine.row_counts()) != told:
             pipe.send(Report(counts))
             told = counts
-
-
-def ends_the_engine(error: Exception) -> bool:
-    """Whether memory or the device has failed: the front then starts another engine, has all done
-    again, and finds out whose doing it is. Of anything else the front makes the rows anew.
-    """
-    kinds = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-    text = str(error).lower()  # torch has no class for all of them
-    words = any(word in text for word in ("memory", "cuda", "cublas", "cudnn"))
-    return not isinstance(error, MintError) and (isinstance(error, kinds) or words)
 
 
 def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[_Later]) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.rpc.limits import LARGE_BYTES
+from mint_core.turns import Workers
 from trainer_service.calls import Call, Outcome, Reply, Work
 from trainer_service.errors import StateDamaged
 from trainer_service.jobs import SavedRow
@@ -116,7 +117,7 @@ class RunJournal:
 
         return await self._journal.read(read)
 
-    async def work(self, sequence: int, model: ModelDescription) -> Work:
+    async def work(self, sequence: int, model: ModelDescription, decoders: Workers) -> Work:
         """What a past call asked for. Raises StateDamaged."""
         run = self._origin.training_run_id
         found = await self._journal.read(lambda db: queries.find_payload(db, self._run, sequence))
@@ -124,8 +125,8 @@ class RunJournal:
             raise StateDamaged(run, f"the journal lacks what call {sequence} asked for")
         if len(found.payload) < LARGE_BYTES:
             return codec.decode_payload(found, run, sequence, model)
-        # It would hold up other calls.
-        return await asyncio.to_thread(codec.decode_payload, found, run, sequence, model)
+        tenant = self._origin.tenant  # others' calls must not wait for it
+        return await decoders.run(tenant, codec.decode_payload, found, run, sequence, model)
 
     def _write(self, *statements: Statement, soon: bool = True) -> Written:
         assert not self._removed, f"{self._origin.training_run_id} is removed"

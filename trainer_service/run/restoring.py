@@ -97,7 +97,7 @@ class Restoring:
 
     async def _work(self, call: PastCall, kind: type[W]) -> W:
         model = replace(self._scheduler.model, context_length=_ANY_LENGTH)
-        work = await self._run.journal.work(call.sequence, model)
+        work = await self._run.journal.work(call.sequence, model, self._services.decoders)
         if not isinstance(work, kind):
             raise StateDamaged(self._run.id, f"the journal garbles what call {call.sequence} asked")
         return work

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from prometheus_client import Counter
 
 from mint_core.hosting.tasks import Tasks
+from mint_core.turns import Workers
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.saved_rows import SavedRows
@@ -18,5 +19,6 @@ class RunServices:
     checkpoints: Checkpoints
     saved_rows: SavedRows
     tasks: Tasks
+    decoders: Workers  # of what the journal has kept of large calls
     rows_restored: Counter
     inexact_replays: Counter

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mint_core.rpc.quotas import Account, QuotaBook
 from trainer_service.errors import RequestIdReused
 from trainer_service.wire.requests import Identity
 
@@ -63,11 +64,20 @@ class _Entry:
     answer: Any = None
 
 
+def remembered_ids(book: QuotaBook) -> Account:
+    """What counts the request ids of each tenant."""
+    remedy = f"each is forgotten after {REMEMBERED_S / 3600:g} hours"
+    return Account(book, "request_ids", "remembered request ids", remedy)
+
+
 class Once:
     """Remembers the answers of requests. One that fails has changed nothing and is forgotten."""
 
-    def __init__(self, clock: Callable[[], float] = time.time, *, goes_on: bool = True) -> None:
-        """`goes_on`: what was begun goes on if its callers leave."""
+    def __init__(
+        self, ids: Account, clock: Callable[[], float] = time.time, *, goes_on: bool = True
+    ) -> None:
+        """`ids` counts what is remembered. `goes_on`: also when its callers leave."""
+        self._ids = ids
         self._clock = clock
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
         self._joined = Joined(goes_on=goes_on)
@@ -75,13 +85,20 @@ class Once:
     def recall(self, tenant: str, identity: Identity, since_s: float, answer: object) -> None:
         """Takes in an answer that was given before a restart."""
         entry = _Entry(identity.payload_hash, since_s, True, answer)
-        self._entries[tenant, identity.request_id] = entry
+        self._keep((tenant, identity.request_id), entry)
 
-    async def run(self, tenant: str, identity: Identity, act: Act[T]) -> T:
-        """Returns what `act` did when the request first came."""
+    async def run(self, tenant: str, identity: Identity, act: Act[T], *, frees: bool = False) -> T:
+        """Returns what `act` did when the request first came. Raises QuotaExceeded, but not for
+        what `frees`: deletions always work.
+        """
         self._forget_old()
         key = (tenant, identity.request_id)
-        entry = self._entries.setdefault(key, _Entry(identity.payload_hash, self._clock()))
+        entry = self._entries.get(key)
+        if entry is None:
+            if not frees:
+                self._ids.check(tenant, 1)
+            entry = _Entry(identity.payload_hash, self._clock())
+            self._keep(key, entry)
         if entry.payload_hash != identity.payload_hash:
             raise RequestIdReused(identity.request_id)
 
@@ -90,7 +107,7 @@ class Once:
                 entry.answer = await act()
             except BaseException:
                 if self._entries.get(key) is entry:
-                    del self._entries[key]
+                    self._forget(key)
                 raise
             entry.ended = True
             return entry.answer
@@ -108,4 +125,12 @@ class Once:
             key, oldest = next(iter(self._entries.items()))
             if oldest.since_s > horizon:
                 return
-            del self._entries[key]
+            self._forget(key)
+
+    def _keep(self, key: tuple[str, str], entry: _Entry) -> None:
+        self._entries[key] = entry
+        self._ids.add(key[0], 1)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        del self._entries[key]
+        self._ids.add(key[0], -1)

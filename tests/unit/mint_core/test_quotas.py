@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -53,9 +54,9 @@ def test_a_missing_file_is_refused_at_start(tmp_path: Path) -> None:
 
 def test_a_refusal_says_what_how_much_and_the_way_out(tmp_path: Path) -> None:
     book = book_of(tmp_path / "quotas")
-    book.check("bob", "runs", 3, "training runs", "delete some")
+    book.check("bob", "runs", 3, "training runs", "delete some", passes=False)
     with pytest.raises(QuotaExceeded) as caught:
-        book.check("bob", "runs", 4, "training runs", "delete some")
+        book.check("bob", "runs", 4, "training runs", "delete some", passes=False)
     assert caught.value.message == (
         "this would be 4 training runs of yours, and the quota `runs` of this server allows 3; "
         "delete some"
@@ -67,14 +68,29 @@ def test_an_account_counts_each_tenant_for_itself_and_lets_one_alone_be_large(
     tmp_path: Path,
 ) -> None:
     book = book_of(tmp_path / "quotas", "request_mib = 2")
-    account = Account(book, "request_mib", "MiB under way", "wait", 2**20)
+    account = Account(book, "request_mib", "MiB under way", "wait", unit=2**20, passes=True)
     with account.holding("ann", 5 * 2**20):
         more = account.holding("ann", 1)
         with pytest.raises(QuotaExceeded, match="`request_mib`") as caught, more:
             raise AssertionError("was let in")
         assert caught.value.retry_after_s is not None
         with account.holding("bob", 2**20), account.holding("bob", 2**20):
-            assert account.held("bob") == 2 * 2**20
-    assert account.held("ann") == account.held("bob") == 0
+            assert account.held["bob"] == 2 * 2**20
+    assert account.held["ann"] == account.held["bob"] == 0
     with account.holding("ann", 1):
         pass
+
+
+def test_what_tenants_hold_is_a_metric(tmp_path: Path) -> None:
+    metrics = Metrics()
+    account = Account(QuotaBook(None, metrics), "request_mib", "MiB", "wait", unit=2**20)
+    account.add("ann", 3 * 2**19)
+    account.add("bob", 1)
+    account.add("bob", -1)
+    port = metrics.serve("127.0.0.1:0")
+
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+
+    used = [line for line in lines if line.startswith("mint_quota_used{")]
+    assert used == ['mint_quota_used{quota="request_mib",tenant="ann"} 1.5']

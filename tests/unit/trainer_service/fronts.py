@@ -96,6 +96,7 @@ async def fronting(
     retention_s: float = 1e9,
     engine_module: str = "tests.engines.trainer",
     snapshot_s: float = 60.0,
+    quotas: Path | None = None,
 ) -> AsyncIterator[Front]:
     clock = SetClock()
     config = TrainerConfig(
@@ -105,8 +106,8 @@ async def fronting(
         retention_days=retention_s / 86_400,
     )
     metrics = Metrics()
-    quotas = QuotaBook(None, metrics)
-    service = TrainerService(config, metrics, None, quotas, engine_module, clock)
+    book = QuotaBook(quotas, metrics)
+    service = TrainerService(config, metrics, None, book, engine_module, clock)
     async with asyncio.timeout(LIMIT_S):
         await service.start()
         try:

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoint_store import CheckpointStore
 from mint_core.errors import FailedPrecondition, TrainingRunNotFound
+from mint_core.rpc.quotas import QuotaExceeded
 from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
@@ -83,10 +84,24 @@ async def test_a_deletion_that_fails_leaves_the_run_gone_and_is_tried_again(
             with pytest.raises(TrainingRunNotFound):
                 front.run(run)
             await front.runs.expire()
-            assert kept in front.runs.all()
+            assert kept in front.service.table.all()
 
         await front.runs.expire()
-        assert kept not in front.runs.all()
+        assert kept not in front.service.table.all()
+
+
+async def test_a_quota_counts_the_runs_of_before_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "quotas").write_text("runs = 1")
+    async with fronting(tmp_path / "store", quotas=tmp_path / "quotas") as front:
+        run = await front.create()
+    async with fronting(tmp_path / "store", quotas=tmp_path / "quotas") as front:
+        front.identity()  # the one that the first run was created with
+        with pytest.raises(QuotaExceeded, match="`runs`"):
+            await front.create()
+        await front.delete(run)
+        await front.create()
+        with pytest.raises(QuotaExceeded, match="`runs`"):
+            await front.create()
 
 
 async def test_a_deletion_asked_for_again_is_the_same(tmp_path: Path) -> None:
@@ -125,7 +140,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
             await front.runs.create(TENANT, request)
 
         assert [type(job) for job in jobs] == [CreateRow, SaveRow, DropRow]
-        assert len(list(front.runs.all())) == 1
+        assert len(list(front.service.table.all())) == 1
 
 
 async def test_a_run_that_the_journal_refuses_leaves_no_row(
@@ -146,7 +161,7 @@ async def test_a_run_that_the_journal_refuses_leaves_no_row(
             await front.create()
 
         assert [type(job) for job in jobs] == [CreateRow, DropRow]
-        assert len(list(front.runs.all())) == 1
+        assert len(list(front.service.table.all())) == 1
 
 
 LARGE = {"a": "x" * 16_000}

@@ -3,12 +3,15 @@
 import asyncio
 import gc
 import weakref
+from typing import Any
 
 import pytest
 
 from mint_core.errors import FailedPrecondition
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook, QuotaExceeded, Quotas
 from trainer_service.errors import RequestIdReused
-from trainer_service.wire.idempotency import REMEMBERED_S, Joined, Once
+from trainer_service.wire.idempotency import REMEMBERED_S, Joined, Once, remembered_ids
 from trainer_service.wire.requests import Identity
 
 ID = Identity("id", b"hash")
@@ -28,14 +31,21 @@ class Counter:
         return self.count
 
 
+def new_once(most: int | None = None, **options: Any) -> Once:
+    book = QuotaBook(None, Metrics())
+    if most is not None:
+        book.of = lambda tenant: Quotas(request_ids=most)  # type: ignore[method-assign]
+    return Once(remembered_ids(book), **options)
+
+
 async def test_the_same_request_acts_once() -> None:
-    once, act = Once(), Counter()
+    once, act = new_once(), Counter()
 
     assert [await once.run("a", ID, act) for _ in range(3)] == [1, 1, 1]
 
 
 async def test_a_repeat_joins_the_one_under_way() -> None:
-    once, act = Once(), Counter()
+    once, act = new_once(), Counter()
     act.gate.clear()
     waiting = [asyncio.create_task(once.run("a", ID, act)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -47,7 +57,7 @@ async def test_a_repeat_joins_the_one_under_way() -> None:
 
 
 async def test_another_request_under_the_same_id_is_refused() -> None:
-    once, act = Once(), Counter()
+    once, act = new_once(), Counter()
     await once.run("a", ID, act)
 
     with pytest.raises(RequestIdReused):
@@ -55,13 +65,13 @@ async def test_another_request_under_the_same_id_is_refused() -> None:
 
 
 async def test_tenants_choose_ids_for_themselves() -> None:
-    once, act = Once(), Counter()
+    once, act = new_once(), Counter()
 
     assert [await once.run(tenant, ID, act) for tenant in ("a", "b")] == [1, 2]
 
 
 async def test_a_request_that_failed_may_be_tried_again() -> None:
-    once, act = Once(), Counter()
+    once, act = new_once(), Counter()
 
     async def fail() -> int:
         raise FailedPrecondition("not now")
@@ -73,7 +83,7 @@ async def test_a_request_that_failed_may_be_tried_again() -> None:
 
 async def test_ids_are_forgotten_after_a_day() -> None:
     now = 0.0
-    once, act = Once(lambda: now), Counter()
+    once, act = new_once(clock=lambda: now), Counter()
     await once.run("a", ID, act)
     now = REMEMBERED_S - 1
     assert await once.run("a", ID, act) == 1
@@ -83,8 +93,35 @@ async def test_ids_are_forgotten_after_a_day() -> None:
     assert await once.run("a", ID, act) == 2
 
 
+async def test_a_tenant_has_so_many_ids_remembered_and_may_always_delete() -> None:
+    now = 0.0
+    once, act = new_once(2, clock=lambda: now), Counter()
+    once.recall("a", Identity("before", b""), since_s=0.0, answer=0)
+    await once.run("a", Identity("second", b""), act)
+    third = Identity("third", b"")
+
+    with pytest.raises(QuotaExceeded, match="`request_ids`"):
+        await once.run("a", third, act)
+    assert await once.run("a", Identity("second", b""), act) == 1  # a repeat takes no room
+    assert await once.run("b", third, act) == 2
+    assert await once.run("a", Identity("deletion", b""), act, frees=True) == 3
+    now = REMEMBERED_S + 1
+    assert await once.run("a", third, act) == 4
+
+
+async def test_what_failed_holds_no_id() -> None:
+    once = new_once(1)
+
+    async def fail() -> int:
+        raise FailedPrecondition("not now")
+
+    for number in range(3):
+        with pytest.raises(FailedPrecondition):
+            await once.run("a", Identity(str(number), b""), fail)
+
+
 async def test_what_may_end_ends_with_the_last_caller() -> None:
-    once, act = Once(goes_on=False), Counter()
+    once, act = new_once(goes_on=False), Counter()
     act.gate.clear()
     waiting = [asyncio.create_task(once.run("a", ID, act)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -127,7 +164,7 @@ async def test_nothing_but_the_answer_is_kept() -> None:
     class Large:
         pass
 
-    once = Once()
+    once = new_once()
     large = Large()
     watched = weakref.ref(large)
 
