@@ -15,9 +15,11 @@ from grpc_status import rpc_status
 from mint_core.errors import InvalidRequest, Unavailable
 from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import caller, note
+from mint_core.rpc.door import Door, TenantBy
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mint_core.rpc.tls import Tls
 from mintrpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -99,12 +101,17 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    keys: KeyRing | None = None, max_connections: int | None = None
+    keys: KeyRing | None = None,
+    tls: Tls | None = None,
+    *,
+    tenant_by: TenantBy = "auto",
+    max_connections: int | None = None,
 ) -> AsyncIterator[Served]:
     metrics = Metrics()
     server = RpcServer(
         "127.0.0.1:0",
-        keys=keys,
+        door=Door(keys, tls, tenant_by),
+        tls=tls,
         metrics=metrics,
         max_message_bytes=MAX_MESSAGE_BYTES,
         max_connections=max_connections,

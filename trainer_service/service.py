@@ -9,7 +9,7 @@ from checkpoint_store import SnapshotMemory, open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.tasks import Tasks
-from mint_core.rpc.access import KeyRing
+from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
@@ -50,7 +50,7 @@ class TrainerService:
         self,
         config: TrainerConfig,
         metrics: Metrics,
-        keys: KeyRing | None,
+        door: Door,
         quotas: QuotaBook,
         engine_module: str = ENGINE_MODULE,
         clock: Clock = time.monotonic,
@@ -58,8 +58,7 @@ class TrainerService:
         self._config = config
         self.tasks = Tasks()
         self.engine = EngineProcess(engine_module, config)
-        weight_of = keys.weight_of if keys else lambda tenant: 1.0
-        self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), weight_of)
+        self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), door.weight_of)
         self._checkpoints = _checkpoints(config, scheduler)
         self.journal = Journal(config.state_folder)
         quota_bytes = int(config.state_quota_gib * 2**30)
@@ -69,7 +68,7 @@ class TrainerService:
             self._size,
             metrics.queue_depth,
             Load(count=config.queue_calls, tokens=config.queue_tokens),
-            per_run=keys is None,
+            per_run=not door.tells_tenants,
             predict=scheduler.predict_s,
         )
         self.services = RunServices(

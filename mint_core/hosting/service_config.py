@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mint_core.addresses import host_and_port, is_loopback
+from mint_core.rpc.door import TenantBy
 
 C = TypeVar("C")
 
@@ -73,6 +74,23 @@ class ServiceConfig:
         "TOML file of what one tenant may have at the same time, such as `runs = 500`; under "
         "[tenant.NAME], what a certain one may; docs/security.md has all names and defaults",
     )
+    tls_cert: Path | None = option(
+        None,
+        "file of the service's certificate, in PEM, with those between it and its authority: then "
+        "it speaks TLS alone, on the port of the metrics too. This file and the two below are read "
+        "again when they change",
+    )
+    tls_key: Path | None = option(None, "file of its private key, in PEM, without a password")
+    client_ca: Path | None = option(
+        None,
+        "file of the authorities, in PEM, one of which must have issued the certificate of each "
+        "client",
+    )
+    tenant_by: TenantBy = option(
+        "auto",
+        "what says which tenant a caller is: its key, its certificate (by its only DNS name), or "
+        "both, which must agree; auto: the key if there are `keys`, else the certificate",
+    )
     allow_insecure: bool = option(
         False, "answer other hosts without TLS, so that keys and data cross the network readable"
     )
@@ -92,21 +110,37 @@ class ServiceConfig:
                 "`local_folder` is for what lies beside an object store, and `store` "
                 f"{self.store} is a folder; leave it out"
             )
-        if self.metrics_address:
-            host_and_port(self.metrics_address, "metrics_address")
-        host, _ = host_and_port(self.address, "address")
-        if is_loopback(host):
-            return
-        if self.keys is None:
+        self._check_tls()
+        for name in ("address", "metrics_address"):
+            address = getattr(self, name)
+            if not address and name == "metrics_address":
+                continue
+            host, _ = host_and_port(address, name)
+            if not is_loopback(host):
+                self._check_open(name, address)
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("`tls_cert` and `tls_key` go together; give both, or neither")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("`client_ca` is of no use without TLS; give `tls_cert` and `tls_key`")
+        if self.tenant_by in ("certificate", "both") and self.client_ca is None:
+            raise ValueError(f"`tenant_by` {self.tenant_by} needs `client_ca`; give --client-ca")
+        if self.tenant_by in ("key", "both") and self.keys is None:
+            raise ValueError(f"`tenant_by` {self.tenant_by} needs `keys`; give --keys")
+
+    def _check_open(self, name: str, address: str) -> None:
+        """Refuses to answer other hosts without what keeps strangers out."""
+        if name == "address" and self.keys is None and self.client_ca is None:
             raise ValueError(
-                f"`address` {self.address} answers other hosts and so needs `keys`;"
-                " give --keys FILE, or a loopback address"
+                f"`address` {address} answers other hosts and so needs `keys` or `client_ca`; "
+                "give --keys FILE, or a loopback address"
             )
-        if not self.allow_insecure:
+        if self.tls_cert is None and not self.allow_insecure:
             raise ValueError(
-                f"`address` {self.address} answers other hosts, and this version has no TLS;"
-                " give --allow-insecure to let keys and data cross the network readable,"
-                " or a loopback address"
+                f"`{name}` {address} answers other hosts and so needs TLS; give --tls-cert and "
+                "--tls-key, a loopback address, or --allow-insecure, which lets keys and data "
+                "cross the network readable"
             )
 
     def require_at_least(self, least: int, *names: str) -> None:

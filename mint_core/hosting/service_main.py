@@ -19,9 +19,11 @@ from mint_core.hosting.service_config import ServiceConfig, parse_flags
 from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.access import KeyRing
+from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
+from mint_core.rpc.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,7 @@ class TaskDied(Exception):
     """A service lacks something that it does in the background."""
 
 
-# No keys: all callers are one tenant.
-Build = Callable[[C, Metrics, KeyRing | None, QuotaBook], Service]
+Build = Callable[[C, Metrics, Door, QuotaBook], Service]
 
 
 def run_service(role: Role, kind: type[C], build: Build[C], summary: str) -> int:
@@ -83,22 +84,27 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     stopped = stop_signal()
     check_folders(config)
     keys = KeyRing(config.keys) if config.keys else None
+    tls = None
+    if config.tls_cert and config.tls_key:
+        tls = Tls(config.tls_cert, config.tls_key, config.client_ca)
+    door = Door(keys, tls, config.tenant_by)
     metrics = Metrics()
     quotas = QuotaBook(config.quotas, metrics)
-    server = RpcServer(config.address, keys=keys, metrics=metrics, quotas=quotas)
-    service = build(config, metrics, keys, quotas)
+    server = RpcServer(config.address, door=door, tls=tls, metrics=metrics, quotas=quotas)
+    service = build(config, metrics, door, quotas)
     service.add_to(server)
     metrics.watch_engine(service.engine)
     try:
-        address, metrics_address = await _listen(config, server, metrics)
+        address, metrics_address = await _listen(config, server, metrics, tls)
         logger.info("%s starting address=%s base_model=%s", role, address, config.base_model)
         if await first(service.start(), stopped):
-            if config.keys is None:
+            if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")
             logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
             if config.ready_file:
                 addresses = {"address": address, "metrics_address": metrics_address}
                 write_whole(config.ready_file, json.dumps(addresses))
+            service.tasks.start(server.keep_checking(), "keys and certificates")
             await first(_serve(service, server), stopped)
     finally:
         await server.stop(GRACE_S)
@@ -106,12 +112,16 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     logger.info("%s stopped", role)
 
 
-async def _listen(config: ServiceConfig, server: RpcServer, metrics: Metrics) -> tuple[str, str]:
+async def _listen(
+    config: ServiceConfig, server: RpcServer, metrics: Metrics, tls: Tls | None
+) -> tuple[str, str]:
     """Takes the ports before the engine loads, so that a port in use is refused at once."""
+    scheme = "https://" if tls else ""
     metrics_address = config.metrics_address
     if metrics_address:
-        metrics_address = _with_port(metrics_address, metrics.serve(metrics_address))
-    return _with_port(config.address, await server.start()), metrics_address
+        port = metrics.serve(metrics_address, tls.context if tls else None)
+        metrics_address = scheme + _with_port(metrics_address, port)
+    return scheme + _with_port(config.address, await server.start()), metrics_address
 
 
 def write_whole(file: Path, text: str) -> None:

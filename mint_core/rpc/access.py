@@ -15,9 +15,9 @@ from mint_core.rpc.watched_file import WatchedFile
 logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "sk-mint-"
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY = re.compile(
-    rf"\s*([0-9a-f]{{64}})\s+({_TENANT.pattern})(?:\s+([0-9]{{1,3}}(?:\.[0-9]{{1,6}})?))?\s*"
+    rf"\s*([0-9a-f]{{64}})\s+({TENANT.pattern})(?:\s+([0-9]{{1,3}}(?:\.[0-9]{{1,6}})?))?\s*"
 )
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
 
@@ -30,6 +30,7 @@ class KeyRing:
     def __init__(self, file: Path) -> None:
         self._file = WatchedFile(file)
         self._tenants, self._weights = _read(file)
+        self.version = 0  # of what was read
 
     def tenant_of(self, key: str | None) -> str:
         """Returns whose key it is. Raises Unauthenticated."""
@@ -38,7 +39,7 @@ class KeyRing:
                 "the call carries no API key; set MINT_API_KEY, or send metadata"
                 " `authorization: Bearer KEY`"
             )
-        self._refresh()
+        self.refresh()
         digest = _digest(key)
         found = None
         for known, tenant in self._tenants.items():  # all of them, so that time tells nothing
@@ -52,11 +53,13 @@ class KeyRing:
         """How many times the share of a tenant of weight 1 is a tenant's, as last read."""
         return self._weights.get(tenant, 1.0)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Takes in what has changed."""
         if not self._file.changed():
             return
         try:
             self._tenants, self._weights = _read(self._file.path)
+            self.version += 1
             logger.info("keys read again file=%s keys=%d", self._file.path, len(self._tenants))
         except MintError as error:
             # An editor's half-written file must not lock everybody out.
@@ -65,7 +68,7 @@ class KeyRing:
 
 def make_key(tenant: str, file: Path) -> str:
     """Returns a new key after adding its hash to the file, which is made if need be."""
-    if not _TENANT.fullmatch(tenant):
+    if not TENANT.fullmatch(tenant):
         raise FailedPrecondition(
             f"`tenant` {tenant!r} cannot be a name; take 1 to 64 letters, digits, `.`, `_` or `-`,"
             " the first a letter or digit"

@@ -9,11 +9,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mint_core.errors import FailedPrecondition
-from mint_core.rpc.access import KeyRing
+from mint_core.rpc.door import Door
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
+from mint_core.rpc.tls import Tls
 
 Role = Literal["trainer", "sampler"]
 
@@ -44,15 +45,19 @@ class RpcServer:
         self,
         address: str,  # HOST:PORT; port 0: one that is free
         *,
-        keys: KeyRing | None,  # None: any key or none, all callers are the tenant `default`
+        door: Door,
+        tls: Tls | None = None,  # None: in plaintext
         metrics: Metrics,
         quotas: QuotaBook | None = None,  # None: the defaults
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_connections: int | None = None,  # None: half the descriptors
     ) -> None:
         self._address = address
+        self._tls = tls
+        calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics))
+        self.keep_checking = calls.keep_checking  # to be run beside the calls
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(keys, metrics, quotas or QuotaBook(None, metrics))],
+            interceptors=[calls],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
@@ -86,7 +91,10 @@ class RpcServer:
         reflection.enable_server_reflection(names, self._server)
         await self.set_serving(False)
         try:
-            port = self._server.add_insecure_port(self._address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._tls.credentials())
         except RuntimeError:
             port = 0
         if port == 0:

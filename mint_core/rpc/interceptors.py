@@ -11,9 +11,15 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from mint_core.errors import InvalidRequest, MintError, Unavailable, Unimplemented
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.caller import CALLER, DEFAULT_TENANT, Caller, parsed
+from mint_core.errors import (
+    InvalidRequest,
+    MintError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from mint_core.rpc.caller import CALLER, Caller, parsed
+from mint_core.rpc.door import Door
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
@@ -28,6 +34,8 @@ Handler = Any  # grpc.RpcMethodHandler, whose stubs know only servers with threa
 # Health and reflection: open to everybody, and not worth a line each time they are asked.
 _STANDARD = ("/grpc.health.", "/grpc.reflection.")
 PARSERS = 2  # threads, which share the interpreter
+CHECK_S = 1.0  # between two looks at the files of keys and certificates
+EXPIRY_CHECK_S = 60.0  # between two looks at whether one has expired meanwhile
 BODY_S = 600.0  # from the beginning of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 
@@ -35,8 +43,9 @@ _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Serves every method of ours, of each of the three kinds that the contract has."""
 
-    def __init__(self, keys: KeyRing | None, metrics: Metrics, quotas: QuotaBook) -> None:
-        self._keys = keys
+    def __init__(self, door: Door, metrics: Metrics, quotas: QuotaBook) -> None:
+        self._door = door
+        self._open: set[_Call] = set()
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
         self._parsers = Workers(PARSERS, "parsing")
@@ -59,6 +68,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return self._refusing(method)
             self._handlers[method] = self._serving(method.rpartition("/")[2], handler)
         return self._handlers[method]
+
+    async def keep_checking(self) -> None:
+        """Ends the calls of those whose keys or certificates are good no more."""
+        version, checked_s = self._door.version(), time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            overdue = time.monotonic() - checked_s > EXPIRY_CHECK_S
+            if (now := self._door.version()) != version or overdue:
+                version, checked_s = now, time.monotonic()
+                for call in list(self._open):
+                    self._check(call)
+
+    def _check(self, call: "_Call") -> None:
+        try:
+            if self._door.tenant_of(call.context) != call.caller.tenant:
+                raise Unauthenticated("the key or certificate is another tenant's now; call again")
+        except Unauthenticated as error:
+            call.revoke(error)
 
     def _serving(self, method: str, handler: Handler) -> Handler:
         """Returns a handler that takes and parses the request's bytes itself."""
@@ -142,29 +169,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(
         self, method: str, context: Context, *accounts: Account
     ) -> AsyncIterator["_Call"]:
-        call = _Call(method)
+        call = _Call(method, context)
         try:
-            tenant = self._keys.tenant_of(_key(context)) if self._keys else DEFAULT_TENANT
+            tenant = self._door.tenant_of(context)
             call.caller = Caller(tenant, self._parsers)
             CALLER.set(call.caller)
+            self._open.add(call)
             with call.resources:
                 for account in (self._calls, *accounts):
                     call.resources.enter_context(account.holding(tenant, 1))
                 yield call
             call.end("OK")
         except asyncio.CancelledError:
-            call.end("CANCELLED")  # the caller left, or its deadline passed
-            raise
+            if call.revoked is None:
+                call.end("CANCELLED")  # the caller left, or its deadline passed
+                raise
+            call.task.uncancel()
+            await call.refuse(call.revoked)
         except Exception as raised:
-            error = _domain_error(raised, method)
-            call.end(code_of(error).name, error)
-            status = to_status(error)
-            await context.abort(
-                code_of(error),
-                status.message,
-                (("grpc-status-details-bin", status.SerializeToString()),),
-            )
+            await call.refuse(_domain_error(raised, method))
         finally:
+            self._open.discard(call)
             asyncio.get_running_loop().call_soon(self._note, call)  # behind the answer
 
     def _note(self, call: "_Call") -> None:
@@ -179,10 +204,15 @@ def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message |
 
 
 class _Call:
-    """One call, for its log line."""
+    """One call, while it is under way, and for its log line."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, context: Context) -> None:
         self.method = method
+        self.context = context
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.revoked: Unauthenticated | None = None  # why it must end
         self._start = time.perf_counter()
         self.caller = Caller("-")
         self.resources = ExitStack()  # that it holds while it is under way
@@ -196,6 +226,22 @@ class _Call:
             if name in request.DESCRIPTOR.fields_by_name:
                 self.caller.notes[label] = getattr(request, name)
         return request
+
+    def revoke(self, error: Unauthenticated) -> None:
+        """Ends the call, whose caller may no longer make it. What was accepted of it goes on."""
+        if self.revoked is None:
+            self.revoked = error
+            self.task.cancel()
+
+    async def refuse(self, error: MintError) -> None:
+        """Answers with an error."""
+        self.end(code_of(error).name, error)
+        status = to_status(error)
+        await self.context.abort(
+            code_of(error),
+            status.message,
+            (("grpc-status-details-bin", status.SerializeToString()),),
+        )
 
     def end(self, code: str, error: MintError | None = None) -> None:
         self.code = code
@@ -220,11 +266,3 @@ def _domain_error(error: Exception, method: str) -> MintError:
     if isinstance(error, NotImplementedError):  # a generated servicer's own answer
         return Unimplemented(f"`{method}` is not served by this version", method=method)
     return domain_error(error)
-
-
-def _key(context: Context) -> str | None:
-    metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
-    scheme, _, key = metadata.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key:
-        return key.strip()
-    return metadata.get("x-api-key")

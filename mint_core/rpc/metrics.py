@@ -1,5 +1,6 @@
 """What Prometheus sees of a service."""
 
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import prometheus_client as prometheus
@@ -7,9 +8,9 @@ import psutil
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from mint_core.addresses import host_and_port
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition
+from mint_core.rpc.metrics_http import serve_http
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -66,18 +67,18 @@ class Metrics:
             lambda: _resident_bytes(engine.pid),
         )
 
-    def serve(self, address: str) -> int:
-        """Answers HTTP on HOST:PORT from a thread of its own, and returns the port."""
-        host, port = host_and_port(address, "metrics_address")
+    def serve(self, address: str, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
+        """Answers HTTP on HOST:PORT from a thread of its own, or HTTPS by what `tls` says for each
+        connection, and returns the port.
+        """
         try:
-            server, _ = prometheus.start_http_server(port, host, self._registry)
+            return serve_http(self._registry, address, tls)
         except OSError as error:
             raise FailedPrecondition(
                 f"`metrics_address` {address} cannot be listened on: {error.strerror};"
                 " choose another",
                 metrics_address=address,
             ) from error
-        return server.server_port
 
 
 class _Table(Collector):

@@ -15,6 +15,7 @@ from mint_core.errors import (
     TrainingRunNotFound,
 )
 from mint_core.rpc.access import KeyRing, make_key
+from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mintrpc.v1 import (
@@ -160,7 +161,7 @@ async def test_reflection_lists_the_services(served: Served) -> None:
 
 async def test_a_port_in_use_is_refused(served: Served) -> None:
     address = f"127.0.0.1:{served.port}"
-    second = RpcServer(address, keys=None, metrics=Metrics())
+    second = RpcServer(address, door=Door(None), metrics=Metrics())
     with pytest.raises(FailedPrecondition, match=f"`address` {address} .*port is in use"):
         await second.start()
     with pytest.raises(FailedPrecondition, match=r"`metrics_address` .* in use"):

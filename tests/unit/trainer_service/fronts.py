@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mint_core.lora.spec import LoraRequest
+from mint_core.rpc.door import Door
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import trainer_pb2
@@ -107,7 +108,7 @@ async def fronting(
     )
     metrics = Metrics()
     book = QuotaBook(quotas, metrics)
-    service = TrainerService(config, metrics, None, book, engine_module, clock)
+    service = TrainerService(config, metrics, Door(None), book, engine_module, clock)
     async with asyncio.timeout(LIMIT_S):
         await service.start()
         try:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -97,15 +97,38 @@ def test_help_tells_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "192.168.0.1:1", "example.org:1"])
-def test_other_hosts_are_answered_only_with_keys_and_a_waiver(address: str) -> None:
-    with pytest.raises(ValueError, match=r"answers other hosts and so needs `keys`; give --keys"):
+def test_other_hosts_are_answered_only_with_keys_and_tls_or_a_waiver(address: str) -> None:
+    tls = {"tls_cert": Path("c"), "tls_key": Path("k")}
+    with pytest.raises(ValueError, match=r"answers other hosts and so needs `keys` or `client_ca`"):
         Config(base_model="m", address=address)
-    with pytest.raises(ValueError, match=r"has no TLS; give --allow-insecure"):
+    with pytest.raises(ValueError, match=r"`address` .* needs TLS; give --tls-cert"):
         Config(base_model="m", address=address, keys=Path("k"))
+    with pytest.raises(ValueError, match=r"`metrics_address` .* needs TLS; give --tls-cert"):
+        Config(base_model="m", metrics_address=address, keys=Path("k"))
     with pytest.raises(ValueError, match=r"needs `keys`"):
         Config(base_model="m", address=address, allow_insecure=True)
+    with pytest.raises(ValueError, match=r"needs `keys`"):
+        Config(base_model="m", address=address, **tls)
 
     assert Config(base_model="m", address=address, keys=Path("k"), allow_insecure=True)
+    assert Config(base_model="m", address=address, metrics_address=address, keys=Path("k"), **tls)
+    assert Config(base_model="m", address=address, client_ca=Path("a"), **tls)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"tls_cert": Path("c")}, "`tls_cert` and `tls_key` go together"),
+        ({"tls_key": Path("c")}, "`tls_cert` and `tls_key` go together"),
+        ({"client_ca": Path("c")}, "`client_ca` is of no use without TLS"),
+        ({"tenant_by": "certificate"}, "`tenant_by` certificate needs `client_ca`"),
+        ({"tenant_by": "both", "keys": Path("k")}, "`tenant_by` both needs `client_ca`"),
+        ({"tenant_by": "key"}, "`tenant_by` key needs `keys`"),
+    ],
+)
+def test_what_goes_together_is_given_together(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Config(base_model="m", **given)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])

@@ -1,0 +1,60 @@
+"""The port from which Prometheus reads."""
+
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import prometheus_client as prometheus
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from mint_core.addresses import host_and_port
+
+logger = logging.getLogger(__name__)
+
+READER_LIMIT_S = 30.0  # without a byte
+
+Context = Callable[[], ssl.SSLContext]
+
+
+def serve_http(
+    registry: prometheus.CollectorRegistry, address: str, tls: Context | None = None
+) -> int:
+    """Answers HTTP on HOST:PORT from threads of its own, or HTTPS by what `tls` says for each
+    connection, and returns the port. Raises OSError.
+    """
+    host, port = host_and_port(address, "metrics_address")
+    kind = _Server6 if ":" in host else _Server
+    server: _Server = make_server(host, port, prometheus.make_wsgi_app(registry), kind, _Silent)
+    server.tls = tls
+    threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
+    return server.server_port
+
+
+class _Server(ThreadingWSGIServer):
+    tls: Context | None = None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, peer = super().get_request()
+        connection.settimeout(READER_LIMIT_S)
+        if self.tls is None:
+            return connection, peer
+        # Whoever does not greet holds up his own thread alone.
+        return self.tls().wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False
+        ), peer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.info("a reader of metrics at %s got no answer", client_address, exc_info=True)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
