@@ -99,7 +99,8 @@ async def _until_ready(*services: _Service) -> None:
 
 def _announce(trainer: dict[str, str], sampler: dict[str, str], ready_file: Path | None) -> None:
     logger.info("trainer on %s, sampler on %s", trainer["address"], sampler["address"])
-    logger.info("connect with MINT_BASE_URL=%s; Ctrl-C stops both", trainer["address"])
+    scheme = "" if "://" in trainer["address"] else "http://"
+    logger.info("connect with MINT_BASE_URL=%s%s; Ctrl-C stops both", scheme, trainer["address"])
     if ready_file:
         write_whole(ready_file, json.dumps({"trainer": trainer, "sampler": sampler}))
 
