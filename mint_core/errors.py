@@ -111,6 +111,12 @@ class Unauthenticated(MintError):
     reason = "UNAUTHENTICATED"
 
 
+class PermissionDenied(MintError):
+    """The key is good, and not for this."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class Unavailable(MintError):
     """Try again: nothing was done."""
 

@@ -40,7 +40,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> Encoded:
         """See trainer.proto."""
         parsed = requests.parse_create(request, self._scheduler.model)
-        return await self._runs.create(caller().tenant, parsed)
+        answer = await self._runs.create(caller().tenant, parsed)
+        made = trainer_pb2.CreateTrainingRunResponse.FromString(answer)
+        note(run=made.training_run.training_run_id)
+        return answer
 
     async def OpenTrainingRun(
         self, request: trainer_pb2.OpenTrainingRunRequest, context: Any

@@ -91,6 +91,11 @@ class ServiceConfig:
         "what says which tenant a caller is: its key, its certificate (by its only DNS name), or "
         "both, which must agree; auto: the key if there are `keys`, else the certificate",
     )
+    audit_log: Path | None = option(
+        None,
+        "file to which each call that changes something adds a line of JSON: who, what, when, and "
+        "what came of it; opened anew when it has been moved away",
+    )
     allow_insecure: bool = option(
         False, "answer other hosts without TLS, so that keys and data cross the network readable"
     )

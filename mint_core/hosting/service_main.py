@@ -19,11 +19,15 @@ from mint_core.hosting.service_config import ServiceConfig, parse_flags
 from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.access import KeyRing
+from mint_core.rpc.admin_service import SERVICE as ADMIN_SERVICE
+from mint_core.rpc.admin_service import AdminServicer
+from mint_core.rpc.audit import AuditLog
 from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
 from mint_core.rpc.tls import Tls
+from mintrpc.v1 import admin_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +92,16 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     if config.tls_cert and config.tls_key:
         tls = Tls(config.tls_cert, config.tls_key, config.client_ca)
     door = Door(keys, tls, config.tenant_by)
+    audit = AuditLog(config.audit_log) if config.audit_log else None
     metrics = Metrics()
     quotas = QuotaBook(config.quotas, metrics)
-    server = RpcServer(config.address, door=door, tls=tls, metrics=metrics, quotas=quotas)
+    server = RpcServer(
+        config.address, door=door, tls=tls, metrics=metrics, quotas=quotas, audit=audit
+    )
     service = build(config, metrics, door, quotas)
     service.add_to(server)
+    admin = AdminServicer(keys, quotas, metrics, service.engine, tls, stopped.set)
+    server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, admin, ADMIN_SERVICE)
     metrics.watch_engine(service.engine)
     try:
         address, metrics_address = await _listen(config, server, metrics, tls)

@@ -57,6 +57,7 @@ _TABLE: dict[str, Bound] = {
     "ListCheckpointsRequest.metadata_filter": _METADATA,
     "CheckpointMetadata.entries": _METADATA,
     "UploadHeader.metadata": _METADATA,
+    "CreateKeyRequest.scopes": Bound(limits.MAX_SCOPES, remedy="leave some out"),
     "UploadHeader.files": Bound(limits.MAX_UPLOADED_FILES, remedy="leave some out"),
     "MetadataEntry.key": _METADATA_TEXT,
     "MetadataEntry.value": _METADATA_TEXT,

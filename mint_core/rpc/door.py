@@ -1,13 +1,25 @@
 """Who comes in, and as which tenant: by an API key, by a certificate, or by both."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from mint_core.errors import Unauthenticated
-from mint_core.rpc.access import TENANT, KeyRing
+from mint_core.errors import PermissionDenied, Unauthenticated
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import DEFAULT_TENANT
+from mint_core.rpc.key_file import SCOPES, TENANT, USUAL
+from mint_core.rpc.scopes import Scope, allows
 from mint_core.rpc.tls import Tls, dns_names
 
 TenantBy = Literal["auto", "key", "certificate", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Who was let in. Without keys and certificates he may do all: he is on this host."""
+
+    tenant: str
+    scopes: frozenset[str]
+    key_id: str = ""  # empty: he came without
 
 
 class Door:
@@ -42,21 +54,33 @@ class Door:
             source.refresh()
         return tuple(source.version for source in read)
 
-    def tenant_of(self, context: Any) -> str:
-        """The tenant of a call, by today's keys and authorities. Raises Unauthenticated."""
-        tenants = []
-        peer = self._tls.check(context.auth_context()) if self._tls else None
-        if peer is not None and self._by_certificate:
-            tenants.append(_tenant(dns_names(peer)))
-        if self._by_key:
-            assert self._keys is not None
-            tenants.append(self._keys.tenant_of(_key(context)))
-        if len(set(tenants)) > 1:
-            raise Unauthenticated(
-                f"the certificate is of tenant {tenants[0]}, and the API key of {tenants[1]}; "
-                "use a pair of one tenant"
+    def admit(self, context: Any, wanted: Scope | None) -> Guest:
+        """Who makes a call, by today's keys and authorities. Raises Unauthenticated, and
+        PermissionDenied where he may not.
+        """
+        found = self._who(context)
+        if not allows(found.scopes, wanted):
+            raise PermissionDenied(
+                f"the API key {found.key_id} of tenant {found.tenant} may "
+                f"{', '.join(sorted(found.scopes))}, and this call takes `{wanted}`; use another "
+                "key",
+                scope=wanted,
             )
-        return tenants[0] if tenants else DEFAULT_TENANT
+        return found
+
+    def _who(self, context: Any) -> Guest:
+        peer = self._tls.check(context.auth_context()) if self._tls else None
+        named = _tenant(dns_names(peer)) if peer is not None and self._by_certificate else None
+        if not self._by_key:
+            return Guest(named or DEFAULT_TENANT, USUAL if named else frozenset(SCOPES))
+        assert self._keys is not None
+        key = self._keys.find(_key(context))
+        if named not in (None, key.tenant):
+            raise Unauthenticated(
+                f"the certificate is of tenant {named}, and the API key of {key.tenant}; use a "
+                "pair of one tenant"
+            )
+        return Guest(key.tenant, key.scopes, key.id)
 
 
 def _tenant(names: list[str]) -> str:

@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mint_core.errors import FailedPrecondition
+from mint_core.rpc.audit import AuditLog
 from mint_core.rpc.door import Door
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
@@ -49,12 +50,13 @@ class RpcServer:
         tls: Tls | None = None,  # None: in plaintext
         metrics: Metrics,
         quotas: QuotaBook | None = None,  # None: the defaults
+        audit: AuditLog | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_connections: int | None = None,  # None: half the descriptors
     ) -> None:
         self._address = address
         self._tls = tls
-        calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics))
+        calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics), audit)
         self.keep_checking = calls.keep_checking  # to be run beside the calls
         self._server = grpc.aio.server(
             interceptors=[calls],

@@ -14,16 +14,19 @@ from google.protobuf.message import Message
 from mint_core.errors import (
     InvalidRequest,
     MintError,
+    PermissionDenied,
     Unauthenticated,
     Unavailable,
     Unimplemented,
 )
+from mint_core.rpc.audit import AuditLog
 from mint_core.rpc.caller import CALLER, Caller, parsed
 from mint_core.rpc.door import Door
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
+from mint_core.rpc.scopes import changes, scope_of
 from mint_core.turns import Workers
 
 logger = logging.getLogger("mint.calls")
@@ -38,13 +41,18 @@ CHECK_S = 1.0  # between two looks at the files of keys and certificates
 EXPIRY_CHECK_S = 60.0  # between two looks at whether one has expired meanwhile
 BODY_S = 600.0  # from the beginning of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
+_AUDITED_FIELDS = ("path", "name", "request_id", "key_id")  # beside these
+_AUDITED_CHARACTERS = 256
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Serves every method of ours, of each of the three kinds that the contract has."""
 
-    def __init__(self, door: Door, metrics: Metrics, quotas: QuotaBook) -> None:
+    def __init__(
+        self, door: Door, metrics: Metrics, quotas: QuotaBook, audit: AuditLog | None = None
+    ) -> None:
         self._door = door
+        self._audit = audit
         self._open: set[_Call] = set()
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
@@ -66,7 +74,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return handler
             if handler is None:
                 return self._refusing(method)
-            self._handlers[method] = self._serving(method.rpartition("/")[2], handler)
+            self._handlers[method] = self._serving(method, handler)
         return self._handlers[method]
 
     async def keep_checking(self) -> None:
@@ -82,9 +90,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _check(self, call: "_Call") -> None:
         try:
-            if self._door.tenant_of(call.context) != call.caller.tenant:
+            if self._door.admit(call.context, scope_of(call.path)).tenant != call.caller.tenant:
                 raise Unauthenticated("the key or certificate is another tenant's now; call again")
-        except Unauthenticated as error:
+        except (Unauthenticated, PermissionDenied) as error:
             call.revoke(error)
 
     def _serving(self, method: str, handler: Handler) -> Handler:
@@ -137,7 +145,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _refusing(self, method: str) -> Handler:
         async def refuse(_: object, context: Context) -> Any:
-            async with self._around("unknown", context):
+            async with self._around("", context):
                 raise Unimplemented(
                     f"this server has no RPC `{method}`; its version differs from the client's",
                     method=method,
@@ -171,8 +179,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> AsyncIterator["_Call"]:
         call = _Call(method, context)
         try:
-            tenant = self._door.tenant_of(context)
-            call.caller = Caller(tenant, self._parsers)
+            guest = self._door.admit(context, scope_of(method))
+            tenant = guest.tenant
+            call.caller = Caller(tenant, guest.key_id, self._parsers)
             CALLER.set(call.caller)
             self._open.add(call)
             with call.resources:
@@ -187,13 +196,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.task.uncancel()
             await call.refuse(call.revoked)
         except Exception as raised:
-            await call.refuse(_domain_error(raised, method))
+            await call.refuse(_domain_error(raised, call.method))
         finally:
             self._open.discard(call)
             asyncio.get_running_loop().call_soon(self._note, call)  # behind the answer
 
     def _note(self, call: "_Call") -> None:
         call.log()
+        if self._audit is not None and changes(call.path):
+            self._audit.note(**call.record())
         self._metrics.calls.labels(call.method, call.code).inc()
         self._metrics.call_seconds.labels(call.method).observe(call.seconds)
 
@@ -206,16 +217,18 @@ def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message |
 class _Call:
     """One call, while it is under way, and for its log line."""
 
-    def __init__(self, method: str, context: Context) -> None:
-        self.method = method
+    def __init__(self, path: str, context: Context) -> None:
+        self.path = path
+        self.method = path.rpartition("/")[2] or "unknown"
         self.context = context
         task = asyncio.current_task()
         assert task is not None
         self.task = task
-        self.revoked: Unauthenticated | None = None  # why it must end
+        self.revoked: MintError | None = None  # why it must end
         self._start = time.perf_counter()
         self.caller = Caller("-")
         self.resources = ExitStack()  # that it holds while it is under way
+        self.what: dict[str, object] = {}  # for the audit log
         self.code = "UNKNOWN"
         self.seconds = 0.0
         self._error: MintError | None = None
@@ -225,9 +238,12 @@ class _Call:
         for name, label in _LOGGED_FIELDS.items():
             if name in request.DESCRIPTOR.fields_by_name:
                 self.caller.notes[label] = getattr(request, name)
+        for name in _AUDITED_FIELDS:
+            if name in request.DESCRIPTOR.fields_by_name:
+                self.what[name] = getattr(request, name)[:_AUDITED_CHARACTERS]
         return request
 
-    def revoke(self, error: Unauthenticated) -> None:
+    def revoke(self, error: MintError) -> None:
         """Ends the call, whose caller may no longer make it. What was accepted of it goes on."""
         if self.revoked is None:
             self.revoked = error
@@ -247,6 +263,15 @@ class _Call:
         self.code = code
         self.seconds = time.perf_counter() - self._start
         self._error = error
+
+    def record(self) -> dict[str, object]:
+        """What the audit log says of it."""
+        caller = self.caller
+        names = {"key": caller.key_id} if caller.key_id else {}
+        reason = {"reason": self._error.reason} if self._error else {}
+        who = {"tenant": caller.tenant, **names, "peer": self.context.peer()}
+        what = {"method": self.method, **self.what, **caller.notes}
+        return {**who, **what, "code": self.code, **reason}
 
     def log(self) -> None:
         words = {"method": self.method, "tenant": self.caller.tenant, "code": self.code}

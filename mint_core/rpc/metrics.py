@@ -1,6 +1,7 @@
 """What Prometheus sees of a service."""
 
 import ssl
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import prometheus_client as prometheus
@@ -54,6 +55,18 @@ class Metrics:
     ) -> None:
         """Reports what `read` says, by the labels' values, whenever the metrics are read."""
         self._registry.register(_Table(name, help, labels, read))
+
+    def by_tenant(self) -> dict[str, dict[str, float]]:
+        """What counters say of each tenant, by their names and other labels."""
+        found: dict[str, dict[str, float]] = defaultdict(dict)
+        for family in self._registry.collect():
+            for sample in family.samples:
+                tenant = sample.labels.get("tenant")
+                if family.type == "counter" and tenant and not sample.name.endswith("_created"):
+                    rest = [f"{k}={v}" for k, v in sample.labels.items() if k != "tenant"]
+                    name = sample.name + (f"{{{','.join(rest)}}}" if rest else "")
+                    found[tenant][name] = sample.value
+        return found
 
     def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""

@@ -50,7 +50,7 @@ class QuotaBook:
         )
         self.accounts: list[Account] = []
         metrics.table(
-            "mint_quota_used", "What tenants hold of a quota", ("quota", "tenant"), self._used
+            "mint_quota_used", "What tenants hold of a quota", ("quota", "tenant"), self.used
         )
         self._default, self._tenants = _read(file)
 
@@ -64,7 +64,8 @@ class QuotaBook:
                 logger.error("quotas kept as they were: %s", error.message)
         return self._tenants.get(tenant, self._default)
 
-    def _used(self) -> Mapping[tuple[str, ...], float]:
+    def used(self) -> Mapping[tuple[str, ...], float]:
+        """What tenants hold, by quota and tenant."""
         return {
             (account.quota, tenant): held / account.unit
             for account in self.accounts

@@ -2,8 +2,8 @@
 
 import logging
 
-from mint_core.engine_host.faults import ends_the_engine
 from mint_core.errors import EngineFault, MintError
+from mint_core.model.faults import ends_the_engine
 
 logger = logging.getLogger(__name__)
 

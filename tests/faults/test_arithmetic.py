@@ -8,7 +8,7 @@ import grpc
 import pytest
 import torch
 
-from mint_core.engine_host.faults import ends_the_engine
+from mint_core.model.faults import ends_the_engine
 from tests.engines.mortal import ODD, ODD_RATE
 from tests.resending import ADAM, start_run, stub_of
 from tests.supervised import Supervised, supervised

@@ -16,12 +16,12 @@ from typing import Any
 import mint
 from checkpoint_store import CheckpointStore
 from mint_core.errors import CheckpointNotFound
-from mint_core.rpc.access import make_key
 from tests.checkpoint_files import moments
 from tests.engines.bad_store import BadStore
 from tests.harness import history
 from tests.harness.proxy import Proxy
 from tests.harness.user import saved_names
+from tests.keys import make_key
 from tests.supervised import Supervised, supervised
 
 LOOK_S = 0.02

@@ -9,9 +9,9 @@ import grpc
 import psutil
 
 import mint
-from mint_core.rpc.access import make_key
 from tests.hostile.attacks import Hostile
 from tests.hostile.neighbour import Neighbour
+from tests.keys import make_key
 from tests.servers import RunningService, running_sampler, running_trainer
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from mint_core.rpc.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
 from tests.hosted import Served, serving
+from tests.keys import make_key
 from tests.servers import RunningService, running_trainer
 from tests.trainer_rpc import RawRun, create
 

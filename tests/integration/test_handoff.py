@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from checkpoint_store import CheckpointStore, parse_path
-from mint_core.rpc.access import make_key
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc, types_pb2
+from tests.keys import make_key
 from tests.samplers import DEADLINE_S, Sampler, connected, refusal, sample_request, tokens_of
 from tests.servers import (
     RunningService,

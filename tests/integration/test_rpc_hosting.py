@@ -14,7 +14,7 @@ from mint_core.errors import (
     FailedPrecondition,
     TrainingRunNotFound,
 )
-from mint_core.rpc.access import KeyRing, make_key
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -23,6 +23,7 @@ from mintrpc.v1 import (
     trainer_pb2_grpc,
 )
 from tests.hosted import LIMIT_S, RUN, Served, reason, refused, serving
+from tests.keys import make_key
 
 
 async def test_without_keys_everybody_is_default(served: Served) -> None:

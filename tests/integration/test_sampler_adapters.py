@@ -9,8 +9,8 @@ import pytest
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
-from mint_core.rpc.access import make_key
 from tests.engines_in_process import random_arrays
+from tests.keys import make_key
 from tests.samplers import (
     DEADLINE_S,
     HEAD,

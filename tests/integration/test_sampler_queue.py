@@ -12,8 +12,8 @@ from google.rpc import error_details_pb2
 
 import mint
 from mint import types
-from mint_core.rpc.access import make_key
 from mintrpc.v1 import sampler_pb2
+from tests.keys import make_key
 from tests.metrics import scrape, value
 from tests.samplers import (
     DEADLINE_S,

@@ -15,13 +15,14 @@ import pytest
 
 from mint_core.errors import FailedPrecondition
 from mint_core.rpc import interceptors
-from mint_core.rpc.access import KeyRing, make_key
+from mint_core.rpc.access import KeyRing
 from mint_core.rpc.door import TenantBy
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.tls import Tls
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from tests.authorities import Authority
 from tests.hosted import LIMIT_S, RUN, reason, refused, serving
+from tests.keys import make_key
 
 SERVER = ("server", "localhost", "127.0.0.1")
 WATCH = trainer_pb2.WatchTrainingRunRequest()

@@ -15,9 +15,9 @@ import pytest
 
 import mint
 from mint import types
-from mint_core.rpc.access import make_key
 from mintrpc.v1 import trainer_pb2_grpc
 from tests.answers import exact
+from tests.keys import make_key
 from tests.metrics import Samples, scrape, value
 from tests.servers import RunningService, running_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, datum

@@ -8,8 +8,8 @@ import queue
 import threading
 from typing import NamedTuple
 
-from mint_core.engine_host.faults import ends_the_engine
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
+from mint_core.model.faults import ends_the_engine
 from trainer_service.config import TrainerConfig
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.saving import Rest

@@ -19,7 +19,7 @@ from mint_core.rpc.parsing import NotTaken, parse
 from mintrpc.v1 import checkpoint_pb2, sampler_pb2, trainer_pb2, types_pb2
 
 PROTO = Path(__file__).parents[3] / "proto" / "mintrpc" / "v1"
-SERVICES = ("model", "trainer", "sampler", "checkpoint")
+SERVICES = ("model", "trainer", "sampler", "checkpoint", "admin")
 Sample = sampler_pb2.SampleRequest
 Compute = trainer_pb2.ForwardBackwardRequest
 Create = trainer_pb2.CreateTrainingRunRequest

@@ -1,0 +1,153 @@
+"""AdminService, which both services answer: keys, tenants, and the server itself."""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mint_core import __version__
+from mint_core.engine_host.process import EngineProcess
+from mint_core.errors import FailedPrecondition, InvalidRequest
+from mint_core.rpc.access import KeyRing
+from mint_core.rpc.key_file import USUAL, Key, add_key, remove_key
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
+from mint_core.rpc.tls import Tls
+from mintrpc.v1 import admin_pb2, admin_pb2_grpc
+
+SERVICE = "mintrpc.v1.AdminService"
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Answers from the files and counters that the service goes by itself."""
+
+    def __init__(
+        self,
+        keys: KeyRing | None,
+        quotas: QuotaBook,
+        metrics: Metrics,
+        engine: EngineProcess,
+        tls: Tls | None,
+        stop: Callable[[], None],  # as SIGTERM does
+    ) -> None:
+        self._keys = keys
+        self._quotas = quotas
+        self._metrics = metrics
+        self._engine = engine
+        self._tls = tls
+        self._stop = stop
+        self._draining = False
+        self._start_s = time.time()
+
+    async def ListKeys(
+        self, request: admin_pb2.ListKeysRequest, context: Any
+    ) -> admin_pb2.ListKeysResponse:
+        """See admin.proto."""
+        ring = self._ring()
+        return admin_pb2.ListKeysResponse(keys=[_message(ring, key) for key in ring.all()])
+
+    async def CreateKey(
+        self, request: admin_pb2.CreateKeyRequest, context: Any
+    ) -> admin_pb2.CreateKeyResponse:
+        """See admin.proto."""
+        ring = self._ring()
+        expires = request.expire_time.ToDatetime(UTC) if request.HasField("expire_time") else None
+        if request.weight and ring.weight_of(request.tenant) not in (1.0, request.weight):
+            raise InvalidRequest(
+                f"`weight` of tenant {request.tenant} is {ring.weight_of(request.tenant):g} by "
+                "another key; leave it out, or change it in the server's file of keys",
+                field="weight",
+            )
+        try:
+            secret, key = add_key(
+                ring.file,
+                request.tenant,
+                scopes=frozenset(request.scopes) or USUAL,
+                expires=expires,
+                comment=request.comment,
+                weight=request.weight or None,
+            )
+        except FailedPrecondition as error:
+            raise InvalidRequest(error.message) from error
+        return admin_pb2.CreateKeyResponse(api_key=secret, key=_message(ring, key))
+
+    async def RevokeKey(
+        self, request: admin_pb2.RevokeKeyRequest, context: Any
+    ) -> admin_pb2.RevokeKeyResponse:
+        """See admin.proto."""
+        ring = self._ring()
+        key = remove_key(ring.file, request.key_id)
+        return admin_pb2.RevokeKeyResponse(key=_message(ring, key))
+
+    async def ListTenants(
+        self, request: admin_pb2.ListTenantsRequest, context: Any
+    ) -> admin_pb2.ListTenantsResponse:
+        """See admin.proto."""
+        held: dict[str, dict[str, float]] = defaultdict(dict)
+        for (quota, tenant), amount in self._quotas.used().items():
+            held[tenant][quota] = amount
+        usage = self._metrics.by_tenant()
+        keyed = {key.tenant for key in self._keys.all()} if self._keys else set()
+        return admin_pb2.ListTenantsResponse(
+            tenants=[
+                admin_pb2.Tenant(
+                    tenant=tenant,
+                    weight=self._keys.weight_of(tenant) if self._keys else 1.0,
+                    quotas=dataclasses.asdict(self._quotas.of(tenant)),
+                    held=held.get(tenant),
+                    usage=usage.get(tenant),
+                )
+                for tenant in sorted(keyed | held.keys() | usage.keys())
+            ]
+        )
+
+    async def GetServerState(
+        self, request: admin_pb2.GetServerStateRequest, context: Any
+    ) -> admin_pb2.GetServerStateResponse:
+        """See admin.proto."""
+        return admin_pb2.GetServerStateResponse(
+            server_version=__version__,
+            start_time=_time(self._start_s),
+            engine_ready=self._engine.ready,
+            engine_restarts=self._engine.restarts,
+            draining=self._draining,
+            calls=sum(
+                int(amount)
+                for (quota, _), amount in self._quotas.used().items()
+                if quota == "calls"
+            ),
+            certificate_expire_time=_time(self._tls.expires_s()) if self._tls else None,
+        )
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:
+        """See admin.proto."""
+        self._draining = True
+        self._stop()
+        return admin_pb2.DrainResponse()
+
+    def _ring(self) -> KeyRing:
+        if self._keys is None:
+            raise FailedPrecondition("this server has no keys; start it with --keys FILE")
+        return self._keys
+
+
+def _message(ring: KeyRing, key: Key) -> admin_pb2.Key:
+    used_s = ring.last_use_s.get(key.id)
+    return admin_pb2.Key(
+        key_id=key.id,
+        tenant=key.tenant,
+        scopes=sorted(key.scopes),
+        expire_time=_time(key.expires.timestamp()) if key.expires else None,
+        comment=key.comment,
+        last_use_time=_time(used_s) if used_s else None,
+    )
+
+
+def _time(seconds: float) -> Timestamp:
+    time = Timestamp()
+    time.FromDatetime(datetime.fromtimestamp(seconds, UTC))
+    return time
