@@ -11,6 +11,7 @@ import grpc
 
 from mint._transport.address import Address
 from mint._transport.failures import Failure
+from mint._transport.tls import TlsFiles, trouble
 from mint._version import __version__
 from mint.errors import refused
 from mintrpc.v1 import (
@@ -44,6 +45,8 @@ class Settings:
     """What every call to a server has in common."""
 
     api_key: str = ""
+    tls: TlsFiles = field(default_factory=TlsFiles)
+    allow_insecure: bool = False  # whether a key may go to another host without TLS
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float  # how long a call bears a server that does not answer
     first_contact_s: float = 20.0  # the same while the server has never answered
@@ -64,7 +67,8 @@ class Connection:
         self.contacted = False  # whether the server has ever answered
         self._warned = False
         self._lock = threading.Lock()
-        self._channel = _channel(address)
+        self._channel = _channel(address, settings)
+        self._trouble: str | None = None  # with TLS; None: not looked for
         self.model = model_pb2_grpc.ModelServiceStub(self._channel)
         self.trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
         self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
@@ -103,12 +107,23 @@ class Connection:
                     self.patience_s,
                 )
 
+    def tls_trouble(self) -> str:
+        """Why TLS, or its absence, keeps this client from a server that has never answered."""
+        if self.contacted or self.closed:
+            return ""
+        with self._lock:
+            if self._trouble is None:
+                self._trouble = trouble(self.address, self.settings.tls)
+            return self._trouble or ""
+
     def explained(self, failure: Failure, *, silence_s: float = 0.0) -> Failure:
         """What the failure of a call that will not be sent again is to its user."""
         if self.closed:
             return Failure(grpc.StatusCode.UNAVAILABLE, "the client has been closed")
         message = failure.message
-        if silence_s:
+        if self._trouble and not failure.reason:
+            message = self._trouble
+        elif silence_s:
             message = (
                 f"no server answered at `{self.address.target}` for {silence_s:.0f} s "
                 f"({_last_words(message)}); start one there, or set {self._setting}"
@@ -129,12 +144,18 @@ class Connection:
         self._channel.close()
 
 
-def _channel(address: Address) -> grpc.Channel:
+def _channel(address: Address, settings: Settings) -> grpc.Channel:
+    if settings.api_key and not (address.tls or address.loopback or settings.allow_insecure):
+        raise refused(
+            "api_key",
+            f"would cross the network readable to {address.target}; take https://, or set "
+            "MINT_ALLOW_INSECURE=1 if nobody else can listen",
+        )
     options = list(_OPTIONS)
     if address.loopback:
         options.append(("grpc.enable_http_proxy", 0))
     if address.tls:
-        return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(), options)
+        return grpc.secure_channel(address.target, settings.tls.credentials(), options)
     return grpc.insecure_channel(address.target, options)
 
 

@@ -9,6 +9,7 @@ from dotenv import dotenv_values, find_dotenv
 from mint._transport.address import parse_address
 from mint._transport.connection import Settings
 from mint._transport.servers import Servers
+from mint._transport.tls import TlsFiles
 from mint.errors import refused
 from mint.types._checks import number, text, text_map
 
@@ -21,6 +22,10 @@ VARIABLES = (
     "MINT_BASE_MODEL",
     "MINT_SAMPLER_URL",
     "MINT_LORA_RANK",
+    "MINT_TLS_CA",
+    "MINT_TLS_CERT",
+    "MINT_TLS_KEY",
+    "MINT_ALLOW_INSECURE",
 )
 
 
@@ -35,6 +40,12 @@ def open_servers(
     settings = Settings(
         api_key=text(api_key or environment["MINT_API_KEY"], "api_key").strip(),
         headers=text_map(default_headers, "default_headers"),
+        tls=TlsFiles(
+            ca=environment["MINT_TLS_CA"],
+            cert=environment["MINT_TLS_CERT"],
+            key=environment["MINT_TLS_KEY"],
+        ),
+        allow_insecure=environment["MINT_ALLOW_INSECURE"].lower() in ("1", "true", "yes"),
         timeout_s=_timeout(timeout),
     )
     url = base_url or environment["MINT_BASE_URL"] or DEFAULT_BASE_URL
