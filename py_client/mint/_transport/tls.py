@@ -11,7 +11,7 @@ from mint._transport.address import Address
 from mint.errors import refused
 
 _PROBE_S = 3.0
-_EXPIRED, _OTHER_NAME = 10, 62  # of OpenSSL's verification
+_EXPIRED, _OTHER_NAME, _OTHER_IP = 10, 62, 64  # of OpenSSL's verification
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def _untrusted(address: Address, files: TlsFiles, error: ssl.SSLCertVerification
     whose = f"the certificate of the server at `{address.target}`"
     if error.verify_code == _EXPIRED:
         return f"{whose} has expired; have it renewed there"
-    if error.verify_code == _OTHER_NAME or "doesn't match" in error.verify_message:
+    if error.verify_code in (_OTHER_NAME, _OTHER_IP):
         return (
             f"{whose} is not for the name `{address.host}`; take the name that it is for, or have "
             "it made for this one"
