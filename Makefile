@@ -18,7 +18,7 @@ BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,7 +58,11 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 	$(BIN)/python -m sampler_service $(FLAGS)
 
 key: install  ## Makes a key: TENANT=name KEYS=file
-	$(BIN)/python -m mint_core.rpc.access $(TENANT) $(KEYS)
+	$(BIN)/python -m mint_core.rpc.access $(TENANT) $(KEYS) $(KEY_FLAGS)
+
+CERTS ?= certs
+certs: install  ## Makes an authority and certificates for trying TLS: CERTS=folder TENANT=name
+	$(BIN)/python examples/certificates.py $(CERTS) $(if $(TENANT),--tenant $(TENANT))
 
 DO ?= inspect
 state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'
