@@ -26,9 +26,13 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *given.names.split(",")]
+    server = dict.fromkeys(filter(None, names))
     authority = trustme.CA()
     write(given.folder / "ca.pem", authority.cert_pem)
-    for role, of in (("server", list(dict.fromkeys(filter(None, names)))), ("client", [given.tenant])):
+    for role, of in (
+        ("server", list(dict.fromkeys(filter(None, names)))),
+        ("client", [given.tenant]),
+    ):
         issued = authority.issue_cert(*of)
         write(given.folder / f"{role}.crt", *issued.cert_chain_pems)
         write(given.folder / f"{role}.key", issued.private_key_pem)
