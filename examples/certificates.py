@@ -29,10 +29,7 @@ def main() -> None:
     server = dict.fromkeys(filter(None, names))
     authority = trustme.CA()
     write(given.folder / "ca.pem", authority.cert_pem)
-    for role, of in (
-        ("server", list(dict.fromkeys(filter(None, names)))),
-        ("client", [given.tenant]),
-    ):
+    for role, of in {"server": server, "client": [given.tenant]}.items():
         issued = authority.issue_cert(*of)
         write(given.folder / f"{role}.crt", *issued.cert_chain_pems)
         write(given.folder / f"{role}.key", issued.private_key_pem)
