@@ -32,7 +32,7 @@ CLIENT_MAY_IMPORT = {
     "_run": {*_VALUES, "futures", "_threads", "_transport", "_torch"},
     "_sampling": {*_VALUES, "_transport"},
     "_files": {*_VALUES, "futures", "_transport"},
-    "recipe": _VALUES,
+    "recipe": {*_VALUES, "_files"},
 }
 MAX_FILES = 20  # of one folder
 # Where torch lives. Everything else, the fronts and the client above all, does without.

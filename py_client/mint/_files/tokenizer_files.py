@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,12 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mint._transport.connection import Connection
+from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError
 from mintrpc.v1 import model_pb2
 
 Piece = model_pb2.GetTokenizerResponse
+_SERVER_S = 2.0  # how long a server is looked for that may not be there
 _SUMS = "sha256.json"  # of every file, written last: a folder without it is not complete
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -29,6 +32,15 @@ def tokenizer_of(servers: Servers, connection: Connection, base_model: str) -> A
     return servers.once(fingerprint, lambda: _load(connection, served.model_name, fingerprint))
 
 
+def served_tokenizer(base_model: str) -> Any:
+    """The same, of the server that the environment names, which is not looked for for long."""
+    _, servers = open_servers(None, None, _SERVER_S, None)
+    try:
+        return tokenizer_of(servers, servers.trainer, base_model)
+    finally:
+        servers.close()
+
+
 def _load(connection: Connection, base_model: str, fingerprint: str) -> Any:
     """Opens a tokenizer. Its files are fetched unless the cache has them, intact."""
     if not _FINGERPRINT.fullmatch(fingerprint):
@@ -38,9 +50,25 @@ def _load(connection: Connection, base_model: str, fingerprint: str) -> Any:
     folder = cache_folder() / fingerprint
     if not _intact(folder):
         _fetch(connection, base_model, folder)
-    from transformers import AutoTokenizer
+    return open_tokenizer(folder)
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+def open_tokenizer(name: str | Path, *, local_files_only: bool = True) -> Any:
+    """The tokenizer in a folder or, unless `local_files_only`, of that name on the hub."""
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_wanted)
+    try:
+        from transformers import AutoTokenizer  # slow to import
+    finally:
+        logger.removeFilter(_wanted)
+    return AutoTokenizer.from_pretrained(
+        name, local_files_only=local_files_only, trust_remote_code=False
+    )
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    """Whether a line of the import is news: that there is no torch is none beside this client."""
+    return not record.getMessage().startswith("PyTorch was not found")
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""From conversations to training data: renderers, weights, datums. No torch, no server."""
+"""From conversations to training data: renderers, weights, datums. No torch."""
 
 from mint.recipe import renderers
 from mint.recipe.datums import Reduction, conversation_to_datum, datum_from_model_input_weights

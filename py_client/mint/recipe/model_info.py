@@ -1,36 +1,53 @@
 """What fits a model, by its name."""
 
 import re
+from pathlib import Path
 
+from mint._files.tokenizer_files import open_tokenizer, served_tokenizer
+from mint.errors import MintError, refused
 from mint.recipe.renderers.tokenizer import Tokenizer
 
-_QWEN3 = re.compile(r"qwen3-\d+(\.\d+)?b(-a\d+b)?(?![a-z0-9])")
-_LLAMA3 = re.compile(r"llama-3(?!\d)")
+# The whole of a name, so that a model that others trained on a family's base, into a format of
+# their own, is not taken for the family's. What may follow changes numbers, not the format.
+_NUMBERS = r"(-(fp8|fp16|bf16|nvfp4|awq|gptq|gguf|mlx|bnb|int4|int8|4bit|8bit|unsloth|dynamic))*"
+_QWEN3 = re.compile(r"qwen3-\d+(\.\d+)?b(-a\d+b)?(-base)?" + _NUMBERS)
+_LLAMA3 = re.compile(r"(meta-)?llama-3(\.\d)?-\d+b(-instruct)?" + _NUMBERS)
 
 
 def get_recommended_renderer_name(model_name: str) -> str:
     """The renderer for a model, named as on a hub or by its folder.
 
     Base models of the families known here are not trained on chat marks: `role_colon`. Models that
-    are not known here follow their own chat template: `template`.
+    are not known here, such as those that others trained further, follow their own chat template:
+    `template`.
     """
     name = model_name.rstrip("/").rpartition("/")[2].lower()
-    if _QWEN3.search(name):
-        if "-base" in name:
-            return "role_colon"
-        # The releases of July 2025 think always or never, and their templates differ.
-        return "template" if "2507" in name else "qwen3"
-    if _LLAMA3.search(name):
-        return "llama3" if "instruct" in name else "role_colon"
+    if _QWEN3.fullmatch(name):
+        return "role_colon" if "-base" in name else "qwen3"
+    if _LLAMA3.fullmatch(name):
+        return "llama3" if "-instruct" in name else "role_colon"
     return "template"
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """Opens a tokenizer from a folder, the local cache or the hub; runs no remote code.
-
-    A client's own `get_tokenizer()` needs no hub: it gets the server's.
+    """Opens a tokenizer: a folder's; else that of the server at MINT_BASE_URL, if it serves a base
+    model of that name; else the hub's, or what is cached of it. Runs no remote code.
     """
-    from transformers import AutoTokenizer  # slow to import
+    if Path(name).is_dir():
+        return open_tokenizer(name)
+    try:
+        return served_tokenizer(name)
+    except MintError as error:
+        unserved = str(error)
+    try:
+        return open_tokenizer(name, local_files_only=False)
+    except (OSError, ValueError) as error:
+        raise refused(
+            "name",
+            f"is {name!r}, which is neither a folder here nor served ({unserved}), and came from "
+            f"no hub ({_first_line(error)}); give a folder or a base model that is served",
+        ) from None
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return tokenizer
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

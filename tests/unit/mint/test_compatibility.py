@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs/compatibility.md"
 STATES = {"same", "stricter", "more", "absent"}
 CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient")
+_OTHER_NAMES = re.compile(r"the names of `([\w.]+)`")
+_THAT_OF = re.compile(r"that of `([\w.]+)`")
 _ROW = re.compile(r"\| `([^`]+)` \| (\w+) \| (.*?) ?\|")
 _MISSING = object()
 
@@ -112,6 +114,33 @@ def test_what_the_table_promises_is_there(row: Row) -> None:
         assert ours_too.default == ast.literal_eval(wanted), argument.arg
     needed = [p.name for p in ours[len(names) :] if p.default is p.empty]
     assert all(p.kind is p.VAR_KEYWORD for p in ours if p.name in needed)
+
+
+NAMESPACES = [row for row in rows("Namespaces") if row.state != "absent"]
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in NAMESPACES if inspect.ismodule(resolve(row.name))], ids=str
+)
+def test_a_namespace_can_be_imported_and_has_the_names_it_stands_for(row: Row) -> None:
+    assert importlib.import_module(row.name) is resolve(row.name)
+    meant = _OTHER_NAMES.search(row.note)
+    if meant is None:
+        return
+    listed = {r.name for r in NAMES if r.state != "absent"}
+    inside = f"{meant[1]}."  # what the tables say is there, and what is
+    names = {n.removeprefix(inside) for n in listed if n.startswith(inside)}
+    names = {n for n in names if "." not in n and not inspect.ismodule(resolve(inside + n))}
+    names |= set(importlib.import_module(meant[1]).__all__)
+
+    assert {n for n in names if resolve(f"{row.name}.{n}") is not resolve(inside + n)} == set()
+
+
+@pytest.mark.parametrize("row", [row for row in NAMESPACES if _THAT_OF.search(row.note)], ids=str)
+def test_a_name_in_two_places_is_the_same_object(row: Row) -> None:
+    meant = _THAT_OF.search(row.note)
+    assert meant is not None
+    assert resolve(row.name) is resolve(f"{meant[1]}.{row.name.rpartition('.')[2]}")
 
 
 @pytest.mark.parametrize("row", [row for row in NAMES if row.state == "absent"], ids=str)

@@ -28,6 +28,14 @@ def test_renderers_are_reached_by_three_ways() -> None:
         assert getattr(mintx.renderers, name) is wanted
 
 
+def test_the_renderers_quickstart_of_mint_finds_its_names() -> None:
+    import mint.mint.renderers as renderers
+
+    for name in ("get_recommended_renderer_name", "datum_from_model_input_weights"):
+        assert getattr(renderers, name) is getattr(mint.recipe, name)
+        assert getattr(mint.renderers, name) is getattr(mint.recipe, name)
+
+
 def test_mints_own_extensions_have_their_names() -> None:
     from mint import mint as mintx
 
@@ -40,7 +48,7 @@ def test_an_import_of_mint_alone_reaches_them() -> None:
     program = (
         "import mint\n"
         "assert mint.tinker.APITimeoutError is mint.APITimeoutError\n"
-        "assert mint.mint.renderers is mint.renderers\n"
+        "assert mint.mint.renderers.get_renderer is mint.renderers.get_renderer\n"
         "assert mint.__tinker_version__\n"
         "import threading; assert threading.active_count() == 1\n"
         "import sys; assert 'torch' not in sys.modules\n"

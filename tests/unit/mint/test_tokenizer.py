@@ -1,6 +1,8 @@
 """Tokenizer files: fetched once, checked, kept by content, opened without a hub."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 import mint
+from mint import recipe
 from mint._files.tokenizer_files import cache_folder
 from mintrpc.v1 import model_pb2
 from tests.unit.mint.faulty_server import Server, running
@@ -50,6 +53,45 @@ def test_it_encodes_decodes_and_renders_without_a_hub(
     assert one.eos_token_id == 2
     chat = one.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_by_name_it_is_the_servers_before_a_hub_is_asked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINT_BASE_URL", server.address)
+
+    assert recipe.get_tokenizer("base").encode("one two", add_special_tokens=False)
+    assert server.model.tokenizer_calls == 1
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_name_that_nobody_knows_is_refused_with_all_that_was_tried(
+    server: Server, monkeypatch: pytest.MonkeyPatch, served: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("mint._files.tokenizer_files._SERVER_S", 0.5)
+    monkeypatch.setenv("MINT_BASE_URL", server.address if served else "127.0.0.1:9")
+    why = "which serves base" if served else "no server answered at `127.0.0.1:9`"
+
+    with pytest.raises(mint.InvalidInputError, match=f"`name` is 'some/model'.*{why}.*no hub"):
+        recipe.get_tokenizer("some/model")
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else found(name, *more)
+from mint import recipe
+recipe.get_tokenizer(sys.argv[1])
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_client_without_torch_is_not_told_of_it(qwen3_folder: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(qwen3_folder)]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_files_are_fetched_once_and_opened_once(server: Server) -> None:

@@ -22,7 +22,8 @@ class ChatFormat(ABC):
     """One way of writing conversations. Messages have been checked."""
 
     roles: Collection[str] = CHAT_ROLES  # those it knows
-    stops: list[int] | list[str]  # what ends an answer: token ids, or texts
+    end: str  # what ends an answer: sampling stops at its last token; empty: nothing in the text
+    stops: list[int] | list[str]  # the same for `SamplingParams.stop`: token ids, or texts
     # Options under which the tokenizer's own template agrees. None: it is that template.
     template_options: Mapping[str, bool] | None = {}
 
@@ -37,6 +38,11 @@ class ChatFormat(ABC):
     def content_of(self, answer: str) -> str:
         """The content of an assistant's message, out of what it wrote without the end mark."""
         return answer
+
+
+def after_end(text: str, place: int, end: str) -> int:
+    """The place behind the end of an answer, where that stands at `place`."""
+    return place + len(end) if text.startswith(end, place) else place
 
 
 Turn = tuple[str, str]  # one message's header and output

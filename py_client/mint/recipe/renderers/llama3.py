@@ -8,10 +8,12 @@ from mint.recipe.renderers.tokenizer import Tokenizer, token_id
 
 
 class Llama3(ChatFormat):
+    end = "<|eot_id|>"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         for token in ("<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"):
             token_id(tokenizer, token, "llama3")
-        self.stops = [token_id(tokenizer, "<|eot_id|>", "llama3")]
+        self.stops = [token_id(tokenizer, self.end, "llama3")]
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
         return join_turns(map(_turn, messages), opening="<|begin_of_text|>")
@@ -21,7 +23,7 @@ class Llama3(ChatFormat):
 
 
 def _turn(message: Message) -> Turn:
-    return _header(message["role"]), message["content"].strip() + "<|eot_id|>"
+    return _header(message["role"]), message["content"].strip() + Llama3.end
 
 
 def _header(role: str) -> str:

@@ -15,10 +15,12 @@ _EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 
 
 class Qwen3(ChatFormat):
+    end = "<|im_end|>"
+
     def __init__(self, tokenizer: Tokenizer, *, thinking: bool) -> None:
         self._thinking = thinking
         token_id(tokenizer, "<|im_start|>", "qwen3")
-        self.stops = [token_id(tokenizer, "<|im_end|>", "qwen3")]
+        self.stops = [token_id(tokenizer, self.end, "qwen3")]
         self.template_options = {"enable_thinking": thinking}
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
@@ -49,7 +51,7 @@ class Qwen3(ChatFormat):
                     header += block
                 else:
                     content = block + content
-        return header, content + "<|im_end|>"
+        return header, content + self.end
 
 
 def _header(role: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import refused
+from mint.errors import InvalidInputError, refused
 from mint.recipe.renderers.chat_format import ChatFormat
 from mint.recipe.renderers.comparison import warn_of_differences
 from mint.recipe.renderers.messages import Message, check_messages
@@ -30,7 +30,8 @@ class Renderer:
     ) -> tuple[ModelInput, NDArray[np.float32]]:
         """The conversation's tokens and their weights as targets, 0 or 1, both of the same length.
 
-        A message's weight covers what its author writes, the token that ends it included.
+        A message's weight covers what its author writes, and the token that ends it. An answer that
+        does not end in what sampling stops at is refused.
         """
         what = TrainOnWhat(train_on_what)
         check_messages(messages, self._format.roles)
@@ -40,7 +41,10 @@ class Renderer:
         weights = np.full(len(tokens), what is TrainOnWhat.ALL_TOKENS, dtype=np.float32)
         # A token that straddles a border belongs to the side it starts on.
         places = np.asarray(starts)
-        for start, end in (rendered.outputs[index] for index in trained):
+        for index in trained:
+            start, end = rendered.outputs[index]
+            if messages[index]["role"] == "assistant":
+                self._check_end(rendered.text[start:end], index)
             weights[(places >= start) & (places < end)] = 1.0
         return ModelInput.from_ints(tokens), weights
 
@@ -72,3 +76,19 @@ class Renderer:
             if isinstance(stop, str) and stop in text:
                 text, complete = text.partition(stop)[0], True
         return {"role": "assistant", "content": self._format.content_of(text)}, complete
+
+    def _check_end(self, answer: str, index: int) -> None:
+        """Refuses an answer that would never teach to stop."""
+        if not self._format.end:
+            raise InvalidInputError(
+                f"renderer `{self.name}` cannot train answers of this tokenizer, whose chat "
+                "template ends them with nothing that sampling stops at; use renderer `role_colon`",
+                field="tokenizer",
+            )
+        if self._format.end not in answer:
+            raise refused(
+                f"messages[{index}]",
+                f"does not end in {self._format.end!r} here, at which sampling stops (renderer "
+                f"`{self.name}`); give each answer a conversation that ends with it, and train "
+                "that one's last assistant message",
+            )

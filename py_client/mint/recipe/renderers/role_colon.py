@@ -2,25 +2,30 @@
 
 from collections.abc import Collection, Sequence
 
-from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, join_turns
+from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, after_end, join_turns
 from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer
 
-_STOP = "\n\nUser:"
+_NEXT = "User:"
 
 
 class RoleColon(ChatFormat):
+    end = "\n\n" + _NEXT
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         opens = tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
         self._opening = (tokenizer.bos_token or "") if opens else ""
-        self.stops = [_STOP]
+        self.stops = [self.end]
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
-        turns = [_turn(message) for message in messages]
-        if messages[-1]["role"] == "assistant":  # so that it learns to stop
-            header, output = turns[-1]
-            turns[-1] = header, output + "User:"
-        return join_turns(turns, self._opening)
+        rendered = join_turns(map(_turn, messages), self._opening)
+        # The next question's beginning is the end of an answer: so it learns to stop.
+        text = rendered.text + (_NEXT if messages[-1]["role"] == "assistant" else "")
+        outputs = dict(rendered.outputs)
+        for index, (start, end) in rendered.outputs.items():
+            if messages[index]["role"] == "assistant":
+                outputs[index] = start, after_end(text, end, _NEXT)
+        return Rendered(text, outputs)
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         return join_turns(map(_turn, messages), self._opening).text + _header(role)

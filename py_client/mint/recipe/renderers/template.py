@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Collection, Sequence
-from itertools import count, groupby
+from itertools import count, groupby, takewhile
 
 from mint.errors import refused
-from mint.recipe.renderers.chat_format import ChatFormat, Rendered
+from mint.recipe.renderers.chat_format import ChatFormat, Rendered, after_end
 from mint.recipe.renderers.messages import Message
 from mint.recipe.renderers.tokenizer import Tokenizer, encode_with_starts, template_text
 
@@ -15,7 +15,7 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 _PROBE: list[Message] = [
     {"role": "user", "content": "ping"},
     {"role": "assistant", "content": "PONG"},
-]
+] * 2
 
 
 class Template(ChatFormat):
@@ -23,7 +23,8 @@ class Template(ChatFormat):
 
     Where the template marks what the model generates, its marks decide for assistant messages. Else
     a message lies where another content changes the text, and an assistant's begins where the
-    generation prompt for it ends.
+    generation prompt for it ends. What ends an answer belongs to it, the next role's mark too where
+    that does, which then also stands behind the last answer.
     """
 
     roles = ("system", "user", "assistant", "tool")
@@ -34,12 +35,16 @@ class Template(ChatFormat):
             raise refused("tokenizer", "has no chat template; use renderer `role_colon`")
         self._tokenizer = tokenizer
         self._marked = _GENERATION_MARK.search(str(tokenizer.chat_template)) is not None
-        self._end, self.stops = self._find_end()
+        self._missing = ""  # of the end, behind the last answer
+        self.end, self.stops = self._find_end()
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
-        text = template_text(self._tokenizer, messages)
-        marked = self._marked_spans(messages, text) if self._marked else {}
-        return Rendered(text, {i: marked.get(i) or self._span(messages, i, text) for i in wanted})
+        bare = template_text(self._tokenizer, messages)
+        text = bare + (self._missing if messages[-1]["role"] == "assistant" else "")
+        marked = self._marked_spans(messages, bare) if self._marked else {}
+        spans = {i: marked.get(i) or self._span(messages, i, bare) for i in wanted}
+        ended = {i: (start, after_end(text, end, self.end)) for i, (start, end) in spans.items()}
+        return Rendered(text, ended)
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         if role != "assistant":
@@ -47,15 +52,33 @@ class Template(ChatFormat):
         return template_text(self._tokenizer, messages, add_generation_prompt=True)
 
     def _find_end(self) -> tuple[str, list[int] | list[str]]:
-        """What ends an assistant's message: its text, and what to stop at."""
-        tail = template_text(self._tokenizer, _PROBE).rpartition("PONG")[2]
-        tokens, starts = encode_with_starts(self._tokenizer, tail)
-        if tokens and tokens[0] in self._tokenizer.added_tokens_decoder:
-            return tail[: [*starts, len(tail)][1]], [tokens[0]]
-        if tail.strip():
-            return tail, [tail]
+        """What ends an answer in the text, and what to stop at."""
         eos = self._tokenizer.eos_token_id
-        return "", [] if eos is None else [eos]
+        nothing: tuple[str, list[int]] = "", [] if eos is None else [eos]
+        pieces = template_text(self._tokenizer, _PROBE).split("PONG")
+        if len(pieces) != 3:
+            return nothing
+        between, after = pieces[1].partition("ping")[0], pieces[2]
+        plain, mark, stop = self._first_mark(after)
+        if mark and not plain.strip():  # that of the last answer, if earlier ones have another
+            return plain + mark, [stop]
+        earlier, mark, stop = self._first_mark(between)
+        end = earlier + mark
+        if mark and not earlier.strip() and end.startswith(after):  # the next role's
+            self._missing = end.removeprefix(after)
+            return end, [stop]
+        pairs = zip(earlier, plain, strict=False)
+        common = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return (common, [common]) if common.strip() else nothing
+
+    def _first_mark(self, text: str) -> tuple[str, str, int]:
+        """The text before the first mark, the mark, and its id; both empty if there is none."""
+        tokens, starts = encode_with_starts(self._tokenizer, text)
+        for token, start, end in zip(tokens, starts, [*starts, len(text)][1:], strict=True):
+            # Some tokenizers have added tokens for spaces, which mark nothing.
+            if token in self._tokenizer.added_tokens_decoder and text[start:end].strip():
+                return text[:start], text[start:end], token
+        return text, "", 0
 
     def _marked_spans(self, messages: Sequence[Message], text: str) -> dict[int, Span]:
         """Runs of generated tokens, one per assistant message; none if they do not match up."""
@@ -92,4 +115,4 @@ class Template(ChatFormat):
                 f"messages[{index}]",
                 "cannot be found in what the chat template makes of it; use another renderer",
             )
-        return start, end + len(self._end) if after.startswith(self._end) else end
+        return start, end

@@ -17,6 +17,8 @@ MARKS = [
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    *("<|user|>", "<|assistant|>"),  # GLM's
+    *("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),  # gpt-oss's
 ]
 # Line breaks and spaces get merged tokens of their own, as in real vocabularies.
 _TEXTS = [

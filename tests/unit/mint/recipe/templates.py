@@ -2,8 +2,9 @@
 
 Those below are written for these tests from the models' documentation: Llama 3's from the prompt
 format in its model card, Qwen3's from its model card's account of `enable_thinking` and of thinking
-left out of history. The models' original templates come from the package `trl`, where its files are
-installed; only files are read, nothing of it is imported.
+left out of history, gpt-oss's from that of its response format. The models' original templates come
+from the package `trl`, where its files are installed; only files are read, nothing of it is
+imported.
 """
 
 from importlib.util import find_spec
@@ -39,6 +40,27 @@ QWEN3 = (
     "{% if enable_thinking is defined and not enable_thinking %}"
     "{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% endif %}"
+)
+
+# An answer ends where the next role's mark stands.
+GLM = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+# The last answer ends in another mark than those before it.
+GPT_OSS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role }}"
+    "{% if m.role == 'assistant' %}<|channel|>final{% endif %}{{ '<|message|>' + m.content }}"
+    "{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+# No mark ends anything.
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 # ChatML whose template says what the model generates.

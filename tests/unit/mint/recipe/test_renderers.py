@@ -43,7 +43,17 @@ def sampled(renderer: Renderer, answer: str) -> list[int]:
         ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
         ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
         ("meta-llama/Llama-3.1-8B", "role_colon"),
+        ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama3"),
+        ("unsloth/Qwen3-4B-Base-unsloth-bnb-4bit", "role_colon"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "template"),
+        # Trained by others on these families, into formats of their own.
+        ("NousResearch/Hermes-3-Llama-3.1-8B", "template"),
+        ("NousResearch/DeepHermes-3-Llama-3-8B-Preview", "template"),
+        ("allenai/Llama-3.1-Tulu-3-8B", "template"),
+        ("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "template"),
+        ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "template"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "template"),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", "template"),
         ("somebody/some-model", "template"),
     ],
 )

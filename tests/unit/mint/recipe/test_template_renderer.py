@@ -10,7 +10,7 @@ from mint import recipe
 from mint.recipe import TrainOnWhat
 from mint.recipe.renderers import get_renderer
 from tests.unit.mint.recipe.conftest import MakeTokenizer, conversation
-from tests.unit.mint.recipe.templates import MARKED, QWEN3
+from tests.unit.mint.recipe.templates import GLM, GPT_OSS, MARKED, PLAIN, QWEN3, packaged
 from tests.unit.mint.recipe.test_weights import trained_texts
 
 SMOLLM2 = Path(__file__).parents[4] / ".models/SmolLM2-135M-Instruct"
@@ -60,14 +60,17 @@ def test_smollm2_agrees_with_no_other_format() -> None:
 
 
 def test_generation_marks_decide_where_a_template_has_them(make_tokenizer: MakeTokenizer) -> None:
-    """Here the marks leave the end mark out, which nothing else in the text would tell."""
+    """But for the end of an answer, which is trained though these leave it out."""
     template = MARKED.replace(
-        "m.content + '<|im_end|>' }}{% endgeneration %}",
-        "m.content }}{% endgeneration %}{{ '<|im_end|>' }}",
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}",
+        "{{ m.content[:-1] }}{% generation %}{{ m.content[-1] }}{% endgeneration %}<|im_end|>",
     )
     assert template != MARKED
     renderer = get_renderer("template", make_tokenizer(template))
-    assert trained_texts(renderer, QUESTIONS, "all_assistant_messages") == ["It is 5.", "10"]
+    assert trained_texts(renderer, QUESTIONS, "all_assistant_messages") == [
+        ".<|im_end|>",
+        "0<|im_end|>",
+    ]
 
 
 def test_marks_of_adjacent_answers_fall_back_on_the_text(make_tokenizer: MakeTokenizer) -> None:
@@ -104,15 +107,75 @@ def test_a_message_that_the_template_hides_is_refused(make_tokenizer: MakeTokeni
         renderer.build_supervised_example(conversation("a", "b"))
 
 
-def test_without_an_end_mark_an_answer_ends_at_eos_or_text(make_tokenizer: MakeTokenizer) -> None:
-    plain = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    bare, ruled = make_tokenizer(plain), make_tokenizer(plain.replace("\n", "\n---\n"))
+def own_or_packaged(source: str, own: str, name: str) -> str:
+    template = own if source == "own" else packaged(name)
+    if template is None:
+        pytest.skip("the package `trl` is not installed")
+    return template
 
-    assert get_renderer("template", bare).get_stop_sequences() == [bare.eos_token_id]
+
+sources = pytest.mark.parametrize("source", ["own", "packaged"])
+
+
+@sources
+def test_the_next_roles_mark_is_the_end_where_nothing_else_ends_an_answer(
+    source: str, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer(own_or_packaged(source, GLM, "glm4moe"))
+    renderer = get_renderer("template", tokenizer)
+    earlier, last = trained_texts(renderer, QUESTIONS, "all_assistant_messages")
+    model_input, _ = renderer.build_supervised_example(QUESTIONS)
+    theirs = tokenizer.apply_chat_template(QUESTIONS, return_dict=False)
+
+    assert earlier.endswith("It is 5.<|user|>")
+    assert last.endswith("10<|user|>")
+    assert tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences()) == ["<|user|>"]
+    assert model_input.to_ints() == [*theirs, *renderer.get_stop_sequences()]
+
+
+@sources
+def test_an_answer_that_ends_in_another_mark_than_the_last_is_refused(
+    source: str, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer(own_or_packaged(source, GPT_OSS, "gptoss"))
+    renderer = get_renderer("template", tokenizer)
+
+    assert tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences()) == ["<|return|>"]
+    assert trained_texts(renderer, QUESTIONS) == ["<|channel|>final<|message|>10<|return|>"]
+    for what in ("all_assistant_messages", "all_messages", "all_tokens"):
+        with pytest.raises(ValueError, match=r"`messages\[1\]` does not end in '<.return.>' here"):
+            renderer.build_supervised_example(QUESTIONS, what)
+
+
+def test_eos_at_the_last_answer_alone_ends_that_alone(make_tokenizer: MakeTokenizer) -> None:
+    last = "{% if loop.last and m.role == 'assistant' %}<|im_end|>{% endif %}"
+    template = PLAIN.replace("\n", "\n" + last)
+    renderer = get_renderer("template", make_tokenizer(template))
+
+    assert trained_texts(renderer, QUESTIONS) == [" 10\n<|im_end|>"]
+    with pytest.raises(ValueError, match=r"`messages\[1\]` does not end in '\\n<.im_end.>' here"):
+        renderer.build_supervised_example(QUESTIONS, "all_assistant_messages")
+
+
+def test_a_template_that_ends_answers_with_nothing_trains_none(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    bare = make_tokenizer(PLAIN)
+    renderer = get_renderer("template", bare)
+
+    assert renderer.get_stop_sequences() == [bare.eos_token_id]
+    assert trained_texts(renderer, QUESTIONS, "all_user_and_system_messages")
+    with pytest.raises(ValueError, match="renderer `template` cannot train answers of this"):
+        renderer.build_supervised_example(QUESTIONS)
+
+
+def test_without_a_mark_an_answer_ends_at_text(make_tokenizer: MakeTokenizer) -> None:
+    ruled = make_tokenizer(PLAIN.replace("\n", "\n---\n"))
     renderer = get_renderer("template", ruled)
+
     assert renderer.get_stop_sequences() == ["\n---\n"]
-    assert trained_texts(renderer, conversation("a", "b")) == [" b\n---\n"]
+    assert trained_texts(renderer, QUESTIONS, "all_assistant_messages") == [
+        " It is 5.\n---\n",
+        " 10\n---\n",
+    ]
     assert renderer.parse_response(ruled.encode("b\n---\n"))[0]["content"] == "b"

@@ -43,7 +43,7 @@ OUTPUTS = {
     "llama3": ("A1<|eot_id|>", "A2<|eot_id|>", "Q{}<|eot_id|>"),
     "qwen3": ("A1<|im_end|>", f"{EMPTY}A2<|im_end|>", "Q{}<|im_end|>"),
     "qwen3_disable_thinking": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
-    "role_colon": (" A1\n\n", " A2\n\nUser:", " Q{}\n\n"),
+    "role_colon": (" A1\n\nUser:", " A2\n\nUser:", " Q{}\n\n"),
     "template:llama3": ("A1<|eot_id|>", "A2<|eot_id|>", "Q{}<|eot_id|>"),
     "template:qwen3": ("A1<|im_end|>", f"{EMPTY}A2<|im_end|>", "Q{}<|im_end|>"),
     "template:marked": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
@@ -70,13 +70,10 @@ def test_all_assistant_messages_and_nothing_else(name: str, make_tokenizer: Make
 def test_all_messages_without_their_headers(name: str, make_tokenizer: MakeTokenizer) -> None:
     earlier, last, user = OUTPUTS[name]
     texts = trained_texts(make(name, make_tokenizer), TWO_TURNS, "all_messages")
-    assert texts == [
-        user.format(0).replace("Q0", "S"),
-        user.format(1),
-        earlier,
-        user.format(2),
-        last,
-    ]
+    # In one piece, as an answer's end may be the next message's header.
+    assert "".join(texts) == "".join(
+        [user.format(0).replace("Q0", "S"), user.format(1), earlier, user.format(2), last]
+    )
 
 
 @each_renderer

@@ -1,7 +1,7 @@
 """What scripts written for MinT import as `mint.mint`."""
 
-from mint import renderers
 from mint._version import __version__ as MINT_VERSION
+from mint.mint import renderers
 
 __all__ = ["MINT_VERSION", "apply_mint_patches", "renderers", "sync_env"]
 
