@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class EngineProcess:
         self._config = config
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiter] = {}
+        self.memory_limits: Mapping[str, int] = {}  # of the engine that was last ready, in bytes
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
@@ -243,6 +244,7 @@ class EngineProcess:
         match message:
             case Hello():
                 assert self._attempt is not None
+                self.memory_limits = message.memory_limits
                 self._attempt.set_result(message)
                 self.changed.set()
                 start_s = self._last_word - self._started_s

@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import psutil
+
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
@@ -107,6 +109,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         address, metrics_address = await _listen(config, server, metrics, tls)
         logger.info("%s starting address=%s base_model=%s", role, address, config.base_model)
         if await first(service.start(), stopped):
+            _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")
             logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
@@ -119,6 +122,21 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         await server.stop(GRACE_S)
         await service.stop()
     logger.info("%s stopped", role)
+
+
+def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
+    """Says what the service may take, for those who start it beside others."""
+    for of in engine.memory_limits:
+        metrics.memory_limit(of, lambda of=of: engine.memory_limits.get(of, 0))
+    limits = {of: size_bytes for of, size_bytes in metrics.memory_limits().items() if size_bytes}
+    logger.info(
+        "%s takes up to %.1f GiB of memory as it is needed: %s; %.1f of the host's %.1f are free",
+        role,
+        sum(limits.values()) / 2**30,
+        ", ".join(f"{of} {size_bytes / 2**30:.2f}" for of, size_bytes in limits.items()),
+        psutil.virtual_memory().available / 2**30,
+        psutil.virtual_memory().total / 2**30,
+    )
 
 
 async def _listen(
