@@ -107,7 +107,13 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     metrics.watch_engine(service.engine)
     try:
         address, metrics_address = await _listen(config, server, metrics, tls)
-        logger.info("%s starting address=%s base_model=%s", role, address, config.base_model)
+        logger.info(
+            "%s starting address=%s base_model=%s store=%s",
+            role,
+            address,
+            config.base_model,
+            config.store if config.store_is_remote else config.store_folder.absolute(),
+        )
         if await first(service.start(), stopped):
             _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:

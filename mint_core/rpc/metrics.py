@@ -99,7 +99,7 @@ class Metrics:
         except OSError as error:
             raise FailedPrecondition(
                 f"`metrics_address` {address} cannot be listened on: {error.strerror};"
-                " choose another",
+                " choose another, as `make serve PORT=50061` does for all",
                 metrics_address=address,
             ) from error
 
