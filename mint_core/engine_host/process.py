@@ -101,6 +101,10 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    def memory_limit(self, of: str) -> float:
+        """Bytes that it takes at most for something."""
+        return self.memory_limits.get(of, 0)
+
     async def start(self) -> Hello:
         """Starts the engine and returns its first word. Raises what kept it from loading."""
         self._attempt = asyncio.get_running_loop().create_future()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -133,7 +134,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
 def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
     """Says what the service may take, for those who start it beside others."""
     for of in engine.memory_limits:
-        metrics.memory_limit(of, lambda of=of: engine.memory_limits.get(of, 0))
+        metrics.memory_limit(of, partial(engine.memory_limit, of))
     limits = {of: size_bytes for of, size_bytes in metrics.memory_limits().items() if size_bytes}
     logger.info(
         "%s takes up to %.1f GiB of memory as it is needed: %s; %.1f of the host's %.1f are free",
