@@ -16,6 +16,7 @@ KEYS ?= keys.txt
 STATE ?= $(if $(findstring ://,$(STORE)),.store,$(STORE))/.state
 BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
+PORT ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
@@ -48,8 +49,13 @@ model: $(EMBEDDED)/config.json  ## Unpacks and converts the embedded model, once
 SERVABLE := install $(if $(filter $(EMBEDDED),$(MODEL)),model)
 FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store '$(STORE)' $(SERVE_FLAGS)
 
-serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= SERVE_FLAGS= choose
-	$(BIN)/python -m mint_core.hosting.serve $(FLAGS)
+# For a pair of services beside another one: the trainer's port, and three more after it.
+next = 127.0.0.1:$(shell expr $(PORT) + $(1))
+PORTS = $(if $(PORT),--trainer-address $(call next,0) --sampler-address $(call next,1) \
+  --trainer-metrics-address $(call next,2) --sampler-metrics-address $(call next,3))
+
+serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= PORT= SERVE_FLAGS= choose
+	$(BIN)/python -m mint_core.hosting.serve $(PORTS) $(FLAGS)
 
 serve-trainer: $(SERVABLE)  ## Starts the trainer alone
 	$(BIN)/python -m trainer_service $(FLAGS)

@@ -1,4 +1,5 @@
-"""Runs quickstart.py against services of its own, on free ports: `make quickstart`.
+"""Runs quickstart.py against services of its own, on free ports: `make quickstart`. Arguments are
+that script's.
 
 Whatever happens, the services end and their store is removed.
 """
@@ -71,7 +72,9 @@ def main() -> int:
             print("starting trainer and sampler", flush=True)
             at = wait_until_ready(services, folder)
             print(f"trainer on {at['trainer']}, sampler on {at['sampler']}", flush=True)
-            status = subprocess.run([sys.executable, str(SCRIPT)], env=environment(at)).returncode
+            status = subprocess.run(
+                [sys.executable, str(SCRIPT), *sys.argv[1:]], env=environment(at)
+            ).returncode
             if status:
                 print(f"the services' log ends:\n{(folder / 'log').read_text()[-3000:]}")
             return status

@@ -44,7 +44,9 @@ class SamplerConfig(ServiceConfig):
     )
     kv_cache_tokens: int = option(
         0,
-        "most tokens whose keys and values are kept; no context is longer; 0: what memory holds",
+        "most tokens whose keys and values are kept; no context is longer. 0: on a GPU what memory "
+        "holds; on a CPU what runs needs, up to 4 GiB or one context, and 1 GiB of what has run. "
+        "What does not run goes back when the host is short of memory",
     )
 
     queue_samples: int = option(

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import sampler_pb2
 from sampler_service.jobs import Constraint, Stops
+from sampler_service.plain_schema import make_plain
 
 # The compiler's own key: it can turn refusals of what is not understood into silence.
 COMPILER_OPTIONS = "x-guidance"
@@ -68,6 +69,7 @@ def _schema(text: str, field: str) -> str:
 
     try:
         schema: Any = json.loads(text, parse_constant=refuse, object_hook=check_bounds)
+        make_plain(schema)
     except (ValueError, RecursionError) as error:
         refuse(error)
     if isinstance(schema, dict) and COMPILER_OPTIONS in schema:

@@ -59,7 +59,7 @@ class TrainerService:
         self.tasks = Tasks()
         self.engine = EngineProcess(engine_module, config)
         self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), door.weight_of)
-        self._checkpoints = _checkpoints(config, scheduler)
+        self._checkpoints = _checkpoints(config, scheduler, metrics)
         self.journal = Journal(config.state_folder)
         quota_bytes = int(config.state_quota_gib * 2**30)
         self._size = StateSize(config.state_folder, quota_bytes, self.journal.reserve, metrics)
@@ -184,7 +184,7 @@ class TrainerService:
         return float(getattr(counts, place, 0))
 
 
-def _checkpoints(config: TrainerConfig, scheduler: Scheduler) -> Checkpoints:
+def _checkpoints(config: TrainerConfig, scheduler: Scheduler, metrics: Metrics) -> Checkpoints:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
     if folder is None:
         logger.info("no shared memory here: snapshots go through the store")
@@ -194,4 +194,5 @@ def _checkpoints(config: TrainerConfig, scheduler: Scheduler) -> Checkpoints:
     if folder is None:
         return Checkpoints(store, None, scheduler.store)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
+    metrics.memory_limit("snapshots", lambda: memory.limit_bytes)
     return Checkpoints(store, memory, scheduler.store)

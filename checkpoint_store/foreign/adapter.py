@@ -26,7 +26,8 @@ from mint_core.errors import BaseModelNotFound
 from mint_core.lora.row_layout import Floats
 from mint_core.lora.spec import AdapterSpec, lora_a_name, lora_b_name
 
-_ADAPTER_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+# Keys may hold the adapter's name, as in a state dict of the model that PEFT wraps.
+_ADAPTER_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB](\.[^.]+)?\.weight")
 _UNSUPPORTED_TENSORS = {  # parts of names, and what they are of
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "an embedding's adapter",
@@ -63,10 +64,13 @@ def read_foreign_adapter(
         )
     file = TensorFile(folder / WEIGHTS_FILE, WEIGHTS_FILE)
     _check_fingerprint(file, model)
-    modules, others = _modules(file)
+    modules, adapter, others = _modules(file)
     _check_modules(file, modules, config, model)
     shapes = _shapes(modules, config.rank, model)
-    weights = _arrays(file, shapes)
+    called = {
+        f"{name.removesuffix('.weight')}{adapter}.weight": shape for name, shape in shapes.items()
+    }
+    weights = dict(zip(shapes, _arrays(file, called).values(), strict=True))
     check_base_copies(file, others, model)
     spec = AdapterSpec(
         rank=config.rank,
@@ -110,12 +114,15 @@ def _check_fingerprint(file: TensorFile, model: ModelDescription) -> None:
         )
 
 
-def _modules(file: TensorFile) -> tuple[set[str], list[str]]:
-    """The adapted modules, and the tensors that are no A or B."""
-    modules, others = set(), []
+def _modules(file: TensorFile) -> tuple[set[str], str, list[str]]:
+    """The adapted modules, what keys have of the adapter's name, and the tensors that are no A or
+    B.
+    """
+    modules, adapters, others = set[str](), set[str](), []
     for name in file.tensors:
         if match := _ADAPTER_TENSOR.fullmatch(name):
             modules.add(match[1])
+            adapters.add(match[2] or "")
             continue
         for part, what in _UNSUPPORTED_TENSORS.items():
             if part in name:
@@ -126,7 +133,10 @@ def _modules(file: TensorFile) -> tuple[set[str], list[str]]:
         others.append(name)
     if not modules:
         raise file.refused("holds no adapter: no tensor is called as PEFT calls A and B")
-    return modules, others
+    if len(adapters) > 1:
+        named = ", ".join(f"`lora_A{adapter}.weight`" for adapter in sorted(adapters))
+        raise file.refused(f"holds several adapters, as {named} tell; send them one by one")
+    return modules, adapters.pop(), others
 
 
 def _check_modules(

@@ -55,7 +55,7 @@ class SnapshotMemory:
         self._lock = threading.Lock()
         try:
             self._owned = self._own(folder)
-            self._limit_bytes = limit_bytes or _affordable_bytes(folder)
+            self.limit_bytes = limit_bytes or _affordable_bytes(folder)
         except OSError as error:
             raise FailedPrecondition(
                 f"`snapshot_memory_folder` {folder} cannot be used: {error.strerror}; remove "
@@ -188,7 +188,7 @@ class SnapshotMemory:
         size_bytes = numbers_bytes + _HEADER_BYTES
         with self._lock:
             victims = []
-            room_bytes = self._limit_bytes - self.size_bytes
+            room_bytes = self.limit_bytes - self.size_bytes
             for revision in self._dispensable():
                 if room_bytes >= size_bytes:
                     break

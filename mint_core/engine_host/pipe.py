@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ class Hello:
     max_batch_tokens: int = 0  # trainer: most tokens of one pass
     adapter_ranks: int = 0  # sampler: largest sum of the stored ranks of adapters in memory
     kv_cache_tokens: int = 0  # sampler: whose keys and values fit in memory at the same time
+    memory_limits: Mapping[str, int] = field(default_factory=dict)  # bytes, by what they are for
 
 
 class EnginePipe:
@@ -101,9 +102,9 @@ class EnginePipe:
         except (EOFError, OSError):
             return None
 
-    def waiting(self) -> bool:
-        """Whether `receive` would return at once."""
-        return self._connection.poll(0)
+    def waiting(self, limit_s: float = 0) -> bool:
+        """Whether `receive` would return at once, or will within the limit."""
+        return self._connection.poll(limit_s)
 
     def send(self, message: object) -> None:
         """Ends the calling thread if the front is gone: there is nobody to tell."""

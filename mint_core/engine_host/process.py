@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class EngineProcess:
         self._config = config
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiter] = {}
+        self.memory_limits: Mapping[str, int] = {}  # of the engine that was last ready, in bytes
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
@@ -99,6 +100,10 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    def memory_limit(self, of: str) -> float:
+        """Bytes that it takes at most for something."""
+        return self.memory_limits.get(of, 0)
 
     async def start(self) -> Hello:
         """Starts the engine and returns its first word. Raises what kept it from loading."""
@@ -243,6 +248,7 @@ class EngineProcess:
         match message:
             case Hello():
                 assert self._attempt is not None
+                self.memory_limits = message.memory_limits
                 self._attempt.set_result(message)
                 self.changed.set()
                 start_s = self._last_word - self._started_s

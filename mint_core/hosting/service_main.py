@@ -8,8 +8,11 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import psutil
 
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
@@ -105,8 +108,15 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     metrics.watch_engine(service.engine)
     try:
         address, metrics_address = await _listen(config, server, metrics, tls)
-        logger.info("%s starting address=%s base_model=%s", role, address, config.base_model)
+        logger.info(
+            "%s starting address=%s base_model=%s store=%s",
+            role,
+            address,
+            config.base_model,
+            config.store if config.store_is_remote else config.store_folder.absolute(),
+        )
         if await first(service.start(), stopped):
+            _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")
             logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
@@ -119,6 +129,21 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         await server.stop(GRACE_S)
         await service.stop()
     logger.info("%s stopped", role)
+
+
+def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
+    """Says what the service may take, for those who start it beside others."""
+    for of in engine.memory_limits:
+        metrics.memory_limit(of, partial(engine.memory_limit, of))
+    limits = {of: size_bytes for of, size_bytes in metrics.memory_limits().items() if size_bytes}
+    logger.info(
+        "%s takes up to %.1f GiB of memory as it is needed: %s; %.1f of the host's %.1f are free",
+        role,
+        sum(limits.values()) / 2**30,
+        ", ".join(f"{of} {size_bytes / 2**30:.2f}" for of, size_bytes in limits.items()),
+        psutil.virtual_memory().available / 2**30,
+        psutil.virtual_memory().total / 2**30,
+    )
 
 
 async def _listen(

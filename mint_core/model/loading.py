@@ -156,8 +156,9 @@ def _is_reproducible(device: torch.device, threads: int, shapes: Mapping[str, Li
     if rows_are_alike(shapes.values()):
         return True
     logger.warning(
-        "this CPU's library computes few rows otherwise than many: results are not bitwise "
-        "reproducible"
+        "this CPU's library rounds products of few rows otherwise than those of many: results are "
+        "as exact, but their last bits may change with who shares a pass, and after a crash. No "
+        "speed is lost and nothing need be done, but to unset MKL_CBWR where it is set"
     )
     return False
 

@@ -102,7 +102,7 @@ class RpcServer:
         if port == 0:
             raise FailedPrecondition(
                 f"`address` {self._address} cannot be listened on, most likely because its"
-                " port is in use; choose another",
+                " port is in use; choose another, as `make serve PORT=50061` does for all",
                 address=self._address,
             )
         await self._server.start()

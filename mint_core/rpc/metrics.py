@@ -22,6 +22,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = prometheus.CollectorRegistry()
         self._gauges: dict[str, prometheus.Gauge] = {}
+        self._limits: dict[str, Callable[[], float]] = {}
         prometheus.ProcessCollector(namespace="mint_front", registry=self._registry)
         self.calls = self.counter("mint_calls", "Calls ended", ["method", "code"])
         self.call_seconds = self.histogram(
@@ -68,6 +69,15 @@ class Metrics:
                     found[tenant][name] = sample.value
         return found
 
+    def memory_limit(self, of: str, read: Callable[[], float]) -> None:
+        """Reports the most memory that something may take, in bytes."""
+        self._limits[of] = read
+        self.gauge("mint_memory_limit_bytes", "Most memory that it takes", read, of=of)
+
+    def memory_limits(self) -> dict[str, float]:
+        """In bytes, by what they are for."""
+        return {of: read() for of, read in self._limits.items()}
+
     def watch_engine(self, engine: EngineProcess) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
@@ -89,7 +99,7 @@ class Metrics:
         except OSError as error:
             raise FailedPrecondition(
                 f"`metrics_address` {address} cannot be listened on: {error.strerror};"
-                " choose another",
+                " choose another, as `make serve PORT=50061` does for all",
                 metrics_address=address,
             ) from error
 

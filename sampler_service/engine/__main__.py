@@ -8,6 +8,7 @@ import time
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, connect
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.engine import Engine
+from sampler_service.engine.memory import LOOK_S
 
 HEARTBEAT_S = 1.0
 
@@ -43,6 +44,7 @@ def main() -> None:
             engine.max_batch_tokens,
             engine.adapter_ranks,
             engine.kv_cache_tokens,
+            memory_limits=engine.memory_limits,
         )
     )
     _serve(pipe, engine)
@@ -50,7 +52,7 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     while True:
-        while not engine.busy or pipe.waiting():
+        while pipe.waiting(0 if engine.busy else LOOK_S):
             call = pipe.receive()
             if call is None:
                 return
@@ -60,8 +62,10 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
                     pipe.send(answer)
             except Exception as error:
                 pipe.fail(call.number, error)
+        engine.spare()
         # An exception that is no request's ends the engine: the front starts another.
-        pipe.send_all(engine.step())
+        if engine.busy:
+            pipe.send_all(engine.step())
 
 
 if __name__ == "__main__":

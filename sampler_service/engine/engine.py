@@ -28,7 +28,14 @@ from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_tokens
 from sampler_service.engine.faults import error_of_call
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.loaded_adapters import LoadedAdapters
-from sampler_service.engine.memory import affordable_ranks, cache_blocks, host_bytes, within
+from sampler_service.engine.memory import (
+    Sparing,
+    affordable_ranks,
+    cache_size,
+    host_bytes,
+    rank_bytes,
+    within,
+)
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
@@ -57,13 +64,14 @@ class Engine:
         )
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(config, base)
-        blocks = cache_blocks(config, base, shapes.values())
+        blocks, kept = cache_size(config, base, shapes.values())
         self.kv_cache_tokens = blocks * BLOCK_TOKENS
         self.description = within(base.description, self.kv_cache_tokens)
         least = config.max_running_samples + jobs.CHUNK_TOKENS
         self.max_batch_tokens = config.max_batch_tokens or least
         self.base = base
-        self.adapters = LoadedAdapters(base, host_bytes(config))
+        host_adapters = host_bytes(config, base)
+        self.adapters = LoadedAdapters(base, host_adapters)
         cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
         decoder = (
             Decoder(
@@ -78,8 +86,16 @@ class Engine:
         )
         self.runner = Runner(base, cache, progress, decoder)
         self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
+        pool = BlockPool(blocks)
+        self.sparing = Sparing(pool, cache, kept) if base.device.type == "cpu" else None
+        self.memory_limits = {
+            "base": base.description.memory_bytes,
+            "kv_cache": blocks * cache.block_bytes,
+            "adapters": self.adapter_ranks * rank_bytes(base),
+            "host_adapters": host_adapters,
+        }
         self._scheduler = Scheduler(
-            BlockPool(blocks),
+            pool,
             max_running=config.max_running_samples,
             max_batch_tokens=self.max_batch_tokens,
         )
@@ -109,6 +125,11 @@ class Engine:
             case _:
                 raise AssertionError(f"unknown job {job!r}")
         return Reply(number, None)
+
+    def spare(self) -> None:
+        """Gives back what memory the cache does not need. To be called now and then."""
+        if self.sparing:
+            self.sparing.look()
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:

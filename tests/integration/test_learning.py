@@ -17,9 +17,8 @@ STEPS, BATCH_SIZE, HELD_OUT = 10, 8, 12
 def smollm2(tmp_path: Path) -> Iterator[mint.ServiceClient]:
     if not (MODEL / "SOURCE.md").exists():
         pytest.skip("`make model` has not made the embedded model")
-    flags = {"name": "SmolLM2-135M-Instruct", "kv_cache_tokens": 8192}  # more takes 10 s to clear
     with (
-        running_services(MODEL, tmp_path, **flags) as services,
+        running_services(MODEL, tmp_path, name="SmolLM2-135M-Instruct") as services,
         mint.ServiceClient(base_url=services.trainer) as service,
     ):
         yield service

@@ -1,6 +1,7 @@
 """Both services under one command, on a tiny model."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -8,12 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import psutil
 
+import mint
+from mint import types
 from mintrpc.v1 import model_pb2, model_pb2_grpc
 
 LIMIT_S = 120.0
@@ -74,6 +79,43 @@ def test_both_services_serve_until_ctrl_c(qwen3_folder: Path, tmp_path: Path) ->
     log = (tmp_path / "log").read_text()
     assert f"connect with MINT_BASE_URL=http://{addresses['trainer']['address']}" in log
     assert "Traceback" not in log
+
+
+def test_two_pairs_run_side_by_side_each_in_its_folder(qwen3_folder: Path, tmp_path: Path) -> None:
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+    with serving(qwen3_folder, folders[0]) as one, serving(qwen3_folder, folders[1]) as two:
+        ports = {service["address"] for _, pair in (one, two) for service in pair.values()}
+        assert len(ports) == 4
+        for process, addresses in (one, two):
+            with mint.ServiceClient(
+                base_url=f"http://{addresses['trainer']['address']}"
+            ) as service:
+                training = service.create_lora_training_client(rank=8)
+                sampler = training.save_weights_and_get_sampling_client()
+                prompt = types.ModelInput.from_ints([5, 6, 7])
+                wish = types.SamplingParams(max_tokens=2)
+                assert sampler.sample(prompt, 1, wish).result(LIMIT_S).sequences
+            page = urlopen(f"http://{addresses['sampler']['metrics_address']}/metrics").read()
+            assert b'mint_memory_limit_bytes{of="kv_cache"}' in page
+            process.send_signal(signal.SIGINT)
+            assert process.wait(LIMIT_S) == 0
+    for folder in folders:
+        log = (folder / "log").read_text()
+        assert f"store={folder / 'store'}" in log
+        assert re.search(r"sampler takes up to .* GiB of memory as it is needed: base .*kv_c", log)
+        assert re.search(r"trainer takes up to .*: snapshots .*rows .*passes", log)
+
+
+def test_make_serve_moves_all_four_ports() -> None:
+    words = subprocess.run(
+        ["make", "--dry-run", "serve", "PORT=50061"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ports = dict(pairwise(words))
+    names = ("trainer-address", "sampler-address")
+    names += ("trainer-metrics-address", "sampler-metrics-address")
+    assert [ports[f"--{name}"] for name in names] == [f"127.0.0.1:{50061 + i}" for i in range(4)]
 
 
 def test_when_one_service_ends_so_does_the_other(qwen3_folder: Path, tmp_path: Path) -> None:

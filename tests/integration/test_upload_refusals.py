@@ -127,6 +127,11 @@ BROKEN: dict[str, tuple[Break, str, str]] = {  # how, field, words
         WEIGHTS,
         "as I8; tensors must be of",
     ),
+    "several_adapters": (
+        add(f"{Q_PROJ}.lora_A.second.weight"),
+        WEIGHTS,
+        "several adapters, as `lora_A.weight`, `lora_A.second.weight` tell",
+    ),
     "no_such_layer": (
         add("base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"),
         WEIGHTS,

@@ -8,7 +8,7 @@ import torch
 
 import mint
 from mint import types
-from tests.peft_folders import PROMPT, change_config, peft_logprobs, save_adapter
+from tests.peft_folders import PROMPT, change_config, change_tensors, peft_logprobs, save_adapter
 from tests.services import SERVED_NAME, Services
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -54,6 +54,22 @@ def test_an_upload_computes_what_peft_does(
     assert config.alpha == KINDS[kind].get("lora_alpha", 8)
     assert config.use_rslora == KINDS[kind].get("use_rslora", False)
     assert config.target_modules == checkpoint.lora_config.target_modules
+
+
+@pytest.mark.parametrize("adapter", ["default", "my-adapter"])
+def test_keys_may_hold_the_adapters_name(
+    adapter: str, services: Services, service: mint.ServiceClient, tmp_path: Path
+) -> None:
+    folder = save_adapter(services.model, tmp_path / "theirs", **KINDS["rslora"])
+    expected = peft_logprobs(services.model, folder)
+
+    def name_it(found: dict[str, torch.Tensor]) -> None:
+        for key in list(found):
+            found[key.replace(".weight", f".{adapter}.weight")] = found.pop(key)
+
+    change_tensors(folder, name_it)
+    training = service.create_training_client_from_state(upload(service, folder).path)
+    assert logprobs(training) == pytest.approx(expected, abs=2e-5)
 
 
 def test_the_run_of_an_upload_trains_only_once_it_is_loaded(

@@ -175,6 +175,24 @@ def test_sequences_sent_away_come_back_with_the_same_samples(
         boundaries.assert_same(ours, whole, prompt, seed=i)
 
 
+def test_a_cache_that_gives_all_back_it_can_changes_no_bit(qwen3_folder: Path) -> None:
+    prompts = [random_tokens(20 + i, n) for i, n in enumerate((3, 40, CHUNK_TOKENS + 50, 300))]
+    wishes = [
+        {"prompt": prompt, "max_tokens": 40, "num_samples": 3, "seed": i}
+        for i, prompt in enumerate(prompts)
+    ]
+    whole, sparing = SamplerEngine(qwen3_folder), SamplerEngine(qwen3_folder)
+    expected = [bits(whole.generate(**wish)) for wish in wishes]  # type: ignore[arg-type]
+    assert sparing.engine.sparing
+    for _ in range(2):  # nothing is found again
+        numbers = [sparing.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+        while sparing.engine.busy:
+            sparing.engine.sparing.spare(0)
+            sparing.step()
+        assert [bits(sparing.answer(number)) for number in numbers] == expected
+        sparing.engine.sparing.spare(0)
+
+
 def joined(parts: list[SamplePart]) -> tuple[Continuation, ...]:
     """The continuations that the parts add up to. Nothing comes after a stop reason."""
     samples: dict[int, list[SamplePart]] = {}

@@ -37,7 +37,9 @@ def main() -> None:
     except Exception as error:
         pipe.fail(0, error)
         return
-    pipe.send(Hello(engine.description, engine.max_batch_tokens))
+    pipe.send(
+        Hello(engine.description, engine.max_batch_tokens, memory_limits=engine.memory_limits)
+    )
     _serve(pipe, engine)
 
 

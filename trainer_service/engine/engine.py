@@ -19,7 +19,7 @@ from mint_core.model.loading import LoadedBase, load_base
 from trainer_service import jobs
 from trainer_service.config import TrainerConfig
 from trainer_service.engine import saving
-from trainer_service.engine.memory import budget_bytes, lengths, measure
+from trainer_service.engine.memory import budget_bytes, lengths, measure, most_bytes
 from trainer_service.engine.optimizer import largest, step_rows
 from trainer_service.engine.packing import pack
 from trainer_service.engine.row_files import RowFiles
@@ -57,9 +57,11 @@ class Engine:
         self._saved_rows = config.saved_row_folder
         self._progress = progress
         device = self.base.device
+        rows = config.row_memory_bytes or device_limit_bytes(device)
+        host_rows = config.host_row_memory_bytes or host_limit_bytes(device)
         self._rows = Rows(
-            config.row_memory_bytes or device_limit_bytes(device),
-            host_limit_bytes=config.host_row_memory_bytes or host_limit_bytes(device),
+            rows,
+            host_limit_bytes=host_rows,
             files=RowFiles(config.idle_row_folder, progress),
             progress=progress,
         )
@@ -67,6 +69,13 @@ class Engine:
         self.lengths = lengths(memory, budget_bytes(device), device.type)
         self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
         self.description = _within(self.base.description, self.lengths.document_tokens)
+        most_tokens = max(self.max_batch_tokens, self.description.context_length)
+        self.memory_limits = {
+            "base": self.description.memory_bytes,
+            "rows": rows,
+            "host_rows": host_rows,
+            "passes": most_bytes(memory, self.lengths, most_tokens),
+        }
         self._handlers: Mapping[type, Callable[[Any], object]] = {
             jobs.Plan: self._plan,
             jobs.StepRows: self._step,

@@ -146,6 +146,12 @@ def lengths(memory: ActivationMemory, budget_bytes: int, device: str) -> Lengths
     return Lengths(batch, kept, _round_down(whole, 3))
 
 
+def most_bytes(memory: ActivationMemory, lengths: Lengths, most_tokens: int) -> int:
+    """What a pass over up to so many tokens takes at most."""
+    kept = min(lengths.kept_tokens, most_tokens)
+    return max(memory.pass_bytes(kept), memory.recomputed_pass_bytes(most_tokens))
+
+
 def budget_bytes(device: torch.device) -> int:
     """Memory at hand for the activations of a pass."""
     if device.type == "cuda":

@@ -42,23 +42,40 @@ class BlockPool:
         self._keys: dict[int, list[bytes]] = {}  # of each block with any
         self._kept_tokens: dict[int, int] = {}  # how many of its tokens the longest key stands for
         self._idle: OrderedDict[int, None] = OrderedDict()  # free with a key, oldest release first
-        # Free without; the last one is taken first: it is warm. The memory of those that were never
-        # taken is not in use.
-        self._blank = list(reversed(range(size)))
+        self._blank: list[int] = []  # free without, and once written; the last is taken first
+        self._unused = list(reversed(range(size)))  # never written, or given back: no memory
 
     @property
     def free(self) -> int:
         return self.size - len(self._holders)
 
+    @property
+    def used(self) -> int:
+        """How many have memory: those that are held, kept, or were."""
+        return self.size - len(self._unused)
+
     def take(self) -> int:
         """A block that nobody holds, for something new."""
         assert self.free, "take() needs a free block"
-        if self._blank:
-            block = self._blank.pop()
-        else:
-            block, _ = self._idle.popitem(last=False)
-            self.forget(block)
+        blank = self._blank or self._unused
+        block = blank.pop() if blank else self._evict()
         self._holders[block] = 1
+        return block
+
+    def give_back(self, most: int) -> list[int]:
+        """Up to so many blocks that nobody holds, whose memory is not needed: in order, and what
+        was kept longest ago is forgotten first.
+        """
+        given = [
+            self._blank.pop() if self._blank else self._evict()
+            for _ in range(min(most, len(self._blank) + len(self._idle)))
+        ]
+        self._unused = sorted([*self._unused, *given], reverse=True)  # the first taken first
+        return sorted(given)
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        self.forget(block)
         return block
 
     def hold(self, blocks: Sequence[int]) -> None:

@@ -107,8 +107,11 @@ class CachedAttention:
                 first = 0 if window is None else max(0, rows.tokens - window) // BLOCK_TOKENS
                 size = filled_up(blocks_for(rows.tokens) - first)
                 by_size.setdefault(size, []).append((rows, first))
-            groups = [self._group(size, members, window) for size, members in by_size.items()]
-            self._groups[window] = groups
+            groups = self._groups[window] = []
+            for size, members in by_size.items():
+                most = max(1, self._cache.room_blocks // size)
+                for at in range(0, len(members), most):
+                    groups.append(self._group(size, members[at : at + most], window))
         return self._groups[window]
 
     def _group(

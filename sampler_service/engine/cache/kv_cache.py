@@ -1,6 +1,8 @@
 """Keys and values of what was computed, in blocks."""
 
-from collections.abc import Sequence
+import math
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+
+ROOM_BYTES = 64 * 2**20  # into which blocks of several sequences are gathered at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +57,42 @@ class KvCache:
 
     All is finite at any time but for what a broken adapter computed: whoever starts a block clears
     it first, so that what is read and masked in one pass with others' tokens does them no harm. On
-    a CPU the system gives a block memory when it is first written.
+    a CPU the system gives a block memory when it is first written, and `give_back` returns it.
     """
 
     def __init__(self, shapes: dict[int, LayerShape], blocks: int, device: torch.device) -> None:
         def zeros(shape: LayerShape, size: int) -> Tensor:
-            return torch.zeros(
-                (blocks, BLOCK_TOKENS, shape.heads, size), dtype=shape.dtype, device=device
-            )
+            dimensions = blocks, BLOCK_TOKENS, shape.heads, size
+            if device.type != "cpu":
+                return torch.zeros(dimensions, dtype=shape.dtype, device=device)
+            # Not torch's own zeros, which may be written as such, all at once.
+            size_bytes = math.prod(dimensions) * shape.dtype.itemsize
+            pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._pages.append((pages, size_bytes // blocks))
+            return torch.frombuffer(pages, dtype=shape.dtype).view(dimensions)
 
+        self._pages: list[tuple[mmap.mmap, int]] = []  # with the bytes of a block
         self._layers = {
             index: (zeros(shape, shape.key_size), zeros(shape, shape.value_size))
             for index, shape in shapes.items()
         }
         # Where blocks are gathered: fresh memory for it would be paged in for every layer.
         self._rooms: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self.block_bytes = BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes.values())
+        self.room_blocks = ROOM_BYTES // max(
+            part[0].nbytes for layer in self._layers.values() for part in layer
+        )
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Returns the memory of blocks, in order, to the system. They hold zeros then, or what they
+        held.
+        """
+        for pages, block_bytes in self._pages:
+            for first, stop in _runs(blocks):
+                start = -(-first * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                size_bytes = stop * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE - start
+                if size_bytes > 0:
+                    pages.madvise(mmap.MADV_DONTNEED, start, size_bytes)
 
     def layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, as they lie."""
@@ -115,3 +140,12 @@ class KvCache:
         if room is None or len(room) < len(blocks):
             room = self._rooms[name] = part.new_empty(2 * len(blocks), *part.shape[1:])
         return torch.index_select(part, 0, blocks, out=room[: len(blocks)])
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where rising numbers follow each other: the first and one beyond the last."""
+    first = 0
+    for at in range(1, len(numbers) + 1):
+        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
+            yield numbers[first], numbers[at - 1] + 1
+            first = at

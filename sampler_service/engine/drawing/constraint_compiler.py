@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mint_core.errors import InvalidRequest, MintError
 from sampler_service.engine.drawing.constraint_trial import ConstraintTrial, limits
+from sampler_service.engine.drawing.key_patterns import key_patterns, matches_more
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint
 
@@ -27,6 +28,10 @@ MASK_THREADS = 2
 MAX_REASON = 300  # characters of a refusal that may quote the constraint
 # Between JSON's own characters: enough to indent by, and not for ever.
 WHITESPACE = r"[ \n\t\r]{1,32}"
+CANNOT_TELL = (
+    "that nothing matches two options of its `oneOf` cannot be seen; say `anyOf`, or have each "
+    "require a property with a `const` of its own"
+)
 
 
 class ConstraintCompiler:
@@ -49,20 +54,37 @@ class ConstraintCompiler:
 
     def _compile(self, constraint: Constraint) -> "CompiledConstraint":
         # Here, since nothing else needs it: images of GPU machines may lack it.
-        from llguidance import LLMatcher
+        from llguidance import LLTokenizer
 
-        grammar = LLMatcher.grammar_from_lark(_lark(constraint))
-        tokens = self._trying.submit(self._try, grammar).result()
-        if tokens is None:
-            raise _refusal(constraint, "to compile it takes more than the server has for it")
-        matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits())
+        matcher = self._matcher(constraint)
         compiled = CompiledConstraint(constraint, self._size, matcher, self._masking)
-        if problem := _trouble(matcher) or "; ".join(matcher.get_grammar_warnings()):
-            raise compiled.refusal(problem)
+        schema = json.loads(constraint.text) if constraint.kind == "json_schema" else None
+        for pattern, keys in key_patterns(schema):
+            text = json.dumps({"type": "string", "pattern": pattern})
+            own = self._matcher(replace(constraint, text=text), LLTokenizer("byte"))
+            if not matches_more(own, keys):
+                raise compiled.refusal(
+                    f"{json.dumps(pattern)} in `patternProperties` matches no key that "
+                    "`properties` does not name; say under those names what it says of them, and "
+                    "leave the pattern out"
+                )
         compiled.first.set_result(matcher.compute_bitmask())
         if matcher.is_error():  # there is no first token, or looking for it takes too long
             raise compiled.refusal(_trouble(matcher))
         return compiled
+
+    def _matcher(self, constraint: Constraint, tokens: "LLTokenizer | None" = None) -> "LLMatcher":
+        """Of texts in the model's tokens, or in others."""
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_lark(_lark(constraint))
+        own = self._trying.submit(self._try, grammar).result()
+        if own is None:
+            raise _refusal(constraint, "to compile it takes more than the server has for it")
+        matcher = LLMatcher(tokens or own, grammar, log_level=0, limits=limits())
+        if problem := _trouble(matcher) or "; ".join(matcher.get_grammar_warnings()):
+            raise _refusal(constraint, problem)
+        return matcher
 
     def _try(self, grammar: str) -> "LLTokenizer | None":
         """What the grammar may be compiled with, or None if it may not."""
@@ -173,5 +195,7 @@ def _lark(constraint: Constraint) -> str:
 
 def _readable(problem: str) -> str:
     """A problem without its place in llguidance's language, which the caller has not written."""
+    if "coerce_one_of" in problem:
+        return CANNOT_TELL
     words = re.split(r"\n\s*\d+ \| ", problem)[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", words).split())[:MAX_REASON]

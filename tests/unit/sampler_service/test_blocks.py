@@ -93,11 +93,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(blocks)
         self.released += [block for block in blocks if block not in self.held()]
 
+    @rule(most=st.integers(0, SIZE))
+    def give_back(self, most: int) -> None:
+        kept = set(self.keys.values())
+        oldest = [block for block in self.released if block in kept]
+        blank = self.pool.used - len(self.held()) - len(oldest)
+        given = self.pool.give_back(most)
+        assert len(given) == min(most, blank + len(oldest))
+        forgotten = oldest[: max(0, most - blank)]
+        assert given == sorted(given)
+        assert set(forgotten) <= set(given)
+        assert self.held().isdisjoint(given)
+        self.released = [block for block in self.released if block not in given]
+        self.keys = {key: b for key, b in self.keys.items() if b not in forgotten}
+
     @invariant()
     def it_agrees(self) -> None:
         held = self.held()
         assert self.pool.free == SIZE - len(held)
         assert self.pool.count_free(range(SIZE)) == self.pool.free
+        assert len(held) <= self.pool.used <= SIZE
+        assert all(self.pool.find(key) is not None for key in self.keys)
         for block in held:
             assert self.pool.shared(block) == (sum(block in h for h in self.holders) > 1)
         for key, block in self.keys.items():

@@ -24,6 +24,7 @@ SIZE = VOCABULARY_SIZE + 7  # of the model: the tokenizer knows fewer
 TIMEOUT_S = 60.0
 ALPHABET = ("a", "b", "é", "/", '"', "\n", " ")
 LONGEST = 4  # characters of a match
+LIKELY = [bytes([byte]) for byte in b'{}":,abc135']  # of a random text that is to end
 REGEXES = (
     "ab|a{0,3}",
     "(a|b){2}é?",
@@ -158,6 +159,13 @@ def test_random_walks_through_a_schema_end_in_what_it_describes(
         ("json_schema", {"if": {}, "then": {}}, "Unimplemented keys"),
         ("json_schema", [], "must be an object"),
         ("json_schema", {"type": "string", "pattern": "("}, "unclosed group"),
+        ("json_schema", {"maxLength": 3.5}, "Expected positive integer for 'maxLength'"),
+        ("json_schema", {"oneOf": [{"type": "number"}, {"minimum": 3}]}, "say `anyOf`, or have"),
+        (
+            "json_schema",
+            {"items": {"properties": {"a": {}, '"': {}}, "patternProperties": {'^["a]$': {}}}},
+            r'"\^\[\\"a\]\$" in `patternProperties` matches no key that `properties` does not',
+        ),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(
@@ -167,6 +175,28 @@ def test_what_cannot_be_followed_is_refused_by_name(
         compiled(compiler, kind, text)
     assert caught.value.metadata["field"] == f"sampling_params.{kind}"
     assert "llguidance" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["^a", "^[abc]$", "b", "^.?$"])
+def test_patterns_that_match_other_keys_too_are_followed_to_the_end(
+    compiler: ConstraintCompiler, vocabulary: Vocabulary, pattern: str
+) -> None:
+    named = {"a": {"type": "integer", "maximum": 7}, "b": {"type": "integer", "minimum": 3}}
+    schema = {"properties": named, "patternProperties": {pattern: {"type": "integer"}}}
+    schema |= {"type": "object", "additionalProperties": False}
+    constraint = compiled(compiler, "json_schema", schema)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        text, so_far = ConstrainedText(constraint, [END]), b""
+        while not (allowed := text.allowed())[END]:
+            likely = [t for t in np.flatnonzero(allowed) if vocabulary.bytes_of(t) in LIKELY]
+            token = int(rng.choice(likely or np.flatnonzero(allowed)))
+            text.add(token)
+            so_far += vocabulary.bytes_of(token)
+        value = json.loads(so_far)
+        assert all(key in named or re.search(pattern, key) for key in value)
+        assert value.get("a", 0) <= 7
+        assert value.get("b", 3) >= 3
 
 
 class Letters:

@@ -50,6 +50,81 @@ def test_what_cannot_be_a_constraint_is_refused_by_name(fields: dict[str, str], 
     assert caught.value.metadata["field"] == f"sampling_params.{next(iter(fields))}"
 
 
+def read_schema(schema: object) -> object:
+    constraint = parsed(json_schema=json.dumps(schema))
+    assert constraint is not None
+    return json.loads(constraint.text)
+
+
+def test_counts_may_be_whole_numbers_of_any_spelling() -> None:
+    schema = {
+        "properties": {"maxLength": {"type": "string", "maxLength": 3.0}},
+        "minItems": 1.0,
+        "const": {"maxItems": 2.0},
+        "maxItems": 2.5,
+    }
+    read = json.dumps(read_schema(schema))
+    assert read == json.dumps(schema).replace("3.0", "3").replace("1.0", "1")
+
+
+def tagged(tag: object, **more: object) -> dict[str, object]:
+    return {"type": "object", "properties": {"k": tag, **more}, "required": ["k"]}
+
+
+ONE, TWO = {"const": 1}, {"const": 2}
+REFERRED = {"a": tagged(ONE), "b": {"$ref": "#/$defs/c~1d"}, "c/d": tagged({"enum": [2, 3]})}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [ONE, TWO, {"const": True}, {"const": "1"}, {"const": None}, {"const": [1]}],
+        [{"enum": [1, 2]}, {"enum": [3.5, {"a": 1}]}, {"const": {"a": 2}}],
+        [tagged(ONE), tagged(TWO), {"type": "array"}],
+        [tagged(ONE), tagged({"type": "string"}), tagged({"type": "integer", "minimum": 2})],
+        [tagged(tagged(ONE)), tagged(tagged(TWO))],
+        [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+        [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 6, "maximum": 9}],
+        [{"type": "number", "exclusiveMaximum": 5}, {"type": "number", "minimum": 5.0}],
+        [{"type": ["integer", "null"], "maximum": 5}, {"const": 6}, {"type": "string"}],
+        [],
+    ],
+)
+def test_options_that_exclude_each_other_are_any_of_them(options: list[object]) -> None:
+    schema = {"items": {"oneOf": options}, "$defs": REFERRED}
+    assert read_schema(schema) == {"items": {"anyOf": options}, "$defs": REFERRED}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [ONE, {"const": 1.0}],
+        [{"enum": [1, 2]}, {"enum": [2, 3]}],
+        [{"type": "number"}, {"type": "integer"}],
+        [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 5}],
+        [{"type": "integer", "maximum": 5}, {"minimum": 6}, {"type": "string"}],
+        [{"type": "integer", "maximum": 5}, {"const": 4}],
+        # What is no object matches both.
+        [{"properties": {"k": ONE}, "required": ["k"]}, {"properties": {"k": TWO}}],
+        [{**tagged(ONE), "required": []}, {**tagged(TWO), "required": []}],
+        [{"$ref": "#/$defs/loop"}, ONE],
+        [{"$ref": "elsewhere"}, {"type": "string"}],
+        [True, ONE],
+        [{"type": "object", "required": [["k"]], "properties": [3]}, {"type": "object"}],
+        [{"type": "integer", "minimum": i} for i in range(400)],
+        ONE,
+    ],
+)
+def test_options_that_may_share_a_match_are_left_to_the_compiler(options: object) -> None:
+    schema = {"oneOf": options, "$defs": {"loop": {"$ref": "#/$defs/loop"}}}
+    assert read_schema(schema) == schema
+
+
+def test_what_only_looks_like_a_schema_is_left_alone() -> None:
+    schema = {"const": {"oneOf": [ONE, TWO]}, "properties": {"oneOf": {"type": "string"}}}
+    assert read_schema(schema) == schema
+
+
 def test_a_constraint_needs_a_token_that_ends_what_matches() -> None:
     with pytest.raises(InvalidRequest, match="ignore_eos"):
         parsed(Stops(texts=("x",)), regex="a")
