@@ -10,6 +10,7 @@ from sampler_service.config import SamplerConfig
 from sampler_service.engine.engine import Engine
 
 HEARTBEAT_S = 1.0
+ACCEPTING_S = 0.01  # about, between two passes: what goes on waits for no flood of what comes
 
 
 class Pulse:
@@ -50,16 +51,19 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     while True:
-        while not engine.busy or pipe.waiting():
+        spent_s = 0.0
+        while not engine.busy or (spent_s < ACCEPTING_S and pipe.waiting()):
             call = pipe.receive()
             if call is None:
                 return
+            started_s = time.monotonic()
             try:
                 answer = engine.accept(call.number, call.job)
                 if call.number and answer is not None:
                     pipe.send(answer)
             except Exception as error:
                 pipe.fail(call.number, error)
+            spent_s += time.monotonic() - started_s
         # An exception that is no request's ends the engine: the front starts another.
         pipe.send_all(engine.step())
 
