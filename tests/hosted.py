@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -98,10 +100,14 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(keys: KeyRing | None = None) -> AsyncIterator[Served]:
+async def serving(keys: KeyRing | None = None, quotas: Path | None = None) -> AsyncIterator[Served]:
     metrics = Metrics()
     server = RpcServer(
-        "127.0.0.1:0", keys=keys, metrics=metrics, max_message_bytes=MAX_MESSAGE_BYTES
+        "127.0.0.1:0",
+        keys=keys,
+        metrics=metrics,
+        quotas=QuotaBook(quotas, metrics),
+        max_message_bytes=MAX_MESSAGE_BYTES,
     )
     trainer = Trainer()
     server.add(
