@@ -22,8 +22,8 @@ def new_key(tenant: str, keys: Path) -> str:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A trainer that demands keys, and the keys of two tenants."""
     folder = tmp_path_factory.mktemp("guarded")
-    keys = {tenant: new_key(tenant, folder / "keys") for tenant in ("ada", "bob", "cid")}
-    (folder / "quotas").write_text("[tenant.cid]\nruns = 1\n")
+    keys = {tenant: new_key(tenant, folder / "keys") for tenant in ("ada", "bob", "cid", "dan")}
+    (folder / "quotas").write_text("[tenant.cid]\nruns = 1\n[tenant.dan]\nrow_gib = 0\n")
     with running_summing_trainer(folder, keys=folder / "keys", quotas=folder / "quotas") as trainer:
         yield trainer.address, keys
 
@@ -80,3 +80,16 @@ def test_a_tenant_has_as_many_runs_as_its_quota_says(guarded: tuple[str, dict[st
         client.create_lora_training_client(rank=1)
     with mint.ServiceClient(base_url=address, api_key=keys["ada"]) as other:
         other.create_lora_training_client(rank=1)
+
+
+def test_a_tenants_rows_are_as_large_as_its_quota_says(
+    guarded: tuple[str, dict[str, str]],
+) -> None:
+    address, keys = guarded
+    with mint.ServiceClient(base_url=address, api_key=keys["dan"]) as client:
+        run = client.create_lora_training_client(rank=1)  # one is never too large
+        with pytest.raises(mint.RateLimitError, match="`row_gib` of this server") as caught:
+            client.create_lora_training_client(rank=1)
+        assert caught.value.reason == "QUOTA_EXCEEDED"
+        client.delete_training_run(run.training_run_id)
+        client.create_lora_training_client(rank=1)

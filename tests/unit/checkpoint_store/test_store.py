@@ -1,6 +1,8 @@
 """Names, revisions, tenants, deletion."""
 
+import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -259,3 +261,20 @@ def test_a_bad_name_is_refused_before_anything_is_written(publish: Publish, tmp_
     with pytest.raises(InvalidRequest, match=r"`name` '\.\./x' cannot name a checkpoint"):
         publish("../x")
     assert not (tmp_path / "store").exists()
+
+
+async def test_those_who_must_not_block_wait_for_no_other_threads(
+    store: CheckpointStore, publish: Publish
+) -> None:
+    """Of the loop's own executor, where other work may take all places."""
+    publish()
+    gate, executor = threading.Event(), ThreadPoolExecutor(1)
+    loop = asyncio.get_running_loop()
+    held = loop.run_in_executor(executor, gate.wait)
+    loop.set_default_executor(executor)
+
+    (found,) = await store.in_turn("t", store.list, tenant="t")
+
+    gate.set()
+    await held
+    assert found.name == "a"
