@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
+from tests.busy_threads import no_thread_free
 from tests.hosted import LIMIT_S, RUN, Served, details, reason, refused, serving
 
 
@@ -103,15 +103,9 @@ async def test_what_is_large_is_parsed_by_threads_of_its_own(
         return real(*arguments)
 
     monkeypatch.setattr(interceptors, "parse", watched)
-    gate, executor = threading.Event(), ThreadPoolExecutor(1)
-    asyncio.get_running_loop().set_default_executor(executor)
-    held = asyncio.get_running_loop().run_in_executor(None, gate.wait)
-    try:
+    async with no_thread_free():
         await served.stub.ForwardBackward(LARGE)
         await served.stub.OptimStep(trainer_pb2.OptimStepRequest())
-    finally:
-        gate.set()
-        await held
 
     assert names[0].startswith("parsing")
     assert names[1] == threading.current_thread().name

@@ -1,8 +1,6 @@
 """Names, revisions, tenants, deletion."""
 
-import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from mint_core.errors import (
     InvalidRequest,
 )
 from mint_core.lora.spec import lora_a_name
+from tests.busy_threads import no_thread_free
 from tests.checkpoint_files import parts_of, same
 from tests.unit.checkpoint_store.conftest import SPEC, Publish, adapter
 
@@ -268,13 +267,8 @@ async def test_those_who_must_not_block_wait_for_no_other_threads(
 ) -> None:
     """Of the loop's own executor, where other work may take all places."""
     publish()
-    gate, executor = threading.Event(), ThreadPoolExecutor(1)
-    loop = asyncio.get_running_loop()
-    held = loop.run_in_executor(executor, gate.wait)
-    loop.set_default_executor(executor)
 
-    (found,) = await store.in_turn("t", store.list, tenant="t")
+    async with no_thread_free():
+        (found,) = await store.in_turn("t", store.list, tenant="t")
 
-    gate.set()
-    await held
     assert found.name == "a"

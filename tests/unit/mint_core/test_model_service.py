@@ -1,13 +1,11 @@
 """What is said of the served model, and what that waits for."""
 
-import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from mint_core.rpc.model_service import ModelServicer
 from mintrpc.v1 import model_pb2
+from tests.busy_threads import no_thread_free
 from tests.unit.trainer_service.models import MODEL
 
 
@@ -18,13 +16,8 @@ async def test_what_is_known_is_answered_though_no_thread_is_free(tmp_path: Path
     servicer = ModelServicer(lambda: model, lambda: True, offer)
     request = model_pb2.GetServerCapabilitiesRequest()
     first = await servicer.GetServerCapabilities(request, None)
-    gate, executor = threading.Event(), ThreadPoolExecutor(1)
-    loop = asyncio.get_running_loop()
-    held = loop.run_in_executor(executor, gate.wait)
-    loop.set_default_executor(executor)
 
-    assert await servicer.GetServerCapabilities(request, None) == first
+    async with no_thread_free():
+        assert await servicer.GetServerCapabilities(request, None) == first
 
-    gate.set()
-    await held
     assert first.base_models[0].tokenizer_fingerprint
