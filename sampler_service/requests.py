@@ -10,7 +10,12 @@ import numpy as np
 from checkpoint_store import SAMPLER_WEIGHTS, parse_path
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
-from mint_core.rpc.limits import MAX_SAMPLES_PER_REQUEST, MAX_TARGETS, MAX_TOPK_LOGPROBS
+from mint_core.rpc.limits import (
+    MAX_SAMPLES_PER_REQUEST,
+    MAX_STOP_BYTES,
+    MAX_TARGETS,
+    MAX_TOPK_LOGPROBS,
+)
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.constraint_parsing import parse_constraint
 from sampler_service.jobs import Choice, Sampling, Stops, Tokens
@@ -267,6 +272,14 @@ def _stops(params: sampler_pb2.SamplingParams, model: ModelDescription) -> Stops
                 "out",
                 field=f"sampling_params.stop[{i}]",
             )
+    size_bytes = sum(len(text.encode()) for text in params.stop)
+    if size_bytes > MAX_STOP_BYTES:  # the engine reads them all before anything else
+        raise InvalidRequest(
+            f"`sampling_params.stop` has {size_bytes} bytes in all but at most {MAX_STOP_BYTES} "
+            "are taken; shorten it",
+            field="sampling_params.stop",
+            size_bytes=size_bytes,
+        )
     ends: Iterable[int] = () if params.ignore_eos else model.eos_token_ids
     return Stops(token_ids=frozenset({*ids.tolist(), *ends}), texts=tuple(params.stop))
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from mint_core.rpc.door import Door, TenantBy
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
+from mint_core.rpc.quotas import QuotaBook
 from mint_core.rpc.tls import Tls
 from mintrpc.v1 import (
     checkpoint_pb2,
@@ -104,6 +106,7 @@ async def serving(
     keys: KeyRing | None = None,
     tls: Tls | None = None,
     *,
+    quotas: Path | None = None,
     tenant_by: TenantBy = "auto",
     max_connections: int | None = None,
 ) -> AsyncIterator[Served]:
@@ -113,6 +116,7 @@ async def serving(
         door=Door(keys, tls, tenant_by),
         tls=tls,
         metrics=metrics,
+        quotas=QuotaBook(quotas, metrics),
         max_message_bytes=MAX_MESSAGE_BYTES,
         max_connections=max_connections,
     )

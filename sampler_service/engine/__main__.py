@@ -11,6 +11,7 @@ from sampler_service.engine.engine import Engine
 from sampler_service.engine.memory import LOOK_S
 
 HEARTBEAT_S = 1.0
+ACCEPTING_S = 0.01  # about, between two passes: what goes on waits for no flood of what comes
 
 
 class Pulse:
@@ -52,16 +53,19 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     while True:
-        while pipe.waiting(0 if engine.busy else LOOK_S):
+        spent_s = 0.0
+        while spent_s < ACCEPTING_S and pipe.waiting(0 if engine.busy else LOOK_S):
             call = pipe.receive()
             if call is None:
                 return
+            started_s = time.monotonic()
             try:
                 answer = engine.accept(call.number, call.job)
                 if call.number and answer is not None:
                     pipe.send(answer)
             except Exception as error:
                 pipe.fail(call.number, error)
+            spent_s += time.monotonic() - started_s
         engine.spare()
         # An exception that is no request's ends the engine: the front starts another.
         if engine.busy:

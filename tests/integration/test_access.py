@@ -85,3 +85,16 @@ def test_a_tenant_has_as_many_runs_as_its_quota_says(guarded: tuple[str, dict[st
             client.create_lora_training_client(rank=1)
     with mint.ServiceClient(base_url=address, api_key=keys["ada"]) as other:
         other.create_lora_training_client(rank=1)
+
+
+def test_a_tenants_rows_are_as_large_as_its_quota_says(
+    guarded: tuple[str, dict[str, str]],
+) -> None:
+    address, keys = guarded
+    with mint.ServiceClient(base_url=address, api_key=keys["dan"]) as client:
+        run = client.create_lora_training_client(rank=1)  # one is never too large
+        with pytest.raises(mint.RateLimitError, match="`row_gib` of this server") as caught:
+            client.create_lora_training_client(rank=1)
+        assert caught.value.reason == "QUOTA_EXCEEDED"
+        client.delete_training_run(run.training_run_id)
+        client.create_lora_training_client(rank=1)

@@ -1,12 +1,15 @@
 """What surrounds every call, with a real server and a real channel."""
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -14,6 +17,7 @@ from mint_core.errors import (
     FailedPrecondition,
     TrainingRunNotFound,
 )
+from mint_core.rpc import interceptors
 from mint_core.rpc.access import KeyRing
 from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
@@ -22,7 +26,8 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
-from tests.hosted import LIMIT_S, RUN, Served, reason, refused, serving
+from tests.busy_threads import no_thread_free
+from tests.hosted import LIMIT_S, RUN, Served, details, reason, refused, serving
 from tests.keys import make_key
 
 
@@ -86,6 +91,66 @@ async def test_so_many_connections_are_taken_in_and_those_that_are_there_go_on()
         await served.stub.GetTrainingRun(RUN)
         for _, writer in others:
             writer.close()
+
+
+async def test_a_key_is_looked_at_before_the_body_comes(tmp_path: Path) -> None:
+    """A caller without one is answered though it has sent nothing but headers."""
+    make_key("alice", tmp_path / "keys")
+    coming = asyncio.get_running_loop().create_future()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield await coming
+
+    async with serving(KeyRing(tmp_path / "keys")) as served:
+        for method in ("TrainerService/ForwardBackward", "CheckpointService/UploadCheckpoint"):
+            call = served.channel.stream_unary(f"/mintrpc.v1.{method}")
+            error = await refused(call(body(), metadata=[("x-api-key", "sk-mint-wrong")]))
+            assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+LARGE = trainer_pb2.ForwardBackwardRequest(training_run_id="r", data=[{}] * 1000)
+LARGE.data[0].loss_fn_inputs["weights"].values = b"\0" * 100_000
+
+
+async def test_what_is_large_is_parsed_by_threads_of_its_own(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the event loop nor where others wait for disks and stores."""
+    real, names = interceptors.parse, list[str]()
+
+    def watched(*arguments: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return real(*arguments)
+
+    monkeypatch.setattr(interceptors, "parse", watched)
+    async with no_thread_free():
+        await served.stub.ForwardBackward(LARGE)
+        await served.stub.OptimStep(trainer_pb2.OptimStepRequest())
+
+    assert names[0].startswith("parsing")
+    assert names[1] == threading.current_thread().name
+
+
+async def test_a_tenant_has_so_many_calls_streams_and_bytes_under_way(tmp_path: Path) -> None:
+    quotas = tmp_path / "quotas"
+    watch = trainer_pb2.WatchTrainingRunRequest(training_run_id="r")
+    for quota, of_one, beyond in (
+        ("calls = 1", "calls", lambda served: served.stub.GetTrainingRun(RUN)),
+        ("streams = 1", "streams", lambda served: served.checkpoints.UploadCheckpoint(iter([]))),
+        ("request_mib = 0", "request_mib", lambda served: served.stub.ForwardBackward(LARGE)),
+    ):
+        quotas.write_text(quota)
+        async with serving(quotas=quotas) as served:
+            stream = served.stub.WatchTrainingRun(watch)
+            await stream.read()
+            error = await refused(beyond(served))
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert reason(error)[1]["quota"] == of_one
+            assert details(error, error_details_pb2.RetryInfo)
+            stream.cancel()
+            while not served.trainer.cancelled.is_set():
+                await asyncio.sleep(0.001)
+            await beyond(served)
 
 
 async def test_a_call_leaves_one_line(served: Served, call_log: pytest.LogCaptureFixture) -> None:

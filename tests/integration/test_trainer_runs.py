@@ -1,6 +1,7 @@
 """Runs are made, listed, changed and deleted."""
 
 import uuid
+from typing import Any
 
 import grpc
 import pytest
@@ -162,6 +163,28 @@ def test_a_run_can_be_deleted_with_its_checkpoints(run: RawRun) -> None:
     )
     assert error.code == grpc.StatusCode.NOT_FOUND
     assert error.metadata == {"path": path}
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/etc/passwd", "a\0b", "x" * 129, "-a", "a b"])
+def test_what_cannot_name_a_run_is_refused_by_every_rpc(trainer_stub: Stub, name: str) -> None:
+    """Before anything is looked for under it."""
+    service = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]
+    methods = [m for m in service.methods if "training_run_id" in m.input_type.fields_by_name]
+    assert len(methods) > 10
+    for method in methods:
+        fields = {"training_run_id": name}
+        known = method.input_type.fields_by_name
+        fields |= {"request_id": "id"} if "request_id" in known else {}
+        fields |= {"sequence": 1, "writer_epoch": 1} if "sequence" in known else {}  # type: ignore[dict-item]
+        request = getattr(trainer_pb2, method.input_type.name)(**fields)
+        call = getattr(trainer_stub, method.name)
+        error = refused(lambda *a, call=call, **o: list(streamed(call(*a, **o))), request)
+        assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "training_run_id")
+
+
+def streamed(answer: Any) -> Any:
+    """What a call answers with, one message or many."""
+    return answer if isinstance(answer, grpc.RpcContext) else [answer]
 
 
 def test_an_unknown_run(trainer_stub: Stub) -> None:

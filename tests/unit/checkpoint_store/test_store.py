@@ -14,6 +14,7 @@ from mint_core.errors import (
     InvalidRequest,
 )
 from mint_core.lora.spec import lora_a_name
+from tests.busy_threads import no_thread_free
 from tests.checkpoint_files import parts_of, same
 from tests.unit.checkpoint_store.conftest import SPEC, Publish, adapter
 
@@ -259,3 +260,15 @@ def test_a_bad_name_is_refused_before_anything_is_written(publish: Publish, tmp_
     with pytest.raises(InvalidRequest, match=r"`name` '\.\./x' cannot name a checkpoint"):
         publish("../x")
     assert not (tmp_path / "store").exists()
+
+
+async def test_those_who_must_not_block_wait_for_no_other_threads(
+    store: CheckpointStore, publish: Publish
+) -> None:
+    """Of the loop's own executor, where other work may take all places."""
+    publish()
+
+    async with no_thread_free():
+        (found,) = await store.in_turn("t", store.list, tenant="t")
+
+    assert found.name == "a"

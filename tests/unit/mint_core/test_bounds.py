@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given
 
 from mint_core.errors import InvalidRequest
@@ -163,6 +165,18 @@ def test_what_is_at_a_bound_is_taken_and_one_more_is_not(name: str) -> None:
         parse(type(refused).FromString, refused.SerializeToString())
     assert caught.value.field == field
     assert f"`{field}`" in caught.value.message
+
+
+@pytest.mark.parametrize("value", [1e39, -sys.float_info.max])
+def test_no_number_is_beyond_float32(value: float) -> None:
+    """Of any request: what the engine computes with is float32."""
+    doubles = {f for f in request_fields() if f.type == FieldDescriptor.TYPE_DOUBLE}
+    assert len(doubles) > 10
+    for field in doubles:
+        kind = GetMessageClass(field.containing_type)
+        raw = kind(**{field.name: value}).SerializeToString()
+        with pytest.raises(NotTaken, match=f"`{field.name}` is .* must be within 3.40282e"):
+            parse(kind.FromString, raw)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

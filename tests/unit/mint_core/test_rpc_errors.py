@@ -65,6 +65,19 @@ def test_whatever_the_text_the_headers_stay_small(text: str) -> None:
     assert in_header + len(status.SerializeToString()) * 4 / 3 < 7_000
 
 
+def test_a_long_text_is_cut_before_it_is_looked_at() -> None:
+    """What somebody sends may be long: to measure it would take as long."""
+
+    class Long(str):
+        def encode(self, *arguments: str) -> bytes:
+            raise AssertionError("it is looked at")
+
+        __iter__ = encode  # type: ignore[assignment]
+
+    status = to_status(errors.InvalidRequest(Long("\u4e16" * 100_000)))
+    assert status.message.endswith("\u4e16 ...")
+
+
 def test_a_short_text_is_not_cut() -> None:
     assert to_status(errors.NotFound("there is no `x` \u4e16")).message == "there is no `x` \u4e16"
 

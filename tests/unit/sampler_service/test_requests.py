@@ -138,6 +138,7 @@ def test_chunks_are_read_one_after_the_other() -> None:
         (sample((-1,)), "prompt.chunks[0].encoded_text.tokens[0]", "is -1"),
         (sample((1,) * 17), "prompt", "context holds 16"),
         (sample((1,) * 16), "sampling_params.max_tokens", "shorten the prompt"),
+        (sample(stop=["\u00e9" * 500] * 17), "sampling_params.stop", "17000 bytes in all but at"),
         (sample(max_tokens=14), "sampling_params.max_tokens", "3 tokens"),
         (sample(max_tokens=0), "sampling_params.max_tokens", "at least 1"),
         (sample(max_tokens=-5), "sampling_params.max_tokens", "is -5"),

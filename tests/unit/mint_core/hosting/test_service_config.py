@@ -26,7 +26,9 @@ def test_other_hosts_are_answered_only_with_keys_and_tls_or_a_waiver(address: st
         ServiceConfig(base_model="m", address=address, **tls)
 
     assert ServiceConfig(base_model="m", address=address, keys=Path("k"), allow_insecure=True)
-    assert ServiceConfig(base_model="m", address=address, metrics_address=address, keys=Path("k"), **tls)
+    assert ServiceConfig(
+        base_model="m", address=address, metrics_address=address, keys=Path("k"), **tls
+    )
     assert ServiceConfig(base_model="m", address=address, client_ca=Path("a"), **tls)
 
 

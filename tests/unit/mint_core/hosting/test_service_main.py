@@ -12,6 +12,7 @@ from mint_core.errors import FailedPrecondition
 from mint_core.hosting import service_main
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.hosting.service_main import check_folders
+from mint_core.owned_folder import TRAINER_ROWS, OwnedFolder
 from tests.power_loss import filmed
 
 Usage = namedtuple("Usage", "total used free")
@@ -24,6 +25,26 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = ServiceConfig(base_model=str(tmp_path), store=str(tmp_path / "store"))
     with pytest.raises(FailedPrecondition, match="has 90 MiB of free space and needs 100; free"):
         check_folders(config)
+
+
+def test_rows_of_processes_that_are_gone_make_room_before_a_disk_counts_as_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "store/.rows"
+    rows.mkdir(parents=True)
+    left, held = rows / "engine-left", OwnedFolder(rows, TRAINER_ROWS)
+    left.mkdir()
+    (left / "run-1.row").touch()
+
+    def usage(folder: Path) -> Usage:
+        return Usage(10**9, 0, 90 * 2**20 if left.exists() else 10**9)
+
+    monkeypatch.setattr(service_main.shutil, "disk_usage", usage)
+    check_folders(ServiceConfig(base_model=str(tmp_path), store=str(tmp_path / "store")))
+
+    assert not left.exists()
+    assert held.path.exists()
+    held.remove()
 
 
 def test_a_store_that_is_made_at_start_is_there_after_a_loss_of_power(tmp_path: Path) -> None:

@@ -179,6 +179,26 @@ async def test_a_bad_write_is_refused_alone(
     assert journal.trouble() is None
 
 
+async def test_what_is_raised_where_one_write_is_waited_for_keeps_no_other_from_its_word(
+    journal: Journal,
+) -> None:
+    """Of one transaction: an answer's reader may fail, or have left."""
+    told: list[str] = []
+    raised: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: raised.append(context["exception"]))
+    writes = [journal.write(insert(name)) for name in ("left", "raises", "behind")]
+    writes[0].cancel()
+    writes[1].add_done_callback(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    writes[2].add_done_callback(lambda _: told.append("behind"))
+
+    await journal.flush()
+
+    assert told == ["behind"]
+    assert [type(error) for error in raised] == [ZeroDivisionError]
+    assert journal.trouble() is None
+
+
 async def test_a_read_that_fails_harms_nobody(journal: Journal, tmp_path: Path) -> None:
     written = journal.write(insert("a"))
     with pytest.raises(RecordRefused):

@@ -75,6 +75,12 @@ def test_k_targets_at_each_position() -> None:
             "target_tokens",
             r"shape [3, 0] but `model_input` has 3 tokens",
         ),
+        (  # before the product of its lengths is made
+            CrossEntropy(),
+            {"target_tokens": types_pb2.TensorData(dtype=2, shape=[2**31, 0])},
+            "target_tokens.values",
+            "has 0 bytes, which is not 8 times the product of shape [2147483648, 0]",
+        ),
         (ImportanceSampling(), {"target_tokens": TARGETS, **RL}, "target_tokens", "shape [3, 2]"),
         (
             Gspo(),

@@ -236,6 +236,17 @@ def test_bad_data(example: types_pb2.Datum, field: str, words: str) -> None:
     assert words in error.message
 
 
+@pytest.mark.parametrize("k", [64, 65])
+def test_no_more_targets_are_taken_at_a_position_than_a_tile_costs(k: int) -> None:
+    targets = tensor([[9] * k] * 3, "int64")
+    call = backward(datum(TOKENS), datum(TOKENS, target_tokens=targets))
+
+    if k == 64:
+        assert computed(call).documents[1].width == (64,)
+    else:
+        assert refusal(call).metadata == {"field": T, "max_targets": "64"}
+
+
 def test_images_are_still_to_come() -> None:
     example = types_pb2.Datum(model_input=types_pb2.ModelInput(chunks=[IMAGE]))
 

@@ -1,0 +1,87 @@
+"""Merged models of several tenants: who comes next, and who gets none. Nothing is merged."""
+
+import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from checkpoint_store import CheckpointStore
+from checkpoint_store.errors import StoreQuotaExceeded
+from tests.checkpoint_files import publish_as
+from tests.unit.checkpoint_store.conftest import adapter
+from tests.unit.checkpoint_store.rows import snapshot
+from tests.unit.trainer_service.models import MODEL
+from trainer_service.checkpoints import exports
+from trainer_service.checkpoints.apart import Merge
+from trainer_service.checkpoints.checkpoints import Checkpoints
+from trainer_service.checkpoints.exports import Exports
+from trainer_service.checkpoints.requests import ExportCheckpoint
+from trainer_service.wire.requests import Identity
+
+LIMIT_S = 30.0
+
+
+class Merging:
+    """Exports of a store, and whose were merged."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, quota_bytes: int = 0) -> None:
+        self.store = CheckpointStore(root, quota_bytes=quota_bytes)
+
+        async def no_engine(job: object) -> None:
+            raise AssertionError
+
+        async def merge(module: str, job: Merge) -> bool:
+            self.merged.append(self._tenants[Path(job.adapter_folder).parents[2].name])
+            Path(job.output_folder, "model.safetensors").write_bytes(b"merged")
+            await self.gate.wait()
+            return False
+
+        monkeypatch.setattr(exports, "do_apart", merge)
+        self._exports = Exports(Checkpoints(self.store, None, no_engine), threads=1)
+        self._tenants: dict[str, str] = {}
+        self.merged: list[str] = []
+        self.gate = asyncio.Event()
+
+    def export(self, tenant: str, number: int) -> "asyncio.Task[object]":
+        run = f"run-{tenant}-{number}"
+        self._tenants[run] = tenant
+        manifest = replace(snapshot(name="a", tenant=tenant), training_run_id=run)
+        manifest = replace(manifest, base_fingerprint=MODEL.fingerprint)
+        published = publish_as(self.store, manifest, adapter()["weights"])
+        request = ExportCheckpoint(
+            path=str(published.path),
+            identity=Identity(run, b""),
+            dtype="",
+            expire_time=datetime.now(UTC) + timedelta(days=1),
+        )
+        return asyncio.create_task(self._exports.export(tenant, request, MODEL))
+
+    async def until_merging(self) -> None:
+        while not self.merged:
+            await asyncio.sleep(0.001)
+
+
+async def test_tenants_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merging = Merging(tmp_path, monkeypatch)
+    async with asyncio.timeout(LIMIT_S):
+        flood = [merging.export("a", number) for number in range(5)]
+        await merging.until_merging()
+        await asyncio.sleep(0.1)  # all of them wait
+        other = merging.export("b", 0)
+        await asyncio.sleep(0.1)
+        merging.gate.set()
+        await asyncio.gather(*flood, other)
+
+    assert merging.merged.index("b") <= 2
+
+
+async def test_a_merged_model_is_in_its_tenants_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merging = Merging(tmp_path, monkeypatch, quota_bytes=1)
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(StoreQuotaExceeded):
+            await merging.export("a", 0)
+    assert merging.merged == []
