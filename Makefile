@@ -69,7 +69,7 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 	$(BIN)/python -m sampler_service $(FLAGS)
 
 key: install  ## Makes a key: TENANT=name KEYS=file
-	$(BIN)/python -m mint_core.rpc.access $(TENANT) $(KEYS) $(KEY_FLAGS)
+	$(BIN)/python -m mint_core.access.key_ring $(TENANT) $(KEYS) $(KEY_FLAGS)
 
 CERTS ?= certs
 certs: install  ## Makes an authority and certificates for trying TLS: CERTS=folder TENANT=name

@@ -13,15 +13,15 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
+from mint_core.access.door import Door, TenantBy
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.tls import Tls
 from mint_core.errors import InvalidRequest, Unavailable
-from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import caller, note
-from mint_core.rpc.door import Door, TenantBy
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
 from mint_core.rpc.quotas import QuotaBook
-from mint_core.rpc.tls import Tls
 from mintrpc.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mint_core.rpc.key_file import add_key
+from mint_core.access.key_file import add_key
 
 
 def make_key(tenant: str, file: Path, **fields: object) -> str:

@@ -6,10 +6,10 @@ import time
 from functools import partial
 
 from checkpoint_store import SnapshotMemory, open_store, snapshot_folder
+from mint_core.access.door import Door
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.tasks import Tasks
-from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service

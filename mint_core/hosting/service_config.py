@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mint_core.access.door import TenantBy
 from mint_core.addresses import host_and_port, is_loopback
-from mint_core.rpc.door import TenantBy
 
 EMBEDDED_MODEL = ".models/SmolLM2-135M-Instruct"  # what `make model` makes
 ADDRESS = "HOST:PORT to listen on; port 0: one that is free"

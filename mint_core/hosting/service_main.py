@@ -14,6 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
+from mint_core.access.audit import AuditLog
+from mint_core.access.door import Door
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.tls import Tls
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
@@ -22,15 +26,11 @@ from mint_core.hosting.service_config import ServiceConfig
 from mint_core.hosting.settings import Settings
 from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
-from mint_core.rpc.access import KeyRing
 from mint_core.rpc.admin_service import SERVICE as ADMIN_SERVICE
 from mint_core.rpc.admin_service import AdminServicer
-from mint_core.rpc.audit import AuditLog
-from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
-from mint_core.rpc.tls import Tls
 from mintrpc.v1 import admin_pb2_grpc
 
 logger = logging.getLogger(__name__)

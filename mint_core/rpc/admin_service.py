@@ -10,13 +10,13 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mint_core import __version__
+from mint_core.access.key_file import USUAL, Key, add_key, remove_key
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.tls import Tls
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, InvalidRequest
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.key_file import USUAL, Key, add_key, remove_key
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
-from mint_core.rpc.tls import Tls
 from mintrpc.v1 import admin_pb2, admin_pb2_grpc
 
 SERVICE = "mintrpc.v1.AdminService"

@@ -57,6 +57,15 @@ _TABLE: dict[str, Bound] = {
     "ListCheckpointsRequest.metadata_filter": _METADATA,
     "CheckpointMetadata.entries": _METADATA,
     "UploadHeader.metadata": _METADATA,
+    "TokenizeRequest.texts": Bound(
+        limits.MAX_TEXTS, limits.MAX_TEXT_REQUEST_BYTES, remedy="split the request"
+    ),
+    "TokenSequence.tokens": Bound(limits.MAX_TOKENS_PER_CHUNK),
+    "DetokenizeRequest.sequences": Bound(limits.MAX_TEXTS, remedy="split the request"),
+    "RenderChatRequest.chats": Bound(limits.MAX_TEXTS, remedy="split the request"),
+    "RenderChatRequest.tools_json": Bound(most_bytes=limits.MAX_TOOLS_BYTES),
+    "Chat.messages": Bound(limits.MAX_TEXTS, remedy="leave some out"),
+    "ChatMessage.content": Bound(most_bytes=limits.MAX_TEXT_REQUEST_BYTES),
     "CreateKeyRequest.scopes": Bound(limits.MAX_SCOPES, remedy="leave some out"),
     "UploadHeader.files": Bound(limits.MAX_UPLOADED_FILES, remedy="leave some out"),
     "MetadataEntry.key": _METADATA_TEXT,

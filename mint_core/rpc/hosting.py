@@ -8,14 +8,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from mint_core.access.audit import AuditLog
+from mint_core.access.door import Door
+from mint_core.access.tls import Tls
 from mint_core.errors import FailedPrecondition
-from mint_core.rpc.audit import AuditLog
-from mint_core.rpc.door import Door
 from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
-from mint_core.rpc.tls import Tls
 
 Role = Literal["trainer", "sampler"]
 
@@ -72,6 +72,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
         self._drains: list[Callable[[], Awaitable[None]]] = []
+        self._closes: list[Callable[[], Awaitable[None]]] = []
 
     def add(
         self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str
@@ -85,6 +86,10 @@ class RpcServer:
         without an end of their own would use up the grace.
         """
         self._drains.append(drain)
+
+    def close_by(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Has what calls go by closed when the last of them has ended."""
+        self._closes.append(close)
 
     async def start(self) -> int:
         """Listens, NOT_SERVING, and returns the port. Refuses an address that cannot be bound."""
@@ -123,6 +128,8 @@ class RpcServer:
         for drain in self._drains:
             await drain()
         await self._server.stop(grace_s)
+        for close in self._closes:
+            await close()
 
 
 def _descriptors() -> int:

@@ -11,6 +11,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from mint_core.access.audit import AuditLog
+from mint_core.access.door import Door
+from mint_core.access.scopes import changes, scope_of
 from mint_core.errors import (
     InvalidRequest,
     MintError,
@@ -19,14 +22,11 @@ from mint_core.errors import (
     Unavailable,
     Unimplemented,
 )
-from mint_core.rpc.audit import AuditLog
 from mint_core.rpc.caller import CALLER, Caller, parsed
-from mint_core.rpc.door import Door
 from mint_core.rpc.errors import code_of, domain_error, to_status
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
-from mint_core.rpc.scopes import changes, scope_of
 from mint_core.turns import Workers
 
 logger = logging.getLogger("mint.calls")

@@ -22,3 +22,6 @@ MAX_METADATA_ENTRIES = 64
 MAX_METADATA_BYTES = 16 * 1024
 MAX_UPLOADED_FILES = 16
 MAX_SCOPES = 16
+MAX_TEXTS = 1024  # or conversations, or sequences of tokens, of one request
+MAX_TEXT_REQUEST_BYTES = 4 * 2**20
+MAX_TOOLS_BYTES = 2**20

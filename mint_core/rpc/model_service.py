@@ -4,16 +4,21 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from mint_core import __version__
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, Unavailable
-from mint_core.rpc import limits
+from mint_core.rpc import limits, texts
+from mint_core.rpc.caller import caller, parsed
+from mint_core.text.process import TextProcess
 from mintrpc.v1 import model_pb2, model_pb2_grpc
 
+R = TypeVar("R", bound=Message)
 SERVICE = "mintrpc.v1.ModelService"
 PIECE_BYTES = 1024 * 1024
 
@@ -57,6 +62,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
     ) -> None:
         self._describe = describe
+        self._texts = TextProcess(describe)
         self._engine_ready = engine_ready
         self._offer = offer
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}
@@ -80,11 +86,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[model_pb2.GetTokenizerResponse]:
         """See model.proto."""
-        model = self._describe()
-        if model is None:
-            raise Unavailable("the base model is still being loaded; send the call again")
-        if request.base_model not in ("", model.name):
-            raise BaseModelNotFound(request.base_model, model.name)
+        model = self._model(request.base_model)
         for file in await self._files_of(model):
             for offset in range(0, max(len(file.content), 1), PIECE_BYTES):
                 yield model_pb2.GetTokenizerResponse(
@@ -94,6 +96,47 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
                     offset_bytes=offset,
                     data=file.content[offset : offset + PIECE_BYTES],
                 )
+
+    async def Tokenize(
+        self, request: model_pb2.TokenizeRequest, context: Any
+    ) -> model_pb2.TokenizeResponse:
+        """See model.proto."""
+        self._model(request.base_model)
+        return await self._answer(request, texts.parse_tokenize, texts.tokenize_response)
+
+    async def Detokenize(
+        self, request: model_pb2.DetokenizeRequest, context: Any
+    ) -> model_pb2.DetokenizeResponse:
+        """See model.proto."""
+        parse = partial(texts.parse_detokenize, model=self._model(request.base_model))
+        return await self._answer(request, parse, texts.detokenize_response)
+
+    async def RenderChat(
+        self, request: model_pb2.RenderChatRequest, context: Any
+    ) -> model_pb2.RenderChatResponse:
+        """See model.proto."""
+        parse = partial(texts.parse_render, model=self._model(request.base_model))
+        return await self._answer(request, parse, texts.render_response)
+
+    async def _answer(
+        self, request: Message, parse: Callable[[Any], Any], respond: Callable[[Any, Any], R]
+    ) -> R:
+        """What comes of a request; what is large is read and written in threads."""
+        job = await parsed(request.ByteSize(), parse, request)
+        made = await self._texts.do(caller().tenant, job)
+        return await parsed(request.ByteSize(), respond, job, made)
+
+    def _model(self, base_model: str) -> ModelDescription:
+        """The model that is served, under its name or none."""
+        model = self._describe()
+        if model is None:
+            raise Unavailable("the base model is still being loaded; send the call again")
+        if base_model not in ("", model.name):
+            raise BaseModelNotFound(base_model, model.name)
+        return model
+
+    async def close(self) -> None:
+        await self._texts.close()
 
     async def _files_of(self, model: ModelDescription) -> tuple[TokenizerFile, ...]:
         """Its tokenizer's, at once if they have been read: no thread is waited for."""
@@ -105,6 +148,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 def add_model_service(server: Any, servicer: ModelServicer) -> None:
     """Adds the service to an `RpcServer`."""
     server.add(model_pb2_grpc.add_ModelServiceServicer_to_server, servicer, SERVICE)
+    server.close_by(servicer.close)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from tests.servers import running_summing_trainer
 
 def new_key(tenant: str, keys: Path) -> str:
     """As `make key` does."""
-    command = [sys.executable, "-m", "mint_core.rpc.access", tenant, str(keys)]
+    command = [sys.executable, "-m", "mint_core.access.key_ring", tenant, str(keys)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return next(word for word in done.stdout.split() if word.startswith("sk-mint-"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mint
-from mint_core.rpc.key_file import digest_of, remove_key
+from mint_core.access.key_file import digest_of, remove_key
 from tests.authorities import Authority
 from tests.keys import make_key
 from tests.servers import running_sampler, running_trainer

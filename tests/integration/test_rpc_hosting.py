@@ -13,13 +13,13 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from mint_core.access.door import Door
+from mint_core.access.key_ring import KeyRing
 from mint_core.errors import (
     FailedPrecondition,
     TrainingRunNotFound,
 )
 from mint_core.rpc import interceptors
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.door import Door
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mintrpc.v1 import (

@@ -243,7 +243,7 @@ def test_a_ready_file_that_cannot_be_written_is_refused(model: Path, tmp_path: P
 def test_keys_and_the_waiver_open_the_service_to_other_hosts(model: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     key = subprocess.run(
-        [sys.executable, "-m", "mint_core.rpc.access", "alice", str(keys)],
+        [sys.executable, "-m", "mint_core.access.key_ring", "alice", str(keys)],
         capture_output=True,
         text=True,
         check=True,

@@ -13,12 +13,12 @@ from urllib.request import urlopen
 import grpc
 import pytest
 
+from mint_core.access.door import TenantBy
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.tls import Tls
 from mint_core.errors import FailedPrecondition
 from mint_core.rpc import interceptors
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.door import TenantBy
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.tls import Tls
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from tests.authorities import Authority
 from tests.hosted import LIMIT_S, RUN, reason, refused, serving

@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[2]
 OURS = {
     "mintrpc": "proto/mintrpc",
     "mint": "py_client/mint",
+    "mint_chat": "mint_chat",
     "mint_core": "mint_core",
     "checkpoint_store": "checkpoint_store",
     "trainer_service": "trainer_service",
     "sampler_service": "sampler_service",
 }
 MAY_IMPORT = {
-    "mint": {"mintrpc"},
-    "mint_core": {"mintrpc"},
+    "mint": {"mintrpc", "mint_chat"},
+    "mint_chat": set(),
+    "mint_core": {"mintrpc", "mint_chat"},
     "checkpoint_store": {"mint_core"},
     "trainer_service": {"mint_core", "checkpoint_store", "mintrpc"},
     "sampler_service": {"mint_core", "checkpoint_store", "mintrpc"},

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mint_core.access.key_ring import KeyRing
 from mint_core.errors import FailedPrecondition, Unauthenticated
-from mint_core.rpc.access import KeyRing
 from tests.keys import make_key
 
 
@@ -145,7 +145,7 @@ def test_a_tenant_must_be_a_plain_name(tmp_path: Path, tenant: str) -> None:
 
 def test_the_command_prints_the_key_alone(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    command = [sys.executable, "-m", "mint_core.rpc.access", "alice", str(file)]
+    command = [sys.executable, "-m", "mint_core.access.key_ring", "alice", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(os.environ))
 
     assert done.returncode == 0
@@ -156,7 +156,7 @@ def test_the_command_prints_the_key_alone(tmp_path: Path) -> None:
     "arguments", [["alice"], ["a b", "keys"], ["alice", "no/such/folder/keys"]]
 )
 def test_a_wrong_command_is_one_line(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "mint_core.rpc.access", *arguments]
+    command = [sys.executable, "-m", "mint_core.access.key_ring", *arguments]
     done = subprocess.run(
         command,
         capture_output=True,

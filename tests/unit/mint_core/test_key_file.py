@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from mint_core.access.key_file import USUAL, Key, add_key, read_keys, remove_key
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.scopes import allows, changes, scope_of
 from mint_core.errors import FailedPrecondition, NotFound, Unauthenticated
-from mint_core.rpc.access import KeyRing
-from mint_core.rpc.key_file import USUAL, Key, add_key, read_keys, remove_key
-from mint_core.rpc.scopes import allows, changes, scope_of
 
 HASH = "0" * 64
 END = datetime(2030, 1, 31, tzinfo=UTC)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mint_core.access.door import Door
 from mint_core.lora.spec import LoraRequest
-from mint_core.rpc.door import Door
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import trainer_pb2

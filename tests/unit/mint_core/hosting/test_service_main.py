@@ -87,7 +87,7 @@ def test_what_looks_like_a_path_must_be_a_folder(tmp_path: Path, base_model: str
 @pytest.mark.parametrize(
     "modules",
     [
-        "mint_core.hosting.serve, mint_core.rpc.access",
+        "mint_core.hosting.serve, mint_core.access.key_ring",
         "mint_core.hosting.service_main, mint_core.rpc.hosting, mint_core.rpc.model_service",
     ],
 )

@@ -88,7 +88,7 @@ def test_a_file_has_keys_for_both_services_and_for_one(file: Path) -> None:
         (["--keys", ""], "`--keys` is empty; leave it out"),
         (["--store", ""], "`--store` is empty; give a folder"),
         (["--budget", "2"], "`--budget` must be at most 1, got 2.0; `make` more"),
-        (["--address", "0.0.0.0:1"], "so needs `--keys`; give --keys FILE"),
+        (["--address", "0.0.0.0:1"], "so needs `--keys` or `--client-ca`; give --keys FILE"),
         (["--address", "localhost"], "`--address` must look like HOST:PORT, got 'localhost'"),
         (["--metrics-address", ":9"], "`--metrics-address` must look like HOST:PORT, got ':9'"),
         (["--config", "none"], "`--config` none cannot be read: No such file or directory"),

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import NotRequired, TypedDict
 
-from mint.errors import InvalidInputError, refused
+from mint_chat.errors import InvalidChat, refused
 
 CHAT_ROLES = ("system", "user", "assistant")
 
@@ -33,10 +33,10 @@ def _check_message(message: object, field: str, roles: Collection[str]) -> None:
         )
     for key in ("role", "content"):
         if key not in message:
-            raise InvalidInputError(f"`{field}` has no `{key}`", field=f"{field}.{key}")
+            raise InvalidChat(f"`{field}` has no `{key}`", field=f"{field}.{key}")
     for key in message:
         if key not in Message.__annotations__:
-            raise InvalidInputError(
+            raise InvalidChat(
                 f"`{field}` has the key {key!r}, which no renderer reads; "
                 "give `role`, `content` and, if customized, `trainable`",
                 field=f"{field}.{key}",

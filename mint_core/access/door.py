@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mint_core.access.key_file import SCOPES, TENANT, USUAL
+from mint_core.access.key_ring import KeyRing
+from mint_core.access.scopes import Scope, allows
+from mint_core.access.tls import Tls, dns_names
 from mint_core.errors import PermissionDenied, Unauthenticated
-from mint_core.rpc.access import KeyRing
 from mint_core.rpc.caller import DEFAULT_TENANT
-from mint_core.rpc.key_file import SCOPES, TENANT, USUAL
-from mint_core.rpc.scopes import Scope, allows
-from mint_core.rpc.tls import Tls, dns_names
 
 TenantBy = Literal["auto", "key", "certificate", "both"]
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from mint_core.access.key_file import SCOPES, Key, add_key, digest_of, parse_time, read_keys
 from mint_core.errors import MintError, Unauthenticated
-from mint_core.rpc.key_file import SCOPES, Key, add_key, digest_of, parse_time, read_keys
 from mint_core.rpc.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    parser = _Parser(prog="mint_core.rpc.access", description="Makes a key and prints it.")
+    parser = _Parser(prog="mint_core.access.key_ring", description="Makes a key and prints it.")
     parser.add_argument("tenant")
     parser.add_argument("file", type=Path, help="of hashed keys; made if need be")
     parser.add_argument(

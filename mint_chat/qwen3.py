@@ -7,9 +7,9 @@ think; with thinking disabled it is part of the prompt.
 
 from collections.abc import Collection, Sequence
 
-from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, join_turns
-from mint.recipe.renderers.messages import Message
-from mint.recipe.renderers.tokenizer import Tokenizer, token_id
+from mint_chat.chat_format import ChatFormat, Rendered, Turn, join_turns
+from mint_chat.messages import Message
+from mint_chat.tokenizer import Tokenizer, token_id
 
 _EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 

@@ -3,10 +3,10 @@
 import warnings
 from collections.abc import Sequence
 
-from mint.errors import InvalidInputError
-from mint.recipe.renderers.chat_format import ChatFormat
-from mint.recipe.renderers.messages import Message
-from mint.recipe.renderers.tokenizer import Tokenizer, encode, template_text
+from mint_chat.chat_format import ChatFormat
+from mint_chat.errors import InvalidChat
+from mint_chat.messages import Message
+from mint_chat.tokenizer import Tokenizer, encode, template_text
 
 _SAMPLE: list[Message] = [
     {"role": "system", "content": "You are brief."},
@@ -30,7 +30,7 @@ def warn_of_differences(name: str, tokenizer: Tokenizer, chat_format: ChatFormat
     sample = _SAMPLE
     try:
         theirs = template_text(tokenizer, sample, **options)
-    except InvalidInputError:  # some templates know no system message
+    except InvalidChat:  # some templates know no system message
         sample = _SAMPLE[1:]
         theirs = template_text(tokenizer, sample, **options)
     their_prompt = template_text(tokenizer, sample[:-1], add_generation_prompt=True, **options)
@@ -46,7 +46,7 @@ def warn_of_differences(name: str, tokenizer: Tokenizer, chat_format: ChatFormat
                 f"renderer `{name}` and the tokenizer's own chat template part in {what} at "
                 f"{difference}; use renderer `template` to follow the tokenizer",
                 RendererMismatchWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
 

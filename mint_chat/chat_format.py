@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mint.recipe.renderers.messages import CHAT_ROLES, Message
+from mint_chat.messages import CHAT_ROLES, Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mint.errors import InvalidInputError, refused
-from mint.recipe.renderers.chat_format import ChatFormat
-from mint.recipe.renderers.comparison import warn_of_differences
-from mint.recipe.renderers.messages import Message, check_messages
-from mint.recipe.renderers.tokenizer import Tokenizer, encode, encode_with_starts
-from mint.recipe.renderers.train_on_what import TrainOnWhat, trained_messages
-from mint.types import ModelInput
+from mint_chat.chat_format import ChatFormat
+from mint_chat.comparison import warn_of_differences
+from mint_chat.errors import InvalidChat, refused
+from mint_chat.messages import Message, check_messages
+from mint_chat.tokenizer import Tokenizer, encode, encode_with_starts
+from mint_chat.train_on_what import TrainOnWhat, trained_messages
 
 
 class Renderer:
@@ -27,7 +26,7 @@ class Renderer:
         self,
         messages: Sequence[Message],
         train_on_what: TrainOnWhat | str = TrainOnWhat.LAST_ASSISTANT_MESSAGE,
-    ) -> tuple[ModelInput, NDArray[np.float32]]:
+    ) -> tuple[list[int], NDArray[np.float32]]:
         """The conversation's tokens and their weights as targets, 0 or 1, both of the same length.
 
         A message's weight covers what its author writes, and the token that ends it. An answer that
@@ -46,18 +45,18 @@ class Renderer:
             if messages[index]["role"] == "assistant":
                 self._check_end(rendered.text[start:end], index)
             weights[(places >= start) & (places < end)] = 1.0
-        return ModelInput.from_ints(tokens), weights
+        return tokens, weights
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
-    ) -> ModelInput:
+    ) -> list[int]:
         """What to sample the next message from; it then goes on after `prefill`."""
         check_messages(messages, self._format.roles)
         if role not in self._format.roles:
             known = ", ".join(self._format.roles)
             raise refused("role", f"is {role!r}; this renderer knows {known}")
         text = self._format.prompt(messages, role) + (prefill or "")
-        return ModelInput.from_ints(encode(self.tokenizer, text))
+        return encode(self.tokenizer, text)
 
     def get_stop_sequences(self) -> list[int] | list[str]:
         """What ends an answer, for `SamplingParams.stop`: token ids, or texts."""
@@ -80,7 +79,7 @@ class Renderer:
     def _check_end(self, answer: str, index: int) -> None:
         """Refuses an answer that would never teach to stop."""
         if not self._format.end:
-            raise InvalidInputError(
+            raise InvalidChat(
                 f"renderer `{self.name}` cannot train answers of this tokenizer, whose chat "
                 "template ends them with nothing that sampling stops at; use renderer `role_colon`",
                 field="tokenizer",

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mint.errors import InvalidInputError, refused
-from mint.recipe.renderers.messages import Message
+from mint_chat.errors import InvalidChat, refused
+from mint_chat.messages import Message
 
 
 class Tokenizer(Protocol):
@@ -56,7 +56,7 @@ def token_id(tokenizer: Tokenizer, token: str, renderer: str) -> int:
     """The id of a mark that the renderer depends on."""
     ids = encode(tokenizer, token)
     if len(ids) != 1:
-        raise InvalidInputError(
+        raise InvalidChat(
             f"renderer `{renderer}` needs the token `{token}`, which this tokenizer does not have; "
             "use renderer `template` or `role_colon`",
             field="tokenizer",
@@ -64,7 +64,7 @@ def token_id(tokenizer: Tokenizer, token: str, renderer: str) -> int:
     return ids[0]
 
 
-def template_text(tokenizer: Tokenizer, messages: Sequence[Message], **options: bool) -> str:
+def template_text(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> str:
     """What the tokenizer's own chat template makes of a conversation."""
     from jinja2 import TemplateError  # as transformers, needed only now
 
@@ -72,6 +72,6 @@ def template_text(tokenizer: Tokenizer, messages: Sequence[Message], **options: 
     try:
         return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
     except TemplateError as error:
-        raise InvalidInputError(
+        raise InvalidChat(
             f"the tokenizer's chat template refuses `messages`: {error}", field="messages"
         ) from None

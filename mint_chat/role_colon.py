@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Sequence
 
-from mint.recipe.renderers.chat_format import ChatFormat, Rendered, Turn, after_end, join_turns
-from mint.recipe.renderers.messages import Message
-from mint.recipe.renderers.tokenizer import Tokenizer
+from mint_chat.chat_format import ChatFormat, Rendered, Turn, after_end, join_turns
+from mint_chat.messages import Message
+from mint_chat.tokenizer import Tokenizer
 
 _NEXT = "User:"
 

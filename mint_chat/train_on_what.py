@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-from mint.errors import refused
-from mint.recipe.renderers.messages import Message
+from mint_chat.errors import refused
+from mint_chat.messages import Message
 
 
 class TrainOnWhat(StrEnum):

@@ -1,14 +1,16 @@
 """The tokenizer's own chat template."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count, groupby, takewhile
+from typing import Any
 
-from mint.errors import refused
-from mint.recipe.renderers.chat_format import ChatFormat, Rendered, after_end
-from mint.recipe.renderers.messages import Message
-from mint.recipe.renderers.tokenizer import Tokenizer, encode_with_starts, template_text
+from mint_chat.chat_format import ChatFormat, Rendered, after_end
+from mint_chat.errors import refused
+from mint_chat.messages import Message
+from mint_chat.tokenizer import Tokenizer, encode_with_starts, template_text
 
+Tool = Mapping[str, Any]  # as JSON describes a function to a model
 Span = tuple[int, int]  # start and end, in characters
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
@@ -30,16 +32,17 @@ class Template(ChatFormat):
     roles = ("system", "user", "assistant", "tool")
     template_options = None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> None:
         if not tokenizer.chat_template:
             raise refused("tokenizer", "has no chat template; use renderer `role_colon`")
         self._tokenizer = tokenizer
+        self._tools = list(tools) or None
         self._marked = _GENERATION_MARK.search(str(tokenizer.chat_template)) is not None
         self._missing = ""  # of the end, behind the last answer
         self.end, self.stops = self._find_end()
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
-        bare = template_text(self._tokenizer, messages)
+        bare = self._text(messages)
         text = bare + (self._missing if messages[-1]["role"] == "assistant" else "")
         marked = self._marked_spans(messages, bare) if self._marked else {}
         spans = {i: marked.get(i) or self._span(messages, i, bare) for i in wanted}
@@ -49,13 +52,16 @@ class Template(ChatFormat):
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         if role != "assistant":
             raise refused("role", f"is {role!r}; a chat template prompts for the assistant alone")
-        return template_text(self._tokenizer, messages, add_generation_prompt=True)
+        return self._text(messages, add_generation_prompt=True)
+
+    def _text(self, messages: Sequence[Message], **options: bool) -> str:
+        return template_text(self._tokenizer, messages, tools=self._tools, **options)
 
     def _find_end(self) -> tuple[str, list[int] | list[str]]:
         """What ends an answer in the text, and what to stop at."""
         eos = self._tokenizer.eos_token_id
         nothing: tuple[str, list[int]] = "", [] if eos is None else [eos]
-        pieces = template_text(self._tokenizer, _PROBE).split("PONG")
+        pieces = self._text(_PROBE).split("PONG")
         if len(pieces) != 3:
             return nothing
         between, after = pieces[1].partition("ping")[0], pieces[2]
@@ -85,6 +91,7 @@ class Template(ChatFormat):
         encoded = self._tokenizer.apply_chat_template(
             [{"role": m["role"], "content": m["content"]} for m in messages],
             tokenize=True,
+            tools=self._tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
@@ -103,7 +110,7 @@ class Template(ChatFormat):
         marker = next(m for m in (f"MARKER{n}X" for n in count()) if m not in text)
         changed: list[Message] = [{"role": m["role"], "content": m["content"]} for m in messages]
         changed[index]["content"] = marker
-        before, found, after = template_text(self._tokenizer, changed).partition(marker)
+        before, found, after = self._text(changed).partition(marker)
         start = len(before) if text.startswith(before) else None
         end = len(text) - len(after)
         if messages[index]["role"] == "assistant" and index > 0:

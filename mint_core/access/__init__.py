@@ -1,0 +1,1 @@
+"""Who comes in and as whom: keys, certificates, scopes, and the record of what was changed."""
