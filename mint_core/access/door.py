@@ -8,8 +8,8 @@ from mint_core.access.key_ring import KeyRing
 from mint_core.access.scopes import Scope, allows
 from mint_core.access.tls import Tls, dns_names
 from mint_core.errors import PermissionDenied, Unauthenticated
-from mint_core.rpc.caller import DEFAULT_TENANT
 
+DEFAULT_TENANT = "default"
 TenantBy = Literal["auto", "key", "certificate", "both"]
 
 

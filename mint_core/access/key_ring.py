@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from mint_core.access.key_file import SCOPES, Key, add_key, digest_of, parse_time, read_keys
 from mint_core.errors import MintError, Unauthenticated
-from mint_core.rpc.watched_file import WatchedFile
+from mint_core.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
-from mint_core.rpc.watched_file import WatchedFile
+from mint_core.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,6 @@ from mint_core.errors import MintError
 from mint_core.rpc.limits import LARGE_BYTES
 from mint_core.turns import Workers
 
-DEFAULT_TENANT = "default"
-
 M = TypeVar("M")
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mint_core.errors import FailedPrecondition, MintError, ResourceExhausted
 from mint_core.rpc.metrics import Metrics
-from mint_core.rpc.watched_file import WatchedFile
+from mint_core.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
