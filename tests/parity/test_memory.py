@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
 from tests.checkpoint_files import same
-from tests.engines_in_process import EngineRun, make_documents, make_engine
+from tests.engines_in_process import EngineRun, make_documents, make_engine, wide_documents
 from tests.models import tiny_gemma2, tiny_mistral, tiny_qwen3
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.memory import ActivationMemory, Lengths, lengths, measure
-from trainer_service.jobs import AdamParams, CrossEntropy, TileResult
+from trainer_service.jobs import AdamParams, CrossEntropy, Document, TileResult
 
 RANK = 16
 LENGTH = 700  # tokens: more than one block of queries
@@ -45,9 +45,9 @@ def recompute(engine: Engine, on: bool) -> None:
     engine.lengths = Lengths(1024, kept, engine.description.context_length)
 
 
-def peak_bytes(run: EngineRun, tokens: int) -> int:
+def peak_bytes(run: EngineRun, *documents: Document) -> int:
     """Most that torch's allocator held at once during a pass."""
-    tile = run.tile(make_documents(1, (tokens,)), CrossEntropy())
+    tile = run.tile(documents, CrossEntropy())
     gc.collect()  # what earlier tests left, if it went meanwhile, would count against the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run.compute(tile)
@@ -70,12 +70,26 @@ def test_a_pass_takes_what_was_computed(engine: Engine, request: pytest.FixtureR
     run.compute(run.tile(make_documents(1, (8,)), CrossEntropy()))  # makes the row's gradient
     for tokens in (60, LENGTH):
         recompute(engine, on=False)
-        kept = peak_bytes(run, tokens)
+        kept = peak_bytes(run, *make_documents(1, (tokens,)))
         assert 0.95 * kept <= memory.pass_bytes(tokens) <= 1.5 * kept
         recompute(engine, on=True)
-        recomputed = peak_bytes(run, tokens)
+        recomputed = peak_bytes(run, *make_documents(1, (tokens,)))
         assert 0.95 * recomputed <= memory.recomputed_pass_bytes(tokens) <= 2 * recomputed
         assert recomputed < kept
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(8, 5000), (60, 600)])
+def test_many_targets_take_no_more_than_what_they_cost_is_computed_to(
+    engine: Engine, request: pytest.FixtureRequest, tokens: int, k: int
+) -> None:
+    run = EngineRun(engine, request.node.name, LoraRequest(rank=RANK, seed=1), random=1)
+    recompute(engine, on=False)
+    run.compute(run.tile(make_documents(1, (8,)), CrossEntropy()))  # makes the row's gradient
+    memory = measure(engine.base, RANK)
+    (wide,) = wide_documents(1, (tokens,), k)
+
+    assert wide.cost > 1.5 * tokens
+    assert peak_bytes(run, wide) <= memory.pass_bytes(wide.cost)
 
 
 def test_a_recomputed_pass_gives_the_same_bits(engine: Engine) -> None:

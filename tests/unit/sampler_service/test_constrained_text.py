@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mint_core.errors import InvalidRequest
 from sampler_service.engine.drawing.constraint_compiler import (
@@ -18,6 +20,7 @@ from sampler_service.engine.drawing.constraint_compiler import (
 from sampler_service.engine.drawing.stop import Vocabulary
 from sampler_service.jobs import Constraint
 from tests.models import VOCABULARY_SIZE
+from tests.unit.sampler_service.test_stop import byte_level, metaspace, sentencepiece
 
 END = 2
 SIZE = VOCABULARY_SIZE + 7  # of the model: the tokenizer knows fewer
@@ -112,6 +115,21 @@ def test_all_that_may_end_a_text_may_do_so_where_it_matches_and_nowhere_else(
     assert not text.allowed()[ends].any()
     text.add(next(i for i in range(SIZE) if vocabulary.bytes_of(i) == b"b"))
     assert text.allowed()[ends].all()
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, metaspace])
+def test_tokens_of_every_kind_are_followed_as_they_decode(make: Callable[[], Tokenizer]) -> None:
+    """Pieces beyond the byte alphabet, and added ones that are spaces."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    size, a = len(tokenizer), tokenizer.convert_tokens_to_ids("a")
+    compiler = ConstraintCompiler(Vocabulary(tokenizer), size + 1)
+    middles = {i: tokenizer.decode([a, i, a]).removeprefix("a") for i in range(size)}
+    legible = {i for i, text in middles.items() if "\ufffd" not in text}
+    text = ConstrainedText(compiled(compiler, "regex", "[^ ]{8}"), [size])
+
+    allowed = set(np.flatnonzero(text.allowed()).tolist()) & legible
+
+    assert allowed == {i for i in legible if " " not in middles[i].removesuffix("a")}
 
 
 SCHEMA = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -196,6 +197,26 @@ def test_many_texts_end_where_each_of_them_looked_for_alone_would(
     expected = next((n for n, text in enumerate(read) if any(t in text for t in texts)), None)
     found = end_of(watch, list(range(len(pieces))))
     assert found == (None if expected is None else (expected, StopReason.STOP))
+
+
+def test_a_byte_costs_the_same_however_many_texts_there_are() -> None:
+    """In steps, of which each takes back what an earlier byte has added."""
+
+    class Counted(dict[int, int]):
+        looks = 0
+
+        def get(self, key: int, default: Any = None) -> Any:
+            self.looks += 1
+            return super().get(key, default)
+
+    random = Random(0)
+    texts = ["".join(random.choices("ab", k=random.randint(8, 40))) + "!" for _ in range(1000)]
+    read = "".join(random.choices("ab", k=5000))
+    for many in (texts[:1], texts):
+        automaton = StopTexts(many, Pieces([read]))  # type: ignore[arg-type]
+        automaton._edges = counted = Counted(automaton._edges)
+        automaton.read(0, 0)
+        assert len(read) <= counted.looks <= 2 * len(read)
 
 
 class Pieces:

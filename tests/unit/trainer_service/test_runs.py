@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from mintrpc.v1 import trainer_pb2
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, backward, fronting, optim_step
 from trainer_service.calls import Load, Save
+from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.jobs import CreateRow, DropRow, SaveRow
+from trainer_service.journal import writer
 from trainer_service.journal.schema import DATABASE
-from trainer_service.journal.writer import RecordRefused
+from trainer_service.journal.writer import JournalFailed, RecordRefused
+from trainer_service.run.run import Run
 from trainer_service.wire.requests import CreateRun, Identity, OpenRun, UpdateRun
 from trainer_service.wire.responses import update_response
 
@@ -65,6 +69,92 @@ async def test_a_step_waits_for_its_own_backwards_alone(tmp_path: Path) -> None:
 
         assert jobs[3] == jobs[2] + 1
         assert jobs[3] < jobs[0] < jobs[1]
+
+
+async def test_a_step_looks_at_no_run_but_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are that nobody calls."""
+    looked, own = set[str](), Run.__getattribute__
+
+    def noting(run: Run, name: str) -> Any:
+        looked.add(own(run, "origin").training_run_id)
+        return own(run, name)
+
+    async with fronting(tmp_path, snapshot_s=1000.0) as front:
+        for _ in range(20):
+            await front.create()
+        busy = await front.create()
+        watching = front.runs.watch(TENANT, busy).events()
+        await anext(watching)
+        monkeypatch.setattr(Run, "__getattribute__", noting)
+        for sequence in (1, 3):
+            await front.submit(backward(busy, sequence, [8, 30]))
+            await front.submit(optim_step(busy, sequence + 1))
+            await anext(watching)
+        monkeypatch.undo()
+        await watching.aclose()
+
+    assert looked == {busy}
+
+
+async def test_when_the_journal_has_failed_all_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who wait, those who ask again, and those who come."""
+
+    def surprise(name: str) -> None:
+        raise MemoryError("no memory")
+
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        front.service.scheduler.hold()
+        waiting = front.submit(backward(run, 1, [8]))
+        while not front.run(run).numbers.in_flight:
+            await asyncio.sleep(0)
+        await front.service.journal.flush()
+        monkeypatch.setattr(writer, "fault_point", surprise)
+        with pytest.raises(JournalFailed):
+            await front.service.journal.flush()
+
+        update = UpdateRun(training_run_id=run, identity=front.identity(), metadata={})
+        for each in (
+            waiting,
+            front.submit(backward(run, 1, [8])),
+            front.submit(backward(run, 2, [8])),
+            front.create(),
+            front.delete(run),
+            front.runs.update(TENANT, update),
+            front.runs.open(TENANT, OpenRun(run, front.identity())),
+        ):
+            with pytest.raises(JournalFailed, match=r"no memory.*restart the server"):
+                await each
+
+
+async def test_a_save_is_on_disk_with_its_mark_before_the_store_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done again after a crash, it then finds what it has published."""
+    seen: list[object] = []
+    save_state = Checkpoints.save_state
+
+    def saving(*arguments: Any, **options: Any) -> Any:
+        with closing(sqlite3.connect(front.state / DATABASE)) as journal:
+            seen.extend(journal.execute("SELECT mark FROM calls").fetchall())
+        return save_state(*arguments, **options)
+
+    def slow(name: str) -> None:
+        time.sleep(0.05)
+
+    async with fronting(tmp_path, engine_module="tests.engines.rows") as front:
+        run = await front.create()
+        monkeypatch.setattr(Checkpoints, "save_state", saving)
+        monkeypatch.setattr(writer, "fault_point", slow)
+        save = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        made = call(1, run=run, method="SaveState", work=save)
+        await front.submit(replace(made, mark="drawn"))
+
+    assert seen == [("drawn",)]
 
 
 async def test_a_deletion_that_fails_leaves_the_run_gone_and_is_tried_again(
