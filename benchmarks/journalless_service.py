@@ -43,7 +43,7 @@ class NoJournal(Journal):
 
 def main() -> int:
     service.Journal = NoJournal  # type: ignore[misc]  # it makes whatever it has there
-    return run_service("trainer", TrainerConfig, TrainerService, "Trains.")
+    return run_service("trainer", TrainerConfig, TrainerService)
 
 
 if __name__ == "__main__":

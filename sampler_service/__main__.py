@@ -8,12 +8,8 @@ from sampler_service.service import SamplerService
 
 
 def main() -> int:
-    summary = "Samples from a base model and from LoRA adapters on it."
     return run_service(
-        "sampler",
-        SamplerConfig,
-        lambda config, metrics, *_: SamplerService(config, metrics),
-        summary,
+        "sampler", SamplerConfig, lambda config, metrics, *_: SamplerService(config, metrics)
     )
 
 

@@ -3,19 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint_core.hosting.service_config import ServiceConfig, option
+from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig(ServiceConfig):
-    """Flags of `python -m sampler_service`."""
+    """Samples from one base model and from LoRA adapters on it, over gRPC."""
 
-    address: str = option("127.0.0.1:50052", "HOST:PORT to listen on; port 0: one that is free")
-    metrics_address: str = option(
-        "127.0.0.1:9052",
-        "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none",
-    )
+    address: str = option("127.0.0.1:50052", ADDRESS)
+    metrics_address: str = option("127.0.0.1:9052", METRICS_ADDRESS)
     max_adapters: int = option(64, "most adapters in the engine's memory at the same time")
     adapter_memory_mib: int = option(
         0,
@@ -67,10 +64,9 @@ class SamplerConfig(ServiceConfig):
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
         self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
+        self.require_at_least(0, "max_wait_s")
         self.require_at_least(1, "max_adapters", "max_running_samples")
         self.require_at_least(1, "queue_samples", "queue_tokens")
-        if not 0 <= self.max_wait_s < float("inf"):
-            raise ValueError(f"`max_wait_s` must be 0 or positive, got {self.max_wait_s}")
         for name, least in (
             ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
             ("kv_cache_tokens", CHUNK_TOKENS),

@@ -1,4 +1,4 @@
-"""`python -m trainer_service --base-model FOLDER`: serves until SIGINT or SIGTERM."""
+"""`python -m trainer_service`: serves until SIGINT or SIGTERM."""
 
 import sys
 
@@ -8,8 +8,7 @@ from trainer_service.service import TrainerService
 
 
 def main() -> int:
-    summary = "Trains LoRA adapters on one frozen base model, over gRPC."
-    return run_service("trainer", TrainerConfig, TrainerService, summary)
+    return run_service("trainer", TrainerConfig, TrainerService)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mint_core.hosting.service_config import ServiceConfig, option
+from mint_core.addresses import host_and_port
+from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from trainer_service.journal.schema import SAVED_ROWS
 
 STORE_SHARE = 0.8  # of the disk, for one tenant
@@ -12,11 +13,10 @@ STORE_SHARE = 0.8  # of the disk, for one tenant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerConfig(ServiceConfig):
-    address: str = option("127.0.0.1:50051", "HOST:PORT to listen on; port 0: one that is free")
-    metrics_address: str = option(
-        "127.0.0.1:9051",
-        "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none",
-    )
+    """Trains LoRA adapters on one frozen base model, over gRPC."""
+
+    address: str = option("127.0.0.1:50051", ADDRESS)
+    metrics_address: str = option("127.0.0.1:9051", METRICS_ADDRESS)
     sampler_address: str = option(
         "",
         "HOST:PORT of the sampler that shares the store, for clients; empty: the same host, port "
@@ -91,16 +91,10 @@ class TrainerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
-        for name in (
-            "max_batch_tokens",
-            "row_memory_mib",
-            "host_row_memory_mib",
-            "snapshot_memory_mib",
-            "state_quota_gib",
-            "store_quota_gib",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        if self.sampler_address:
+            host_and_port(self.sampler_address, "sampler_address")
+        self.require_at_least(0, "max_batch_tokens", "row_memory_mib", "host_row_memory_mib")
+        self.require_at_least(0, "snapshot_memory_mib", "state_quota_gib", "store_quota_gib")
         for name in ("gap_s", "retention_days", "snapshot_s", "drain_s"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mint_core.addresses import host_and_port
 from mint_core.errors import FailedPrecondition, MintError
-from mint_core.hosting.serve_flags import HELP, ServeFlags, parse_serve_flags
+from mint_core.hosting.serve_flags import ServeFlags, parse_serve_flags
 from mint_core.hosting.service_main import first, set_up_logging, stop_signal, write_whole
 
 logger = logging.getLogger("mint.serve")
@@ -110,13 +110,10 @@ async def _run(flags: ServeFlags) -> None:
 
 
 def main() -> int:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.stdout.write(HELP)
-        return 0
     set_up_logging("INFO")
     try:
         asyncio.run(_run(parse_serve_flags(sys.argv[1:])))
-    except (MintError, ValueError) as error:
+    except MintError as error:
         logger.error("cannot serve: %s", error)
         return 1
     return 0

@@ -1,27 +1,20 @@
-"""What both services can be told, and command lines made from such dataclasses."""
+"""What both services can be told."""
 
-import argparse
-import dataclasses
-import types
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from mint_core.addresses import host_and_port, is_loopback
 from mint_core.rpc.door import TenantBy
 
-C = TypeVar("C")
+EMBEDDED_MODEL = ".models/SmolLM2-135M-Instruct"  # what `make model` makes
+ADDRESS = "HOST:PORT to listen on; port 0: one that is free"
+METRICS_ADDRESS = "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none"
 
 
 def option(default: Any, help: str) -> Any:
     """A field of a configuration: its default and what `--help` says of it."""
     return field(default=default, metadata={"help": help})
-
-
-def required(help: str) -> Any:
-    """A field of a configuration that has no default."""
-    return field(metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +24,8 @@ class ServiceConfig:
     A subclass with a `__post_init__` calls `ServiceConfig.__post_init__(self)` in it.
     """
 
-    base_model: str = required("folder or hub id of the base model")
+    config: Path | None = option(None, "TOML file of options")
+    base_model: str = option(EMBEDDED_MODEL, "folder or hub id of the base model")
     base_model_name: str = option(
         "", "name under which it is served; empty: the hub id, or the folder's name"
     )
@@ -52,10 +46,8 @@ class ServiceConfig:
         "the same for both; this user alone may enter it. Empty: one in /dev/shm, by the store's "
         "path",
     )
-    address: str = option("127.0.0.1:0", "HOST:PORT to listen on; port 0: one that is free")
-    metrics_address: str = option(
-        "127.0.0.1:0", "HOST:PORT of the Prometheus metrics; port 0: one that is free; empty: none"
-    )
+    address: str = option("127.0.0.1:0", ADDRESS)
+    metrics_address: str = option("127.0.0.1:0", METRICS_ADDRESS)
     device: str = option("auto", "cpu, cuda, cuda:N or auto")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type in which the base computes"
@@ -150,7 +142,7 @@ class ServiceConfig:
 
     def require_at_least(self, least: int, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < float("inf"):  # false of a NaN, too
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
 
     @property
@@ -164,59 +156,3 @@ class ServiceConfig:
         if self.store_is_remote:
             return self.local_folder or Path(".store")
         return Path(self.store)
-
-
-def parse_flags(config: type[C], argv: Sequence[str], *, program: str, summary: str) -> C:
-    """Makes a configuration from flags named after its fields; a bad one exits with status 2."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=summary,
-        allow_abbrev=False,
-    )
-    hints = get_type_hints(config)
-    for entry in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass, though C does not say so
-        _add_flag(parser, entry, hints[entry.name])
-    values = vars(parser.parse_args(argv))
-    try:
-        return config(**values)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _add_flag(parser: argparse.ArgumentParser, entry: "dataclasses.Field[Any]", hint: Any) -> None:
-    flag = "--" + entry.name.replace("_", "-")
-    needed = entry.default is dataclasses.MISSING
-    settings: dict[str, Any] = {"required": needed, "help": _help(entry)}
-    kind = _without_none(hint)
-    if kind is bool:
-        assert entry.default is False, "a switch is off unless it is given"
-        settings |= {"action": "store_true"}
-    elif get_origin(kind) is Literal:
-        settings |= {"choices": get_args(kind)}
-    else:
-        convert = _path if kind is Path else kind
-        settings |= {"type": convert, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
-    parser.add_argument(flag, default=None if needed else entry.default, **settings)
-
-
-def _path(text: str) -> Path:
-    if not text:  # `Path("")` is the folder in which the program was started
-        raise argparse.ArgumentTypeError("is empty; leave the flag out for the default")
-    return Path(text)
-
-
-def _help(entry: "dataclasses.Field[Any]") -> str:
-    if entry.default is dataclasses.MISSING:
-        ending = " (required)"
-    elif entry.default in (None, "", False):
-        ending = ""
-    else:
-        ending = f" (default: {entry.default})"
-    return str(entry.metadata["help"]).replace("%", "%%") + ending
-
-
-def _without_none(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        (kind,) = (arg for arg in get_args(hint) if arg is not type(None))
-        return kind
-    return hint

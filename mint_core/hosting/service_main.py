@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeVar
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import FailedPrecondition, MintError
-from mint_core.hosting.service_config import ServiceConfig, parse_flags
+from mint_core.errors import FailedPrecondition, InvalidRequest, MintError
+from mint_core.hosting.service_config import ServiceConfig
+from mint_core.hosting.settings import Settings
 from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.access import KeyRing
@@ -60,16 +61,17 @@ class TaskDied(Exception):
 Build = Callable[[C, Metrics, Door, QuotaBook], Service]
 
 
-def run_service(role: Role, kind: type[C], build: Build[C], summary: str) -> int:
-    """Configured by the command line, serves until SIGINT or SIGTERM and returns the exit status:
-    1 if it could not run.
-    """
-    config = parse_flags(kind, sys.argv[1:], program=f"python -m {role}_service", summary=summary)
-    set_up_logging(config.log_level)
+def run_service(role: Role, kind: type[C], build: Build[C]) -> int:
+    """Serves until SIGINT or SIGTERM and returns the exit status: 1 if it could not run."""
     try:
-        asyncio.run(_live(config, role, build))
+        settings = Settings(role, kind, sys.argv[1:])
+    except InvalidRequest as error:
+        sys.exit(f"{role} cannot start: {error}")
+    set_up_logging(settings.config.log_level)
+    try:
+        asyncio.run(_live(settings.config, role, build))
     except MintError as error:
-        logger.error("%s cannot start: %s", role, error.message)
+        logger.error("%s cannot start: %s", role, settings.as_given(error.message))
         return 1
     except TaskDied as error:
         logger.critical("%s cannot go on without a task that has died: %s", role, error)

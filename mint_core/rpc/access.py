@@ -29,8 +29,8 @@ class KeyRing:
         """The line of a key. Raises Unauthenticated."""
         if not secret:
             raise Unauthenticated(
-                "the call carries no API key; set MINT_API_KEY, or send metadata"
-                " `authorization: Bearer KEY`"
+                "the call carries no API key; set MINT_API_KEY or give `api_key`, which send"
+                " metadata `authorization: Bearer KEY`"
             )
         self.refresh()
         key = self._keys.get(digest_of(secret))

@@ -47,9 +47,7 @@ class EchoService:
 
 
 def main() -> int:
-    return run_service(
-        "trainer", EchoServiceConfig, lambda config, *_: EchoService(config), "Serves an echo."
-    )
+    return run_service("trainer", EchoServiceConfig, lambda config, *_: EchoService(config))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def build(config: TrainerConfig, *parts: Any) -> TrainerService:
 
 
 def main() -> int:
-    return run_service("trainer", TrainerConfig, build, "Trains.")
+    return run_service("trainer", TrainerConfig, build)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from trainer_service.service import TrainerService
 
 def main() -> int:
     build = partial(TrainerService, engine_module="tests.engines.rows")
-    return run_service("trainer", TrainerConfig, build, "Trains sums.")
+    return run_service("trainer", TrainerConfig, build)
 
 
 if __name__ == "__main__":

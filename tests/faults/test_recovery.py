@@ -420,5 +420,5 @@ def test_a_state_folder_in_use_is_refused(tmp_path: Path) -> None:
             second.await_start(2)
             line = next(line for line in second.log_text().splitlines() if " ERROR " in line)
 
-    assert f"trainer cannot start: `state` {tmp_path / 'store' / '.state'} is in use" in line
+    assert f"trainer cannot start: `--state` {tmp_path / 'store' / '.state'} is in use" in line
     assert second.exits[0] == 1

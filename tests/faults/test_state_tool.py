@@ -1,5 +1,6 @@
 """What `python -m trainer_service.recovery.state` tells of a folder, and the copies it makes."""
 
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -54,6 +55,11 @@ def test_it_tells_what_is_there(left: Path) -> None:
     assert status == 0
     lines = output.splitlines()
     assert lines[0].startswith("base model tiny ")
+    head, *rows = (re.finditer(r"\S+( \S+)*", line) for line in lines[-3:])
+    columns = [cell.start() for cell in head]
+    assert len(columns) == 8
+    for row in rows:
+        assert [cell.start() for cell in row] == columns
     (first, second) = [line.split() for line in lines if line.startswith("run-")]
     assert second[1:6] == ["default", "2", "5", "0", "5"]
     assert int(first[4]) > 0

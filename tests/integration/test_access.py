@@ -41,6 +41,7 @@ def test_a_missing_or_wrong_key_is_refused_with_a_remedy(
         client.get_server_capabilities()
     assert caught.value.status_code == 401
     assert "wrong" not in str(caught.value)  # keys never appear in errors
+    assert str(caught.value).count("MINT_API_KEY") == 1
 
 
 def test_the_key_of_the_environment_opens_the_door(

@@ -104,17 +104,18 @@ def test_a_service_that_cannot_start_ends_both_with_its_reason(
             *("--trainer-metrics-address", FREE, "--sampler-metrics-address", FREE),
         )
 
-    assert f"sampler cannot start: `address` 127.0.0.1:{port} cannot be listened on" in log
+    assert f"sampler cannot start: `--address` 127.0.0.1:{port} cannot be listened on" in log
     assert "cannot serve: the sampler ended with status 1; its log says why" in log
 
 
 def test_a_missing_model_or_a_bad_flag_is_refused(tmp_path: Path) -> None:
     store = ("--store", str(tmp_path / "store"))
     missing = refusal("--base-model", str(tmp_path / "none"), *store)
-    assert f"`base_model` {tmp_path / 'none'} is no folder" in missing
+    assert f"`--base-model` {tmp_path / 'none'} is no folder" in missing
 
-    assert "use --trainer-address and --sampler-address" in refusal("--address", FREE)
-    assert "unrecognized arguments: --colour blue" in refusal("--colour", "blue", *store)
+    for flag in ("--colour", "--trainer-colour", "--sampler-colour"):
+        (line,) = refusal(flag, "blue", *store).splitlines()
+        assert f"Unknown option: {flag}. See --help." in line
 
 
 def test_help_is_on_standard_output() -> None:

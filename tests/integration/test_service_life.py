@@ -205,13 +205,13 @@ def test_capabilities_and_tokenizer_of_the_model(model: Path, tmp_path: Path) ->
 def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
     line = refusal(tmp_path / "none", tmp_path)
 
-    assert f"trainer cannot start: `base_model` {tmp_path / 'none'} is no folder" in line
+    assert f"trainer cannot start: `--base-model` {tmp_path / 'none'} is no folder" in line
 
 
 def test_an_engine_that_cannot_load_is_refused_with_its_reason(model: Path, tmp_path: Path) -> None:
     line = refusal(model, tmp_path, "--refusal", "`base_model` needs 9 GiB and 1 GiB is free")
 
-    assert line.endswith("trainer cannot start: `base_model` needs 9 GiB and 1 GiB is free")
+    assert line.endswith("trainer cannot start: `--base-model` needs 9 GiB and 1 GiB is free")
 
 
 def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
@@ -224,19 +224,19 @@ def test_a_port_in_use_is_refused(model: Path, tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_made_or_written_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
 
-    assert f"`store` {tmp_path / 'store'} cannot be made: File exists" in refusal(model, tmp_path)
+    assert f"`--store` {tmp_path / 'store'} cannot be made: File exists" in refusal(model, tmp_path)
 
 
 def test_a_missing_keys_file_is_refused(model: Path, tmp_path: Path) -> None:
     line = refusal(model, tmp_path, "--keys", str(tmp_path / "keys"))
 
-    assert f"`keys` file {tmp_path / 'keys'} cannot be read: No such file" in line
+    assert f"`--keys` file {tmp_path / 'keys'} cannot be read: No such file" in line
 
 
 def test_a_ready_file_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) -> None:
     line = refusal(model, tmp_path, "--ready-file", str(tmp_path / "none" / "ready"))
 
-    assert "`ready_file`" in line
+    assert "`--ready-file`" in line
     assert "cannot be written" in line
 
 

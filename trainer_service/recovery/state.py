@@ -17,6 +17,7 @@ from trainer_service.journal.codec import decode_origin
 from trainer_service.journal.schema import DATABASE, MIGRATIONS, SAVED_ROWS, StateRefused
 from trainer_service.recovery.state_check import problems
 
+COLUMNS = ("run", "tenant", "step", "accepted", "in row", "to do again", "unanswered", "row MiB")
 MOST_ATTEMPTS = 20  # at a copy of which the server removes a file meanwhile
 
 
@@ -46,14 +47,13 @@ def inspect(folder: Path) -> list[str]:
             f" {server.get('base_fingerprint', '')}".rstrip(),
             f"journal    {(folder / DATABASE).stat().st_size / 2**20:.1f} MiB",
             f"requests   {len(list(queries.load_requests(database)))} remembered",
-            "run, tenant, step, calls accepted, in the saved row, to be done again, unanswered,"
-            " saved row MiB",
         ]
-        lines += [_run_line(database, record) for record in queries.load_runs(database)]
-    return lines
+        rows = [COLUMNS, *(_run_row(database, record) for record in queries.load_runs(database))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _run_line(database: sqlite3.Connection, record: records.RunRecord) -> str:
+def _run_row(database: sqlite3.Connection, record: records.RunRecord) -> tuple[str, ...]:
     origin = decode_origin(record.origin)
     calls = list(queries.load_calls(database, record.number, record.state.acknowledged))
     accepted = max([call.sequence for call in calls], default=record.state.acknowledged)
@@ -61,10 +61,8 @@ def _run_line(database: sqlite3.Connection, record: records.RunRecord) -> str:
     covered, size_bytes = (row.sequence, row.size_bytes) if row else (0, 0)
     again = len(queries.load_past(database, record.number, covered))
     unanswered = sum(call.answer is None for call in calls)
-    return (
-        f"{origin.training_run_id} {origin.tenant} {record.state.step} {accepted}"
-        f" {covered} {again} {unanswered} {size_bytes / 2**20:.1f}"
-    )
+    numbers = map(str, (record.state.step, accepted, covered, again, unanswered))
+    return (origin.training_run_id, origin.tenant, *numbers, f"{size_bytes / 2**20:.1f}")
 
 
 def verify(folder: Path) -> list[str]:

@@ -128,8 +128,6 @@ class Connection:
                 f"no server answered at `{self.address.target}` for {silence_s:.0f} s "
                 f"({_last_words(message)}); start one there, or set {self._setting}"
             )
-        elif failure.code is grpc.StatusCode.UNAUTHENTICATED and not self.settings.api_key:
-            message += "; no key was sent: set MINT_API_KEY or give `api_key`"
         elif failure.code is grpc.StatusCode.UNIMPLEMENTED and not failure.reason:
             message = (
                 f"the server at `{self.address.target}` does not know this call "

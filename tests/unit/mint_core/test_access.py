@@ -169,3 +169,4 @@ def test_a_wrong_command_is_one_line(tmp_path: Path, arguments: list[str]) -> No
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
