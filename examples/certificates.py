@@ -28,7 +28,10 @@ def main() -> None:
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *given.names.split(",")]
     authority = trustme.CA()
     write(given.folder / "ca.pem", authority.cert_pem)
-    for role, of in (("server", list(dict.fromkeys(filter(None, names)))), ("client", [given.tenant])):
+    for role, of in (
+        ("server", list(dict.fromkeys(filter(None, names)))),
+        ("client", [given.tenant]),
+    ):
         issued = authority.issue_cert(*of)
         write(given.folder / f"{role}.crt", *issued.cert_chain_pems)
         write(given.folder / f"{role}.key", issued.private_key_pem)
