@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 from mint_core.errors import EngineDied, EngineFault, MintError, ResourceExhausted
@@ -86,7 +85,9 @@ class Execution:
         for result in results:
             if result.error is not None:
                 raise result.error
-        metrics = merge_metrics(results, [jobs.tile_tokens(tile) for tile in tiles])
+        metrics = {
+            name: sum(result.metrics[name] for result in results) for name in results[0].metrics
+        }
         logprobs = [each for result in results for each in result.logprobs]
         return calls.Outcome(
             make_reply=partial(
@@ -198,23 +199,3 @@ def refusal(call: calls.Call, error: MintError) -> calls.Outcome:
         effect=calls.Effect.CLEAR if call.method == "OptimStep" else calls.Effect.NONE,
         error=error,
     )
-
-
-def merge_metrics(results: Sequence[jobs.TileResult], tokens: Sequence[int]) -> Mapping[str, float]:
-    """Joins the metrics of a call's tiles as their suffixes say; means count by tokens."""
-    merged: dict[str, float] = {}
-    for name in results[0].metrics:
-        values = [result.metrics[name] for result in results]
-        match name.rpartition(":")[2]:
-            case "sum":
-                merged[name] = sum(values)
-            case "min":
-                merged[name] = min(values)
-            case "max":
-                merged[name] = max(values)
-            case "mean":
-                weighted = sum(value * count for value, count in zip(values, tokens, strict=True))
-                merged[name] = weighted / sum(tokens)
-            case suffix:
-                raise AssertionError(f"metric {name} has the unknown suffix {suffix}")
-    return merged
