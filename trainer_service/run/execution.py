@@ -65,8 +65,6 @@ class Execution:
                 return await self._discard()
             case calls.Save() as save:
                 return await self._save(call, save)
-            case calls.SaveForSampler() as save:
-                return await self._save_for_sampler(call, save)
             case calls.Load() as load:
                 return await self._load(call, load)
 
@@ -126,36 +124,12 @@ class Execution:
 
     async def _save(self, call: calls.Call, save: calls.Save) -> calls.Outcome:
         run = self._run
-        await _noted(call)
+        if call.mark and call.course.noted is not None:
+            await call.course.noted  # the store is touched only when the mark is on disk
         write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.save_state(run.origin, save, call, write, step=run.step)
-        return calls.Outcome(
-            make_reply=partial(
-                replies.saved_state,
-                str(published.path),
-                str(published.revision_path),
-                published.step,
-                gradient_pending=run.gradient.pending,
-            )
-        )
-
-    async def _save_for_sampler(
-        self, call: calls.Call, save: calls.SaveForSampler
-    ) -> calls.Outcome:
-        run = self._run
-        await _noted(call)
-        write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.save_for_sampler(
-            run.origin, save, call, write, step=run.step
-        )
-        return calls.Outcome(
-            make_reply=partial(
-                replies.saved_for_sampler,
-                str(published.path),
-                str(published.revision_path),
-                published.step,
-            )
-        )
+        published = await self._checkpoints.save(run.origin, save, call, write, step=run.step)
+        reply = partial(replies.saved, published, gradient_pending=run.gradient.pending)
+        return calls.Outcome(make_reply=reply)
 
     async def _load(self, call: calls.Call, load: calls.Load) -> calls.Outcome:
         """The loaded row is on disk, apart from its checkpoint, before the call is answered."""
@@ -181,12 +155,6 @@ class Execution:
             step=source.step,
             saved_row=saved_row,
         )
-
-
-async def _noted(call: calls.Call) -> None:
-    """Waits until the mark of a call is on disk: the store is touched only then."""
-    if call.mark and call.course.noted is not None:
-        await call.course.noted
 
 
 def refusal(call: calls.Call, error: MintError) -> calls.Outcome:

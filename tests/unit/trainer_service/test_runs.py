@@ -120,7 +120,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
 ) -> None:
     async with fronting(tmp_path, engine_module="tests.engines.rows") as front:
         run = await front.create()
-        save = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        save = Save(kind="weights", name="a", overwrite=False, ttl_s=None, metadata={})
         await front.submit(call(1, run=run, method="SaveState", work=save))
         jobs: list[object] = []
         real = front.service.scheduler.row
