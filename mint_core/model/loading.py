@@ -114,7 +114,6 @@ def load_base(
             bitwise_reproducible=_is_reproducible(place, threads, shapes),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
-            memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         ),
         device=place,
         dtype=kind,
