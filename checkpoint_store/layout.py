@@ -23,17 +23,9 @@ from checkpoint_store.index import Index
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.objects.places import (
-    Place,
-    flush_folder,
-    folder_of,
-    folders_in,
-    make_folder,
-    remove,
-    remove_tree,
-    write_durably,
-)
+from checkpoint_store.objects.places import Place, folder_of, folders_in, remove, remove_tree
 from checkpoint_store.paths import KINDS, CheckpointPath
+from mint_core.durable_files import flush_folder, make_folder, write_durably
 from mint_core.errors import AlreadyExists
 
 logger = logging.getLogger(__name__)

@@ -47,13 +47,6 @@ def read(place: Place) -> bytes:
     return read_file(place) if isinstance(place, Path) else place.read_bytes()
 
 
-def write_durably(place: Place, content: bytes) -> None:
-    if isinstance(place, Path):
-        durable_files.write_durably(place, content)
-    else:
-        place.objects.write(place.key, content)
-
-
 def replace(place: Place, content: bytes, *, durably: bool) -> None:
     """Makes or replaces what others read meanwhile: they see all of the new content, or what was
     there. Unless it is done `durably`, a crash of the machine may undo it.
