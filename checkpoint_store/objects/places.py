@@ -30,7 +30,7 @@ def folders_in(place: Place) -> list[str]:
     found: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if isinstance(place, ObjectPath):
-            found = [entry.name for entry in place.iterdir() if entry.is_dir()]
+            found = [key.rpartition("/")[2] for key in place.objects.children(place.key)[0]]
         else:
             found = [e.name for e in os.scandir(place) if e.is_dir(follow_symlinks=False)]
     return sorted(filter(is_name, found))
