@@ -271,7 +271,7 @@ class Runs:
             metadata=run.metadata,
             retention_s=run.retention.limit_s,
             removing=None,
-            state=run.state(),
+            state=run.state,
         )
         try:
             await run.journal.created(record, saved_row, request.identity, answer)
@@ -313,7 +313,7 @@ class Runs:
             return remembered.brief(open_response(self.view(run), writer_epoch))
 
         answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
-        await run.journal.answered(run.state(), request.identity, answered)
+        await run.journal.answered(run.state, request.identity, answered)
         return answered
 
     async def _update(self, tenant: str, request: UpdateRun) -> bytes:

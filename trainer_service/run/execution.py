@@ -40,8 +40,8 @@ class Execution:
 
     async def _fail(self, call: calls.Call, error: MintError) -> calls.Outcome | EngineDied:
         """The gradient is cleared after a step that was not taken."""
-        run = self._run
-        if call.method == "OptimStep" and run.gradient.touched and run.row_life and not run.lost:
+        run, gradient = self._run, self._run.state.gradient
+        if call.method == "OptimStep" and gradient.touched and run.row_life and not run.lost:
             try:
                 await self._row(jobs.ClearGradient(self._run.id))
             except EngineDied as death:
@@ -97,7 +97,7 @@ class Execution:
 
     async def _step(self, call: calls.Call, step: calls.Step) -> calls.Outcome:
         run = self._run
-        if refused := run.gradient.refusal(step.backward_count):
+        if refused := run.state.gradient.refusal(step.backward_count):
             raise refused
         alone = call.course.deaths >= DEATHS_UNTIL_ALONE
         job = jobs.StepRow(run.id, step.adam_params, alone=alone)
@@ -115,7 +115,7 @@ class Execution:
         )
 
     async def _discard(self) -> calls.Outcome:
-        gradient = self._run.gradient
+        gradient = self._run.state.gradient
         if gradient.touched:
             await self._row(jobs.ClearGradient(self._run.id))
         return calls.Outcome(
@@ -127,8 +127,8 @@ class Execution:
         if call.mark and call.course.noted is not None:
             await call.course.noted  # the store is touched only when the mark is on disk
         write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.save(run.origin, save, call, write, step=run.step)
-        reply = partial(replies.saved, published, gradient_pending=run.gradient.pending)
+        published = await self._checkpoints.save(run.origin, save, call, write, step=run.state.step)
+        reply = partial(replies.saved, published, gradient_pending=run.state.gradient.pending)
         return calls.Outcome(make_reply=reply)
 
     async def _load(self, call: calls.Call, load: calls.Load) -> calls.Outcome:
@@ -150,7 +150,7 @@ class Execution:
                 replies.loaded,
                 checkpoint.revision_path,
                 source.step,
-                gradient_discarded=run.gradient.pending,
+                gradient_discarded=run.state.gradient.pending,
             ),
             step=source.step,
             saved_row=saved_row,
