@@ -58,6 +58,7 @@ class RankBank:
 
     def __init__(self, stored_rank: int, groups: Sequence[ModuleGroup]) -> None:
         self.stored_rank = stored_rank
+        self._groups = groups
         # Of each module, A [stored rank, in] and B [out, stored rank]. B lies transposed: products
         # with 8 columns of the inner side take CPUs about twice as long.
         self.places: dict[str, tuple[Matrix, Matrix]] = {}
@@ -88,6 +89,20 @@ class RankBank:
         b_t = tuple(self._b_t(row, module) for module in modules)
         b = tuple(matrix.mT for matrix in b_t)
         return GroupMatrices(members, [self.stored_rank] * len(modules), a, a.mT, b, b_t)
+
+    def take(self, row: Tensor, other: Tensor, bank: "RankBank") -> None:
+        """Copies a row of a bank of the same groups, which is as wide or less, to a row of this
+        one, which is zero; both [params].
+        """
+        if bank is self:
+            row.copy_(other)
+            return
+        other = other.to(row.dtype)
+        for group in self._groups:
+            members = range(len(group.modules))
+            own = bank.group_matrices(other, group, members).each
+            wide = self.group_matrices(row, group, members).each
+            torch._foreach_copy_([w[: len(o)] for w, o in zip(wide, own, strict=True)], own)
 
     @cached_property
     def layout(self) -> RowLayout:
