@@ -22,8 +22,8 @@ from benchmarks.sampler_workloads import END_TOKEN, FIRST_TOKEN
 from benchmarks.workloads import SMOLLM2
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
-from mint_core.model.loading import load_base
 from tests.engines_in_process import random_arrays
+from tests.models import load_base
 from tests.samplers import Sampler, connected, sample_request
 from tests.servers import running_sampler
 
@@ -35,9 +35,7 @@ LIMIT_S = 1200.0
 
 def publish(sampler: Sampler, count: int) -> list[str]:
     """Adapters of different names and tenants' runs; their numbers are the same."""
-    base = load_base(
-        str(SMOLLM2), name="", device="cpu", dtype="float32", threads=1, max_lora_rank=RANK
-    )
+    base = load_base(SMOLLM2, device="cpu", dtype="float32", max_lora_rank=RANK)
     spec = resolve(LoraRequest(rank=RANK, seed=0), base.description.linear_modules)
     weights = random_arrays(initial_arrays(spec, base.shapes), 0)
     return [sampler.publish(f"r-{i}", seed=i, spec=spec, weights=weights) for i in range(count)]

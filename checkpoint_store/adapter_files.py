@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from checkpoint_store.errors import CheckpointDamaged, WeightsNotFinite
 from checkpoint_store.manifest import FileEntry
+from checkpoint_store.row_file import Progress
 from checkpoint_store.store_files import open_file, problem_of
 from mint_core.errors import InvalidRequest
 from mint_core.lora.row_layout import Floats
@@ -26,7 +27,6 @@ BASE_FINGERPRINT, STEP = "base_fingerprint", "step"
 
 
 Moments = tuple[AdapterArrays, AdapterArrays]  # first and second, by the weights' names
-Progress = Callable[[], None]  # called now and then: disks are slow
 
 
 def write_files(

@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from mint_core.errors import FailedPrecondition, InvalidRequest, ResourceExhausted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -71,9 +73,11 @@ def full_disk_told() -> Iterator[None]:
     """Says ResourceExhausted where the store's disk is full."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except (OSError, SafetensorError) as error:
+        # The library in Rust has the number in its text alone.
+        told = any(f"os error {number})" in str(error) for number in FULL)
+        if not told and getattr(error, "errno", None) not in FULL:
             raise
         raise ResourceExhausted(
-            "the checkpoint store has no space left; delete checkpoints, then save again"
+            "the checkpoint store has no space left; delete checkpoints, then send the call again"
         ) from error

@@ -20,20 +20,12 @@ from checkpoint_store import retention, revisions
 from checkpoint_store.adapter_files import flush_files
 from checkpoint_store.errors import CheckpointDamaged, full_disk_told
 from checkpoint_store.index import Index
-from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
+from checkpoint_store.manifest import MANIFEST_FILE, Maker, Manifest, encode_manifest
 from checkpoint_store.objects import object_revisions
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.objects.places import (
-    Place,
-    flush_folder,
-    folder_of,
-    folders_in,
-    make_folder,
-    remove,
-    remove_tree,
-    write_durably,
-)
+from checkpoint_store.objects.places import Place, folder_of, folders_in, remove, remove_tree
 from checkpoint_store.paths import KINDS, CheckpointPath
+from mint_core.durable_files import flush_folder, make_folder, write_durably
 from mint_core.errors import AlreadyExists
 
 logger = logging.getLogger(__name__)
@@ -78,7 +70,7 @@ class StoreLayout:
         publishes once more is there already: a crash may have hidden that.
         """
         path, folder = manifest.path, self.name_folder(manifest.path)
-        if made := self._made(manifest):
+        if made := self.made_by(path, manifest.maker):
             revisions.settle(folder)
             return made
         files = manifest.files or flush_files(staging)
@@ -107,10 +99,10 @@ class StoreLayout:
         revisions.bury(self.revision_folder(manifest.revision_path), request)
         self.index.forget(manifest.revision_path)
 
-    def made_by(self, path: CheckpointPath, request: str) -> Manifest | None:
-        """The revision of a name that a request has made."""
-        held = self.revisions_of(path) if request else []
-        return next((m for m in held if m.request == request), None)
+    def made_by(self, path: CheckpointPath, maker: Maker) -> Manifest | None:
+        """The revision of a name that a request or a call has made."""
+        held = self.revisions_of(path) if any(maker) else []
+        return next((m for m in held if m.maker == maker), None)
 
     def newest_first(self, path: CheckpointPath) -> Iterator[Manifest]:
         """The revision that the path names, or all of its name. A damaged manifest raises."""
@@ -154,11 +146,6 @@ class StoreLayout:
         for entry in self._staging.iterdir() if self._staging.is_dir() else ():
             if datetime.fromtimestamp(entry.lstat().st_mtime, UTC) < older_than:
                 remove(entry)
-
-    def _made(self, manifest: Manifest) -> Manifest | None:
-        """The revision of the same name that the same request or call has made."""
-        held = self.revisions_of(manifest.path) if manifest.maker else []
-        return next((m for m in held if m.maker == manifest.maker), None)
 
     def _clear_files(self, path: CheckpointPath, folder: ObjectPath, since: datetime) -> None:
         live = self.revisions_of(path)

@@ -25,6 +25,9 @@ FORMAT_VERSION = 1
 UNUSED_LIMIT_S = 24 * 3600  # of what is kept for as long as it is used
 
 
+Maker = tuple[str, str, int]  # request, or else the mark of a call, or else its sequence
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     size_bytes: int
@@ -59,12 +62,11 @@ class Manifest:
     files_folder: str = ""  # in the name's folder; empty: they are beside the manifest
 
     @property
-    def maker(self) -> tuple[str, str, int] | None:
+    def maker(self) -> Maker:
         """What makes the revision once: a request, or a call of its run. Calls of servers that drew
         no marks are known by their numbers.
         """
-        maker = self.request, self.mark, 0 if self.mark else self.sequence
-        return maker if any(maker) else None
+        return self.request, self.mark, 0 if self.mark else self.sequence
 
     @property
     def path(self) -> CheckpointPath:

@@ -242,6 +242,8 @@ def _text(file: places.Place) -> str:
 
 def _written(file: places.Place) -> datetime | None:
     """When a file was written last; None: there is none."""
+    if isinstance(file, ObjectPath):
+        return file.objects.find(file.key)
     try:
         return datetime.fromtimestamp(file.stat().st_mtime, UTC)
     except OSError:

@@ -141,7 +141,7 @@ class CheckpointStore:
         """
         asked = parse_path(path)
         target = CheckpointPath(asked.training_run_id, asked.kind, check_new_name(name))
-        if made := self._layout.made_by(target, request):
+        if made := self._layout.made_by(target, (request, "", 0)):
             return made
         found = self.find_stored(path, tenant=tenant)
         found.note_use()

@@ -18,6 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from mint_core.hosting.service_config import ServiceConfig
+from mint_core.model import loading
+
 VOCABULARY_SIZE = 512
 CONTEXT_LENGTH = 4096
 
@@ -147,3 +150,9 @@ def write_tokenizer(folder: Path) -> None:
         "chat_template": _CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def load_base(folder: Path | str, *, inference: bool = False, **options: Any) -> loading.LoadedBase:
+    """As a service loads it that was told these options."""
+    config = ServiceConfig(base_model=str(folder), **options)
+    return loading.load_base(config, inference=inference)

@@ -8,6 +8,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any, Literal
 
+from checkpoint_store import CheckpointKind
 from mint_core.errors import MintError
 from trainer_service.jobs import AdamParams, Document, Loss, SavedRow
 
@@ -44,15 +45,9 @@ class Discard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    name: str
-    overwrite: bool
-    ttl_s: float | None
-    metadata: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveForSampler:
-    name: str | None  # None: an unnamed snapshot
+    kind: CheckpointKind  # of training state, or of an adapter for samplers
+    name: str | None  # None: an unnamed snapshot, of an adapter alone
+    overwrite: bool = True  # whether a name of training state may exist
     ttl_s: float | None
     metadata: Mapping[str, str]
 
@@ -70,7 +65,7 @@ class Refused:
     error: MintError
 
 
-Work = Compute | Step | Discard | Save | SaveForSampler | Load | Refused
+Work = Compute | Step | Discard | Save | Load | Refused
 
 # What a call is, known even when its content is bad; the RPC's name.
 Method = Literal[

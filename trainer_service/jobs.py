@@ -155,7 +155,7 @@ class TileResult:
     """Outcome of a tile. With an error, nothing of the tile is in the gradient."""
 
     logprobs: tuple[Floats, ...] = ()  # per document, [n] or [positions with weight]
-    metrics: Mapping[str, float] = field(default_factory=dict)  # merge by suffix
+    metrics: Mapping[str, float] = field(default_factory=dict)  # `:sum` all: those of tiles add up
     error: MintError | None = None
 
 

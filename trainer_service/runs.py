@@ -20,12 +20,13 @@ from trainer_service.calls import Call
 from trainer_service.creation import Creation
 from trainer_service.errors import TrainingRunUploaded
 from trainer_service.jobs import DropRow
-from trainer_service.journal.changes import decode_reply
+from trainer_service.journal.changes import decode_reply, forget_requests
 from trainer_service.journal.codec import encode_origin
-from trainer_service.journal.ledger import Ledger, PastRun
+from trainer_service.journal.ledger import PastRun, load_runs, next_number
+from trainer_service.journal.queries import load_requests
 from trainer_service.journal.records import RunRecord
 from trainer_service.journal.run_journal import RunJournal
-from trainer_service.journal.writer import Written
+from trainer_service.journal.writer import Journal, Written
 from trainer_service.queue.admission import Admission
 from trainer_service.run.call_numbers import CallLimits
 from trainer_service.run.loop import RunLoop
@@ -63,7 +64,7 @@ class Runs:
     def __init__(
         self,
         services: RunServices,
-        ledger: Ledger,
+        journal: Journal,
         admission: Admission,
         limits: CallLimits,
         table: RunTable,
@@ -74,7 +75,7 @@ class Runs:
     ) -> None:
         self._services = services
         self._scheduler = services.scheduler
-        self._ledger = ledger
+        self._journal = journal
         self._admission = admission
         self._limits = limits
         self._retention_s = retention_s
@@ -87,12 +88,12 @@ class Runs:
         self._closing: dict[Run, _Removal] = {}
         self._recalled = False  # whether accepted calls of before a restart have their places
         self._past = list(self._recall())
-        self._numbers = itertools.count(ledger.next_number())
+        self._numbers = itertools.count(next_number(journal))
 
     def _recall(self) -> Iterable[tuple[Run, PastRun]]:
         """Takes in what the journal knows."""
         files = {}
-        for past in self._ledger.load_runs():
+        for past in load_runs(self._journal):
             state = past.record.state
             retention = Retention(past.record.retention_s, self._clock)
             retention.resume(time.time() - state.update_time_s)
@@ -109,7 +110,7 @@ class Runs:
             if past.saved_row is not None:
                 files[run.id] = past.saved_row.file
             yield run, past
-        for request in self._ledger.load_requests():
+        for request in load_requests(self._journal.database):
             identity = Identity(request.request_id, request.payload_hash)
             self._once.recall(request.tenant, identity, request.time_s, request.answer)
         self._services.saved_rows.keep(files)
@@ -214,7 +215,7 @@ class Runs:
             async with asyncio.timeout(limit_s - (time.monotonic() - started_s)):
                 idle = [run for run in self._loops if run.inbox.at_rest.is_set()]
                 await self._services.saved_rows.cover(idle)
-                await self._ledger.journal.flush()
+                await self._journal.flush()
         self._abandon(self._admission.draining)
         self.end_watches()
 
@@ -222,11 +223,12 @@ class Runs:
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
             await self.expire()
-            self._ledger.forget_requests(REMEMBERED_S)
+            forget = partial(forget_requests, before_s=time.time() - REMEMBERED_S)
+            self._journal.write(forget, soon=False)
 
     async def _await_failure(self) -> None:
         """Sends all callers away when the journal has failed."""
-        self._abandon(await self._ledger.journal.failed())
+        self._abandon(await self._journal.failed())
 
     def _abandon(self, error: MintError) -> None:
         """Sends all callers away: nothing more will be answered."""
@@ -271,7 +273,7 @@ class Runs:
             metadata=run.metadata,
             retention_s=run.retention.limit_s,
             removing=None,
-            state=run.state(),
+            state=run.state,
         )
         try:
             await run.journal.created(record, saved_row, request.identity, answer)
@@ -297,7 +299,7 @@ class Runs:
             state,
             metadata=metadata,
             retention=retention,
-            journal=RunJournal(self._ledger.journal, origin),
+            journal=RunJournal(self._journal, origin),
             admission=self._admission,
             limits=self._limits,
         )
@@ -313,7 +315,7 @@ class Runs:
             return remembered.brief(open_response(self.view(run), writer_epoch))
 
         answered: bytes = await run.inbox.behind(run.numbers.next_sequence, answer)
-        await run.journal.answered(run.state(), request.identity, answered)
+        await run.journal.answered(run.state, request.identity, answered)
         return answered
 
     async def _update(self, tenant: str, request: UpdateRun) -> bytes:

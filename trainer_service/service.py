@@ -20,7 +20,7 @@ from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import RowCounts
-from trainer_service.journal.ledger import Ledger
+from trainer_service.journal.ledger import check_base
 from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
@@ -90,12 +90,11 @@ class TrainerService:
                 "mint_inexact_replays", "Rows that are not to the bit what they were before"
             ),
         )
-        self._ledger = Ledger(self.journal)
         self._quotas, self._ids = quotas, remembered_ids(quotas)
         self.table = RunTable(quotas)
         self.runs = Runs(
             self.services,
-            self._ledger,
+            self.journal,
             self._admission,
             CallLimits(gap_s=config.gap_s),
             self.table,
@@ -140,7 +139,7 @@ class TrainerService:
     async def start(self) -> None:
         """Starts the engine, and goes on where the journal ends. Raises what keeps it from that."""
         hello = await self.engine.start()
-        self._ledger.check_base(hello.model)
+        check_base(self.journal, hello.model)
         self.journal.start()
         self.scheduler.welcome(hello)
         self._checkpoints.handoff.start()

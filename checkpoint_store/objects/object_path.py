@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from checkpoint_store.objects.object_store import ObjectStore
 
@@ -15,7 +14,6 @@ class ObjectPath:
 
     objects: ObjectStore
     key: str
-    _below: bool = False  # whether something is known to be
 
     def __truediv__(self, name: str) -> "ObjectPath":
         return ObjectPath(self.objects, f"{self.key}/{name}".lstrip("/"))
@@ -33,21 +31,11 @@ class ObjectPath:
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         folders, objects = self.objects.children(self.key)
-        yield from (ObjectPath(self.objects, key, True) for key in folders)
-        yield from (ObjectPath(self.objects, key) for key in objects)
-
-    def is_dir(self) -> bool:
-        return self._below
+        yield from (ObjectPath(self.objects, key) for key in (*folders, *objects))
 
     def exists(self) -> bool:
         """Whether there is an object."""
         return self.objects.find(self.key) is not None
-
-    def stat(self) -> SimpleNamespace:
-        written = self.objects.find(self.key)
-        if written is None:
-            raise FileNotFoundError(str(self))
-        return SimpleNamespace(st_mtime=written.timestamp())
 
     def read_bytes(self) -> bytes:
         return self.objects.read(self.key)

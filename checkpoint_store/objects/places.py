@@ -30,7 +30,7 @@ def folders_in(place: Place) -> list[str]:
     found: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if isinstance(place, ObjectPath):
-            found = [entry.name for entry in place.iterdir() if entry.is_dir()]
+            found = [key.rpartition("/")[2] for key in place.objects.children(place.key)[0]]
         else:
             found = [e.name for e in os.scandir(place) if e.is_dir(follow_symlinks=False)]
     return sorted(filter(is_name, found))
@@ -45,13 +45,6 @@ def make_folder(place: Place) -> None:
 def read(place: Place) -> bytes:
     """A small file. Raises OSError over whatever is none, or large."""
     return read_file(place) if isinstance(place, Path) else place.read_bytes()
-
-
-def write_durably(place: Place, content: bytes) -> None:
-    if isinstance(place, Path):
-        durable_files.write_durably(place, content)
-    else:
-        place.objects.write(place.key, content)
 
 
 def replace(place: Place, content: bytes, *, durably: bool) -> None:

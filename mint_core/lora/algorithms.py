@@ -98,42 +98,20 @@ class Adapted:
         return max(banks, key=lambda bank: bank.stored_rank)
 
     @cached_property
-    def _rows(self) -> Tensor | None:  # [S, params]
-        """Weights of the stretches, one below the other, zero where no adapter is; None if they lie
-        differently, as those of different rank classes do.
+    def _rows(self) -> Tensor:  # [S, params]
+        """Weights of the stretches, one below the other, each as a row of the widest bank; zero
+        where no adapter is.
         """
-        if any(segment.row and segment.row.bank is not self._widest for segment in self.segments):
-            return None
-        rows = self._no_rows(self._widest)
+        size = len(self.stretches), self._widest.row_size
+        rows = torch.zeros(size, device=self.device, dtype=self.dtype)
         for own, stretch in zip(rows, self.stretches, strict=True):
             if stretch.row:
-                own.copy_(stretch.row.part(Part.WEIGHTS))
+                self._widest.take(own, stretch.row.part(Part.WEIGHTS), stretch.row.bank)
         return rows
 
     def stacked(self, group: ModuleGroup) -> GroupMatrices:
         """A [S, m r, in] and B of all stretches, filled up with zeros to the largest rank."""
-        bank, rows = self._widest, self._rows
-        if rows is None:
-            bank = RankBank(bank.stored_rank, (group,))
-            rows = self._rows_of_one(bank, group)
-        return bank.group_matrices(rows, group, range(len(group.modules)))
-
-    def _rows_of_one(self, bank: RankBank, group: ModuleGroup) -> Tensor:  # [S, params]
-        """As `_rows`, of a bank that holds a single group and is the widest."""
-        rows = self._no_rows(bank)
-        filled: list[Tensor] = []
-        sources: list[Tensor] = []
-        adapted = (own for own, stretch in zip(rows, self.stretches, strict=True) if stretch.row)
-        for row, own in zip(adapted, self.weights(group), strict=True):
-            filled += bank.group_matrices(row, group, own.members).each
-            sources += own.each
-        targets = [wide[: len(own)] for wide, own in zip(filled, sources, strict=True)]
-        torch._foreach_copy_(targets, sources)
-        return rows
-
-    def _no_rows(self, bank: RankBank) -> Tensor:  # [S, params]
-        size = len(self.stretches), bank.row_size
-        return torch.zeros(size, device=self.device, dtype=self.dtype)
+        return self._widest.group_matrices(self._rows, group, range(len(group.modules)))
 
     @cached_property
     def ends(self) -> Tensor:  # [S] int32, where each stretch ends in the covered rows
@@ -213,8 +191,8 @@ class Grouped:
     """A grouped matrix product for all adapters. Each stretch is reduced by itself, so nobody's NaN
     reaches another.
 
-    Adapters of one rank class are copied side by side once for all groups of a pass. Of others A
-    and B of each group are, padded to the largest rank among them.
+    Adapters are copied side by side once for all groups of a pass, padded to the largest rank among
+    them.
     """
 
     def forward(

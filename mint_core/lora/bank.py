@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mint_core.errors import InvalidRequest
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.row_layout import Matrix, RowLayout, no_such_layer
-from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name, stored_rank
+from mint_core.lora.spec import AdapterArrays, AdapterSpec, stored_rank
 
 
 class Part(StrEnum):  # hashes faster than a plain Enum: parts are looked up for every product
@@ -59,6 +58,7 @@ class RankBank:
 
     def __init__(self, stored_rank: int, groups: Sequence[ModuleGroup]) -> None:
         self.stored_rank = stored_rank
+        self._groups = groups
         # Of each module, A [stored rank, in] and B [out, stored rank]. B lies transposed: products
         # with 8 columns of the inner side take CPUs about twice as long.
         self.places: dict[str, tuple[Matrix, Matrix]] = {}
@@ -89,6 +89,20 @@ class RankBank:
         b_t = tuple(self._b_t(row, module) for module in modules)
         b = tuple(matrix.mT for matrix in b_t)
         return GroupMatrices(members, [self.stored_rank] * len(modules), a, a.mT, b, b_t)
+
+    def take(self, row: Tensor, other: Tensor, bank: "RankBank") -> None:
+        """Copies a row of a bank of the same groups, which is as wide or less, to a row of this
+        one, which is zero; both [params].
+        """
+        if bank is self:
+            row.copy_(other)
+            return
+        other = other.to(row.dtype)
+        for group in self._groups:
+            members = range(len(group.modules))
+            own = bank.group_matrices(other, group, members).each
+            wide = self.group_matrices(row, group, members).each
+            torch._foreach_copy_([w[: len(o)] for w, o in zip(wide, own, strict=True)], own)
 
     @cached_property
     def layout(self) -> RowLayout:
@@ -159,20 +173,10 @@ class AdapterRow:
         self._away = False
 
     def load(self, part: Part, arrays: AdapterArrays) -> None:
-        """Replaces a part. Names and shapes must be the adapter's own, values finite."""
-        wanted = {
-            name for module in self.modules for name in (lora_a_name(module), lora_b_name(module))
-        }
-        if wanted != set(arrays):
-            odd = sorted(wanted ^ set(arrays))[0]
-            raise InvalidRequest(
-                f"the adapter's tensors are not those of its configuration: `{odd}` is missing or "
-                "unexpected",
-                tensor=odd,
-            )
+        """Replaces a part by arrays of the adapter's modules, all finite. Raises InvalidRequest
+        where a shape is not that of its layer.
+        """
         row = self.bank.layout.row(self.spec, arrays)
-        if not np.isfinite(row).all():
-            raise InvalidRequest("an adapter tensor holds NaN or Inf; adapters must be finite")
         self.version += 1
         self.part(part).copy_(torch.from_numpy(row))
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
+from mint_core.hosting.service_config import ServiceConfig
 from mint_core.lora.groups import LinearShape, complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
 from mint_core.lora.segments import MIN_ROWS, Segment
@@ -47,29 +48,19 @@ _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safeten
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def load_base(
-    base_model: str,
-    *,
-    name: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int = 1,
-    max_lora_rank: int = 128,
-    inference: bool = False,
-) -> LoadedBase:
-    """Loads a folder or a hub id and serves it as `name` (default: hub id, or the folder's name).
-
-    For inference alone, weights are packed where that makes few rows cheaper.
+def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
+    """Loads the base model that a service was told. For inference alone, weights are packed where
+    that makes few rows cheaper.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
     """
     ask_for_reproducible_products()
-    torch.set_num_threads(threads)
-    place = _device(device)
+    torch.set_num_threads(config.threads)
+    base_model, place = config.base_model, _device(config.device)
     if place.index is not None:
         torch.cuda.set_device(place)  # Triton launches on the current device
-    kind = _dtype(dtype, place)
+    kind = _dtype(config.dtype, place)
     folder = _folder(base_model)
     try:
         model, eos_token_ids = _read(folder, place, kind)
@@ -101,20 +92,19 @@ def load_base(
         shapes=shapes,
         groups=groups,
         description=ModelDescription(
-            name=name
+            name=config.base_model_name
             or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),
             folder=str(folder),
             context_length=architecture.context_length(model),
             vocabulary_size=linear.out_features,
-            max_lora_rank=max_lora_rank,
+            max_lora_rank=config.max_lora_rank,
             fingerprint=fingerprint,
             dtype=str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
-            bitwise_reproducible=_is_reproducible(place, threads, shapes),
+            bitwise_reproducible=_is_reproducible(place, config.threads, shapes),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
-            memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         ),
         device=place,
         dtype=kind,

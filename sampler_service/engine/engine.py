@@ -53,15 +53,7 @@ class Engine:
         config: SamplerConfig,
         progress: Callable[[], None],  # called while a pass goes on
     ) -> None:
-        base = load_base(
-            config.base_model,
-            name=config.base_model_name,
-            device=config.device,
-            dtype=config.dtype,
-            threads=config.threads,
-            max_lora_rank=config.max_lora_rank,
-            inference=True,
-        )
+        base = load_base(config, inference=True)
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(config, base)
         blocks, kept = cache_size(config, base, shapes.values())

@@ -19,7 +19,6 @@ MODEL = ModelDescription(
     eos_token_ids=(2,),
     bitwise_reproducible=True,
     linear_modules=("q_proj",),
-    memory_bytes=0,
 )
 
 

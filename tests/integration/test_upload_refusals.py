@@ -145,13 +145,13 @@ BROKEN: dict[str, tuple[Break, str, str]] = {  # how, field, words
         "with other numbers than the base model's",
     ),
     "nothing": (tensors(lambda found: found.clear()), WEIGHTS, "holds no adapter"),
-    "cut_off": (cut, WEIGHTS, "is torn"),
-    "too_long": (append, WEIGHTS, "4 bytes behind its tensors"),
+    "cut_off": (cut, WEIGHTS, "not fully covered"),
+    "too_long": (append, WEIGHTS, "not fully covered"),
     "a_pickle": (pickled, WEIGHTS, "is a pickle, which could run code"),
     "no_safetensors": (
         lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64),
         WEIGHTS,
-        "is no safetensors file",
+        "is no whole safetensors file: header too large",
     ),
     "no_json": (lambda f: (f / CONFIG).write_text("r: 8"), CONFIG, "is no JSON object"),
     "another_method": (

@@ -12,8 +12,9 @@ from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.layers import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.head import Piece
-from mint_core.model.loading import LoadedBase, load_base
+from mint_core.model.loading import LoadedBase
 from mint_core.model.softmax import PlainSoftmax
+from tests.models import load_base
 
 ROWS = (1, 5, 37, 2)  # scored of each segment
 

@@ -10,14 +10,13 @@ from functools import partial
 from checkpoint_store import (
     SAMPLER_WEIGHTS,
     WEIGHTS,
-    CheckpointKind,
     CheckpointStore,
     Manifest,
     SnapshotMemory,
     new_manifest,
 )
 from mint_core.engine_host.pipe import ModelDescription
-from trainer_service.calls import Call, Load, Save, SaveForSampler
+from trainer_service.calls import Call, Load, Save
 from trainer_service.checkpoints.handoff import Handoff
 from trainer_service.checkpoints.staging import Write, publish
 from trainer_service.checkpoints.sweeping import Sweeper
@@ -96,31 +95,19 @@ class Checkpoints:
         )
         return Opened(found.manifest, source)
 
-    async def save_state(
+    async def save(
         self, origin: RunOrigin, save: Save, call: Call, write: Write, *, step: int
     ) -> Manifest:
-        """Publishes training state; that of the same call once. `write` has the engine write the
-        run's row, of that step.
+        """Publishes training state, or an adapter for samplers; those of the same call once.
+        `write` has the engine write the run's row, of that step.
         """
-        manifest = self._manifest(origin, WEIGHTS, save, call, step)
+        manifest = self._manifest(origin, save, call, step)
+        if save.kind == SAMPLER_WEIGHTS:
+            return await self.handoff.publish(manifest, origin.row_bytes, write)
         job = partial(SaveCheckpoint, manifest=manifest, with_optimizer=True)
         return await publish(self.store, manifest, job, write, overwrite=save.overwrite)
 
-    async def save_for_sampler(
-        self, origin: RunOrigin, save: SaveForSampler, call: Call, write: Write, *, step: int
-    ) -> Manifest:
-        """Publishes an adapter for samplers, as `save_state`."""
-        manifest = self._manifest(origin, SAMPLER_WEIGHTS, save, call, step)
-        return await self.handoff.publish(manifest, origin.row_bytes, write)
-
-    def _manifest(
-        self,
-        origin: RunOrigin,
-        kind: CheckpointKind,
-        save: Save | SaveForSampler,
-        call: Call,
-        step: int,
-    ) -> Manifest:
+    def _manifest(self, origin: RunOrigin, save: Save, call: Call, step: int) -> Manifest:
         expire_time = None
         if save.ttl_s is not None:
             expire_time = datetime.now(UTC) + timedelta(seconds=save.ttl_s)
@@ -129,7 +116,7 @@ class Checkpoints:
             save.name,
             Manifest(
                 training_run_id=origin.training_run_id,
-                kind=kind,
+                kind=save.kind,
                 tenant=origin.tenant,
                 base_model=origin.base_model,
                 base_fingerprint=origin.base_fingerprint,

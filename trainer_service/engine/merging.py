@@ -2,17 +2,15 @@
 its own, since it loads the model once more, which neither front nor engine should hold.
 """
 
-import errno
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from checkpoint_store.adapter_files import read_weights
-from mint_core.errors import ResourceExhausted
+from checkpoint_store.errors import full_disk_told
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
 from mint_core.model.loading import check_memory
@@ -23,21 +21,10 @@ _CPU = torch.device("cpu")
 _SHARD_SIZE = "5GB"
 
 
+@full_disk_told()
+@torch.no_grad()
 def merge(job: Merge) -> bool:
     """Writes configuration and weights of the merged model. Returns whether its head was tied."""
-    try:
-        return _merge(job)
-    except (OSError, SafetensorError) as error:
-        if not _disk_full(error):
-            raise
-        raise ResourceExhausted(
-            "the checkpoint store has no space left for a merged model; delete checkpoints, then "
-            "export again"
-        ) from error
-
-
-@torch.no_grad()
-def _merge(job: Merge) -> bool:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
@@ -91,14 +78,6 @@ def _make_readable(folder: Path) -> None:
     os.umask(umask)
     for file in folder.iterdir():
         file.chmod(0o666 & ~umask)
-
-
-def _disk_full(error: Exception) -> bool:
-    """The library in Rust has the number in its text alone."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in numbers or any(
-        f"os error {number})" in str(error) for number in numbers
-    )
 
 
 if __name__ == "__main__":

@@ -75,29 +75,22 @@ def _with_sequence_ratios(
     base: LoadedBase, hidden: Tensor, tiles: tuple[PackedTile, ...]
 ) -> list[LossInputs]:
     """What each tile's loss reads, ratios of whole sequences included."""
-    masks = [tile.ratio_mask for tile in tiles]
-    rows = [None if mask is None else torch.nonzero(mask)[:, 0] for mask in masks]
-    asked = [(tile, own) for tile, own in zip(tiles, rows, strict=True) if own is not None]
-    logprobs = iter(
-        base.head.logprobs(
-            hidden,
-            [Piece(tile.segment, own + tile.segment.start) for tile, own in asked],
-            [tile.targets[own] for tile, own in asked],
-        )
+    inputs = {tile: tile.inputs for tile in tiles}
+    masks = {tile: tile.ratio_mask for tile in tiles if tile.ratio_mask is not None}
+    rows = [torch.nonzero(mask)[:, 0] for mask in masks.values()]
+    asked = list(zip(masks, rows, strict=True))
+    scored = base.head.logprobs(
+        hidden,
+        [Piece(tile.segment, own + tile.segment.start) for tile, own in asked],
+        [tile.targets[own] for tile, own in asked],
     )
-    return [
-        tile.inputs if own is None else _with_ratios(tile, own, next(logprobs))
-        for tile, own in zip(tiles, rows, strict=True)
-    ]
-
-
-def _with_ratios(tile: PackedTile, rows: Tensor, logprobs: Tensor) -> LossInputs:
-    inputs, mask = tile.inputs, tile.ratio_mask
-    assert inputs.logprobs is not None
-    assert mask is not None
-    log_ratio = torch.zeros_like(mask)
-    log_ratio[rows] = logprobs - inputs.logprobs[rows]
-    return replace(inputs, sequence_log_ratios=sequence_log_ratios(log_ratio, mask, tile.lengths))
+    for (tile, own), logprobs in zip(asked, scored, strict=True):
+        sampled, log_ratio = tile.inputs.logprobs, torch.zeros_like(masks[tile])
+        assert sampled is not None
+        log_ratio[own] = logprobs - sampled[own]
+        ratios = sequence_log_ratios(log_ratio, masks[tile], tile.lengths)
+        inputs[tile] = replace(tile.inputs, sequence_log_ratios=ratios)
+    return list(inputs.values())
 
 
 def _result(tile: _Scored) -> TileResult:

@@ -1,9 +1,7 @@
 """The journal as a whole: whose it is, and what it knows when the trainer starts."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
@@ -11,7 +9,7 @@ from trainer_service.calls import Call, Course, Place, Refused, Work
 from trainer_service.errors import RequestDamaged, StateDamaged
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import changes, codec, queries
-from trainer_service.journal.records import CallRecord, Payload, RequestRecord, RunRecord
+from trainer_service.journal.records import CallRecord, Payload, RunRecord
 from trainer_service.journal.writer import Journal
 from trainer_service.run_description import RunOrigin
 
@@ -53,49 +51,36 @@ class PastRun:
             return Refused(RequestDamaged(run, record.sequence))
 
 
-class Ledger:
-    """All of it is for one event loop."""
+def check_base(journal: Journal, model: ModelDescription) -> None:
+    """Refuses a journal of another base model; a new one is this one's from now on."""
+    found = queries.load_server(journal.database)
+    if "base_fingerprint" not in found:
+        values = {"base_model": model.name, "base_fingerprint": model.fingerprint}
+        changes.note_server(journal.database, values)
+    elif found["base_fingerprint"] != model.fingerprint:
+        raise FailedPrecondition(
+            f"`state` holds runs of base model {found['base_model']} with fingerprint "
+            f"{found['base_fingerprint']}, and this is {model.name} with {model.fingerprint}; "
+            "serve that model, or choose another folder"
+        )
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
 
-    def check_base(self, model: ModelDescription) -> None:
-        """Refuses a journal of another base model; a new one is this one's from now on."""
-        database = self.journal.database
-        found = queries.load_server(database)
-        if "base_fingerprint" not in found:
-            values = {"base_model": model.name, "base_fingerprint": model.fingerprint}
-            changes.note_server(database, values)
-        elif found["base_fingerprint"] != model.fingerprint:
-            raise FailedPrecondition(
-                f"`state` holds runs of base model {found['base_model']} with fingerprint "
-                f"{found['base_fingerprint']}, and this is {model.name} with {model.fingerprint}; "
-                "serve that model, or choose another folder"
-            )
+def next_number(journal: Journal) -> int:
+    """For a new run: one that no other has ever had."""
+    return int(queries.load_server(journal.database).get("last_run", 0)) + 1
 
-    def next_number(self) -> int:
-        """For a new run: one that no other has ever had."""
-        return int(queries.load_server(self.journal.database).get("last_run", 0)) + 1
 
-    def load_runs(self) -> Iterator[PastRun]:
-        """All runs, oldest first; before the journal starts."""
-        database = self.journal.database
-        for record in queries.load_runs(database):
-            saved_row = queries.load_saved_row(database, record.number)
-            calls = queries.load_calls(database, record.number, record.state.acknowledged)
-            covered = saved_row.sequence if saved_row else 0
-            yield PastRun(
-                record,
-                codec.decode_origin(record.origin),
-                list(calls),
-                saved_row,
-                dirty=bool(queries.load_past(database, record.number, covered)),
-            )
-
-    def load_requests(self) -> list[RequestRecord]:
-        """The requests that are remembered and their answers, oldest first."""
-        return list(queries.load_requests(self.journal.database))
-
-    def forget_requests(self, older_than_s: float) -> None:
-        before_s = time.time() - older_than_s
-        self.journal.write(partial(changes.forget_requests, before_s=before_s), soon=False)
+def load_runs(journal: Journal) -> Iterator[PastRun]:
+    """All runs, oldest first; before the journal starts."""
+    database = journal.database
+    for record in queries.load_runs(database):
+        saved_row = queries.load_saved_row(database, record.number)
+        calls = queries.load_calls(database, record.number, record.state.acknowledged)
+        covered = saved_row.sequence if saved_row else 0
+        yield PastRun(
+            record,
+            codec.decode_origin(record.origin),
+            list(calls),
+            saved_row,
+            dirty=bool(queries.load_past(database, record.number, covered)),
+        )

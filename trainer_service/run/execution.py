@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 from mint_core.errors import EngineDied, EngineFault, MintError, ResourceExhausted
@@ -41,8 +40,8 @@ class Execution:
 
     async def _fail(self, call: calls.Call, error: MintError) -> calls.Outcome | EngineDied:
         """The gradient is cleared after a step that was not taken."""
-        run = self._run
-        if call.method == "OptimStep" and run.gradient.touched and run.row_life and not run.lost:
+        run, gradient = self._run, self._run.state.gradient
+        if call.method == "OptimStep" and gradient.touched and run.row_life and not run.lost:
             try:
                 await self._row(jobs.ClearGradient(self._run.id))
             except EngineDied as death:
@@ -66,8 +65,6 @@ class Execution:
                 return await self._discard()
             case calls.Save() as save:
                 return await self._save(call, save)
-            case calls.SaveForSampler() as save:
-                return await self._save_for_sampler(call, save)
             case calls.Load() as load:
                 return await self._load(call, load)
 
@@ -86,7 +83,9 @@ class Execution:
         for result in results:
             if result.error is not None:
                 raise result.error
-        metrics = merge_metrics(results, [jobs.tile_tokens(tile) for tile in tiles])
+        metrics = {
+            name: sum(result.metrics[name] for result in results) for name in results[0].metrics
+        }
         logprobs = [each for result in results for each in result.logprobs]
         return calls.Outcome(
             make_reply=partial(
@@ -98,7 +97,7 @@ class Execution:
 
     async def _step(self, call: calls.Call, step: calls.Step) -> calls.Outcome:
         run = self._run
-        if refused := run.gradient.refusal(step.backward_count):
+        if refused := run.state.gradient.refusal(step.backward_count):
             raise refused
         alone = call.course.deaths >= DEATHS_UNTIL_ALONE
         job = jobs.StepRow(run.id, step.adam_params, alone=alone)
@@ -116,7 +115,7 @@ class Execution:
         )
 
     async def _discard(self) -> calls.Outcome:
-        gradient = self._run.gradient
+        gradient = self._run.state.gradient
         if gradient.touched:
             await self._row(jobs.ClearGradient(self._run.id))
         return calls.Outcome(
@@ -125,36 +124,12 @@ class Execution:
 
     async def _save(self, call: calls.Call, save: calls.Save) -> calls.Outcome:
         run = self._run
-        await _noted(call)
+        if call.mark and call.course.noted is not None:
+            await call.course.noted  # the store is touched only when the mark is on disk
         write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.save_state(run.origin, save, call, write, step=run.step)
-        return calls.Outcome(
-            make_reply=partial(
-                replies.saved_state,
-                str(published.path),
-                str(published.revision_path),
-                published.step,
-                gradient_pending=run.gradient.pending,
-            )
-        )
-
-    async def _save_for_sampler(
-        self, call: calls.Call, save: calls.SaveForSampler
-    ) -> calls.Outcome:
-        run = self._run
-        await _noted(call)
-        write = partial(self._scheduler.row, life=run.row_life)
-        published = await self._checkpoints.save_for_sampler(
-            run.origin, save, call, write, step=run.step
-        )
-        return calls.Outcome(
-            make_reply=partial(
-                replies.saved_for_sampler,
-                str(published.path),
-                str(published.revision_path),
-                published.step,
-            )
-        )
+        published = await self._checkpoints.save(run.origin, save, call, write, step=run.state.step)
+        reply = partial(replies.saved, published, gradient_pending=run.state.gradient.pending)
+        return calls.Outcome(make_reply=reply)
 
     async def _load(self, call: calls.Call, load: calls.Load) -> calls.Outcome:
         """The loaded row is on disk, apart from its checkpoint, before the call is answered."""
@@ -175,17 +150,11 @@ class Execution:
                 replies.loaded,
                 checkpoint.revision_path,
                 source.step,
-                gradient_discarded=run.gradient.pending,
+                gradient_discarded=run.state.gradient.pending,
             ),
             step=source.step,
             saved_row=saved_row,
         )
-
-
-async def _noted(call: calls.Call) -> None:
-    """Waits until the mark of a call is on disk: the store is touched only then."""
-    if call.mark and call.course.noted is not None:
-        await call.course.noted
 
 
 def refusal(call: calls.Call, error: MintError) -> calls.Outcome:
@@ -198,23 +167,3 @@ def refusal(call: calls.Call, error: MintError) -> calls.Outcome:
         effect=calls.Effect.CLEAR if call.method == "OptimStep" else calls.Effect.NONE,
         error=error,
     )
-
-
-def merge_metrics(results: Sequence[jobs.TileResult], tokens: Sequence[int]) -> Mapping[str, float]:
-    """Joins the metrics of a call's tiles as their suffixes say; means count by tokens."""
-    merged: dict[str, float] = {}
-    for name in results[0].metrics:
-        values = [result.metrics[name] for result in results]
-        match name.rpartition(":")[2]:
-            case "sum":
-                merged[name] = sum(values)
-            case "min":
-                merged[name] = min(values)
-            case "max":
-                merged[name] = max(values)
-            case "mean":
-                weighted = sum(value * count for value, count in zip(values, tokens, strict=True))
-                merged[name] = weighted / sum(tokens)
-            case suffix:
-                raise AssertionError(f"metric {name} has the unknown suffix {suffix}")
-    return merged

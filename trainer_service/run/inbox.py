@@ -20,6 +20,14 @@ class Errand:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    def finish(self, came: Any) -> None:
+        """Tells what it has come to, an exception perhaps."""
+        if isinstance(came, Exception):
+            self.done.set_exception(came)
+            self.done.exception()  # retrieved: who asked may have left
+        else:
+            self.done.set_result(came)
+
 
 Work = Call | Errand
 
@@ -75,6 +83,5 @@ class Inbox:
         ready, self._ready = self._ready, []
         for _, _, work in ready:
             if isinstance(work, Errand):
-                work.done.set_exception(error)
-                work.done.exception()  # retrieved: who asked may have left
+                work.finish(error)
         self.stir()

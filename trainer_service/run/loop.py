@@ -108,7 +108,7 @@ class RunLoop:
         ended, self._ended = self._ended, []
         for work, came in ended:
             if isinstance(work, Errand) and not (work.own and isinstance(came, Exception)):
-                _finish(work, came)
+                work.finish(came)
             elif self._run.closing:
                 pass  # nothing is written about it any more
             elif isinstance(work, Call) and isinstance(came, EngineDied):
@@ -156,14 +156,6 @@ class RunLoop:
         except MintError as error:
             for call in self._run.inbox.take_calls():
                 self._settle(call, refusal(call, error))
-
-
-def _finish(errand: Errand, came: Any) -> None:
-    if isinstance(came, Exception):
-        errand.done.set_exception(came)
-        errand.done.exception()  # retrieved: who asked may have left
-    else:
-        errand.done.set_result(came)
 
 
 def _ends_engines(deaths: int, death: EngineDied) -> EngineFault:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
@@ -70,21 +70,17 @@ class Run:
         limits: CallLimits,
     ) -> None:
         self.origin = origin
-        self.step = state.step
+        self._state = state  # but for what the numbers keep
         self.metadata = metadata
-        self._update_time_s = state.update_time_s
         self.retention = retention
         self.journal = journal
         self._admission = admission
-        self.gradient = state.gradient
         self.unsaved = UnsavedWork()
         self.numbers = CallNumbers(self, limits)
         self.inbox = Inbox()
         self.watchers: set[Watcher] = set()
         self.row_life = 0  # of the engine that has the row as it should be; 0: none has
         self.ended = 0  # sequence of the last call that has an outcome
-        self.inexact_replays = state.inexact_replays
-        self.inexact_note = state.inexact_note
         self.closing = False  # it is being deleted, or is gone
         self._unanswered: dict[int, Call] = {}
         self._lost = ""
@@ -98,6 +94,13 @@ class Run:
     def lost(self) -> bool:
         """Whether the row cannot be restored."""
         return bool(self._lost)
+
+    @property
+    def state(self) -> RunState:
+        numbers = self.numbers
+        return replace(
+            self._state, writer_epoch=numbers.writer_epoch, acknowledged=numbers.acknowledged
+        )
 
     def check_usable(self) -> None:
         """Raises if the run is gone, or cannot be restored."""
@@ -146,7 +149,7 @@ class Run:
     def open(self) -> int:
         """Fences earlier writers, and returns the new epoch."""
         epoch = self.numbers.open()
-        self._note(self.journal.changed(self.state()))
+        self._note(self.journal.changed(self.state))
         return epoch
 
     def abandon(self, error: MintError) -> None:
@@ -163,21 +166,21 @@ class Run:
         done.
         """
         sequence, failed = call.place.sequence, outcome.error is not None
+        gradient = self._state.gradient
         match call.method:
             case "ForwardBackward" if failed:
-                self.gradient = self.gradient.without(sequence)
+                gradient = gradient.without(sequence)
             case "ForwardBackward":
-                self.gradient = self.gradient.with_one_more()
+                gradient = gradient.with_one_more()
             case "OptimStep":
-                self.gradient = Gradient()
+                gradient = Gradient()
             case "DiscardGradient" | "LoadState" if not failed:
-                self.gradient = Gradient()
-        if outcome.step is not None:
-            self.step = outcome.step
+                gradient = Gradient()
+        step = self._state.step if outcome.step is None else outcome.step
+        self._state = replace(self._state, step=step, gradient=gradient, update_time_s=time.time())
         self.ended = max(self.ended, sequence)
         self.retention.touch()
-        self._update_time_s = time.time()
-        return self._note(self.journal.ended(call, outcome, self.state()))
+        return self._note(self.journal.ended(call, outcome, self.state))
 
     def answer(self, call: Call, outcome: Outcome, reply: Reply) -> None:
         """Tells an outcome that is on disk."""
@@ -204,9 +207,9 @@ class Run:
 
     def replayed_inexactly(self, note: str) -> None:
         """Notes that a restored row is not to the bit what it was."""
-        self.inexact_replays += 1
-        self.inexact_note = note
-        self._note(self.journal.changed(self.state()))
+        replays = self._state.inexact_replays + 1
+        self._state = replace(self._state, inexact_replays=replays, inexact_note=note)
+        self._note(self.journal.changed(self.state))
         self.stir_watchers()
 
     def _leave(self, call: Call) -> None:
@@ -239,22 +242,11 @@ class Run:
         """Whether it may be deleted because nobody has called or watched it for long."""
         return self.retention.over and not self.numbers.in_flight and not self.watchers
 
-    def state(self) -> RunState:
-        return RunState(
-            step=self.step,
-            writer_epoch=self.numbers.writer_epoch,
-            acknowledged=self.numbers.acknowledged,
-            gradient=self.gradient,
-            update_time_s=self._update_time_s,
-            inexact_replays=self.inexact_replays,
-            inexact_note=self.inexact_note,
-        )
-
     def view(self) -> RunView:
         return RunView(
             origin=self.origin,
             metadata=self.metadata,
-            state=self.state(),
+            state=self.state,
             next_sequence=self.numbers.next_sequence,
             lost=self._lost,
         )

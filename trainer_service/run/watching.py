@@ -106,7 +106,7 @@ class Watch:
         end = CallEnd(
             sequence=call.place.sequence,
             method=call.method,
-            step=self._run.step,
+            step=self._run.state.step,
             error=outcome.error,
             metrics=outcome.metrics,
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from checkpoint_store import SAMPLER_WEIGHTS, Manifest
 from mint_core.errors import MintError
 from mint_core.rpc.errors import to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
@@ -35,15 +36,14 @@ def discarded(gradient_discarded: bool) -> bytes:
     return response.SerializeToString()
 
 
-def saved_state(path: str, revision_path: str, step: int, *, gradient_pending: bool) -> bytes:
+def saved(manifest: Manifest, *, gradient_pending: bool) -> bytes:
+    path, revision_path, step = str(manifest.path), str(manifest.revision_path), manifest.step
+    if manifest.kind == SAMPLER_WEIGHTS:
+        return trainer_pb2.SaveWeightsForSamplerResponse(
+            path=path, revision_path=revision_path, step=step
+        ).SerializeToString()
     return trainer_pb2.SaveStateResponse(
         path=path, revision_path=revision_path, step=step, gradient_pending=gradient_pending
-    ).SerializeToString()
-
-
-def saved_for_sampler(path: str, revision_path: str, step: int) -> bytes:
-    return trainer_pb2.SaveWeightsForSamplerResponse(
-        path=path, revision_path=revision_path, step=step
     ).SerializeToString()
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
+from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.errors import domain_error
@@ -47,9 +48,7 @@ def parse_call(
     work = calls.Refused(refusals[0]) if refusals else _work(method, request, model)
     if isinstance(work, calls.Compute):
         work = _checked_width(work, most_targets)
-    named = isinstance(work, calls.Save) or (
-        isinstance(work, calls.SaveForSampler) and work.name is not None
-    )
+    named = isinstance(work, calls.Save) and work.name is not None
     return calls.Call(place, method, work, payload, secrets.token_hex(16) if named else "")
 
 
@@ -177,6 +176,7 @@ def _parse_step(request: trainer_pb2.OptimStepRequest, model: ModelDescription) 
 
 def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) -> calls.Save:
     return calls.Save(
+        kind=WEIGHTS,
         name=fields.check_name(request.name),
         overwrite=request.overwrite,
         ttl_s=fields.ttl_s(request),
@@ -186,8 +186,9 @@ def _parse_save(request: trainer_pb2.SaveStateRequest, model: ModelDescription) 
 
 def _parse_save_for_sampler(
     request: trainer_pb2.SaveWeightsForSamplerRequest, model: ModelDescription
-) -> calls.SaveForSampler:
-    return calls.SaveForSampler(
+) -> calls.Save:
+    return calls.Save(
+        kind=SAMPLER_WEIGHTS,
         name=fields.check_name(request.name) if request.name else None,
         ttl_s=fields.ttl_s(request),
         metadata=fields.metadata(request.metadata),

@@ -87,7 +87,7 @@ def test_a_save_without_room_is_refused_and_leaves_nothing(disk: Path, spec: Ada
         assert names(disk) == before
         assert store.open("mint://r-1/weights/a", tenant="t").manifest.step == 1
 
-    message = "the checkpoint store has no space left; delete checkpoints, then save again"
+    message = "the checkpoint store has no space left; delete checkpoints, then send the call again"
     assert set(refusals) == {message}
     assert len(refusals) >= FILES
     save(store, 3)

@@ -89,26 +89,12 @@ def test_only_the_adapters_own_modules_are_counted_and_exported() -> None:
     assert set(row.export(Part.WEIGHTS)) == {lora_a_name("lm_head"), lora_b_name("lm_head")}
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda arrays: arrays.pop(lora_a_name("lm_head")), "missing or unexpected"),
-        (lambda arrays: arrays.update(extra=np.zeros(1)), "missing or unexpected"),
-        (
-            lambda arrays: arrays.update({lora_a_name("lm_head"): np.zeros((3, 6))}),
-            r"shape \[3, 6\] but its layer needs \[2, 6\]",
-        ),
-        (lambda arrays: arrays[lora_b_name("lm_head")].fill(np.nan), "NaN or Inf"),
-    ],
-)
-def test_a_refused_load_leaves_the_row_as_it_was(spoil: object, message: str) -> None:
+def test_a_refused_load_leaves_the_row_as_it_was() -> None:
     row = make_bank().add(make_spec(2))
     good = make_arrays(row.spec, 1)
     row.load(Part.WEIGHTS, good)
-    bad = make_arrays(row.spec, 2)
-    assert callable(spoil)
-    spoil(bad)
-    with pytest.raises(InvalidRequest, match=message):
+    bad = {**make_arrays(row.spec, 2), lora_a_name("lm_head"): np.zeros((3, 6), np.float32)}
+    with pytest.raises(InvalidRequest, match=r"shape \[3, 6\] but its layer needs \[2, 6\]"):
         row.load(Part.WEIGHTS, bad)
     assert all(np.array_equal(row.export(Part.WEIGHTS)[name], good[name]) for name in good)
 

@@ -15,8 +15,8 @@ from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import linear_shapes
-from mint_core.model.loading import load_base
 from tests.models import (
+    load_base,
     tiny_gemma2,
     tiny_gemma3,
     tiny_llama,

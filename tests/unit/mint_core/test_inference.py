@@ -19,8 +19,8 @@ from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
 from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
-from mint_core.model.loading import LoadedBase, load_base
-from tests.models import tiny_gemma3, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
+from mint_core.model.loading import LoadedBase
+from tests.models import load_base, tiny_gemma3, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
 
 REQUESTS = [
     LoraRequest(rank=8, seed=1),

@@ -27,8 +27,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from mint_core.errors import FailedPrecondition
 from mint_core.model.architecture import check_architecture, check_windows, context_length
-from mint_core.model.loading import PROBE_TOKENS, load_base
-from tests.models import tiny_unsupported
+from mint_core.model.loading import PROBE_TOKENS
+from tests.models import load_base, tiny_unsupported
 
 
 def without_tokenizer(folder: Path) -> None:

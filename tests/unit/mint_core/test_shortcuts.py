@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mint_core.lora.groups import watching
 from mint_core.lora.segments import Segment
 from mint_core.model.attention import PackedAttention
-from mint_core.model.loading import LoadedBase, load_base
+from mint_core.model.loading import LoadedBase
 from mint_core.model.shortcuts import (
     Attention,
     Mlp,
@@ -18,6 +18,7 @@ from mint_core.model.shortcuts import (
     install_shortcuts,
 )
 from tests.models import (
+    load_base,
     tiny_gemma2,
     tiny_gemma3,
     tiny_llama,

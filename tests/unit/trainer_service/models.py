@@ -14,5 +14,4 @@ MODEL = ModelDescription(
     eos_token_ids=(2,),
     bitwise_reproducible=True,
     linear_modules=("lm_head",),
-    memory_bytes=0,
 )

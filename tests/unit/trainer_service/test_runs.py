@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoint_store import CheckpointStore
@@ -30,8 +31,9 @@ from trainer_service.wire.responses import update_response
 
 def job_of(answer: Any) -> float:
     """Number of the engine's job that ended a call."""
-    name = "grad_norm:mean" if isinstance(answer, trainer_pb2.OptimStepResponse) else "job:max"
-    return float(answer.metrics[name])
+    if isinstance(answer, trainer_pb2.OptimStepResponse):
+        return float(answer.metrics["grad_norm:mean"])
+    return float(np.frombuffer(answer.outputs[-1].logprobs.values, "<f4")[-1])
 
 
 async def test_steps_of_runs_that_shared_a_plan_go_together_before_the_next(
@@ -208,7 +210,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
 ) -> None:
     async with fronting(tmp_path, engine_module="tests.engines.rows") as front:
         run = await front.create()
-        save = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        save = Save(kind="weights", name="a", overwrite=False, ttl_s=None, metadata={})
         await front.submit(call(1, run=run, method="SaveState", work=save))
         jobs: list[object] = []
         real = front.service.scheduler.row

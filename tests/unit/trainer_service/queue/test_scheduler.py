@@ -39,7 +39,7 @@ Computed = tuple[list[TileResult], float]
 
 
 def plan_of(computed: Computed) -> list[float]:
-    return [result.metrics["plan:max"] for result in computed[0]]
+    return [result.metrics["plan:sum"] for result in computed[0]]
 
 
 def job(run: str) -> CreateRow:

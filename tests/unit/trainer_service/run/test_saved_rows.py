@@ -91,7 +91,7 @@ async def test_a_long_backlog_is_written_with_its_gradient(
     await front.submit(call)
 
     await until_covered(front, name, 1)
-    assert front.run(name).gradient.pending
+    assert front.run(name).state.gradient.pending
 
 
 async def test_idle_rows_are_written(tmp_path: Path) -> None:

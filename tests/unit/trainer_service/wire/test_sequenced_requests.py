@@ -16,7 +16,6 @@ from trainer_service.calls import (
     Load,
     Refused,
     Save,
-    SaveForSampler,
     Step,
 )
 from trainer_service.jobs import (
@@ -313,9 +312,11 @@ def test_saves_and_loads() -> None:
     )
     path = "mint://run-1/weights/a"
 
-    assert parse(save).work == Save(name="a", overwrite=True, ttl_s=60, metadata={"k": "v"})
-    assert parse(trainer_pb2.SaveWeightsForSamplerRequest(**PLACE)).work == SaveForSampler(
-        name=None, ttl_s=None, metadata={}
+    assert parse(save).work == Save(
+        kind="weights", name="a", overwrite=True, ttl_s=60, metadata={"k": "v"}
+    )
+    assert parse(trainer_pb2.SaveWeightsForSamplerRequest(**PLACE)).work == Save(
+        kind="sampler_weights", name=None, ttl_s=None, metadata={}
     )
     assert parse(
         trainer_pb2.LoadStateRequest(**PLACE, path=path, with_optimizer=True)
