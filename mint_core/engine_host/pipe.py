@@ -75,6 +75,7 @@ class ModelDescription:
     eos_token_ids: tuple[int, ...]
     bitwise_reproducible: bool
     linear_modules: tuple[str, ...]  # full names of the nn.Linear layers that LoRA can train
+    memory_bytes: int  # of the base weights
     memory_bound: bool = False  # whether memory, not the model, sets `context_length`
     linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
 

@@ -105,6 +105,7 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
             bitwise_reproducible=_is_reproducible(place, config.threads, shapes),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
+            memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         ),
         device=place,
         dtype=kind,

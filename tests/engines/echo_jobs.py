@@ -19,6 +19,7 @@ MODEL = ModelDescription(
     eos_token_ids=(2,),
     bitwise_reproducible=True,
     linear_modules=("q_proj",),
+    memory_bytes=0,
 )
 
 

@@ -31,6 +31,7 @@ MODEL = ModelDescription(
     eos_token_ids=(2, 3),
     bitwise_reproducible=True,
     linear_modules=("lm_head",),
+    memory_bytes=0,
 )
 PATH = "mint://r-1/sampler_weights/a"
 

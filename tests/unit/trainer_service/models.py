@@ -14,4 +14,5 @@ MODEL = ModelDescription(
     eos_token_ids=(2,),
     bitwise_reproducible=True,
     linear_modules=("lm_head",),
+    memory_bytes=0,
 )
