@@ -138,22 +138,22 @@ async def test_a_save_is_on_disk_with_its_mark_before_the_store_is_touched(
 ) -> None:
     """Done again after a crash, it then finds what it has published."""
     seen: list[object] = []
-    save_state = Checkpoints.save_state
+    save = Checkpoints.save
 
     def saving(*arguments: Any, **options: Any) -> Any:
         with closing(sqlite3.connect(front.state / DATABASE)) as journal:
             seen.extend(journal.execute("SELECT mark FROM calls").fetchall())
-        return save_state(*arguments, **options)
+        return save(*arguments, **options)
 
     def slow(name: str) -> None:
         time.sleep(0.05)
 
     async with fronting(tmp_path, engine_module="tests.engines.rows") as front:
         run = await front.create()
-        monkeypatch.setattr(Checkpoints, "save_state", saving)
+        monkeypatch.setattr(Checkpoints, "save", saving)
         monkeypatch.setattr(writer, "fault_point", slow)
-        save = Save(name="a", overwrite=False, ttl_s=None, metadata={})
-        made = call(1, run=run, method="SaveState", work=save)
+        work = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        made = call(1, run=run, method="SaveState", work=work)
         await front.submit(replace(made, mark="drawn"))
 
     assert seen == [("drawn",)]

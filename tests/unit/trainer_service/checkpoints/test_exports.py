@@ -9,6 +9,8 @@ import pytest
 
 from checkpoint_store import CheckpointStore
 from checkpoint_store.errors import StoreQuotaExceeded
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 from tests.checkpoint_files import publish_as
 from tests.unit.checkpoint_store.conftest import adapter
 from tests.unit.checkpoint_store.rows import snapshot
@@ -18,6 +20,7 @@ from trainer_service.checkpoints.apart import Merge
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.exports import Exports
 from trainer_service.checkpoints.requests import ExportCheckpoint
+from trainer_service.wire.idempotency import remembered_ids
 from trainer_service.wire.requests import Identity
 
 LIMIT_S = 30.0
@@ -39,7 +42,10 @@ class Merging:
             return False
 
         monkeypatch.setattr(exports, "do_apart", merge)
-        self._exports = Exports(Checkpoints(self.store, None, no_engine), threads=1)
+        quotas = QuotaBook(None, Metrics())
+        self._exports = Exports(
+            Checkpoints(self.store, None, no_engine), quotas, remembered_ids(quotas), threads=1
+        )
         self._tenants: dict[str, str] = {}
         self.merged: list[str] = []
         self.gate = asyncio.Event()

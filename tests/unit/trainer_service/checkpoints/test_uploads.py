@@ -10,11 +10,14 @@ import pytest
 from checkpoint_store import CheckpointStore, FileEntry
 from checkpoint_store.errors import StoreQuotaExceeded
 from mint_core.errors import InvalidRequest, Unavailable
+from mint_core.rpc.metrics import Metrics
+from mint_core.rpc.quotas import QuotaBook
 from tests.unit.trainer_service.models import MODEL
 from trainer_service.checkpoints import requests
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.requests import Piece, Upload
 from trainer_service.checkpoints.uploads import Uploads
+from trainer_service.wire.idempotency import remembered_ids
 from trainer_service.wire.requests import Identity
 
 LIMIT_S = 30.0
@@ -43,7 +46,9 @@ def uploads(root: Path, quota_bytes: int = 0) -> Uploads:
     async def no_engine(job: object) -> None:
         raise AssertionError
 
-    return Uploads(Checkpoints(CheckpointStore(root, quota_bytes=quota_bytes), None, no_engine))
+    store = CheckpointStore(root, quota_bytes=quota_bytes)
+    ids = remembered_ids(QuotaBook(None, Metrics()))
+    return Uploads(Checkpoints(store, None, no_engine), ids)
 
 
 def staged(root: Path) -> list[Path]:
