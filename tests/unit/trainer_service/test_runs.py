@@ -152,7 +152,7 @@ async def test_a_save_is_on_disk_with_its_mark_before_the_store_is_touched(
         run = await front.create()
         monkeypatch.setattr(Checkpoints, "save", saving)
         monkeypatch.setattr(writer, "fault_point", slow)
-        work = Save(name="a", overwrite=False, ttl_s=None, metadata={})
+        work = Save(kind="weights", name="a", overwrite=False, ttl_s=None, metadata={})
         made = call(1, run=run, method="SaveState", work=work)
         await front.submit(replace(made, mark="drawn"))
 
