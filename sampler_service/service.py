@@ -20,6 +20,7 @@ from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
 FEATURES = (
+    "texts",
     "stream_sample",
     "prefix_cache",
     "min_p",
@@ -56,12 +57,11 @@ class SamplerService:
         offer = model_pb2.GetServerCapabilitiesResponse(
             role=model_pb2.SERVICE_ROLE_SAMPLER, features=FEATURES
         )
-        add_model_service(
-            server, ModelServicer(lambda: self._served, lambda: self.engine.ready, offer)
-        )
+        served = ModelServicer(lambda: self._served, lambda: self.engine.ready, offer)
+        add_model_service(server, served)
         server.add(
             sampler_pb2_grpc.add_SamplerServiceServicer_to_server,
-            SamplerServicer(self._model, self._execution),
+            SamplerServicer(self._model, self._execution, served.texts),
             SERVICE,
         )
 

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
-FEATURES = ("watch_training_run", "isolated", "retention", "checkpoints")
+FEATURES = ("texts", "watch_training_run", "isolated", "retention", "checkpoints")
 
 
 class TrainerService:
@@ -108,10 +108,18 @@ class TrainerService:
     def add_to(self, server: RpcServer) -> None:
         """Adds the services of the trainer's port."""
         server.drain_by(partial(self.runs.drain, self._config.drain_s))
+        offer = model_pb2.GetServerCapabilitiesResponse(
+            role=model_pb2.SERVICE_ROLE_TRAINER,
+            loss_fns=LOSS_FNS,
+            features=FEATURES,
+            sampler_address=self._config.sampler_address,
+        )
+        served = ModelServicer(lambda: self.scheduler.description, lambda: self.engine.ready, offer)
+        add_model_service(server, served)
         directory = RunDirectory(self.runs, self.table, self._checkpoints.store, self._ids)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
-            TrainerServicer(self.runs, directory, self.scheduler),
+            TrainerServicer(self.runs, directory, self.scheduler, served.texts),
             "mintrpc.v1.TrainerService",
         )
         server.add(
@@ -124,16 +132,6 @@ class TrainerService:
                 threads=self._config.threads,
             ),
             "mintrpc.v1.CheckpointService",
-        )
-        offer = model_pb2.GetServerCapabilitiesResponse(
-            role=model_pb2.SERVICE_ROLE_TRAINER,
-            loss_fns=LOSS_FNS,
-            features=FEATURES,
-            sampler_address=self._config.sampler_address,
-        )
-        add_model_service(
-            server,
-            ModelServicer(lambda: self.scheduler.description, lambda: self.engine.ready, offer),
         )
 
     async def start(self) -> None:

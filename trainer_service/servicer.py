@@ -10,8 +10,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from mint_core.errors import InvalidRequest
 from mint_core.rpc.caller import caller, note, parsed, records_refusals
 from mint_core.rpc.errors import code_of
+from mint_core.text.process import TextProcess
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.calls import Call
 from trainer_service.jobs import most_targets
@@ -30,7 +32,10 @@ Encoded = Any  # bytes of a response, of which the generated types know nothing
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     """Parses, asks the runs, answers."""
 
-    def __init__(self, runs: Runs, directory: RunDirectory, scheduler: Scheduler) -> None:
+    def __init__(
+        self, runs: Runs, directory: RunDirectory, scheduler: Scheduler, texts: TextProcess
+    ) -> None:
+        self._texts = texts
         self._runs = runs
         self._directory = directory
         self._scheduler = scheduler
@@ -82,6 +87,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     @records_refusals
     async def _sequenced(self, request: Message, context: Any) -> Encoded:
         """See trainer.proto: any of the calls that have a number."""
+        if isinstance(request, trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest):
+            await self._fill(request)
         call = await self._parse(request)
         try:
             return await self._runs.submit(caller().tenant, call)
@@ -104,6 +111,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         async with aclosing(watch.events()) as events:
             async for event in events:
                 yield _watch_response(event)
+
+    async def _fill(
+        self, request: trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
+    ) -> None:
+        """Turns texts into tokens. What is refused of them is refused as any content is."""
+        try:
+            await self._texts.fill(caller().tenant, (datum.model_input for datum in request.data))
+        except InvalidRequest as error:
+            caller().refusals.append(error)
 
     async def _parse(self, request: Message) -> Call:
         model = self._scheduler.model

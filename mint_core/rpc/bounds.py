@@ -57,6 +57,7 @@ _TABLE: dict[str, Bound] = {
     "ListCheckpointsRequest.metadata_filter": _METADATA,
     "CheckpointMetadata.entries": _METADATA,
     "UploadHeader.metadata": _METADATA,
+    "TextChunk.text": Bound(most_bytes=limits.MAX_TEXT_REQUEST_BYTES),
     "TokenizeRequest.texts": Bound(
         limits.MAX_TEXTS, limits.MAX_TEXT_REQUEST_BYTES, remedy="split the request"
     ),

@@ -62,7 +62,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
     ) -> None:
         self._describe = describe
-        self._texts = TextProcess(describe)
+        self.texts = TextProcess(describe)
         self._engine_ready = engine_ready
         self._offer = offer
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}
@@ -123,7 +123,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> R:
         """What comes of a request; what is large is read and written in threads."""
         job = await parsed(request.ByteSize(), parse, request)
-        made = await self._texts.do(caller().tenant, job)
+        made = await self.texts.do(caller().tenant, job)
         return await parsed(request.ByteSize(), respond, job, made)
 
     def _model(self, base_model: str) -> ModelDescription:
@@ -136,7 +136,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model
 
     async def close(self) -> None:
-        await self._texts.close()
+        await self.texts.close()
 
     async def _files_of(self, model: ModelDescription) -> tuple[TokenizerFile, ...]:
         """Its tokenizer's, at once if they have been read: no thread is waited for."""

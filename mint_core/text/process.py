@@ -1,12 +1,16 @@
 """The front's side of the process that has the tokenizer. It is started when it is first needed."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
+from mint_core.errors import InvalidRequest, Unavailable
+from mint_core.rpc.limits import MAX_TEXT_REQUEST_BYTES
+from mint_core.text.jobs import Detokenize, Tokenize
 from mint_core.turns import Turns
+from mintrpc.v1 import types_pb2
 
 LIMIT_S = 30.0  # of one job, after which the process is ended
 
@@ -26,10 +30,33 @@ class TextProcess:
         EngineDied when the process ended over it: no other job was there.
         """
         model = self._describe()
-        assert model is not None
+        if model is None:
+            raise Unavailable("the base model is still being loaded; send the call again")
         async with self._turns.turn(tenant):
             process = await self._started(model)
             return await process.call(job, silence_limit_s=LIMIT_S)
+
+    async def fill(self, tenant: str, inputs: Iterable[types_pb2.ModelInput]) -> None:
+        """Has the text chunks of a request hold their tokens. Raises InvalidRequest."""
+        chunks = [chunk for each in inputs for chunk in each.chunks if chunk.HasField("text")]
+        size_bytes = sum(chunk.ByteSize() for chunk in chunks)
+        if size_bytes > MAX_TEXT_REQUEST_BYTES:
+            raise InvalidRequest(
+                f"the texts of the request have {size_bytes} bytes, and at most "
+                f"{MAX_TEXT_REQUEST_BYTES} are taken; split it"
+            )
+        for special in (False, True):
+            wanted = [chunk for chunk in chunks if chunk.text.add_special_tokens == special]
+            if wanted:
+                job = Tokenize([chunk.text.text for chunk in wanted], special)
+                for chunk, tokens in zip(wanted, await self.do(tenant, job), strict=True):
+                    chunk.encoded_text.SetInParent()  # also where there are none
+                    chunk.encoded_text.tokens.extend(tokens)
+
+    async def texts(self, tenant: str, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The tokens of each as text, special ones included."""
+        made: list[str] = await self.do(tenant, Detokenize(sequences))
+        return made
 
     async def close(self) -> None:
         if self._process is not None:

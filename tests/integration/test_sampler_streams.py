@@ -12,7 +12,7 @@ import pytest
 
 import mint
 from mint import types
-from mintrpc.v1 import sampler_pb2
+from mintrpc.v1 import model_pb2, model_pb2_grpc, sampler_pb2, types_pb2
 from tests.metrics import scrape, value
 from tests.samplers import (
     DEADLINE_S,
@@ -205,3 +205,61 @@ def test_calls_and_streams_of_a_client_go_on_at_the_next_server(
         assert whole(own) == expected[index].tokens
         assert [part.stop_reason for part in own[-2:]] == [None, "length"]
     assert {answer.sequences[0].tokens == expected[0].tokens[:8] for answer in answers} == {True}
+
+
+def text_chunk(text: str) -> types_pb2.ModelInput:
+    return types_pb2.ModelInput(chunks=[{"text": {"text": text}}])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_text_comes_with_tokens_in_whole_characters(sampler: Sampler, seed: int) -> None:
+    params = {"seed": seed, "max_tokens": 24, "temperature": 2.0}
+    whole = sampler.sample(params=params, num_samples=3, include_text=True)
+    texts, tokens = [""] * 3, [list[int]() for _ in range(3)]
+    for part in stream(sampler, params=params, num_samples=3, include_text=True):
+        assert part.stop_reason or not part.text.endswith("\ufffd")
+        texts[part.index] += part.text
+        tokens[part.index] += part.tokens
+
+    with grpc.insecure_channel(sampler.service.address) as channel:
+        request = model_pb2.DetokenizeRequest(sequences=[{"tokens": each} for each in tokens])
+        decoded = list(model_pb2_grpc.ModelServiceStub(channel).Detokenize(request).texts)
+    assert [sequence.text for sequence in whole.sequences] == decoded
+    assert texts == decoded
+    assert not [part.text for part in stream(sampler, params=params) if part.text]  # nobody asked
+
+
+def test_a_prompt_of_text_is_one_of_its_tokens(sampler: Sampler) -> None:
+    text = "one two three"
+    with grpc.insecure_channel(sampler.service.address) as channel:
+        models = model_pb2_grpc.ModelServiceStub(channel)
+        tokens = models.Tokenize(model_pb2.TokenizeRequest(texts=[text])).sequences[0].tokens
+    given = sample_request(tuple(tokens), include_prompt_logprobs=True)
+    expected = sampler.stub.Sample(given, timeout=DEADLINE_S)
+    given.prompt.CopyFrom(text_chunk(text))
+    answer = sampler.stub.Sample(given, timeout=DEADLINE_S)
+    assert tokens_of(answer) == tokens_of(expected)
+    assert list(answer.prompt_logprobs)[1:] == list(expected.prompt_logprobs)[1:]
+    assert stream_of(sampler, text) == tokens_of(expected)[0]
+    compute = sampler_pb2.ComputeLogprobsRequest(prompt=text_chunk(text))
+    assert list(sampler.stub.ComputeLogprobs(compute).logprobs)[1:] == pytest.approx(
+        list(expected.prompt_logprobs)[1:]
+    )
+
+
+def stream_of(sampler: Sampler, text: str) -> list[int]:
+    asked = sample_request()
+    asked.prompt.CopyFrom(text_chunk(text))
+    request = sampler_pb2.StreamSampleRequest(sample=asked)
+    return [
+        t for part in sampler.stub.StreamSample(request, timeout=DEADLINE_S) for t in part.tokens
+    ]
+
+
+def test_texts_that_make_no_prompt_are_refused(sampler: Sampler) -> None:
+    for texts, why in (([""], "prompt"), (["a" * 3_000_000] * 2, "split it")):
+        asked = sample_request()
+        asked.prompt.CopyFrom(types_pb2.ModelInput(chunks=[{"text": {"text": t}} for t in texts]))
+        code, message, _ = refusal(lambda asked=asked: sampler.stub.Sample(asked))  # type: ignore[misc]
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert why in message

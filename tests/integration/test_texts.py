@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from mint import recipe
-from mintrpc.v1 import model_pb2, model_pb2_grpc
+from mintrpc.v1 import model_pb2, model_pb2_grpc, trainer_pb2_grpc, types_pb2
 from tests.integration.conftest import KeyedTrainer
 from tests.samplers import refusal
 from tests.servers import RunningService
+from tests.trainer_rpc import create, datum
 
 LIMIT_S = 60.0
 TEXTS = ["one two", "", " two  three\n", "😀 ünï", "<|im_end|>x", "a" * 3000]
@@ -177,3 +178,30 @@ def test_a_key_is_asked_for(keyed_trainer: KeyedTrainer) -> None:
         assert refusal(lambda: keyed.Tokenize(request))[0] == grpc.StatusCode.UNAUTHENTICATED
         made = keyed.Tokenize(request, timeout=LIMIT_S, **keyed_trainer.options("ann"))
         assert len(made.sequences) == 1
+
+
+def test_training_on_text_is_training_on_its_tokens(
+    trainer: RunningService, tokenizer: Any
+) -> None:
+    text = "one two three"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    with grpc.insecure_channel(trainer.address) as channel:
+        stub = trainer_pb2_grpc.TrainerServiceStub(channel)
+        by_tokens, by_text = create(stub), create(stub)
+        data = datum([*tokens, 1])
+        expected = by_tokens.send(by_tokens.forward_backward(data))
+
+        data.model_input.CopyFrom(types_pb2.ModelInput(chunks=[{"text": {"text": text}}]))
+        request = by_text.forward_backward(data)
+        answer = by_text.send(request)
+        assert answer == expected
+        assert by_text.send(request) == answer  # the same call
+
+        long = [{"text": {"text": "a" * 3_000_000}}] * 2
+        data.model_input.CopyFrom(types_pb2.ModelInput(chunks=long))  # type: ignore[arg-type]
+        request = by_text.forward_backward(data)
+        for _ in range(2):  # it is its number's outcome
+            said = by_text.refused(request)
+            assert said.code == grpc.StatusCode.INVALID_ARGUMENT
+            assert "split it" in said.message
+        by_text.send(by_text.discard())
