@@ -62,7 +62,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
     ) -> None:
         self._describe = describe
-        self.texts = TextProcess(describe)
+        self.texts = TextProcess(describe, limits.MAX_TEXT_REQUEST_BYTES)
         self._engine_ready = engine_ready
         self._offer = offer
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}

@@ -7,7 +7,6 @@ from typing import Any
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import InvalidRequest, Unavailable
-from mint_core.rpc.limits import MAX_TEXT_REQUEST_BYTES
 from mint_core.text.jobs import Detokenize, Tokenize
 from mint_core.turns import Turns
 from mintrpc.v1 import types_pb2
@@ -18,8 +17,9 @@ LIMIT_S = 30.0  # of one job, after which the process is ended
 class TextProcess:
     """Tenants take turns at it. All methods belong to one event loop."""
 
-    def __init__(self, describe: Callable[[], ModelDescription | None]) -> None:
-        """`describe` says what is served; None: nothing yet."""
+    def __init__(self, describe: Callable[[], ModelDescription | None], most_bytes: int) -> None:
+        """`describe` says what is served; None: nothing yet. `most_bytes`: of a request's texts."""
+        self._most_bytes = most_bytes
         self._describe = describe
         self._turns = Turns(1)
         self._process: EngineProcess | None = None
@@ -40,10 +40,10 @@ class TextProcess:
         """Has the text chunks of a request hold their tokens. Raises InvalidRequest."""
         chunks = [chunk for each in inputs for chunk in each.chunks if chunk.HasField("text")]
         size_bytes = sum(chunk.ByteSize() for chunk in chunks)
-        if size_bytes > MAX_TEXT_REQUEST_BYTES:
+        if size_bytes > self._most_bytes:
             raise InvalidRequest(
                 f"the texts of the request have {size_bytes} bytes, and at most "
-                f"{MAX_TEXT_REQUEST_BYTES} are taken; split it"
+                f"{self._most_bytes} are taken; split it"
             )
         for special in (False, True):
             wanted = [chunk for chunk in chunks if chunk.text.add_special_tokens == special]
