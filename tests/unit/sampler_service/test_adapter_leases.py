@@ -2,12 +2,10 @@
 
 import asyncio
 import itertools
-import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -387,30 +385,3 @@ async def test_many_loads_go_on_at_the_same_time(tmp_path: Path) -> None:
         paths: Sequence[str] = [front.publish() for _ in range(64)]
         held = await asyncio.gather(*(front.use(path) for path in paths))
     assert max(map(len, held)) == 64
-
-
-async def test_who_looks_for_much_that_is_not_there_holds_up_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, find = threading.Event(), CheckpointStore.find
-
-    def slow(store: CheckpointStore, path: str, *, tenant: str, **wanted: Any) -> Any:
-        if tenant == "other":
-            gate.wait(LIMIT_S)
-        return find(store, path, tenant=tenant, **wanted)
-
-    monkeypatch.setattr(CheckpointStore, "find", slow)
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
-    async with serving(tmp_path) as front:
-        nowhere = [f"mint://r-1/sampler_weights/none-{i}" for i in range(50)]
-        flood = [front.start(path, "other") for path in nowhere]
-        await asyncio.sleep(0)
-
-        path = front.publish()
-        assert await front.use(path) == (path,)
-
-        assert not any(task.done() for task in flood)
-        gate.set()
-        for task in flood:
-            with pytest.raises(CheckpointNotFound):
-                await task
