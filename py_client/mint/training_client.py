@@ -17,7 +17,7 @@ from mint._transport.servers import Servers
 from mint.errors import refused
 from mint.futures import APIFuture, on_thread
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
-from mint.types._checks import instance, text, text_map, ttl
+from mint.types._checks import instance, switch, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
 SamplingClientKind = Literal["snapshot", "inflight"]
@@ -149,7 +149,7 @@ class TrainingClient:
         """Saves weights, optimizer state and step. A name that exists needs `overwrite`."""
         request = trainer_pb2.SaveStateRequest(
             name=text(name, "name"),
-            overwrite=overwrite,
+            overwrite=switch(overwrite, "overwrite"),
             ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from functools import partial
@@ -13,7 +13,7 @@ from mint import types
 from mint._run.run_calls import RunCalls, SequencedCall
 from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
-from mint.types._checks import choice, instance, number
+from mint.types._checks import choice, instance, listed, mapping, number
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -146,13 +146,14 @@ class BackwardCount:
             return count, self._clears
 
 
-def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
+def checked_batch(data: Iterable[types.Datum]) -> list[types.Datum]:
     """A batch of at least one datum."""
-    if isinstance(data, types.Datum) or len(data) == 0:
-        raise refused("data", "is empty or not a list; a batch needs at least one datum")
-    for index, datum in enumerate(data):
+    batch = listed(data, "data", "types.Datum")
+    if not batch:
+        raise refused("data", "is empty; a batch needs at least one datum")
+    for index, datum in enumerate(batch):
         instance(datum, types.Datum, f"data[{index}]", "give types.Datum")
-    return data
+    return batch
 
 
 def _set_loss(
@@ -160,9 +161,9 @@ def _set_loss(
 ) -> None:
     """Writes the loss into a request. Unknown names and options are refused."""
     losses = [field.name for field in request.DESCRIPTOR.oneofs_by_name["loss_fn"].fields]
-    if loss_fn not in losses:
+    if not isinstance(loss_fn, str) or loss_fn not in losses:
         raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(losses)}")
-    message, config = getattr(request, loss_fn), dict(loss_fn_config or {})
+    message, config = getattr(request, loss_fn), mapping(loss_fn_config, "loss_fn_config")
     options = [field.name for field in message.DESCRIPTOR.fields]
     for name in config:
         if name not in options:
