@@ -45,9 +45,13 @@ def mapping(value: Any, field: str) -> dict[Any, Any]:
 
 def listed(values: Any, field: str, of: str) -> list[Any]:
     """The entries of anything that can be gone through but texts and mappings."""
-    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+    try:
+        entries = None if isinstance(values, str | bytes | Mapping) else iter(values)
+    except TypeError:
+        entries = None
+    if entries is None:
         raise refused(field, f"is {_type_name(values)}; give a list of {of}")
-    return list(values)
+    return list(entries)
 
 
 def number(value: Any, field: str) -> float:
