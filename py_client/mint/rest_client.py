@@ -19,7 +19,7 @@ from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
 from mint.errors import refused
 from mint.futures import APIFuture, on_thread
-from mint.types._checks import choice, integer, text, text_map, ttl
+from mint.types._checks import choice, integer, switch, text, text_map, ttl
 from mint.types.checkpoints import CheckpointType
 from mintrpc.v1 import checkpoint_pb2
 
@@ -244,7 +244,7 @@ class RestClient(Closing):
         effect: there is none here.
         """
         check_progress(progress)
-        source = Path(folder)
+        source, with_optimizer = Path(folder), switch(with_optimizer, "with_optimizer")
 
         def send() -> types.Checkpoint:
             header = checkpoint_pb2.UploadHeader(

@@ -15,7 +15,7 @@ from mint._transport.connection import Connection
 from mint._transport.servers import Servers
 from mint.errors import APIResponseValidationError, refused
 from mint.futures import CancellableFuture, SampleFuture
-from mint.types._checks import USE_FROM_INTS, instance, integer, text
+from mint.types._checks import USE_FROM_INTS, instance, integer, switch, text
 from mint.types.samples import optional_logprobs
 from mintrpc.v1 import sampler_pb2
 
@@ -66,7 +66,7 @@ class SamplingClient:
         end; what comes before them is then found in the cache if it was computed.
         """
         request = self._request(prompt, num_samples, sampling_params)
-        request.include_prompt_logprobs = include_prompt_logprobs
+        request.include_prompt_logprobs = switch(include_prompt_logprobs, "include_prompt_logprobs")
         request.topk_prompt_logprobs = integer(topk_prompt_logprobs, "topk_prompt_logprobs")
         request.topk_sample_logprobs = integer(topk_sample_logprobs, "topk_sample_logprobs")
         request.prompt_alt_tokens_k = integer(prompt_alt_tokens_k, "prompt_alt_tokens_k")

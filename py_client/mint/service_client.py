@@ -14,7 +14,7 @@ from mint.futures import APIFuture
 from mint.rest_client import RestClient
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
 from mint.training_client import TrainingClient
-from mint.types._checks import text, text_map
+from mint.types._checks import switch, text, text_map
 from mintrpc.v1 import trainer_pb2
 
 
@@ -218,7 +218,7 @@ class ServiceClient(Closing):
         isolated: bool,
         retention: timedelta | None,
     ) -> TrainingClient:
-        request.isolated = isolated
+        request.isolated = switch(isolated, "isolated")
         if retention is not None:
             if not isinstance(retention, timedelta) or retention <= timedelta(0):
                 raise refused("retention", f"is {retention!r}; give a positive datetime.timedelta")

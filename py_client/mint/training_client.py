@@ -1,9 +1,10 @@
 """Trains one adapter."""
 
+import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 from mint import types
 from mint._async_names import off_loop, submitted
@@ -17,11 +18,29 @@ from mint._transport.servers import Servers
 from mint.errors import refused
 from mint.futures import APIFuture, on_thread
 from mint.sampling_client import SamplingClient, create_sampling_client, refuse_retry_config
-from mint.types._checks import instance, text, text_map, ttl
+from mint.types._checks import instance, switch, text, text_map, ttl
 from mintrpc.v1 import trainer_pb2
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SamplingClientKind = Literal["snapshot", "inflight"]
 _INFLIGHT = "inflight"  # the name under which they are published if none is given
+
+
+def _counting_refusals(
+    method: Callable[Concatenate["TrainingClient", P], T],
+) -> Callable[Concatenate["TrainingClient", P], T]:
+    """Of what is called behind an await: a gather may swallow what it raises."""
+
+    @functools.wraps(method)
+    def call(self: "TrainingClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            self._backwards.refused_behind_await(error)
+            raise
+
+    return call
 
 
 class TrainingClient:
@@ -80,14 +99,15 @@ class TrainingClient:
     ) -> APIFuture[types.ForwardBackwardOutput]:
         """Logprobs and loss; adds the gradient of the loss, summed over `data`, to the run's.
 
-        One that is refused leaves the sum incomplete: the next `optim_step` is then refused too.
+        One whose future fails leaves the sum incomplete: the next `optim_step` is then refused too.
+        One that raises at once has no effect.
         """
         with self._lock:
-            self._backwards.add()
             kind = trainer_pb2.ForwardBackwardRequest
             requests = self._passes.requests(kind, data, loss_fn, loss_fn_config, logprob_scope)
-            self._backwards.add(len(requests) - 1)
-            return self._passes.submit(requests, loss_fn)
+            future = self._passes.submit(requests, loss_fn)
+            self._backwards.add(len(requests), future)
+            return future
 
     def forward_backward_custom(
         self,
@@ -111,10 +131,9 @@ class TrainingClient:
         if loss_type_input not in (None, "logprobs"):
             raise refused("loss_type_input", f"is {loss_type_input!r}; losses are given logprobs")
         with self._lock:
-            self._backwards.add()
             custom = CustomPass(self._passes, self._calls, data, loss_fn)
-            self._backwards.add(len(custom.backwards) - 1)
             custom.start()
+            self._backwards.add(len(custom.backwards), custom.future)
             return custom.future
 
     def optim_step(
@@ -124,12 +143,12 @@ class TrainingClient:
         adam_params = types.AdamParams() if adam_params is None else adam_params
         instance(adam_params, types.AdamParams, "adam_params", "give types.AdamParams")
         with self._lock:
+            count, explained = self._backwards.take()
             request = trainer_pb2.OptimStepRequest(
-                adam_params=adam_params.to_proto(), backward_count=self._backwards.take()
+                adam_params=adam_params.to_proto(), backward_count=count
             )
-            return self._calls.submit(
-                self._stub.OptimStep, request, types.OptimStepResponse.from_proto
-            )
+            convert = types.OptimStepResponse.from_proto
+            return self._calls.submit(self._stub.OptimStep, request, convert, explained)
 
     def discard_gradient(self) -> APIFuture[types.DiscardGradientResponse]:
         """Clears the accumulated gradient."""
@@ -149,7 +168,7 @@ class TrainingClient:
         """Saves weights, optimizer state and step. A name that exists needs `overwrite`."""
         request = trainer_pb2.SaveStateRequest(
             name=text(name, "name"),
-            overwrite=overwrite,
+            overwrite=switch(overwrite, "overwrite"),
             ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )
@@ -239,8 +258,8 @@ class TrainingClient:
         )
 
     forward_async = submitted(forward)
-    forward_backward_async = submitted(forward_backward)
-    forward_backward_custom_async = submitted(forward_backward_custom)
+    forward_backward_async = submitted(_counting_refusals(forward_backward))
+    forward_backward_custom_async = submitted(_counting_refusals(forward_backward_custom))
     optim_step_async = submitted(optim_step)
     discard_gradient_async = submitted(discard_gradient)
     save_state_async = submitted(save_state)

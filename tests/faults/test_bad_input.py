@@ -193,18 +193,26 @@ def test_a_server_that_lacks_an_rpc_is_said_to_be_another_version(services: Serv
         client.list_training_runs()
 
 
-def test_a_refusal_between_two_backwards_refuses_the_step_and_the_run_goes_on(
+async def test_a_refusal_between_two_backwards_refuses_the_step_and_the_run_goes_on(
     service: mint.ServiceClient,
 ) -> None:
-    """Whether the client or the server refuses: no step on part of a batch."""
+    """Whether the client, behind an await, or the server refuses: no step on part of a batch."""
     for bad in ([], [datum([5, 512, 7])]):
         run = service.create_lora_training_client(rank=2)
         run.forward_backward([datum()]).result()
-        with pytest.raises((mint.BadRequestError, ValueError)):
-            run.forward_backward(bad).result()
+        with pytest.raises(mint.BadRequestError):
+            await (await run.forward_backward_async(bad))
         run.forward_backward([datum()]).result()
-        with pytest.raises(mint.APIStatusError, match=r"backward|sequence"):
+        with pytest.raises(mint.APIStatusError, match="call 2 of forward_backward failed .`data"):
             run.optim_step(types.AdamParams()).result()
         run.forward_backward([datum()]).result()
         run.optim_step(types.AdamParams()).result()
         assert service.get_training_run(run.training_run_id).step == 1
+
+
+def test_a_plain_call_that_raises_at_once_costs_no_step(service: mint.ServiceClient) -> None:
+    run = service.create_lora_training_client(rank=2)
+    with pytest.raises(mint.BadRequestError, match="cross_entrop'"):
+        run.forward_backward([datum()], loss_fn="cross_entrop")
+    run.forward_backward([datum()])
+    assert run.optim_step().result().step == 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mint import types
 from mint._run.passes import Passes, PassRequest, checked_batch, join
 from mint._run.run_calls import RunCalls
-from mint.errors import APIResponseValidationError, InvalidInputError
+from mint.errors import APIResponseValidationError, InvalidInputError, refused
 from mint.futures import APIFuture, on_thread
 from mintrpc.v1 import trainer_pb2, types_pb2
 
@@ -40,7 +40,9 @@ class CustomPass:
             raise ImportError("a custom loss is computed by torch: install it beside the client")
         self._passes = passes
         self._calls = calls
-        self._data = list(checked_batch(data))
+        self._data = checked_batch(data)
+        if not callable(loss_fn):
+            raise refused("loss_fn", f"is {loss_fn!r}; give a function of data and logprobs")
         self._loss_fn = loss_fn
         self._context = contextvars.copy_context()
         # With weights of 0, so that it is known now how many messages there will be.

@@ -2,18 +2,20 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 from mint import types
 from mint._run.run_calls import RunCalls, SequencedCall
+from mint._transport.failures import Failure
 from mint.errors import APIResponseValidationError, InvalidInputError, MintError, refused
 from mint.futures import APIFuture, run_into
-from mint.types._checks import choice, instance, number
+from mint.types._checks import choice, instance, listed, mapping, number
 from mintrpc.v1 import trainer_pb2
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ _MAX_DATA = 1024  # of one message, where the server does not say
 _ROOM_BYTES = 512  # for the ids and numbers that a request gets, and the run's id
 _FRAME_BYTES = 8  # of a datum in its request
 _REQUIRED_OPTIONS = ("beta",)  # of losses: those without a default
+_INCOMPLETE = ("BACKWARD_COUNT_MISMATCH", "GRADIENT_INCOMPLETE")
 _DATUM = re.compile(r"\bdata\[(\d+)\]")
 
 
@@ -106,23 +109,61 @@ class Passes:
         yield request
 
 
+@dataclass(slots=True)
+class _Gradient:
+    """What a program asked for since the gradient was last cleared."""
+
+    backwards: int = 0
+    calls: int = 0
+    lost: list[str] = field(default_factory=list)  # what failed, in words
+
+
 class BackwardCount:
     """How many backwards a program asked for, whether or not they ever reached the server: what
-    keeps a step from part of a batch. Thread-safe.
+    keeps a step from part of a batch. A call that raised at once, in front of the program, is none
+    of them. Thread-safe.
     """
 
     def __init__(self, pending: int) -> None:
-        self._count = pending
-        self._clears = 0
+        self._gradient = _Gradient(pending)
         self._lock = threading.Lock()
 
-    def add(self, count: int = 1) -> None:
+    def add(self, count: int, outcome: APIFuture[Any]) -> None:
+        """Counts the backwards of a call. If it fails, the step that is refused for it says so."""
         with self._lock:
-            self._count += count
+            gradient = self._gradient
+            gradient.backwards += count
+            gradient.calls += 1
+            number = gradient.calls
 
-    def take(self) -> int:
-        """The count for an optimizer step, which clears the gradient also when it is refused."""
-        return self._cleared()[0]
+        def ended(call: Future[Any]) -> None:
+            if (error := call.exception()) is not None:
+                gradient.lost.append(f"call {number} of forward_backward failed ({error})")
+
+        outcome.when_done(ended)
+
+    def refused_behind_await(self, error: BaseException) -> None:
+        """Counts a call that raised where perhaps nobody looks, such as in a gather."""
+        lost: APIFuture[Any] = APIFuture()
+        lost.fail(error)
+        self.add(1, lost)
+
+    def take(self) -> tuple[int, Callable[[Failure], Failure]]:
+        """The count for an optimizer step, which clears the gradient also when it is refused, and
+        what makes its refusal say which call was lost.
+        """
+        gradient = self._cleared()
+
+        def explained(failure: Failure) -> Failure:
+            if failure.reason not in _INCOMPLETE or not gradient.lost:
+                return failure
+            message = (
+                f"{gradient.lost[0]}, so no step was taken and the gradient is cleared: mend that "
+                "call and make all of the batch's again"
+            )
+            return replace(failure, message=message)
+
+        return gradient.backwards, explained
 
     def clear(self) -> Callable[[Future[Any]], None]:
         """Clears the count for a call that clears the gradient if it succeeds.
@@ -130,29 +171,32 @@ class BackwardCount:
         Returns what to call when it has ended: if it failed, and nothing else has cleared the
         count since, the backwards before it count again.
         """
-        count, clears = self._cleared()
+        before, after = self._cleared(), self._gradient
 
         def ended(call: Future[Any]) -> None:
             if call.exception() is not None:
                 with self._lock:
-                    self._count += count if self._clears == clears else 0
+                    if self._gradient is after:
+                        after.backwards += before.backwards
+                        after.calls += before.calls
+                        after.lost[:0] = before.lost
 
         return ended
 
-    def _cleared(self) -> tuple[int, int]:
+    def _cleared(self) -> _Gradient:
         with self._lock:
-            count, self._count = self._count, 0
-            self._clears += 1
-            return count, self._clears
+            before, self._gradient = self._gradient, _Gradient()
+            return before
 
 
-def checked_batch(data: Sequence[types.Datum]) -> Sequence[types.Datum]:
+def checked_batch(data: Iterable[types.Datum]) -> list[types.Datum]:
     """A batch of at least one datum."""
-    if isinstance(data, types.Datum) or len(data) == 0:
-        raise refused("data", "is empty or not a list; a batch needs at least one datum")
-    for index, datum in enumerate(data):
+    batch = listed(data, "data", "types.Datum")
+    if not batch:
+        raise refused("data", "is empty; a batch needs at least one datum")
+    for index, datum in enumerate(batch):
         instance(datum, types.Datum, f"data[{index}]", "give types.Datum")
-    return data
+    return batch
 
 
 def _set_loss(
@@ -160,9 +204,9 @@ def _set_loss(
 ) -> None:
     """Writes the loss into a request. Unknown names and options are refused."""
     losses = [field.name for field in request.DESCRIPTOR.oneofs_by_name["loss_fn"].fields]
-    if loss_fn not in losses:
+    if not isinstance(loss_fn, str) or loss_fn not in losses:
         raise refused("loss_fn", f"is {loss_fn!r}; it must be one of {', '.join(losses)}")
-    message, config = getattr(request, loss_fn), dict(loss_fn_config or {})
+    message, config = getattr(request, loss_fn), mapping(loss_fn_config, "loss_fn_config")
     options = [field.name for field in message.DESCRIPTOR.fields]
     for name in config:
         if name not in options:

@@ -52,10 +52,19 @@ class RunCalls:
         self._opening = False
         self._fenced: Failure | None = None
 
-    def submit(self, method: Any, request: Message, convert: Callable[[Any], T]) -> APIFuture[T]:
-        """Queues a call behind those submitted before it. Refuses at once what is too large."""
+    def submit(
+        self,
+        method: Any,
+        request: Message,
+        convert: Callable[[Any], T],
+        explained: Callable[[Failure], Failure] | None = None,
+    ) -> APIFuture[T]:
+        """Queues a call behind those submitted before it. Refuses at once what is too large.
+        `explained` adds to a failure what the caller alone knows.
+        """
         check_size(self.connection, request, "data")
         call = SequencedCall(self, method, request, convert)
+        call.explained = explained or call.explained
         future: APIFuture[T] = call.future
         self.enqueue([call])
         return future

@@ -7,7 +7,7 @@ from mint import types
 from mint._transport.call import Call, check_size, new_request_id
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure
-from mint.types._checks import choice, integer, text, text_map
+from mint.types._checks import choice, integer, switch, text, text_map
 from mintrpc.v1 import trainer_pb2
 
 Opened = trainer_pb2.OpenTrainingRunResponse
@@ -79,7 +79,7 @@ def delete_run(
     request = trainer_pb2.DeleteTrainingRunRequest(
         training_run_id=text(training_run_id, _ID),
         request_id=new_request_id(),
-        delete_checkpoints=delete_checkpoints,
+        delete_checkpoints=switch(delete_checkpoints, "delete_checkpoints"),
     )
     return Call(connection, connection.trainer.DeleteTrainingRun, request, lambda answer: None)
 

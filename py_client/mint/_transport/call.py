@@ -60,6 +60,7 @@ class Call(Generic[T]):
         self._rpc: Any = None
         self._cancelled = False
         self._silence = Silence(connection, attaches=attaches)
+        self.explained: Callable[[Failure], Failure] = lambda failure: failure
 
     def then(self, convert: Callable[[T], U]) -> "Call[U]":
         """The same call, and what `convert` makes of its outcome."""
@@ -98,7 +99,7 @@ class Call(Generic[T]):
     def settle(self, outcome: Any) -> None:
         """Gives the future its outcome."""
         if isinstance(outcome, Failure):
-            self.future.fail(error_of(outcome))
+            self.future.fail(error_of(self.explained(outcome)))
             return
         try:
             value = self._convert(outcome)

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from mint.errors import refused
 from mint.recipe.renderers import Message, TrainOnWhat
 from mint.types import Datum, ModelInput
+from mint.types._checks import array_of, integer
+from mint.types.tensor_data import cast
 
 Reduction = Literal["sum", "mean"]
 
@@ -31,7 +33,7 @@ def datum_from_model_input_weights(
     tokens; weights that are all 0 stay so.
     """
     tokens = model_input.to_ints()
-    array = np.asarray(weights, dtype=np.float32)
+    array = cast(array_of(weights, "weights"), "float32", "weights")
     _check(len(tokens), array, max_length, reduction)
     tokens, array = tokens[:max_length], array[:max_length]
     shifted = array[1:]
@@ -73,7 +75,7 @@ def _check(
         )
     if not np.isfinite(weights).all():
         raise refused("weights", "holds NaN or Inf; give finite weights")
-    if max_length is not None and max_length < 2:
+    if max_length is not None and integer(max_length, "max_length") < 2:
         raise refused("max_length", f"is {max_length}; a token and its target need at least 2")
     if num_tokens < 2:
         raise refused(

@@ -1,7 +1,7 @@
 """Values and numbers that users give, as the contract's fields take them, or refused."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,22 +12,46 @@ from mint.errors import refused
 from mint.types._from_proto import words
 
 T = TypeVar("T")
+_TOKENIZERS_KEY = "input_ids"
 USE_FROM_INTS = "for token ids use ModelInput.from_ints"
 
 
 def instance(value: Any, kind: type[T], field: str, remedy: str) -> T:
     """A value of that type."""
     if not isinstance(value, kind):
-        raise refused(field, f"is a {type(value).__name__}; {remedy}")
+        raise refused(field, f"is {_type_name(value)}; {remedy}")
     return value
 
 
 def choice(enum: Any, value: Any, field: str, remedy: str) -> Any:
     """The value of an enum that a word stands for."""
     options = words(enum)
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise refused(field, f"is {value!r}; {remedy}")
     return options[value]
+
+
+def switch(value: Any, field: str) -> bool:
+    """True or false, and nothing that Python takes for one of them."""
+    if not isinstance(value, bool | np.bool_):
+        raise refused(field, f"is {value!r}; give True or False")
+    return bool(value)
+
+
+def mapping(value: Any, field: str) -> dict[Any, Any]:
+    """What a mapping holds; None: nothing."""
+    return {} if value is None else dict(instance(value, Mapping, field, "give a dict"))
+
+
+def listed(values: Any, field: str, of: str) -> list[Any]:
+    """The entries of anything that can be gone through but texts and mappings."""
+    try:
+        entries = None if isinstance(values, str | bytes | Mapping) else iter(values)
+    except TypeError:
+        entries = None
+    if entries is None:
+        raise refused(field, f"is {_type_name(values)}; give a list of {of}")
+    return list(entries)
 
 
 def number(value: Any, field: str) -> float:
@@ -50,7 +74,8 @@ def text(value: Any, field: str) -> str:
 def text_map(entries: Mapping[str, str] | None, field: str) -> dict[str, str]:
     """Texts by name; None means none."""
     return {
-        text(name, field): text(value, f"{field}.{name}") for name, value in (entries or {}).items()
+        text(name, field): text(value, f"{field}.{name}")
+        for name, value in mapping(entries, field).items()
     }
 
 
@@ -77,9 +102,13 @@ def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
 
 
 def array_of(values: Any, field: str) -> NDArray[Any]:
-    """Numbers out of a numpy array or torch tensor, or a list of them or of numbers; booleans,
-    text, ragged lists refused.
+    """Numbers out of a numpy array or torch tensor, or a list or iterator of them or of numbers;
+    booleans, text, mappings, ragged lists refused.
     """
+    if isinstance(values, Mapping):
+        raise refused(field, f"is {_type_name(values)}; give a list")
+    if isinstance(values, Iterator):
+        values = list(values)
     try:
         try:
             array = np.asarray(values)
@@ -92,7 +121,7 @@ def array_of(values: Any, field: str) -> NDArray[Any]:
     if array.size == 0:
         return array
     if array.dtype.kind not in "iuf":
-        raise refused(field, f"holds {_kind_name(array)}; give integers or floats")
+        raise refused(field, _wrong_kind(values, array))
     return array
 
 
@@ -105,6 +134,11 @@ def integers_of(values: Any, field: str) -> NDArray[np.int64]:
     if array.dtype.kind == "u" and (whole < 0).any():
         raise refused(field, f"holds {array.max()}, beyond 64 bits")
     return whole
+
+
+def ids_in(values: Any) -> Any:
+    """The token ids in what a tokenizer gives, which may be a mapping; anything else as it is."""
+    return values.get(_TOKENIZERS_KEY, values) if isinstance(values, Mapping) else values
 
 
 def _on_host(values: Any) -> Any:
@@ -129,6 +163,16 @@ def _item(value: Any, field: str) -> Any:
     return array.item()
 
 
-def _kind_name(array: NDArray[Any]) -> str:
+def _type_name(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _wrong_kind(values: Any, array: NDArray[Any]) -> str:
+    """What is wrong with values that are no numbers, and what to give."""
+    if array.ndim == 0 and array.dtype.kind in "OUS":
+        return f"is {_type_name(values)}; give a list"
+    if _TOKENIZERS_KEY in array.ravel().tolist():
+        return f"holds a tokenizer's keys; give what it has under {_TOKENIZERS_KEY!r}"
     names = {"b": "booleans", "U": "text", "S": "bytes", "O": "objects", "c": "complex numbers"}
-    return names.get(array.dtype.kind, f"values of type {array.dtype}")
+    kind = names.get(array.dtype.kind, f"values of type {array.dtype}")
+    return f"holds {kind}; give integers or floats"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mint.errors import refused
-from mint.types._checks import USE_FROM_INTS, array_of, instance
+from mint.types._checks import USE_FROM_INTS, array_of, ids_in, instance, mapping
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
@@ -40,7 +40,8 @@ class Datum:
     ) -> None:
         model_input = instance(model_input, ModelInput, "model_input", USE_FROM_INTS)
         object.__setattr__(self, "model_input", model_input)
-        tensors = {name: _tensor(name, value) for name, value in (loss_fn_inputs or {}).items()}
+        inputs = mapping(loss_fn_inputs, "loss_fn_inputs")
+        tensors = {name: _tensor(name, value) for name, value in inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", tensors)
 
     def to_proto(self) -> types_pb2.Datum:
@@ -52,7 +53,9 @@ class Datum:
 
 def _tensor(name: str, value: Any) -> TensorData:
     field = f"loss_fn_inputs.{name}"
-    given = array_of(value, field)
+    given = array_of(ids_in(value) if name == "target_tokens" else value, field)
+    if given.ndim == 0:
+        raise refused(field, f"is {given.item()!r}; give a list, one entry for each target")
     array = cast(given, _DTYPES.get(name), field)
     if not np.isfinite(array).all():
         index = int(np.argmin(np.isfinite(array)))

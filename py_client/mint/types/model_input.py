@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mint.errors import InvalidInputError, refused
-from mint.types._checks import USE_FROM_INTS, choice, integers_of
+from mint.types._checks import USE_FROM_INTS, choice, ids_in, integers_of
 from mintrpc.v1 import types_pb2
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -95,8 +95,9 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> "ModelInput":
-        """An input of token ids, out of a list, numpy array or torch tensor."""
-        return cls([EncodedTextChunk(list(tokens) if isinstance(tokens, range) else tokens)])  # type: ignore[arg-type]
+        """An input of token ids, out of a list, iterator, numpy array or torch tensor, or out of
+        the mapping that a tokenizer gives."""
+        return cls([EncodedTextChunk(tokens)])  # type: ignore[arg-type]
 
     @classmethod
     def empty(cls) -> "ModelInput":
@@ -134,7 +135,7 @@ class ModelInput:
 
 def token_list(tokens: Iterable[int], field: str) -> list[int]:
     """Token ids as plain integers. What no vocabulary can hold is refused."""
-    array = integers_of(tokens, field)
+    array = integers_of(ids_in(tokens), field)
     if array.ndim != 1:
         raise refused(field, f"has {array.ndim} dimensions; give a flat list of token ids")
     wrong = (array < 0) | (array > _MAX_TOKEN_ID)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mint.errors import InvalidInputError, refused
-from mint.types._checks import integer, number, text
+from mint.types._checks import integer, listed, mapping, number, switch, text
 from mint.types.model_input import token_list
 from mintrpc.v1 import sampler_pb2, types_pb2
 
@@ -45,9 +45,10 @@ class AdamParams:
             raise TypeError(_unknown_adam_option(next(iter(unknown))))
         if betas is not None and (beta1 is not None or beta2 is not None):
             raise refused("betas", "and `beta1` or `beta2` are both given; give one or the other")
-        if betas is not None and len(betas) != 2:
-            raise refused("betas", f"has {len(betas)} entries; give (beta1, beta2)")
-        first, second = DEFAULT_BETAS if betas is None else betas
+        pair = DEFAULT_BETAS if betas is None else listed(betas, "betas", "beta1 and beta2")
+        if len(pair) != 2:
+            raise refused("betas", f"has {len(pair)} entries; give (beta1, beta2)")
+        first, second = pair
         values = {
             "learning_rate": learning_rate,
             "beta1": first if beta1 is None else beta1,
@@ -90,11 +91,11 @@ class LoraConfig:
     target_modules: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, str):
-            raise refused(
-                "target_modules", f"is the text {self.target_modules!r}; give a list of names"
-            )
-        object.__setattr__(self, "target_modules", list(self.target_modules))
+        names = listed(self.target_modules, "target_modules", "names")
+        names = [text(name, f"target_modules[{index}]") for index, name in enumerate(names)]
+        object.__setattr__(self, "target_modules", names)
+        for name in (*_SWITCHES, "use_rslora"):
+            object.__setattr__(self, name, switch(getattr(self, name), name))
         switches = [getattr(self, name) for name in _SWITCHES]
         if not self.target_modules and not any(switches):
             raise InvalidInputError(
@@ -167,7 +168,7 @@ class SamplingParams:
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> "SamplingParams":
         """A copy with the fields of `update` changed."""
-        return dataclasses.replace(self, **(update or {}))
+        return dataclasses.replace(self, **mapping(update, "update"))
 
     copy = model_copy
 
@@ -202,9 +203,8 @@ def _schema(schema: str | Mapping[str, Any]) -> str:
 
 
 def _stops(stop: str | Sequence[str] | Sequence[int] | None) -> tuple[list[str], list[int]]:
-    if stop is not None and not hasattr(stop, "__iter__"):
-        raise refused("stop", f"is {stop!r}; give a text, or a list of texts or of token ids")
-    entries: list[Any] = [stop] if isinstance(stop, str) else [] if stop is None else list(stop)
+    given: Any = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    entries = listed(given, "stop", "texts or of token ids, or one text")
     texts = [entry for entry in entries if isinstance(entry, str)]
     if "" in texts:
         raise refused("stop", "holds an empty text; leave it out")

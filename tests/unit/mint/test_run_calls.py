@@ -1,5 +1,6 @@
 """Numbers, order and resends of a run's calls, over a real channel."""
 
+import asyncio
 import random
 import threading
 
@@ -189,7 +190,7 @@ def test_after_a_call_that_used_no_number_the_run_is_opened_again(
     assert [sequence for sequence, _ in server.script.executed] == [1, 2]
 
 
-def test_a_local_refusal_leaves_no_gap_and_counts_as_a_backward(
+def test_a_plain_call_that_raises_at_once_costs_nothing(
     server: Server, training: mint.TrainingClient, data: Data
 ) -> None:
     training.forward_backward(data)
@@ -201,8 +202,43 @@ def test_a_local_refusal_leaves_no_gap_and_counts_as_a_backward(
     training.optim_step().result(LIMIT_S)
 
     assert [sequence for sequence, _ in server.script.executed] == [1, 2, 3, 4, 5]
-    assert server.script.requests[3].backward_count == 3
+    assert server.script.requests[3].backward_count == 2
     assert server.script.requests[5].backward_count == 1
+
+
+@pytest.mark.parametrize("custom", [False, True])
+async def test_a_refusal_that_a_gather_swallows_counts_and_the_step_says_which_call_it_was(
+    server: Server, training: mint.TrainingClient, data: Data, custom: bool
+) -> None:
+    mismatch = Fault(Code.FAILED_PRECONDITION, "BACKWARD_COUNT_MISMATCH", executed=True)
+    server.script.faults = {(2, 1): mismatch}
+    bad = (
+        training.forward_backward_custom_async(data, None)  # type: ignore[arg-type]
+        if custom
+        else training.forward_backward_async(data, loss_fn="grpo")
+    )
+    await asyncio.gather(training.forward_backward_async(data), bad, return_exceptions=True)
+    with pytest.raises(mint.BadRequestError) as caught:
+        await training.optim_step()
+
+    assert server.script.requests[2].backward_count == 2
+    assert caught.value.reason == "BACKWARD_COUNT_MISMATCH"
+    words = str(caught.value)
+    assert words.startswith("call 2 of forward_backward failed (`loss_fn` is ")
+    assert "make all of the batch's again" in words
+
+
+def test_a_step_says_which_of_its_calls_the_server_refused(
+    server: Server, training: mint.TrainingClient, data: Data
+) -> None:
+    bad = Fault(Code.INVALID_ARGUMENT, "INVALID_REQUEST", "`data[0]` is odd", executed=True)
+    incomplete = Fault(Code.FAILED_PRECONDITION, "GRADIENT_INCOMPLETE", executed=True)
+    server.script.faults = {(1, 1): bad, (2, 1): incomplete}
+    backward = training.forward_backward(data)
+    backward.exception(LIMIT_S)
+
+    with pytest.raises(mint.BadRequestError, match=r"call 1 of .* failed \(`data\[0\]` is odd\)"):
+        training.optim_step().result(LIMIT_S)
 
 
 def test_backwards_count_again_if_what_clears_them_fails(
