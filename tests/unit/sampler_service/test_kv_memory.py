@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mint_core.model.base import LoadedBase
-from mint_core.model.loading import load_base
 from sampler_service.config import SamplerConfig
 from sampler_service.engine import memory
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, next_key
 from sampler_service.engine.cache.kv_cache import KvCache, LayerShape
 from sampler_service.engine.memory import KEPT_BYTES, MOST_BYTES, Sparing, cache_size
+from tests.models import load_base
 
 CPU = torch.device("cpu")
 BLOCKS = 4096
