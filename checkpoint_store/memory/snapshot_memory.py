@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,26 +217,21 @@ class SnapshotMemory:
             file.parent.rmdir()
 
     def _rescue(self, abandoned: Path, ours: Path) -> None:
-        """Takes over what a trainer that is gone may not have stored."""
-        for row in _unnamed_rows(abandoned):
-            file = ours / place_of(row.manifest.revision_path)
-            file.parent.mkdir(exist_ok=True)
-            row.file.path.rename(file)
-            held = _Held(row.file.size_bytes, stored=False, kept=False)
-            self._held[row.manifest.revision_path] = held
+        """Takes over what a trainer that is gone may not have stored: unnamed snapshots."""
+        for left in abandoned.glob("*/*@*"):
+            try:
+                row = open_row(left, f"mint://{left.parent.name}/{SAMPLER_WEIGHTS}/{left.name}")
+            except CheckpointDamaged as error:
+                logger.warning("%s", error)
+                continue
+            if not row.manifest.named:
+                revision = row.manifest.revision_path
+                file = ours / place_of(revision)
+                file.parent.mkdir(exist_ok=True)
+                left.rename(file)
+                self._held[revision] = _Held(row.file.size_bytes, stored=False, kept=False)
 
 
 def _affordable_bytes(folder: Path) -> int:
     free_bytes = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
     return int(MEMORY_SHARE * free_bytes)
-
-
-def _unnamed_rows(folder: Path) -> Iterator[PublishedRow]:
-    for file in folder.glob("*/*@*"):
-        try:
-            row = open_row(file, f"mint://{file.parent.name}/{SAMPLER_WEIGHTS}/{file.name}")
-        except CheckpointDamaged as error:
-            logger.warning("%s", error)
-            continue
-        if not row.manifest.named:
-            yield row

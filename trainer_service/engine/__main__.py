@@ -6,7 +6,6 @@ import logging
 import os
 import queue
 import threading
-from typing import NamedTuple
 
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
 from mint_core.model.faults import ends_the_engine
@@ -17,13 +16,8 @@ from trainer_service.jobs import SaveRow
 
 logger = logging.getLogger(__name__)
 
-
-class _Later(NamedTuple):
-    """What is left of a job."""
-
-    number: int  # of its call
-    rest: Rest
-    optional: bool  # as of a `SaveRow`
+# What is left of jobs: the number of its call, itself, and whether it is optional, as a `SaveRow`.
+Rests = queue.SimpleQueue[tuple[int, Rest, bool]]
 
 
 def main() -> None:
@@ -45,7 +39,7 @@ def main() -> None:
 
 def _serve(pipe: EnginePipe, engine: Engine) -> None:
     told = None
-    rests: queue.SimpleQueue[_Later] = queue.SimpleQueue()
+    rests: Rests = queue.SimpleQueue()
     threading.Thread(target=_finish, args=(pipe, rests), daemon=True, name="background").start()
     while (call := pipe.receive()) is not None:
         optional = isinstance(call.job, SaveRow) and call.job.optional
@@ -53,7 +47,7 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
             answer = engine.run(call.job)
             if callable(answer):
                 pipe.send(Part(call.number, None))
-                rests.put(_Later(call.number, answer, optional))
+                rests.put((call.number, answer, optional))
             else:
                 pipe.send(Reply(call.number, answer))
         except Exception as error:
@@ -65,7 +59,7 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
             told = counts
 
 
-def _finish(pipe: EnginePipe, rests: queue.SimpleQueue[_Later]) -> None:
+def _finish(pipe: EnginePipe, rests: Rests) -> None:
     """Does what is left of jobs, one after the other, and answers for the engine, which computes
     meanwhile.
     """

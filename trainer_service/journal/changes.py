@@ -9,7 +9,7 @@ from dataclasses import astuple
 
 from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
-from trainer_service.journal import records
+from trainer_service.journal import queries, records
 from trainer_service.run_description import RunState
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
@@ -81,7 +81,7 @@ def acknowledge(db: sqlite3.Connection, run: int, before: int, upto: int) -> Non
     db.execute("UPDATE states SET acknowledged = max(acknowledged, ?) WHERE run = ?", (upto, run))
     db.execute(
         "DELETE FROM calls WHERE id BETWEEN ? AND ? AND (effect = 0 OR id <= ?)",
-        (*span, records.call_id(run, _covered(db, run))),
+        (*span, records.call_id(run, queries.covered(db, run))),
     )
 
 
@@ -123,8 +123,3 @@ def forget_requests(db: sqlite3.Connection, before_s: float) -> None:
 
 def note_server(db: sqlite3.Connection, values: Mapping[str, str]) -> None:
     db.executemany("REPLACE INTO server VALUES (?, ?)", list(values.items()))
-
-
-def _covered(db: sqlite3.Connection, run: int) -> int:
-    found = db.execute("SELECT sequence FROM saved_rows WHERE run = ?", (run,)).fetchone()
-    return int(found[0]) if found else 0

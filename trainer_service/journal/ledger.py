@@ -74,13 +74,11 @@ def load_runs(journal: Journal) -> Iterator[PastRun]:
     """All runs, oldest first; before the journal starts."""
     database = journal.database
     for record in queries.load_runs(database):
-        saved_row = queries.load_saved_row(database, record.number)
         calls = queries.load_calls(database, record.number, record.state.acknowledged)
-        covered = saved_row.sequence if saved_row else 0
         yield PastRun(
             record,
             codec.decode_origin(record.origin),
             list(calls),
-            saved_row,
-            dirty=bool(queries.load_past(database, record.number, covered)),
+            queries.load_saved_row(database, record.number),
+            dirty=bool(queries.load_past(database, record.number)),
         )

@@ -61,11 +61,17 @@ def load_saved_row(db: sqlite3.Connection, run: int) -> SavedRow | None:
     return SavedRow(*found) if found else None
 
 
-def load_past(db: sqlite3.Connection, run: int, covered: int) -> list[records.PastCall]:
+def covered(db: sqlite3.Connection, run: int) -> int:
+    """The last call that is in the run's saved row; 0: it is as it was created."""
+    row = load_saved_row(db, run)
+    return row.sequence if row else 0
+
+
+def load_past(db: sqlite3.Connection, run: int) -> list[records.PastCall]:
     """The calls that have changed the run's row since it was saved, in order."""
     rows = db.execute(
         "SELECT id, effect, digest FROM calls WHERE id BETWEEN ? AND ? AND effect > 0 ORDER BY id",
-        (records.call_id(run, covered + 1), records.last_id(run)),
+        (records.call_id(run, covered(db, run) + 1), records.last_id(run)),
     )
     return [
         records.PastCall(records.sequence_of(call), Effect(effect), records.unsigned(digest))

@@ -112,8 +112,7 @@ class RunJournal:
         """What it takes to restore the row."""
 
         def read(db: sqlite3.Connection) -> Past:
-            row = queries.load_saved_row(db, self._run)
-            return Past(row, queries.load_past(db, self._run, row.sequence if row else 0))
+            return Past(queries.load_saved_row(db, self._run), queries.load_past(db, self._run))
 
         return await self._journal.read(read)
 

@@ -59,7 +59,7 @@ def _run_row(database: sqlite3.Connection, record: records.RunRecord) -> tuple[s
     accepted = max([call.sequence for call in calls], default=record.state.acknowledged)
     row = queries.load_saved_row(database, record.number)
     covered, size_bytes = (row.sequence, row.size_bytes) if row else (0, 0)
-    again = len(queries.load_past(database, record.number, covered))
+    again = len(queries.load_past(database, record.number))
     unanswered = sum(call.answer is None for call in calls)
     numbers = map(str, (record.state.step, accepted, covered, again, unanswered))
     return (origin.training_run_id, origin.tenant, *numbers, f"{size_bytes / 2**20:.1f}")

@@ -32,7 +32,7 @@ def _of_run(
     if row is not None:
         yield from _of_saved_row(saved_rows / row.file, row.size_bytes)
     yield from _of_calls(database, record)
-    for call in queries.load_past(database, record.number, row.sequence if row else 0):
+    for call in queries.load_past(database, record.number):
         yield from _of_past(database, record.number, call)
 
 

@@ -13,6 +13,8 @@ from mint_core.errors import InvalidRequest, MintError
 from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
 from trainer_service import errors
 from trainer_service.calls import Call, Place, Refused, Reply
+from trainer_service.queue.admission import Admission
+from trainer_service.run_description import RunOrigin
 
 _SMALL_BYTES = 1024  # of an answer, beside its content, about
 
@@ -56,28 +58,23 @@ class _Entry:
 class Intake(Protocol):
     """What stands behind the numbers of a run."""
 
-    def refusal(self, calls_before: int) -> MintError | None:
-        """Why no call is accepted now, if so; so many of the run come before it."""
-
     def accept(self, call: Call) -> None:
         """Takes the call whose number is next."""
 
     def acknowledge(self, before: int, upto: int) -> None:
         """Drops the answers behind one number, up to another."""
 
-    def hold(self, call: Call) -> MintError | None:
-        """Notes that an early arrival is held, or says why it cannot be."""
-
-    def unhold(self, call: Call) -> None:
-        """Notes that it is held no longer."""
-
 
 class CallNumbers:
     """The numbers of one run. All methods belong to one event loop and return at once."""
 
-    def __init__(self, intake: Intake, limits: CallLimits) -> None:
+    def __init__(
+        self, intake: Intake, limits: CallLimits, admission: Admission, origin: RunOrigin
+    ) -> None:
         self._intake = intake
         self._limits = limits
+        self._admission = admission
+        self._origin = origin  # of the run
         self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
@@ -232,7 +229,7 @@ class CallNumbers:
             return errors.TooManyCallsInFlight(limits.calls_in_flight)
         if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
             return errors.AnswersUnacknowledged(len(self._entries), self._kept_bytes)
-        return self._intake.refusal(sequence - self.next_sequence)
+        return self._admission.call_refusal(self._origin, sequence - self.next_sequence)
 
     def _hold(self, arrival: Arrival) -> None:
         sequence = arrival.call.place.sequence
@@ -240,7 +237,7 @@ class CallNumbers:
             raise error  # as the number before it is, or would be
         if sum(map(len, self._held.values())) >= self._limits.held_calls:
             raise errors.SequenceGap(sequence, self.next_sequence)
-        if error := self._intake.hold(arrival.call):
+        if error := self._admission.hold(self._origin, arrival.call):
             raise error
         loop = asyncio.get_running_loop()
         arrival.timer = loop.call_later(self._limits.gap_s, self._give_up, arrival)
@@ -254,7 +251,7 @@ class CallNumbers:
         assert arrival.timer is not None
         arrival.timer.cancel()
         arrival.timer = None
-        self._intake.unhold(arrival.call)
+        self._admission.unhold(self._origin, arrival.call)
         sequence = arrival.call.place.sequence
         held = self._held[sequence]
         held.remove(arrival)

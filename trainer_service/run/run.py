@@ -76,7 +76,7 @@ class Run:
         self.journal = journal
         self._admission = admission
         self.unsaved = UnsavedWork()
-        self.numbers = CallNumbers(self, limits)
+        self.numbers = CallNumbers(self, limits, admission, origin)
         self.inbox = Inbox()
         self.watchers: set[Watcher] = set()
         self.row_life = 0  # of the engine that has the row as it should be; 0: none has
@@ -118,18 +118,6 @@ class Run:
         if self._given_up is not None:
             raise self._given_up
         return self.numbers.arrive(call)
-
-    def refusal(self, calls_before: int) -> MintError | None:
-        """See Intake."""
-        return self._admission.call_refusal(self.origin, calls_before)
-
-    def hold(self, call: Call) -> MintError | None:
-        """See Intake."""
-        return self._admission.hold(self.origin, call)
-
-    def unhold(self, call: Call) -> None:
-        """See Intake."""
-        self._admission.unhold(self.origin, call)
 
     def accept(self, call: Call) -> None:
         """See Intake."""

@@ -29,16 +29,16 @@ ANSWER = Reply(b"answer", failed=False)
 
 
 class Recorder:
-    """Numbers, and the calls that they have let in."""
+    """Numbers, what stands behind them, and the calls that they have let in."""
 
     def __init__(self, **limits: float) -> None:
         self.accepted: list[Call] = []
         self.acknowledged: list[tuple[int, int]] = []
         self.held: list[int] = []
         self.room = 1000  # for early arrivals
-        self.sequence = CallNumbers(self, CallLimits(**limits))  # type: ignore[arg-type]
+        self.sequence = CallNumbers(self, CallLimits(**limits), self, None)  # type: ignore[arg-type]
 
-    def refusal(self, calls_before: int) -> MintError | None:
+    def call_refusal(self, origin: object, calls_before: int) -> MintError | None:
         return None
 
     def accept(self, call: Call) -> None:
@@ -47,13 +47,13 @@ class Recorder:
     def acknowledge(self, before: int, upto: int) -> None:
         self.acknowledged.append((before, upto))
 
-    def hold(self, call: Call) -> MintError | None:
+    def hold(self, origin: object, call: Call) -> MintError | None:
         if len(self.held) >= self.room:
             return EarlyArrivalsFull(0, 0)
         self.held.append(call.place.sequence)
         return None
 
-    def unhold(self, call: Call) -> None:
+    def unhold(self, origin: object, call: Call) -> None:
         self.held.remove(call.place.sequence)
 
     @property
