@@ -101,7 +101,8 @@ class Runs:
             self._table.add(run)
             run.closing = past.record.removing is not None
             numbers = [
-                (call.sequence, call.payload_hash, decode_reply(call.answer)) for call in past.calls
+                (call.sequence, call.payload_hash, decode_reply(call.answer, call.sequence))
+                for call in past.calls
             ]
             run.numbers.resume(state.acknowledged, state.writer_epoch, numbers)
             ended = [call.sequence for call in past.calls if call.answer is not None]

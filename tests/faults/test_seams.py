@@ -262,6 +262,7 @@ def told_again(
         if "status" in entry:
             status = status_pb2.Status.FromString(base64.b64decode(entry["status"]))
             assert told.message == status.message
+            assert told.next_sequence == request.sequence + 1  # which that version did not say
         else:  # it is acknowledged, or a pending call with a bad token
             assert told.reason in ("ANSWER_ACKNOWLEDGED", "INVALID_REQUEST")
         return None

@@ -11,6 +11,7 @@ from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import records
 from trainer_service.run_description import RunState
+from trainer_service.wire import replies
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
 _SET_STATE = (
@@ -65,8 +66,10 @@ def end(
         db.execute("DELETE FROM payloads WHERE id = ?", (call,))
 
 
-def decode_reply(answer: bytes | None) -> Reply | None:
-    return None if answer is None else Reply(answer[1:], answer[:1] == _STATUS)
+def decode_reply(answer: bytes | None, sequence: int) -> Reply | None:
+    if answer is None:
+        return None
+    return replies.told_again(Reply(answer[1:], answer[:1] == _STATUS), sequence)
 
 
 def die(db: sqlite3.Connection, call: int) -> None:

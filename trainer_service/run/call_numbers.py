@@ -183,6 +183,8 @@ class CallNumbers:
         place = arrival.call.place
         acknowledged = place.acknowledged_sequence
         if acknowledged > self._answered:
+            if place.sequence < self.next_sequence:
+                return  # it has its outcome, perhaps this very refusal
             error = InvalidRequest(
                 f"`acknowledged_sequence` is {acknowledged} but only calls up to {self._answered} "
                 "are answered; "
@@ -191,8 +193,6 @@ class CallNumbers:
                 acknowledged_sequence=acknowledged,
                 answered=self._answered,
             )
-            if place.sequence < self.next_sequence:
-                raise error  # the number has its outcome
             arrival.call = replace(arrival.call, work=Refused(error))
             return
         if acknowledged <= self.acknowledged:
