@@ -31,7 +31,7 @@ class Refusal:
 
 
 # Neither is the call recorded nor is its number free: another call has it, or the run is lost.
-TAKEN = ("SEQUENCE_REUSED", "ANSWER_ACKNOWLEDGED", "TRAINING_RUN_LOST")
+TAKEN = ("SEQUENCE_REUSED", "ANSWER_ACKNOWLEDGED", "ANSWER_DROPPED", "TRAINING_RUN_LOST")
 
 
 def refusal(error: grpc.RpcError) -> Refusal:
@@ -161,8 +161,10 @@ class RawRun:
     ) -> trainer_pb2.OptimStepRequest:
         return trainer_pb2.OptimStepRequest(**self.place(sequence) | options)
 
-    def discard(self, **options: Any) -> trainer_pb2.DiscardGradientRequest:
-        return trainer_pb2.DiscardGradientRequest(**self.place() | options)
+    def discard(
+        self, sequence: int | None = None, **options: Any
+    ) -> trainer_pb2.DiscardGradientRequest:
+        return trainer_pb2.DiscardGradientRequest(**self.place(sequence) | options)
 
     def save_state(self, name: str, **options: Any) -> trainer_pb2.SaveStateRequest:
         return trainer_pb2.SaveStateRequest(**self.place() | options, name=name)

@@ -104,9 +104,9 @@ class Runs:
                 (call.sequence, call.payload_hash, decode_reply(call.answer, call.sequence))
                 for call in past.calls
             ]
-            run.numbers.resume(state.acknowledged, state.writer_epoch, numbers)
+            run.numbers.resume(state, numbers)
             ended = [call.sequence for call in past.calls if call.answer is not None]
-            run.ended = max(ended, default=state.acknowledged)
+            run.ended = max(ended, default=state.dropped)
             run.unsaved.calls = int(past.dirty)
             if past.saved_row is not None:
                 files[run.id] = past.saved_row.file
@@ -138,6 +138,7 @@ class Runs:
         arrival = run.arrive(call)
         try:
             reply = await arrival.reply
+            run.numbers.told(arrival)
         finally:
             run.numbers.leave(arrival)
         if reply.failed:

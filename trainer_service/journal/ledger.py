@@ -20,7 +20,7 @@ class PastRun:
 
     record: RunRecord
     origin: RunOrigin
-    calls: list[CallRecord]  # that are not acknowledged
+    calls: list[CallRecord]  # whose answers are not dropped
     saved_row: SavedRow | None
     dirty: bool  # whether calls behind that have changed the row
 
@@ -75,7 +75,7 @@ def load_runs(journal: Journal) -> Iterator[PastRun]:
     database = journal.database
     for record in queries.load_runs(database):
         saved_row = queries.load_saved_row(database, record.number)
-        calls = queries.load_calls(database, record.number, record.state.acknowledged)
+        calls = queries.load_calls(database, record.number, record.state.dropped)
         covered = saved_row.sequence if saved_row else 0
         yield PastRun(
             record,
