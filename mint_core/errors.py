@@ -50,7 +50,7 @@ class TrainingRunNotFound(NotFound):
 
     def __init__(self, training_run_id: str) -> None:
         super().__init__(
-            f"there is no training run `{training_run_id}`; list_training_runs names yours",
+            f"there is no training run `{training_run_id}`; ListTrainingRuns names yours",
             training_run_id=training_run_id,
         )
 
