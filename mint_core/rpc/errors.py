@@ -1,7 +1,9 @@
 """Domain errors as gRPC statuses, each with one `ErrorInfo`."""
 
 import logging
+import math
 import uuid
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -75,6 +77,18 @@ def to_status(error: errors.MintError) -> status_pb2.Status:
     for detail in _details(error, message):
         status.details.add().Pack(detail)
     return status
+
+
+def trailers(error: errors.MintError, status: status_pb2.Status) -> tuple[tuple[str, Any], ...]:
+    """Returns what goes with an error: its details, and a word for gRPC's own retries. They wait as
+    RetryInfo says, and send nothing again but that and what is UNAVAILABLE.
+    """
+    details = ("grpc-status-details-bin", status.SerializeToString())
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None and isinstance(error, errors.Unavailable):
+        return (details,)
+    pushback_ms = -1 if retry_after_s is None else math.ceil(retry_after_s * 1e3)
+    return (details, ("grpc-retry-pushback-ms", str(pushback_ms)))
 
 
 def recorded(status: status_pb2.Status, sequence: int) -> bytes:

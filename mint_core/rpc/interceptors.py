@@ -23,7 +23,7 @@ from mint_core.errors import (
     Unimplemented,
 )
 from mint_core.rpc.caller import CALLER, Caller, parsed
-from mint_core.rpc.errors import code_of, domain_error, to_status
+from mint_core.rpc.errors import code_of, domain_error, to_status, trailers
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
@@ -256,7 +256,7 @@ class _Call:
         await self.context.abort(
             code_of(error),
             status.message,
-            (("grpc-status-details-bin", status.SerializeToString()),),
+            trailers(error, status),
         )
 
     def end(self, code: str, error: MintError | None = None) -> None:
