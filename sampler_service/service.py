@@ -21,6 +21,7 @@ from sampler_service.waiting_room import WaitingRoom
 SERVICE = "mintrpc.v1.SamplerService"
 FEATURES = (
     "stream_sample",
+    "typed_tensors",
     "prefix_cache",
     "min_p",
     "penalties",
