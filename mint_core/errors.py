@@ -123,6 +123,16 @@ class Unavailable(MintError):
     reason = "UNAVAILABLE"
 
 
+class ModelLoading(Unavailable):
+    """What the call needs is known once the engine has started for the first time."""
+
+    reason = "MODEL_LOADING"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the base model is still being loaded; send the call again")
+
+
 class Unimplemented(MintError):
     """A part of the contract that this server lacks."""
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavailable
+from mint_core.errors import EngineDied, MintError, ModelLoading, TrainingRunNotFound, Unavailable
 from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
@@ -255,7 +255,7 @@ class Runs:
         """A run that is to be opened or deleted, which waits for its accepted calls."""
         self._admission.check_changes()
         if not self._recalled:
-            raise Unavailable("the base model is still being loaded; send the call again")
+            raise ModelLoading
         return self.find(tenant, training_run_id)
 
     async def _create(self, tenant: str, request: CreateRun) -> bytes:

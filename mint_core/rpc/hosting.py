@@ -58,6 +58,7 @@ class RpcServer:
         self._tls = tls
         calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics), audit)
         self.keep_checking = calls.keep_checking  # to be run beside the calls
+        self.begin = calls.begun.set  # what is held until the model is loaded goes on
         self._server = grpc.aio.server(
             interceptors=[calls],
             options=[
@@ -125,6 +126,7 @@ class RpcServer:
         cancels the rest.
         """
         await self._health.enter_graceful_shutdown()
+        self.begin()  # or it is told that it may come again
         for drain in self._drains:
             await drain()
         await self._server.stop(grace_s)

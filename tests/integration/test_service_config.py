@@ -1,5 +1,6 @@
 """The shipped service config, obeyed by a channel of gRPC's own, without code of a client."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mint_core.errors import MintError, NotFound, ResourceExhausted, Unavailable
+from mint_core.errors import MintError, ModelLoading, NotFound, ResourceExhausted, Unavailable
 from mint_core.rpc.errors import Recorded, recorded, to_status
 from mintrpc.v1 import trainer_pb2_grpc
 from tests.hosted import LIMIT_S, RUN, Served, refused
@@ -58,3 +59,26 @@ async def test_a_server_that_is_not_there_yet_is_waited_for(served: Served) -> N
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.GetTrainingRun(RUN, timeout=0.3)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_call_is_held_while_the_model_is_loaded(served: Served) -> None:
+    served.trainer.first_errors = [ModelLoading()]
+    call = asyncio.ensure_future(served.stub.GetTrainingRun(RUN, timeout=LIMIT_S))
+    while served.trainer.asked == 0:
+        await asyncio.sleep(0.01)
+    assert not call.done()
+    served.server.begin()
+    await call
+    assert served.trainer.asked == 2
+
+
+async def test_a_call_that_was_held_is_sent_away_when_the_server_stops(served: Served) -> None:
+    served.trainer.error = ModelLoading()
+    call = asyncio.ensure_future(served.stub.GetTrainingRun(RUN, timeout=LIMIT_S))
+    while served.trainer.asked == 0:
+        await asyncio.sleep(0.01)
+    stopping = asyncio.ensure_future(served.server.stop(LIMIT_S))
+    told = await refused(call)
+    assert told.code() == grpc.StatusCode.UNAVAILABLE
+    assert dict(told.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    await stopping
