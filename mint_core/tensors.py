@@ -1,6 +1,7 @@
 """Tensors of requests, whichever form their values come in: protobuf in, checked arrays out."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,11 @@ _UNSET, _FLOAT32, _INT64, _INT32 = (
     types_pb2.TENSOR_DTYPE_INT64,
     types_pb2.TENSOR_DTYPE_INT32,
 )
-_LAYOUTS = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
+_LAYOUTS: Mapping[int, np.dtype[np.generic]] = {
+    _FLOAT32: np.dtype("<f4"),
+    _INT64: np.dtype("<i8"),
+    _INT32: np.dtype("<i4"),
+}
 
 
 def read_floats(tensor: types_pb2.TensorData, path: str) -> NDArray[np.float32]:
