@@ -50,7 +50,7 @@ class TrainingRunNotFound(NotFound):
 
     def __init__(self, training_run_id: str) -> None:
         super().__init__(
-            f"there is no training run `{training_run_id}`; list_training_runs names yours",
+            f"there is no training run `{training_run_id}`; ListTrainingRuns names yours",
             training_run_id=training_run_id,
         )
 
@@ -121,6 +121,16 @@ class Unavailable(MintError):
     """Try again: nothing was done."""
 
     reason = "UNAVAILABLE"
+
+
+class ModelLoading(Unavailable):
+    """What the call needs is known once the engine has started for the first time."""
+
+    reason = "MODEL_LOADING"
+    retry_after_s = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("the base model is still being loaded; send the call again")
 
 
 class Unimplemented(MintError):

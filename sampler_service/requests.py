@@ -16,6 +16,7 @@ from mint_core.rpc.limits import (
     MAX_TARGETS,
     MAX_TOPK_LOGPROBS,
 )
+from mint_core.tensors import read_integers
 from mintrpc.v1 import sampler_pb2, types_pb2
 from sampler_service.constraint_parsing import parse_constraint
 from sampler_service.jobs import Choice, Sampling, Stops, Tokens
@@ -104,10 +105,6 @@ def _targets(
     if not request.HasField("target_prompt_logprobs"):
         return None
     field, tensor = "target_prompt_logprobs", request.target_prompt_logprobs
-    if tensor.dtype != types_pb2.TENSOR_DTYPE_INT64:
-        raise InvalidRequest(
-            f"`{field}.dtype` must be TENSOR_DTYPE_INT64, for token ids", field=f"{field}.dtype"
-        )
     shape = tuple(tensor.shape)
     if len(shape) != 2 or shape[0] != prompt_tokens - 1 or shape[1] < 1:
         raise InvalidRequest(
@@ -125,16 +122,9 @@ def _targets(
             field=field,
             shape=list(shape),
         )
-    if len(tensor.values) != 8 * shape[0] * shape[1]:
-        raise InvalidRequest(
-            f"`{field}.values` has {len(tensor.values)} bytes, which is not 8 times the product of "
-            f"shape {list(shape)}; send every value once",
-            field=f"{field}.values",
-            size_bytes=len(tensor.values),
-        )
-    ids = np.frombuffer(tensor.values, "<i8").astype(np.int64)
-    _check_token_ids(np.where(ids == -1, 0, ids), field, model)
-    return ids.reshape(shape)
+    ids = read_integers(tensor, field)
+    _check_token_ids(np.where(ids == -1, 0, ids).ravel(), field, model)
+    return ids
 
 
 def _topk(count: int, field: str, model: ModelDescription) -> int:

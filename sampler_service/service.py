@@ -22,6 +22,7 @@ SERVICE = "mintrpc.v1.SamplerService"
 FEATURES = (
     "texts",
     "stream_sample",
+    "typed_tensors",
     "prefix_cache",
     "min_p",
     "penalties",

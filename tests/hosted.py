@@ -39,11 +39,16 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     """Raises what it is given, or answers with the caller's tenant."""
 
     error: Exception | None = None
+    first_errors: list[Exception] = field(default_factory=list)  # of one call each
+    asked: int = 0  # calls of GetTrainingRun
     started: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     leave: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def GetTrainingRun(self, request: Any, context: Any) -> Any:
+        self.asked += 1
+        if self.first_errors:
+            raise self.first_errors.pop(0)
         if self.error:
             raise self.error
         run = trainer_pb2.TrainingRun(training_run_id=caller().tenant)

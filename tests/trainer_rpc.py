@@ -26,6 +26,12 @@ class Refusal:
     metadata: Mapping[str, str]
     field: str
     retry_after_s: float | None
+    next_sequence: int | None  # of the outcome of a number
+    details: bytes  # all of it, as it came
+
+
+# Neither is the call recorded nor is its number free: another call has it, or the run is lost.
+TAKEN = ("SEQUENCE_REUSED", "ANSWER_ACKNOWLEDGED", "ANSWER_DROPPED", "TRAINING_RUN_LOST")
 
 
 def refusal(error: grpc.RpcError) -> Refusal:
@@ -41,13 +47,18 @@ def refusal(error: grpc.RpcError) -> Refusal:
         detail.Unpack(bad)
         has_retry = detail.Unpack(retry) or has_retry
     assert info.domain == "mint"
+    metadata = dict(info.metadata)
+    next_sequence = metadata.pop("next_sequence", None)
+    trailers = dict(error.trailing_metadata())
     return Refusal(
         code=error.code(),
         message=status.message,
         reason=info.reason,
-        metadata=dict(info.metadata),
+        metadata=metadata,
         field=bad.field_violations[0].field if bad.field_violations else "",
         retry_after_s=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
+        next_sequence=None if next_sequence is None else int(next_sequence),
+        details=trailers["grpc-status-details-bin"],
     )
 
 
@@ -150,8 +161,10 @@ class RawRun:
     ) -> trainer_pb2.OptimStepRequest:
         return trainer_pb2.OptimStepRequest(**self.place(sequence) | options)
 
-    def discard(self, **options: Any) -> trainer_pb2.DiscardGradientRequest:
-        return trainer_pb2.DiscardGradientRequest(**self.place() | options)
+    def discard(
+        self, sequence: int | None = None, **options: Any
+    ) -> trainer_pb2.DiscardGradientRequest:
+        return trainer_pb2.DiscardGradientRequest(**self.place(sequence) | options)
 
     def save_state(self, name: str, **options: Any) -> trainer_pb2.SaveStateRequest:
         return trainer_pb2.SaveStateRequest(**self.place() | options, name=name)
@@ -173,7 +186,14 @@ class RawRun:
         return self._method(request).future(request, timeout=CALL_LIMIT_S, **self.options)
 
     def refused(self, request: Any) -> Refusal:
-        return refused(self._method(request), request, **self.options)
+        """Sends a request that must be refused, and once more if that is its outcome."""
+        error = refused(self._method(request), request, **self.options)
+        if error.next_sequence is not None:
+            assert error.next_sequence == request.sequence + 1
+            assert refused(self._method(request), request, **self.options) == error
+        elif error.reason not in TAKEN and error.code is not grpc.StatusCode.NOT_FOUND:
+            assert request.sequence < 1 or self.describe().next_sequence <= request.sequence
+        return error
 
     def wait_until_accepted(self, sequence: int) -> None:
         """Waits until the call with this number has its place in the run."""

@@ -48,7 +48,7 @@ class SequenceReused(errors.AlreadyExists):
     def __init__(self, sequence: int) -> None:
         super().__init__(
             f"`sequence` {sequence} was used for a call with another content; "
-            "open_training_run tells the next free number",
+            "OpenTrainingRun tells the next free number",
             sequence=sequence,
         )
 
@@ -77,6 +77,21 @@ class AnswerAcknowledged(errors.FailedPrecondition):
             "so its answer is no longer kept; acknowledge only answers that have arrived",
             sequence=sequence,
             acknowledged_sequence=acknowledged_sequence,
+        )
+
+
+class AnswerDropped(errors.FailedPrecondition):
+    """The run kept as many answers as it may, and this one was told long ago."""
+
+    reason = "ANSWER_DROPPED"
+
+    def __init__(self, sequence: int, dropped_sequence: int) -> None:
+        super().__init__(
+            f"the answer of `sequence` {sequence} was sent and is no longer kept, nor is any up to "
+            f"{dropped_sequence}: the run keeps only so many that are not acknowledged; raise "
+            "`acknowledged_sequence` as answers arrive",
+            sequence=sequence,
+            dropped_sequence=dropped_sequence,
         )
 
 
@@ -151,7 +166,7 @@ class GradientIncomplete(errors.FailedPrecondition):
 
     def __init__(self, failed_sequence: int) -> None:
         super().__init__(
-            f"forward_backward with `sequence` {failed_sequence} failed, so the gradient is "
+            f"ForwardBackward with `sequence` {failed_sequence} failed, so the gradient is "
             "incomplete: "
             "no step was taken and the gradient is cleared; run the batch again",
             failed_sequence=failed_sequence,
@@ -246,7 +261,7 @@ class NoGradient(errors.FailedPrecondition):
 
     def __init__(self) -> None:
         super().__init__(
-            "there is no gradient, so no step was taken; call forward_backward before optim_step"
+            "there is no gradient, so no step was taken; call ForwardBackward before OptimStep"
         )
 
 

@@ -75,6 +75,7 @@ class RunState:
     update_time_s: float = 0.0  # since the epoch
     inexact_replays: int = 0
     inexact_note: str = ""  # of the last of them
+    dropped: int = 0  # answers up to here are gone, whether they were acknowledged or not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

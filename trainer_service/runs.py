@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from mint_core.errors import EngineDied, MintError, TrainingRunNotFound, Unavailable
+from mint_core.errors import EngineDied, MintError, ModelLoading, TrainingRunNotFound, Unavailable
 from mint_core.fault_points import fault_point
 from mint_core.rpc.errors import Recorded
 from mint_core.rpc.metrics import Metrics
@@ -101,11 +101,12 @@ class Runs:
             self._table.add(run)
             run.closing = past.record.removing is not None
             numbers = [
-                (call.sequence, call.payload_hash, decode_reply(call.answer)) for call in past.calls
+                (call.sequence, call.payload_hash, decode_reply(call.answer, call.sequence))
+                for call in past.calls
             ]
-            run.numbers.resume(state.acknowledged, state.writer_epoch, numbers)
+            run.numbers.resume(state, numbers)
             ended = [call.sequence for call in past.calls if call.answer is not None]
-            run.ended = max(ended, default=state.acknowledged)
+            run.ended = max(ended, default=state.dropped)
             run.unsaved.calls = int(past.dirty)
             if past.saved_row is not None:
                 files[run.id] = past.saved_row.file
@@ -137,6 +138,7 @@ class Runs:
         arrival = run.arrive(call)
         try:
             reply = await arrival.reply
+            run.numbers.told(arrival)
         finally:
             run.numbers.leave(arrival)
         if reply.failed:
@@ -253,7 +255,7 @@ class Runs:
         """A run that is to be opened or deleted, which waits for its accepted calls."""
         self._admission.check_changes()
         if not self._recalled:
-            raise Unavailable("the base model is still being loaded; send the call again")
+            raise ModelLoading
         return self.find(tenant, training_run_id)
 
     async def _create(self, tenant: str, request: CreateRun) -> bytes:

@@ -40,7 +40,14 @@ logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
-FEATURES = ("texts", "watch_training_run", "isolated", "retention", "checkpoints")
+FEATURES = (
+    "texts",
+    "watch_training_run",
+    "isolated",
+    "retention",
+    "checkpoints",
+    "typed_tensors",
+)
 
 
 class TrainerService:

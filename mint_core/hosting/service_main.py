@@ -118,6 +118,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
             config.store if config.store_is_remote else config.store_folder.absolute(),
         )
         if await first(service.start(), stopped):
+            server.begin()
             _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")

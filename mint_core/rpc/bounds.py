@@ -31,11 +31,14 @@ _SINGLE = Bound()
 _METADATA = Bound(limits.MAX_METADATA_ENTRIES, remedy="leave some out")
 _DATA = Bound(limits.MAX_DATA_PER_REQUEST, remedy="split the batch")
 _CONSTRAINT = Bound(most_bytes=limits.MAX_CONSTRAINT_BYTES)
+_NUMBERS = Bound(limits.MAX_TYPED_VALUES, remedy="give them as bytes, in `values`")
 _METADATA_TEXT = Bound(most_bytes=limits.MAX_METADATA_BYTES)
 
 # Of the fields that hold more than one text of MAX_TEXT_BYTES or one number of float32.
 _TABLE: dict[str, Bound] = {
     "TensorData.shape": Bound(limits.MAX_TENSOR_DIMENSIONS),
+    "TensorData.float_values": _NUMBERS,
+    "TensorData.int_values": _NUMBERS,
     "ModelInput.chunks": Bound(limits.MAX_CHUNKS_PER_INPUT, remedy="join chunks of text"),
     "EncodedTextChunk.tokens": Bound(limits.MAX_TOKENS_PER_CHUNK),
     "Datum.loss_fn_inputs": Bound(limits.MAX_LOSS_FN_INPUTS),

@@ -1,7 +1,9 @@
 """Domain errors as gRPC statuses, each with one `ErrorInfo`."""
 
 import logging
+import math
 import uuid
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -12,6 +14,7 @@ from mint_core import errors
 logger = logging.getLogger(__name__)
 
 DOMAIN = "mint"
+NEXT_SEQUENCE = "next_sequence"  # of a recorded error: the number behind its own
 
 _CODES: dict[type[errors.MintError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -74,6 +77,32 @@ def to_status(error: errors.MintError) -> status_pb2.Status:
     for detail in _details(error, message):
         status.details.add().Pack(detail)
     return status
+
+
+def trailers(error: errors.MintError, status: status_pb2.Status) -> tuple[tuple[str, Any], ...]:
+    """Returns what goes with an error: its details, and a word for gRPC's own retries. They wait as
+    RetryInfo says, and send nothing again but that and what is UNAVAILABLE.
+    """
+    details = ("grpc-status-details-bin", status.SerializeToString())
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is None and isinstance(error, errors.Unavailable):
+        return (details,)
+    pushback_ms = -1 if retry_after_s is None else math.ceil(retry_after_s * 1e3)
+    return (details, ("grpc-retry-pushback-ms", str(pushback_ms)))
+
+
+def recorded(status: status_pb2.Status, sequence: int) -> bytes:
+    """Encodes a status that is the outcome of that number, and says so: always in the same bytes.
+
+    In the ErrorInfo, which clients read anyway to know whose word an error is: a map of texts that
+    every language can read, with no message of ours to generate. It takes no part of its bound.
+    """
+    info = error_details_pb2.ErrorInfo()
+    status.details[0].Unpack(info)
+    info.metadata[NEXT_SEQUENCE] = str(sequence + 1)
+    status.details[0].Pack(info, deterministic=True)
+    encoded: bytes = status.SerializeToString(deterministic=True)
+    return encoded
 
 
 def _details(error: errors.MintError, message: str) -> list[Message]:

@@ -1,12 +1,12 @@
 """A gRPC server with what all services share: access, errors, metrics, log, health, reflection."""
 
 import resource
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from mint_core.access.audit import AuditLog
 from mint_core.access.door import Door
@@ -58,6 +58,7 @@ class RpcServer:
         self._tls = tls
         calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics), audit)
         self.keep_checking = calls.keep_checking  # to be run beside the calls
+        self.begin = calls.begun.set  # what is held until the model is loaded goes on
         self._server = grpc.aio.server(
             interceptors=[calls],
             options=[
@@ -96,6 +97,7 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+        self._server.add_generic_rpc_handlers([_reflection_v1(names)])
         await self.set_serving(False)
         try:
             if self._tls is None:
@@ -125,11 +127,24 @@ class RpcServer:
         cancels the rest.
         """
         await self._health.enter_graceful_shutdown()
+        self.begin()  # or it is told that it may come again
         for drain in self._drains:
             await drain()
         await self._server.stop(grace_s)
         for close in self._closes:
             await close()
+
+
+def _reflection_v1(names: Sequence[str]) -> grpc.GenericRpcHandler:
+    """Reflection under the name that newer tools ask for first, with the same messages."""
+    servicer = reflection.aio.ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    service = reflection.SERVICE_NAME.replace("v1alpha", "v1")
+    return grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": handler})
 
 
 def _descriptors() -> int:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from mint_core.access.scopes import changes, scope_of
 from mint_core.errors import (
     InvalidRequest,
     MintError,
+    ModelLoading,
     PermissionDenied,
     Unauthenticated,
     Unavailable,
     Unimplemented,
 )
 from mint_core.rpc.caller import CALLER, Caller, parsed
-from mint_core.rpc.errors import code_of, domain_error, to_status
+from mint_core.rpc.errors import code_of, domain_error, to_status, trailers
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
@@ -39,6 +40,7 @@ _STANDARD = ("/grpc.health.", "/grpc.reflection.")
 PARSERS = 2  # threads, which share the interpreter
 CHECK_S = 1.0  # between two looks at the files of keys and certificates
 EXPIRY_CHECK_S = 60.0  # between two looks at whether one has expired meanwhile
+HOLD_S = 15.0  # a call, while the model is loaded: less than clients wait for a first word
 BODY_S = 600.0  # from the beginning of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
 _AUDITED_FIELDS = ("path", "name", "request_id", "key_id")  # beside these
@@ -53,6 +55,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._door = door
         self._audit = audit
+        self.begun = asyncio.Event()  # the model is loaded
         self._open: set[_Call] = set()
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
@@ -106,8 +109,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary_unary(self, method: str, handler: Handler) -> Handler:
         async def serve(_: object, context: Context) -> Any:
             async with self._around(method, context) as call:
-                request = await self._read(handler, context, call)
-                return await handler.unary_unary(request, context)
+                raw = await self._read(context, call)
+                try:
+                    return await handler.unary_unary(await _parsed(handler, raw, call), context)
+                except ModelLoading:
+                    pass  # and nothing of it is kept but the bytes that came
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.begun.wait(), HOLD_S)
+                call.caller.refusals.clear()
+                return await handler.unary_unary(await _parsed(handler, raw, call), context)
 
         # As if the request were a stream: then this is called before the body is taken in.
         return grpc.stream_unary_rpc_method_handler(
@@ -117,7 +127,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary_stream(self, method: str, handler: Handler) -> Handler:
         async def serve(_: object, context: Context) -> None:
             async with self._around(method, context, self._streams) as call:
-                request = await self._read(handler, context, call)
+                request = await _parsed(handler, await self._read(context, call), call)
                 # Closed as soon as the caller leaves, not when the generator is collected.
                 async with aclosing(handler.unary_stream(request, context)) as responses:
                     async for response in responses:
@@ -153,10 +163,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    async def _read(self, handler: Handler, context: Context, call: "_Call") -> Message:
-        """Takes a request in and parses it, leaving the refusal of its content to a method that
-        records it.
-        """
+    async def _read(self, context: Context, call: "_Call") -> bytes:
+        """Takes a request in, against the tenant's quota."""
         try:
             async with asyncio.timeout(BODY_S):
                 raw = await context.read()
@@ -165,13 +173,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if raw is grpc.aio.EOF:
             raise InvalidRequest("the call has no message; use a client of the server's version")
         call.resources.enter_context(self._bytes.holding(call.caller.tenant, len(raw)))
-        try:
-            return call.describe(await parsed(len(raw), parse, handler.request_deserializer, raw))
-        except NotTaken as error:
-            if not getattr(handler.unary_unary, "records_refusals", False):
-                raise
-            call.caller.refusals.append(error)
-            return call.describe(error.request)
+        return bytes(raw)
 
     @asynccontextmanager
     async def _around(
@@ -207,6 +209,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._audit.note(**call.record())
         self._metrics.calls.labels(call.method, call.code).inc()
         self._metrics.call_seconds.labels(call.method).observe(call.seconds)
+
+
+async def _parsed(handler: Handler, raw: bytes, call: "_Call") -> Message:
+    """Leaves the refusal of its content to a method that records it."""
+    try:
+        return call.describe(await parsed(len(raw), parse, handler.request_deserializer, raw))
+    except NotTaken as error:
+        if not getattr(handler.unary_unary, "records_refusals", False):
+            raise
+        call.caller.refusals.append(error)
+        return call.describe(error.request)
 
 
 def _passing_bytes(serialize: Callable[[Message], bytes]) -> Callable[[Message | bytes], bytes]:
@@ -256,7 +269,7 @@ class _Call:
         await self.context.abort(
             code_of(error),
             status.message,
-            (("grpc-status-details-bin", status.SerializeToString()),),
+            trailers(error, status),
         )
 
     def end(self, code: str, error: MintError | None = None) -> None:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from mint_core import __version__
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import BaseModelNotFound, Unavailable
+from mint_core.errors import BaseModelNotFound, ModelLoading
 from mint_core.rpc import limits, texts
 from mint_core.rpc.caller import caller, parsed
 from mint_core.text.process import TextProcess
@@ -130,7 +130,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """The model that is served, under its name or none."""
         model = self._describe()
         if model is None:
-            raise Unavailable("the base model is still being loaded; send the call again")
+            raise ModelLoading
         if base_model not in ("", model.name):
             raise BaseModelNotFound(base_model, model.name)
         return model

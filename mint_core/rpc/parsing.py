@@ -42,11 +42,24 @@ class NotTaken(InvalidRequest):
     request: Message
 
 
+class UnknownField(NotTaken):
+    """The client is newer than the server."""
+
+    reason = "UNKNOWN_FIELD"
+
+
 class _Fault(Exception):
     """What is wrong with a field; the path grows as it is raised through the messages around."""
 
-    def __init__(self, say: Callable[[str], str], path: str = "", **metadata: object) -> None:
+    def __init__(
+        self,
+        say: Callable[[str], str],
+        path: str = "",
+        kind: type[NotTaken] = NotTaken,
+        **metadata: object,
+    ) -> None:
         self._say = say
+        self._kind = kind
         self.path = path
         self._metadata = metadata
 
@@ -55,7 +68,7 @@ class _Fault(Exception):
         return self
 
     def refusal(self) -> NotTaken:
-        return NotTaken(self._say(self.path), field=self.path, **self._metadata)
+        return self._kind(self._say(self.path), field=self.path, **self._metadata)
 
 
 class _Field:
@@ -217,6 +230,7 @@ def _unknown(number: int) -> _Fault:
             f"field number {number} in `{path or 'the request'}` is unknown to this server; the "
             "client is newer than the server: use one of the server's version"
         ),
+        kind=UnknownField,
         field_number=number,
     )
 

@@ -20,7 +20,7 @@ from mint_core.lora.spec import lora_a_name
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from tests.engines.rows import MODULE
 from tests.faults.test_recovery import await_journal, journal
-from tests.resending import ADAM, insisting, start_run, stub_of, train
+from tests.resending import ADAM, insisting, resend, start_run, stub_of, train
 from tests.supervised import Supervised, dying_at, summing
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, datum, lora_config, refusal, refused, tensor
 from trainer_service.recovery.state import backup, verify
@@ -170,6 +170,28 @@ def test_a_record_that_the_journal_refuses_costs_its_run_and_nobody_else(tmp_pat
         assert start_run(stub).describe().step == 0
 
 
+def test_a_client_that_acknowledges_nothing_is_never_stuck(tmp_path: Path) -> None:
+    with summing(tmp_path) as service, stub_of(service) as stub:
+        run = start_run(stub)
+        for first in range(1, 3001, 50):
+            requests = [run.discard() for _ in range(50)]
+            for request, call in [(each, run.start(each)) for each in requests]:
+                with suppress(grpc.RpcError):
+                    call.result(CALL_LIMIT_S)
+                    continue
+                resend(run, request)  # as the server was away
+            if first in (801, 1501, 2301):
+                service.kill()
+        assert run.describe().next_sequence == 3001
+
+        for _ in range(2):
+            insisting(lambda: run.send(run.discard(sequence=3000 - 64)))
+            told = refused(stub.DiscardGradient, run.discard(sequence=1))
+            assert (told.code.name, told.reason) == ("FAILED_PRECONDITION", "ANSWER_DROPPED")
+            service.kill()
+            insisting(run.describe)
+
+
 def test_a_save_after_a_backup_was_restored_is_of_what_is_saved(tmp_path: Path) -> None:
     """And not the one that the abandoned timeline had made under the same number and name."""
 
@@ -262,6 +284,7 @@ def told_again(
         if "status" in entry:
             status = status_pb2.Status.FromString(base64.b64decode(entry["status"]))
             assert told.message == status.message
+            assert told.next_sequence == request.sequence + 1  # which that version did not say
         else:  # it is acknowledged, or a pending call with a bad token
             assert told.reason in ("ANSWER_ACKNOWLEDGED", "INVALID_REQUEST")
         return None

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from mintrpc.v1 import checkpoint_pb2, sampler_pb2, trainer_pb2, types_pb2
 
 LIMIT_S = 120.0
+DETAILS = "grpc-status-details-bin"
 Code = grpc.StatusCode
 BAD = frozenset({Code.INVALID_ARGUMENT})
 FULL = frozenset({Code.RESOURCE_EXHAUSTED})
@@ -36,14 +37,16 @@ class Hostile:
     def send(
         self, method: str, raw: bytes | Message, *, key: str | None = None, limit_s: float = LIMIT_S
     ) -> tuple[Code, bytes]:
-        """What becomes of a request, which need not be a message."""
+        """What becomes of a request, which need not be a message: the answer, or the details of an
+        error, if they are ours.
+        """
         content = raw if isinstance(raw, bytes) else raw.SerializeToString()
         channel = self.sampler if method.startswith("SamplerService/") else self.trainer
         call = channel.unary_unary(f"/mintrpc.v1.{method}")
         try:
             return Code.OK, call(content, timeout=limit_s, metadata=self.metadata(key))
         except grpc.RpcError as error:
-            return error.code(), b""
+            return error.code(), dict(error.trailing_metadata() or ()).get(DETAILS, b"")
 
     def expect(self, codes: frozenset[Code], method: str, raw: bytes | Message, **how: Any) -> None:
         code, _ = self.send(method, raw, **how)

@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2, status_pb2
 
 from mintrpc.v1 import sampler_pb2, trainer_pb2
 from tests.hostile.attacks import Code, Hostile, compute, datum, floats
@@ -89,10 +90,11 @@ class Fuzz:
                 self._set(message, acknowledged_sequence=max(0, self._next[run] - 50))
         return message
 
-    def answered(self, method: MethodDescriptor, message: Message, code: Code) -> None:
+    def refused(self, message: Any, details: bytes) -> None:
         """Keeps the numbers of runs without a gap: what has used none up is drawn again."""
-        if "sequence" in method.input_type.fields_by_name and code == Code.RESOURCE_EXHAUSTED:
-            self._next[message.training_run_id] -= 1  # type: ignore[attr-defined]
+        drawn = self._next[message.training_run_id] == message.sequence
+        if drawn and next_sequence(details) is None:
+            self._next[message.training_run_id] -= 1
 
     def _change(self, message: Message) -> None:
         """Makes one field of it another, wherever that is."""
@@ -175,14 +177,48 @@ def fuzz(hostile: Hostile, runs: list[str], seed: int, count: int) -> Counter[st
         service = method.containing_service
         assert service is not None
         path = f"{service.name}/{method.name}"
+        sequenced = "sequence" in method.input_type.fields_by_name
+        before = _next_number(hostile, message) if sequenced else 0
         if method.server_streaming:
-            code = _stream(hostile, path, raw)
+            code, details = _stream(hostile, path, raw), b""
         else:
-            code, _ = hostile.send(path, raw, limit_s=LIMIT_S)
-        fuzzing.answered(method, message, code)
+            code, details = hostile.send(path, raw, limit_s=LIMIT_S)
         assert code in LEGAL, f"{path} was answered {code}: {message}"
+        if code != Code.OK and sequenced:
+            _check_mark(hostile, path, message, details, before)
+            fuzzing.refused(message, details)
         codes[code.name] += 1
     return codes
+
+
+def _check_mark(hostile: Hostile, path: str, message: Any, details: bytes, before: int) -> None:
+    """Sent again, a call is refused in the same bytes if its refusal says that it is recorded; if
+    not, no number has been used up.
+    """
+    marked = next_sequence(details)
+    if marked is not None:
+        assert marked == message.sequence + 1, f"{path} told {marked}: {message}"
+        assert hostile.send(path, message)[1] == details, f"{path} changed: {message}"
+    elif details:  # a refusal of the server's own
+        assert _next_number(hostile, message) == before, f"{path} used a number up: {message}"
+
+
+def _next_number(hostile: Hostile, message: Any) -> int:
+    """Of the run that a call names; 0: there is none."""
+    request = trainer_pb2.GetTrainingRunRequest(training_run_id=message.training_run_id)
+    code, answer = hostile.send("TrainerService/GetTrainingRun", request)
+    if code != Code.OK:
+        return 0
+    return trainer_pb2.GetTrainingRunResponse.FromString(answer).training_run.next_sequence
+
+
+def next_sequence(details: bytes) -> int | None:
+    """What an error says of its number; None: it is not recorded."""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status_pb2.Status.FromString(details).details:
+        detail.Unpack(info)
+    marked = info.metadata.get("next_sequence")
+    return None if marked is None else int(marked)
 
 
 def _drawn(

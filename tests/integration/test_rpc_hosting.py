@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from mint_core.access.door import Door
 from mint_core.access.key_ring import KeyRing
@@ -212,10 +212,15 @@ async def test_health_follows_the_server_and_each_service(served: Served) -> Non
             assert answer.status == status
 
 
-async def test_reflection_lists_the_services(served: Served) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+@pytest.mark.parametrize("version", ["v1alpha", "v1"])
+async def test_reflection_lists_the_services(served: Served, version: str) -> None:
+    ask = served.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
     request = reflection_pb2.ServerReflectionRequest(list_services="")
-    answers = [answer async for answer in stub.ServerReflectionInfo(iter([request]))]
+    answers = [answer async for answer in ask(iter([request]))]
 
     names = {service.name for service in answers[0].list_services_response.service}
     assert {

@@ -23,7 +23,7 @@ async def test_a_domain_error_arrives_with_its_reason_and_metadata(served: Serve
     error = await refused(served.stub.GetTrainingRun(RUN))
 
     assert error.code() == grpc.StatusCode.NOT_FOUND
-    assert error.details() == "there is no training run `r-1`; list_training_runs names yours"
+    assert error.details() == "there is no training run `r-1`; ListTrainingRuns names yours"
     assert reason(error) == ("TRAINING_RUN_NOT_FOUND", {"training_run_id": "r-1"})
 
 

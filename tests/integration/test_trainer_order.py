@@ -66,7 +66,35 @@ def test_a_repeated_error_is_the_same_error(run: RawRun) -> None:
 
     assert first.reason == "NO_GRADIENT"
     assert run.refused(request) == first
+    assert first.next_sequence == run.describe().next_sequence == 2
+
+
+def test_a_refusal_that_is_no_outcome_of_its_number_does_not_say_so(run: RawRun) -> None:
+    run.send(run.discard())
+    strange = run.optim_step(sequence=2, writer_epoch=9)
+    for request in (
+        strange,  # which uses up nothing, though it is INVALID_ARGUMENT
+        run.optim_step(sequence=-1),
+        run.optim_step(sequence=5),  # which comes early
+        run.optim_step(sequence=1),  # which was another call's
+    ):
+        assert run.refused(request).next_sequence is None
     assert run.describe().next_sequence == 2
+
+
+def test_an_outcome_is_marked_whatever_it_is(run: RawRun) -> None:
+    image = datum([5, 6, 7])
+    image.model_input.chunks[0].image.data = b"a"
+    long = run.save_state("n" * 2000)
+    requests = {
+        "INVALID_REQUEST": long,  # by a bound, before anything is made of it
+        "UNIMPLEMENTED": run.forward(image),
+        "NO_GRADIENT": run.optim_step(backward_count=0),
+        "CHECKPOINT_NOT_FOUND": run.load_state(f"mint://{run.id}/weights/none"),
+    }
+    for place, (reason, request) in enumerate(requests.items(), 1):
+        error = run.refused(request)
+        assert (error.reason, error.next_sequence) == (reason, place + 1)
 
 
 def test_another_payload_under_a_used_number(run: RawRun) -> None:
@@ -120,8 +148,12 @@ def test_what_was_not_answered_cannot_be_acknowledged(run: RawRun) -> None:
 
 
 def test_unacknowledged_answers_fill_up(run: RawRun) -> None:
+    """The first of them has not been told to anybody, so none is dropped."""
+    left = run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
+    run.wait_until_accepted(1)
+    left.cancel()
     answers = [run.start(run.discard()) for _ in range(63)]
-    for _ in range(1024 - 63):  # 64 under way, the most that are held
+    for _ in range(1024 - 64):  # 64 under way, the most that are held
         answers.append(run.start(run.discard()))
         answers[-64].result()
     for answer in answers:

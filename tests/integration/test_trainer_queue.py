@@ -118,7 +118,8 @@ def test_a_full_queue_refuses_a_number_and_all_above_it(bounded: Bounded) -> Non
             waiting = [run.start(run.forward_backward()) for _ in range(CALLS)]
             await_accepted(run, CALLS)
             requests = [run.forward_backward(), run.optim_step(), run.discard()]
-            refusals = [run.refused(request) for request in [*requests, other.optim_step()]]
+            refusals = [run.refused(request) for request in requests]
+            refusals.append(other.refused(other.optim_step()))
             bobs_call = bobs.start(bobs.forward_backward(datum(list(range(3, 60)))))
             await_accepted(bobs, 1)  # another tenant has room
         for refusal in refusals:

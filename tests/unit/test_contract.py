@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sampler_service import service as sampler_service
+from trainer_service import service as trainer_service
+
 ROOT = Path(__file__).parents[2]
 BUF = Path(sys.executable).with_name("buf")
 
@@ -65,3 +68,19 @@ def test_the_readme_names_every_rpc() -> None:
     named = {service: calls.replace("*", "").split(", ") for service, calls in rows}
 
     assert {name: named.get(name) for name in declared} == declared
+
+
+def test_the_contract_lists_every_feature() -> None:
+    text = (ROOT / "proto/mintrpc/v1/model.proto").read_text()
+    told = re.findall(r'"(\w+)"', text[text.index("Optional parts") : text.index("features = 8")])
+    assert set(told) == {*trainer_service.FEATURES, *sampler_service.FEATURES}
+
+
+def test_other_languages_can_import_every_file() -> None:
+    for file in (ROOT / "proto/mintrpc/v1").glob("*.proto"):
+        options = dict(re.findall(r'^option (\w+) = "?([^";]*)', file.read_text(), re.MULTILINE))
+        # Go's import paths begin with a host; this one is of a name that is nobody's.
+        assert options["go_package"] == "mintrpc.example/mintrpc/v1", file
+        assert options["csharp_namespace"] == "Mintrpc.V1"
+        assert options["java_package"] == "mintrpc.v1"
+        assert options["java_multiple_files"] == "true"

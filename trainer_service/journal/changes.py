@@ -11,6 +11,7 @@ from trainer_service.calls import Effect, Reply
 from trainer_service.jobs import SavedRow
 from trainer_service.journal import queries, records
 from trainer_service.run_description import RunState
+from trainer_service.wire import replies
 
 _MESSAGE, _STATUS = b"M", b"S"  # before an answer: which of the two a reply is
 _SET_STATE = (
@@ -26,7 +27,7 @@ def add_run(db: sqlite3.Connection, record: records.RunRecord) -> None:
         " VALUES (?, ?, ?, ?, ?)",
         (record.number, record.training_run_id, record.origin, metadata, record.retention_s),
     )
-    db.execute("INSERT INTO states VALUES (?, 0, 0, 0, 0, 0, 0, 0, 0, '')", (record.number,))
+    db.execute("INSERT INTO states VALUES (?, 0, 0, 0, 0, 0, 0, 0, 0, '', 0)", (record.number,))
     set_state(db, record.number, record.state)
     note_server(db, {"last_run": str(record.number)})
 
@@ -37,9 +38,8 @@ def set_metadata(db: sqlite3.Connection, run: int, metadata: Mapping[str, str]) 
 
 
 def set_state(db: sqlite3.Connection, run: int, state: RunState) -> None:
-    *before, gradient, update_time_s, inexact_replays, inexact_note = astuple(state)
-    values = (*before, *gradient, update_time_s, inexact_replays, inexact_note)
-    db.execute(_SET_STATE, (*values, run))
+    step, writer_epoch, acknowledged, gradient, *others = astuple(state)
+    db.execute(_SET_STATE, (step, writer_epoch, acknowledged, *gradient, *others, run))
 
 
 def accept(
@@ -65,8 +65,10 @@ def end(
         db.execute("DELETE FROM payloads WHERE id = ?", (call,))
 
 
-def decode_reply(answer: bytes | None) -> Reply | None:
-    return None if answer is None else Reply(answer[1:], answer[:1] == _STATUS)
+def decode_reply(answer: bytes | None, sequence: int) -> Reply | None:
+    if answer is None:
+        return None
+    return replies.told_again(Reply(answer[1:], answer[:1] == _STATUS), sequence)
 
 
 def die(db: sqlite3.Connection, call: int) -> None:
@@ -74,11 +76,10 @@ def die(db: sqlite3.Connection, call: int) -> None:
     db.execute("UPDATE calls SET deaths = deaths + 1 WHERE id = ?", (call,))
 
 
-def acknowledge(db: sqlite3.Connection, run: int, before: int, upto: int) -> None:
+def drop(db: sqlite3.Connection, run: int, before: int, upto: int) -> None:
     """Drops the answers behind `before` up to `upto`, and calls of which nothing is needed."""
     span = records.call_id(run, before + 1), records.call_id(run, upto)
     db.execute("DELETE FROM answers WHERE id BETWEEN ? AND ?", span)
-    db.execute("UPDATE states SET acknowledged = max(acknowledged, ?) WHERE run = ?", (upto, run))
     db.execute(
         "DELETE FROM calls WHERE id BETWEEN ? AND ? AND (effect = 0 OR id <= ?)",
         (*span, records.call_id(run, queries.covered(db, run))),
@@ -94,8 +95,8 @@ def cover(db: sqlite3.Connection, run: int, row: SavedRow) -> None:
     db.execute(
         "DELETE FROM payloads WHERE id BETWEEN ? AND ?", (first, records.call_id(run, row.sequence))
     )
-    (acknowledged,) = db.execute("SELECT acknowledged FROM states WHERE run = ?", (run,)).fetchone()
-    done = records.call_id(run, min(row.sequence, acknowledged))
+    (dropped,) = db.execute("SELECT dropped FROM states WHERE run = ?", (run,)).fetchone()
+    done = records.call_id(run, min(row.sequence, dropped))
     db.execute("DELETE FROM calls WHERE id BETWEEN ? AND ?", (first, done))
 
 

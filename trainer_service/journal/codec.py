@@ -24,7 +24,7 @@ _MESSAGE, _STATUS = b"M", b"S"  # before a payload: what it is
 def encode_payload(call: Call) -> bytes:
     """What was sent with a call, or why its content was refused."""
     if isinstance(call.work, Refused):
-        return _STATUS + refused(call.work.error)
+        return _STATUS + refused(call.work.error, call.place.sequence)
     return _MESSAGE + call.payload
 
 

@@ -20,7 +20,7 @@ class PastRun:
 
     record: RunRecord
     origin: RunOrigin
-    calls: list[CallRecord]  # that are not acknowledged
+    calls: list[CallRecord]  # whose answers are not dropped
     saved_row: SavedRow | None
     dirty: bool  # whether calls behind that have changed the row
 
@@ -74,7 +74,7 @@ def load_runs(journal: Journal) -> Iterator[PastRun]:
     """All runs, oldest first; before the journal starts."""
     database = journal.database
     for record in queries.load_runs(database):
-        calls = queries.load_calls(database, record.number, record.state.acknowledged)
+        calls = queries.load_calls(database, record.number, record.state.dropped)
         yield PastRun(
             record,
             codec.decode_origin(record.origin),

@@ -9,7 +9,7 @@ from trainer_service.run_description import RunState
 # Of the table of states: the fields of RunState and, in the gradient's place, those of Gradient.
 STATE_COLUMNS = (
     *("step", "writer_epoch", "acknowledged", "backward_count", "added", "failed_sequence"),
-    *("update_time", "inexact_replays", "inexact_note"),
+    *("update_time", "inexact_replays", "inexact_note", "dropped"),
 )
 SEQUENCE_BITS = 32  # of a call's id
 _SIGNED = 2**64  # SQLite's integers are signed

@@ -87,9 +87,10 @@ class RunJournal:
         key = records.call_id(self._run, call.place.sequence)
         return self._write(lambda db: changes.die(db, key), soon=False)
 
-    def acknowledged(self, before: int, upto: int) -> Written:
-        drop = partial(changes.acknowledge, run=self._run, before=before, upto=upto)
-        return self._write(drop, soon=False)
+    def dropped(self, before: int, upto: int, state: RunState) -> Written:
+        """Drops the answers behind one number, up to another."""
+        drop = partial(changes.drop, run=self._run, before=before, upto=upto)
+        return self._write(self._state(state), drop, soon=False)
 
     def saved(self, row: SavedRow) -> Written:
         """Notes a saved row, which replaces the one before it."""

@@ -95,11 +95,17 @@ ALTER TABLE runs DROP COLUMN deleted;
 ALTER TABLE runs ADD COLUMN removing INTEGER;
 ALTER TABLE calls ADD COLUMN mark TEXT NOT NULL DEFAULT '';
 """
+# What is gone is no longer all that was acknowledged, and no more.
+_THIRD = """
+ALTER TABLE states ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0;
+UPDATE states SET dropped = acknowledged;
+"""
 Migration = str | Callable[[sqlite3.Connection], None]
 # Each brings a database from its place in the list to the next version; they are never changed.
 MIGRATIONS: Sequence[Sequence[Migration]] = (
     (_FIRST,),
     (keep_last_number, _SECOND, encode_answers),
+    (_THIRD,),
 )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mint_core.engine_host.pipe import Hello, ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError, ModelLoading, Unavailable
 from mint_core.rpc.errors import domain_error
 from trainer_service import jobs
 from trainer_service.queue.planner import Key, Planner, key_of
@@ -128,9 +128,9 @@ class Scheduler:
 
     @property
     def model(self) -> ModelDescription:
-        """The base model. Raises Unavailable while there is no description of it."""
+        """The base model. Raises ModelLoading while there is no description of it."""
         if self._hello is None:
-            raise Unavailable("the base model is still being loaded; send the call again")
+            raise ModelLoading
         return self._hello.model
 
     @property

@@ -55,8 +55,8 @@ def inspect(folder: Path) -> list[str]:
 
 def _run_row(database: sqlite3.Connection, record: records.RunRecord) -> tuple[str, ...]:
     origin = decode_origin(record.origin)
-    calls = list(queries.load_calls(database, record.number, record.state.acknowledged))
-    accepted = max([call.sequence for call in calls], default=record.state.acknowledged)
+    calls = list(queries.load_calls(database, record.number, record.state.dropped))
+    accepted = max([call.sequence for call in calls], default=record.state.dropped)
     row = queries.load_saved_row(database, record.number)
     covered, size_bytes = (row.sequence, row.size_bytes) if row else (0, 0)
     again = len(queries.load_past(database, record.number))

@@ -48,8 +48,8 @@ def _of_saved_row(path: Path, size_bytes: int) -> Iterator[str]:
 
 
 def _of_calls(database: sqlite3.Connection, record: records.RunRecord) -> Iterator[str]:
-    expected = record.state.acknowledged + 1
-    for call in queries.load_calls(database, record.number, record.state.acknowledged):
+    expected = record.state.dropped + 1
+    for call in queries.load_calls(database, record.number, record.state.dropped):
         if call.sequence != expected:
             yield f"call {expected} is missing"
         expected = call.sequence + 1

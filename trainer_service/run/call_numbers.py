@@ -14,9 +14,10 @@ from mint_core.rpc.limits import MAX_CALLS_IN_FLIGHT_PER_RUN
 from trainer_service import errors
 from trainer_service.calls import Call, Place, Refused, Reply
 from trainer_service.queue.admission import Admission
-from trainer_service.run_description import RunOrigin
+from trainer_service.run_description import RunOrigin, RunState
 
 _SMALL_BYTES = 1024  # of an answer, beside its content, about
+WINDOW = 64  # numbers behind the newest whose answers are kept until they are acknowledged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class _Entry:
     payload_hash: bytes
     waiting: set[asyncio.Future[Reply]] = field(default_factory=set)  # RPCs that are here
     reply: Reply | None = None
+    told: bool = False  # to an RPC that was there
 
     @property
     def size_bytes(self) -> int:
@@ -61,7 +63,7 @@ class Intake(Protocol):
     def accept(self, call: Call) -> None:
         """Takes the call whose number is next."""
 
-    def acknowledge(self, before: int, upto: int) -> None:
+    def drop(self, before: int, upto: int) -> None:
         """Drops the answers behind one number, up to another."""
 
 
@@ -75,11 +77,13 @@ class CallNumbers:
         self._limits = limits
         self._admission = admission
         self._origin = origin  # of the run
-        self._entries: dict[int, _Entry] = {}  # accepted and not acknowledged
+        self._entries: dict[int, _Entry] = {}  # accepted and not dropped
         self._held: dict[int, list[Arrival]] = {}
         self._kept_bytes = 0
         self.in_flight = 0  # calls accepted and not answered
         self.acknowledged = 0
+        self.dropped = 0  # answers up to here are gone: acknowledged, or told long ago
+        self._told = 0  # all numbers up to here are, as far as anybody knows
         self._answered = 0  # all numbers up to here are
         self.next_sequence = 1
         self.writer_epoch = 1
@@ -101,6 +105,13 @@ class CallNumbers:
         elif entry := self._entries.get(arrival.call.place.sequence):
             entry.waiting.discard(arrival.reply)
 
+    def told(self, arrival: Arrival) -> None:
+        """Notes that an RPC that is still there has got its answer."""
+        if entry := self._entries.get(arrival.call.place.sequence):
+            entry.told = True
+        while (entry := self._entries.get(self._told + 1)) and entry.told:
+            self._told += 1
+
     def answer(self, sequence: int, reply: Reply) -> None:
         """Answers all who wait for an accepted number, and will ask for it."""
         entry = self._entries[sequence]
@@ -121,14 +132,14 @@ class CallNumbers:
 
     def resume(
         self,
-        acknowledged: int,
-        writer_epoch: int,
+        state: RunState,
         past: Iterable[tuple[int, bytes, Reply | None]],  # numbers, hashes, replies so far
     ) -> None:
         """Goes on behind the numbers of before a restart, given in order."""
-        self.acknowledged = self._answered = acknowledged
-        self.writer_epoch = writer_epoch
-        self.next_sequence = acknowledged + 1
+        self.acknowledged = state.acknowledged
+        self.dropped = self._answered = state.dropped
+        self.writer_epoch = state.writer_epoch
+        self.next_sequence = state.dropped + 1
         for sequence, payload_hash, reply in past:
             assert sequence == self.next_sequence, "the journal has a gap"
             self.next_sequence += 1
@@ -136,6 +147,7 @@ class CallNumbers:
             self.in_flight += 1
             if reply is not None:
                 self.answer(sequence, reply)
+        self._told = self.next_sequence - 1  # who has not been asks again, or opens the run
 
     def abandon(self, error: MintError) -> None:
         """Fails all who wait: nothing will be answered any more."""
@@ -149,6 +161,7 @@ class CallNumbers:
     def open(self) -> int:
         """Starts a new epoch: early arrivals are dropped and calls of older epochs fenced."""
         self.writer_epoch += 1
+        self._told = self.next_sequence - 1  # to a new writer, who goes on behind them
         for arrival in self._take_held():
             arrival.fail(errors.WriterFenced(arrival.call.place.writer_epoch, self.writer_epoch))
         return self.writer_epoch
@@ -180,6 +193,8 @@ class CallNumbers:
         place = arrival.call.place
         acknowledged = place.acknowledged_sequence
         if acknowledged > self._answered:
+            if place.sequence < self.next_sequence:
+                return  # it has its outcome, perhaps this very refusal
             error = InvalidRequest(
                 f"`acknowledged_sequence` is {acknowledged} but only calls up to {self._answered} "
                 "are answered; "
@@ -188,21 +203,27 @@ class CallNumbers:
                 acknowledged_sequence=acknowledged,
                 answered=self._answered,
             )
-            if place.sequence < self.next_sequence:
-                raise error  # the number has its outcome
             arrival.call = replace(arrival.call, work=Refused(error))
             return
         if acknowledged <= self.acknowledged:
             return
-        for sequence in range(self.acknowledged + 1, acknowledged + 1):
+        self.acknowledged = acknowledged
+        self._drop(acknowledged)
+
+    def _drop(self, upto: int) -> None:
+        for sequence in range(self.dropped + 1, upto + 1):
             self._kept_bytes -= self._entries.pop(sequence).size_bytes
-        before, self.acknowledged = self.acknowledged, acknowledged
-        self._intake.acknowledge(before, acknowledged)
+        before, self.dropped = self.dropped, max(self.dropped, upto)
+        self._told = max(self._told, self.dropped)
+        if before < self.dropped:
+            self._intake.drop(before, self.dropped)
 
     def _repeat(self, arrival: Arrival) -> None:
         place = arrival.call.place
         if place.sequence <= self.acknowledged:
             raise errors.AnswerAcknowledged(place.sequence, self.acknowledged)
+        if place.sequence <= self.dropped:
+            raise errors.AnswerDropped(place.sequence, self.dropped)
         entry = self._entries[place.sequence]
         if entry.payload_hash != place.payload_hash:
             raise errors.SequenceReused(place.sequence)
@@ -227,9 +248,17 @@ class CallNumbers:
         limits = self._limits
         if self.in_flight >= limits.calls_in_flight:
             return errors.TooManyCallsInFlight(limits.calls_in_flight)
-        if len(self._entries) >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes:
+        told_long_ago = min(self._told, self._answered, self.next_sequence - 2 - WINDOW)
+        while self._keeps_all_it_may() and self.dropped < told_long_ago:
+            self._drop(self.dropped + 1)  # or a client that acknowledges nothing would be stuck
+        if self._keeps_all_it_may():
             return errors.AnswersUnacknowledged(len(self._entries), self._kept_bytes)
         return self._admission.call_refusal(self._origin, sequence - self.next_sequence)
+
+    def _keeps_all_it_may(self) -> bool:
+        limits = self._limits
+        kept = len(self._entries)
+        return kept >= limits.kept_answers or self._kept_bytes >= limits.kept_bytes
 
     def _hold(self, arrival: Arrival) -> None:
         sequence = arrival.call.place.sequence

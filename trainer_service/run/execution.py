@@ -163,7 +163,7 @@ def refusal(call: calls.Call, error: MintError) -> calls.Outcome:
         error = copy.copy(error)
         error.retry_after_s = None
     return calls.Outcome(
-        make_reply=partial(replies.refused, error),
+        make_reply=partial(replies.refused, error, call.place.sequence),
         effect=calls.Effect.CLEAR if call.method == "OptimStep" else calls.Effect.NONE,
         error=error,
     )

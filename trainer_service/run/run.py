@@ -99,7 +99,10 @@ class Run:
     def state(self) -> RunState:
         numbers = self.numbers
         return replace(
-            self._state, writer_epoch=numbers.writer_epoch, acknowledged=numbers.acknowledged
+            self._state,
+            writer_epoch=numbers.writer_epoch,
+            acknowledged=numbers.acknowledged,
+            dropped=numbers.dropped,
         )
 
     def check_usable(self) -> None:
@@ -130,9 +133,9 @@ class Run:
         self._unanswered[call.place.sequence] = call
         self.inbox.put(call)
 
-    def acknowledge(self, before: int, upto: int) -> None:
+    def drop(self, before: int, upto: int) -> None:
         """See Intake."""
-        self._note(self.journal.acknowledged(before, upto))
+        self._note(self.journal.dropped(before, upto, self.state))
 
     def open(self) -> int:
         """Fences earlier writers, and returns the new epoch."""

@@ -1,13 +1,16 @@
 """Answers of sequenced calls, as the bytes that are kept and sent."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from google.rpc import status_pb2
 
 from checkpoint_store import SAMPLER_WEIGHTS, Manifest
 from mint_core.errors import MintError
-from mint_core.rpc.errors import to_status
+from mint_core.rpc.errors import recorded, to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
+from trainer_service.calls import Reply
 from trainer_service.jobs import Floats
 
 
@@ -53,7 +56,13 @@ def loaded(revision_path: str, step: int, *, gradient_discarded: bool) -> bytes:
     ).SerializeToString()
 
 
-def refused(error: MintError) -> bytes:
+def refused(error: MintError, sequence: int) -> bytes:
     """A google.rpc.Status."""
-    encoded: bytes = to_status(error).SerializeToString()
-    return encoded
+    return recorded(to_status(error), sequence)
+
+
+def told_again(reply: Reply, sequence: int) -> Reply:
+    """A reply that the journal has: of refusals, earlier versions did not note that they are."""
+    if not reply.failed:
+        return reply
+    return replace(reply, content=recorded(status_pb2.Status.FromString(reply.content), sequence))

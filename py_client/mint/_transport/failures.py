@@ -29,8 +29,6 @@ _CLASSES: dict[grpc.StatusCode, type[errors.APIError]] = {
     _Code.DEADLINE_EXCEEDED: errors.APITimeoutError,
 }
 _NOT_IMPLEMENTED = 501
-# UNIMPLEMENTED too: a server that does not know a call at all does not know its number either.
-_NEVER_CONSUMED = (_Code.UNAUTHENTICATED, _Code.UNAVAILABLE, _Code.ABORTED, _Code.UNIMPLEMENTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +44,10 @@ class Failure:
 
     @property
     def consumed(self) -> bool:
-        """Whether this is the recorded outcome of a sequenced call, which uses up its number."""
-        if not self.reason:
-            return False  # not our server's word: gRPC's own, or a proxy's
-        if self.code is _Code.RESOURCE_EXHAUSTED:
-            return self.retry_after_s is None
-        return self.code not in _NEVER_CONSUMED
+        """Whether this is the recorded outcome of a sequenced call, which uses up its number. What
+        is not our server's word (gRPC's own, or a proxy's) never says so.
+        """
+        return "next_sequence" in self.metadata
 
 
 def failure_of(rpc: Any) -> Failure:

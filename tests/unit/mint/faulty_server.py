@@ -155,7 +155,7 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         gate = self._script.gates.get(request.sequence)
         assert gate is None or gate.wait(WAIT_S)
         if fault is not None:
-            refuse(context, fault)
+            refuse(context, fault, next_sequence=request.sequence + 1)
         if kind in (trainer_pb2.ForwardResponse, trainer_pb2.ForwardBackwardResponse):
             outputs = [trainer_pb2.DatumOutput(logprobs=_logprobs(d)) for d in request.data]
             tokens = sum(len(d.model_input.chunks[0].encoded_text.tokens) for d in request.data)
@@ -324,11 +324,13 @@ def _logprobs(datum: Any) -> types_pb2.TensorData:
     return types_pb2.TensorData(dtype=dtype, shape=shape, values=values)
 
 
-def refuse(context: Any, fault: Fault) -> None:
+def refuse(context: Any, fault: Fault, **metadata: object) -> None:
     """Ends an RPC as the contract says, or as gRPC itself does if the fault has no reason."""
     details = []
     if fault.reason:
-        details.append(error_details_pb2.ErrorInfo(reason=fault.reason, domain="mint"))
+        texts = {key: str(value) for key, value in metadata.items()}
+        info = error_details_pb2.ErrorInfo(reason=fault.reason, domain="mint", metadata=texts)
+        details.append(info)
     if fault.retry_after_s is not None:
         delay = Duration(nanos=round(fault.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -167,6 +167,7 @@ def test_a_fenced_client_stays_fenced(
     ("fault", "error"),
     [
         (Fault(Code.UNAUTHENTICATED, "UNAUTHENTICATED"), mint.AuthenticationError),
+        (Fault(Code.INVALID_ARGUMENT, "INVALID_REQUEST"), mint.BadRequestError),  # not recorded
         (Fault(Code.RESOURCE_EXHAUSTED), mint.RateLimitError),  # gRPC's own: too large
         (Fault(Code.UNKNOWN), mint.RequestFailedError),
     ],

@@ -90,6 +90,16 @@ EDGES: dict[str, tuple[Message, Message, str]] = {
         Sample(target_prompt_logprobs={"shape": [1] * 150_000}),
         "target_prompt_logprobs.shape",
     ),
+    "numbers": (
+        Sample(target_prompt_logprobs={"int_values": [300] * 2**20}),
+        Sample(target_prompt_logprobs={"int_values": [300] * (2**20 + 1)}),
+        "target_prompt_logprobs.int_values",
+    ),
+    "floats": (
+        Sample(target_prompt_logprobs={"float_values": [0.5] * 2**20}),
+        Sample(target_prompt_logprobs={"float_values": [0.5] * (2**20 + 1)}),
+        "target_prompt_logprobs.float_values",
+    ),
     "inputs": (
         Compute(data=[{"loss_fn_inputs": {str(i): {} for i in range(16)}}]),
         Compute(data=[{}, {"loss_fn_inputs": {str(i): {} for i in range(17)}}]),

@@ -291,6 +291,13 @@ INT32 = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 20)
 FLOAT = st.floats() | st.sampled_from([0.0, 1.0])
 
 
+def test_targets_are_taken_as_numbers_too() -> None:
+    typed = types_pb2.TensorData(shape=[2, 2], int_values=[1, -1, 2, 3])
+    parsed = parse_sample(sample(target_prompt_logprobs=typed), MODEL)
+    assert parsed.targets is not None
+    assert parsed.targets.tolist() == [[1, -1], [2, 3]]
+
+
 @given(
     st.lists(INT32, max_size=20),
     st.fixed_dictionaries(
@@ -308,6 +315,8 @@ FLOAT = st.floats() | st.sampled_from([0.0, 1.0])
                 dtype=st.sampled_from([0, 1, 2, 3]),
                 shape=st.lists(st.integers(-2, 20), max_size=3),
                 values=st.binary(max_size=40),
+                float_values=st.lists(st.floats(width=32), max_size=3),
+                int_values=st.lists(INT32, max_size=40),
             ),
             "max_tokens": INT32,
             "temperature": FLOAT,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mint_core.errors import InvalidRequest
 from mint_core.lora.spec import AdapterSpec
-from mint_core.rpc.errors import to_status
+from mint_core.rpc.errors import recorded, to_status
 from mintrpc.v1 import trainer_pb2, types_pb2
 from tests.engines.echo_jobs import MODEL
 from tests.trainer_rpc import datum
@@ -84,7 +84,7 @@ def test_what_was_refused_stays_refused_for_the_same_reason() -> None:
     work = codec.decode_payload(found(call, encoded), "run-1", 4, MODEL)
 
     assert isinstance(work, Refused)
-    assert to_status(work.error) == to_status(call.work.error)
+    assert to_status(work.error).SerializeToString() == recorded(to_status(call.work.error), 4)
     assert codec.content_of(encoded) == b""
     assert isinstance(call, Call)
 

@@ -38,6 +38,10 @@ class Book:
     def cover(self, run: int, sequence: int) -> None:
         changes.cover(self.db, run, SavedRow(sequence, f"{run}-{sequence}", 1))
 
+    def drop(self, run: int, before: int, upto: int) -> None:
+        changes.set_state(self.db, run, RunState(dropped=upto))
+        changes.drop(self.db, run, before, upto)
+
     def column(self, query: str) -> list[int]:
         return [value for (value,) in self.db.execute(query)]
 
@@ -62,6 +66,7 @@ def test_runs_come_back_as_they_were() -> None:
         update_time_s=5.5,
         inexact_replays=1,
         inexact_note="differs",
+        dropped=2,
     )
     changes.set_state(book.db, 2, state)
     changes.set_metadata(book.db, 2, {"c": "d"})
@@ -74,11 +79,11 @@ def test_runs_come_back_as_they_were() -> None:
     assert len(list(queries.load_runs(book.db))) == 2
 
 
-def test_an_answer_is_kept_until_it_is_acknowledged_and_a_backward_until_it_is_covered() -> None:
+def test_an_answer_is_kept_until_it_is_dropped_and_a_backward_until_it_is_covered() -> None:
     book = Book()
     for sequence in (1, 2, 3):
         book.add(1, sequence)
-    changes.acknowledge(book.db, 1, 0, 2)
+    book.drop(1, 0, 2)
     assert book.column("SELECT id & 255 FROM answers") == [3]
     assert book.calls(1) == book.payloads(1) == [1, 2, 3]
 
@@ -86,7 +91,7 @@ def test_an_answer_is_kept_until_it_is_acknowledged_and_a_backward_until_it_is_c
 
     assert book.payloads(1) == []
     assert book.calls(1) == [3]  # whose answer is to be kept
-    changes.acknowledge(book.db, 1, 2, 3)
+    book.drop(1, 2, 3)
     assert book.calls(1) == []
 
 
@@ -103,7 +108,7 @@ def test_a_call_that_changes_nothing_leaves_its_answer_alone() -> None:
         None,
     )
 
-    changes.acknowledge(book.db, 1, 0, 1)
+    book.drop(1, 0, 1)
 
     assert book.calls(1) == []
 

@@ -85,6 +85,14 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, place: int) -> None:
         use(tmp_path)
 
 
+def test_what_was_acknowledged_before_is_dropped() -> None:
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    migrate(database, 0, MIGRATIONS[:2])
+    database.execute("INSERT INTO states VALUES (1, 0, 1, 7, 0, 0, NULL, 0, 0, '')")
+    migrate(database, 2)
+    assert database.execute("SELECT acknowledged, dropped FROM states").fetchall() == [(7, 7)]
+
+
 def test_a_migration_happens_whole_or_not_at_all() -> None:
     database = sqlite3.connect(":memory:", isolation_level=None)
     migrate(database, 0)

@@ -15,6 +15,7 @@ from tests.unit.trainer_service.calls import call
 from trainer_service.calls import Call, Refused, Reply
 from trainer_service.errors import (
     AnswerAcknowledged,
+    AnswerDropped,
     AnswersUnacknowledged,
     EarlyArrivalsFull,
     QueueFull,
@@ -23,7 +24,8 @@ from trainer_service.errors import (
     TooManyCallsInFlight,
     WriterFenced,
 )
-from trainer_service.run.call_numbers import Arrival, CallLimits, CallNumbers
+from trainer_service.run.call_numbers import WINDOW, Arrival, CallLimits, CallNumbers
+from trainer_service.run_description import RunState
 
 ANSWER = Reply(b"answer", failed=False)
 
@@ -44,7 +46,7 @@ class Recorder:
     def accept(self, call: Call) -> None:
         self.accepted.append(call)
 
-    def acknowledge(self, before: int, upto: int) -> None:
+    def drop(self, before: int, upto: int) -> None:
         self.acknowledged.append((before, upto))
 
     def hold(self, origin: object, call: Call) -> MintError | None:
@@ -63,6 +65,13 @@ class Recorder:
     def answer(self, *sequences: int) -> None:
         for sequence in sequences:
             self.sequence.answer(sequence, ANSWER)
+
+    def serve(self, *sequences: int) -> None:
+        """Lets calls in, answers them, and tells their RPCs."""
+        for sequence in sequences:
+            arrival = self.sequence.arrive(call(sequence))
+            self.answer(sequence)
+            self.sequence.told(arrival)
 
 
 async def test_early_arrivals_take_room_until_they_are_let_in_leave_or_are_given_up() -> None:
@@ -282,6 +291,63 @@ async def test_unacknowledged_answers_are_kept_up_to_a_size() -> None:
     recorder.sequence.arrive(call(2, acknowledged=1))
 
     assert recorder.numbers == [1, 2]
+
+
+async def test_what_was_told_long_ago_makes_room_for_who_never_acknowledges() -> None:
+    recorder = Recorder(kept_answers=WINDOW + 2)
+    recorder.serve(*range(1, 1000))
+
+    dropped = recorder.sequence.dropped
+    assert dropped == 999 - 1 - (WINDOW + 1)  # no more than must be
+    assert await recorder.sequence.arrive(call(dropped + 1)).reply == ANSWER
+    with pytest.raises(AnswerDropped) as caught:
+        recorder.sequence.arrive(call(dropped))
+    assert caught.value.metadata == {"sequence": str(dropped), "dropped_sequence": str(dropped)}
+    recorder.serve(1000)
+    recorder.sequence.arrive(call(1001, acknowledged=1000))
+    with pytest.raises(AnswerAcknowledged):
+        recorder.sequence.arrive(call(1))
+
+
+async def test_an_answer_that_no_rpc_has_had_is_never_dropped() -> None:
+    recorder = Recorder(kept_answers=WINDOW + 10)
+    left = recorder.sequence.arrive(call(1))
+    recorder.sequence.leave(left)
+    recorder.answer(1)
+    recorder.serve(*range(2, WINDOW + 11))
+    with pytest.raises(AnswersUnacknowledged):
+        recorder.sequence.arrive(call(WINDOW + 11))
+
+    recorder.sequence.told(recorder.sequence.arrive(call(1)))
+    recorder.serve(WINDOW + 11)
+    with pytest.raises(AnswerDropped):
+        recorder.sequence.arrive(call(1))
+
+
+async def test_no_answer_within_the_window_is_dropped_however_large() -> None:
+    recorder = Recorder(kept_bytes=1_000_000)
+    arrival = recorder.sequence.arrive(call(1))
+    recorder.sequence.answer(1, Reply(bytes(1_000_000), failed=False))
+    recorder.sequence.told(arrival)
+    with pytest.raises(AnswersUnacknowledged):
+        recorder.sequence.arrive(call(2))
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_a_restart_or_an_opening_counts_as_told(restarted: bool) -> None:
+    """Nobody knows any more what RPCs have had, or asks for it."""
+    recorder, many = Recorder(kept_answers=WINDOW + 10), WINDOW + 10
+    if restarted:
+        past = [(number, call(number).place.payload_hash, ANSWER) for number in range(3, many + 3)]
+        recorder.sequence.resume(RunState(acknowledged=1, dropped=2, writer_epoch=2), past)
+    else:
+        for number in range(1, many + 1):
+            recorder.sequence.arrive(call(number))
+            recorder.answer(number)
+        recorder.sequence.open()
+    recorder.sequence.arrive(call(recorder.sequence.next_sequence, epoch=2))
+    with pytest.raises(AnswerDropped):
+        recorder.sequence.arrive(call(3 if restarted else 1, epoch=2))
 
 
 async def test_a_full_queue_refuses_the_number_and_all_above_it() -> None:

@@ -1,5 +1,6 @@
 """Data with k targets at each position, and what single losses read: taken or refused."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,28 @@ def test_k_targets_at_each_position() -> None:
     assert document.weighted.tolist() == [True, False, True]
     assert document.width == (2,)
     assert parse(CrossEntropy(), target_tokens=TARGETS).weights.tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize("dtype", [0, types_pb2.TENSOR_DTYPE_INT64, types_pb2.TENSOR_DTYPE_INT32])
+def test_numbers_are_read_as_their_bytes_are(dtype: Any) -> None:
+    loss = ImportanceSampling()
+    typed = {
+        "target_tokens": types_pb2.TensorData(dtype=dtype, int_values=[6, 7, 8]),
+        "logprobs": types_pb2.TensorData(float_values=[-1, -2, -3]),
+        "advantages": types_pb2.TensorData(dtype=1, shape=[3], float_values=[0, 1, -1]),
+    }
+    for given in (typed, {**RL, "target_tokens": tensor([6, 7, 8], "int32")}):
+        same_as(parse(loss, **given), parse(loss, **RL))
+    wide = types_pb2.TensorData(dtype=dtype, shape=[3, 2], int_values=[6, 9, 7, 9, 8, 9])
+    document = parse(CrossEntropy(), target_tokens=wide)
+    same_as(document, parse(CrossEntropy(), target_tokens=TARGETS))
+
+
+def same_as(document: Document, other: Document) -> None:
+    for each in fields(Document):
+        one, two = getattr(document, each.name), getattr(other, each.name)
+        assert (one is None) == (two is None)
+        assert one is None or (one.dtype, one.tobytes()) == (two.dtype, two.tobytes())
 
 
 @pytest.mark.parametrize(

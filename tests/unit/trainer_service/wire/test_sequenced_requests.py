@@ -189,9 +189,34 @@ IMAGE = types_pb2.ModelInputChunk(image=types_pb2.ImageChunk(data=b"x"))
             "TENSOR_DTYPE_INT64 but must be TENSOR_DTYPE_FLOAT32",
         ),
         (
-            datum([5, 6], target_tokens=tensor([6], "int32")),
+            datum([5, 6], target_tokens=tensor([6], "float32")),
             f"{T}.dtype",
-            "must be TENSOR_DTYPE_INT64",
+            "must be TENSOR_DTYPE_INT64 or TENSOR_DTYPE_INT32",
+        ),
+        (
+            datum([5, 6], target_tokens=types_pb2.TensorData(float_values=[6])),
+            f"{T}.float_values",
+            "takes `int_values`, or `values` as bytes",
+        ),
+        (
+            datum([5, 6], weights=types_pb2.TensorData(dtype=1, values=bytes(4), float_values=[0])),
+            f"{W}.float_values",
+            "in `values` and in `float_values`; give them in one",
+        ),
+        (
+            datum([5, 6], weights=types_pb2.TensorData(dtype=2, float_values=[1])),
+            f"{W}.dtype",
+            "TENSOR_DTYPE_INT64 but must be TENSOR_DTYPE_FLOAT32",
+        ),
+        (
+            datum([5, 6], weights=types_pb2.TensorData(float_values=[1, 2], shape=[3])),
+            f"{W}.float_values",
+            "has 2 values, which is not the product of shape [3]",
+        ),
+        (
+            datum([5, 6], weights=types_pb2.TensorData(float_values=[float("nan")])),
+            W,
+            "nan at position 0",
         ),
         (datum([5, 6], weights=with_dtype(0)), f"{W}.dtype", "UNSPECIFIED"),
         (datum([5, 6], weights=with_dtype(77)), f"{W}.dtype", "is 77"),
