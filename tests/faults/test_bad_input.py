@@ -203,7 +203,7 @@ async def test_a_refusal_between_two_backwards_refuses_the_step_and_the_run_goes
         with pytest.raises(mint.BadRequestError):
             await (await run.forward_backward_async(bad))
         run.forward_backward([datum()]).result()
-        with pytest.raises(mint.APIStatusError, match="call 2 of forward_backward failed .`data"):
+        with pytest.raises(mint.APIStatusError, match=r"call 2 of forward_backward failed .`data"):
             run.optim_step(types.AdamParams()).result()
         run.forward_backward([datum()]).result()
         run.optim_step(types.AdamParams()).result()
