@@ -46,6 +46,7 @@ FEATURES = (
     "isolated",
     "retention",
     "checkpoints",
+    "export_progress",
     "typed_tensors",
 )
 

@@ -168,21 +168,26 @@ def test_one_question_has_one_answer_however_often_it_is_asked(
     assert half.path != first.path
 
 
-def test_a_merge_ends_with_the_last_who_waits_for_it(
+def test_who_was_cut_off_asks_how_far_it_is_and_has_the_answer(
     rest: mint.RestClient, services: Services, tmp_path: Path
 ) -> None:
     path = uploaded(rest, services.model, tmp_path / "theirs", SERVED_NAME)
     staging = services.store / ".staging"
-    request = checkpoint_pb2.ExportCheckpointRequest(path=path, request_id="left")
+    request = checkpoint_pb2.ExportCheckpointRequest(path=path, request_id="cut off")
+    named = checkpoint_pb2.GetExportRequest(request_id="cut off")
     with grpc.insecure_channel(services.trainer) as channel:
         stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
         call = stub.ExportCheckpoint.future(request, timeout=LIMIT_S)
         until(lambda: any(staging.iterdir()))
         call.cancel()
-        until(lambda: not any(staging.iterdir()))
+        assert stub.GetExport(named).state == checkpoint_pb2.EXPORT_STATE_MERGING
+        answer = stub.ExportCheckpoint(request, timeout=LIMIT_S)
+        told = stub.GetExport(named)
 
-    run = path.split("/")[2]
-    assert not (services.store / run / "merged_weights").exists()
+    assert told.state == checkpoint_pb2.EXPORT_STATE_DONE
+    assert told.export == answer
+    assert told.written_bytes == sum(file.size_bytes for file in answer.files)
+    assert answer.path.endswith("@1")  # it was made once
 
 
 def until(true: Callable[[], bool]) -> None:

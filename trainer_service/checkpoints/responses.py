@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from checkpoint_store import FileEntry, Manifest
 from mintrpc.v1 import checkpoint_pb2
 from trainer_service.checkpoints.downloads import FilePiece
+from trainer_service.checkpoints.exports import Progress
 from trainer_service.checkpoints.requests import KINDS
 from trainer_service.wire.pages import Page
 from trainer_service.wire.responses import lora_config_message
@@ -63,3 +64,15 @@ def _file(name: str, entry: FileEntry) -> checkpoint_pb2.CheckpointFile:
     return checkpoint_pb2.CheckpointFile(
         name=name, size_bytes=entry.size_bytes, sha256=entry.sha256
     )
+
+
+def get_export_response(progress: Progress) -> checkpoint_pb2.GetExportResponse:
+    response = checkpoint_pb2.GetExportResponse(written_bytes=progress.written_bytes or 0)
+    if progress.made is not None:
+        response.state = checkpoint_pb2.EXPORT_STATE_DONE
+        response.export.CopyFrom(export_response(progress.made))
+    elif progress.written_bytes is not None:
+        response.state = checkpoint_pb2.EXPORT_STATE_MERGING
+    else:
+        response.state = checkpoint_pb2.EXPORT_STATE_WAITING
+    return response

@@ -15,6 +15,7 @@ from trainer_service.checkpoints.exports import Exports
 from trainer_service.checkpoints.responses import checkpoint_message
 from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.queue.scheduler import Scheduler
+from trainer_service.wire.fields import request_id
 
 
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
@@ -79,6 +80,14 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         parsed = requests.parse_export(request)
         manifest = await self._exports.export(caller().tenant, parsed, self._scheduler.model)
         return responses.export_response(manifest)
+
+    async def GetExport(
+        self, request: checkpoint_pb2.GetExportRequest, context: Any
+    ) -> checkpoint_pb2.GetExportResponse:
+        """See checkpoint.proto."""
+        named = request_id(request.request_id)
+        progress = await self._exports.progress(caller().tenant, named)
+        return responses.get_export_response(progress)
 
     async def DownloadCheckpoint(
         self, request: checkpoint_pb2.DownloadCheckpointRequest, context: Any

@@ -25,9 +25,10 @@ class _Work:
 class Joined:
     """What is done once for all who ask for it meanwhile."""
 
-    def __init__(self, *, goes_on: bool = False) -> None:
-        """`goes_on`: also when all who have asked have left."""
+    def __init__(self, *, goes_on: bool = False, linger_s: float = 0.0) -> None:
+        """`goes_on`: also when all who have asked have left; else for so long."""
         self._goes_on = goes_on
+        self._linger_s = linger_s
         self._under_way: dict[Hashable, _Work] = {}
 
     async def run(self, key: Hashable, act: Act[T]) -> T:
@@ -41,10 +42,18 @@ class Joined:
             return result
         finally:
             work.callers -= 1
-            if not (work.callers or self._goes_on or work.task.done()):
-                self._drop(key, work.task)  # nobody may join it any more
-                work.task.cancel()
+            if not self._goes_on and self._linger_s:
+                asyncio.get_running_loop().call_later(self._linger_s, self._give_up, key, work)
+            elif not self._goes_on and self._give_up(key, work):
                 await asyncio.wait([work.task])
+
+    def _give_up(self, key: Hashable, work: _Work) -> bool:
+        """Ends what nobody waits for, and says whether that was so."""
+        if work.callers or work.task.done():
+            return False
+        self._drop(key, work.task)  # nobody may join it any more
+        work.task.cancel()
+        return True
 
     async def ended(self, key: Hashable) -> None:
         """Waits until nothing is done for others."""
@@ -74,13 +83,18 @@ class Once:
     """Remembers the answers of requests. One that fails has changed nothing and is forgotten."""
 
     def __init__(
-        self, ids: Account, clock: Callable[[], float] = time.time, *, goes_on: bool = True
+        self,
+        ids: Account,
+        clock: Callable[[], float] = time.time,
+        *,
+        goes_on: bool = True,
+        linger_s: float = 0.0,
     ) -> None:
-        """`ids` counts what is remembered. `goes_on`: also when its callers leave."""
+        """`ids` counts what is remembered; the rest is as in Joined."""
         self._ids = ids
         self._clock = clock
         self._entries: dict[tuple[str, str], _Entry] = {}  # oldest first
-        self._joined = Joined(goes_on=goes_on)
+        self._joined = Joined(goes_on=goes_on, linger_s=linger_s)
 
     def recall(self, tenant: str, identity: Identity, since_s: float, answer: object) -> None:
         """Takes in an answer that was given before a restart."""
@@ -114,6 +128,11 @@ class Once:
 
         result: T = entry.answer if entry.ended else await self._joined.run(key, answer)
         return result
+
+    def look(self, tenant: str, request_id: str) -> Any:
+        """The answer of a request; None while it is under way. KeyError if nobody has sent it."""
+        self._forget_old()
+        return self._entries[tenant, request_id].answer
 
     async def ended(self, tenant: str, identity: Identity) -> None:
         """Waits until nothing is done any more for others who have sent the request."""
