@@ -1,5 +1,5 @@
 # `make help` lists the targets. TORCH= and TORCH_INDEX= choose another build of torch, such as
-#   make install TORCH=torch==2.13.0 TORCH_INDEX=https://download.pytorch.org/whl/cu128
+#   make install TORCH=torch==2.13.0 TORCH_INDEX=ADDRESS
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
@@ -20,7 +20,7 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart format check baseline test soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check baseline test test-oldest test-newest soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,9 @@ state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify o
 quickstart: install model  ## Starts both services, trains on products, samples, stops
 	$(BIN)/python examples/quickstart_local.py
 
+wheel: install  ## Builds dist/mintrpc-*.whl: the client, and with [server] the services
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 format: install  ## Formats sources and contract
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 	$(BIN)/buf format -w
@@ -101,6 +104,16 @@ baseline: install  ## Makes the contract as it is the one that later changes mus
 WORKERS ?= 2
 test: install model  ## Every test that needs no accelerator and is not slow: WORKERS=2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The oldest and the newest releases that pyproject.toml admits, each in an environment of its own.
+ENDS_TORCH_oldest ?= torch==2.11.0
+ENDS_TORCH_newest ?= torch
+test-oldest test-newest: test-%: install model  ## The tests with the oldest, or newest, libraries that are admitted
+	test -x .ends/$*/bin/python || $(PYTHON) -m venv .ends/$*
+	$(BIN)/python tests/ends.py $* > .ends/$*.txt
+	.ends/$*/bin/pip install --quiet $(ENDS_TORCH_$*)
+	.ends/$*/bin/pip install --quiet -c .ends/$*.txt -e '.[dev]'
+	OMP_NUM_THREADS=1 .ends/$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
