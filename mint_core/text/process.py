@@ -6,7 +6,7 @@ from typing import Any
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import InvalidRequest, Unavailable
+from mint_core.errors import InvalidRequest, ModelLoading
 from mint_core.text.jobs import Detokenize, Tokenize
 from mint_core.turns import Turns
 from mintrpc.v1 import types_pb2
@@ -31,7 +31,7 @@ class TextProcess:
         """
         model = self._describe()
         if model is None:
-            raise Unavailable("the base model is still being loaded; send the call again")
+            raise ModelLoading
         async with self._turns.turn(tenant):
             process = await self._started(model)
             return await process.call(job, silence_limit_s=LIMIT_S)

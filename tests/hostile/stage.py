@@ -27,7 +27,9 @@ class Stage:
 
     def engines(self) -> list[int]:
         """Their process ids: another is another engine."""
-        return [child.pid for front in self.fronts() for child in front.children()]
+        children = [child for front in self.fronts() for child in front.children()]
+        # Not the process that makes tokens of texts, which is started when it is first asked.
+        return [each.pid for each in children if "mint_core.text" not in each.cmdline()]
 
     def descriptors(self) -> list[int]:
         return [front.num_fds() for front in self.fronts()]

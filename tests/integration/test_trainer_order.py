@@ -152,10 +152,10 @@ def test_unacknowledged_answers_fill_up(run: RawRun) -> None:
     left = run.start(run.forward_backward(*[datum(list(range(3, 200)))] * 20))
     run.wait_until_accepted(1)
     left.cancel()
-    answers = [run.start(run.discard()) for _ in range(63)]
-    for _ in range(1024 - 64):  # 64 under way, the most that are held
+    answers = [run.start(run.discard()) for _ in range(62)]
+    for _ in range(1024 - 63):  # 64 under way, the most that are held
         answers.append(run.start(run.discard()))
-        answers[-64].result()
+        answers[-63].result()
     for answer in answers:
         answer.result()
 

@@ -294,8 +294,8 @@ FLOAT = st.floats() | st.sampled_from([0.0, 1.0])
 def test_targets_are_taken_as_numbers_too() -> None:
     typed = types_pb2.TensorData(shape=[2, 2], int_values=[1, -1, 2, 3])
     parsed = parse_sample(sample(target_prompt_logprobs=typed), MODEL)
-    assert parsed.targets is not None
-    assert parsed.targets.tolist() == [[1, -1], [2, 3]]
+    assert parsed.target_prompt_tokens is not None
+    assert parsed.target_prompt_tokens.tolist() == [[1, -1], [2, 3]]
 
 
 @given(
