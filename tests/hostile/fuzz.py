@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
-from mintrpc.v1 import sampler_pb2, trainer_pb2
+from mintrpc.v1 import model_pb2, sampler_pb2, trainer_pb2
 from tests.hostile.attacks import Code, Hostile, compute, datum, floats
 
 LIMIT_S = 5.0  # some wait by contract: watchers, early arrivals
@@ -31,6 +31,7 @@ _FLOATS = floats(-1.5, -0.5)
 _POLICY = datum(logprobs=_FLOATS, advantages=floats(1, -1))
 _PARAMS = {"max_tokens": 3, "temperature": 1.0, "top_k": 5, "top_p": 0.9, "seed": 1, "stop": ["a"]}
 _PROMPT = {"chunks": [{"encoded_text": {"tokens": [1, 2, 3]}}]}
+_CHAT = {"messages": [{"role": r, "content": "one"} for r in ("user", "assistant")]}
 # What works, and is then changed in a place or two.
 GOOD: dict[str, Message] = {
     "ForwardBackward": compute("r", 1, _POLICY, ppo={"clip_high_threshold": 1.2}),
@@ -47,6 +48,9 @@ GOOD: dict[str, Message] = {
     "StreamSample": sampler_pb2.StreamSampleRequest(
         sample={"prompt": _PROMPT, "sampling_params": _PARAMS}
     ),
+    "Tokenize": model_pb2.TokenizeRequest(texts=["one", ""], add_special_tokens=True),
+    "Detokenize": model_pb2.DetokenizeRequest(sequences=[{"tokens": [1, 2]}, {"tokens": [3]}]),
+    "RenderChat": model_pb2.RenderChatRequest(chats=[_CHAT, _CHAT], renderer="template"),
     "ComputeLogprobs": sampler_pb2.ComputeLogprobsRequest(prompt=_PROMPT),
 }
 
@@ -54,7 +58,7 @@ GOOD: dict[str, Message] = {
 def methods() -> list[MethodDescriptor]:
     """Every RPC whose request is one message and that ends by itself."""
     found = []
-    for name in ("model", "trainer", "sampler", "checkpoint"):
+    for name in ("model", "trainer", "sampler", "checkpoint", "admin"):
         module = importlib.import_module(f"mintrpc.v1.{name}_pb2")
         for service in module.DESCRIPTOR.services_by_name.values():
             found += [m for m in service.methods if not m.client_streaming]
