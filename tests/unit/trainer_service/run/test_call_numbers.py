@@ -404,7 +404,7 @@ async def test_an_epoch_that_was_never_given_uses_up_nothing() -> None:
 class Bounded(Recorder):
     """Accepts no call while two are under way, as a tenant's full queue does."""
 
-    def refusal(self, calls_before: int) -> QueueFull | None:
+    def call_refusal(self, origin: object, calls_before: int) -> QueueFull | None:
         if self.sequence.in_flight < 2:
             return None
         return QueueFull(
