@@ -199,8 +199,16 @@ def _model_path(
 
 def _max_tokens(params: sampler_pb2.SamplingParams, prompt: int, model: ModelDescription) -> int:
     rest = model.context_length - prompt
+    if not rest:
+        raise InvalidRequest(
+            f"`prompt` has {prompt} tokens and {_context_holds(model)}, so no room is left for a "
+            "continuation; shorten the prompt",
+            field="prompt",
+            prompt_tokens=prompt,
+            context_length=model.context_length,
+        )
     name = "sampling_params.max_tokens"
-    wanted = params.max_tokens if params.HasField("max_tokens") else max(rest, 1)
+    wanted = params.max_tokens if params.HasField("max_tokens") else rest
     _within(wanted, name, 1)
     if wanted > rest:
         raise InvalidRequest(

@@ -8,6 +8,7 @@ from mint._async_names import awaited, off_loop
 from mint._run.runs import create_run, delete_run, get_run, list_runs, open_run, update_run
 from mint._run.watch import RunWatch
 from mint._transport.closing import Closing
+from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
 from mint.errors import refused
 from mint.futures import APIFuture
@@ -118,8 +119,7 @@ class ServiceClient(Closing):
         `training_run` of the returned client says at which step it is and whether a gradient is
         pending: go on with it, or call `discard_gradient`.
         """
-        self._servers.capabilities(self._trainer)
-        opened = open_run(self._trainer, training_run_id).ask()
+        opened = open_run(self._asked(), training_run_id).ask()
         return TrainingClient(self._servers, opened)
 
     def create_sampling_client(
@@ -137,7 +137,7 @@ class ServiceClient(Closing):
 
     def get_training_run(self, training_run_id: str) -> types.TrainingRun:
         """A run's description. Does not take the run over."""
-        return get_run(self._trainer, training_run_id).ask()
+        return get_run(self._asked(), training_run_id).ask()
 
     def list_training_runs(
         self,
@@ -151,7 +151,7 @@ class ServiceClient(Closing):
         both kinds unless `kind` is "trained" or "uploaded".
         """
         return list_runs(
-            self._trainer,
+            self._asked(),
             page_size=page_size,
             page_token=page_token,
             metadata=metadata_filter,
@@ -162,18 +162,17 @@ class ServiceClient(Closing):
         self, training_run_id: str, metadata: Mapping[str, str]
     ) -> types.TrainingRun:
         """Replaces a run's metadata."""
-        return update_run(self._trainer, training_run_id, metadata).ask()
+        return update_run(self._asked(), training_run_id, metadata).ask()
 
     def delete_training_run(
         self, training_run_id: str, *, delete_checkpoints: bool = False
     ) -> None:
         """Deletes a run; its named checkpoints stay unless `delete_checkpoints`."""
-        delete_run(self._trainer, training_run_id, delete_checkpoints).ask()
+        delete_run(self._asked(), training_run_id, delete_checkpoints).ask()
 
     def watch_training_run(self, training_run_id: str) -> RunWatch:
         """As `TrainingClient.watch`, of any run of yours. Does not take the run over."""
-        self._servers.capabilities(self._trainer)
-        return RunWatch(self._trainer, text(training_run_id, "training_run_id"))
+        return RunWatch(self._asked(), text(training_run_id, "training_run_id"))
 
     def create_rest_client(self) -> RestClient:
         """Returns a client that manages checkpoints and runs, over the same connection."""
@@ -207,6 +206,11 @@ class ServiceClient(Closing):
     update_training_run_async = off_loop(update_training_run)
     delete_training_run_async = off_loop(delete_training_run)
 
+    def _asked(self) -> Connection:
+        """The trainer, once it has said what it is, and so also that it is a sampler."""
+        self._servers.capabilities(self._trainer)
+        return self._trainer
+
     def _base_model(self, base_model: str | None) -> str:
         """The name to ask for; empty: what the server prefers."""
         return text(base_model or self._environment["MINT_BASE_MODEL"], "base_model")
@@ -223,10 +227,10 @@ class ServiceClient(Closing):
             if not isinstance(retention, timedelta) or retention <= timedelta(0):
                 raise refused("retention", f"is {retention!r}; give a positive datetime.timedelta")
             request.retention.FromTimedelta(retention)
-        self._servers.capabilities(self._trainer)  # or else there would be a run unused
+        trainer = self._asked()  # or else there would be a run unused
         request.metadata.update(self._user_metadata)
         request.metadata.update(text_map(user_metadata, "user_metadata"))
-        return TrainingClient(self._servers, create_run(self._trainer, request).ask())
+        return TrainingClient(self._servers, create_run(trainer, request).ask())
 
 
 def _continuing(

@@ -184,13 +184,20 @@ def test_a_server_that_is_down_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch)
         client.get_server_capabilities()
 
 
-def test_a_server_that_lacks_an_rpc_is_said_to_be_another_version(services: Services) -> None:
-    """The sampler's port knows nothing of training runs, as an older server would not."""
-    with (
-        mint.ServiceClient(base_url=services.sampler) as client,
-        pytest.raises(mint.MintError, match="version differs"),
-    ):
-        client.list_training_runs()
+def test_one_servers_address_in_place_of_the_others_is_told(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler_for_trainer = r"is the sampler, and .* is the trainer's: set MINT_BASE_URL.* 50051"
+    with mint.ServiceClient(base_url=services.sampler) as client:
+        for ask in (client.list_training_runs, client.create_lora_training_client):
+            with pytest.raises(mint.MintError, match=sampler_for_trainer):
+                ask()
+    monkeypatch.setenv("MINT_SAMPLER_URL", services.trainer)
+    trainer_for_sampler = r"is the trainer, and .* is the sampler's: set MINT_SAMPLER_URL.* 50052"
+    with mint.ServiceClient(base_url=services.trainer) as client:
+        sampling = client.create_sampling_client()
+        with pytest.raises(mint.MintError, match=trainer_for_sampler):
+            sampling.sample(types.ModelInput.from_ints([1])).result()
 
 
 async def test_a_refusal_between_two_backwards_refuses_the_step_and_the_run_goes_on(

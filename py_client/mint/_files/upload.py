@@ -42,6 +42,9 @@ class _UploadCall(Call[Checkpoint]):
         super().__init__(connection, method, None, checkpoint_of, attaches=False)
         self._parts = parts
 
+    def name(self) -> str:
+        return "UploadCheckpoint"
+
     def before_attempt(self) -> None:
         self.request = self._parts()
 

@@ -17,6 +17,8 @@ class RunWatch(Stream[types.RunEvent]):
     behind the scenes: ask for the next event, or `close`.
     """
 
+    _awaited = False  # a run may rest for days
+
     def __init__(self, connection: Connection, training_run_id: str) -> None:
         request = trainer_pb2.WatchTrainingRunRequest(training_run_id=training_run_id)
         super().__init__(connection, connection.trainer.WatchTrainingRun, request)

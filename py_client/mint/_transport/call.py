@@ -72,6 +72,7 @@ class Call(Generic[T]):
     def submit(self) -> APIFuture[T]:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
         refuse_calls_that_would_hang()
+        self._connection.waits.begin(self, self.name())
         future = self.future  # a call that has ended may have let go of it
         self._send()
         return future
@@ -111,6 +112,10 @@ class Call(Generic[T]):
         else:
             self.future.succeed(value)
 
+    def name(self) -> str:
+        """That of its RPC."""
+        return str(self.request.DESCRIPTOR.name).removesuffix("Request")
+
     def before_attempt(self) -> None:
         """Brings the request up to date; for subclasses."""
 
@@ -119,6 +124,7 @@ class Call(Generic[T]):
         return False
 
     def _end(self, outcome: Any) -> None:
+        self._connection.waits.end(self)
         (self._ended or self.settle)(outcome)
 
     def _send(self) -> None:
@@ -183,6 +189,7 @@ class Call(Generic[T]):
         if delay_s is None:
             self._fail(failure)
         else:
+            self._connection.waits.said(self, failure.message)
             timer.call_later(delay_s, partial(self.run_part, self._send))
 
     def _fail(self, failure: Failure) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import grpc
 
-from mint._transport.address import Address
+from mint._transport.address import SAMPLER_PORT, TRAINER_PORT, Address
 from mint._transport.failures import Failure
 from mint._transport.tls import TlsFiles, trouble
+from mint._transport.waits import Waits
 from mint._version import __version__
 from mint.errors import refused
 from mintrpc.v1 import (
@@ -65,6 +66,8 @@ class Connection:
         self.max_message_bytes = MAX_MESSAGE_BYTES
         self.closed = False
         self.contacted = False  # whether the server has ever answered
+        self.role = ""  # "trainer" or "sampler", once it is known
+        self.waits = Waits(address.target, lambda: self._warned)
         self._warned = False
         self._lock = threading.Lock()
         self._channel = _channel(address, settings)
@@ -134,7 +137,21 @@ class Connection:
                 f"({message}); it is of another version than this client, {__version__}: bring "
                 "both to the same"
             )
+        elif failure.code is grpc.StatusCode.UNIMPLEMENTED and "method" in failure.metadata:
+            message = self._misplaced(failure.metadata["method"]) or message
         return replace(failure, message=message)
+
+    def _misplaced(self, method: str) -> str:
+        """What to say of a call that the other of the two servers takes; empty: it is not that."""
+        wanted = "sampler" if ".SamplerService/" in method else "trainer"
+        if self.role in ("", wanted):
+            return ""
+        port = SAMPLER_PORT if wanted == "sampler" else TRAINER_PORT
+        return (
+            f"the server at `{self.address.target}` is the {self.role}, and `{method}` is the "
+            f"{wanted}'s: set {self._setting} to the {wanted}'s address, whose port is {port} "
+            "unless it was given another"
+        )
 
     def close(self) -> None:
         """Ends the calls that are under way here; what the server has accepted goes on there."""

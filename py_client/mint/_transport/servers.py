@@ -40,6 +40,7 @@ class Servers:
                 method = connection.model.GetServerCapabilities
                 known = Call(connection, method, request, convert).ask()
                 self._capabilities[connection] = known
+                connection.role = known.role
         if known.limits.max_message_bytes:
             connection.max_message_bytes = known.limits.max_message_bytes
         return known

@@ -26,11 +26,13 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
     """What a server sends, for one reader at a time, on any thread or event loop."""
 
     _attaches = True  # whether a stream that is opened again goes on where it was
+    _awaited = True  # whether somebody should hear of it when nothing comes for long
 
     def __init__(self, connection: Connection, method: Any, request: Any) -> None:
         refuse_calls_that_would_hang()
         self._connection = connection
         self._method = partial(method, request, metadata=connection.metadata)
+        self._name = request.DESCRIPTOR.name.removesuffix("Request")
         self._closed = threading.Event()
         self._silence = Silence(connection, attaches=self._attaches)
         self._pending: APIFuture[T | None] | None = None
@@ -81,6 +83,15 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
 
     def _next(self) -> T | None:
         """Waits for the next item; None: there will be none."""
+        waits = self._connection.waits
+        if self._awaited:
+            waits.begin(self, self._name)
+        try:
+            return self._received()
+        finally:
+            waits.end(self)
+
+    def _received(self) -> T | None:
         while not self._closed.is_set():
             try:
                 message = next(self._rpc)
