@@ -54,6 +54,12 @@ class Settings:
     attempt_s: float = 300.0  # a call that waits for longer is sent again, and attached to itself
 
 
+_WHERE = {
+    "trainer": ("MINT_BASE_URL or `base_url`", TRAINER_PORT),
+    "sampler": ("MINT_SAMPLER_URL", SAMPLER_PORT),
+}
+
+
 class Connection:
     """A channel and what has been heard on it. Connects when first used. Thread-safe."""
 
@@ -146,10 +152,10 @@ class Connection:
         wanted = "sampler" if ".SamplerService/" in method else "trainer"
         if self.role in ("", wanted):
             return ""
-        port = SAMPLER_PORT if wanted == "sampler" else TRAINER_PORT
+        setting, port = _WHERE[wanted]
         return (
             f"the server at `{self.address.target}` is the {self.role}, and `{method}` is the "
-            f"{wanted}'s: set {self._setting} to the {wanted}'s address, whose port is {port} "
+            f"{wanted}'s: set {setting} to the {wanted}'s address, whose port is {port} "
             "unless it was given another"
         )
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -42,7 +43,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
 
 def read_on(sampling: mint.SamplingClient) -> threading.Thread:
     """Reads a stream that stays open."""
-    reader = threading.Thread(target=list, args=(sampling.sample_stream(PROMPT),), daemon=True)
+
+    def read() -> None:
+        with suppress(mint.MintError):  # when the test ends
+            list(sampling.sample_stream(PROMPT))
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     return reader
 
