@@ -40,7 +40,9 @@ def switch(value: Any, field: str) -> bool:
 
 def mapping(value: Any, field: str) -> dict[Any, Any]:
     """What a mapping holds; None: nothing."""
-    return {} if value is None else dict(instance(value, Mapping, field, "give a dict"))
+    if value is not None and not isinstance(value, Mapping):
+        raise refused(field, f"is {_type_name(value)}; give a dict")
+    return dict(value or {})
 
 
 def listed(values: Any, field: str, of: str) -> list[Any]:
