@@ -16,12 +16,10 @@ def test_the_commands_do_what_the_page_says(services: Services) -> None:
     *commands, over_tls = re.findall("```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert "https://" in over_tls
     script = "".join(commands)
-    for address, at in (
-        ("127.0.0.1:50051", services.trainer),
-        ("127.0.0.1:50052", services.sampler),
-    ):
-        assert address in script
-        script = script.replace(address, service)
+    at = {"127.0.0.1:50051": services.trainer, "127.0.0.1:50052": services.sampler}
+    for written, address in at.items():
+        assert written in script
+        script = script.replace(written, address)
 
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
@@ -33,4 +31,4 @@ def test_the_commands_do_what_the_page_says(services: Services) -> None:
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
+    assert done.stdout.splitlines().count("refused") == 1

@@ -75,6 +75,29 @@ LANGUAGES = {
             "protobuf-compiler-grpc",
         ),
     ),
+    "java": _example(
+        "java",
+        build=("make",),
+        run=("java", "@build/client"),
+        apt=(
+            "default-jdk-headless",
+            "libgeronimo-annotation-1.3-spec-java",
+            "libgoogle-gson-java",
+            "libgrpc-java",
+            "libguava-java",
+            "libnetty-java",
+            "libperfmark-java",
+            "libprotobuf-java",
+            "protobuf-compiler",
+            "protobuf-compiler-grpc-java-plugin",
+        ),
+    ),
+    "ruby": _example(
+        "ruby",
+        build=("make",),
+        run=("ruby", "client.rb"),
+        apt=("protobuf-compiler", "protobuf-compiler-grpc", "ruby-grpc"),
+    ),
 }
 
 
