@@ -10,12 +10,20 @@ import socket
 from pathlib import Path
 
 import trustme
+from cryptography.hazmat.primitives import serialization
 
 
 def write(file: Path, *blobs: trustme.Blob) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as opened:
         opened.writelines(blob.bytes() for blob in blobs)
+
+
+def pkcs8(key: trustme.Blob) -> trustme.Blob:
+    """The key in the form that all languages read; Java reads no other."""
+    loaded = serialization.load_pem_private_key(key.bytes(), password=None)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    return trustme.Blob(loaded.private_bytes(*form, serialization.NoEncryption()))
 
 
 def main() -> None:
@@ -32,7 +40,7 @@ def main() -> None:
     for role, of in {"server": server, "client": [given.tenant]}.items():
         issued = authority.issue_cert(*of)
         write(given.folder / f"{role}.crt", *issued.cert_chain_pems)
-        write(given.folder / f"{role}.key", issued.private_key_pem)
+        write(given.folder / f"{role}.key", pkcs8(issued.private_key_pem))
     print(f"made in {given.folder}: ca.pem, server.crt and .key, client.crt and .key", flush=True)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import trustme
 
+from examples.certificates import pkcs8
+
 
 class Authority:
     """Writes what it issues into a folder."""
@@ -21,7 +23,7 @@ class Authority:
         """Certificate and key for names, `name` if there are none."""
         issued = self._ca.issue_cert(*(names or (name,)), not_after=expires)
         cert, key = self.folder / f"{name}.crt", self.folder / f"{name}.key"
-        for at, blobs in ((key, [issued.private_key_pem]), (cert, issued.cert_chain_pems)):
+        for at, blobs in ((key, [pkcs8(issued.private_key_pem)]), (cert, issued.cert_chain_pems)):
             draft = at.with_suffix(".draft")
             draft.write_bytes(b"".join(blob.bytes() for blob in blobs))
             draft.rename(at)

@@ -71,7 +71,7 @@ class Proxy:
             (answers, _), twins = servers[0], servers[1:]
             tasks = [
                 asyncio.create_task(self._pump(reader, [each for _, each in servers])),
-                asyncio.create_task(self._pump(answers, [writer])),
+                asyncio.create_task(self._answer(answers, writer)),
             ]
             deaf = [asyncio.create_task(self._pump(twin, [])) for twin, _ in twins]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -83,6 +83,9 @@ class Proxy:
             self._writers.difference_update(writers)
             for each in writers:
                 each.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._pump(reader, [writer])
 
     async def _pump(
         self, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]
