@@ -20,7 +20,7 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check baseline test test-oldest test-newest soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check baseline test test-oldest test-newest languages languages-install soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,6 +96,7 @@ check: install  ## Lints code and contract, checks types and that the contract b
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/buf breaking --against $(BASELINE)
+	! git grep --line-number '"resolved"' -- '*lock*.json'  # a lock file names no index
 
 baseline: install  ## Makes the contract as it is the one that later changes must not break
 	$(BIN)/buf build -o $(BASELINE)
@@ -114,6 +115,14 @@ test-oldest test-newest: test-%: install model  ## The tests with the oldest, or
 	.ends/$*/bin/pip install --quiet $(ENDS_TORCH_$*)
 	.ends/$*/bin/pip install --quiet -c .ends/$*.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 .ends/$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Java, Ruby and Go ask for tens of packages: INSTALL=1 installs those that are missing.
+LANGUAGES ?= typescript go cpp
+languages: install $(if $(INSTALL),languages-install)  ## Builds and tries clients of other languages: LANGUAGES='go cpp' INSTALL=1
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.languages $(LANGUAGES)
+
+languages-install: install
+	$(BIN)/python -m tests.languages --install $(LANGUAGES)
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
