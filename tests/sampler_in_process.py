@@ -148,6 +148,11 @@ class SamplerEngine:
             case Reply(number, value) | Failure(number, value):
                 self._answers[number] = value
 
+    @property
+    def answered(self) -> set[int]:
+        """Those whose answers nobody has taken yet."""
+        return set(self._answers)
+
     def drain(self) -> None:
         while self.engine.busy:
             self.step()

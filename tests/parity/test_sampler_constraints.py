@@ -173,6 +173,17 @@ def test_while_a_constraint_is_compiled_others_go_on(
     assert re.fullmatch(DATE, texts_of(sampler.answer(slow), vocabulary)[0])
 
 
+def test_a_tenants_hard_constraints_keep_no_other_tenant_waiting(sampler: SamplerEngine) -> None:
+    endless = '{"type": "integer", "multipleOf": 9999991}'
+    hard = {"stops": END, "constraint": Constraint("json_schema", "json_schema", endless)}
+    flood = [sampler.submit(PROMPT, tenant="a", **hard) for _ in range(2)]  # type: ignore[arg-type]
+    sampler.generate(PROMPT, tenant="b", **constrained("ab"))
+    assert flood[-1] not in sampler.answered
+    for number in flood:
+        with pytest.raises(InvalidRequest):
+            sampler.answer(number)
+
+
 def test_a_request_that_is_left_while_it_waits_for_its_constraint_is_forgotten(
     sampler: SamplerEngine, held_compiler: threading.Event
 ) -> None:

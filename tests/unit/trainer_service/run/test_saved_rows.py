@@ -1,6 +1,7 @@
 """When rows are written to disk: a front with a real engine of sums."""
 
 import asyncio
+import itertools
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -152,3 +153,23 @@ async def test_a_flooded_run_stops_no_other_row_from_being_saved(front: Front) -
     assert not first.done()
     await front.delete(flooded)
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_run_whose_calls_never_cease_comes_to_rest_for_its_own_row(front: Front) -> None:
+    name, numbers = await front.create(), itertools.count(1)
+    wanted, answered = asyncio.Event(), 0
+
+    async def call_without_end() -> None:
+        nonlocal answered
+        while not wanted.is_set() and (number := next(numbers)) <= 800:
+            await front.submit(backward(name, number, [12]))
+            answered += 1
+
+    callers = [asyncio.create_task(call_without_end()) for _ in range(60)]
+    while answered < 100:
+        await asyncio.sleep(0)
+    await front.service.services.saved_rows.want(front.run(name))
+    assert answered < 600
+    wanted.set()
+    await asyncio.gather(*callers)
+    assert await covered(front, name) <= 600
