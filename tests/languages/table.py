@@ -113,7 +113,10 @@ def install_commands(languages: Sequence[Language]) -> list[list[str]]:
 
 def required() -> set[str]:
     """Languages that must run, whatever is missing."""
-    return set(os.environ.get("MINT_LANGUAGES_REQUIRED", "").split())
+    names = set(os.environ.get("MINT_LANGUAGES_REQUIRED", "").split())
+    if unknown := names - LANGUAGES.keys():
+        raise ValueError(f"MINT_LANGUAGES_REQUIRED names {unknown}; there are {list(LANGUAGES)}")
+    return names
 
 
 def _has_package(name: str) -> bool:
