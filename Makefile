@@ -116,7 +116,7 @@ test-oldest test-newest: test-%: install model  ## The tests with the oldest, or
 	.ends/$*/bin/pip install --quiet -c .ends/$*.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 .ends/$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Java, Ruby and Go ask for tens of packages: INSTALL=1 installs those that are missing.
+# There are java and ruby too. INSTALL=1 installs the packages that are missing.
 LANGUAGES ?= typescript go cpp
 languages: install $(if $(INSTALL),languages-install)  ## Builds and tries clients of other languages: LANGUAGES='go cpp' INSTALL=1
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.languages $(LANGUAGES)

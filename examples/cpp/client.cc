@@ -34,15 +34,13 @@ using std::chrono::system_clock;
 constexpr int kSteps = 8;
 constexpr auto kPatience = 120s;  // with one call
 constexpr auto kCallLimit = 30s;  // any will do: what has not come by then is asked for again
-constexpr auto kPause = 200ms;
+constexpr auto kPause = 100ms;
 
 // The server's own word, and final.
 struct Refused : std::runtime_error {
-  Refused(std::string code, std::string reason, std::string field, int64_t next_sequence)
-      : std::runtime_error(code + " " + reason + " " + field),
-        code(std::move(code)), reason(std::move(reason)), field(std::move(field)), next_sequence(next_sequence) {}
+  explicit Refused(const std::string& message) : std::runtime_error(message) {}
   std::string code, reason, field;
-  int64_t next_sequence;  // 0: not recorded
+  int64_t next_sequence = 0;  // 0: not recorded
 };
 
 std::string environment(const char* name) {
@@ -58,8 +56,11 @@ std::string content_of_file_in(const char* name) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// A channel to HOST:PORT, http://HOST:PORT or https://HOST:PORT.
-std::shared_ptr<grpc::Channel> connect(const std::string& address) {
+// A channel to the HOST:PORT, http://HOST:PORT or https://HOST:PORT in a variable.
+std::shared_ptr<grpc::Channel> connect(const std::string& variable) {
+  const std::string address = environment(variable.c_str());
+  if (address.empty())
+    throw std::runtime_error(variable + " is not set; it says where the server is, such as 127.0.0.1:50051");
   const size_t scheme = address.find("://");
   const std::string target = scheme == std::string::npos ? address : address.substr(scheme + 3);
   auto credentials = grpc::InsecureChannelCredentials();
@@ -91,9 +92,12 @@ std::chrono::milliseconds pause_after(const grpc::Status& error) {
   }
   if (info.domain() != "mint" || error.error_code() == grpc::StatusCode::UNAVAILABLE) return kPause;
   const auto next = info.metadata().find("next_sequence");
-  throw Refused(google::rpc::Code_Name(static_cast<google::rpc::Code>(error.error_code())), info.reason(),
-                bad.field_violations_size() ? bad.field_violations(0).field() : "",
-                next == info.metadata().end() ? 0 : std::stoll(next->second));
+  Refused refused(info.reason() + ": " + error.error_message());
+  refused.code = google::rpc::Code_Name(static_cast<google::rpc::Code>(error.error_code()));
+  refused.reason = info.reason();
+  if (bad.field_violations_size()) refused.field = bad.field_violations(0).field();
+  if (next != info.metadata().end()) refused.next_sequence = std::stoll(next->second);
+  throw refused;
 }
 
 // Makes a call until it ends well. Throws Refused.
@@ -289,9 +293,9 @@ void set_numbers(google::protobuf::Value* value, const Numbers& numbers) {
   for (const auto number : numbers) value->mutable_list_value()->add_values()->set_number_value(number);
 }
 
-int main() {
-  const auto trainer = connect(environment("MINT_BASE_URL"));
-  const auto sampler = connect(environment("MINT_SAMPLER_URL"));
+void work() {
+  const auto trainer = connect("MINT_BASE_URL");
+  const auto sampler = connect("MINT_SAMPLER_URL");
   const auto model = ModelService::NewStub(trainer);
   const auto samples = SamplerService::NewStub(sampler);
   wait_for_model(model.get());
@@ -319,6 +323,15 @@ int main() {
   set_numbers(&fields["streamed"], stream(samples.get(), wanted));
   fields["text"].set_string_value(ask(model.get(), &ModelService::Stub::Detokenize, detokenize).texts(0));
   std::string line;
-  if (!google::protobuf::util::MessageToJsonString(outcome, &line).ok()) return 1;
+  if (!google::protobuf::util::MessageToJsonString(outcome, &line).ok()) throw std::runtime_error("no JSON");
   std::cout << line << std::endl;
+}
+
+int main() {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << std::endl;
+    return 1;
+  }
 }

@@ -38,7 +38,7 @@ const (
 	steps     = 8
 	patience  = 2 * time.Minute  // with one call
 	callLimit = 30 * time.Second // any will do: what has not come by then is asked for again
-	pause     = 200 * time.Millisecond
+	pause     = 100 * time.Millisecond
 )
 
 // refusal is the server's own word, and final.
@@ -46,10 +46,11 @@ type refusal struct {
 	Code         string `json:"code"`
 	Reason       string `json:"reason"`
 	Field        string `json:"field"`
-	nextSequence string
+	message      string
+	nextSequence string // empty: not recorded
 }
 
-func (r *refusal) Error() string { return r.Code + " " + r.Reason + " " + r.Field }
+func (r *refusal) Error() string { return r.Reason + ": " + r.message }
 
 func must[T any](value T, err error) T {
 	if err != nil {
@@ -58,8 +59,12 @@ func must[T any](value T, err error) T {
 	return value
 }
 
-// dial opens a channel to HOST:PORT, http://HOST:PORT or https://HOST:PORT.
-func dial(address string) *grpc.ClientConn {
+// dial opens a channel to the HOST:PORT, http://HOST:PORT or https://HOST:PORT in a variable.
+func dial(variable string) *grpc.ClientConn {
+	address := os.Getenv(variable)
+	if address == "" {
+		log.Fatalf("%s is not set; it says where the server is, such as 127.0.0.1:50051", variable)
+	}
 	options := []grpc.DialOption{
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second}),
@@ -116,7 +121,7 @@ func insist[Q, A any](call func(context.Context, Q, ...grpc.CallOption) (A, erro
 // judge says whether an error is final, or else how long to wait before the same request is sent again.
 func judge(err error) (*refusal, time.Duration) {
 	failed := status.Convert(err)
-	refused := &refusal{Code: code.Code(failed.Code()).String()}
+	refused := &refusal{Code: code.Code(failed.Code()).String(), message: failed.Message()}
 	ours := false
 	for _, detail := range failed.Details() {
 		switch detail := detail.(type) {
@@ -275,9 +280,9 @@ func sample(stub pb.SamplerServiceClient, path string, prompt []int32) ([]int32,
 
 func main() {
 	log.SetFlags(0)
-	trainer := dial(os.Getenv("MINT_BASE_URL"))
+	trainer := dial("MINT_BASE_URL")
 	defer trainer.Close()
-	sampler := dial(os.Getenv("MINT_SAMPLER_URL"))
+	sampler := dial("MINT_SAMPLER_URL")
 	defer sampler.Close()
 	model := pb.NewModelServiceClient(trainer)
 	waitForModel(model)

@@ -15,18 +15,19 @@ import { type ModelInputSchema, TensorDtype } from "./gen/mintrpc/v1/types_pb.js
 
 const STEPS = 8;
 const PATIENCE_MS = 120_000; // with one call
-const PAUSE_MS = 200;
+const PAUSE_MS = 100;
 const OPTIONS = { timeoutMs: 30_000 }; // any will do: what has not come by then is asked for again
 
 /** The server's own word, and final. */
 class Refused extends Error {
   constructor(
+    message: string,
     readonly code: string,
     readonly reason: string,
     readonly field: string,
-    readonly nextSequence: string | undefined,
+    readonly nextSequence: string | undefined, // undefined: not recorded
   ) {
-    super(`${code} ${reason} ${field}`);
+    super(`${reason}: ${message}`);
   }
 }
 
@@ -36,8 +37,10 @@ const withKey: Interceptor = (next) => (request) => {
   return next(request);
 };
 
-/** A connection to HOST:PORT, http://HOST:PORT or https://HOST:PORT, kept by the manager. */
-function connect(address: string) {
+/** A connection to the HOST:PORT, http://HOST:PORT or https://HOST:PORT in a variable. */
+function connect(variable: string) {
+  const address = process.env[variable];
+  if (!address) throw new Error(`${variable} is not set; it says where the server is, such as 127.0.0.1:50051`);
   const baseUrl = address.includes("://") ? address : `http://${address}`;
   const pem = (name: string) => (process.env[name] ? readFileSync(process.env[name]) : undefined);
   const tls = { ca: pem("MINT_TLS_CA"), cert: pem("MINT_TLS_CERT"), key: pem("MINT_TLS_KEY") };
@@ -68,7 +71,8 @@ function pauseMs(error: ConnectError): number {
   const [info] = error.findDetails(ErrorInfoSchema);
   if (info?.domain !== "mint" || error.code === Code.Unavailable) return PAUSE_MS;
   const [bad] = error.findDetails(BadRequestSchema);
-  throw new Refused(StatusCode[error.code], info.reason, bad?.fieldViolations[0]?.field ?? "", info.metadata.next_sequence);
+  const field = bad?.fieldViolations[0]?.field ?? "";
+  throw new Refused(error.rawMessage, StatusCode[error.code], info.reason, field, info.metadata.next_sequence);
 }
 
 /** The place of a sequenced call. */
@@ -189,10 +193,8 @@ async function sample(sampler: Client<typeof SamplerService>, modelPath: string,
   return { tokens: whole.sequences[0].tokens, streamed };
 }
 
-const { MINT_BASE_URL: trainerAddress, MINT_SAMPLER_URL: samplerAddress } = process.env;
-if (!trainerAddress || !samplerAddress) throw new Error("MINT_BASE_URL and MINT_SAMPLER_URL say where the servers are");
-const trainer = connect(trainerAddress);
-const sampler = connect(samplerAddress);
+const trainer = connect("MINT_BASE_URL");
+const sampler = connect("MINT_SAMPLER_URL");
 const model = createClient(ModelService, trainer.transport);
 await waitForModel(model);
 const question = { role: "user", content: "What is 2 + 3?" };

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ LANGUAGES = {
             "golang-google-genproto-dev",
             "golang-google-protobuf-dev",
             "golang-github-golang-protobuf-1-5-dev",
+            "make",
             "protobuf-compiler",
             "protoc-gen-go",
             "protoc-gen-go-grpc",
@@ -64,12 +65,13 @@ LANGUAGES = {
     ),
     "cpp": _example(
         "cpp",
-        build=("make",),
+        build=("make", "-j2"),
         run=("build/client",),
         apt=(
             "g++",
             "libgrpc++-dev",
             "libprotobuf-dev",
+            "make",
             "pkg-config",
             "protobuf-compiler",
             "protobuf-compiler-grpc",
@@ -101,21 +103,20 @@ LANGUAGES = {
 }
 
 
-def install_commands(languages: Iterable[Language]) -> list[list[str]]:
-    """What brings the packages that are missing: at most one command of apt and one of npm."""
+def install_commands(languages: Sequence[Language]) -> list[list[str]]:
+    """What brings the packages that are missing: one command of apt, and one of npm a folder."""
     apt = sorted({package for each in languages for package in each.missing_apt()})
-    npm = [str(each.folder.relative_to(ROOT)) for each in languages if each.missing_npm()]
-    commands = []
-    if apt:
-        commands.append(["apt-get", "install", "--yes", "--no-install-recommends", *apt])
-    if npm:
-        commands.append(["npm", "install", *(f"--prefix={folder}" for folder in npm)])
-    return commands
+    installs = [["apt-get", "install", "--yes", "--no-install-recommends", *apt]] if apt else []
+    folders = [each.folder.relative_to(ROOT) for each in languages if each.missing_npm()]
+    return installs + [["npm", "install", f"--prefix={folder}"] for folder in folders]
 
 
 def required() -> set[str]:
     """Languages that must run, whatever is missing."""
-    return set(os.environ.get("MINT_LANGUAGES_REQUIRED", "").split())
+    names = set(os.environ.get("MINT_LANGUAGES_REQUIRED", "").split())
+    if unknown := names - LANGUAGES.keys():
+        raise ValueError(f"MINT_LANGUAGES_REQUIRED names {unknown}; there are {list(LANGUAGES)}")
+    return names
 
 
 def _has_package(name: str) -> bool:
