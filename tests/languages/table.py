@@ -88,6 +88,7 @@ LANGUAGES = {
             "libgrpc-java",
             "libguava-java",
             "libnetty-java",
+            "libnetty-tcnative-java",
             "libperfmark-java",
             "libprotobuf-java",
             "protobuf-compiler",
