@@ -237,8 +237,11 @@ public final class Client {
         if (details.ours() && details.retry() == null && !unavailable) {
           throw new Refused(error, details);
         }
-        String cause = error.getCause() == null ? "" : ": " + error.getCause().getMessage();
-        System.err.println("again: " + error.getMessage() + cause);
+        Throwable cause = error;
+        while (cause.getCause() != null) {
+          cause = cause.getCause();
+        }
+        System.err.println("again: " + cause.getMessage());
         Thread.sleep(details.waitMs());
       }
     }

@@ -24,7 +24,7 @@ class Refused < StandardError
   attr_reader :code, :details
 
   def initialize(error, details)
-    super(error.message)
+    super("#{error.code} #{error.details}")
     @code = error.code
     @details = details
   end
