@@ -83,7 +83,7 @@ def test_a_host_short_of_memory_gets_what_it_lacks(lacking_blocks: int) -> None:
 
 @pytest.fixture(scope="module")
 def base(qwen3_folder: Path) -> LoadedBase:
-    return load_base(SamplerConfig(base_model=str(qwen3_folder), device="cpu", dtype="float32"))
+    return load_base(str(qwen3_folder), device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize(
