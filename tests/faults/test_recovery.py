@@ -3,13 +3,14 @@
 The engine is one of sums without a model: see tests.engines.rows.
 """
 
+import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.trainer_rpc import (
     lora_config,
     refused,
 )
+from trainer_service.journal.schema import DATABASE
 from trainer_service.run.restoring import MOST_DEATHS
 
 
@@ -357,10 +359,12 @@ def filled_while_under_way(
 ) -> Any:
     """Fills a disk while the engine is at a call; without `reserve`, that is used up too."""
     service.kill_engine(signal.SIGSTOP)
+    before = last_call_on_disk(filler.parent)
     call = run.start(request)
     deadline = time.monotonic() + LIMIT_S
-    while run.describe().next_sequence <= request.sequence:
+    while last_call_on_disk(filler.parent) == before:
         assert time.monotonic() < deadline
+    time.sleep(0.5)  # it is idle then: what it gives up meanwhile, the filler would have
     if not reserve:
         filler.with_name("reserve").unlink(missing_ok=True)
     fill(filler)
@@ -385,8 +389,17 @@ def small_disk(folder: Path) -> Iterator[None]:
 def fill(filler: Path) -> None:
     """Leaves nothing of a disk."""
     with filler.open("wb", buffering=0) as file:
-        while file.write(b"\0" * 65536) == 65536:
-            pass
+        disk = os.statvfs(filler.parent)
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize)
+        with suppress(OSError):
+            while file.write(b"\0" * 65536) == 65536:
+                pass
+
+
+def last_call_on_disk(state: Path) -> int | None:
+    with closing(sqlite3.connect(f"file:{state / DATABASE}?mode=ro", uri=True)) as journal:
+        last: int | None = journal.execute("SELECT max(id) FROM calls").fetchone()[0]
+        return last
 
 
 def test_a_quota_stops_what_comes_in_and_warns_before(tmp_path: Path) -> None:
