@@ -5,7 +5,7 @@
 import asyncio
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from mint_core.hosting.service_main import run_service
@@ -23,8 +23,13 @@ class Nowhere:
     def execute(self, *statement: object) -> "Nowhere":
         return self
 
+    executemany = execute
+
     def fetchone(self) -> tuple[int]:
         return (0,)
+
+    def __iter__(self) -> Iterator[tuple[int]]:
+        return iter(())
 
 
 class NoJournal(Journal):
