@@ -20,13 +20,14 @@ T = TypeVar("T")
 class Nowhere:
     """A database that takes everything and keeps nothing."""
 
-    def execute(self, *statement: object) -> "Nowhere":
+    def execute(self, statement: str, *values: object) -> "Nowhere":
+        self._none = "FROM saved_rows" in statement
         return self
 
     executemany = execute
 
-    def fetchone(self) -> tuple[int]:
-        return (0,)
+    def fetchone(self) -> tuple[int] | None:
+        return None if self._none else (0,)
 
     def __iter__(self) -> Iterator[tuple[int]]:
         return iter(())
