@@ -110,9 +110,19 @@ def read_keys(file: Path) -> Mapping[str, Key]:
 
 
 def add_key(file: Path, tenant: str, **fields: object) -> tuple[str, Key]:
-    """A new key and its line, which the file has then; it is made if need be. `fields`: of Key."""
+    """A new key and its line, which the file has then; it is made if need be. `fields`: of Key.
+    Raises FailedPrecondition.
+    """
     secret = KEY_PREFIX + secrets.token_urlsafe(32)
     key = Key(digest=digest_of(secret), tenant=tenant, **fields)  # type: ignore[arg-type]
+    others = read_keys(file).values() if file.exists() else ()
+    for other in others:
+        if other.tenant == tenant and key.weight and other.weight not in (None, key.weight):
+            # Two weights of a tenant would make the file unreadable.
+            raise FailedPrecondition(
+                f"`weight` of tenant {tenant} is {other.weight:g} by another key; leave it out, or "
+                "change it in the file of keys"
+            )
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "r+b") as lines:
         text = lines.read()

@@ -56,12 +56,6 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """See admin.proto."""
         ring = self._ring()
         expires = request.expire_time.ToDatetime(UTC) if request.HasField("expire_time") else None
-        if request.weight and ring.weight_of(request.tenant) not in (1.0, request.weight):
-            raise InvalidRequest(
-                f"`weight` of tenant {request.tenant} is {ring.weight_of(request.tenant):g} by "
-                "another key; leave it out, or change it in the server's file of keys",
-                field="weight",
-            )
         try:
             secret, key = add_key(
                 ring.file,

@@ -109,6 +109,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary_unary(self, method: str, handler: Handler) -> Handler:
         async def serve(_: object, context: Context) -> Any:
             async with self._around(method, context) as call:
+                if self.begun.is_set():  # then nothing keeps the bytes once they are parsed
+                    request = await _parsed(handler, await self._read(context, call), call)
+                    return await handler.unary_unary(request, context)
                 raw = await self._read(context, call)
                 try:
                     return await handler.unary_unary(await _parsed(handler, raw, call), context)

@@ -3,6 +3,7 @@
 import ssl
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import prometheus_client as prometheus
 import psutil
@@ -104,21 +105,16 @@ class Metrics:
             ) from error
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Table(Collector):
-    def __init__(
-        self,
-        name: str,
-        help: str,
-        labels: Sequence[str],
-        read: Callable[[], Mapping[tuple[str, ...], float]],
-    ) -> None:
-        self._words = name, help
-        self._labels = labels
-        self._read = read
+    name: str
+    help: str
+    labels: Sequence[str]
+    read: Callable[[], Mapping[tuple[str, ...], float]]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily(*self._words, labels=self._labels)
-        for values, number in self._read().items():
+        family = GaugeMetricFamily(self.name, self.help, labels=self.labels)
+        for values, number in self.read().items():
             family.add_metric(values, number)
         yield family
 

@@ -79,6 +79,22 @@ def test_a_key_that_is_revoked_leaves_the_others_as_they_stand(tmp_path: Path) -
         remove_key(file, old.id)
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_second_weight_of_a_tenant_is_refused_before_it_is_written(
+    tmp_path: Path, weight: float
+) -> None:
+    file = tmp_path / "keys"
+    add_key(file, "ann", weight=weight)
+    before = file.read_text()
+    with pytest.raises(FailedPrecondition, match=f"`weight` of tenant ann is {weight:g}"):
+        add_key(file, "ann", weight=3.0)
+    assert file.read_text() == before
+    add_key(file, "ann", weight=weight)
+    add_key(file, "ann")
+    add_key(file, "bob", weight=3.0)
+    assert len(read_keys(file)) == 4
+
+
 def test_a_key_ends(tmp_path: Path) -> None:
     late = datetime.now(UTC) + timedelta(hours=1)
     good, _ = add_key(tmp_path / "keys", "ann", expires=late)
