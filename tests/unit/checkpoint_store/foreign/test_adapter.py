@@ -87,7 +87,8 @@ F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     [
         (b"", "header too small"),
         (header(a=F4) + b"123", "not fully covered"),
-        (header(a=F4, b=F4) + b"1234", "invalid offset for tensor `b`"),
+        # They overlap; which of them is named follows the library's hashes, which are drawn anew.
+        (header(a=F4, b=F4) + b"1234", "invalid offset for tensor `[ab]`"),
         (header(a=F4 | {"shape": [2]}) + b"1234", "invalid shape"),
         (header(a=F4 | {"data_offsets": [4, 8]}) + b"12345678", "invalid offset for tensor `a`"),
         (header(a=F4 | {"data_offsets": [4, 0]}) + b"1234", "invalid offset for tensor `a`"),
