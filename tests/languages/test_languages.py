@@ -27,10 +27,14 @@ CALLS = 24  # of a trainer by an undisturbed client, at least
 Outcome = dict[str, Any]
 
 pytestmark = [
+    pytest.mark.languages,
     pytest.mark.timeout(BUILD_LIMIT_S + RUN_LIMIT_S),
     pytest.mark.parametrize(
         "client",
-        [pytest.param(name, marks=getattr(pytest.mark, name)) for name in LANGUAGES],
+        [
+            pytest.param(name, marks=(getattr(pytest.mark, name), pytest.mark.xdist_group(name)))
+            for name in LANGUAGES
+        ],
         indirect=True,
     ),
 ]
