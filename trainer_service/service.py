@@ -14,7 +14,7 @@ from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.model_service import ModelServicer, add_model_service
 from mint_core.rpc.quotas import QuotaBook
-from mint_core.turns import Workers
+from mint_core.turns import Turns, Workers
 from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
@@ -39,6 +39,7 @@ from trainer_service.wire.idempotency import remembered_ids
 logger = logging.getLogger(__name__)
 
 ENGINE_MODULE = "trainer_service.engine"
+RESTORATIONS = 8  # rows together, after an engine's death: passes are filled, answers come soon
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 FEATURES = (
     "texts",
@@ -91,6 +92,7 @@ class TrainerService:
             ),
             tasks=self.tasks,
             decoders=Workers(1, "decoding"),
+            restorations=Turns(RESTORATIONS),
             rows_restored=metrics.counter(
                 "mint_rows_restored", "Rows restored after their engine had ended"
             ),

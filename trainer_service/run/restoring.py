@@ -51,10 +51,11 @@ class Restoring:
         run, started_s = self._run, time.monotonic()
         self._differs = False
         try:
-            life = await self._scheduler.up()
-            past = await run.journal.past()
-            await self._counting(_ROW, self._begin(past, life))
-            await self._replay(past, life)
+            async with self._services.restorations.turn(run.origin.tenant):
+                life = await self._scheduler.up()
+                past = await run.journal.past()
+                await self._counting(_ROW, self._begin(past, life))
+                await self._replay(past, life)
         except StateDamaged as error:
             logger.error("run=%s cannot be restored: %s", run.id, error.message)
             run.lose(error.why)

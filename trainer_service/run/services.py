@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from prometheus_client import Counter
 
 from mint_core.hosting.tasks import Tasks
-from mint_core.turns import Workers
+from mint_core.turns import Turns, Workers
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.saved_rows import SavedRows
@@ -20,5 +20,6 @@ class RunServices:
     saved_rows: SavedRows
     tasks: Tasks
     decoders: Workers  # of what the journal has kept of large calls
+    restorations: Turns  # few together, so that the first of many runs need not wait for the last
     rows_restored: Counter
     inexact_replays: Counter

@@ -4,11 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mint_core.errors import MintError, TrainingRunNotFound
 from tests.unit.trainer_service.fronts import Front, backward, fronting, optim_step
+from trainer_service.journal.run_journal import Past
 from trainer_service.run.execution import Execution
+from trainer_service.run.restoring import Restoring
+from trainer_service.service import RESTORATIONS
 
 
 @pytest.fixture
@@ -95,3 +99,27 @@ async def test_a_run_whose_task_dies_is_given_up_and_harms_nobody(
     assert "its task has died" in front.run(bad).view().lost
     assert any(record.exc_info for record in caplog.records)
     await front.delete(bad)
+
+
+async def test_few_rows_come_back_together_so_that_the_first_of_many_comes_soon(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [await front.create() for _ in range(3 * RESTORATIONS)]
+    honest, inside, most = Restoring._begin, 0, 0
+
+    async def counted(self: Restoring, past: Past, life: int) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await honest(self, past, life)
+        inside -= 1
+
+    monkeypatch.setattr(Restoring, "_begin", counted)
+    for engine in psutil.Process().children():
+        if "tests.engines.rows" in engine.cmdline():
+            engine.kill()
+
+    answers = await asyncio.gather(*(front.submit(backward(run, 1, [4])) for run in runs))
+
+    assert len(answers) == len(runs)
+    assert 1 < most <= RESTORATIONS
