@@ -28,6 +28,7 @@ from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.admin_service import SERVICE as ADMIN_SERVICE
 from mint_core.rpc.admin_service import AdminServicer
+from mint_core.rpc.garbage import spare_what_is_there
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
@@ -119,6 +120,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         )
         if await first(service.start(), stopped):
             server.begin()
+            spare_what_is_there()
             _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")

@@ -25,6 +25,7 @@ from mint_core.errors import (
 )
 from mint_core.rpc.caller import CALLER, Caller, parsed
 from mint_core.rpc.errors import code_of, domain_error, to_status, trailers
+from mint_core.rpc.garbage import Garbage
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
 from mint_core.rpc.quotas import Account, QuotaBook
@@ -60,6 +61,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
         self._parsers = Workers(PARSERS, "parsing")
+        self._garbage = Garbage()
         account = partial(Account, quotas, remedy="wait until some have ended", passes=True)
         self._calls = account("calls", "calls under way")
         self._streams = account("streams", "streams under way")
@@ -147,6 +149,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def serve(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def requests() -> AsyncIterator[Message]:
                 async for piece in raw:
+                    call.bytes = max(call.bytes, len(piece))  # each takes the place of another
                     with self._bytes.holding(call.caller.tenant, len(piece)):
                         deserialize = handler.request_deserializer
                         yield call.describe(await parsed(len(piece), parse, deserialize, piece))
@@ -175,6 +178,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise Unavailable(f"the request has not come within {BODY_S:g} s") from None
         if raw is grpc.aio.EOF:
             raise InvalidRequest("the call has no message; use a client of the server's version")
+        call.bytes += len(raw)
         call.resources.enter_context(self._bytes.holding(call.caller.tenant, len(raw)))
         return bytes(raw)
 
@@ -204,10 +208,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await call.refuse(_domain_error(raised, call.method))
         finally:
             self._open.discard(call)
+            call.caller.refusals.clear()
             asyncio.get_running_loop().call_soon(self._note, call)  # behind the answer
 
     def _note(self, call: "_Call") -> None:
         call.log()
+        if call.code != "OK":
+            self._garbage.left(call.bytes)
         if self._audit is not None and changes(call.path):
             self._audit.note(**call.record())
         self._metrics.calls.labels(call.method, call.code).inc()
@@ -221,7 +228,7 @@ async def _parsed(handler: Handler, raw: bytes, call: "_Call") -> Message:
     except NotTaken as error:
         if not getattr(handler.unary_unary, "records_refusals", False):
             raise
-        call.caller.refusals.append(error)
+        call.caller.refusals.append(error.with_traceback(None))  # which holds the request
         return call.describe(error.request)
 
 
@@ -244,6 +251,7 @@ class _Call:
         self._start = time.perf_counter()
         self.caller = Caller("-")
         self.resources = ExitStack()  # that it holds while it is under way
+        self.bytes = 0  # of its request, that it holds
         self.what: dict[str, object] = {}  # for the audit log
         self.code = "UNKNOWN"
         self.seconds = 0.0
@@ -267,6 +275,7 @@ class _Call:
 
     async def refuse(self, error: MintError) -> None:
         """Answers with an error."""
+        error.with_traceback(None)  # which holds the request
         self.end(code_of(error).name, error)
         status = to_status(error)
         await self.context.abort(

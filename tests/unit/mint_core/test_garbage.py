@@ -1,0 +1,42 @@
+"""What refused calls leave in circles is gone soon if it is large."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from mint_core.rpc import garbage
+from mint_core.rpc.garbage import COLLECT_BYTES, Garbage
+
+
+class Circle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def no_collection_by_number() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def test_what_is_large_is_looked_for_at_once_and_once_more_behind_the_last_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(garbage, "LATER_S", 0.01)
+    left = Garbage()
+    small, large, late = Circle(), Circle(), Circle()
+    seen = [weakref.ref(each) for each in (small, large, late)]
+
+    del small
+    left.left(COLLECT_BYTES - 1)
+    assert seen[0]() is not None
+    del large
+    left.left(1)
+    assert [each() is None for each in seen] == [True, True, False]
+    del late
+    await asyncio.sleep(0.1)
+    assert seen[2]() is None
