@@ -13,13 +13,18 @@ from tests.supervised import LIMIT_S, Supervised
 from tests.trainer_rpc import RawRun, create, datum
 
 ADAM = {"learning_rate": 0.01}
+EAGER = (  # to connect again
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # for an attempt
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
 AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 @contextmanager
 def stub_of(service: Supervised | RunningService) -> Iterator[trainer_pb2_grpc.TrainerServiceStub]:
     """Waits for the server, also while it is away: each call has `wait_for_ready`."""
-    with grpc.insecure_channel(service.address) as channel:
+    with grpc.insecure_channel(service.address, EAGER) as channel:
         grpc.channel_ready_future(channel).result(LIMIT_S)
         yield trainer_pb2_grpc.TrainerServiceStub(channel)
 

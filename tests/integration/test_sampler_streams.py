@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -146,14 +147,18 @@ def test_who_waits_for_too_long_is_told_for_how_long_and_why(
         paths = [sampler.publish(f"r-wait-{seed}", seed=seed) for seed in range(2)]
         running = stream(sampler, model_path=paths[0], num_samples=1000, params=ENDLESS)
         next(running)
-        for path in paths:  # one waits for its turn, the other for the adapter's place
-            for ask in (stream, Sampler.sample):
-                answer = partial(ask, sampler, model_path=path)
-                code, message, info = refusal(lambda answer=answer: list(answer()))  # type: ignore[misc]
-                assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-                assert info.reason == "WAITED_TOO_LONG"
-                assert 1.4 < float(info.metadata["waited_s"]) < 10
-                assert "--max-wait-s" in message
+        asked = [  # one path waits for its turn, the other for the adapter's place
+            partial(ask, sampler, model_path=path)
+            for path in paths
+            for ask in (stream, Sampler.sample)
+        ]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            refusals = pool.map(lambda ask: refusal(lambda: list(ask())), asked)
+        for code, message, info in refusals:
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert info.reason == "WAITED_TOO_LONG"
+            assert 1.4 < float(info.metadata["waited_s"]) < 10
+            assert "--max-wait-s" in message
         running.cancel()
         assert tokens_of(sampler.sample(model_path=paths[1]))
 
