@@ -20,7 +20,7 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check baseline test test-oldest test-newest languages languages-install soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -97,6 +97,9 @@ check: install  ## Lints code and contract, checks types and that the contract b
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/buf breaking --against $(BASELINE)
 	! git grep --line-number '"resolved"' -- '*lock*.json'  # a lock file names no index
+
+reference: install  ## Writes docs/reference.md out of the contract
+	$(BIN)/python -m tests.reference_page
 
 baseline: install  ## Makes the contract as it is the one that later changes must not break
 	$(BIN)/buf build -o $(BASELINE)

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics
 from sampler_service import jobs
 from sampler_service.adapters.leases import AdapterLeases
-from sampler_service.parts import PartBuffer
+from sampler_service.parts import PartBuffer, TokensDiffer
 from sampler_service.waiting_room import WaitingRoom
 
 # An engine's death may be the doing of any call that it had. Those that two had are done one at a
@@ -42,9 +42,6 @@ class Execution:
         self._alone = asyncio.Lock()  # held by a call with which engines have died
         self._queue_depth = metrics.queue_depth
         self._tokens = metrics.counter("mint_tokens", "Tokens computed", ["kind"])
-        self._first_token_seconds = metrics.histogram(
-            "mint_first_token_seconds", "Time from arrival to the first token of a streamed sample"
-        )
         metrics.gauge(
             "mint_queue_samples", "Continuations accepted and not finished", lambda: room.samples
         )
@@ -58,7 +55,7 @@ class Execution:
         """
         job = self._job(sampling, stream=parts is not None)
         deaths = 0
-        with self._admitted(job):
+        with self._admitted(job), self._counted(parts):
             while True:
                 alone = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
                 try:
@@ -77,34 +74,6 @@ class Execution:
             if parts is not None:
                 await parts.finish()
             return generated, job.adapter
-
-    async def stream(
-        self, sampling: jobs.Sampling
-    ) -> AsyncGenerator[tuple[jobs.SamplePart, str], None]:
-        """Does the same, and gives tokens as they come, and from which revision. To be closed by
-        its reader; the engine does not wait for it.
-        """
-        arrived_s = time.perf_counter()
-        parts = PartBuffer()
-        filling = asyncio.create_task(self._fill(parts, sampling))
-        first_token_s = 0.0
-        try:
-            async for part in parts:
-                if not first_token_s:
-                    first_token_s = time.perf_counter() - arrived_s
-                    self._first_token_seconds.observe(first_token_s)
-                    note(first_token_s=first_token_s)
-                yield part, parts.revision
-        finally:
-            filling.cancel()
-            await asyncio.wait([filling])  # what it holds is free again
-            self._count_sampled(parts.tokens)
-
-    async def _fill(self, parts: PartBuffer, sampling: jobs.Sampling) -> None:
-        try:
-            await self.sample(sampling, parts)
-        except Exception as error:
-            parts.fail(error)
 
     def _job(self, sampling: jobs.Sampling, *, stream: bool) -> jobs.Generate:
         return jobs.Generate(
@@ -149,7 +118,7 @@ class Execution:
             generated: jobs.Generated = await self._engine.call(
                 job, on_part=parts.put if parts else None
             )
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TokensDiffer):
             self._engine.cast(jobs.Abort(job.request_id))
             raise
         note(run_s=time.perf_counter() - started_s)
@@ -161,6 +130,15 @@ class Execution:
         note(cached_tokens=generated.prompt_cache_hit_tokens)
         if not job.stream:
             self._count_sampled(sum(len(c.tokens) for c in generated.continuations))
+
+    @contextmanager
+    def _counted(self, parts: PartBuffer | None) -> Iterator[None]:
+        """Counts the tokens of a stream, also of one that is left."""
+        try:
+            yield
+        finally:
+            if parts is not None:
+                self._count_sampled(parts.tokens)
 
     def _count_sampled(self, tokens: int) -> None:
         self._tokens.labels("sampled").inc(tokens)

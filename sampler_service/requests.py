@@ -1,8 +1,11 @@
 """Protobuf in, jobs out: all checks that need no state but the base model's description."""
 
+import hashlib
 import math
 import secrets
+from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +14,7 @@ from checkpoint_store import SAMPLER_WEIGHTS, parse_path
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import (
+    MAX_REQUEST_ID_CHARACTERS,
     MAX_SAMPLES_PER_REQUEST,
     MAX_STOP_BYTES,
     MAX_TARGETS,
@@ -30,6 +34,17 @@ PROMPT_SCORES = (
 # A stream holds new tokens and their own logprobs alone.
 NOT_STREAMED = (*PROMPT_SCORES, "prompt_logprobs_last_n", "topk_sample_logprobs")
 N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedSampling:
+    """What a request for a stream asks for."""
+
+    sampling: Sampling
+    request_id: str  # empty: the stream ends with its reader
+    content: bytes  # a digest of what is to be sampled
+    received: tuple["array[int]", ...]  # what the reader has of each continuation
+
 
 LEAST_TEMPERATURE = 1e-5  # below it, float32 cannot tell it from 0
 
@@ -58,16 +73,49 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
 
 def parse_stream_sample(
     request: sampler_pb2.StreamSampleRequest, model: ModelDescription
-) -> Sampling:
+) -> StreamedSampling:
     """As `parse_sample`, whose field names it keeps."""
+    sample = request.sample
+    if not request.HasField("sample"):
+        raise InvalidRequest("`sample` is absent; say what to sample", field="sample")
     for name in NOT_STREAMED:
-        if _is_set(request.sample, name):
+        if _is_set(sample, name):
             raise InvalidRequest(
                 f"`{name}` cannot be asked for in a stream, which holds new tokens and their own "
                 "logprobs alone; leave it out, or call `Sample`",
                 field=name,
             )
-    return parse_sample(request.sample, model)
+    sampling = parse_sample(sample, model)
+    if request.request_id or request.received:
+        _check_drawn_again(sample)
+    _within(len(request.request_id), "request_id", 0, MAX_REQUEST_ID_CHARACTERS)
+    _within(len(request.received), "received", 0, sampling.num_samples)
+    received = [array("i", sequence.tokens) for sequence in request.received]
+    for i, tokens in enumerate(received):
+        _within(len(tokens), f"received[{i}].tokens", 0, sampling.max_tokens)
+    received += [array("i") for _ in range(sampling.num_samples - len(received))]
+    return StreamedSampling(
+        sampling=sampling,
+        request_id=request.request_id,
+        content=hashlib.sha256(sample.SerializeToString(deterministic=True)).digest(),
+        received=tuple(received),
+    )
+
+
+def _check_drawn_again(request: sampler_pb2.SampleRequest) -> None:
+    """Refuses what may mean something else the next time."""
+    if not request.sampling_params.HasField("seed"):
+        raise InvalidRequest(
+            "`sampling_params.seed` is absent but `request_id` or `received` is set; give the seed "
+            "that the stream told",
+            field="sampling_params.seed",
+        )
+    if request.model_path and parse_path(request.model_path).revision is None:
+        raise InvalidRequest(
+            f"`model_path` {request.model_path!r} may name another revision by now, but "
+            "`request_id` or `received` is set; give the `revision_path` that the stream told",
+            field="model_path",
+        )
 
 
 def parse_compute_logprobs(

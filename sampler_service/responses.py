@@ -29,10 +29,11 @@ def sample_response(
 
 
 def stream_sample_response(
-    part: jobs.SamplePart, seed: int, revision_path: str
+    part: jobs.SamplePart, offset_tokens: int, seed: int, revision_path: str
 ) -> sampler_pb2.StreamSampleResponse:
     return sampler_pb2.StreamSampleResponse(
         index=part.sample,
+        offset_tokens=offset_tokens,
         tokens=part.tokens,
         logprobs=part.logprobs,
         model_logprobs=part.model_logprobs,

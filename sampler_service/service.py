@@ -16,12 +16,15 @@ from sampler_service.config import SamplerConfig
 from sampler_service.constraint_parsing import constraints_served
 from sampler_service.execution import Execution
 from sampler_service.servicer import SamplerServicer
+from sampler_service.streams import Streams
 from sampler_service.waiting_room import WaitingRoom
 
 SERVICE = "mintrpc.v1.SamplerService"
 FEATURES = (
     "texts",
+    "admin",
     "stream_sample",
+    "resume_stream_sample",
     "typed_tensors",
     "prefix_cache",
     "min_p",
@@ -52,6 +55,7 @@ class SamplerService:
             metrics,
             max_wait_s=config.max_wait_s,
         )
+        self._streams = Streams(self._execution, metrics)
         self._served: ModelDescription | None = None
 
     def add_to(self, server: RpcServer) -> None:
@@ -62,7 +66,7 @@ class SamplerService:
         add_model_service(server, served)
         server.add(
             sampler_pb2_grpc.add_SamplerServiceServicer_to_server,
-            SamplerServicer(self._model, self._execution, served.texts),
+            SamplerServicer(self._model, self._execution, self._streams, served.texts),
             SERVICE,
         )
 
@@ -71,6 +75,7 @@ class SamplerService:
         self.tasks.start(self._leases.run(), "adapter leases")
 
     async def stop(self) -> None:
+        self._streams.stop()
         await self.tasks.stop()
         await self.engine.close()
         self._revisions.close()

@@ -1,9 +1,7 @@
 """SamplerService's methods: parse, call, reply."""
 
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -15,10 +13,11 @@ from mint_core.text.process import TextProcess
 from mintrpc.v1 import sampler_pb2, sampler_pb2_grpc, types_pb2
 from sampler_service import responses
 from sampler_service.execution import Execution
-from sampler_service.jobs import Sampling
 from sampler_service.requests import parse_compute_logprobs, parse_sample, parse_stream_sample
+from sampler_service.streams import Streams
 
 R = TypeVar("R", bound=Message)
+P = TypeVar("P")
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
@@ -28,10 +27,12 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self,
         model: Callable[[], Awaitable[ModelDescription]],
         execution: Execution,
+        streams: Streams,
         texts: TextProcess,
     ) -> None:
         self._model = model
         self._execution = execution
+        self._streams = streams
         self._texts = texts
 
     async def Sample(
@@ -54,15 +55,19 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     ) -> AsyncGenerator[sampler_pb2.StreamSampleResponse, None]:
         """See sampler.proto."""
         await self._fill(request.sample.prompt)
-        sampling = await self._parse(parse_stream_sample, request)
-        growing = defaultdict[int, GrowingText](partial(GrowingText, self._texts, caller().tenant))
-        async with aclosing(self._execution.stream(sampling)) as parts:
+        asked = await self._parse(parse_stream_sample, request)
+        seed, told = asked.sampling.choice.seed, [len(tokens) for tokens in asked.received]
+        growing: dict[int, GrowingText] = {}
+        async with aclosing(self._streams.read(asked)) as parts:
             async for part, revision_path in parts:
-                seed = sampling.choice.seed
-                response = responses.stream_sample_response(part, seed, revision_path)
-                if request.sample.include_text:
-                    last, text = part.stop_reason is not None, growing[part.sample]
-                    response.text = await text.add(list(part.tokens), last=last)
+                index = part.sample
+                response = responses.stream_sample_response(part, told[index], seed, revision_path)
+                if request.sample.include_text and part.tokens:
+                    if index not in growing:
+                        growing[index] = await self._text(asked.received[index].tolist())
+                    last = part.stop_reason is not None
+                    response.text = await growing[index].add(list(part.tokens), last=last)
+                told[index] += len(part.tokens)
                 yield response
 
     async def ComputeLogprobs(
@@ -74,11 +79,16 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         generated, revision_path = await self._execution.sample(sampling)
         return responses.compute_logprobs_response(generated, revision_path)
 
+    async def _text(self, received: list[int]) -> GrowingText:
+        """That of a continuation whose reader has these tokens, and their text."""
+        text = GrowingText(self._texts, caller().tenant)
+        if received:
+            await text.add(received, last=False)
+        return text
+
     async def _fill(self, prompt: types_pb2.ModelInput) -> None:
         await self._model()  # whose tokenizer it is
         await self._texts.fill(caller().tenant, [prompt])
 
-    async def _parse(
-        self, parse: Callable[[R, ModelDescription], Sampling], request: R
-    ) -> Sampling:
+    async def _parse(self, parse: Callable[[R, ModelDescription], P], request: R) -> P:
         return await parsed(request.ByteSize(), parse, request, await self._model())

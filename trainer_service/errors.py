@@ -110,6 +110,19 @@ class AnswersUnacknowledged(errors.ResourceExhausted):
         )
 
 
+class EventsGone(errors.FailedPrecondition):
+    """A watch cannot go on where it was."""
+
+    reason = "EVENTS_GONE"
+
+    def __init__(self, resume_after: int) -> None:
+        super().__init__(
+            f"what came behind event {resume_after} of the run is not held, or not all of it; "
+            "watch from now on: leave `resume_after` out",
+            resume_after=resume_after,
+        )
+
+
 class TooManyCallsInFlight(errors.ResourceExhausted):
     """The run's queue is full."""
 

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from trainer_service.run.loop import RunLoop
 from trainer_service.run.retention import EXPIRY_INTERVAL_S, Clock, Expiries, Retention
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
-from trainer_service.run.watching import Watch
+from trainer_service.run.watching import Event, RunEvents
 from trainer_service.run_description import RunOrigin, RunState, RunView
 from trainer_service.run_table import RunTable
 from trainer_service.uploaded_runs import is_uploaded
@@ -176,14 +176,19 @@ class Runs:
     def get(self, tenant: str, training_run_id: str) -> RunView:
         return self.view(self.find(tenant, training_run_id))
 
-    def watch(self, tenant: str, training_run_id: str) -> Watch:
+    def watch(
+        self, tenant: str, training_run_id: str, resume_after: int = 0
+    ) -> AsyncGenerator[Event, None]:
         run = self.find(tenant, training_run_id)
-        return Watch(
-            run,
-            partial(self.view, run),
-            partial(self._scheduler.forecast, tenant, training_run_id),
-            [self._scheduler.followers, self._services.checkpoints.handoff.followers],
-        )
+        events = run.watched
+        if not isinstance(events, RunEvents):
+            events = RunEvents(
+                run,
+                partial(self.view, run),
+                partial(self._scheduler.forecast, tenant, training_run_id),
+                [self._scheduler.followers, self._services.checkpoints.handoff.followers],
+            )
+        return events.read(resume_after)
 
     def end_watches(self) -> None:
         """Sends watchers away, who would hold up the end of the service."""

@@ -43,11 +43,16 @@ RESTORATIONS = 8  # rows together, after an engine's death: passes are filled, a
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 FEATURES = (
     "texts",
+    "admin",
     "watch_training_run",
+    "resume_watch",
     "isolated",
     "retention",
     "checkpoints",
     "export_progress",
+    "export_ttl",
+    "list_filters",
+    "upload_base_model",
     "typed_tensors",
 )
 

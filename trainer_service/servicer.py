@@ -107,8 +107,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.WatchTrainingRunRequest, context: Any
     ) -> AsyncIterator[trainer_pb2.WatchTrainingRunResponse]:
         """See trainer.proto."""
-        watch = self._runs.watch(caller().tenant, requests.run_id(request.training_run_id))
-        async with aclosing(watch.events()) as events:
+        run_id, after = requests.run_id(request.training_run_id), request.resume_after
+        async with aclosing(self._runs.watch(caller().tenant, run_id, after)) as events:
             async for event in events:
                 yield _watch_response(event)
 
@@ -141,7 +141,9 @@ def _note(call: Call) -> None:
 
 
 def _watch_response(event: Event) -> trainer_pb2.WatchTrainingRunResponse:
-    response = trainer_pb2.WatchTrainingRunResponse(event_time=event.time)
+    response = trainer_pb2.WatchTrainingRunResponse(
+        event_time=event.time, event_number=event.number
+    )
     match event.what:
         case RunView() as view:
             response.training_run.CopyFrom(responses.run_message(view))

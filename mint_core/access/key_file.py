@@ -40,18 +40,23 @@ class Key:
         if not TENANT.fullmatch(self.tenant):
             raise FailedPrecondition(
                 f"`tenant` {self.tenant!r} cannot be a name; take 1 to 64 letters, digits, `.`, "
-                "`_` or `-`, the first a letter or digit"
+                "`_` or `-`, the first a letter or digit",
+                field="tenant",
             )
         if self.weight is not None and not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:
             raise FailedPrecondition(
-                f"`weight` is {self.weight:g} and must be {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+                f"`weight` is {self.weight:g} and must be {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}",
+                field="weight",
             )
         if not self.scopes or not self.scopes <= set(SCOPES):
             raise FailedPrecondition(
-                f"`scopes` are {','.join(sorted(self.scopes))!r}; take some of {', '.join(SCOPES)}"
+                f"`scopes` are {','.join(sorted(self.scopes))!r}; take some of {', '.join(SCOPES)}",
+                field="scopes",
             )
         if not self.comment.isprintable():
-            raise FailedPrecondition("`comment` is more than one line of text; shorten it")
+            raise FailedPrecondition(
+                "`comment` is more than one line of text; shorten it", field="comment"
+            )
 
     @property
     def id(self) -> str:
@@ -121,7 +126,8 @@ def add_key(file: Path, tenant: str, **fields: object) -> tuple[str, Key]:
             # Two weights of a tenant would make the file unreadable.
             raise FailedPrecondition(
                 f"`weight` of tenant {tenant} is {other.weight:g} by another key; leave it out, or "
-                "change it in the file of keys"
+                "change it in the file of keys",
+                field="weight",
             )
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "r+b") as lines:

@@ -66,7 +66,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 weight=request.weight or None,
             )
         except FailedPrecondition as error:
-            raise InvalidRequest(error.message) from error
+            raise InvalidRequest(error.message, **error.metadata) from error
         return admin_pb2.CreateKeyResponse(api_key=secret, key=_message(ring, key))
 
     async def RevokeKey(
@@ -74,6 +74,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RevokeKeyResponse:
         """See admin.proto."""
         ring = self._ring()
+        if not request.key_id:
+            raise InvalidRequest("`key_id` is empty; ListKeys names all", field="key_id")
         key = remove_key(ring.file, request.key_id)
         return admin_pb2.RevokeKeyResponse(key=_message(ring, key))
 

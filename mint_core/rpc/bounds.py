@@ -64,6 +64,7 @@ _TABLE: dict[str, Bound] = {
     "TokenizeRequest.texts": Bound(
         limits.MAX_TEXTS, limits.MAX_TEXT_REQUEST_BYTES, remedy="split the request"
     ),
+    "StreamSampleRequest.received": Bound(limits.MAX_SAMPLES_PER_REQUEST, remedy="leave some out"),
     "TokenSequence.tokens": Bound(limits.MAX_TOKENS_PER_CHUNK),
     "DetokenizeRequest.sequences": Bound(limits.MAX_TEXTS, remedy="split the request"),
     "RenderChatRequest.chats": Bound(limits.MAX_TEXTS, remedy="split the request"),

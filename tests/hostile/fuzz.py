@@ -46,7 +46,9 @@ GOOD: dict[str, Message] = {
         prompt=_PROMPT, num_samples=2, sampling_params=_PARAMS, topk_prompt_logprobs=2
     ),
     "StreamSample": sampler_pb2.StreamSampleRequest(
-        sample={"prompt": _PROMPT, "sampling_params": _PARAMS}
+        sample={"prompt": _PROMPT, "sampling_params": _PARAMS},
+        request_id="a",
+        received=[{"tokens": [1]}],
     ),
     "Tokenize": model_pb2.TokenizeRequest(texts=["one", ""], add_special_tokens=True),
     "Detokenize": model_pb2.DetokenizeRequest(sequences=[{"tokens": [1, 2]}, {"tokens": [3]}]),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sampler_service import service as sampler_service
+from tests import reference_page
 from trainer_service import service as trainer_service
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +85,7 @@ def test_other_languages_can_import_every_file() -> None:
         assert options["csharp_namespace"] == "Mintrpc.V1"
         assert options["java_package"] == "mintrpc.v1"
         assert options["java_multiple_files"] == "true"
+
+
+def test_the_reference_is_that_of_the_contract_as_it_is() -> None:
+    assert reference_page.PAGE.read_text() == reference_page.page(), "`make reference` writes it"

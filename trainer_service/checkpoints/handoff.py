@@ -7,6 +7,7 @@ snapshots were made.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ class Handoff:
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
         self.troubles: dict[str, str] = {}  # what is wrong with a run's snapshots
-        self.followers: set[asyncio.Event] = set()  # set when that changes, by those who follow it
+        self.followers: set[Callable[[], None]] = set()  # called when that changes
 
     @property
     def unstored(self) -> int:
@@ -223,4 +224,4 @@ class Handoff:
         if not trouble:
             del self.troubles[training_run_id]
         for follower in self.followers:
-            follower.set()
+            follower()

@@ -113,8 +113,8 @@ class Scheduler:
         self._running: _Running | None = None
         self._token_s: float | None = None  # as learned from plans
         self._held = False
-        # Set when forecasts change, by those who follow them.
-        self.followers: set[asyncio.Event] = set()
+        # Called when forecasts change, for those who follow them.
+        self.followers: set[Callable[[], None]] = set()
 
     @property
     def life(self) -> int:
@@ -333,7 +333,7 @@ class Scheduler:
 
     def _tell_followers(self) -> None:
         for follower in self.followers:
-            follower.set()
+            follower()
 
     async def _call(self, job: object, **options: Any) -> Any:
         try:

@@ -78,7 +78,7 @@ class Run:
         self.unsaved = UnsavedWork()
         self.numbers = CallNumbers(self, limits, admission, origin)
         self.inbox = Inbox()
-        self.watchers: set[Watcher] = set()
+        self.watched: Watcher | None = None  # by whom, for those who watch it or have lately
         self.row_life = 0  # of the engine that has the row as it should be; 0: none has
         self.ended = 0  # sequence of the last call that has an outcome
         self.closing = False  # it is being deleted, or is gone
@@ -177,8 +177,8 @@ class Run:
         """Tells an outcome that is on disk."""
         self._leave(call)
         self.numbers.answer(call.place.sequence, reply)
-        for watcher in self.watchers:
-            watcher.call_ended(call, outcome)
+        if self.watched:
+            self.watched.call_ended(call, outcome)
 
     def note_death(self, call: Call) -> None:
         """Notes that an engine has died with a call."""
@@ -220,18 +220,18 @@ class Run:
 
     def stir_watchers(self) -> None:
         """Notes that something has changed which is seen from outside."""
-        for watcher in self.watchers:
-            watcher.stir()
+        if self.watched:
+            self.watched.stir()
 
     def end_watches(self, error: MintError | None = None) -> None:
         """Ends all watches: the run is gone, or `error` says why."""
-        for watcher in self.watchers:
-            watcher.end(error)
+        if self.watched:
+            self.watched.end(error)
 
     @property
     def abandoned(self) -> bool:
         """Whether it may be deleted because nobody has called or watched it for long."""
-        return self.retention.over and not self.numbers.in_flight and not self.watchers
+        return self.retention.over and not self.numbers.in_flight and not self.watched
 
     def view(self) -> RunView:
         return RunView(

@@ -9,6 +9,7 @@ from mint._files.download import checkpoint_of
 from mint._files.progress import Progress, Report, reporting
 from mint._transport.call import Call
 from mint._transport.connection import Connection
+from mint._transport.features import check_offered
 from mint.errors import InvalidInputError, refused
 from mint.types.checkpoints import Checkpoint
 from mintrpc.v1 import checkpoint_pb2
@@ -28,6 +29,7 @@ def upload(
     progress: Progress | bool,
 ) -> Checkpoint:
     """Sends the files and waits for what the server makes of them."""
+    check_offered(connection, header)
     total = sum(file.size_bytes for file in header.files)
     with reporting(progress, total, header.name) as report:
         parts = partial(_parts_of, folder, header, report)

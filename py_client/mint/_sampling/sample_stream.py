@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
 from mint import types
+from mint._transport.call import new_request_id
 from mint._transport.connection import Connection
+from mint._transport.features import RESUME_SAMPLES
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError
-from mintrpc.v1 import sampler_pb2
+from mintrpc.v1 import model_pb2, sampler_pb2
 
 
 class SampleStream(Stream[types.SamplePart]):
@@ -15,21 +17,18 @@ class SampleStream(Stream[types.SamplePart]):
 
     The work begins at the call. It is stopped when a loop over the stream is left, by `break` or
     otherwise, and by `close()`, also as a context manager. When the connection breaks, the request
-    is sent again with the same seed, which draws the same tokens; those that were handed out are
-    left out, and if they differ an error is raised.
+    is sent again with the same seed, which draws the same tokens, and with what was handed out,
+    which is left out; if it differs an error is raised. From then on the server goes on for 30 s
+    without a connection, so that the next break costs nothing.
     """
-
-    _attaches = False  # the server starts anew
 
     def __init__(self, connection: Connection, request: sampler_pb2.SampleRequest) -> None:
         self.seed = request.sampling_params.seed  # the one that makes the same samples again
         self.revision_path = request.model_path  # of the adapter; empty: the base model
         self._continuations = [_Continuation() for _ in range(request.num_samples)]
-        super().__init__(
-            connection,
-            connection.sampler.StreamSample,
-            sampler_pb2.StreamSampleRequest(sample=request),
-        )
+        self._request = sampler_pb2.StreamSampleRequest(sample=request)
+        self._resumes = self._attaches = RESUME_SAMPLES in connection.offered()
+        super().__init__(connection, connection.sampler.StreamSample, self._request)
 
     def __iter__(self) -> "_Loop":
         return _Loop(self)
@@ -43,16 +42,32 @@ class SampleStream(Stream[types.SamplePart]):
             raise APIResponseValidationError(
                 f"the answer has a continuation {part.index} of {len(self._continuations)}"
             )
+        if message.revision_path.startswith(f"{self.revision_path}@"):  # the newest, until now
+            self.revision_path = self._request.sample.model_path = message.revision_path
         if (message.seed, message.revision_path) != (self.seed, self.revision_path):
             raise APIResponseValidationError(
                 f"the answer is of seed {message.seed} and revision {message.revision_path!r} "
                 f"instead of {self.seed} and {self.revision_path!r}"
             )
-        return self._continuations[part.index].news(part)
+        continuation = self._continuations[part.index]
+        if self._resumes and message.offset_tokens != continuation.repeated:
+            raise APIResponseValidationError(
+                f"the answer has token {message.offset_tokens} of continuation {part.index} where "
+                f"token {continuation.repeated} is next"
+            )
+        return continuation.news(part)
 
     def _opening_again(self) -> None:
+        # Without a revision its path may mean another one now; then nothing has come yet.
+        resumes = self._resumes and (not self.revision_path or "@" in self.revision_path)
         for continuation in self._continuations:
-            continuation.repeated = 0
+            continuation.repeated = len(continuation.tokens) if resumes else 0
+        if resumes:
+            # Not at the first time: a stream with an id that is left goes on for nobody.
+            self._request.request_id = self._request.request_id or new_request_id()
+            received = [model_pb2.TokenSequence(tokens=each.tokens) for each in self._continuations]
+            del self._request.received[:]
+            self._request.received.extend(received)
 
     def _at_end(self) -> None:
         missing = [i for i, each in enumerate(self._continuations) if not each.complete]

@@ -14,6 +14,7 @@ from mint._forks import refuse_calls_that_would_hang
 from mint._threads import OWN_ERROR, callers, off_main_thread, timer
 from mint._transport.connection import Connection
 from mint._transport.failures import Failure, error_of, failure_of
+from mint._transport.features import check_offered
 from mint._transport.silence import Silence
 from mint.errors import APIError, APIResponseValidationError, InvalidInputError
 from mint.futures import APIFuture
@@ -72,6 +73,8 @@ class Call(Generic[T]):
     def submit(self) -> APIFuture[T]:
         """Sends it. What goes wrong on this thread is raised; on any other, it ends the call."""
         refuse_calls_that_would_hang()
+        if isinstance(self.request, Message):
+            check_offered(self._connection, self.request)
         self._connection.waits.begin(self, self.name())
         future = self.future  # a call that has ended may have let go of it
         self._send()
@@ -205,6 +208,7 @@ def broken_off(connection: Connection, error: BaseException) -> Failure:
 
 def check_size(connection: Connection, request: Message, field: str) -> None:
     """Refuses a request that the server would not take. Nothing has been sent then."""
+    check_offered(connection, request)
     size_bytes = request.ByteSize() + _ROOM_BYTES
     if size_bytes > connection.max_message_bytes:
         raise InvalidInputError(

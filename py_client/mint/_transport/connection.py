@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ class Connection:
         self.closed = False
         self.contacted = False  # whether the server has ever answered
         self.role = ""  # "trainer" or "sampler", once it is known
+        self.offered: Callable[[], Set[str]] = frozenset  # features and losses, as the server says
         self.waits = Waits(address.target, lambda: self._warned)
         self._warned = False
         self._lock = threading.Lock()

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import partial
 from typing import Any, TypeVar
 
 from mint import types
@@ -20,8 +21,8 @@ class Servers:
     """The trainer, and the sampler once it is needed. Thread-safe."""
 
     def __init__(self, trainer: Address, settings: Settings, sampler_url: str) -> None:
-        self.trainer = Connection(trainer, settings, "MINT_BASE_URL or `base_url`")
         self._settings = settings
+        self.trainer = self._connected(trainer, "MINT_BASE_URL or `base_url`")
         self._sampler_url = sampler_url
         self._sampler: Connection | None = None
         self._capabilities: dict[Connection, types.GetServerCapabilitiesResponse] = {}
@@ -53,7 +54,7 @@ class Servers:
                 if address == self.trainer.address:
                     self._sampler = self.trainer
                 else:
-                    self._sampler = Connection(address, self._settings, "MINT_SAMPLER_URL")
+                    self._sampler = self._connected(address, "MINT_SAMPLER_URL")
             return self._sampler
 
     def once(self, key: str, make: Callable[[], T]) -> T:
@@ -68,6 +69,15 @@ class Servers:
         self.trainer.close()
         if self._sampler is not None:
             self._sampler.close()
+
+    def _connected(self, address: Address, setting: str) -> Connection:
+        connection = Connection(address, self._settings, setting)
+        connection.offered = partial(self._offered, connection)
+        return connection
+
+    def _offered(self, connection: Connection) -> Set[str]:
+        known = self.capabilities(connection)
+        return {*known.features, *known.loss_fns}
 
     def _sampler_address(self) -> Address:
         if self._sampler_url:

@@ -78,6 +78,10 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
     def _opening_again(self) -> None:
         """Gets ready for another RPC."""
 
+    def _begins_anew(self, failure: Failure) -> bool:
+        """Whether a stream that cannot go on where it was is opened without that."""
+        return False
+
     def _at_end(self) -> None:
         """The server has sent all. Raises if that cannot be."""
 
@@ -128,6 +132,8 @@ class Stream(Closing, Iterator[T], AsyncIterator[T]):
         if self._closed.is_set():
             return
         delay_s = self._silence.delay_s(failure, time.monotonic())
+        if self._begins_anew(failure):
+            delay_s = 0.0
         if delay_s is None:
             self._closed.set()
             raise error_of(self._silence.explained(failure)) from None

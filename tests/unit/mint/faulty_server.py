@@ -68,6 +68,7 @@ class Script:
     # Streams of WatchTrainingRun: events, then a fault or None (it ends); the last one stays open.
     watches: list[tuple[list[Any], Fault | None]] = field(default_factory=list)
     watched: int = 0
+    resumed: list[int] = field(default_factory=list)  # behind which events
     watch_left: threading.Event = field(default_factory=threading.Event)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -112,6 +113,7 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         script = self._script
         assert request.training_run_id == RUN
         script.watched += 1
+        script.resumed.append(request.resume_after)
         if not script.watches:
             context.add_callback(script.watch_left.set)
             yield trainer_pb2.WatchTrainingRunResponse(queue_progress={"waiting_calls": 99})
@@ -196,6 +198,7 @@ class Model(model_pb2_grpc.ModelServiceServicer):
         self.role = model_pb2.SERVICE_ROLE_SAMPLER  # of both: tests sample from the same port
         self.sampler_address = ""
         self.loading = 0  # so many answers tell of no model yet
+        self.features = ["list_filters", "export_ttl", "upload_base_model", "prompt_alt_tokens"]
 
     def GetServerCapabilities(self, request: Any, context: Any) -> Any:
         self.metadata.append(dict(context.invocation_metadata()))
@@ -208,6 +211,8 @@ class Model(model_pb2_grpc.ModelServiceServicer):
             role=self.role,
             sampler_address=self.sampler_address,
             base_models=[] if loading else [model],
+            features=self.features,
+            loss_fns=["cross_entropy", "gspo"],
             limits=model_pb2.Limits(
                 max_message_bytes=1 << 20, max_calls_in_flight_per_run=8, max_data_per_request=100
             ),
@@ -239,7 +244,7 @@ class Sampler(sampler_pb2_grpc.SamplerServiceServicer):
         messages, fault = self.streams.pop(0) if self.streams else ([], None)
         for message in messages:
             message.seed = message.seed or request.sample.sampling_params.seed
-            message.revision_path = request.sample.model_path
+            message.revision_path = message.revision_path or request.sample.model_path
             yield message
         if fault is not None:
             refuse(context, fault)

@@ -92,6 +92,74 @@ def test_a_broken_stream_goes_on_without_a_repeated_token(
     assert first.sample.sampling_params.HasField("seed")
 
 
+@pytest.fixture
+def resuming(server: Server) -> Iterator[mint.SamplingClient]:
+    """A client of a server whose streams go on."""
+    server.model.features.append("resume_stream_sample")
+    with mint.ServiceClient(base_url=server.address) as service:
+        yield service.create_sampling_client()
+
+
+def behind(offset: int, message: Any) -> Any:
+    message.offset_tokens = offset
+    return message
+
+
+def test_a_broken_stream_asks_for_what_it_lacks(
+    server: Server, resuming: mint.SamplingClient
+) -> None:
+    server.sampler.streams = [
+        ([part(0, [1, 2]), part(1, [7], STOP)], BROKEN),
+        ([behind(1, part(1, [], STOP)), behind(2, part(0, [3]))], BROKEN),
+        ([behind(3, part(0, [4], LENGTH)), behind(1, part(1, [], STOP))], None),
+    ]
+
+    parts = list(resuming.sample_stream(PROMPT, 2))
+
+    assert whole(parts) == {0: [1, 2, 3, 4], 1: [7]}
+    assert [each.stop_reason for each in parts if each.index == 1] == ["stop"]
+    first, second, third = server.sampler.requests
+    assert first.sample == second.sample == third.sample
+    assert not first.request_id  # who leaves it wants no more
+    assert second.request_id == third.request_id != ""
+    received = [[list(each.tokens) for each in request.received] for request in (second, third)]
+    assert received == [[[1, 2], [7]], [[1, 2, 3], [7]]]
+
+
+def test_a_token_that_is_missing_is_an_error(server: Server, resuming: mint.SamplingClient) -> None:
+    server.sampler.streams = [([part(0, [1])], BROKEN), ([behind(2, part(0, [3], STOP))], None)]
+    with pytest.raises(mint.APIResponseValidationError, match=r"token 2 .* where token 1 is next"):
+        list(resuming.sample_stream(PROMPT))
+
+
+def test_a_stream_that_cannot_go_on_is_an_error(
+    server: Server, resuming: mint.SamplingClient
+) -> None:
+    refused = Fault(Code.FAILED_PRECONDITION, "TOKENS_DIFFER")
+    server.sampler.streams = [([part(0, [1])], BROKEN), ([], refused)]
+    with pytest.raises(mint.BadRequestError) as caught:
+        list(resuming.sample_stream(PROMPT))
+    assert caught.value.reason == "TOKENS_DIFFER"
+
+
+@pytest.mark.parametrize("features", [[], ["resume_stream_sample"]])
+def test_a_stream_of_the_newest_weights_goes_on_with_those_that_it_has(
+    server: Server, features: list[str]
+) -> None:
+    server.model.features += features
+    path, revision = "mint://r/sampler_weights/a", "mint://r/sampler_weights/a@3"
+    messages = [part(0, [1]), part(0, [1, 2], STOP)]
+    if features:
+        messages[1] = behind(1, part(0, [2], STOP))
+    for message in messages:
+        message.revision_path = revision
+    server.sampler.streams = [([messages[0]], BROKEN), ([messages[1]], None)]
+    with mint.ServiceClient(base_url=server.address) as service:
+        client = mint.SamplingClient(service._servers, path, "base")
+        assert whole(list(client.sample_stream(PROMPT))) == {0: [1, 2]}
+    assert [request.sample.model_path for request in server.sampler.requests] == [path, revision]
+
+
 @pytest.mark.parametrize(
     "again",
     [

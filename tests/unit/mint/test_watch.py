@@ -85,6 +85,24 @@ def test_a_broken_stream_is_opened_again(
     assert server.script.watched == 3
 
 
+def test_a_broken_watch_goes_on_where_the_server_lists_that(server: Server) -> None:
+    """And from now on where what came meanwhile is gone."""
+    broken, gone = Fault(Code.UNAVAILABLE), Fault(Code.FAILED_PRECONDITION, "EVENTS_GONE")
+    first, second, third, fourth = state(1), outcome(1), outcome(2), state(5)
+    for number, event in enumerate((first, second, third, fourth), 4):
+        event.event_number = number
+    for features, expected in ((["resume_watch"], [0, 5, 6, 0]), ([], [0, 0, 0])):
+        server.model.features, server.script.resumed = features, []
+        server.script.watches = [([first, second], broken), ([third], broken)]
+        server.script.watches += [([], gone)] if features else []
+        server.script.watches += [([fourth], None)]
+        with mint.ServiceClient(base_url=server.address) as client:
+            events = list(client.watch_training_run(RUN))
+        assert server.script.resumed == expected
+        assert [event.training_run.step for event in events if event.training_run] == [1, 5]
+        assert [event.call_outcome.sequence for event in events if event.call_outcome] == [1, 2]
+
+
 def test_a_run_that_is_gone_is_an_error_and_the_end(
     server: Server, training: mint.TrainingClient
 ) -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import random
 import tracemalloc
+from array import array
 
 import numpy as np
 import pytest
 
-from mint_core.errors import EngineFault
+from mint_core.errors import Aborted, EngineFault
 from sampler_service.jobs import SamplePart, StopReason
-from sampler_service.parts import PartBuffer
+from sampler_service.parts import PartBuffer, TokensDiffer
 
 LIMIT_S = 10.0
 
@@ -32,9 +33,10 @@ async def rest(parts: PartBuffer) -> list[SamplePart]:
 
 async def test_a_reader_that_keeps_up_gets_each_part() -> None:
     parts, sent = PartBuffer(), [part(0, [1]), part(1, [2]), part(0, [3], StopReason.STOP)]
+    reader = aiter(parts)
     for each in sent:
         parts.put(each)
-        assert await anext(parts) == each
+        assert await anext(reader) == each
     assert await rest(parts) == []
     assert parts.tokens == 3
 
@@ -51,11 +53,12 @@ async def test_parts_that_wait_become_one_per_continuation() -> None:
 
 async def test_an_error_comes_after_what_is_there() -> None:
     parts = PartBuffer()
+    reader = aiter(parts)
     parts.put(part(0, [1]))
     parts.fail(EngineFault("it died"))
-    assert await anext(parts) == part(0, [1])
+    assert await anext(reader) == part(0, [1])
     with pytest.raises(EngineFault, match="it died"):
-        await anext(parts)
+        await anext(reader)
 
 
 async def test_what_the_next_engine_sends_again_is_told_once() -> None:
@@ -63,7 +66,7 @@ async def test_what_the_next_engine_sends_again_is_told_once() -> None:
     parts.begin("a@1")
     for each in (part(0, [1, 2]), part(1, [5], StopReason.STOP)):
         parts.put(each)
-    assert await anext(parts) == part(0, [1, 2])
+    assert await anext(aiter(parts)) == part(0, [1, 2])
 
     parts.begin("a@1")
     for each in (part(1, [5], StopReason.STOP), part(0, [1]), part(0, [2, 3], StopReason.LENGTH)):
@@ -81,17 +84,18 @@ async def test_an_engine_that_draws_other_tokens_is_found_out() -> None:
     parts.put(part(0, [1, 2]))
     parts.begin("a@1")
     parts.put(part(0, [1]))
-    with pytest.raises(EngineFault, match="drew others"):
+    with pytest.raises(TokensDiffer, match=r"continuation 0 .* from token 1 on"):
         parts.put(part(0, [3]))
 
 
 async def test_a_waiting_reader_is_woken() -> None:
     parts = PartBuffer()
-    reader = asyncio.ensure_future(anext(parts))
+    told = aiter(parts)
+    reader = asyncio.ensure_future(anext(told))
     await asyncio.sleep(0)
     parts.put(part(0, [1]))
     assert await asyncio.wait_for(reader, LIMIT_S) == part(0, [1])
-    reader = asyncio.ensure_future(anext(parts, None))
+    reader = asyncio.ensure_future(anext(told, None))
     await asyncio.sleep(0)
     await asyncio.wait_for(parts.finish(), LIMIT_S)
     assert await asyncio.wait_for(reader, LIMIT_S) is None
@@ -119,6 +123,53 @@ async def test_any_pace_gives_the_same_tokens() -> None:
                 await asyncio.sleep(0)
         await asyncio.wait_for(task, LIMIT_S)
         assert read == sent
+
+
+def received(*tokens: list[int]) -> list["array[int]"]:
+    return [array("i", each) for each in tokens]
+
+
+async def test_what_a_reader_has_comes_again_and_is_left_out() -> None:
+    parts = PartBuffer(received([1, 2], [5, 6], []))
+    for each in (part(0, [1]), part(1, [5, 6], StopReason.STOP), part(0, [2, 3]), part(2, [9])):
+        parts.put(each)
+    assert await rest(parts) == [part(1, [], StopReason.STOP), part(0, [3]), part(2, [9])]
+
+
+@pytest.mark.parametrize(
+    "again", [part(0, [1, 3]), part(0, [1], StopReason.STOP), part(0, [7]), part(0, [1, 2, 9])]
+)
+async def test_a_reader_with_other_tokens_is_found_out(again: SamplePart) -> None:
+    parts = PartBuffer(received([1, 2, 3]))
+    with pytest.raises(TokensDiffer, match="continuation 0 cannot go on"):
+        parts.put(again)
+
+
+async def test_another_reader_goes_on_behind_what_he_has() -> None:
+    parts = PartBuffer(received([], []), keep=True)
+    first = aiter(parts)
+    for each in (part(0, [1, 2]), part(1, [5], StopReason.STOP)):
+        parts.put(each)
+        assert await anext(first) == each
+    assert not parts.resume(received([1, 2, 3], []))  # more than has come
+    assert not parts.resume(received([2], []))  # other tokens
+
+    assert parts.resume(received([1], [5]))  # the rest was lost on the way
+    parts.put(part(0, [3]))
+    second = aiter(parts)
+    assert await anext(second) == part(0, [2, 3])
+    assert await anext(second) == part(1, [], StopReason.STOP)
+    with pytest.raises(Aborted, match="another call"):
+        await anext(first)
+    parts.put(part(0, [4], StopReason.LENGTH))
+    assert await anext(second) == part(0, [4], StopReason.LENGTH)
+
+
+async def test_what_is_not_kept_cannot_be_read_again() -> None:
+    parts = PartBuffer(received([]))
+    parts.put(part(0, [1, 2]))
+    await anext(aiter(parts))
+    assert not parts.resume(received([1]))
 
 
 async def test_what_waits_takes_little_memory() -> None:

@@ -262,11 +262,54 @@ def test_a_context_that_memory_bounds_says_so() -> None:
 def test_a_stream_is_parsed_like_a_sample() -> None:
     request = sample(num_samples=4, max_tokens=9, temperature=0.5, seed=3)
     stream = sampler_pb2.StreamSampleRequest(sample=request)
-    parsed, expected = parse_stream_sample(stream, MODEL), parse_sample(request, MODEL)
+    asked, expected = parse_stream_sample(stream, MODEL), parse_sample(request, MODEL)
+    parsed = asked.sampling
+    assert [tokens.tolist() for tokens in asked.received] == [[]] * 4
     assert parsed.prompt.tolist() == expected.prompt.tolist()
     assert replace(parsed, prompt=expected.prompt) == expected
-    with pytest.raises(InvalidRequest, match="`prompt` is empty"):
+    with pytest.raises(InvalidRequest, match="`sample` is absent"):
         parse_stream_sample(sampler_pb2.StreamSampleRequest(), MODEL)
+
+
+PATH = "mint://r/sampler_weights/a"
+
+
+@pytest.mark.parametrize("resuming", [{"request_id": "a"}, {"received": [{"tokens": [1]}]}])
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "sampling_params.seed"),
+        ({"seed": 1, "model_path": PATH}, "model_path"),
+        ({"seed": 1, "model_path": f"{PATH}@3"}, None),
+    ],
+)
+def test_a_stream_that_goes_on_says_all_that_its_tokens_follow_from(
+    resuming: dict[str, object], fields: dict[str, object], field: str | None
+) -> None:
+    request = sampler_pb2.StreamSampleRequest(sample=sample(**fields), **resuming)  # type: ignore[arg-type]
+    if field is None:
+        assert parse_stream_sample(request, MODEL).received
+        return
+    with pytest.raises(InvalidRequest, match="that the stream told") as caught:
+        parse_stream_sample(request, MODEL)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("resuming", "field"),
+    [
+        ({"request_id": "a" * 129}, "request_id"),
+        ({"received": [{}] * 3}, "received"),
+        ({"received": [{}, {"tokens": [1] * 5}]}, "received[1].tokens"),
+    ],
+)
+def test_a_reader_cannot_have_more_than_the_stream_holds(
+    resuming: dict[str, object], field: str
+) -> None:
+    asked = sample(num_samples=2, max_tokens=4, seed=1)
+    with pytest.raises(InvalidRequest) as caught:
+        parse_stream_sample(sampler_pb2.StreamSampleRequest(sample=asked, **resuming), MODEL)  # type: ignore[arg-type]
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(

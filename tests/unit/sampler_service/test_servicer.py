@@ -22,7 +22,7 @@ async def test_a_large_request_is_read_beside_the_event_loop() -> None:
         threads.append(threading.current_thread().name)
         return parse_sample(request, known)
 
-    servicer = SamplerServicer(model, None, None)  # type: ignore[arg-type]
+    servicer = SamplerServicer(model, None, None, None)  # type: ignore[arg-type]
     CALLER.set(Caller("t", parsers=Workers(1, "parsing")))
     for request in (sample(), sample(stop_token_ids=[7] * 70_000)):
         await servicer._parse(noting, request)

@@ -87,7 +87,7 @@ async def test_a_step_looks_at_no_run_but_its_own(
         for _ in range(20):
             await front.create()
         busy = await front.create()
-        watching = front.runs.watch(TENANT, busy).events()
+        watching = front.runs.watch(TENANT, busy)
         await anext(watching)
         monkeypatch.setattr(Run, "__getattribute__", noting)
         for sequence in (1, 3):

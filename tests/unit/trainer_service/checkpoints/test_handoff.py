@@ -225,7 +225,7 @@ async def test_a_store_that_fails_is_told_and_tried_again_with_the_next(tmp_path
         trainer.break_store()
         failed = [await trainer.publish() for _ in range(2)]
         told = asyncio.Event()
-        trainer.handoff.followers.add(told)
+        trainer.handoff.followers.add(told.set)
         while str(failed[1].revision_path) not in trainer.handoff.troubles.get(
             RUN.training_run_id, ""
         ):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from mint_core.errors import TrainingRunNotFound, Unavailable
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
+from trainer_service.errors import EventsGone
 from trainer_service.run import watching
 from trainer_service.run.watching import KEPT_ENDS, CallEnd, Event, QueueProgress
 from trainer_service.run_description import RunView
@@ -51,7 +52,7 @@ class Reader:
 @asynccontextmanager
 async def reading(front: Front, run: str) -> AsyncIterator[Reader]:
     reader = Reader()
-    async with aclosing(front.runs.watch(TENANT, run).events()) as events:
+    async with aclosing(front.runs.watch(TENANT, run)) as events:
         task = asyncio.create_task(reader.read(events))
         await reader.until(QueueProgress)
         try:
@@ -133,7 +134,7 @@ async def test_a_slow_reader_is_told_what_it_missed_and_costs_no_more(tmp_path: 
     count = KEPT_ENDS + 50
     async with fronting(tmp_path) as front:
         run = await front.create()
-        async with aclosing(front.runs.watch(TENANT, run).events()) as events:
+        async with aclosing(front.runs.watch(TENANT, run)) as events:
             assert isinstance((await anext(events)).what, RunView)  # and reads no more for now
             for sequence in range(1, count + 1):
                 await front.submit(
@@ -153,7 +154,7 @@ async def test_a_watch_ends_when_the_run_is_deleted(tmp_path: Path) -> None:
         run, other = [await front.create() for _ in range(2)]
         readers = [Reader() for _ in range(3)]
         reads = [
-            asyncio.create_task(reader.read(front.runs.watch(TENANT, name).events()))
+            asyncio.create_task(reader.read(front.runs.watch(TENANT, name)))
             for reader, name in zip(readers, (run, run, other), strict=True)
         ]
         await asyncio.gather(*(reader.until(QueueProgress) for reader in readers))
@@ -175,8 +176,7 @@ async def test_many_watchers_are_all_told(tmp_path: Path) -> None:
         run = await front.create()
         readers = [Reader() for _ in range(200)]
         reads = [
-            asyncio.create_task(reader.read(front.runs.watch(TENANT, run).events()))
-            for reader in readers
+            asyncio.create_task(reader.read(front.runs.watch(TENANT, run))) for reader in readers
         ]
         for sequence in range(1, 4):
             await front.submit(call(sequence, run=run, method="DiscardGradient"))
@@ -189,7 +189,7 @@ async def test_many_watchers_are_all_told(tmp_path: Path) -> None:
 async def test_watchers_are_sent_away_when_the_service_stops(tmp_path: Path) -> None:
     async with fronting(tmp_path) as front:
         run = await front.create()
-        read = asyncio.create_task(Reader().read(front.runs.watch(TENANT, run).events()))
+        read = asyncio.create_task(Reader().read(front.runs.watch(TENANT, run)))
         await asyncio.sleep(0)
         front.runs.end_watches()
 
@@ -197,15 +197,86 @@ async def test_watchers_are_sent_away_when_the_service_stops(tmp_path: Path) -> 
             await read
 
 
-async def test_a_watcher_that_leaves_is_forgotten(tmp_path: Path) -> None:
+async def test_what_nobody_comes_back_for_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "LINGER_S", 0.0)
     async with fronting(tmp_path) as front:
         run = await front.create()
         watched = front.run(run)
         async with reading(front, run):
             async with reading(front, run):
-                assert len(watched.watchers) == 2
-            await asyncio.sleep(0)
-        assert not watched.watchers
+                events = watched.watched
+            assert watched.watched is events is not None
+        await asyncio.sleep(0.01)
+        assert watched.watched is None
+        assert front.service.scheduler.followers == set()
+
+
+async def some(events: AsyncGenerator[Event, None], count: int) -> list[Event]:
+    """So many events, and then the watch is cut."""
+    async with aclosing(events):
+        return [await anext(events) for _ in range(count)]
+
+
+async def test_a_watch_goes_on_behind_any_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever was the last to arrive, what follows is what follows in an unbroken watch."""
+    monkeypatch.setattr(watching, "INTERVAL_S", 1e6)  # no news of the queue beside the outcomes
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+
+        def watch(after: int = 0) -> AsyncGenerator[Event, None]:
+            return front.runs.watch(TENANT, run, after)
+
+        async with reading(front, run):  # so that the list of events is older than the watches
+            await front.submit(call(1, run=run, method="DiscardGradient"))
+            async with aclosing(watch()) as unbroken:
+                whole = [await anext(unbroken) for _ in range(2)]
+                early = [
+                    await some(watch(event.number), 2 - at) for at, event in enumerate(whole, 1)
+                ]
+                for sequence in range(2, 5):
+                    await front.submit(call(sequence, run=run, method="DiscardGradient"))
+                while len([e for e in whole if isinstance(e.what, CallEnd)]) < 3:
+                    whole.append(await anext(unbroken))
+                cut = [
+                    await some(watch(event.number), len(whole) - at)
+                    for at, event in enumerate(whole, 1)
+                ]
+    assert [type(event.what) for event in whole[:2]] == [RunView, QueueProgress]
+    assert [event.number for event in whole] == sorted({event.number for event in whole})
+    assert [[e.number for e in each] for each in early] == [[whole[1].number], []]
+    for at, rest in enumerate(cut[1:], 2):
+        assert rest == whole[at:]
+    assert [end.what for end in cut[0] if isinstance(end.what, CallEnd)] == [
+        end.what for end in whole if isinstance(end.what, CallEnd)
+    ]
+
+
+async def test_what_is_held_no_more_is_not_passed_over(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        first, second = await some(front.runs.watch(TENANT, run), 2)
+        for sequence in range(1, KEPT_ENDS + 2):
+            await front.submit(
+                call(sequence, run=run, acknowledged=sequence - 1, method="DiscardGradient")
+            )
+        (third,) = await some(front.runs.watch(TENANT, run), 1)
+        for number in (first.number, second.number, 7, third.number + 300, -4):
+            with pytest.raises(EventsGone, match="watch from now on"):
+                await some(front.runs.watch(TENANT, run, number), 1)
+        assert await some(front.runs.watch(TENANT, run, third.number), 1)
+
+
+async def test_events_of_another_life_are_not_taken_for_those_of_this(tmp_path: Path) -> None:
+    async with fronting(tmp_path) as front:
+        run = await front.create()
+        last = (await some(front.runs.watch(TENANT, run), 2))[-1]
+    async with fronting(tmp_path) as front:
+        with pytest.raises(EventsGone):
+            await some(front.runs.watch(TENANT, run, last.number), 1)
 
 
 async def test_another_tenants_run_cannot_be_watched(tmp_path: Path) -> None:
