@@ -20,12 +20,13 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install soak faults bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install soak faults hostile fuzz bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("error: $(PYTHON) is older than Python 3.11; name a newer one by PYTHON=" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Downloads and installs $(TORCH): minutes, and hundreds of MB or, for a GPU, GB'
 	$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -69,7 +70,7 @@ serve-sampler: $(SERVABLE)  ## Starts the sampler alone
 	$(BIN)/python -m sampler_service $(FLAGS)
 
 key: install  ## Makes a key: TENANT=name KEYS=file
-	$(BIN)/python -m mint_core.access.key_ring $(TENANT) $(KEYS) $(KEY_FLAGS)
+	$(BIN)/python -m mint_core.access.key_ring '$(TENANT)' '$(KEYS)' $(KEY_FLAGS)
 
 CERTS ?= certs
 certs: install  ## Makes an authority and certificates for trying TLS: CERTS=folder TENANT=name

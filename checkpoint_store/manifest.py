@@ -103,14 +103,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
     content["adapter"] = content.pop("spec")
     content["create_time"] = manifest.create_time.isoformat()
     content["expire_time"] = manifest.expire_time and manifest.expire_time.isoformat()
-    return json.dumps(content | {"manifest_sha256": _digest(content)}, indent=1).encode()
+    return json.dumps(content | {"manifest_sha256": digest_of(content)}, indent=1).encode()
 
 
 def decode_manifest(encoded: bytes) -> Manifest:
     """Raises ValueError with what is wrong."""
     try:
         content: dict[str, Any] = json.loads(encoded)
-        matches = content.pop("manifest_sha256") == _digest(content)
+        matches = content.pop("manifest_sha256") == digest_of(content)
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise ValueError("is torn or not a manifest") from None
     if not matches:
@@ -191,5 +191,6 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
+    """Of a header that will hold it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ its trainer's waits for 3 (2026-11-29). No torch here: fronts, the state tool an
 without it.
 """
 
-import hashlib
 import io
 import json
 import mmap
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_store.manifest import digest_of
 from checkpoint_store.store_files import open_file, problem_of
 from mint_core.durable_files import flush_folder
 from mint_core.errors import MintError
@@ -71,7 +71,7 @@ class RowFile:
         try:
             content: dict[str, Any] = json.loads(encoded)
             own_digest = content["__metadata__"].pop(_OWN_DIGEST, None)
-            if own_digest not in (None, _digest(content)):
+            if own_digest not in (None, digest_of(content)):
                 raise RowDamaged(path, "has a header that does not match its own digest")
             about = content.pop("__metadata__")
             digests = {part: int(about.pop(f"digest.{part}"), 16) for part in content}
@@ -184,7 +184,7 @@ def _encode_header(
         progress()
         start, end = end, end + vector.nbytes
         content[part] = {"dtype": "F32", "shape": [len(vector)], "data_offsets": [start, end]}
-    metadata[_OWN_DIGEST] = _digest(content)
+    metadata[_OWN_DIGEST] = digest_of(content)
     encoded = json.dumps(content).encode()
     encoded += b" " * (-(8 + len(encoded)) % _PAGE_BYTES)
     return len(encoded).to_bytes(8, "little") + encoded
@@ -203,7 +203,3 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise RowMissing(path, "is not there") from None
     except OSError as error:
         raise RowDamaged(path, problem_of(error)) from error
-
-
-def _digest(content: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

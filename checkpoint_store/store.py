@@ -194,9 +194,9 @@ class CheckpointStore:
         """Whether a snapshot of the tenant's is about to be stored."""
         return revisions.announced(self._layout.name_folder(parse_path(path))) == tenant
 
-    def describe(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> Manifest:
-        """The manifest of the revision that `path` means now; with `kind`, only of that kind."""
-        return self.find(path, tenant=tenant, kind=kind).manifest
+    def describe(self, path: str, *, tenant: str) -> Manifest:
+        """The manifest of the revision that `path` means now."""
+        return self.find(path, tenant=tenant).manifest
 
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""

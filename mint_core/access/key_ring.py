@@ -91,7 +91,7 @@ def main() -> None:
     try:
         secret, _ = add_key(given.pop("file"), given.pop("tenant", ""), **given)
     except (MintError, OSError) as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
     sys.stdout.write(secret + "\n")
 
 

@@ -110,7 +110,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, admin, ADMIN_SERVICE)
     metrics.watch_engine(service.engine)
     try:
-        address, metrics_address = await _listen(config, server, metrics, tls)
+        address, metrics_address = await _listen(config, role, server, metrics, tls)
         logger.info(
             "%s starting address=%s base_model=%s store=%s",
             role,
@@ -152,15 +152,17 @@ def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
 
 
 async def _listen(
-    config: ServiceConfig, server: RpcServer, metrics: Metrics, tls: Tls | None
+    config: ServiceConfig, role: Role, server: RpcServer, metrics: Metrics, tls: Tls | None
 ) -> tuple[str, str]:
     """Takes the ports before the engine loads, so that a port in use is refused at once."""
     scheme = "https://" if tls else ""
+    port = await server.start()
     metrics_address = config.metrics_address
     if metrics_address:
-        port = metrics.serve(metrics_address, tls.context if tls else None)
-        metrics_address = scheme + _with_port(metrics_address, port)
-    return scheme + _with_port(config.address, await server.start()), metrics_address
+        sign = f"metrics are at /metrics; the {role} speaks gRPC, not HTTP/1, on port {port}"
+        metrics_port = metrics.serve(metrics_address, tls.context if tls else None, sign)
+        metrics_address = scheme + _with_port(metrics_address, metrics_port)
+    return scheme + _with_port(config.address, port), metrics_address
 
 
 def write_whole(file: Path, text: str) -> None:

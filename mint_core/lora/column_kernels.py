@@ -21,7 +21,7 @@ LEAST_ROWS, MOST_ROWS = 16, 64  # of a matrix product
 
 
 @triton.jit
-def _product(left, right, WIDEN: tl.constexpr):
+def product(left, right, WIDEN: tl.constexpr):
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
@@ -70,7 +70,7 @@ def shrink(
             cut = tl.load(
                 matrix + place[:, None], mask=inside[:, None] & used[None, :], other=0.0
             )  # [inner, columns]
-            h += _product(rows, cut, WIDEN)
+            h += product(rows, cut, WIDEN)
         factor = tl.load(scales + column, mask=used, other=0.0).to(tl.float32)
         # Cut out, not multiplied by 0: what others' columns make of a row may be infinite.
         h = tl.where(own, h * factor[None, :], 0.0)
@@ -121,7 +121,7 @@ def expand(
                 mask=used[:, None] & inside[None, :],
                 other=0.0,
             )  # [columns, outputs]
-            added += _product(h.to(cut.dtype), cut, WIDEN)
+            added += product(h.to(cut.dtype), cut, WIDEN)
     to = y + row[:, None] * y_row + (module_start + output)[None, :]
     known = there[:, None] & inside[None, :]
     tl.store(to, tl.load(to, mask=known, other=0.0).to(tl.float32) + added, mask=known)

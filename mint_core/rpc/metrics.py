@@ -91,12 +91,17 @@ class Metrics:
             lambda: _resident_bytes(engine.pid),
         )
 
-    def serve(self, address: str, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
+    def serve(
+        self,
+        address: str,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        sign: str = "metrics are at /metrics",
+    ) -> int:
         """Answers HTTP on HOST:PORT from a thread of its own, or HTTPS by what `tls` says for each
-        connection, and returns the port.
+        connection, and returns the port. `sign`: what it says where there are no metrics.
         """
         try:
-            return serve_http(self._registry, address, tls)
+            return serve_http(self._registry, address, tls, sign)
         except OSError as error:
             raise FailedPrecondition(
                 f"`metrics_address` {address} cannot be listened on: {error.strerror};"

@@ -4,7 +4,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -21,17 +21,32 @@ Context = Callable[[], ssl.SSLContext]
 
 
 def serve_http(
-    registry: prometheus.CollectorRegistry, address: str, tls: Context | None = None
+    registry: prometheus.CollectorRegistry, address: str, tls: Context | None, sign: str
 ) -> int:
     """Answers HTTP on HOST:PORT from threads of its own, or HTTPS by what `tls` says for each
-    connection, and returns the port. Raises OSError.
+    connection, and returns the port: with metrics at /metrics, elsewhere with the line `sign`.
+    Raises OSError.
     """
     host, port = host_and_port(address, "metrics_address")
     kind = _Server6 if ":" in host else _Server
-    server: _Server = make_server(host, port, prometheus.make_wsgi_app(registry), kind, _Silent)
+    server: _Server = make_server(host, port, _application(registry, sign), kind, _Silent)
     server.tls = tls
     threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
     return server.server_port
+
+
+def _application(registry: prometheus.CollectorRegistry, sign: str) -> Callable[..., Any]:
+    metrics = prometheus.make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/metrics":
+            found: Iterable[bytes] = metrics(environ, start)
+            return found
+        status = "200 OK" if environ["PATH_INFO"] == "/" else "404 Not Found"
+        start(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{sign}\n".encode()]
+
+    return answer
 
 
 class _Server(ThreadingWSGIServer):

@@ -21,7 +21,7 @@ from mint.errors import refused
 from mint.futures import APIFuture, on_thread
 from mint.types._checks import choice, integer, switch, text, text_map, ttl
 from mint.types.checkpoints import CheckpointType
-from mintrpc.v1 import checkpoint_pb2
+from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 
 AccessScope = Literal["owned", "accessible"]
 _MAX_PAGE_SIZE = 1000
@@ -47,7 +47,10 @@ class RestClient(Closing):
         self._owns = _servers is None
         self._servers = _servers or open_servers(base_url, api_key, timeout, default_headers)[1]
         self._trainer = self._servers.trainer
-        self._stub = self._trainer.checkpoints
+
+    @property
+    def _stub(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
+        return self._trainer.checkpoints  # of this process
 
     # The server
 

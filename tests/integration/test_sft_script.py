@@ -3,9 +3,7 @@ data, training, saving, sampling. The environment alone says where the services 
 """
 
 import random
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ import mint.recipe as recipe
 from mint import types
 from tests.services import Services
 
-README = Path(__file__).parents[2] / "README.md"
 ADAM = types.AdamParams(learning_rate=5e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
@@ -93,16 +90,3 @@ def test_a_script_goes_on_from_its_saved_state() -> None:
 
         again = service.create_training_client_from_state_with_optimizer(path)
         assert train(again, data, steps=3) == expected  # bitwise: one engine thread on a CPU
-
-
-def test_the_loop_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    variables: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), variables)
-
-    *steps, answers = capsys.readouterr().out.splitlines()
-    losses = [float(line.split()[1]) for line in steps]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0]
-    assert len(eval(answers)) == 4
-    variables["service"].close()

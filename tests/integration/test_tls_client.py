@@ -1,8 +1,11 @@
 """The client by TLS, and in what words it says that it cannot."""
 
+import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -114,6 +117,23 @@ def test_what_keeps_them_apart_is_said_at_once(
     assert "is of no authority that this client trusts (those in MINT_TLS_CA" in said
     environment.delenv("MINT_TLS_CA")
     assert "(the well-known ones)" in refused(f"https://localhost:{tls}", site.key)
+
+
+def test_the_metrics_port_says_who_speaks_what_where(
+    site: Site, environment: pytest.MonkeyPatch
+) -> None:
+    """To HTTP itself, and to a client that was sent there."""
+    context = ssl.create_default_context(cafile=site.ca.file)
+    for name, scheme in (("plain", "http"), ("tls", "https")):
+        metrics = f"{scheme}://localhost:{site.servers[name].metrics_address.rpartition(':')[2]}"
+        with urlopen(metrics, context=context if scheme == "https" else None) as answer:
+            sign = f"the trainer speaks gRPC, not HTTP/1, on port {site.port(name)}\n"
+            assert answer.read().decode() == f"metrics are at /metrics; {sign}"
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(f"{metrics}/else", context=context if scheme == "https" else None)
+        assert "speaks HTTP/1 and no gRPC; give the port of a trainer (50051" in refused(metrics)
+    plain = site.servers["plain"].metrics_address
+    assert "speaks HTTP/1 and no gRPC" in refused(f"https://{plain}")
 
 
 def test_an_expired_server_is_named(

@@ -49,7 +49,8 @@ def peak_bytes(run: EngineRun, *documents: Document) -> int:
     """Most that torch's allocator held at once during a pass."""
     tile = run.tile(documents, CrossEntropy())
     gc.collect()  # what earlier tests left, if it went meanwhile, would count against the peak
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:  # or it warns
         run.compute(tile)
     held = np.cumsum(
         [

@@ -30,17 +30,10 @@ def within(value: int, field: str, least: int, most: int | None = None) -> int:
     return value
 
 
-def finite(
-    value: float,
-    field: str,
-    least: float = 0.0,
-    below: float = math.inf,
-) -> float:
-    """Returns a number that is finite, at least `least` and less than `below`."""
-    if not least <= value < below:  # false for NaN too
-        bounds = (
-            f"finite and at least {least:g}" if below == math.inf else f"in [{least:g}, {below:g})"
-        )
+def finite(value: float, field: str, below: float = math.inf) -> float:
+    """Returns a number that is finite, at least 0 and less than `below`."""
+    if not 0 <= value < below:  # false for NaN too
+        bounds = "finite and at least 0" if below == math.inf else f"in [0, {below:g})"
         raise InvalidRequest(
             f"`{field}` is {value:g} but must be {bounds}", field=field, value=value
         )

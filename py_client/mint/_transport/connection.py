@@ -1,6 +1,7 @@
 """One server: the channel to it, who calls, and how long silence is borne."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Set
@@ -77,12 +78,33 @@ class Connection:
         self.waits = Waits(address.target, lambda: self._warned)
         self._warned = False
         self._lock = threading.Lock()
-        self._channel = _channel(address, settings)
-        self._trouble: str | None = None  # with TLS; None: not looked for
-        self.model = model_pb2_grpc.ModelServiceStub(self._channel)
-        self.trainer = trainer_pb2_grpc.TrainerServiceStub(self._channel)
-        self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
-        self.sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
+        self._trouble: str | None = None  # with the address; None: not looked for
+        self._opened = _Opened(address, settings)
+
+    @property
+    def _here(self) -> "_Opened":
+        """That of this process. A forked one needs its own: some versions of gRPC close in it those
+        that its parent had.
+        """
+        if self._opened.process != os.getpid() and not self.closed:
+            self._opened = _Opened(self.address, self.settings)
+        return self._opened
+
+    @property
+    def model(self) -> model_pb2_grpc.ModelServiceStub:
+        return self._here.model
+
+    @property
+    def trainer(self) -> trainer_pb2_grpc.TrainerServiceStub:
+        return self._here.trainer
+
+    @property
+    def checkpoints(self) -> checkpoint_pb2_grpc.CheckpointServiceStub:
+        return self._here.checkpoints
+
+    @property
+    def sampler(self) -> sampler_pb2_grpc.SamplerServiceStub:
+        return self._here.sampler
 
     @property
     def patience_s(self) -> float:
@@ -117,8 +139,8 @@ class Connection:
                     self.patience_s,
                 )
 
-    def tls_trouble(self) -> str:
-        """Why TLS, or its absence, keeps this client from a server that has never answered."""
+    def trouble(self) -> str:
+        """Why a server that is there and has never answered does not understand this client."""
         if self.contacted or self.closed:
             return ""
         with self._lock:
@@ -142,7 +164,7 @@ class Connection:
             message = (
                 f"the server at `{self.address.target}` does not know this call "
                 f"({message}); it is of another version than this client, {__version__}: bring "
-                "both to the same"
+                "both to the same; or it is no trainer or sampler at all"
             )
         elif failure.code is grpc.StatusCode.UNIMPLEMENTED and "method" in failure.metadata:
             message = self._misplaced(failure.metadata["method"]) or message
@@ -162,8 +184,21 @@ class Connection:
 
     def close(self) -> None:
         """Ends the calls that are under way here; what the server has accepted goes on there."""
+        channel = self._here.channel
         self.closed = True
-        self._channel.close()
+        channel.close()
+
+
+class _Opened:
+    """A process's channel to a server, and what is called on it."""
+
+    def __init__(self, address: Address, settings: Settings) -> None:
+        self.process = os.getpid()
+        self.channel = _channel(address, settings)
+        self.model = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.trainer = trainer_pb2_grpc.TrainerServiceStub(self.channel)
+        self.checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self.channel)
+        self.sampler = sampler_pb2_grpc.SamplerServiceStub(self.channel)
 
 
 def _channel(address: Address, settings: Settings) -> grpc.Channel:

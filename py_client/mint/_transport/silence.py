@@ -51,7 +51,7 @@ class Silence:
             connection.contacted = True
         if self._since is None:
             self._since, self._backoffs = since, 0
-        if connection.tls_trouble():
+        if connection.trouble():
             return None
         connection.silent(self._since, failure.message)
         delay_s = self.backoff_s()

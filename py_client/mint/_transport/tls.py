@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from mint._transport.address import Address
+from mint._transport.address import SAMPLER_PORT, TRAINER_PORT, Address
 from mint.errors import refused
 
 _PROBE_S = 3.0
@@ -48,8 +48,8 @@ class TlsFiles:
 
 
 def trouble(address: Address, files: TlsFiles) -> str | None:
-    """Tries a handshake, and says why TLS, or its absence, keeps a client and a server that is
-    there apart; empty: it does not. None: nobody is there.
+    """Tries a handshake, and says why TLS, its absence, or another protocol keeps a client and a
+    server that is there apart; empty: none does. None: nobody is there.
     """
     try:
         connection = socket.create_connection((address.host, address.port), _PROBE_S)
@@ -60,12 +60,14 @@ def trouble(address: Address, files: TlsFiles) -> str | None:
             return _plain_at_tls(address, connection)
         try:
             with files.context().wrap_socket(connection, server_hostname=address.host) as secured:
+                if secured.selected_alpn_protocol() != "h2":
+                    return _other_protocol(address)
                 return "" if secured.recv(1) else _unwelcome(address, files)
         except ssl.SSLCertVerificationError as error:
             return _untrusted(address, files, error)
         except ssl.SSLError as error:
             if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-                return (
+                return _http1(address) or (
                     f"the server at `{address.target}` speaks without TLS; take "
                     f"http://{address.target}, or start it with --tls-cert"
                 )
@@ -82,8 +84,28 @@ def _plain_at_tls(address: Address, connection: socket.socket) -> str:
             return (
                 f"the server at `{address.target}` speaks TLS alone; take https://{address.target}"
             )
+    except TimeoutError:
+        return ""  # it says nothing at all
+    except OSError:
+        return _http1(address)
+
+
+def _http1(address: Address) -> str:
+    """Says so if it answers in HTTP/1; a server of gRPC begins with a frame of HTTP/2."""
+    try:
+        with socket.create_connection((address.host, address.port), _PROBE_S) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return _other_protocol(address) if connection.recv(7) == b"HTTP/1." else ""
     except OSError:
         return ""
+
+
+def _other_protocol(address: Address) -> str:
+    return (
+        f"the server at `{address.target}` speaks HTTP/1 and no gRPC; give the port of a trainer "
+        f"({TRAINER_PORT} unless it was given another) or sampler ({SAMPLER_PORT}), not that of "
+        "metrics or of a web server"
+    )
 
 
 def _unwelcome(address: Address, files: TlsFiles) -> str:

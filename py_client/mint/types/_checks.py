@@ -92,12 +92,12 @@ def integer(value: Any, field: str, *, bits: int = 32) -> int:
     return whole
 
 
-def ttl(seconds: float | None, field: str = "ttl_seconds") -> Duration | None:
+def ttl(seconds: float | None) -> Duration | None:
     """How long something is kept; None: until it is deleted."""
     if seconds is None:
         return None
-    if not 0 < number(seconds, field) < float("inf"):
-        raise refused(field, f"is {seconds}; give a positive number, or None to keep it")
+    if not 0 < number(seconds, "ttl_seconds") < float("inf"):
+        raise refused("ttl_seconds", f"is {seconds}; give a positive number, or None to keep it")
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from mint_core.lora.column_kernels import LEAST_ROWS, product
 from mint_core.model.attention_kernels import Scores
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 
@@ -19,7 +20,6 @@ SPLITS = 32
 LEAST_SPLIT = 128  # tokens; fewer and the partial results weigh against the keys read
 TILE_BYTES = 16 * 1024  # of keys held at once; as much again of values
 MOST_TILE = 64  # tokens of them
-LEAST_ROWS = 16  # of a matrix product
 NO_WINDOW = 2**30
 
 
@@ -29,13 +29,6 @@ def _cut(length, window, SPLITS: tl.constexpr, LEAST_SPLIT: tl.constexpr, TILE: 
     first = tl.maximum(length - window, 0)
     tiles = tl.cdiv(length - first, SPLITS * TILE)
     return first, tl.maximum(tiles * TILE, LEAST_SPLIT)
-
-
-@triton.jit
-def _product(left, right, WIDEN: tl.constexpr):
-    if WIDEN:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -105,7 +98,7 @@ def attend_split(
                 mask=seen[None, :] & (key_sizes < KEY_SIZE)[:, None],
                 other=0.0,
             )  # [key size, tile]
-            scores = _product(asked, keys, WIDEN) * scaling  # [rows, tile]
+            scores = product(asked, keys, WIDEN) * scaling  # [rows, tile]
             if CAPPED:
                 # tanh x = 1 - 2 / (exp 2x + 1), which is right where the exponential overflows too.
                 scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
@@ -119,7 +112,7 @@ def attend_split(
                 mask=seen[:, None] & (value_sizes < VALUE_SIZE)[None, :],
                 other=0.0,
             )  # [tile, value size]
-            output = output * decay[:, None] + _product(powers.to(values.dtype), values, WIDEN)
+            output = output * decay[:, None] + product(powers.to(values.dtype), values, WIDEN)
             total = total * decay + tl.sum(powers, 1)
             largest = new_largest
         place = (sequence * tl.num_programs(1) * GROUP + heads) * SPLITS + split

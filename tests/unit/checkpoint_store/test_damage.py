@@ -93,10 +93,10 @@ def test_a_manifest_of_a_later_format_is_refused(store: CheckpointStore, folder:
     content = json.loads((folder / "manifest.json").read_text())
     del content["manifest_sha256"]
     content["format_version"] = 2
-    from checkpoint_store.manifest import _digest
+    from checkpoint_store.manifest import digest_of
 
     (folder / "manifest.json").write_text(
-        json.dumps(content | {"manifest_sha256": _digest(content)})
+        json.dumps(content | {"manifest_sha256": digest_of(content)})
     )
     with pytest.raises(CheckpointDamaged, match="has format version 2 where 1 is read here"):
         store.open(PATH, tenant="t")

@@ -27,12 +27,17 @@ def sample(client):
     return client.sample(prompt, 2).result(20).sequences[1].tokens
 
 def inherited(queue):
+    assert service.get_server_capabilities().supported_models
+    assert service.get_training_run(training.training_run_id)
+    refusal = rest.delete_checkpoint_from_tinker_path("mint://r/weights/a").exception(20)
+    assert refusal.code == "UNIMPLEMENTED", refusal  # an answer of this server's
     queue.put(sample(sampling))
 
 if __name__ == "__main__":
     service = mint.ServiceClient(base_url=sys.argv[1])
     sampling = service.create_sampling_client(model_path="mint://r/sampler_weights/a")
     training = service.create_lora_training_client()
+    rest = service.create_rest_client()
     data = [types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [2]})]
     before = training.forward_backward(data)
     sample(sampling)

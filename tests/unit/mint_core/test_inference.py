@@ -1,6 +1,7 @@
 """Bases loaded for inference: rows that are the same bits whatever is computed beside them."""
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mint_core.lora.packed import PackedLinear, available
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
+from mint_core.model import inference
 from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
@@ -123,6 +125,17 @@ def test_weights_loaded_anew_are_applied(base: LoadedBase) -> None:
     rows[0].load(Part.WEIGHTS, {name: 2.0 * array for name, array in arrays.items()})
     together = run(base, tokens, rows, rowwise=True)
     assert torch.equal(run(base, tokens[:1], rows[:1], rowwise=True)[0], together[0])
+
+
+def test_what_a_cpu_costs_is_said_with_what_there_is_to_do(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inference, "_rows_are_alike", lambda base: False)
+    with caplog.at_level(logging.INFO, logger=inference.__name__):
+        assert load_base(str(qwen3_folder), inference=True).min_rows == MIN_ROWS
+    said = caplog.messages[-1]
+    assert f"filled up to {MIN_ROWS} rows: fewer sequences take as long as so many" in said
+    assert "nothing need be done" in said
 
 
 def test_the_unpacked_weights_are_given_back(base: LoadedBase) -> None:
