@@ -24,8 +24,9 @@ class ChatFormat(ABC):
     roles: Collection[str] = CHAT_ROLES  # those it knows
     end: str  # what ends an answer: sampling stops at its last token; empty: nothing in the text
     stops: list[int] | list[str]  # the same for `SamplingParams.stop`: token ids, or texts
+    next_mark = ""  # the next role's, where that ends an answer: it stands behind the last one too
     # Options under which the tokenizer's own template agrees. None: it is that template.
-    template_options: Mapping[str, bool] | None = {}
+    template_options: Mapping[str, bool | str] | None = {}
 
     @abstractmethod
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
@@ -55,4 +56,16 @@ def join_turns(turns: Iterable[Turn], opening: str = "", gap: str = "") -> Rende
         start = len(text) + len(header)
         outputs[index] = (start, start + len(output))
         text += header + output + gap
+    return Rendered(text, outputs)
+
+
+def ended_by_next(rendered: Rendered, messages: Sequence[Message], mark: str) -> Rendered:
+    """Where the next role's mark ends an answer: it stands behind the last one too, and belongs to
+    each answer that it follows.
+    """
+    text = rendered.text + (mark if messages[-1]["role"] == "assistant" else "")
+    outputs = dict(rendered.outputs)
+    for index, (start, end) in rendered.outputs.items():
+        if messages[index]["role"] == "assistant":
+            outputs[index] = start, after_end(text, end, mark)
     return Rendered(text, outputs)

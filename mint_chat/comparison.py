@@ -34,8 +34,9 @@ def warn_of_differences(name: str, tokenizer: Tokenizer, chat_format: ChatFormat
         sample = _SAMPLE[1:]
         theirs = template_text(tokenizer, sample, **options)
     their_prompt = template_text(tokenizer, sample[:-1], add_generation_prompt=True, **options)
+    ours = chat_format.render(sample, ()).text.removesuffix(chat_format.next_mark)
     pairs = {
-        "a sample conversation": (chat_format.render(sample, ()).text, theirs),
+        "a sample conversation": (ours, theirs),
         "a sample prompt": (chat_format.prompt(sample[:-1], "assistant"), their_prompt),
     }
     for what, (text, their_text) in pairs.items():

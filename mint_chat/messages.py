@@ -46,3 +46,29 @@ def _check_message(message: object, field: str, roles: Collection[str]) -> None:
         raise refused(f"{field}.role", f"is {role!r}; this renderer knows {', '.join(roles)}")
     if not isinstance(content, str):
         raise refused(f"{field}.content", f"is a {type(content).__name__}; give a string")
+
+
+def check_system_first(messages: Sequence[Message]) -> None:
+    """Refuses a system message that is not the first."""
+    for index, message in enumerate(messages):
+        if index and message["role"] == "system":
+            raise refused(
+                f"messages[{index}].role",
+                "is 'system', which this renderer knows as the first message alone",
+            )
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Refuses what is not a system message, if any, and user and assistant by turns."""
+    check_system_first(messages)
+    opening = int(messages[0]["role"] == "system")
+    for index in range(opening, len(messages)):
+        role, expected = messages[index]["role"], ("user", "assistant")[(index - opening) % 2]
+        if role != expected:
+            raise refused(
+                f"messages[{index}].role",
+                f"is {role!r} where {expected!r} is due; this renderer knows user and "
+                "assistant by turns, the user first",
+            )
+    if opening == len(messages):
+        raise refused("messages", "has a system message alone; give a user message after it")

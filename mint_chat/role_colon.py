@@ -2,15 +2,14 @@
 
 from collections.abc import Collection, Sequence
 
-from mint_chat.chat_format import ChatFormat, Rendered, Turn, after_end, join_turns
+from mint_chat.chat_format import ChatFormat, Rendered, Turn, ended_by_next, join_turns
 from mint_chat.messages import Message
 from mint_chat.tokenizer import Tokenizer
 
-_NEXT = "User:"
-
 
 class RoleColon(ChatFormat):
-    end = "\n\n" + _NEXT
+    next_mark = "User:"
+    end = "\n\n" + next_mark
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         opens = tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
@@ -18,14 +17,10 @@ class RoleColon(ChatFormat):
         self.stops = [self.end]
 
     def render(self, messages: Sequence[Message], wanted: Collection[int]) -> Rendered:
-        rendered = join_turns(map(_turn, messages), self._opening)
         # The next question's beginning is the end of an answer: so it learns to stop.
-        text = rendered.text + (_NEXT if messages[-1]["role"] == "assistant" else "")
-        outputs = dict(rendered.outputs)
-        for index, (start, end) in rendered.outputs.items():
-            if messages[index]["role"] == "assistant":
-                outputs[index] = start, after_end(text, end, _NEXT)
-        return Rendered(text, outputs)
+        return ended_by_next(
+            join_turns(map(_turn, messages), self._opening), messages, self.next_mark
+        )
 
     def prompt(self, messages: Sequence[Message], role: str) -> str:
         return join_turns(map(_turn, messages), self._opening).text + _header(role)

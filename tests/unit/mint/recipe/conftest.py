@@ -1,4 +1,4 @@
-"""A small BPE tokenizer with the marks of Qwen3 and Llama 3, and conversations to render."""
+"""A small BPE tokenizer with the marks of many families, and conversations to render."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,14 @@ MARKS = [
     "<|eot_id|>",
     *("<|user|>", "<|assistant|>"),  # GLM's
     *("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),  # gpt-oss's
+]
+# They come after the vocabulary has been learnt: more families change nothing for others.
+LATER_MARKS = [
+    *("<bos>", "<start_of_turn>", "<end_of_turn>"),  # Gemma 3's
+    *("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"),  # Gemma 4's
+    *("[gMASK]", "<sop>", "<|system|>"),  # GLM's
+    *(f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant")),  # DeepSeek's
+    *(f"<\uff5c{side}\u2581of\u2581sentence\uff5c>" for side in ("begin", "end")),
 ]
 # Line breaks and spaces get merged tokens of their own, as in real vocabularies.
 _TEXTS = [
@@ -52,6 +60,7 @@ def backend() -> Tokenizer:
     tokenizer.train_from_iterator(_TEXTS * 3, trainer)
     # Qwen3's thinking marks are tokens, but not special ones.
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    tokenizer.add_special_tokens(LATER_MARKS)
     return tokenizer
 
 

@@ -17,8 +17,20 @@ from tests.unit.mint.recipe.templates import LLAMA3, MARKED, QWEN3
 
 @pytest.fixture(params=RENDERER_NAMES)
 def renderer(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> Renderer:
-    template = {"llama3": LLAMA3, "role_colon": None}.get(request.param, QWEN3)
+    qwen3 = dict.fromkeys(("template", "qwen3", "qwen3_disable_thinking"), QWEN3)
+    template = {"llama3": LLAMA3, **qwen3}.get(request.param)
     return get_renderer(request.param, make_tokenizer(template, bos_token="<|begin_of_text|>"))
+
+
+# What ends a thinking block that the prompt has opened, without a thought in it.
+CLOSES = {
+    "qwen3_5": "\n</think>\n\n",
+    "qwen3_5_preserve_thinking": "\n</think>\n\n",
+    **{f"qwen3_8_{effort}_reasoning": "\n</think>\n\n" for effort in ("xhigh", "medium", "low")},
+    "glm4_7": "</think>",
+    "deepseek_r1": "\n</think>\n\n",
+    "deepseekv3_thinking": "</think>",
+}
 
 
 def sampled(renderer: Renderer, answer: str) -> list[int]:
@@ -46,13 +58,31 @@ def sampled(renderer: Renderer, answer: str) -> list[int]:
         ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "llama3"),
         ("unsloth/Qwen3-4B-Base-unsloth-bnb-4bit", "role_colon"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "template"),
+        ("Qwen/Qwen3.5-4B", "qwen3_5"),
+        ("Qwen/Qwen3.5-0.8B", "qwen3_5_disable_thinking"),
+        ("Qwen/Qwen3.6-35B-A3B-FP8", "qwen3_5"),
+        ("Qwen/Qwen3.5-4B-Base", "role_colon"),
+        ("Qwen/Qwen3.8-27B", "qwen3_8_xhigh_reasoning"),
+        ("google/gemma-3-270m-it", "gemma3"),
+        ("google/gemma-3-4b-pt", "role_colon"),
+        ("google/gemma-4-E2B-it", "gemma4_disable_thinking"),
+        ("google/gemma-4-31B-it", "template"),
+        ("google/gemma-2-2b-it", "template"),
+        ("zai-org/GLM-4.5-Air", "glm4_5"),
+        ("zai-org/GLM-4.6", "glm4_5"),
+        ("zai-org/GLM-4.7-Flash", "glm4_7"),
+        ("zai-org/GLM-4.5-Base", "role_colon"),
+        ("zai-org/GLM-4.5V", "template"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "deepseek_r1"),
+        ("deepseek-ai/DeepSeek-R1-0528", "template"),
+        ("deepseek-ai/DeepSeek-V3.1", "template"),
+        ("deepseek-ai/DeepSeek-V3.2", "deepseekv3"),
         # Trained by others on these families, into formats of their own.
         ("NousResearch/Hermes-3-Llama-3.1-8B", "template"),
         ("NousResearch/DeepHermes-3-Llama-3-8B-Preview", "template"),
         ("allenai/Llama-3.1-Tulu-3-8B", "template"),
         ("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "template"),
         ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "template"),
-        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "template"),
         ("meta-llama/Llama-3.2-11B-Vision-Instruct", "template"),
         ("somebody/some-model", "template"),
     ],
@@ -63,14 +93,17 @@ def test_a_renderer_is_recommended_by_name(model_name: str, expected: str) -> No
 
 
 def test_an_answer_reads_back_as_the_message_it_was(renderer: Renderer) -> None:
-    message, ended = renderer.parse_response(sampled(renderer, "It is 5."))
+    answer = CLOSES.get(renderer.name, "") + "It is 5."
+    message, ended = renderer.parse_response(sampled(renderer, answer))
 
     assert message == {"role": "assistant", "content": "It is 5."}
     assert ended
 
 
 def test_what_is_trained_reads_back_as_the_message_it_was(renderer: Renderer) -> None:
-    messages = conversation("What is 2 + 3?", "It is 5.")
+    # R1's own template has no place for an answer without thinking.
+    thought = "<think>\nhm\n</think>\n\n" if renderer.name == "deepseek_r1" else ""
+    messages = conversation("What is 2 + 3?", thought + "It is 5.")
     model_input, weights = renderer.build_supervised_example(messages)
     trained = [t for t, w in zip(model_input.to_ints(), weights, strict=True) if w]
     if renderer.name == "template":  # it keeps the model's own thinking block
@@ -85,7 +118,7 @@ def test_an_answer_cut_short_says_so(renderer: Renderer) -> None:
 
     assert not ended
     assert message["content"]
-    assert "It is 5.".startswith(message["content"])
+    assert "It is 5.".startswith(message["content"].removeprefix("<think>").strip())
     assert renderer.parse_response([]) == ({"role": "assistant", "content": ""}, False)
 
 
@@ -219,3 +252,45 @@ def test_a_bad_conversation_is_refused(renderer: Renderer, messages: Any, proble
         renderer.build_supervised_example(messages)
     with pytest.raises(ValueError, match=problem):
         renderer.build_generation_prompt(messages)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3", "gemma4", "deepseek_r1", "deepseekv3"])
+def test_a_system_message_that_is_not_the_first_is_refused(
+    name: str, make_tokenizer: MakeTokenizer
+) -> None:
+    late: Any = [*conversation("a", "b"), {"role": "system", "content": "c"}]
+    with pytest.raises(ValueError, match=r"`messages\[2\].role` is 'system', which this renderer"):
+        get_renderer(name, make_tokenizer()).build_generation_prompt(late)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "deepseek_r1", "deepseekv3"])
+def test_what_is_not_by_turns_is_refused(name: str, make_tokenizer: MakeTokenizer) -> None:
+    renderer = get_renderer(name, make_tokenizer())
+    twice: Any = [*conversation("a", "b"), {"role": "assistant", "content": "c"}]
+    with pytest.raises(ValueError, match=r"`messages\[2\].role` is 'assistant' where 'user'"):
+        renderer.build_generation_prompt(twice)
+    alone: Any = [{"role": "system", "content": "a"}]
+    with pytest.raises(ValueError, match="`messages` has a system message alone"):
+        renderer.build_generation_prompt(alone)
+
+
+def test_a_conversation_without_a_question_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    renderer = get_renderer("qwen3_5", make_tokenizer())
+    messages = conversation("<tool_response>a</tool_response>", "b")
+    with pytest.raises(ValueError, match="`messages` has no question by a user"):
+        renderer.build_supervised_example(messages)
+
+
+def test_thinking_that_has_no_place_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    messages = conversation("a", "<think>hm</think>b")
+    with pytest.raises(ValueError, match="has no place; use `deepseekv3_thinking`"):
+        get_renderer("deepseekv3", make_tokenizer()).build_supervised_example(messages)
+
+
+def test_an_empty_system_message_that_would_not_be_written_is_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    renderer = get_renderer("qwen3_8_disable_thinking", make_tokenizer())
+    messages = conversation("a", "b", system=" ")
+    with pytest.raises(ValueError, match=r"`messages\[0\].content` is empty; leave the system"):
+        renderer.build_supervised_example(messages)

@@ -12,7 +12,7 @@ from mint.recipe.renderers import Renderer, get_renderer
 from tests.unit.mint.recipe.conftest import MakeTokenizer, conversation
 from tests.unit.mint.recipe.templates import LLAMA3, MARKED, QWEN3
 
-TEMPLATES = {"llama3": LLAMA3, "role_colon": None}
+TEMPLATES = {"llama3": LLAMA3, "qwen3": QWEN3}
 TWO_TURNS = conversation("Q1", "A1", "Q2", "A2", system="S")
 
 
@@ -20,7 +20,7 @@ def make(name: str, make_tokenizer: MakeTokenizer) -> Renderer:
     """`template:x` is the template renderer over template x."""
     kind, _, variant = name.partition(":")
     templates = {"qwen3": QWEN3, "marked": MARKED, "llama3": LLAMA3}
-    template = templates[variant] if variant else TEMPLATES.get(kind, QWEN3)
+    template = templates[variant] if variant else TEMPLATES.get(kind)
     return get_renderer(kind, make_tokenizer(template, bos_token="<|begin_of_text|>"))
 
 
@@ -38,16 +38,33 @@ def trained_texts(
 
 
 EMPTY = "<think>\n\n</think>\n\n"
+EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 # name -> an earlier answer, the last one, user messages
 OUTPUTS = {
     "llama3": ("A1<|eot_id|>", "A2<|eot_id|>", "Q{}<|eot_id|>"),
     "qwen3": ("A1<|im_end|>", f"{EMPTY}A2<|im_end|>", "Q{}<|im_end|>"),
     "qwen3_disable_thinking": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
+    "qwen3_5_disable_thinking": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
+    "qwen3_8_disable_thinking": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
+    "gemma3": ("A1<end_of_turn>", "A2<end_of_turn>", "Q{}<end_of_turn>"),
+    "gemma4": ("A1<turn|>", "A2<turn|>", "Q{}<turn|>"),
+    "gemma4_disable_thinking": ("A1<turn|>", "A2<turn|>", "Q{}<turn|>"),
+    "glm4_5": ("\n<think></think>\nA1<|user|>", "\n<think></think>\nA2<|user|>", "Q{}"),
+    "glm4_5_disable_thinking": ("\nA1<|user|>", "\nA2<|user|>", "Q{}/nothink"),
+    "glm4_7_disable_thinking": ("A1<|user|>", "A2<|user|>", "Q{}"),
+    "deepseekv3": (f"A1{EOS}", f"A2{EOS}", "Q{}"),
     "role_colon": (" A1\n\nUser:", " A2\n\nUser:", " Q{}\n\n"),
     "template:llama3": ("A1<|eot_id|>", "A2<|eot_id|>", "Q{}<|eot_id|>"),
     "template:qwen3": ("A1<|im_end|>", f"{EMPTY}A2<|im_end|>", "Q{}<|im_end|>"),
     "template:marked": ("A1<|im_end|>", "A2<|im_end|>", "Q{}<|im_end|>"),
 }
+SYSTEM = {"gemma3": "S\n\n", "glm4_5_disable_thinking": "S"}  # where it is not as a user's
+
+
+def system(name: str) -> str:
+    return SYSTEM.get(name) or OUTPUTS[name][2].replace("Q{}", "S")
+
+
 each_renderer = pytest.mark.parametrize("name", OUTPUTS)
 
 
@@ -71,9 +88,7 @@ def test_all_messages_without_their_headers(name: str, make_tokenizer: MakeToken
     earlier, last, user = OUTPUTS[name]
     texts = trained_texts(make(name, make_tokenizer), TWO_TURNS, "all_messages")
     # In one piece, as an answer's end may be the next message's header.
-    assert "".join(texts) == "".join(
-        [user.format(0).replace("Q0", "S"), user.format(1), earlier, user.format(2), last]
-    )
+    assert "".join(texts) == "".join([system(name), user.format(1), earlier, user.format(2), last])
 
 
 @each_renderer
@@ -86,7 +101,8 @@ def test_all_tokens(name: str, make_tokenizer: MakeTokenizer) -> None:
 def test_user_and_system_messages(name: str, make_tokenizer: MakeTokenizer) -> None:
     user = OUTPUTS[name][2]
     texts = trained_texts(make(name, make_tokenizer), TWO_TURNS, "all_user_and_system_messages")
-    assert texts == [user.format(0).replace("Q0", "S"), user.format(1), user.format(2)]
+    # In one piece, as the first question may go on where the system message ends.
+    assert "".join(texts) == system(name) + user.format(1) + user.format(2)
 
 
 @each_renderer
@@ -131,6 +147,34 @@ def test_thinking_is_trained_with_the_answer(make_tokenizer: MakeTokenizer) -> N
     for name in ("qwen3", "qwen3_disable_thinking", "template:qwen3"):
         renderer = make(name, make_tokenizer)
         assert trained_texts(renderer, conversation("Q", answer)) == [f"{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "trained"),
+    [
+        ("qwen3_5", "<think>\nhm\n</think>\n\nA", "hm\n</think>\n\nA<|im_end|>"),
+        ("qwen3_5_preserve_thinking", "<think>\nhm\n</think>\n\nA", "hm\n</think>\n\nA<|im_end|>"),
+        ("qwen3_8_low_reasoning", "<think>\nhm\n</think>\n\nA", "hm\n</think>\n\nA<|im_end|>"),
+        ("gemma4", "<|channel>thought\nhm\n<channel|>A", None),
+        ("glm4_5", "<think>hm</think>\nA", "\n<think>hm</think>\nA<|user|>"),
+        ("glm4_7", "<think>hm</think>A", "hm</think>A<|user|>"),
+        ("deepseek_r1", "<think>\nhm\n</think>\n\nA", f"hm\n</think>\n\nA{EOS}"),
+        ("deepseekv3_thinking", "<think>hm</think>A", f"hm</think>A{EOS}"),
+    ],
+)
+def test_thinking_is_trained_from_where_its_prompt_ends(
+    name: str, answer: str, trained: str | None, make_tokenizer: MakeTokenizer
+) -> None:
+    renderer = make(name, make_tokenizer)
+    messages = conversation("Q1", "A1", "Q2", answer)
+    model_input, weights = renderer.build_supervised_example(messages)
+    begins = int(weights.argmax())
+    own = [t for t, w in zip(model_input.to_ints(), weights, strict=True) if w]
+
+    assert trained_texts(renderer, messages) == [trained or f"{answer}<turn|>"]
+    prompt = renderer.build_generation_prompt(messages[:-1])
+    assert model_input.to_ints()[:begins] == prompt.to_ints()
+    assert renderer.parse_response(own) == (messages[-1], True)
 
 
 def test_an_answer_without_letters_is_still_ended(make_tokenizer: MakeTokenizer) -> None:
