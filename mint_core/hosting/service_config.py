@@ -26,6 +26,12 @@ class ServiceConfig:
 
     config: Path | None = option(None, "TOML file of options")
     base_model: str = option(EMBEDDED_MODEL, "folder or hub id of the base model")
+    base_model_revision: str = option(
+        "",
+        "branch, tag or commit of a base model that comes from a hub; empty: its main branch. "
+        "HF_HOME names the folder of its local cache, HF_HUB_OFFLINE=1 forbids to fetch anything, "
+        "HF_TOKEN is the hub's key",
+    )
     base_model_name: str = option(
         "", "name under which it is served; empty: the hub id, or the folder's name"
     )

@@ -3,19 +3,15 @@ model does.
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,8 +27,10 @@ from mint_core.model import architecture
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores, causal_attention
 from mint_core.model.base import LoadedBase, Recomputation
+from mint_core.model.base_files import check_memory, find_folder
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
+from mint_core.model.loading_progress import told_bar, weights_told
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.shortcuts import install_shortcuts
 
@@ -45,12 +43,16 @@ SAMPLED_VALUES = 65_536  # per tensor, for the fingerprint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What libraries raise over files that are missing, torn, or of a kind that they do not know.
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
+def load_base(
+    config: ServiceConfig,
+    *,
+    inference: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> LoadedBase:
     """Loads the base model that a service was told. For inference alone, weights are packed where
-    that makes few rows cheaper.
+    that makes few rows cheaper. `progress` is called now and then while weights come.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
@@ -61,9 +63,11 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
     if place.index is not None:
         torch.cuda.set_device(place)  # Triton launches on the current device
     kind = _dtype(config.dtype, place)
-    folder = _folder(base_model)
+    bar = told_bar(progress)
+    folder = find_folder(base_model, config.base_model_revision, bar)
     try:
-        model, eos_token_ids = _read(folder, place, kind)
+        with weights_told(bar):
+            model, eos_token_ids = _read(folder, place, kind)
     except _UNREADABLE as error:
         raise FailedPrecondition(
             f"the base model {base_model!r} cannot be loaded: {architecture.first_line(error)}; "
@@ -126,8 +130,13 @@ def _read(
         names = ", ".join(TOKENIZER_FILES)
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
     check_memory(folder, device, dtype)
+    # Each tensor goes from its file to the device by itself, in the type that is served.
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=dtype,
+        device_map=device,
+        attn_implementation="eager",
+        output_loading_info=True,
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
@@ -137,7 +146,7 @@ def _read(
         raise ValueError(
             f"its config.json has no place for {extra[0]} and {len(extra) - 1} other tensors"
         )
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     return model, _eos_token_ids(model, folder)
 
 
@@ -181,46 +190,6 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
             f"dtype {dtype!r} is not supported; give auto, float32 or bfloat16"
         )
     return known[dtype]
-
-
-def _folder(base_model: str) -> Path:
-    path = Path(base_model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FailedPrecondition(
-                f"the model folder {base_model!r} has no config.json; is it a model folder?"
-            )
-        return path
-    try:
-        return Path(snapshot_download(base_model, allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise FailedPrecondition(
-            f"the base model {base_model!r} is neither a folder here nor to be had from a model "
-            "hub "
-            f"({type(error).__name__}); give a folder, or run `make model` for the embedded one"
-        ) from None
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Refuses a model that does not fit; `dtype` None: as it is stored."""
-    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    stored = json.loads((folder / "config.json").read_text())
-    stored_size = 4 if "float32" in (stored.get("dtype"), stored.get("torch_dtype")) else 2
-    needed = on_disk * (dtype.itemsize if dtype else stored_size) // stored_size
-    free = free_bytes(device)
-    if needed > free:
-        raise FailedPrecondition(
-            f"the base model needs {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are free "
-            f"on {device}; "
-            "free memory, or serve a smaller model or dtype"
-        )
 
 
 def _check_shapes(base_model: str, shapes: dict[str, LinearShape]) -> None:

@@ -53,7 +53,7 @@ class Engine:
         config: SamplerConfig,
         progress: Callable[[], None],  # called while a pass goes on
     ) -> None:
-        base = load_base(config, inference=True)
+        base = load_base(config, inference=True, progress=progress)
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(config, base)
         blocks, kept = cache_size(config, base, shapes.values())

@@ -12,7 +12,8 @@ import torch
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import stored_rank
-from mint_core.model.loading import LoadedBase, free_bytes
+from mint_core.model.base import LoadedBase
+from mint_core.model.base_files import free_bytes
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.cache.kv_cache import KvCache, LayerShape

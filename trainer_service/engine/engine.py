@@ -45,7 +45,7 @@ class Engine:
     ) -> None:
         # cuBLAS is deterministic only with a workspace of its own per stream, set before it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.base: LoadedBase = load_base(config)
+        self.base: LoadedBase = load_base(config, progress=progress)
         self._bank = self.base.new_bank()
         self._saved_rows = config.saved_row_folder
         self._progress = progress

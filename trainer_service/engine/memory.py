@@ -17,7 +17,8 @@ from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import HEAD
 from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import BLOCK_BYTES, MOST_BLOCK_QUERIES, Scores
-from mint_core.model.loading import LoadedBase, free_bytes
+from mint_core.model.base import LoadedBase
+from mint_core.model.base_files import free_bytes
 
 PROBE_TOKENS = 16
 PROBE_RANK = 8

@@ -13,7 +13,7 @@ from checkpoint_store.adapter_files import read_weights
 from checkpoint_store.errors import full_disk_told
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
-from mint_core.model.loading import check_memory
+from mint_core.model.base_files import check_memory
 from trainer_service.checkpoints.apart import Merge, answer_once
 from trainer_service.errors import NonFiniteExport
 

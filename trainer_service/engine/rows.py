@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow, Part, zero_vector
-from mint_core.model.loading import free_bytes
+from mint_core.model.base_files import free_bytes
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.jobs import RowCounts
 
