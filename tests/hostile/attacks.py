@@ -274,13 +274,15 @@ def uploads(hostile: Hostile) -> None:
 
 
 def streams(hostile: Hostile) -> None:
-    """Readers who leave at once."""
+    """Readers who leave at once, half of them streams that then go on for nobody."""
     call = hostile.sampler.unary_stream("/mintrpc.v1.SamplerService/StreamSample")
     prompt = types_pb2.ModelInput(chunks=[{"encoded_text": {"tokens": [1, 2, 3]}}])
-    sample = sampler_pb2.SampleRequest(prompt=prompt, sampling_params={"max_tokens": 40})
-    request = sampler_pb2.StreamSampleRequest(sample=sample).SerializeToString()
-    for _ in range(10):
-        parts = call(request, timeout=LIMIT_S, metadata=hostile.metadata())
+    params = {"max_tokens": 40, "seed": 1}
+    sample = sampler_pb2.SampleRequest(prompt=prompt, sampling_params=params)
+    for i in range(10):
+        request = sampler_pb2.StreamSampleRequest(sample=sample, request_id=str(i) * (i % 2))
+        raw = request.SerializeToString()
+        parts = call(raw, timeout=LIMIT_S, metadata=hostile.metadata())
         next(parts)
         parts.cancel()
 
