@@ -141,7 +141,7 @@ hostile: install  ## Trains beside an honest tenant and then a hostile one: MINU
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile $(MINUTES)
 
 COUNT ?= 100000
-fuzz: install  ## Sends seeded messages to every RPC: COUNT=100000 SEED=1
+fuzz: install  ## Sends seeded messages, headers and handshakes: COUNT=100000 SEED=1
 	OMP_NUM_THREADS=1 FUZZ_COUNT=$(COUNT) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m '' -q --timeout 0 tests/integration/test_fuzz.py
 
 bench: install  ## Measures what the services add to the engine

@@ -53,8 +53,16 @@ __all__ = [
     "Renderer",
     "RendererMismatchWarning",
     "TrainOnWhat",
+    "check_name",
     "get_renderer",
 ]
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that no renderer has."""
+    if name not in _FORMATS:
+        known = ", ".join(RENDERER_NAMES)
+        raise refused("name", f"is {name!r}; there are the renderers {known}")
 
 
 def get_renderer(name: str, tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> Renderer:
@@ -62,9 +70,7 @@ def get_renderer(name: str, tokenizer: Tokenizer, tools: Sequence[Tool] = ()) ->
 
     Warns (RendererMismatchWarning) where it differs from the tokenizer's own chat template.
     """
-    if name not in _FORMATS:
-        known = ", ".join(RENDERER_NAMES)
-        raise refused("name", f"is {name!r}; there are the renderers {known}")
+    check_name(name)
     if not tools:
         return Renderer(name, tokenizer, _FORMATS[name](tokenizer))
     if name != "template":

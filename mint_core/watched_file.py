@@ -1,6 +1,16 @@
 """A file that an operator edits while the service runs."""
 
+import errno
 from pathlib import Path
+
+
+def read_file(path: Path) -> bytes:
+    """What a file holds. Raises OSError, also for what is no file, such as a pipe, which would be
+    waited for.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path.read_bytes()
 
 
 class WatchedFile:

@@ -1,9 +1,11 @@
 """A real server of the contract's services that answer without an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
+from tests.unit.trainer_service.models import MODEL
 
 LIMIT_S = 20.0
 MAX_MESSAGE_BYTES = 1024 * 1024
@@ -171,3 +174,33 @@ async def refused(call: Any) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
+
+
+@contextmanager
+def serving_texts(folder: Path) -> Iterator[str]:
+    """The address of a server, in a thread of its own, that has nothing of a model but its
+    tokenizer.
+    """
+    started: Future[tuple[str, Callable[[], object]]] = Future()
+    model = replace(MODEL, folder=str(folder), vocabulary_size=1000)
+
+    async def serve() -> None:
+        leave, loop = asyncio.Event(), asyncio.get_running_loop()
+        server = RpcServer("127.0.0.1:0", door=Door(None), metrics=Metrics())
+        offer = model_pb2.GetServerCapabilitiesResponse(
+            role=model_pb2.SERVICE_ROLE_SAMPLER, features=["texts"]
+        )
+        add_model_service(server, ModelServicer(lambda: model, lambda: True, offer))
+        port = await server.start()
+        started.set_result((f"127.0.0.1:{port}", lambda: loop.call_soon_threadsafe(leave.set)))
+        await leave.wait()
+        await server.stop(0)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    address, leave = started.result(LIMIT_S)
+    try:
+        yield address
+    finally:
+        leave()
+        thread.join()

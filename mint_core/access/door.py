@@ -93,8 +93,15 @@ def _tenant(names: list[str]) -> str:
 
 
 def _key(context: Any) -> str | None:
-    metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
-    scheme, _, key = metadata.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and key:
-        return key.strip()
-    return metadata.get("x-api-key")
+    """The one key of a call. Of two, whoever stands in between may have looked at the other."""
+    keys = set()
+    for name, value in context.invocation_metadata() or ():
+        scheme, _, key = str(value).partition(" ")
+        if name == "authorization" and scheme.lower() == "bearer":
+            keys.add(key.strip())
+        elif name == "x-api-key":
+            keys.add(str(value).strip())
+    keys.discard("")
+    if len(keys) > 1:
+        raise Unauthenticated(f"the call carries {len(keys)} API keys; send one")
+    return next(iter(keys), None)

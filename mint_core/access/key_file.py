@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mint_core.errors import FailedPrecondition, NotFound
+from mint_core.watched_file import read_file
 
 KEY_PREFIX = "sk-mint-"
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -86,7 +87,7 @@ def digest_of(key: str) -> str:
 def read_keys(file: Path) -> Mapping[str, Key]:
     """The keys by their digests. Raises FailedPrecondition."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_file(file).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise FailedPrecondition(
@@ -105,6 +106,10 @@ def read_keys(file: Path) -> Mapping[str, Key]:
                 "hexadecimal, a tenant, and may have the tenant's weight, scopes=A,B, "
                 "expires=TIME and # a comment"
             ) from error
+        if key.digest in keys:
+            raise FailedPrecondition(
+                f"`keys` file {file} has a key twice, again in line {number}; leave one of the two"
+            )
         keys[key.digest] = key
         if key.weight and weights.setdefault(key.tenant, key.weight) != key.weight:
             raise FailedPrecondition(
@@ -154,7 +159,10 @@ def remove_key(file: Path, key_id: str) -> Key:
 def parse_time(text: str) -> datetime:
     """A date or a time; in UTC unless it says otherwise. Raises ValueError."""
     time = datetime.fromisoformat(text)
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+    try:
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} is beyond the years 1 to 9999") from None
 
 
 def _parse(line: str) -> Key:

@@ -15,10 +15,17 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from mint_core.errors import FailedPrecondition, MintError, Unauthenticated
-from mint_core.watched_file import WatchedFile
+from mint_core.watched_file import WatchedFile, read_file
 
 logger = logging.getLogger(__name__)
 
+# What a certificate raises that has no names, or extensions that nobody can read.
+_NO_NAMES = (
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    ValueError,
+)
 MOST_PEERS = 10_000  # certificates whose issuer is remembered
 
 AuthContext = Mapping[str, Sequence[bytes]]
@@ -86,7 +93,12 @@ class Tls:
         files, pem = self._files, next(iter(auth.get("x509_pem_cert", ())), b"")
         peer = files.peers.get(pem)
         if peer is None:
-            peer = x509.load_pem_x509_certificate(pem)
+            try:
+                peer = x509.load_pem_x509_certificate(pem)
+            except ValueError as error:
+                raise Unauthenticated(
+                    "the client's certificate cannot be read; connect with another"
+                ) from error
             if not any(_issued(peer, authority) for authority in files.authorities):
                 raise Unauthenticated(
                     "the client's certificate is of no authority that this server takes now (its "
@@ -105,10 +117,10 @@ class Tls:
 
 
 def dns_names(certificate: x509.Certificate) -> list[str]:
-    """Of a certificate's subject."""
+    """Of a certificate's subject; none where they cannot be read."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
+    except _NO_NAMES:
         return []
     return names.value.get_values_for_type(x509.DNSName)
 
@@ -152,7 +164,7 @@ def _read(cert: Path, key: Path, client_ca: Path | None) -> _Files:
 
 def _pem(file: Path, name: str) -> bytes:
     try:
-        return file.read_bytes()
+        return read_file(file)
     except OSError as error:
         raise FailedPrecondition(f"`{name}` {file} cannot be read: {error.strerror}") from error
 

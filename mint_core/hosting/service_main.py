@@ -83,11 +83,19 @@ def run_service(role: Role, kind: type[C], build: Build[C]) -> int:
     return 0
 
 
+def _told(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC's is news: what is no text in a header is not, and may be a key."""
+    of_headers = record.exc_info and record.exc_info[0] is UnicodeDecodeError
+    return not (of_headers or "codec can't decode" in record.getMessage())
+
+
 def set_up_logging(level: str) -> None:
     """Log lines go to standard error, with time, level and origin."""
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
+    for name in ("grpc._cython.cygrpc", "asyncio"):
+        logging.getLogger(name).addFilter(_told)
 
 
 async def _live(config: C, role: Role, build: Build[C]) -> None:

@@ -21,6 +21,8 @@ from mint_core.errors import FailedPrecondition
 from mint_core.model.architecture import first_line
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# Neither a folder's Python nor a pickle, which may be as much.
+NO_CODE_OF_ITS_OWN = {"trust_remote_code": False, "use_safetensors": True}
 OTHER_FILES = ("consolidated*", "original/*")  # the same weights once more, for other programs
 
 

@@ -27,7 +27,7 @@ from mint_core.model import architecture
 from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
 from mint_core.model.attention_kernels import Scores, causal_attention
 from mint_core.model.base import LoadedBase, Recomputation
-from mint_core.model.base_files import check_memory, find_folder
+from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_folder
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
 from mint_core.model.loading_progress import told_bar, weights_told
@@ -137,6 +137,7 @@ def _read(
         device_map=device,
         attn_implementation="eager",
         output_loading_info=True,
+        **NO_CODE_OF_ITS_OWN,
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} other tensors")
@@ -205,7 +206,7 @@ def _eos_token_ids(model: nn.Module, folder: Path) -> tuple[int, ...]:
     """The union of what generation config and tokenizer say."""
     configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ids = set(configured if isinstance(configured, list) else [configured])
-    ids.add(AutoTokenizer.from_pretrained(folder).eos_token_id)
+    ids.add(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token_id)
     return tuple(sorted(i for i in ids if i is not None))
 
 

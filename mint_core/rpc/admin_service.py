@@ -55,7 +55,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.CreateKeyResponse:
         """See admin.proto."""
         ring = self._ring()
-        expires = request.expire_time.ToDatetime(UTC) if request.HasField("expire_time") else None
+        expires = _end_of(request)
         try:
             secret, key = add_key(
                 ring.file,
@@ -137,13 +137,28 @@ def _message(ring: KeyRing, key: Key) -> admin_pb2.Key:
         key_id=key.id,
         tenant=key.tenant,
         scopes=sorted(key.scopes),
-        expire_time=_time(key.expires.timestamp()) if key.expires else None,
+        expire_time=_stamp(key.expires) if key.expires else None,
         comment=key.comment,
         last_use_time=_time(used_s) if used_s else None,
     )
 
 
+def _end_of(request: admin_pb2.CreateKeyRequest) -> datetime | None:
+    if not request.HasField("expire_time"):
+        return None
+    try:
+        return request.expire_time.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidRequest(
+            "`expire_time` is no time of the years 1 to 9999", field="expire_time"
+        ) from None
+
+
 def _time(seconds: float) -> Timestamp:
-    time = Timestamp()
-    time.FromDatetime(datetime.fromtimestamp(seconds, UTC))
-    return time
+    return _stamp(datetime.fromtimestamp(seconds, UTC))
+
+
+def _stamp(when: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(when)
+    return stamp

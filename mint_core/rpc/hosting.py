@@ -1,7 +1,10 @@
 """A gRPC server with what all services share: access, errors, metrics, log, health, reflection."""
 
+import asyncio
+import logging
 import resource
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -16,6 +19,8 @@ from mint_core.rpc.interceptors import CallInterceptor
 from mint_core.rpc.limits import MAX_MESSAGE_BYTES
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["trainer", "sampler"]
 
@@ -37,6 +42,9 @@ _BURSTS = (
     ("grpc.server_max_unrequested_time_in_server", 600),  # seconds
 )
 MAX_DESCRIPTORS = 65_536
+# Until a connection has shown that it speaks TLS and HTTP/2; whoever says nothing holds a place.
+HANDSHAKE_S = 30.0
+LOOK_S = 0.1  # between two looks at whether gRPC serves
 
 
 class RpcServer:
@@ -59,19 +67,20 @@ class RpcServer:
         calls = CallInterceptor(door, metrics, quotas or QuotaBook(None, metrics), audit)
         self.keep_checking = calls.keep_checking  # to be run beside the calls
         self.begin = calls.begun.set  # what is held until the model is loaded goes on
-        self._server = grpc.aio.server(
-            interceptors=[calls],
-            options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_allowed_incoming_connections", max_connections or _descriptors() // 2),
-                ("grpc.so_reuseport", 0),  # a port in use is refused instead of shared
-                *_SIGNS_OF_LIFE,
-                *_BURSTS,
-            ],
-        )
+        self._calls = calls
+        self._options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_allowed_incoming_connections", max_connections or _descriptors() // 2),
+            ("grpc.so_reuseport", 0),  # a port in use is refused instead of shared
+            ("grpc.server_handshake_timeout_ms", round(1e3 * HANDSHAKE_S)),
+            *_SIGNS_OF_LIFE,
+            *_BURSTS,
+        ]
+        self._server: grpc.aio.Server
+        self._keeping: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
-        self._services: list[str] = []
+        self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
         self._drains: list[Callable[[], Awaitable[None]]] = []
         self._closes: list[Callable[[], Awaitable[None]]] = []
 
@@ -79,8 +88,7 @@ class RpcServer:
         self, adder: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str
     ) -> None:
         """Adds a servicer by its generated function and the service's full name."""
-        adder(servicer, self._server)
-        self._services.append(name)
+        self._services[name] = partial(adder, servicer)
 
     def drain_by(self, drain: Callable[[], Awaitable[None]]) -> None:
         """Has work under way brought to an end first, while calls are still answered; streams
@@ -94,26 +102,51 @@ class RpcServer:
 
     async def start(self) -> int:
         """Listens, NOT_SERVING, and returns the port. Refuses an address that cannot be bound."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        self._server.add_generic_rpc_handlers([_reflection_v1(names)])
         await self.set_serving(False)
-        try:
-            if self._tls is None:
-                port = self._server.add_insecure_port(self._address)
-            else:
-                port = self._server.add_secure_port(self._address, self._tls.credentials())
-        except RuntimeError:
-            port = 0
+        port = await self._listen(self._address)
         if port == 0:
             raise FailedPrecondition(
                 f"`address` {self._address} cannot be listened on, most likely because its"
                 " port is in use; choose another, as `make serve PORT=50061` does for all",
                 address=self._address,
             )
-        await self._server.start()
+        host = self._address.rpartition(":")[0]
+        self._keeping = asyncio.create_task(self._keep_listening(f"{host}:{port}"))
+        return port
+
+    async def _listen(self, address: str) -> int:
+        """Serves there, and returns the port; 0: it cannot be had."""
+        server = grpc.aio.server(interceptors=[self._calls], options=self._options)
+        for add in self._services.values():
+            add(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        server.add_generic_rpc_handlers([_reflection_v1(names)])
+        try:
+            if self._tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._tls.credentials())
+        except RuntimeError:
+            return 0
+        if port:
+            await server.start()
+            self._server = server
         return int(port)
+
+    async def _keep_listening(self, address: str) -> None:
+        """Serves again where gRPC has ended over a caller's path that is no text, as its asyncio
+        server does. Callers who were there find their calls broken off, and send them again.
+        """
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._server._server.is_running():  # type: ignore[attr-defined]  # nothing else tells
+                continue
+            logger.error("gRPC has ended over a path that is no text; serving again")
+            await self._server.stop(None)  # it has begun to, and waits for calls
+            while not await self._listen(address):
+                await asyncio.sleep(LOOK_S)
 
     async def set_serving(self, serving: bool) -> None:
         """Sets what the standard health service says of the server and of each service."""
@@ -130,7 +163,9 @@ class RpcServer:
         self.begin()  # or it is told that it may come again
         for drain in self._drains:
             await drain()
-        await self._server.stop(grace_s)
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await self._server.stop(grace_s)
         for close in self._closes:
             await close()
 

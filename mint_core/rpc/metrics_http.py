@@ -16,6 +16,7 @@ from mint_core.addresses import host_and_port
 logger = logging.getLogger(__name__)
 
 READER_LIMIT_S = 30.0  # without a byte
+MOST_READERS = 64  # at a time, each a thread and a descriptor of the service
 
 Context = Callable[[], ssl.SSLContext]
 
@@ -30,7 +31,7 @@ def serve_http(
     host, port = host_and_port(address, "metrics_address")
     kind = _Server6 if ":" in host else _Server
     server: _Server = make_server(host, port, _application(registry, sign), kind, _Silent)
-    server.tls = tls
+    server.tls, server.places = tls, threading.Semaphore(MOST_READERS)
     threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
     return server.server_port
 
@@ -51,6 +52,7 @@ def _application(registry: prometheus.CollectorRegistry, sign: str) -> Callable[
 
 class _Server(ThreadingWSGIServer):
     tls: Context | None = None
+    places: threading.Semaphore
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, peer = super().get_request()
@@ -61,6 +63,18 @@ class _Server(ThreadingWSGIServer):
         return self.tls().wrap_socket(
             connection, server_side=True, do_handshake_on_connect=False
         ), peer
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.info("a reader of metrics at %s got no answer", client_address, exc_info=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mint_core.errors import FailedPrecondition, MintError, ResourceExhausted
 from mint_core.rpc.metrics import Metrics
-from mint_core.watched_file import WatchedFile
+from mint_core.watched_file import WatchedFile, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,8 @@ def _read(file: Path | None) -> tuple[Quotas, Mapping[str, Quotas]]:
     if file is None:
         return Quotas(), {}
     try:
-        content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content: dict[str, Any] = tomllib.loads(read_file(file).decode())
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise FailedPrecondition(f"`quotas` file {file} cannot be read: {why}") from error
     tenants = content.pop("tenant", {})

@@ -1,12 +1,13 @@
 """The front's side of the process that has the tokenizer. It is started when it is first needed."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import InvalidRequest, ModelLoading
+from mint_core.errors import EngineDied, InvalidRequest, ModelLoading
 from mint_core.text.jobs import Detokenize, Tokenize
 from mint_core.turns import Turns
 from mintrpc.v1 import types_pb2
@@ -27,14 +28,22 @@ class TextProcess:
 
     async def do(self, tenant: str, job: object) -> Any:
         """What comes of a job, once there is a model. Raises what keeps the tokenizer from it, and
-        EngineDied when the process ended over it: no other job was there.
+        InvalidRequest where the process ended over it, by itself twice: no other job was there.
         """
         model = self._describe()
         if model is None:
             raise ModelLoading
         async with self._turns.turn(tenant):
-            process = await self._started(model)
-            return await process.call(job, silence_limit_s=LIMIT_S)
+            process, began_s = await self._started(model), time.monotonic()
+            for last in (False, True):
+                try:
+                    return await process.call(job, silence_limit_s=LIMIT_S)
+                except EngineDied as error:
+                    if last or time.monotonic() - began_s >= LIMIT_S:
+                        raise InvalidRequest(
+                            "the texts of the request have ended the process that makes tokens of "
+                            f"them, or kept it for {LIMIT_S:g} s; send fewer or shorter ones"
+                        ) from error
 
     async def fill(self, tenant: str, inputs: Iterable[types_pb2.ModelInput]) -> None:
         """Has the text chunks of a request hold their tokens. Raises InvalidRequest."""

@@ -128,9 +128,13 @@ class SamplingClient:
         """The name of the base model."""
         return self._base_model
 
-    def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, a Hugging Face one, from the server."""
-        return tokenizer_of(self._servers, self._sampler, self._base_model)
+    def get_tokenizer(self, *, on_server: bool = False) -> Any:
+        """The base model's tokenizer, a Hugging Face one, from the server.
+
+        `on_server`: no files come, and transformers is not needed. It then only has `encode` and
+        `decode`, each a call to the server that gives the same tokens, and renderers take it.
+        """
+        return tokenizer_of(self._servers, self._sampler, self._base_model, on_server=on_server)
 
     sample_async = awaited(sample)
     compute_logprobs_async = awaited(compute_logprobs)

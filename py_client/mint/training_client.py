@@ -246,9 +246,14 @@ class TrainingClient:
         call = get_run(self._trainer, self.training_run_id)
         return call.then(types.GetInfoResponse.from_run).ask()
 
-    def get_tokenizer(self) -> Any:
-        """The base model's tokenizer, a Hugging Face one, from the server."""
-        return tokenizer_of(self._servers, self._trainer, self.training_run.base_model)
+    def get_tokenizer(self, *, on_server: bool = False) -> Any:
+        """The base model's tokenizer, a Hugging Face one, from the server.
+
+        `on_server`: no files come, and transformers is not needed. It then only has `encode` and
+        `decode`, each a call to the server that gives the same tokens, and renderers take it.
+        """
+        base_model = self.training_run.base_model
+        return tokenizer_of(self._servers, self._trainer, base_model, on_server=on_server)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -77,7 +77,10 @@ class Engine:
             else None
         )
         self.runner = Runner(base, cache, progress, decoder)
-        self._vocabulary = Vocabulary(AutoTokenizer.from_pretrained(base.description.folder))
+        folder = base.description.folder
+        self._vocabulary = Vocabulary(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        )
         pool = BlockPool(blocks)
         self.sparing = Sparing(pool, cache, kept) if base.device.type == "cpu" else None
         self.memory_limits = {

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from mintrpc.v1 import checkpoint_pb2, sampler_pb2, trainer_pb2, types_pb2
+from mintrpc.v1 import checkpoint_pb2, model_pb2, sampler_pb2, trainer_pb2, types_pb2
 
 LIMIT_S = 120.0
 DETAILS = "grpc-status-details-bin"
@@ -24,24 +24,33 @@ LEFT = frozenset({Code.CANCELLED, Code.DEADLINE_EXCEEDED})
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """A tenant's way to both services. `size` is that of the largest messages, in MiB."""
+    """A tenant's way to both services. `size` is that of the largest messages, in MiB. `root` is a
+    key that may administer, and nothing else.
+    """
 
     trainer: grpc.Channel
     sampler: grpc.Channel
     key: str
     size: int
+    root: str
 
     def metadata(self, key: str | None = None) -> list[tuple[str, str]]:
         return [("x-api-key", self.key if key is None else key)]
 
     def send(
-        self, method: str, raw: bytes | Message, *, key: str | None = None, limit_s: float = LIMIT_S
+        self,
+        method: str,
+        raw: bytes | Message,
+        *,
+        key: str | None = None,
+        limit_s: float = LIMIT_S,
+        to: grpc.Channel | None = None,  # of what both services answer; None: the trainer
     ) -> tuple[Code, bytes]:
         """What becomes of a request, which need not be a message: the answer, or the details of an
         error, if they are ours.
         """
         content = raw if isinstance(raw, bytes) else raw.SerializeToString()
-        channel = self.sampler if method.startswith("SamplerService/") else self.trainer
+        channel = self.sampler if method.startswith("SamplerService/") else to or self.trainer
         call = channel.unary_unary(f"/mintrpc.v1.{method}")
         try:
             return Code.OK, call(content, timeout=limit_s, metadata=self.metadata(key))
@@ -273,6 +282,24 @@ def uploads(hostile: Hostile) -> None:
                 raise AssertionError(f"not one of {codes}") from error
 
 
+def texts(hostile: Hostile) -> None:
+    """What is long to turn into tokens, or back."""
+    turn = [{"role": role, "content": "one é " * 550} for role in ("user", "assistant")]
+    chat = model_pb2.RenderChatRequest(
+        chats=[{"messages": turn * (8 * hostile.size)}],
+        renderer="template",
+        train_on_what=model_pb2.TRAIN_ON_WHAT_ALL_MESSAGES,
+    )
+    hostile.expect(OK | BAD, "ModelService/RenderChat", chat)
+    tokens = {"tokens": [1] * (hostile.size * 16_000)}
+    for method, request, codes in (
+        ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * (hostile.size * 65_000)]), OK | BAD),
+        ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * 4_194_305]), BAD),
+        ("Detokenize", model_pb2.DetokenizeRequest(sequences=[tokens]), OK | BAD),
+    ):
+        hostile.expect(codes, f"ModelService/{method}", request)
+
+
 def streams(hostile: Hostile) -> None:
     """Readers who leave at once, half of them streams that then go on for nobody."""
     call = hostile.sampler.unary_stream("/mintrpc.v1.SamplerService/StreamSample")
@@ -313,6 +340,7 @@ ATTACKS: tuple[Callable[[Hostile], None], ...] = (
     deletions,
     updates,
     uploads,
+    texts,
     streams,
     lists,
 )

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from transformers import AutoTokenizer
 
+import mint
 from mint import recipe
+from mint_core.text import process
 from mintrpc.v1 import model_pb2, model_pb2_grpc, trainer_pb2_grpc, types_pb2
+from tests.hosted import serving_texts
 from tests.integration.conftest import KeyedTrainer
 from tests.samplers import refusal
 from tests.servers import RunningService
@@ -98,6 +102,19 @@ def test_a_chat_is_rendered_as_the_client_renders_it(
         assert not rendered.weights
 
 
+def test_the_client_leaves_the_tokenizer_on_the_server(
+    trainer: RunningService, tokenizer: Any
+) -> None:
+    with mint.ServiceClient(base_url=trainer.address) as service:
+        there = service.create_lora_training_client(rank=1).get_tokenizer(on_server=True)
+        assert [there.encode(text) for text in TEXTS] == [tokenizer.encode(t) for t in TEXTS]
+        ours = recipe.renderers.get_renderer("template", tokenizer)
+        theirs = recipe.renderers.get_renderer("template", there)
+        for messages in CHATS:
+            expected = recipe.conversation_to_datum(messages, ours, 2048)
+            assert recipe.conversation_to_datum(messages, theirs, 2048) == expected
+
+
 def test_tools_reach_the_chat_template(
     stub: model_pb2_grpc.ModelServiceStub, tokenizer: Any
 ) -> None:
@@ -169,6 +186,27 @@ def test_a_bad_request_is_refused_by_field(
     code, message, _ = refusal(lambda: getattr(stub, method)(request_, timeout=LIMIT_S))
     assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
     assert why in message
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_without_an_end_is_given_up_and_texts_go_on(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a hostile model's folder brings, or a text that takes as long."""
+    monkeypatch.setattr(process, "LIMIT_S", 3.0)
+    hostile = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    hostile.chat_template = ENDLESS
+    hostile.save_pretrained(tmp_path)
+    with serving_texts(tmp_path) as address, grpc.insecure_channel(address) as channel:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        request = model_pb2.RenderChatRequest(chats=[chat(CHATS[0])], renderer="template")
+        code, message, _ = refusal(lambda: stub.RenderChat(request, timeout=LIMIT_S))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "kept it for 3 s; send fewer or shorter ones" in message
+        made = stub.Tokenize(model_pb2.TokenizeRequest(texts=["one"]), timeout=LIMIT_S)
+        assert list(made.sequences[0].tokens) == tokenizer.encode("one")
 
 
 def test_a_key_is_asked_for(keyed_trainer: KeyedTrainer) -> None:

@@ -1,6 +1,7 @@
 """A real server that speaks TLS, and whom it lets in."""
 
 import asyncio
+import os
 import shutil
 import ssl
 from collections.abc import AsyncIterator
@@ -180,8 +181,11 @@ def test_bad_files_are_refused_by_their_option(ca: Authority, tmp_path: Path) ->
     expired = ca.issue("expired", expires=datetime.now(UTC) - timedelta(days=1))
     text = tmp_path / "text"
     text.write_text("no certificate")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     for files, message in [
         ((tmp_path / "none", key, None), "`tls_cert` .*: No such file"),
+        ((pipe, key, None), "`tls_cert` .*: it is no regular file"),
         ((text, key, None), "`tls_cert` .* holds no certificates"),
         ((cert, other_key, None), "`tls_key` .* is not the private key"),
         ((cert, text, None), "`tls_key` .* is not the private key"),

@@ -13,7 +13,7 @@ from checkpoint_store.adapter_files import read_weights
 from checkpoint_store.errors import full_disk_told
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
-from mint_core.model.base_files import check_memory
+from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory
 from trainer_service.checkpoints.apart import Merge, answer_once
 from trainer_service.errors import NonFiniteExport
 
@@ -28,7 +28,9 @@ def merge(job: Merge) -> bool:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
-    model = AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=dtype or "auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        job.base_folder, dtype=dtype or "auto", **NO_CODE_OF_ITS_OWN
+    )
     untied = HEAD in job.spec.modules and _untie(model)
     _add(model, job.spec, read_weights(Path(job.adapter_folder)))
     _check_finite(model)

@@ -11,11 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mint._files.server_tokenizer import ServerTokenizer
 from mint._transport.connection import Connection
 from mint._transport.opening import open_servers
 from mint._transport.servers import Servers
 from mint._transport.stream import Stream
 from mint.errors import APIResponseValidationError
+from mint.types._checks import switch
 from mintrpc.v1 import model_pb2
 
 Piece = model_pb2.GetTokenizerResponse
@@ -25,8 +27,14 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def tokenizer_of(servers: Servers, connection: Connection, base_model: str) -> Any:
-    """The tokenizer of a base model that is served there, a Hugging Face one, opened once."""
+def tokenizer_of(
+    servers: Servers, connection: Connection, base_model: str, *, on_server: bool = False
+) -> Any:
+    """The tokenizer of a base model that is served there, a Hugging Face one, opened once.
+    `on_server`: a ServerTokenizer, and nothing is fetched.
+    """
+    if switch(on_server, "on_server"):
+        return ServerTokenizer(servers, connection, base_model)
     served = servers.served(connection, base_model)
     fingerprint = served.tokenizer_fingerprint
     return servers.once(fingerprint, lambda: _load(connection, served.model_name, fingerprint))

@@ -57,7 +57,7 @@ def read_environment() -> dict[str, str]:
     """The variables of this process; where one is unset or empty, that of the `.env` of this folder
     or the nearest one above it. The process's own environment is never changed. A variable that is
     set nowhere is empty, but for the rank."""
-    from_file = dotenv_values(find_dotenv(usecwd=True))
+    from_file = dotenv_values(_trusted(find_dotenv(usecwd=True)))
     found = {
         name: (os.environ.get(name) or from_file.get(name) or "").strip() for name in VARIABLES
     }
@@ -65,6 +65,21 @@ def read_environment() -> dict[str, str]:
     if not rank.isdecimal() or not int(rank):
         raise refused("MINT_LORA_RANK", f"is {rank!r}; set it to a whole number of at least 1")
     return found
+
+
+def _trusted(file: str) -> str:
+    """Refuses a file of neither this user, the folder's owner nor root: whoever may write into a
+    folder above, such as /tmp, could have keys sent to a server of his.
+    """
+    if not file or not hasattr(os, "getuid"):  # a system without owners of files
+        return file
+    if os.stat(file).st_uid not in (0, os.getuid(), os.stat(".").st_uid):
+        raise refused(
+            file,
+            "belongs to another user, who could have your key sent to his own server; put a `.env` "
+            "of your own, which may be empty, into the folder in which you run",
+        )
+    return file
 
 
 def _timeout(timeout: float | None) -> float:

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mint_chat
+from mint._files.server_tokenizer import ServerTokenizer
 from mint.errors import InvalidInputError
+from mint.recipe.server_renderer import ServerRenderer
 from mint.types import ModelInput
 from mint_chat import RENDERER_NAMES, Message, RendererMismatchWarning, TrainOnWhat
 from mint_chat.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ __all__ = [
 class Renderer:
     """Made by `get_renderer`."""
 
-    def __init__(self, renderer: mint_chat.Renderer) -> None:
+    def __init__(self, renderer: mint_chat.Renderer | ServerRenderer) -> None:
         self._renderer = renderer
         self.name = renderer.name
         self.tokenizer = renderer.tokenizer
@@ -60,12 +62,16 @@ class Renderer:
         return self._renderer.parse_response(tokens)
 
 
-def get_renderer(name: str, tokenizer: Tokenizer) -> Renderer:
+def get_renderer(name: str, tokenizer: Tokenizer | ServerTokenizer) -> Renderer:
     """A renderer by name, one of RENDERER_NAMES.
 
-    Warns (RendererMismatchWarning) where it differs from the tokenizer's own chat template.
+    Warns (RendererMismatchWarning) where it differs from the tokenizer's own chat template. With a
+    tokenizer that is on the server, conversations are rendered there, in the same tokens, without
+    that warning; `parse_response`, `prefill` and prompts for another role are then refused.
     """
     with _told():
+        if isinstance(tokenizer, ServerTokenizer):
+            return Renderer(ServerRenderer(name, tokenizer))
         return Renderer(mint_chat.get_renderer(name, tokenizer))
 
 

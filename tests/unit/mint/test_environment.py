@@ -90,6 +90,28 @@ def test_dotenv_fills_what_the_environment_lacks(
     assert dict(os.environ) == before
 
 
+def test_another_users_dotenv_is_refused_until_one_lies_nearer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that others may write into, such as /tmp, it could send a key anywhere."""
+    (tmp_path / ".env").write_text("MINT_BASE_URL=elsewhere:1\n")
+    below = tmp_path / "scripts"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    if os.getuid() != 0:
+        pytest.skip("only root can give a file to somebody else")
+    os.chown(tmp_path / ".env", 4321, -1)
+
+    with pytest.raises(mint.InvalidInputError, match=r"\.env` belongs to another user"):
+        mint.ServiceClient()
+
+    (below / ".env").touch()
+    assert not read_environment()["MINT_BASE_URL"]
+    (below / ".env").unlink()
+    os.chown(below, 4321, -1)  # a folder of his, in which this user has chosen to run
+    assert read_environment()["MINT_BASE_URL"] == "elsewhere:1"
+
+
 @pytest.mark.parametrize("rank", ["0", "eight", "-4", "1.5"])
 def test_a_rank_that_is_no_number_is_refused(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINT_LORA_RANK", rank)

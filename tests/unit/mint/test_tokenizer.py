@@ -94,6 +94,17 @@ def test_a_client_without_torch_is_not_told_of_it(qwen3_folder: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_a_server_that_makes_no_tokens_of_texts_is_named(
+    server: Server, training: mint.TrainingClient, sampling: mint.SamplingClient
+) -> None:
+    for client in (training, sampling):
+        with pytest.raises(mint.InvalidInputError, match="`on_server` needs the feature `texts`"):
+            client.get_tokenizer(on_server=True)
+    with pytest.raises(mint.InvalidInputError, match="`on_server` is 1; give True or False"):
+        training.get_tokenizer(on_server=1)  # type: ignore[arg-type]
+    assert server.model.tokenizer_calls == 0
+
+
 def test_files_are_fetched_once_and_opened_once(server: Server) -> None:
     with mint.ServiceClient(base_url=server.address) as service:
         training = service.create_lora_training_client()

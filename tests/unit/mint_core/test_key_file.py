@@ -1,5 +1,6 @@
 """What a line of a key file says."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_a_line_of_earlier_versions_may_all_but_administer(tmp_path: Path) -> No
         ("ann scopes=train,cook", "take some of train, sample, read, admin"),
         ("ann scopes=", "take some of train"),
         ("ann expires=soon", "Invalid isoformat string"),
+        ("ann expires=9999-12-31T23:59-05:00", "beyond the years"),
         ("ann scopes=read scopes=train", "`scopes` is there twice"),
         ("ann colour=red", "'colour=red' means nothing here"),
         ("ann 2 3", "`weight` is there twice"),
@@ -58,6 +60,25 @@ def test_a_bad_word_is_named(tmp_path: Path, rest: str, why: str) -> None:
     (tmp_path / "keys").write_text(f"{HASH} {rest}\n")
     with pytest.raises(FailedPrecondition, match=r"bad line 1 \(.*" + why):
         read_keys(tmp_path / "keys")
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Whose it is would be the last line's word."""
+    (tmp_path / "keys").write_text(f"{HASH} ann\n{HASH} bob scopes=admin\n")
+    with pytest.raises(FailedPrecondition, match="has a key twice, again in line 2"):
+        read_keys(tmp_path / "keys")
+
+
+def test_a_pipe_in_the_place_of_the_file_holds_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    secret, key = add_key(file, "ann")
+    ring = KeyRing(file)
+    file.unlink()
+    os.mkfifo(file)
+
+    assert ring.find(secret) == key
+    with pytest.raises(FailedPrecondition, match="cannot be read: it is no regular file"):
+        read_keys(file)
 
 
 def test_a_key_that_is_revoked_leaves_the_others_as_they_stand(tmp_path: Path) -> None:

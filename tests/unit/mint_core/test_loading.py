@@ -81,6 +81,24 @@ def unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
 
 
+def pickled_weights(folder: Path) -> None:
+    arrays = load_file(folder / "model.safetensors")
+    torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def add_code(folder: Path, file: str, **changes: object) -> None:
+    """Code that ends the test if it is run."""
+    (folder / "own.py").write_text("raise KeyboardInterrupt('code of a folder runs')\n")
+    known = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**known, **changes}))
+
+
+def code_of_its_own(folder: Path) -> None:
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    add_code(folder, "config.json", model_type="unheard_of", auto_map=classes)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -99,6 +117,8 @@ def unknown_architecture(folder: Path) -> None:
         ),
         (broken_config, r"JSON|property name"),
         (unknown_architecture, "`unheard_of`"),
+        (pickled_weights, r"no file named model\.safetensors"),
+        (code_of_its_own, "custom code"),
     ],
 )
 def test_a_folder_that_cannot_be_loaded_is_refused_with_the_reason(
@@ -111,6 +131,20 @@ def test_a_folder_that_cannot_be_loaded_is_refused_with_the_reason(
 
     assert f"the base model '{folder}' cannot be loaded: " in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_code_beside_a_model_that_is_known_is_left_alone(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(qwen3_folder, tmp_path / "model"))
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    add_code(folder, "config.json", auto_map=classes)
+    tokenizers = {"AutoTokenizer": ["own.Tokenizer", None]}
+    add_code(folder, "tokenizer_config.json", tokenizer_class="Own", auto_map=tokenizers)
+
+    base = load_base(str(folder), device="cpu")
+
+    assert type(base.model).__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,16 @@ def test_the_file_is_read_again_and_a_bad_one_changes_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "text",
-    ["rums = 3", "runs = -1", "runs = 2.5", "runs = true", "[tenant.a]\nx = 1", "tenant = 3", "]"],
+    [
+        "rums = 3",
+        "runs = -1",
+        "runs = 2.5",
+        "runs = true",
+        "[tenant.a]\nx = 1",
+        "tenant = 3",
+        "]",
+        "x=" + "[" * 9999,
+    ],
 )
 def test_a_bad_file_is_refused_at_start(tmp_path: Path, text: str) -> None:
     with pytest.raises(FailedPrecondition, match="`quotas` file"):
@@ -50,6 +59,9 @@ def test_a_bad_file_is_refused_at_start(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="No such file"):
         QuotaBook(tmp_path / "none", Metrics())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FailedPrecondition, match="it is no regular file"):
+        QuotaBook(tmp_path / "pipe", Metrics())
 
 
 def test_a_refusal_says_what_how_much_and_the_way_out(tmp_path: Path) -> None:
