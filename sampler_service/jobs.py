@@ -16,6 +16,7 @@ from mint_core.errors import EngineFault, ResourceExhausted
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
+Routed = NDArray[np.uint16]  # [tokens, layers that have experts, experts of a token]
 
 BASE_MODEL = ""  # the `adapter` of work without one
 CHUNK_TOKENS = 512  # prompts are computed in pieces of so many
@@ -135,6 +136,7 @@ class Sampling:
     prompt_alternatives: int = 0  # tokens to draw in place of each but the first
     scored_tokens: int | None = None  # of the prompt, its last ones; None: all but the first
     topk_sample_logprobs: int = 0  # not in a stream
+    routed_experts: bool = False  # whether to say where tokens went; not in a stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,7 @@ class Continuation:
     model_logprobs: Floats  # at temperature 1
     stop_reason: StopReason
     topk_logprobs: "TokenLogprobs | None" = None
+    routed: Routed | None = None  # of the token before each of `tokens`
 
 
 class SamplePart(NamedTuple):
@@ -200,3 +203,4 @@ class Generated:
     topk_prompt_logprobs: TokenLogprobs | None = None
     target_prompt_logprobs: Floats | None = None  # [scored, k], NaN where there is no target
     prompt_alternatives: TokenLogprobs | None = None  # [scored, k], in the order of the draws
+    prompt_routed: Routed | None = None  # of all prompt tokens but the last

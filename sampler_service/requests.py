@@ -15,6 +15,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.rpc.limits import (
     MAX_REQUEST_ID_CHARACTERS,
+    MAX_ROUTED_BYTES,
     MAX_SAMPLES_PER_REQUEST,
     MAX_STOP_BYTES,
     MAX_TARGETS,
@@ -32,7 +33,12 @@ PROMPT_SCORES = (
     "prompt_alt_tokens_k",
 )
 # A stream holds new tokens and their own logprobs alone.
-NOT_STREAMED = (*PROMPT_SCORES, "prompt_logprobs_last_n", "topk_sample_logprobs")
+NOT_STREAMED = (
+    *PROMPT_SCORES,
+    "prompt_logprobs_last_n",
+    "topk_sample_logprobs",
+    "include_routed_experts",
+)
 N = TypeVar("N", int, float)
 
 
@@ -54,11 +60,15 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
     model_path, params = _model_path(request, model), request.sampling_params
     prompt = parse_prompt(request.prompt, model)
     stops = _stops(params, model)
+    num_samples = _within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1
+    max_tokens = _max_tokens(params, len(prompt), model)
+    if request.include_routed_experts:
+        _check_routed(len(prompt) - 1 + num_samples * max_tokens, model)
     return Sampling(
         model_path=model_path,
         prompt=prompt,
-        num_samples=_within(request.num_samples, "num_samples", 0, MAX_SAMPLES_PER_REQUEST) or 1,
-        max_tokens=_max_tokens(params, len(prompt), model),
+        num_samples=num_samples,
+        max_tokens=max_tokens,
         choice=_choice(params),
         stops=stops,
         constraint=parse_constraint(params, stops),
@@ -68,6 +78,7 @@ def parse_sample(request: sampler_pb2.SampleRequest, model: ModelDescription) ->
         prompt_alternatives=_topk(request.prompt_alt_tokens_k, "prompt_alt_tokens_k", model),
         scored_tokens=_scored_tokens(request),
         topk_sample_logprobs=_topk(request.topk_sample_logprobs, "topk_sample_logprobs", model),
+        routed_experts=request.include_routed_experts,
     )
 
 
@@ -129,6 +140,24 @@ def parse_compute_logprobs(
         prompt_logprobs=True,
         scored_tokens=_last_n(request.prompt_logprobs_last_n),
     )
+
+
+def _check_routed(tokens: int, model: ModelDescription) -> None:
+    """Refuses to tell the experts of so many tokens where there are none, or too many."""
+    field = "include_routed_experts"
+    if model.routed is None:
+        raise InvalidRequest(
+            f"`{field}` is set but {model.name} has no experts; leave it out", field=field
+        )
+    size_bytes = 2 * tokens * model.routed.layers * model.routed.per_token
+    if size_bytes > MAX_ROUTED_BYTES:
+        raise InvalidRequest(
+            f"`{field}` asks for up to {size_bytes} bytes, of {tokens} tokens, but at most "
+            f"{MAX_ROUTED_BYTES} are told in an answer; set `sampling_params.max_tokens`, or ask "
+            "for fewer samples",
+            field=field,
+            size_bytes=size_bytes,
+        )
 
 
 def _scored_tokens(request: sampler_pb2.SampleRequest) -> int | None:

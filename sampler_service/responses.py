@@ -25,6 +25,7 @@ def sample_response(
         prompt_alt_tokens=_alternatives(generated),
         seed=seed,
         prompt_cache_hit_tokens=generated.prompt_cache_hit_tokens,
+        prompt_routed_experts=_routed(generated.prompt_routed),
     )
 
 
@@ -59,7 +60,12 @@ def _sequence(continuation: jobs.Continuation, revision_path: str) -> sampler_pb
         stop_reason=_STOP_REASONS[continuation.stop_reason],
         revision_path=revision_path,
         topk_logprobs=_topk(continuation.topk_logprobs),
+        routed_experts=_routed(continuation.routed),
     )
+
+
+def _routed(routed: jobs.Routed | None) -> bytes:
+    return b"" if routed is None else routed.astype("<u2").tobytes()
 
 
 def _prompt_logprobs(generated: jobs.Generated) -> list[float]:

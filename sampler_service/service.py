@@ -26,6 +26,7 @@ FEATURES = (
     "stream_sample",
     "resume_stream_sample",
     "typed_tensors",
+    "routed_experts",
     "prefix_cache",
     "min_p",
     "penalties",

@@ -99,6 +99,7 @@ class SamplerEngine:
         target_prompt_tokens: Tokens | None = None,
         prompt_alternatives: int = 0,
         scored_tokens: int | None = None,
+        routed_experts: bool = False,
         tenant: str = "",
         stream: bool = False,
         start_by_s: float | None = None,
@@ -119,6 +120,7 @@ class SamplerEngine:
             target_prompt_tokens=target_prompt_tokens,
             prompt_alternatives=prompt_alternatives,
             scored_tokens=scored_tokens,
+            routed_experts=routed_experts,
         )
         job = Generate(
             request_id=number,

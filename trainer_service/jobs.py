@@ -62,7 +62,9 @@ Loss = CrossEntropy | ImportanceSampling | Ppo | Cispo | Dro | Gspo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One datum, checked. All arrays are [n], but where k targets stand at each position."""
+    """One datum, checked. All arrays are [n] if they do not say otherwise; where k targets stand at
+    each position, targets and weights are [n, k].
+    """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]  # [n] or [n, k]
@@ -72,6 +74,8 @@ class Document:
     ratio_mask: Floats | None = None  # 1 where a token counts in its sequence's ratio, else 0
     clip_low: Floats | None = None
     clip_high: Floats | None = None
+    # [n, L, k], the experts that each token goes to, -1 where the routers choose; None: everywhere
+    routed: NDArray[np.int32] | None = None
 
     @property
     def weighted(self) -> NDArray[np.bool_]:  # [n]

@@ -54,6 +54,7 @@ FEATURES = (
     "list_filters",
     "upload_base_model",
     "typed_tensors",
+    "routed_experts",
 )
 
 

@@ -78,6 +78,15 @@ class ModelDescription:
     memory_bytes: int  # of the base weights
     memory_bound: bool = False  # whether memory, not the model, sets `context_length`
     linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
+    routed: "RoutedShape | None" = None  # of a model that has experts
+
+
+class RoutedShape(NamedTuple):
+    """Which experts tokens may go to."""
+
+    layers: int  # that have experts
+    experts: int  # of such a layer
+    per_token: int  # that a token goes to
 
 
 @dataclass(frozen=True, slots=True)

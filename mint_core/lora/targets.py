@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,12 @@ from mint_core.lora.spec import AdapterSpec, LoraRequest, lora_a_name, lora_b_na
 HEAD = "lm_head"  # name of the output head in every causal LM that transformers gives one
 
 
-def linear_shapes(model: nn.Module) -> dict[str, LinearShape]:
-    """The linear layers that LoRA can train, by full name."""
+def linear_shapes(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, LinearShape]:
+    """The linear layers that LoRA can train, by full name: all but those in modules `frozen`."""
     return {
         name: LinearShape(module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and not name.startswith(tuple(f"{f}." for f in frozen))
     }
 
 
@@ -67,7 +67,8 @@ def _switched(request: LoraRequest, modules: Sequence[str]) -> set[str]:
     chosen = {name for name in modules if wanted[group(name)]}
     if not chosen:
         raise InvalidRequest(
-            "`train_attn`, `train_mlp` and `train_unembed` are all false; set at least one",
+            "`train_attn`, `train_mlp` and `train_unembed` leave no linear layer to train; set one "
+            "of which the base model has layers",
             field="lora_config",
         )
     return chosen

@@ -5,27 +5,31 @@ A probe (loading.py) compares logits; here is what shows only beyond a probe's l
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from mint_core.errors import FailedPrecondition
+from mint_core.model.routing import RoutedLayer, Routing
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def check_architecture(model: nn.Module) -> None:
-    """Refuses, by name, what is not a text-only causal LM made of linear and embedding layers."""
+def check_architecture(model: nn.Module, routed: Sequence[RoutedLayer] = ()) -> None:
+    """Refuses, by name, what is not a text-only causal LM made of linear and embedding layers, and
+    of experts and their routers in the layers `routed`.
+    """
     config: Any = model.config
     if config.get_text_config() is not config:
         raise unsupported(model, "it reads more than text; serve a text-only causal LM")
     kinds = set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES)
     if kinds:
         raise unsupported(model, f"its layers are of the kind {sorted(kinds)[0]!r}")
+    known = {name for layer in routed for name in (layer.experts, layer.router)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) or not known.isdisjoint(parents(name)):
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
@@ -33,6 +37,33 @@ def check_architecture(model: nn.Module) -> None:
                     model,
                     f"its layer `{name}` ({type(module).__name__}) has weights but is no nn.Linear",
                 )
+
+
+def parents(name: str) -> Iterator[str]:
+    """The name of a module, and of those that it is in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def check_experts(model: nn.Module, routing: Routing) -> None:
+    """Refuses a model whose experts did not all go through our function in the pass before, or are
+    not alike in all layers.
+    """
+    widths = {index.shape[1] for index in routing.chosen}
+    counts = {layer.count for layer in routing.layers}
+    if len(routing.chosen) < len(routing.layers):
+        raise unsupported(
+            model,
+            f"{len(routing.layers)} of its layers have experts but those of {len(routing.chosen)} "
+            "go through transformers' registry",
+        )
+    if len(widths) > 1 or len(counts) > 1:
+        raise unsupported(
+            model,
+            f"its layers have {sorted(counts)} experts and a token goes to {sorted(widths)} of "
+            "them, which should be the same in all",
+        )
 
 
 def check_layers(model: nn.Module, calls: Counter[int]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from mint_core.errors import FailedPrecondition
@@ -147,10 +148,13 @@ def _attend(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index: int = module.layer_idx  # type: ignore[assignment]
+    own_size = value.shape[-1]
+    if own_size < key.shape[-1]:  # of latent attention; kernels that keep no scores want one size
+        value = functional.pad(value, (0, key.shape[-1] - own_size))
     output = attention_batch.attend(
         layer_index, query[0], key[0], value[0], Scores(scaling, sliding_window, softcap)
     )
-    return output.transpose(0, 1)[None], None  # [1, tokens, heads, head size]
+    return output[..., :own_size].transpose(0, 1)[None], None  # [1, tokens, heads, head size]
 
 
 def register() -> None:

@@ -17,6 +17,7 @@ from mint_core.lora.layers import LoraContext
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
+from mint_core.model.routing import Routing
 
 
 class Recomputation:
@@ -57,6 +58,7 @@ class LoadedBase:
     # Rows that a segment must have for bits that do not depend on others: 1 where those that are
     # rowwise may have fewer than MIN_ROWS.
     min_rows: int = MIN_ROWS
+    routing: Routing | None = None  # of a model that has experts
 
     def new_bank(self) -> AdapterBank:
         return AdapterBank(self.groups, self.device)
@@ -67,10 +69,13 @@ class LoadedBase:
         positions: Tensor,  # [tokens], from 0 in each document
         segments: tuple[Segment, ...],  # covering the stream
         attention: AttentionBatch,
+        routed: Tensor | None = None,  # [tokens, L, k] experts, -1 where the routers choose
     ) -> Tensor:  # [tokens, hidden size]
         """The last hidden state of a packed stream. In grad mode its backward trains the rows of
         segments that accumulate; it needs none if they adapt no layer below the head.
         """
+        if self.routing is not None:
+            self.routing.begin(routed)
         embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
         with self.context.applying(segments):
             output = self.model.base_model(  # type: ignore[operator]

@@ -42,6 +42,8 @@ def pack(base: LoadedBase, groups: Sequence[LinearGroup]) -> int:
     for group in groups:
         if _shape(group) in alike:
             group.pack(PackedLinear(group.weight, group.bias))
+    if base.routing is not None:
+        base.routing.pack()
     base.context.lanes = Lanes()
     least = 1 if _rows_are_alike(base) else MIN_ROWS
     base.context.lanes = Lanes()  # without what was tried

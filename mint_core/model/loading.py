@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mint_core.engine_host.pipe import ModelDescription
+from mint_core.engine_host.pipe import ModelDescription, RoutedShape
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.lora.groups import LinearShape, complete, read_together, watching
@@ -32,6 +32,7 @@ from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
 from mint_core.model.loading_progress import told_bar, weights_told
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
+from mint_core.model.routing import Routing, routed_layers
 from mint_core.model.shortcuts import install_shortcuts
 
 __all__ = ["LoadedBase", "load_base"]
@@ -74,9 +75,10 @@ def load_base(
             "give the folder of a causal LM that transformers "
             f"{transformers.__version__} knows, whole"
         ) from error
-    shapes = linear_shapes(model)
+    layers = routed_layers(model)
+    shapes = linear_shapes(model, frozen=[layer.router for layer in layers])
     _check_shapes(base_model, shapes)
-    architecture.check_architecture(model)
+    architecture.check_architecture(model, layers)
     with architecture.refusing(model), watching(model) as calls:
         expected = _own_logits(model)
     groups = complete(shapes, read_together(calls))
@@ -86,6 +88,8 @@ def load_base(
     register()
     with architecture.refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
+        routing = Routing(model, layers) if layers else None
+    products = [*shapes.values(), *(routing.shapes if routing else ())]
     linear = model.get_submodule(HEAD)
     assert isinstance(linear, MultiLoraLinear)
     base = LoadedBase(
@@ -106,15 +110,18 @@ def load_base(
             dtype=str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
-            bitwise_reproducible=_is_reproducible(place, config.threads, shapes),
+            bitwise_reproducible=_is_reproducible(place, config.threads, products),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         ),
         device=place,
         dtype=kind,
+        routing=routing,
     )
     _check_packed_path(base, expected)
+    if routing is not None:
+        base = _with_routing(base, routing)
     _take_shortcuts(base)
     if inference:
         return replace(base, min_rows=pack(base, linears))
@@ -136,6 +143,7 @@ def _read(
         dtype=dtype,
         device_map=device,
         attn_implementation="eager",
+        experts_implementation="eager",
         output_loading_info=True,
         **NO_CODE_OF_ITS_OWN,
     )
@@ -151,10 +159,10 @@ def _read(
     return model, _eos_token_ids(model, folder)
 
 
-def _is_reproducible(device: torch.device, threads: int, shapes: Mapping[str, LinearShape]) -> bool:
+def _is_reproducible(device: torch.device, threads: int, shapes: Sequence[LinearShape]) -> bool:
     if device.type != "cpu" or threads > 1:
         return False
-    if rows_are_alike(shapes.values()):
+    if rows_are_alike(shapes):
         return True
     logger.warning(
         "this CPU's library rounds products of few rows otherwise than those of many: results are "
@@ -304,6 +312,24 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     hidden = base.hidden(tokens[places], places, (rows,), _Decoding(probe.kept, places.tolist()))
     decoded = base.head.logits(hidden, [Piece(rows, positions[rows.rows])])
     _compare(base, "decoded", decoded, expected[places])
+
+
+@torch.no_grad()
+def _with_routing(base: LoadedBase, routing: Routing) -> LoadedBase:
+    """The base with the shape of its routing in its description. Refuses experts that do not go
+    through our function, and routers that cannot be told where tokens go.
+    """
+    tokens = _probe(base.model)
+    n = len(tokens)
+    places, whole = torch.arange(n, device=base.device), (Segment(0, n),)
+    base.hidden(tokens, places, whole, PackedAttention([0, n]))
+    architecture.check_experts(base.model, routing)
+    told = (torch.stack(routing.chosen, 1) + 1) % routing.experts  # others than its own
+    base.hidden(tokens, places, whole, PackedAttention([0, n]), told)
+    if not torch.equal(torch.stack(routing.chosen, 1), told):
+        raise architecture.unsupported(base.model, "its routers cannot be told where tokens go")
+    shape = RoutedShape(len(routing.layers), routing.experts, routing.experts_per_token)
+    return replace(base, description=replace(base.description, routed=shape))
 
 
 def _compare(base: LoadedBase, kind: str, logits: Tensor, expected: Tensor) -> None:

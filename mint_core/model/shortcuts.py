@@ -239,9 +239,13 @@ def _forms(
     try:
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if eps is not None and not list(module.children()):
-            yield RmsNorm(module.weight.detach(), eps)
-            if module.weight.dtype == torch.float32:
-                yield RmsNorm(1.0 + module.weight.detach(), eps)  # Gemma's
+            weight = getattr(module, "weight", None)
+            if weight is None:  # Gemma 4's, of values
+                yield RmsNorm(torch.ones(1), eps)
+                return
+            yield RmsNorm(weight.detach(), eps)
+            if weight.dtype == torch.float32:
+                yield RmsNorm(1.0 + weight.detach(), eps)  # Gemma's
         elif hasattr(module, "gate_proj"):
             yield Mlp(module)
         elif hasattr(module, "q_proj"):

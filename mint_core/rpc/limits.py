@@ -13,6 +13,7 @@ MAX_TARGET_MODULES = 4096
 MAX_CALLS_IN_FLIGHT_PER_RUN = 64
 MAX_SAMPLES_PER_REQUEST = 1024
 MAX_TOPK_LOGPROBS = 64
+MAX_ROUTED_BYTES = 64 * 2**20  # of the experts that one answer tells
 MAX_TARGETS = 1024  # tokens that are scored in place of one
 MAX_STOP_TEXTS = 256
 MAX_STOP_BYTES = 16 * 1024

@@ -165,6 +165,7 @@ def tokenizer_files(folder: str) -> tuple[TokenizerFile, ...]:
 
 def _base_model(model: ModelDescription, files: tuple[TokenizerFile, ...]) -> model_pb2.BaseModel:
     lines = "".join(f"{file.sha256} {file.name}\n" for file in files)
+    layers, experts, per_token = model.routed or (0, 0, 0)
     return model_pb2.BaseModel(
         name=model.name,
         context_length=model.context_length,
@@ -175,4 +176,7 @@ def _base_model(model: ModelDescription, files: tuple[TokenizerFile, ...]) -> mo
         device=model.device,
         tokenizer_fingerprint=hashlib.sha256(lines.encode()).hexdigest(),
         eos_token_ids=model.eos_token_ids,
+        expert_layers=layers,
+        experts=experts,
+        experts_per_token=per_token,
     )

@@ -53,6 +53,8 @@ class SamplingClient:
         target_prompt_logprobs: types.TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        *,
+        include_routed_experts: bool = False,
     ) -> SampleFuture:
         """Continuations of `prompt`. Without a seed one is drawn here, so that a call that is sent
         again draws the same tokens; the answer says which.
@@ -64,6 +66,8 @@ class SamplingClient:
         and independently of each other, from what the model would have said in place of each of the
         prompt's but the first. `prompt_logprobs_last_n` scores only so many tokens at the prompt's
         end; what comes before them is then found in the cache if it was computed.
+        `include_routed_experts` tells which experts tokens went to, of a base model that has any,
+        for `types.Datum` to train with the same.
         """
         request = self._request(prompt, num_samples, sampling_params)
         request.include_prompt_logprobs = switch(include_prompt_logprobs, "include_prompt_logprobs")
@@ -71,6 +75,7 @@ class SamplingClient:
         request.topk_sample_logprobs = integer(topk_sample_logprobs, "topk_sample_logprobs")
         request.prompt_alt_tokens_k = integer(prompt_alt_tokens_k, "prompt_alt_tokens_k")
         request.prompt_logprobs_last_n = _checked_last_n(prompt_logprobs_last_n)
+        request.include_routed_experts = switch(include_routed_experts, "include_routed_experts")
         if target_prompt_logprobs is not None:
             _check_targets(target_prompt_logprobs)
             request.target_prompt_logprobs.CopyFrom(target_prompt_logprobs.to_proto())

@@ -57,6 +57,7 @@ class ServiceClient(Closing):
         alpha: float = 32.0,
         use_rslora: bool = False,
         target_modules: Sequence[str] | None = None,
+        train_experts: bool | None = None,
         isolated: bool = False,
         retention: timedelta | None = None,
     ) -> TrainingClient:
@@ -64,9 +65,11 @@ class ServiceClient(Closing):
 
         `base_model` left out: MINT_BASE_MODEL, else Qwen/Qwen3-0.6B if served, else the one that
         is. `rank` left out: MINT_LORA_RANK, else 16. `target_modules` names modules as PEFT does
-        and stands instead of the `train_*` switches. `isolated` runs share no pass with others and
-        use deterministic algorithms: slower, and bitwise repeatable on a GPU too. `retention` is
-        how long the run is kept after its last call; left out, as long as the server keeps runs.
+        and stands instead of the `train_*` switches. `train_experts=False` leaves the experts of a
+        base model that has any out of what `train_mlp` trains. `isolated` runs share no pass with
+        others and use deterministic algorithms: slower, and bitwise repeatable on a GPU too.
+        `retention` is how long the run is kept after its last call; left out, as long as the server
+        keeps runs.
         """
         config = types.LoraConfig(
             rank=int(self._environment["MINT_LORA_RANK"]) if rank is None else rank,
@@ -77,6 +80,7 @@ class ServiceClient(Closing):
             alpha=alpha,
             use_rslora=use_rslora,
             target_modules=[] if target_modules is None else target_modules,  # type: ignore[arg-type]
+            train_experts=train_experts,
         )
         request = trainer_pb2.CreateTrainingRunRequest(
             base_model=self._base_model(base_model),

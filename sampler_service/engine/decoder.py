@@ -98,7 +98,10 @@ class Decoder:
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
         self._most_rows = most_rows
         self.passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
-        recorded = base.device.type == "cuda" and not reads_lengths(base.model.config)
+        # Of the last pass the experts of its rows, [rows, k] of each layer that has any.
+        self.chosen: list[Tensor] = []
+        self._chosen: dict[tuple[int, int], list[Tensor]] = {}  # as `passes`
+        recorded = base.device.type == "cuda" and not reads_on_host(base)
         self.recorder = Recorder(base.device) if recorded else None  # None: passes are launched
 
     def run(
@@ -116,6 +119,7 @@ class Decoder:
             size = min(1 << (len(spans) - 1).bit_length(), self._most_rows)
             self._rows.fill(spans, [self._columns.owner(row) for row in rows], size)
             self._pass(size, columns)()
+            self.chosen = self._chosen.get((size, columns), [])
             logits = self._logits[: len(spans)]
         return logits, [span.sequence for span in spans]
 
@@ -131,6 +135,8 @@ class Decoder:
         active = self._columns.active(self._rows.owners[:size], columns) if columns else None
         with self._base.context.side_by_side(active):
             self._logits[:size] = self._base.head.all_logits(self._hidden(size))
+        if self._base.routing:
+            self._chosen[size, columns] = self._base.routing.chosen
 
     def _run_grouped(self, spans: Sequence[Span], rows: Sequence[AdapterRow | None]) -> Tensor:
         """A pass over more adapters than there are columns: an adapter's rows side by side."""
@@ -140,6 +146,7 @@ class Decoder:
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + len(list(group)), row))
         hidden = self._hidden(len(spans), segments)
+        self.chosen = self._base.routing.chosen if self._base.routing else []
         places = torch.arange(len(spans), device=hidden.device)
         return self._base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])
 
@@ -174,6 +181,14 @@ class Recorder:
         ):
             compute()
         return graph.replay
+
+
+def reads_on_host(base: LoadedBase) -> bool:
+    """Whether a pass reads on the host what it has computed: it cannot be recorded then. Grouped
+    products of experts do but for bfloat16.
+    """
+    grouped = base.routing is not None and base.dtype != torch.bfloat16
+    return grouped or reads_lengths(base.model.config)
 
 
 def reads_lengths(config: Any) -> bool:

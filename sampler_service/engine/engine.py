@@ -36,6 +36,7 @@ from sampler_service.engine.memory import (
     rank_bytes,
     within,
 )
+from sampler_service.engine.routed_rows import stacked
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
 from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
@@ -184,7 +185,7 @@ class Engine:
             job.adapter,
             job.sampling.num_samples,
             tenant=job.tenant,
-            reusable=generation.first_scored if generation.wants_scores else None,
+            reusable=generation.reusable,
         )
         return None
 
@@ -204,6 +205,7 @@ class Engine:
         """
         try:
             computed = self.runner.run(spans, self.adapters.rows)
+            self._note_routed(computed)
             self._score(computed)
             drawn = self._draw(spans, computed)
         except Exception as error:
@@ -217,6 +219,21 @@ class Engine:
         else:
             if drawn is not None:
                 yield drawn
+
+    def _note_routed(self, computed: Computed) -> None:
+        """Tells those that want to know which experts their tokens went to."""
+        decoded = computed.decoded[1] if computed.decoded else []
+        rows = [
+            (p.span.sequence, p.span.start, computed.chosen, slice(p.start, p.stop))
+            for p in computed.placed
+        ]
+        rows += [
+            (sequence, len(sequence) - 1, computed.decoded_chosen, slice(row, row + 1))
+            for row, sequence in enumerate(decoded)
+        ]
+        for sequence, start, chosen, own in rows:
+            if routed := self._generations[sequence.request_id].routed:
+                routed.note(sequence.index, start, stacked([index[own] for index in chosen]))
 
     def _score(self, computed: Computed) -> None:
         """Scores the prompts that want it."""

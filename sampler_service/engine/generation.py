@@ -12,6 +12,7 @@ from sampler_service.engine.drawing.penalties import Occurrences, penalizes
 from sampler_service.engine.drawing.prompt_scores import empty_scores, split_scores
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.stop import StopTexts, StopWatch, Vocabulary
+from sampler_service.engine.routed_rows import RoutedRows
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class OpenContinuation:
     occurrences: Occurrences | None = None  # if there are penalties, from its first draw on
     constrained: ConstrainedText | None = None
 
-    def close(self) -> jobs.Continuation:
+    def close(self, routed: jobs.Routed | None) -> jobs.Continuation:
         assert self.stop_reason is not None
         tokens, logprobs, model_logprobs = zip(*self.drawn, strict=True)
         top = None
@@ -39,6 +40,7 @@ class OpenContinuation:
             model_logprobs=np.array(model_logprobs, np.float32),
             stop_reason=self.stop_reason,
             topk_logprobs=top,
+            routed=routed,
         )
 
 
@@ -64,6 +66,9 @@ class Generation:
             OpenContinuation(StopWatch(asked.stops, asked.max_tokens, texts))
             for _ in range(asked.num_samples)
         ]
+        self.routed: RoutedRows | None = None  # if it is to be said where tokens went
+        if asked.routed_experts:
+            self.routed = RoutedRows(len(asked.prompt), asked.num_samples)
         self._constraint = constraint
         self._open = asked.num_samples
         most = len(asked.prompt) - 1  # the first token has no logprob
@@ -77,6 +82,13 @@ class Generation:
         asked = self._asked
         counts = (asked.topk_prompt_logprobs, asked.prompt_alternatives)
         return asked.prompt_logprobs or any(counts) or asked.target_prompt_tokens is not None
+
+    @property
+    def reusable(self) -> int | None:
+        """For how many tokens of the prompt the cache serves; None: for all."""
+        if self.routed is not None:
+            return 0
+        return self.first_scored if self.wants_scores else None
 
     @property
     def done(self) -> bool:
@@ -139,12 +151,17 @@ class Generation:
         own, targets, top, alternatives = split_scores(self._scores, asked)
         targeted = asked.target_prompt_tokens is not None
         samples = () if self.job.stream else self._samples
+        routed = self.routed
         return jobs.Generated(
-            continuations=tuple(sample.close() for sample in samples),
+            continuations=tuple(
+                sample.close(routed.sample(index) if routed else None)
+                for index, sample in enumerate(samples)
+            ),
             prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
             unscored_tokens=self.first_scored + 1,
             prompt_logprobs=own.logprobs[:, 0] if asked.prompt_logprobs else None,
             topk_prompt_logprobs=top if asked.topk_prompt_logprobs else None,
             target_prompt_logprobs=targets.logprobs if targeted else None,
             prompt_alternatives=alternatives if asked.prompt_alternatives else None,
+            prompt_routed=routed.prompt if routed else None,
         )

@@ -34,6 +34,10 @@ class Computed:
     placed: tuple[Placed, ...]
     # By the decoder, of spans that are not among the placed: logits [n, V] float32, and whose.
     decoded: tuple[Tensor, list[TokenSequence]] | None = None
+    # The experts that the rows went to, [rows, k] of each layer that has any, and those of the
+    # decoder's. The next pass overwrites them.
+    chosen: Sequence[Tensor] = ()
+    decoded_chosen: Sequence[Tensor] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -50,11 +54,12 @@ class Runner:
         if self.decoder is None or not any(span.decodes for span in spans):
             return self._run(spans, adapters)
         decoded = self.decoder.run([span for span in spans if span.decodes], adapters)
+        chosen = self.decoder.chosen
         self.progress()
         rest = [span for span in spans if not span.decodes]
         if not rest:
-            return Computed(decoded[0].new_empty(0), (), decoded)
-        return replace(self._run(rest, adapters), decoded=decoded)
+            return Computed(decoded[0].new_empty(0), (), decoded, decoded_chosen=chosen)
+        return replace(self._run(rest, adapters), decoded=decoded, decoded_chosen=chosen)
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
         placed, segments = place(spans, adapters, self.base.min_rows)
@@ -72,7 +77,8 @@ class Runner:
             segments,
             attention,
         )
-        return Computed(hidden, placed)
+        routing = self.base.routing
+        return Computed(hidden, placed, chosen=routing.chosen if routing else ())
 
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""

@@ -1,10 +1,13 @@
 """The slow, obvious trainer: PEFT + torch.optim.AdamW in float64, document by document."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import transformers_weight_conversion
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,12 +30,26 @@ def peft_name(name: str) -> str:
     return name.replace(".weight", ".default.weight")
 
 
+@contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """In some mixtures of experts PEFT takes the names of projections, those of dense layers and
+    shared experts too, for what the experts' were before transformers fused them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        name = "convert_peft_config_for_transformers"
+        patch.setattr(transformers_weight_conversion, name, lambda *_, **__: None)
+        yield
+
+
 class PeftTrainer:
     """One adapter on one model, by the book."""
 
     def __init__(self, folder: Path, spec: AdapterSpec, weights: AdapterArrays) -> None:
         base = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
+            folder,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         config = LoraConfig(
             r=spec.rank,
@@ -41,7 +58,8 @@ class PeftTrainer:
             target_modules=list(spec.modules),
             lora_dropout=0.0,
         )
-        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        with _names_as_they_are():
+            model = get_peft_model(base, config, autocast_adapter_dtype=False)
         assert isinstance(model, PeftModel)
         self.model = model
         self.parameters = dict(self.model.named_parameters())

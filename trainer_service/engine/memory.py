@@ -19,6 +19,7 @@ from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import BLOCK_BYTES, MOST_BLOCK_QUERIES, Scores
 from mint_core.model.base import LoadedBase
 from mint_core.model.base_files import free_bytes
+from mint_core.model.experts import CHUNK_BYTES
 
 PROBE_TOKENS = 16
 PROBE_RANK = 8
@@ -40,6 +41,7 @@ class ActivationMemory:
     chunk_rows: int  # whose logits are held at once
     score_bytes: int  # per pair of a query and a key, where scores are not left to a fused kernel
     layers: int  # that can be recomputed
+    expert_bytes: int = 0  # per token: inputs and outputs of its experts
 
     def pass_bytes(self, tokens: int) -> int:
         """Everything kept; one layer's gradients beside it, or the head's."""
@@ -55,32 +57,43 @@ class ActivationMemory:
     def _beside(self, tokens: int) -> int:
         head = 2 * min(tokens, self.chunk_rows) * self.logits_bytes
         block = min(BLOCK_BYTES, min(tokens, MOST_BLOCK_QUERIES) * tokens * self.score_bytes)
-        layer = tokens * self.layer_bytes + 4 * block
+        experts = min(tokens * self.expert_bytes, 2 * CHUNK_BYTES)
+        layer = tokens * self.layer_bytes + 4 * block + experts
         return 3 * tokens * self.input_bytes + max(head, layer)
 
 
 def measure(base: LoadedBase, max_lora_rank: int) -> ActivationMemory:
     """Measures a pass in which every linear layer has an adapter of the largest rank."""
-    probe = _Probe()
-    saved = _saved_bytes(base, probe) // PROBE_TOKENS
+    tokens = _probe_tokens(base)
+    probe = _Probe(tokens)
+    saved = _saved_bytes(base, probe, tokens) // tokens
     body = sum(name != HEAD for name in base.shapes)
     saved += body * (max_lora_rank - PROBE_RANK) * base.dtype.itemsize
     head = base.shapes[HEAD]
     layers = base.recomputation.layers
+    input_bytes = head.in_features * base.dtype.itemsize
+    routed = base.description.routed
     return ActivationMemory(
         saved_bytes=saved,
         layer_bytes=-(-saved // max(1, layers)),
-        input_bytes=head.in_features * base.dtype.itemsize,
+        input_bytes=input_bytes,
         logits_bytes=head.out_features * 4,
         chunk_rows=base.head.chunk_rows,
         score_bytes=probe.softcapped_heads * 4,
         layers=layers,
+        expert_bytes=2 * routed.per_token * input_bytes if routed else 0,
     )
 
 
+def _probe_tokens(base: LoadedBase) -> int:
+    """So many that the rows which fill up an expert's do not count for much."""
+    routed = base.description.routed
+    return max(PROBE_TOKENS, 8 * routed.experts // routed.per_token) if routed else PROBE_TOKENS
+
+
 class _Probe(PackedAttention):
-    def __init__(self) -> None:
-        super().__init__([0, PROBE_TOKENS])
+    def __init__(self, tokens: int) -> None:
+        super().__init__([0, tokens])
         self.softcapped_heads = 0
 
     def attend(
@@ -91,10 +104,8 @@ class _Probe(PackedAttention):
         return super().attend(layer_index, query, key, value, scores)
 
 
-def _saved_bytes(base: LoadedBase, attention: PackedAttention) -> int:
-    """Bytes of the distinct storages that autograd keeps of PROBE_TOKENS tokens, weights not
-    counted.
-    """
+def _saved_bytes(base: LoadedBase, attention: PackedAttention, tokens: int) -> int:
+    """Bytes of the distinct storages that autograd keeps of so many tokens, weights not counted."""
     spec = AdapterSpec(
         rank=PROBE_RANK, alpha=1.0, use_rslora=False, seed=0, modules=tuple(sorted(base.shapes))
     )
@@ -111,10 +122,11 @@ def _saved_bytes(base: LoadedBase, attention: PackedAttention) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    places = torch.arange(PROBE_TOKENS, device=base.device)
-    segment = Segment(0, PROBE_TOKENS, row, accumulate=True)
+    places = torch.arange(tokens, device=base.device)
+    segment = Segment(0, tokens, row, accumulate=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = base.hidden(places, places, (segment,), attention)
+        ids = places % base.description.vocabulary_size
+        hidden = base.hidden(ids, places, (segment,), attention)
         total = sum(saved.values())  # while `hidden` holds them: none has another's address
         del hidden
     return total

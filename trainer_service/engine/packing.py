@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.layers import MIN_ROWS, Segment
+from mint_core.model.routing import ROUTERS_CHOICE
 from trainer_service.engine.losses import LossInputs
 from trainer_service.jobs import Tile
 
@@ -34,6 +35,7 @@ class PackedPlan:
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens], from 0 in each document
     bounds: list[int]  # of the documents
+    routed: Tensor | None  # [tokens, L, k] experts, as of documents; None: nobody says any
 
 
 def pack(tiles: Sequence[Tile], rows: Mapping[str, AdapterRow], device: torch.device) -> PackedPlan:
@@ -55,7 +57,29 @@ def pack(tiles: Sequence[Tile], rows: Mapping[str, AdapterRow], device: torch.de
         segment = Segment(start, bounds[-1], rows[tile.training_run_id], tile.backward)
         packed.append(_pack_tile(tile, segment, device))
     positions = [np.arange(len(stream)) for stream in streams]
-    return PackedPlan(tuple(packed), _joined(streams, device), _joined(positions, device), bounds)
+    return PackedPlan(
+        tuple(packed),
+        _joined(streams, device),
+        _joined(positions, device),
+        bounds,
+        _routed(packed, bounds[-1], device),
+    )
+
+
+def _routed(tiles: Sequence[PackedTile], tokens: int, device: torch.device) -> Tensor | None:
+    """The experts that documents name."""
+    routed = None
+    for tile in tiles:
+        start = tile.segment.start
+        for document in tile.tile.documents:
+            stop = start + len(document.tokens)
+            if document.routed is not None:
+                if routed is None:
+                    shape = tokens, *document.routed.shape[1:]
+                    routed = torch.full(shape, ROUTERS_CHOICE, dtype=torch.int32)
+                routed[start:stop] = torch.from_numpy(document.routed)
+            start = stop
+    return None if routed is None else routed.to(device)
 
 
 def _pack_tile(tile: Tile, segment: Segment, device: torch.device) -> PackedTile:

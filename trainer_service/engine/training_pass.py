@@ -27,8 +27,9 @@ def run_pass(base: LoadedBase, plan: PackedPlan) -> tuple[TileResult, ...]:
     """Computes a plan and adds the gradients of its backward tiles."""
     backward = any(tile.tile.backward for tile in plan.tiles)
     segments = tuple(tile.segment for tile in plan.tiles)
+    attention = PackedAttention(plan.bounds)
     with torch.set_grad_enabled(backward):
-        hidden = base.hidden(plan.tokens, plan.positions, segments, PackedAttention(plan.bounds))
+        hidden = base.hidden(plan.tokens, plan.positions, segments, attention, plan.routed)
     inputs = _with_sequence_ratios(base, hidden.detach(), plan.tiles)
     scored = [
         _Scored(tile, own.at(tile.scored)) for tile, own in zip(plan.tiles, inputs, strict=True)

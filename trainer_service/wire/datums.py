@@ -9,6 +9,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import InvalidRequest, Unimplemented
 from mintrpc.v1 import types_pb2
 from trainer_service.jobs import Cispo, CrossEntropy, Document, Floats, Gspo, Loss, Ppo
+from trainer_service.wire.routed_experts import parse_routed_experts
 from trainer_service.wire.tensors import read_floats, read_integers
 
 TARGETS = "target_tokens"
@@ -36,6 +37,9 @@ def parse_datum(datum: types_pb2.Datum, path: str, loss: Loss, model: ModelDescr
         advantages=floats.get("advantages"),
         clip_low=floats.get(CLIPS[0]),
         clip_high=floats.get(CLIPS[1]),
+        routed=parse_routed_experts(
+            datum.routed_experts, f"{path}.routed_experts", len(tokens), model
+        ),
     )
     _check_clips(document, where, loss)
     if not isinstance(loss, Gspo):

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from checkpoint_store import MERGED_WEIGHTS, WEIGHTS, parse_path
 from mint_core.engine_host.pipe import ModelDescription
-from mint_core.errors import BaseModelNotFound, InvalidRequest
+from mint_core.errors import BaseModelNotFound, InvalidRequest, Unimplemented
 from mint_core.lora.spec import DEFAULT_ALPHA, LoraRequest
 from mintrpc.v1 import trainer_pb2, types_pb2
 from trainer_service.calls import Load
@@ -26,6 +26,7 @@ _KINDS: Mapping[int, RunKind] = {
     trainer_pb2.TrainingRun.KIND_UPLOADED: "uploaded",
 }
 _SWITCHES = ("train_attn", "train_mlp", "train_unembed")
+_EXPERTS = "train_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +179,12 @@ def parse_lora_config(config: types_pb2.LoraConfig, model: ModelDescription) -> 
         alpha=alpha,
         use_rslora=config.use_rslora,
         target_modules=_target_modules(config, f"{where}.target_modules"),
-        **_switches(config, where),
+        **_switches(config, where, model),
     )
 
 
-def _switches(config: types_pb2.LoraConfig, where: str) -> dict[str, bool]:
-    given = [name for name in _SWITCHES if config.HasField(name)]
+def _switches(config: types_pb2.LoraConfig, where: str, model: ModelDescription) -> dict[str, bool]:
+    given = [name for name in (*_SWITCHES, _EXPERTS) if config.HasField(name)]
     if config.target_modules and given:
         raise InvalidRequest(
             f"`{where}.{given[0]}` and `{where}.target_modules` are both set; give one of them",
@@ -196,7 +197,30 @@ def _switches(config: types_pb2.LoraConfig, where: str) -> dict[str, bool]:
             "`train_unembed`",
             field=where,
         )
+    if not config.target_modules:
+        _check_experts(config, where, model, switches["train_mlp"])
     return switches
+
+
+def _check_experts(
+    config: types_pb2.LoraConfig, where: str, model: ModelDescription, train_mlp: bool
+) -> None:
+    """Refuses experts that would have to be trained, said or unsaid."""
+    wanted = config.train_experts if config.HasField(_EXPERTS) else None
+    if model.routed is None:
+        if wanted:
+            raise InvalidRequest(
+                f"`{where}.{_EXPERTS}` is true but {model.name} has no experts; leave it out",
+                field=f"{where}.{_EXPERTS}",
+            )
+    elif wanted or (wanted is None and train_mlp):
+        name = _EXPERTS if wanted else "train_mlp"
+        raise Unimplemented(
+            f"`{where}.{name}` would train the experts of {model.name}, which this server cannot "
+            f"yet; set `{_EXPERTS}` to false to leave them out and train its other linear layers",
+            feature=_EXPERTS,
+            field=f"{where}.{name}",
+        )
 
 
 def _target_modules(config: types_pb2.LoraConfig, where: str) -> tuple[str, ...]:

@@ -128,7 +128,8 @@ def _surrogate(datum: types.Datum, index: int) -> types.Datum:
         )
     targets = datum.loss_fn_inputs[_TARGETS]
     weights = np.zeros(targets.shape, np.float32)
-    return types.Datum(datum.model_input, {_TARGETS: targets, _WEIGHTS: weights})
+    inputs = {_TARGETS: targets, _WEIGHTS: weights}
+    return types.Datum(datum.model_input, inputs, routed_experts=datum.routed_experts)
 
 
 def _forward_of(request: PassRequest) -> PassRequest:

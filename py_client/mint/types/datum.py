@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mint.errors import refused
-from mint.types._checks import USE_FROM_INTS, array_of, ids_in, instance, mapping
+from mint.types._checks import USE_FROM_INTS, array_of, ids_in, instance, integers_of, mapping
 from mint.types.model_input import ModelInput
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
@@ -22,6 +22,7 @@ _DTYPES = {
     "clip_high_threshold": "float32",
     "sequence_ratio_mask": "float32",
 }
+_ROUTERS_CHOICE = 65535  # on the wire
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -30,25 +31,49 @@ class Datum:
 
     Entry i of each input belongs to the prediction made after token i of `model_input`. Inputs may
     be given as lists, numpy arrays or torch tensors; they read back as `TensorData`.
+
+    `routed_experts` says to which experts the tokens go, of a base model that has experts: what a
+    sampler told, as bytes, or numbers [tokens, layers, experts of a token], -1 where the router
+    chooses.
     """
 
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData]
+    routed_experts: bytes
 
     def __init__(
-        self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any] | None = None
+        self,
+        model_input: ModelInput,
+        loss_fn_inputs: Mapping[str, Any] | None = None,
+        *,
+        routed_experts: Any = b"",
     ) -> None:
         model_input = instance(model_input, ModelInput, "model_input", USE_FROM_INTS)
         object.__setattr__(self, "model_input", model_input)
         inputs = mapping(loss_fn_inputs, "loss_fn_inputs")
         tensors = {name: _tensor(name, value) for name, value in inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", tensors)
+        object.__setattr__(self, "routed_experts", _routed_experts(routed_experts))
 
     def to_proto(self) -> types_pb2.Datum:
         return types_pb2.Datum(
             model_input=self.model_input.to_proto(),
             loss_fn_inputs={name: value.to_proto() for name, value in self.loss_fn_inputs.items()},
+            routed_experts=self.routed_experts,
         )
+
+
+def _routed_experts(value: Any) -> bytes:
+    """Numbers of experts, 2 bytes each."""
+    if isinstance(value, bytes):
+        return value
+    ids = integers_of(value, "routed_experts")
+    ids = np.where(ids == -1, _ROUTERS_CHOICE, ids)
+    if len(wrong := ids[(ids < 0) | (ids > _ROUTERS_CHOICE)]):
+        raise refused(
+            "routed_experts", f"holds {wrong[0]}; give numbers of experts, -1 for the router's own"
+        )
+    return ids.astype("<u2").tobytes()
 
 
 def _tensor(name: str, value: Any) -> TensorData:

@@ -78,7 +78,11 @@ class AdamParams:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What an adapter is. `target_modules`, if given, stands instead of the `train_*` switches."""
+    """What an adapter is. `target_modules`, if given, stands instead of the `train_*` switches.
+
+    `train_experts=False` leaves the experts of a base model that has any out of what `train_mlp`
+    trains; None leaves them in, which servers refuse that cannot train them.
+    """
 
     rank: int = 16
     seed: int | None = None
@@ -89,6 +93,7 @@ class LoraConfig:
     alpha: float = 32.0
     use_rslora: bool = False
     target_modules: list[str] = dataclasses.field(default_factory=list)
+    train_experts: bool | None = None
 
     def __post_init__(self) -> None:
         names = listed(self.target_modules, "target_modules", "names")
@@ -96,16 +101,19 @@ class LoraConfig:
         object.__setattr__(self, "target_modules", names)
         for name in (*_SWITCHES, "use_rslora"):
             object.__setattr__(self, name, switch(getattr(self, name), name))
+        if self.train_experts is not None:
+            experts = switch(self.train_experts, "train_experts")
+            object.__setattr__(self, "train_experts", experts)
         switches = [getattr(self, name) for name in _SWITCHES]
         if not self.target_modules and not any(switches):
             raise InvalidInputError(
                 "`train_attn`, `train_mlp` and `train_unembed` are all false; train at least one",
                 field="lora_config",
             )
-        if self.target_modules and not all(switches):
+        if self.target_modules and not (all(switches) and self.train_experts is None):
             raise refused(
                 "target_modules",
-                "stands instead of `train_attn`, `train_mlp` and `train_unembed`; "
+                "stands instead of `train_attn`, `train_mlp`, `train_unembed` and `train_experts`; "
                 "give one or the other",
             )
 
@@ -116,6 +124,7 @@ class LoraConfig:
             alpha=number(self.alpha, "alpha"),
             use_rslora=self.use_rslora,
             target_modules=self.target_modules,
+            train_experts=self.train_experts,
         )
         if not self.target_modules:
             for name in _SWITCHES:

@@ -42,7 +42,8 @@ class SampledSequence:
     """One continuation, with the token that ended it.
 
     `logprobs` are at the requested temperature, `model_logprobs` at 1: what the trainer computes.
-    `topk_logprobs` has the likeliest tokens of each position, at 1, if they were asked for.
+    `topk_logprobs` has the likeliest tokens of each position, at 1, if they were asked for, and
+    `routed_experts` the experts of the token before each, as `Datum` takes them.
     """
 
     tokens: list[int]
@@ -51,6 +52,7 @@ class SampledSequence:
     model_logprobs: list[float] | None = None
     revision_path: str = ""  # of the adapter that made it; empty: the base model
     topk_logprobs: list[Topk] | None = None
+    routed_experts: bytes = b""
 
     @property
     def tokens_np(self) -> NDArray[np.int32]:
@@ -66,6 +68,11 @@ class SampledSequence:
     def topk_logprobs_np(self) -> TopkLogprobs | None:
         """`topk_logprobs` as arrays, [generated, k]."""
         return None if self.topk_logprobs is None else TopkLogprobs.of(self.topk_logprobs)
+
+    @property
+    def routed_experts_np(self) -> NDArray[np.uint16]:
+        """`routed_experts` as an array, [generated, layers x experts of a token]."""
+        return np.frombuffer(self.routed_experts, "<u2").reshape(len(self.tokens), -1)
 
     @classmethod
     def from_proto(cls, message: sampler_pb2.SampledSequence) -> Self:
@@ -116,7 +123,9 @@ class SampleResponse:
 
     What was asked for of the prompt has an entry for each token, None for the first and for those
     that `prompt_logprobs_last_n` left out. `target_prompt_logprobs` is float32, of the shape of the
-    targets, NaN where there is none or it was left out.
+    targets, NaN where there is none or it was left out. `prompt_routed_experts` are those of all
+    tokens but the last: followed by a sequence's own, they are what a `Datum` takes whose input is
+    the prompt and the sequence's tokens but the last.
     """
 
     sequences: list[SampledSequence]
@@ -126,6 +135,7 @@ class SampleResponse:
     prompt_cache_hit_tokens: int = 0
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens: PromptAltTokens | None = None
+    prompt_routed_experts: bytes = b""
 
     @property
     def prompt_logprobs_np(self) -> NDArray[np.float32] | None:

@@ -53,11 +53,12 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
     assert caught.value.field == "lora_config.target_modules"
 
 
-def test_all_switches_off_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="all false; set at least one"):
-        resolve(
-            LoraRequest(rank=1, train_attn=False, train_mlp=False, train_unembed=False), MODULES
-        )
+def test_switches_that_leave_nothing_to_train_are_refused() -> None:
+    off = LoraRequest(rank=1, train_attn=False, train_mlp=False, train_unembed=False)
+    mlp = LoraRequest(rank=1, train_attn=False, train_unembed=False)  # whose layers are experts
+    for request, modules in ((off, MODULES), (mlp, MODULES[:1])):
+        with pytest.raises(InvalidRequest, match="leave no linear layer to train; set one"):
+            resolve(request, modules)
 
 
 def test_a_missing_seed_is_drawn_and_a_given_one_kept() -> None:

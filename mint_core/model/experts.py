@@ -1,0 +1,211 @@
+"""Frozen experts, of which each token goes through a few, as our own function in transformers'
+registry of experts.
+
+A token's output depends on that token alone. On a CPU, rows that share an expert are computed side
+by side, filled up to as many as a product needs for bits of its own; activations go row by row,
+since torch computes what is left of a vector otherwise; and what the experts make of a token is
+added up in their order in `index`.
+
+T: tokens. k: experts of each. E: experts. d: hidden size. i: inner size.
+P: rows of all experts: T k, and those that fill up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+
+from mint_core.lora.groups import LinearShape
+from mint_core.lora.packed import PackedLinear
+from mint_core.lora.segments import MIN_ROWS
+
+REGISTERED_NAME = "mint_grouped"
+CHUNK_BYTES = 128 * 2**20  # of the inputs of all experts that are held at once, on a CPU
+
+
+class Grouping:
+    """Where the rows of each expert lie in one tensor, [P], expert after expert."""
+
+    def __init__(self, index: Tensor, experts: int, min_rows: int) -> None:  # index: [T, k]
+        chosen = index.reshape(-1).numpy().astype(np.uint16)  # whose stable sort is linear
+        order = np.argsort(chosen, kind="stable")
+        counts = np.bincount(chosen, minlength=experts)
+        used = np.flatnonzero(counts)
+        counts = counts[used]
+        sizes = np.maximum(counts, min_rows)
+        before = np.cumsum(sizes) - sizes - (np.cumsum(counts) - counts)  # that fill up
+        at = np.arange(len(order)) + np.repeat(before, counts)
+        rows = np.zeros(sizes.sum(), np.int64)  # what fills up is the first token, left out again
+        rows[at] = order // index.shape[1]
+        places = np.empty(len(order), np.int64)
+        places[order] = at
+        self.experts: list[int] = used.tolist()
+        self.sizes: list[int] = sizes.tolist()
+        self._rows = torch.from_numpy(rows)  # [P] of the tokens
+        self._places = torch.from_numpy(places).view(index.shape)  # [T, k] of those rows
+
+    def spread(self, x: Tensor) -> Tensor:  # [T, d] -> [P, d]
+        return x.index_select(0, self._rows)
+
+    def spread_weights(self, weights: Tensor) -> Tensor:  # [T, k] -> [P, 1]
+        wide = weights.new_zeros(len(self._rows))
+        return wide.index_copy_(0, self._places.flatten(), weights.flatten())[:, None]
+
+    def collect_weights(self, rows: Tensor) -> Tensor:  # [P] -> [T, k]
+        return rows.index_select(0, self._places.flatten()).view(self._places.shape)
+
+    def add_up(self, rows: Tensor) -> Tensor:  # [P, d] -> [T, d]
+        """The sum over the rows of each token. One after the other: torch's sums choose an order
+        by their shape.
+        """
+        first, *others = self._places.unbind(1)
+        total = rows.index_select(0, first)
+        for places in others:
+            total.add_(rows.index_select(0, places))
+        return total
+
+
+class _Matrices:
+    """One matrix [out, in] of each expert."""
+
+    def __init__(self, weights: Tensor) -> None:  # [E, out, in]
+        self._each = weights.detach().unbind(0)
+        self._turned = [weight.t() for weight in self._each]
+        self._packed: list[PackedLinear] = []
+
+    def apply(self, x: Tensor, grouping: Grouping) -> Tensor:  # [P, in] -> [P, out]
+        parts = x.split(grouping.sizes)
+        if self._packed:
+            each = zip(grouping.experts, parts, strict=True)
+            return torch.cat([self._packed[expert](part) for expert, part in each])
+        return _products(parts, [self._turned[expert] for expert in grouping.experts])
+
+    def back(self, dy: Tensor, grouping: Grouping) -> Tensor:  # [P, out] -> [P, in]
+        own = [self._each[expert] for expert in grouping.experts]
+        return _products(dy.split(grouping.sizes), own)
+
+    def pack(self) -> None:
+        """Computes with packed weights alone from now on, for passes without backward."""
+        self._packed = [PackedLinear(weight, None) for weight in self._each]
+        self._each, self._turned = (), []
+
+    def computes_rows_alike(self) -> bool:
+        """Whether they would, bit for bit, with whatever number of rows if they were packed."""
+        return PackedLinear(self._each[0], None).computes_rows_alike()
+
+
+def _products(parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    """Each [n, in] with its own [in, out], side by side: [P, out]."""
+    result = parts[0].new_empty(sum(map(len, parts)), matrices[0].shape[1])
+    outputs = result.split([len(part) for part in parts])
+    for part, matrix, output in zip(parts, matrices, outputs, strict=True):
+        torch.mm(part, matrix, out=output)
+    return result
+
+
+class Experts:
+    """The experts of one layer: down(act(gate x) * up x), times the token's weight for it."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.count: int = module.gate_up_proj.shape[0]
+        self._gate_up = _Matrices(module.gate_up_proj)
+        self._down = _Matrices(module.down_proj)
+        self._min_rows = MIN_ROWS
+        inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
+        self._chunk_tokens_of_one = max(1, CHUNK_BYTES // (4 * hidden))
+        self.shapes = LinearShape(hidden, 2 * inner), LinearShape(inner, hidden)
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """x [T, d], index and weights [T, k] -> [T, d]."""
+        if not x.is_cpu:
+            y: Tensor = grouped_mm_experts_forward(self.module, x, index, weights)
+            return y
+        most = max(MIN_ROWS, self._chunk_tokens_of_one // index.shape[1])
+        parts = zip(x.split(most), index.split(most), weights.split(most), strict=True)
+        outputs = [self._chunk(*part) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _chunk(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        grouping = Grouping(index, self.count, self._min_rows)
+        if torch.is_grad_enabled():
+            y: Tensor = _ExpertsFunction.apply(x, weights, self, grouping)  # type: ignore[no-untyped-call]
+            return y
+        return self.forward(x, weights, grouping)[0]
+
+    def forward(
+        self, x: Tensor, weights: Tensor, grouping: Grouping
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output [T, d]; and for backward [P, 2i] before the activation, and weights [P, 1]."""
+        gate_up = self._gate_up.apply(grouping.spread(x), grouping)
+        wide = grouping.spread_weights(weights)
+        inner = self.gated(gate_up).mul_(wide)
+        return grouping.add_up(self._down.apply(inner, grouping)), gate_up, wide
+
+    def backward(
+        self, dy: Tensor, gate_up: Tensor, wide: Tensor, grouping: Grouping
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x [T, d] and of weights [T, k]."""
+        d_inner = self._down.back(grouping.spread(dy), grouping)  # [P, i], but for the weight
+        with torch.enable_grad():
+            leaf = gate_up.detach().requires_grad_()
+            inner = self.gated(leaf)
+        d_weights = grouping.collect_weights((inner.detach() * d_inner).sum(1))
+        (d_gate_up,) = torch.autograd.grad(inner, leaf, d_inner.mul_(wide))
+        return grouping.add_up(self._gate_up.back(d_gate_up, grouping)), d_weights
+
+    def gated(self, gate_up: Tensor) -> Tensor:  # [P, 2i] -> [P, i]
+        """Row by row, since the halves of a row do not lie side by side with those of the next."""
+        inner: Tensor = self.module._apply_gate(gate_up)
+        return inner
+
+    def pack(self) -> None:
+        """Packs the weights if rows are computed alike then. For passes without backward."""
+        if self._gate_up.computes_rows_alike() and self._down.computes_rows_alike():
+            self._gate_up.pack()
+            self._down.pack()
+            self._min_rows = 1
+            for name in ("gate_up_proj", "down_proj"):
+                empty = getattr(self.module, name).new_empty(0)
+                setattr(self.module, name, nn.Parameter(empty, requires_grad=False))
+
+
+class _ExpertsFunction(torch.autograd.Function):
+    """Backward goes through inputs and weights alone: experts are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, experts: Experts, grouping: Grouping
+    ) -> Tensor:
+        y, gate_up, wide = experts.forward(x, weights, grouping)
+        ctx.save_for_backward(gate_up, wide)
+        ctx.experts, ctx.grouping = experts, grouping
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, d_weights = ctx.experts.backward(gradients[0], *ctx.saved_tensors, ctx.grouping)
+        return dx, d_weights, None, None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module runs through the registry, in the one layout that is computed here: gate and
+    up of an expert are one matrix [2i, d], without biases.
+    """
+    if not hasattr(module, "_apply_gate") or not getattr(module, "has_gate", False):
+        return False
+    others = ("has_bias", "is_transposed", "has_post_expert_norm")
+    return not any(getattr(module, name, False) for name in others)
+
+
+def register() -> None:
+    """Makes `experts_implementation=REGISTERED_NAME` known to transformers."""
+    ExpertsInterface.register(REGISTERED_NAME, _run)
+
+
+def _run(module: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    y: Tensor = module.routed(hidden_states, index, weights)
+    return y
