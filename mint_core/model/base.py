@@ -1,7 +1,7 @@
 """A base model as loading.py makes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from mint_core.lora.layers import LoraContext
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
+from mint_core.model.mixers.mixer import Mixer, MixerContext
 
 
 class Recomputation:
@@ -57,6 +58,8 @@ class LoadedBase:
     # Rows that a segment must have for bits that do not depend on others: 1 where those that are
     # rowwise may have fewer than MIN_ROWS.
     min_rows: int = MIN_ROWS
+    mixers: dict[int, Mixer] = field(default_factory=dict)  # by layer, of those with state
+    mixing: MixerContext = field(default_factory=MixerContext)
 
     def new_bank(self) -> AdapterBank:
         return AdapterBank(self.groups, self.device)
@@ -71,6 +74,7 @@ class LoadedBase:
         """The last hidden state of a packed stream. In grad mode its backward trains the rows of
         segments that accumulate; it needs none if they adapt no layer below the head.
         """
+        self.mixing.batch = attention
         embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
         with self.context.applying(segments):
             output = self.model.base_model(  # type: ignore[operator]

@@ -34,6 +34,8 @@ class Computed:
     placed: tuple[Placed, ...]
     # By the decoder, of spans that are not among the placed: logits [n, V] float32, and whose.
     decoded: tuple[Tensor, list[TokenSequence]] | None = None
+    # To be called when the pass is not to be computed again.
+    change_states: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True, eq=False)
@@ -65,14 +67,15 @@ class Runner:
             tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
             positions[p.start : p.stop] = range(start, stop)
         device = self.base.device
-        attention = CachedAttention(self.cache, device, placed, self.progress)
+        slots = [p.span.sequence.state for p in placed if p.span.sequence.state is not None]
+        attention = CachedAttention(self.cache, device, placed, self.progress, slots)
         hidden = self.base.hidden(
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
             segments,
             attention,
         )
-        return Computed(hidden, placed)
+        return Computed(hidden, placed, change_states=attention.change_states)
 
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""

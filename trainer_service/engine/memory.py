@@ -40,6 +40,7 @@ class ActivationMemory:
     chunk_rows: int  # whose logits are held at once
     score_bytes: int  # per pair of a query and a key, where scores are not left to a fused kernel
     layers: int  # that can be recomputed
+    mixer_bytes: int = 0  # per token, while a layer with state is computed backward
 
     def pass_bytes(self, tokens: int) -> int:
         """Everything kept; one layer's gradients beside it, or the head's."""
@@ -55,7 +56,7 @@ class ActivationMemory:
     def _beside(self, tokens: int) -> int:
         head = 2 * min(tokens, self.chunk_rows) * self.logits_bytes
         block = min(BLOCK_BYTES, min(tokens, MOST_BLOCK_QUERIES) * tokens * self.score_bytes)
-        layer = tokens * self.layer_bytes + 4 * block
+        layer = tokens * max(self.layer_bytes, self.mixer_bytes) + 4 * block
         return 3 * tokens * self.input_bytes + max(head, layer)
 
 
@@ -75,6 +76,7 @@ def measure(base: LoadedBase, max_lora_rank: int) -> ActivationMemory:
         chunk_rows=base.head.chunk_rows,
         score_bytes=probe.softcapped_heads * 4,
         layers=layers,
+        mixer_bytes=max((m.working_bytes for m in base.mixers.values()), default=0),
     )
 
 
