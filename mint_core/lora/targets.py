@@ -78,11 +78,10 @@ def group(module: str) -> str:
     """Whether a linear layer belongs to "attn", "mlp" or "unembed"."""
     if module == HEAD:
         return "unembed"
-    return (
-        "attn"
-        if any("attn" in part or "attention" in part for part in module.split("."))
-        else "mlp"
-    )
+    # Layers with state stand where others have attention.
+    names = ("attn", "attention", "conv", "mamba")
+    mixing = any(name in part for part in module.split(".") for name in names)
+    return "attn" if mixing else "mlp"
 
 
 def initial_arrays(

@@ -17,19 +17,30 @@ from mint_core.model.routing import RoutedLayer, Routing
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def check_architecture(model: nn.Module, routed: Sequence[RoutedLayer] = ()) -> None:
-    """Refuses, by name, what is not a text-only causal LM made of linear and embedding layers, and
-    of experts and their routers in the layers `routed`.
+def check_architecture(
+    model: nn.Module,
+    routed: Sequence[RoutedLayer] = (),
+    mixing: Mapping[int, nn.Module] | None = None,
+) -> None:
+    """Refuses, by name, what is not a text-only causal LM made of linear and embedding layers, but
+    for experts and their routers in the layers `routed`, and layers that have a mixer of ours.
     """
     config: Any = model.config
+    mixing = mixing or {}
     if config.get_text_config() is not config:
         raise unsupported(model, "it reads more than text; serve a text-only causal LM")
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES)
+    layers = enumerate(getattr(config, "layer_types", None) or ())
+    kinds = {kind for i, kind in layers if i not in mixing} - set(_LAYER_TYPES)
     if kinds:
         raise unsupported(model, f"its layers are of the kind {sorted(kinds)[0]!r}")
+    if mixing and len(mixing) == config.num_hidden_layers:
+        raise unsupported(model, "none of its layers has attention")
     known = {name for layer in routed for name in (layer.experts, layer.router)}
+    ours = {part for module in mixing.values() for part in module.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) or not known.isdisjoint(parents(name)):
+        if isinstance(module, nn.Linear | nn.Embedding) or module in ours:
+            continue
+        if not known.isdisjoint(parents(name)):
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
@@ -67,8 +78,8 @@ def check_experts(model: nn.Module, routing: Routing) -> None:
 
 
 def check_layers(model: nn.Module, calls: Counter[int]) -> None:
-    """Refuses a model whose attention does not run once in each layer: a cache keeps one set of
-    keys and values of each.
+    """Refuses a model whose attention, or mixer, does not run once in each layer: a cache keeps one
+    set of keys and values, or one state, of each.
     """
     layers: int = model.config.num_hidden_layers  # type: ignore[union-attr,assignment]
     once = Counter(range(layers))
@@ -90,7 +101,11 @@ def check_windows(model: nn.Module, seen: Mapping[int, int | None]) -> None:
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen)
-    wanted = {i: window if kind == "sliding_attention" else None for i, kind in enumerate(kinds)}
+    wanted = {
+        i: window if kind == "sliding_attention" else None
+        for i, kind in enumerate(kinds)
+        if kind in _LAYER_TYPES
+    }
     if wanted != seen:
         raise unsupported(
             model,

@@ -22,6 +22,8 @@ from mint_core.model.attention_kernels import (
     varlen_attention,
     varlen_fits,
 )
+from mint_core.model.mixers.mixer import Inputs, Mixer, MixerBatch, Recomputed
+from mint_core.model.mixers.runs import Runs
 from mint_core.model.stacked_attention import Stacks
 
 REGISTERED_NAME = "mint_packed"
@@ -33,8 +35,8 @@ LONG_DOCUMENT_TOKENS = 4096
 Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]  # query, key, value -> output
 
 
-class AttentionBatch(Protocol):
-    """Computes attention for the pass at hand."""
+class AttentionBatch(MixerBatch, Protocol):
+    """Computes attention for the pass at hand, and what mixes tokens otherwise."""
 
     def attend(
         self,
@@ -55,6 +57,7 @@ class PackedAttention:
         self._on_device: dict[tuple[int, ...], Tensor] = {}  # bounds of groups, from their start
         # By window, runs of neighbours: how many tokens they have, and how they attend.
         self._runs: dict[int | None, list[tuple[int, Attend]]] = {}
+        self._documents: Runs | None = None
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
@@ -76,6 +79,15 @@ class PackedAttention:
             for (_, attend), q, k, v in zip(runs, queries, keys, values, strict=True)
         ]
         return torch.cat(outputs, dim=1)
+
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        if self._documents is None:
+            spans = list(itertools.pairwise(self._bounds))
+            self._documents = Runs(spans, self._bounds[-1], inputs[0].device)
+        if torch.is_grad_enabled():
+            output: Tensor = Recomputed.apply(mixer, self._documents, *inputs)  # type: ignore[no-untyped-call]
+            return output
+        return mixer.whole(inputs, self._documents, None)[0]
 
     def _runs_within(self, window: int | None) -> list[tuple[int, Attend]]:
         """Neighbours that a window leaves whole together, others alone: all in one of 0."""

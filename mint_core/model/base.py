@@ -1,7 +1,7 @@
 """A base model as loading.py makes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from mint_core.lora.layers import LoraContext
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
+from mint_core.model.mixers.mixer import Mixer, MixerContext
 from mint_core.model.routing import Routing
 
 
@@ -59,6 +60,8 @@ class LoadedBase:
     # rowwise may have fewer than MIN_ROWS.
     min_rows: int = MIN_ROWS
     routing: Routing | None = None  # of a model that has experts
+    mixers: dict[int, Mixer] = field(default_factory=dict)  # by layer, of those with state
+    mixing: MixerContext = field(default_factory=MixerContext)
 
     def new_bank(self) -> AdapterBank:
         return AdapterBank(self.groups, self.device)
@@ -76,6 +79,7 @@ class LoadedBase:
         """
         if self.routing is not None:
             self.routing.begin(routed)
+        self.mixing.batch = attention
         embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
         with self.context.applying(segments):
             output = self.model.base_model(  # type: ignore[operator]

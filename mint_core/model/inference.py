@@ -18,6 +18,7 @@ from mint_core.lora.spec import AdapterSpec
 from mint_core.model.attention import PackedAttention
 from mint_core.model.base import LoadedBase
 from mint_core.model.head import Piece
+from mint_core.model.mixers.mixer import Inputs, Mixer, no_states
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,14 @@ def _rows_are_alike(base: LoadedBase) -> bool:
     return all(torch.equal(_run(base, rows, part), whole[part]) for part in TRIED)
 
 
+class _EachAlone(PackedAttention):
+    """Of documents of one token, computed as those that decode are."""
+
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        rows = len(inputs[0])
+        return mixer.step(inputs, no_states(mixer, rows, inputs[0].device))[0]
+
+
 def _run(base: LoadedBase, rows: Sequence[AdapterRow], part: range) -> Tensor:  # [part, V]
     """Logits of some of the sequences of one token, each with its adapter."""
     segments: list[Segment] = []
@@ -84,7 +93,7 @@ def _run(base: LoadedBase, rows: Sequence[AdapterRow], part: range) -> Tensor:  
         segments.append(Segment(start, start + len(list(own)), row, rowwise=True))
     numbers = torch.arange(part.start, part.stop)
     tokens = numbers * 7919 % base.description.vocabulary_size
-    each_alone = PackedAttention(list(range(len(part) + 1)))
+    each_alone = _EachAlone(list(range(len(part) + 1)))
     hidden = base.hidden(tokens, numbers, tuple(segments), each_alone)
     places = torch.arange(len(part))
     return base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])

@@ -31,6 +31,13 @@ from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_fo
 from mint_core.model.head import Head, Piece
 from mint_core.model.inference import pack
 from mint_core.model.loading_progress import told_bar, weights_told
+from mint_core.model.mixers.kinds import (
+    documents_are_alike,
+    install_mixers,
+    mixing_layers,
+    states_before,
+)
+from mint_core.model.mixers.mixer import Inputs, Mixer, MixerContext
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.routing import Routing, routed_layers
 from mint_core.model.shortcuts import install_shortcuts
@@ -78,13 +85,16 @@ def load_base(
     layers = routed_layers(model)
     shapes = linear_shapes(model, frozen=[layer.router for layer in layers])
     _check_shapes(base_model, shapes)
-    architecture.check_architecture(model, layers)
+    mixing = mixing_layers(model)
+    architecture.check_architecture(model, layers, mixing)
     with architecture.refusing(model), watching(model) as calls:
         expected = _own_logits(model)
     groups = complete(shapes, read_together(calls))
     fingerprint = _fingerprint(model)
     context = LoraContext()
     linears = install(model, context, groups)
+    mixer_context = MixerContext()
+    mixers = install_mixers(mixing, mixer_context)
     register()
     with architecture.refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
@@ -110,7 +120,7 @@ def load_base(
             dtype=str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
-            bitwise_reproducible=_is_reproducible(place, config.threads, products),
+            bitwise_reproducible=_is_reproducible(place, config.threads, products, mixers),
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -118,6 +128,8 @@ def load_base(
         device=place,
         dtype=kind,
         routing=routing,
+        mixers=mixers,
+        mixing=mixer_context,
     )
     _check_packed_path(base, expected)
     if routing is not None:
@@ -159,10 +171,15 @@ def _read(
     return model, _eos_token_ids(model, folder)
 
 
-def _is_reproducible(device: torch.device, threads: int, shapes: Sequence[LinearShape]) -> bool:
+def _is_reproducible(
+    device: torch.device,
+    threads: int,
+    shapes: Sequence[LinearShape],
+    mixers: Mapping[int, Mixer],
+) -> bool:
     if device.type != "cpu" or threads > 1:
         return False
-    if rows_are_alike(shapes):
+    if rows_are_alike(shapes) and documents_are_alike(mixers.values()):
         return True
     logger.warning(
         "this CPU's library rounds products of few rows otherwise than those of many: results are "
@@ -260,7 +277,8 @@ class _Probe(PackedAttention):
         super().__init__(bounds)
         self.scores: dict[int, Scores] = {}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, of the whole stream
-        self.calls: Counter[int] = Counter()  # of each layer's attention
+        self.mixed: dict[int, Inputs] = {}  # of layers with state, of the whole stream
+        self.calls: Counter[int] = Counter()  # of each layer's attention, or mixer
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
@@ -270,12 +288,17 @@ class _Probe(PackedAttention):
         self.calls[layer_index] += 1
         return super().attend(layer_index, query, key, value, scores)
 
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        self.mixed[layer_index] = inputs
+        self.calls[layer_index] += 1
+        return super().mix(layer_index, mixer, inputs)
+
 
 class _Decoding:
     """Each row is a token of the probe, beside what was kept of those before it."""
 
-    def __init__(self, kept: Mapping[int, tuple[Tensor, Tensor]], places: Sequence[int]) -> None:
-        self._kept = kept
+    def __init__(self, probe: _Probe, places: Sequence[int]) -> None:
+        self._kept, self._mixed = probe.kept, probe.mixed
         self._places = places
 
     def attend(
@@ -290,6 +313,10 @@ class _Decoding:
             )
             outputs.append(causal_attention(query[:, own], keys, values, scores))
         return torch.cat(outputs, dim=1)
+
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        states = states_before(mixer, self._mixed[layer_index], self._places)
+        return mixer.step(inputs, states)[0]
 
 
 @torch.no_grad()
@@ -309,7 +336,7 @@ def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
     _compare(base, "packed", base.head.logits(hidden, [Piece(whole, positions + n)]), expected)
     places = positions[n // MIN_ROWS - 1 :: n // MIN_ROWS]
     rows = Segment(0, len(places))
-    hidden = base.hidden(tokens[places], places, (rows,), _Decoding(probe.kept, places.tolist()))
+    hidden = base.hidden(tokens[places], places, (rows,), _Decoding(probe, places.tolist()))
     decoded = base.head.logits(hidden, [Piece(rows, positions[rows.rows])])
     _compare(base, "decoded", decoded, expected[places])
 

@@ -32,10 +32,13 @@ from sampler_service.engine.sequences import Span, TokenSequence
 class DecodeRows:
     """What a pass reads, in tensors that stay where they are."""
 
-    def __init__(self, most: int, most_blocks: int, scratch_block: int, base: LoadedBase) -> None:
-        self._scratch_block = scratch_block
-        self._numbers = torch.zeros(5, most, dtype=torch.int64, device=base.device)
-        self.tokens, self.positions, self.slots, self.lengths, self.owners = self._numbers
+    def __init__(
+        self, most: int, most_blocks: int, scratch_block: int, scratch_slot: int, base: LoadedBase
+    ) -> None:
+        self._scratch_block, self._scratch_slot = scratch_block, scratch_slot
+        self._numbers = torch.zeros(6, most, dtype=torch.int64, device=base.device)
+        self.tokens, self.positions, self.slots, self.lengths = self._numbers[:4]
+        self.owners, self.states = self._numbers[4:]
         self.table = torch.zeros(most, most_blocks, dtype=torch.int32, device=base.device)
         self._sent: list[list[int]] = [[] for _ in range(most)]  # what each row of the table has
 
@@ -43,7 +46,7 @@ class DecodeRows:
         """Takes rows in, and fills up to `size` with rows that read and write the scratch block."""
         scratch, missing = self._scratch_block, size - len(spans)
         rows = [_row(span, owner) for span, owner in zip(spans, owners, strict=True)]
-        rows += [(0, 0, scratch * BLOCK_TOKENS, 1, NOBODY)] * missing
+        rows += [(0, 0, scratch * BLOCK_TOKENS, 1, NOBODY, self._scratch_slot)] * missing
         self._numbers[:, :size] = torch.tensor(rows).T.to(self._numbers.device)
         blocks = [span.sequence.blocks[: blocks_for(span.stop)] for span in spans]
         self._send([*blocks, *[[scratch]] * missing])
@@ -68,11 +71,11 @@ class DecodeRows:
             self._sent[i] = blocks[i]
 
 
-def _row(span: Span, owner: int) -> tuple[int, int, int, int, int]:
+def _row(span: Span, owner: int) -> tuple[int, int, int, int, int, int]:
     sequence, position = span.sequence, span.start
     (token,) = sequence.tokens(position, span.stop)
     slot = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-    return token, position, slot, span.stop, owner
+    return token, position, slot, span.stop, owner, sequence.state or 0
 
 
 class Decoder:
@@ -92,7 +95,8 @@ class Decoder:
         self._base = base
         self._cache = cache
         self._attend = attend or _attention_of(base.device)
-        self._rows = DecodeRows(most_rows, most_blocks, scratch_block, base)
+        scratch_slot = cache.states.slots - 1  # nobody else's
+        self._rows = DecodeRows(most_rows, most_blocks, scratch_block, scratch_slot, base)
         self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
@@ -112,6 +116,8 @@ class Decoder:
         """
         spans = sorted(spans, key=lambda span: span.sequence.adapter)
         rows = [adapters.get(span.sequence.adapter) for span in spans]
+        if begun := [span.sequence.state or 0 for span in spans if not span.start]:
+            self._cache.states.clear(torch.tensor(begun, device=self._rows.states.device))
         columns = self._columns.admit([row for row in dict.fromkeys(rows) if row is not None])
         if columns is None:
             logits = self._run_grouped(spans, rows)
@@ -154,7 +160,12 @@ class Decoder:
         """The last hidden states of the first rows."""
         rows = self._rows
         attention = PagedAttention(
-            self._cache, self._attend, rows.slots[:size], rows.table[:size], rows.lengths[:size]
+            self._cache,
+            self._attend,
+            rows.slots[:size],
+            rows.table[:size],
+            rows.lengths[:size],
+            rows.states[:size],
         )
         tokens, positions = rows.tokens[:size], rows.positions[:size]
         return self._base.hidden(tokens, positions, tuple(segments), attention)

@@ -16,6 +16,7 @@ from sampler_service import jobs
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from sampler_service.engine.cache.kv_cache import KvCache, layer_shapes
+from sampler_service.engine.cache.state_cache import StateCache
 from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.drawing.constraint_compiler import (
     CompiledConstraint,
@@ -57,7 +58,7 @@ class Engine:
         base = load_base(config, inference=True, progress=progress)
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(config, base)
-        blocks, kept = cache_size(config, base, shapes.values())
+        blocks, kept, slots = cache_size(config, base, shapes.values())
         self.kv_cache_tokens = blocks * BLOCK_TOKENS
         self.description = within(base.description, self.kv_cache_tokens)
         least = config.max_running_samples + jobs.CHUNK_TOKENS
@@ -65,7 +66,9 @@ class Engine:
         self.base = base
         host_adapters = host_bytes(config, base)
         self.adapters = LoadedAdapters(base, host_adapters)
-        cache = KvCache(shapes, blocks + 1, base.device)  # the last one is the decoder's
+        # The last block, and the last slot, are the decoder's.
+        states = StateCache(base.mixers, slots + 1, base.device)
+        cache = KvCache(shapes, blocks + 1, base.device, states)
         decoder = (
             Decoder(
                 base,
@@ -86,12 +89,13 @@ class Engine:
         self.sparing = Sparing(pool, cache, kept) if base.device.type == "cpu" else None
         self.memory_limits = {
             "base": base.description.memory_bytes,
-            "kv_cache": blocks * cache.block_bytes,
+            "kv_cache": blocks * cache.block_bytes + slots * states.slot_bytes,
             "adapters": self.adapter_ranks * rank_bytes(base),
             "host_adapters": host_adapters,
         }
         self._scheduler = Scheduler(
             pool,
+            BlockPool(slots) if base.mixers else None,
             max_running=config.max_running_samples,
             max_batch_tokens=self.max_batch_tokens,
         )
@@ -134,6 +138,7 @@ class Engine:
         step = self._scheduler.schedule()
         if step is not None:
             self.runner.cache.copy(step.copies)
+            self.runner.cache.states.copy(step.state_copies)
             tokens: dict[TokenSequence, int] = {}
             ended: set[TokenSequence] = set()
             for sequences, drawn in self._compute(step.spans):
@@ -212,11 +217,14 @@ class Engine:
             fault, requests = error_of_call(error), _requests(spans)
             if len(requests) == 1:
                 self._generations[requests[0]].error = fault
+            elif self.base.mixers and self.runner.decoder is not None:
+                raise  # it has changed states, so that nothing can be computed again
             else:
                 for request_id in requests:
                     own = [span for span in spans if span.sequence.request_id == request_id]
                     yield from self._compute(own)
         else:
+            computed.change_states()
             if drawn is not None:
                 yield drawn
 

@@ -17,6 +17,7 @@ from mint_core.model.base_files import free_bytes
 from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool
 from sampler_service.engine.cache.kv_cache import KvCache, LayerShape
+from sampler_service.engine.cache.state_cache import slot_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +27,30 @@ CACHE_SHARE = 0.4  # of free memory: adapters, activations and a trainer beside 
 MOST_BYTES = 4 * 2**30
 KEPT_BYTES = 2**30
 SPARE_BYTES = 2 * 2**30  # that others should find free on the host, at most an eighth of it
+# Of the cache's memory, for states: a slot for each that runs, and as many for those that are kept.
+STATE_SHARE = 0.5
+STATES_PER_SAMPLE = 2
 LOOK_S = 1.0  # from one look at the host's memory to the next
 ADAPTER_SHARE = 0.2  # of what is free after loading
 HOST_SHARE = 0.2  # of free host memory, for adapters beside a GPU
 
 
 class CacheSize(NamedTuple):
-    """In blocks."""
+    """In blocks, but for the slots."""
 
     most: int
     kept: int  # on a CPU, also when nobody holds them
+    slots: int = 0  # of states, where layers have some
 
 
 def cache_size(
     config: SamplerConfig, base: LoadedBase, shapes: Collection[LayerShape]
 ) -> CacheSize:
-    """How many blocks the key/value cache may have."""
+    """How many blocks the key/value cache may have, and slots for states beside them."""
     token_bytes = sum(shape.token_bytes for shape in shapes)
-    affordable = int(CACHE_SHARE * free_bytes(base.device) / token_bytes)
+    share_bytes = int(CACHE_SHARE * free_bytes(base.device))
+    slots = _slots(config, base, share_bytes)
+    affordable = (share_bytes - slots * slot_bytes(base.mixers)) // token_bytes
     context = base.description.context_length
     modest = affordable
     if base.device.type == "cpu":
@@ -61,7 +68,24 @@ def cache_size(
             "give less, or 0 to take what is free"
         )
     kept = most if config.kv_cache_tokens else min(most, KEPT_BYTES // token_bytes)
-    return CacheSize(most // BLOCK_TOKENS, kept // BLOCK_TOKENS)
+    return CacheSize(most // BLOCK_TOKENS, kept // BLOCK_TOKENS, slots)
+
+
+def _slots(config: SamplerConfig, base: LoadedBase, share_bytes: int) -> int:
+    """For states, of so much memory of the cache's."""
+    own_bytes = slot_bytes(base.mixers)
+    if not own_bytes:
+        return 0
+    if base.device.type == "cpu":
+        share_bytes = min(share_bytes, MOST_BYTES)
+    affordable = int(STATE_SHARE * share_bytes) // own_bytes
+    if affordable < STATES_PER_SAMPLE:
+        raise FailedPrecondition(
+            f"the states of one sequence take {own_bytes / 2**20:.0f} MiB in this model's layers, "
+            f"and {STATE_SHARE * share_bytes / 2**20:.0f} MiB are at hand for them; free memory, "
+            "or serve a smaller model"
+        )
+    return min(STATES_PER_SAMPLE * config.max_running_samples, affordable)
 
 
 class Sparing:

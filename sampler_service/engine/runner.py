@@ -38,6 +38,8 @@ class Computed:
     # decoder's. The next pass overwrites them.
     chosen: Sequence[Tensor] = ()
     decoded_chosen: Sequence[Tensor] = ()
+    # To be called when the pass is not to be computed again.
+    change_states: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +72,8 @@ class Runner:
             tokens[p.start : p.stop] = p.span.sequence.tokens(start, stop)
             positions[p.start : p.stop] = range(start, stop)
         device = self.base.device
-        attention = CachedAttention(self.cache, device, placed, self.progress)
+        slots = [p.span.sequence.state for p in placed if p.span.sequence.state is not None]
+        attention = CachedAttention(self.cache, device, placed, self.progress, slots)
         hidden = self.base.hidden(
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
@@ -78,7 +81,8 @@ class Runner:
             attention,
         )
         routing = self.base.routing
-        return Computed(hidden, placed, chosen=routing.chosen if routing else ())
+        chosen = routing.chosen if routing else ()
+        return Computed(hidden, placed, chosen=chosen, change_states=attention.change_states)
 
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""

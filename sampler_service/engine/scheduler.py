@@ -19,7 +19,7 @@ from operator import attrgetter
 
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for, first_key
 from sampler_service.engine.cache.prefixes import Prefixes
-from sampler_service.engine.sequences import PROMPT, Span, Step, TokenSequence
+from sampler_service.engine.sequences import PROMPT, Copies, Span, Step, TokenSequence
 from sampler_service.engine.tenants import Line, Tenants, move
 from sampler_service.jobs import CHUNK_TOKENS
 
@@ -34,10 +34,18 @@ class _Request:
 class Scheduler:
     """Orders the sequences of all requests."""
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        states: BlockPool | None = None,  # slots of states, where layers have some
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+    ) -> None:
         assert max_batch_tokens >= max_running + CHUNK_TOKENS, "a chunk must fit beside all decodes"
         self._pool = pool
-        self._prefixes = Prefixes(pool)
+        self._states = states
+        self._prefixes = Prefixes(pool, states)
         self._tenants = Tenants()
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
@@ -76,7 +84,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next pass, or None if nothing is to be done."""
-        copies: list[tuple[int, int]] = []
+        copies = Copies()
         self._admit()
         self._make_room(copies)
         if not self._num_running:  # who ran has given its blocks to those before it: they run now
@@ -90,7 +98,7 @@ class Scheduler:
         spans += self._chunks(self._max_batch_tokens - len(spans))
         self._tenants.note_reached()
         assert spans or not self.busy, "the first sequence can always go on"
-        return Step(tuple(spans), tuple(copies)) if spans else None
+        return Step(tuple(spans), tuple(copies.blocks), tuple(copies.states)) if spans else None
 
     def update(
         self,
@@ -156,7 +164,12 @@ class Scheduler:
         needed = blocks_for(len(sequence) - 1) - len(found)
         if self._pool.free - self._pool.count_free(found) < needed + self._reserve:
             return False
+        if self._states and self._num_running and not self._states.free:
+            return False
         self._pool.hold(found)
+        if self._states and found:
+            sequence.state = self._prefixes.state(keys[len(found) - 1])
+            self._hold_state(sequence)
         sequence.blocks = [*found, *(self._pool.take() for _ in range(needed))]
         sequence.cached = min(len(found) * BLOCK_TOKENS, len(sequence) - 1)
         sequence.paid = max(sequence.paid, sequence.cached)
@@ -194,17 +207,49 @@ class Scheduler:
         for sequence in waited:
             move(sequence, self._tenants.of(sequence).fresh)
 
-    def _make_room(self, copies: list[tuple[int, int]]) -> None:
-        """Gives each that decodes a place of its own for its next token, or sends it away."""
-        needy = [s for t in self._tenants for s in t.running if s.decodes and s.cached >= s.room]
-        if len(needy) > self._pool.free:
+    def _make_room(self, copies: Copies) -> None:
+        """Gives each that decodes a place of its own for its next token, and each that has a state
+        one of its own, or sends it away.
+        """
+        needy = [
+            s
+            for t in self._tenants
+            for s in t.running
+            if (s.cached >= s.room if s.decodes else self._states is not None)
+        ]
+        free = self._pool.free if self._states is None else min(self._pool.free, self._states.free)
+        if len(needy) > free:
             needy.sort(key=self._tenants.precedence)
         for sequence in needy:
-            while sequence.decodes and not self._has_room(sequence, copies):
+            running = self._tenants.of(sequence).running
+            while sequence.line is running and not (
+                self._has_state(sequence, copies)
+                and (not sequence.decodes or self._has_room(sequence, copies))
+            ):
                 # It may be the sequence itself, but never one that comes before it.
                 self._preempt(self._tenants.last_holder())
 
-    def _has_room(self, sequence: TokenSequence, copies: list[tuple[int, int]]) -> bool:
+    def _has_state(self, sequence: TokenSequence, copies: Copies) -> bool:
+        """Gives it a slot of its own, with the state that it has, if one is free."""
+        if self._states is None:
+            return True
+        if sequence.state is None:
+            slot = self._states.take() if self._states.free else None
+        else:
+            slot = self._states.own(sequence.state, 0, copies.states)
+        sequence.state = sequence.state if slot is None else slot
+        return slot is not None
+
+    def _hold_state(self, sequence: TokenSequence) -> None:
+        if self._states and sequence.state is not None:
+            self._states.hold([sequence.state])
+
+    def _release_state(self, sequence: TokenSequence) -> None:
+        if self._states and sequence.state is not None:
+            self._states.release([sequence.state])
+            sequence.state = None
+
+    def _has_room(self, sequence: TokenSequence, copies: Copies) -> bool:
         """Gives it a place if a block is free or its last one is its own."""
         pool, blocks = self._pool, sequence.blocks
         at, place = divmod(sequence.cached, BLOCK_TOKENS)
@@ -212,16 +257,11 @@ class Scheduler:
             if not pool.free:
                 return False
             blocks.append(pool.take())
-        elif pool.shared(blocks[at]) or pool.keeps_from(blocks[at], place):
-            if pool.free:
-                new = pool.take()
-                copies.append((blocks[at], new))
-                pool.release([blocks[at]])
-                blocks[at] = new
-            elif pool.shared(blocks[at]):
+        else:
+            block = pool.own(blocks[at], place, copies.blocks)
+            if block is None:
                 return False
-            else:
-                pool.forget(blocks[at])
+            blocks[at] = block
         sequence.room = (at + 1) * BLOCK_TOKENS
         self._requests[sequence.request_id].begun = True
         return True
@@ -230,6 +270,7 @@ class Scheduler:
         """Takes its blocks; it waits and is computed again."""
         self._put(victim, self._tenants.of(victim).fresh)
         self._pool.release(victim.blocks)
+        self._release_state(victim)
         victim.paid = max(victim.paid, victim.cached)
         victim.blocks, victim.cached, victim.room, victim.decodes = [], 0, 0, False
 
@@ -269,7 +310,9 @@ class Scheduler:
                 paid=prompt.paid,
                 hit_tokens=prompt.hit_tokens,
             )
+            sample.state = prompt.state
             self._pool.hold(sample.blocks)
+            self._hold_state(sample)
             request.sequences.add(sample)
             move(sample, self._tenants.of(sample).ready)
         self._end(prompt)
@@ -278,6 +321,7 @@ class Scheduler:
         """Forgets a sequence and gives its blocks back."""
         self._put(sequence, None)
         self._pool.release(sequence.blocks)
+        self._release_state(sequence)
         request = self._requests[sequence.request_id]
         request.sequences.remove(sequence)
         if not request.sequences:

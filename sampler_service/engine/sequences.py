@@ -24,6 +24,7 @@ class TokenSequence:
     generated: list[int] = field(default_factory=list)
     cached: int = 0  # so many tokens have their keys and values in `blocks`
     blocks: list[int] = field(default_factory=list)
+    state: int | None = None  # slot of the state after those tokens, where layers have one
     room: int = 0  # so many tokens may be written without asking for a block
     paid: int = 0  # so many tokens were charged to the tenant: computing them again is free
     hit_tokens: int | None = None  # of the prompt, found computed when it first began
@@ -78,9 +79,18 @@ class Span:
     decodes: bool  # one token, whose successor is drawn
 
 
+@dataclass(slots=True)
+class Copies:
+    """To be made before a pass, (from, to), in order."""
+
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    states: list[tuple[int, int]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass. `copies` of blocks (from, to) come before everything else, in order."""
+    """One pass. `copies` of blocks, and those of states, (from, to) come first, in order."""
 
     spans: tuple[Span, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    state_copies: tuple[tuple[int, int], ...] = ()

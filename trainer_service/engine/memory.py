@@ -42,6 +42,7 @@ class ActivationMemory:
     score_bytes: int  # per pair of a query and a key, where scores are not left to a fused kernel
     layers: int  # that can be recomputed
     expert_bytes: int = 0  # per token: inputs and outputs of its experts
+    mixer_bytes: int = 0  # per token, while a layer with state is computed backward
 
     def pass_bytes(self, tokens: int) -> int:
         """Everything kept; one layer's gradients beside it, or the head's."""
@@ -58,7 +59,7 @@ class ActivationMemory:
         head = 2 * min(tokens, self.chunk_rows) * self.logits_bytes
         block = min(BLOCK_BYTES, min(tokens, MOST_BLOCK_QUERIES) * tokens * self.score_bytes)
         experts = min(tokens * self.expert_bytes, 2 * CHUNK_BYTES)
-        layer = tokens * self.layer_bytes + 4 * block + experts
+        layer = tokens * max(self.layer_bytes, self.mixer_bytes) + 4 * block + experts
         return 3 * tokens * self.input_bytes + max(head, layer)
 
 
@@ -82,6 +83,7 @@ def measure(base: LoadedBase, max_lora_rank: int) -> ActivationMemory:
         score_bytes=probe.softcapped_heads * 4,
         layers=layers,
         expert_bytes=2 * routed.per_token * input_bytes if routed else 0,
+        mixer_bytes=max((m.working_bytes for m in base.mixers.values()), default=0),
     )
 
 

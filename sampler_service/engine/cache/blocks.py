@@ -98,6 +98,23 @@ class BlockPool:
             else:
                 self._blank.append(block)
 
+    def own(self, block: int, at: int, copies: list[tuple[int, int]]) -> int | None:
+        """A block with what a held one holds, which its holder may write from that place on:
+        itself, or another in its stead, to which it is to be copied. None: others hold it too, and
+        none is free.
+        """
+        if not self.shared(block) and not self.keeps_from(block, at):
+            return block
+        if self.free:
+            new = self.take()
+            copies.append((block, new))
+            self.release([block])
+            return new
+        if self.shared(block):
+            return None
+        self.forget(block)
+        return block
+
     def keep(self, key: bytes, block: int, tokens: int) -> None:
         """Notes that the key stands for what the first tokens of a held block hold."""
         assert block in self._holders, "only a holder knows what is in a block"

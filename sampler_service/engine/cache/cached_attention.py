@@ -1,4 +1,5 @@
-"""Attention of a step's rows over the key/value cache, which the rows enter first.
+"""Attention of a step's rows over the key/value cache, which the rows enter first; and what mixes
+them through states, which they change when the step is done.
 
 n: sequences that decode, one row each. T: rows of the stream.
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mint_core.model.attention_kernels import Scores, causal_attention
+from mint_core.model.mixers.mixer import Inputs, Mixer, States
+from mint_core.model.mixers.runs import Runs
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
 from sampler_service.engine.cache.kv_cache import KvCache
 
@@ -47,6 +50,7 @@ class CachedAttention:
         device: torch.device,
         rows: Sequence[CachedRows],  # as they lie in the stream
         progress: Callable[[], None] = lambda: None,  # called in every layer
+        slots: Sequence[int] = (),  # of the rows' states, where layers have some
     ) -> None:
         self._cache = cache
         self._device = device
@@ -56,6 +60,13 @@ class CachedAttention:
         self._real = self._indices([i for r in rows for i in range(r.start, r.stop)])
         self._slots = self._indices([slot for r in rows for slot in _slots(r)])
         self._groups: dict[int | None, list[_Group]] = {}  # by window
+        by_rows = list(zip(rows, slots, strict=True)) if slots else []
+        self._steps = [(r, slot) for r, slot in by_rows if r.stop - r.start == 1]
+        self._longer = [(r, slot) for r, slot in by_rows if r.stop - r.start > 1]
+        self._runs: Runs | None = None  # of those that are longer
+        self._changed: list[tuple[int, Tensor, States]] = []
+        if begun := [slot for r, slot in by_rows if r.tokens == r.stop - r.start]:
+            cache.states.clear(self._indices(begun))
         if started := [block for r in rows for block in _started(r)]:
             cache.clear(self._indices(started))
 
@@ -80,6 +91,36 @@ class CachedAttention:
         for group in self._grouped(scores.sliding_window) if batched else ():
             self._attend_group(layer_index, group, query, scores, output)
         return output.transpose(0, 1)
+
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        self._progress()
+        states, output = self._cache.states, None
+        if self._longer:
+            if self._runs is None:
+                spans = [(rows.start, rows.stop) for rows, _ in self._longer]
+                self._runs = Runs(spans, len(inputs[0]), self._device)
+            slots = self._indices([slot for _, slot in self._longer])
+            output, after = mixer.whole(inputs, self._runs, states.read(layer_index, slots))
+            self._changed.append((layer_index, slots, after))
+        if self._steps:
+            slots = self._indices([slot for _, slot in self._steps])
+            places = self._indices([rows.start for rows, _ in self._steps])
+            own = tuple(x.index_select(0, places) for x in inputs)
+            mixed, after = mixer.step(own, states.read(layer_index, slots))
+            self._changed.append((layer_index, slots, after))
+            if output is None:
+                output = mixed.new_zeros(len(inputs[0]), mixed.shape[1])
+            output.index_copy_(0, places, mixed)
+        assert output is not None, "a step has rows"
+        return output
+
+    def change_states(self) -> None:
+        """To be called once, when nothing of the step is to be computed again: a state that has
+        taken a row in would take it in twice.
+        """
+        for layer_index, slots, states in self._changed:
+            self._cache.states.write(layer_index, slots, states)
+        self._changed.clear()
 
     def _read(self, layer_index: int, rows: CachedRows) -> tuple[Tensor, Tensor]:
         blocks = self._indices(rows.blocks[: blocks_for(rows.tokens)])

@@ -1,6 +1,5 @@
 """Keys and values of what was computed, in blocks."""
 
-import math
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from mint_core.model.attention import PackedAttention
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+from sampler_service.engine.cache.pages import fresh_zeros
+from sampler_service.engine.cache.state_cache import StateCache
 
 ROOM_BYTES = 64 * 2**20  # into which blocks of several sequences are gathered at a time
 
@@ -60,17 +61,21 @@ class KvCache:
     a CPU the system gives a block memory when it is first written, and `give_back` returns it.
     """
 
-    def __init__(self, shapes: dict[int, LayerShape], blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: dict[int, LayerShape],
+        blocks: int,
+        device: torch.device,
+        states: StateCache | None = None,  # of layers that have no keys and values
+    ) -> None:
         def zeros(shape: LayerShape, size: int) -> Tensor:
             dimensions = blocks, BLOCK_TOKENS, shape.heads, size
-            if device.type != "cpu":
-                return torch.zeros(dimensions, dtype=shape.dtype, device=device)
-            # Not torch's own zeros, which may be written as such, all at once.
-            size_bytes = math.prod(dimensions) * shape.dtype.itemsize
-            pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._pages.append((pages, size_bytes // blocks))
-            return torch.frombuffer(pages, dtype=shape.dtype).view(dimensions)
+            tensor, pages = fresh_zeros(dimensions, shape.dtype, device)
+            if pages is not None:
+                self._pages.append((pages, tensor.nbytes // blocks))
+            return tensor
 
+        self.states = states or StateCache({}, 0, device)
         self._pages: list[tuple[mmap.mmap, int]] = []  # with the bytes of a block
         self._layers = {
             index: (zeros(shape, shape.key_size), zeros(shape, shape.value_size))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.mixers.mixer import Inputs, Mixer
 from sampler_service.engine.cache.kv_cache import KvCache
 
 # (query [n, heads, key size], keys and values of a layer [blocks, block tokens, key heads, size],
@@ -27,6 +28,7 @@ class PagedAttention:
     slots: Tensor  # [n] where keys and values of the rows go
     table: Tensor  # [n, most blocks] int32, of each sequence
     lengths: Tensor  # [n] tokens of each sequence, the row included
+    states: Tensor  # [n] slots of the sequences' states
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
@@ -35,6 +37,12 @@ class PagedAttention:
         keys, values = self.cache.layer(layer_index)
         output = self.compute(query.transpose(0, 1), keys, values, self.table, self.lengths, scores)
         return output.transpose(0, 1)
+
+    def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
+        states = self.cache.states
+        output, after = mixer.step(inputs, states.read(layer_index, self.states))
+        states.write(layer_index, self.states, after)
+        return output
 
 
 def plain_attention(

@@ -105,7 +105,7 @@ def test_a_cache_on_a_cpu_is_modest_unless_a_context_or_its_owner_wants_more(
     wide = replace(base, description=replace(base.description, context_length=context))
     config = SamplerConfig(base_model="m", **settings)  # type: ignore[arg-type]
     share = int(memory.CACHE_SHARE * psutil.virtual_memory().available)
-    most, kept = cache_size(config, wide, shapes)
+    most, kept, _ = cache_size(config, wide, shapes)
     block_bytes = BLOCK_TOKENS * 2**20
     assert kept * block_bytes == min(kept_bytes, share // block_bytes * block_bytes)
     if most_bytes is None:
