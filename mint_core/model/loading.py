@@ -1,15 +1,14 @@
-"""Loads a base model, puts the LoRA layers in, and proves that the packed path computes what the
-model does.
+"""Loads a base model, puts the LoRA layers in, and has it proved that the packed path computes what
+the model does.
 """
 
 import hashlib
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -17,30 +16,33 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import ServiceConfig
-from mint_core.lora.groups import LinearShape, complete, read_together, watching
+from mint_core.lora.groups import complete, read_together, watching
 from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
-from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.targets import HEAD, linear_shapes
-from mint_core.model import architecture
-from mint_core.model.attention import REGISTERED_NAME, PackedAttention, register
-from mint_core.model.attention_kernels import Scores, causal_attention
+from mint_core.model import architecture, proof
+from mint_core.model.attention import REGISTERED_NAME, register
 from mint_core.model.base import LoadedBase, Recomputation
-from mint_core.model.head import Head, Piece
+from mint_core.model.head import Head
 from mint_core.model.inference import pack
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
-from mint_core.model.shortcuts import install_shortcuts
 
 __all__ = ["LoadedBase", "load_base"]
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 24
 SAMPLED_VALUES = 65_536  # per tensor, for the fingerprint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What libraries raise over files that are missing, torn, or of a kind that they do not know.
@@ -63,19 +65,22 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
     kind = _dtype(config.dtype, place)
     folder = _folder(base_model)
     try:
-        model, eos_token_ids = _read(folder, place, kind)
+        model, text, eos_token_ids = _read(folder, place, kind)
     except _UNREADABLE as error:
         raise FailedPrecondition(
             f"the base model {base_model!r} cannot be loaded: {architecture.first_line(error)}; "
             "give the folder of a causal LM that transformers "
             f"{transformers.__version__} knows, whole"
         ) from error
+    architecture.check_architecture(model, text)
+    context_length = architecture.context_length(model)
     shapes = linear_shapes(model)
-    _check_shapes(base_model, shapes)
-    architecture.check_architecture(model)
     with architecture.refusing(model), watching(model) as calls:
-        expected = _own_logits(model)
-    groups = complete(shapes, read_together(calls))
+        expected = proof.own_logits(model)
+    with architecture.refusing(model):
+        architecture.check_rows(model, calls, len(expected))
+        logit_factor = architecture.logit_factor(model, text, calls, expected)
+        groups = complete(shapes, read_together(calls))
     fingerprint = _fingerprint(model)
     context = LoraContext()
     linears = install(model, context, groups)
@@ -86,7 +91,9 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
     assert isinstance(linear, MultiLoraLinear)
     base = LoadedBase(
         model=model,
-        head=Head(linear, getattr(model.config, "final_logit_softcapping", None)),
+        text=text,
+        logit_factor=logit_factor,
+        head=Head(linear, getattr(text.config, "final_logit_softcapping", None)),
         context=context,
         recomputation=Recomputation(),
         shapes=shapes,
@@ -95,23 +102,26 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
             name=config.base_model_name
             or (Path(base_model).resolve().name if folder == Path(base_model) else base_model),
             folder=str(folder),
-            context_length=architecture.context_length(model),
+            context_length=context_length,
             vocabulary_size=linear.out_features,
             max_lora_rank=config.max_lora_rank,
             fingerprint=fingerprint,
             dtype=str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
-            bitwise_reproducible=_is_reproducible(place, config.threads, shapes),
+            bitwise_reproducible=False,  # until it is tried
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            text_only=architecture.reads_more_than_text(model),
         ),
         device=place,
         dtype=kind,
     )
-    _check_packed_path(base, expected)
-    _take_shortcuts(base)
+    proof.prove(base, expected)
+    proof.take_shortcuts(base)
+    alike = config.threads == 1 and _is_reproducible(base, backward=not inference)
+    base = replace(base, description=replace(base.description, bitwise_reproducible=alike))
     if inference:
         return replace(base, min_rows=pack(base, linears))
     base.recomputation.install(model)
@@ -120,13 +130,15 @@ def load_base(config: ServiceConfig, *, inference: bool = False) -> LoadedBase:
 
 def _read(
     folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """The model as transformers loads it, and the tokens that end a sequence."""
+) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    """The model as transformers loads it, without what is not for text, its part that makes hidden
+    states, and the tokens that end a sequence.
+    """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         names = ", ".join(TOKENIZER_FILES)
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
     check_memory(folder, device, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = read_model(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
@@ -137,19 +149,31 @@ def _read(
         raise ValueError(
             f"its config.json has no place for {extra[0]} and {len(extra) - 1} other tensors"
         )
+    text = architecture.text_part(model)
     model = model.to(device).eval().requires_grad_(False)
-    return model, _eos_token_ids(model, folder)
+    return model, text, _eos_token_ids(model, folder)
 
 
-def _is_reproducible(device: torch.device, threads: int, shapes: Mapping[str, LinearShape]) -> bool:
-    if device.type != "cpu" or threads > 1:
+def read_model(folder: Path, **options: Any) -> Any:
+    """A model that writes text, of the class that transformers has for it: whole, with what reads
+    images where that is a part of it.
+    """
+    kind = type(AutoConfig.from_pretrained(folder))
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    return AutoModelForImageTextToText.from_pretrained(folder, **options)
+
+
+def _is_reproducible(base: LoadedBase, *, backward: bool) -> bool:
+    """On one thread."""
+    if base.device.type != "cpu":
         return False
-    if rows_are_alike(shapes.values()):
+    if rows_are_alike(base.shapes.values()) and proof.bits_are_its_own(base, backward=backward):
         return True
     logger.warning(
-        "this CPU's library rounds products of few rows otherwise than those of many: results are "
-        "as exact, but their last bits may change with who shares a pass, and after a crash. No "
-        "speed is lost and nothing need be done, but to unset MKL_CBWR where it is set"
+        "this CPU's libraries round few rows, or the last, otherwise than the rest: results are as "
+        "exact, but their last bits may change with who shares a pass, and after a crash. No speed "
+        "is lost and nothing need be done, but to unset MKL_CBWR where it is set"
     )
     return False
 
@@ -223,15 +247,6 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) 
         )
 
 
-def _check_shapes(base_model: str, shapes: dict[str, LinearShape]) -> None:
-    if HEAD not in shapes or len(shapes) < 2:
-        raise FailedPrecondition(
-            f"the base model {base_model!r} has no linear layers that LoRA can train, or no "
-            f"`{HEAD}`; "
-            "serve a causal LM whose layers are nn.Linear"
-        )
-
-
 def _eos_token_ids(model: nn.Module, folder: Path) -> tuple[int, ...]:
     """The union of what generation config and tokenizer say."""
     configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
@@ -246,6 +261,7 @@ def _fingerprint(model: nn.Module) -> str:
     The same files give the same digest on every device and in every dtype.
     """
     digest = hashlib.sha256()
+    config = architecture.text_config(model)
     for key in (
         "model_type",
         "hidden_size",
@@ -253,7 +269,7 @@ def _fingerprint(model: nn.Module) -> str:
         "rope_parameters",
         "rms_norm_eps",
     ):
-        digest.update(f"{key}={getattr(model.config, key, None)};".encode())
+        digest.update(f"{key}={getattr(config, key, None)};".encode())
     for name, parameter in model.named_parameters():
         values = parameter.detach().reshape(-1)
         stride = max(1, values.numel() // SAMPLED_VALUES)
@@ -261,99 +277,3 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}:{list(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _probe(model: nn.Module) -> Tensor:  # [tokens]
-    vocabulary_size: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
-    device = next(model.parameters()).device
-    return (torch.arange(PROBE_TOKENS, device=device) * 7919 + 11) % vocabulary_size
-
-
-@torch.no_grad()
-def _own_logits(model: nn.Module) -> Tensor:  # [tokens, vocabulary]
-    logits: Tensor = model(input_ids=_probe(model)[None], use_cache=False).logits[0]
-    return logits.float()
-
-
-class _Probe(PackedAttention):
-    """Notes what window each layer asks for, and what a cache would keep of it."""
-
-    def __init__(self, bounds: list[int]) -> None:
-        super().__init__(bounds)
-        self.scores: dict[int, Scores] = {}
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, of the whole stream
-        self.calls: Counter[int] = Counter()  # of each layer's attention
-
-    def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> Tensor:
-        self.scores[layer_index] = scores
-        self.kept[layer_index] = key, value
-        self.calls[layer_index] += 1
-        return super().attend(layer_index, query, key, value, scores)
-
-
-class _Decoding:
-    """Each row is a token of the probe, beside what was kept of those before it."""
-
-    def __init__(self, kept: Mapping[int, tuple[Tensor, Tensor]], places: Sequence[int]) -> None:
-        self._kept = kept
-        self._places = places
-
-    def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> Tensor:
-        outputs = []
-        for row, place in enumerate(self._places):
-            own = slice(row, row + 1)
-            keys, values = (
-                torch.cat([kept[:, :place], new[:, own]], dim=1)
-                for kept, new in zip(self._kept[layer_index], (key, value), strict=True)
-            )
-            outputs.append(causal_attention(query[:, own], keys, values, scores))
-        return torch.cat(outputs, dim=1)
-
-
-@torch.no_grad()
-def _check_packed_path(base: LoadedBase, expected: Tensor) -> None:
-    """Refuses a model whose own logits the packed path does not reproduce: two documents side by
-    side, and tokens that are decoded from what is kept of the first.
-    """
-    tokens = _probe(base.model)
-    n = len(tokens)
-    positions = torch.arange(n, device=base.device)
-    whole = Segment(0, 2 * n)
-    probe = _Probe([0, n, 2 * n])
-    with architecture.refusing(base.model):
-        hidden = base.hidden(tokens.repeat(2), positions.repeat(2), (whole,), probe)
-    architecture.check_layers(base.model, probe.calls)
-    architecture.check_windows(base.model, {i: s.sliding_window for i, s in probe.scores.items()})
-    _compare(base, "packed", base.head.logits(hidden, [Piece(whole, positions + n)]), expected)
-    places = positions[n // MIN_ROWS - 1 :: n // MIN_ROWS]
-    rows = Segment(0, len(places))
-    hidden = base.hidden(tokens[places], places, (rows,), _Decoding(probe.kept, places.tolist()))
-    decoded = base.head.logits(hidden, [Piece(rows, positions[rows.rows])])
-    _compare(base, "decoded", decoded, expected[places])
-
-
-def _compare(base: LoadedBase, kind: str, logits: Tensor, expected: Tensor) -> None:
-    difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1.0)
-    if not difference < (1e-4 if base.dtype == torch.float32 else 0.1):
-        raise architecture.unsupported(
-            base.model, f"{kind} logits differ from its own by {difference.item():.1e}"
-        )
-    logger.info("%s logits agree with the model's own to %.1e", kind, difference.item())
-
-
-@torch.no_grad()
-def _take_shortcuts(base: LoadedBase) -> None:
-    """Lets modules compute in direct forms where those give the same: at the context's end, where
-    also what depends on the position shows.
-    """
-    tokens = _probe(base.model)
-    n = len(tokens)
-    probe = _Probe([0, n])
-    positions = torch.arange(n, device=base.device) + architecture.context_length(base.model) - n
-    with watching(base.model) as calls:
-        base.hidden(tokens, positions, (Segment(0, n),), probe)
-    install_shortcuts(calls, probe.scores)

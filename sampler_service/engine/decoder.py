@@ -98,7 +98,7 @@ class Decoder:
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
         self._most_rows = most_rows
         self.passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
-        recorded = base.device.type == "cuda" and not reads_lengths(base.model.config)
+        recorded = base.device.type == "cuda" and not reads_lengths(base.text.config)
         self.recorder = Recorder(base.device) if recorded else None  # None: passes are launched
 
     def run(

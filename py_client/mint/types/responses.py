@@ -202,6 +202,7 @@ class SupportedModel:
     device: str
     tokenizer_fingerprint: str
     eos_token_ids: list[int]
+    text_only: bool
 
     @classmethod
     def from_proto(cls, message: model_pb2.BaseModel) -> Self:
