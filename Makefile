@@ -20,7 +20,7 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install soak faults hostile fuzz bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install models soak faults hostile fuzz bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -127,6 +127,9 @@ languages: install $(if $(INSTALL),languages-install)  ## Builds and tries clien
 
 languages-install: install
 	$(BIN)/python -m tests.languages --install $(LANGUAGES)
+
+models: install  ## Every row of docs/models.md: WORKERS=2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(WORKERS) --dist loadgroup tests/parity/test_families.py
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from mint_core.model import loading
 VOCABULARY_SIZE = 512
 CONTEXT_LENGTH = 4096
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -56,23 +57,23 @@ _TEXTS = [
 
 def tiny_qwen3(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
     """A Qwen3 of 2 layers and width 64."""
-    return _make(folder, Qwen3Config(**_SIZES, tie_word_embeddings=tied), seed)
+    return _make(folder, Qwen3Config(**SIZES, tie_word_embeddings=tied), seed)
 
 
 def tiny_llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
     """A Llama of 2 layers and width 64."""
-    return _make(folder, LlamaConfig(**_SIZES, tie_word_embeddings=tied), seed)
+    return _make(folder, LlamaConfig(**SIZES, tie_word_embeddings=tied), seed)
 
 
 def tiny_qwen2(folder: Path, *, seed: int = 0) -> Path:
     """A Qwen2 of 2 layers and width 64: biases on q, k and v."""
-    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
     return _make(folder, Qwen2Config(**sizes, tie_word_embeddings=True), seed)
 
 
 def tiny_mistral(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
     """A Mistral of 2 layers and width 64 with a short sliding window."""
-    return _make(folder, MistralConfig(**_SIZES, sliding_window=sliding_window), seed)
+    return _make(folder, MistralConfig(**SIZES, sliding_window=sliding_window), seed)
 
 
 def tiny_gemma2(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path:
@@ -80,7 +81,7 @@ def tiny_gemma2(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path
     soft-capped, low enough for the caps to bend them.
     """
     config = Gemma2Config(
-        **_SIZES,
+        **SIZES,
         sliding_window=sliding_window,
         query_pre_attn_scalar=16,
         attn_logit_softcapping=1.0,
@@ -95,7 +96,7 @@ def tiny_gemma3(folder: Path, *, sliding_window: int = 8, seed: int = 0) -> Path
     """
     layers = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
-        **_SIZES, sliding_window=sliding_window, query_pre_attn_scalar=16, layer_types=layers
+        **SIZES, sliding_window=sliding_window, query_pre_attn_scalar=16, layer_types=layers
     )
     return _make(folder, config, seed)
 
@@ -104,18 +105,39 @@ def tiny_phi3(folder: Path, *, seed: int = 0) -> Path:
     """A Phi-3 of 2 layers and width 64: q, k and v in one linear layer, gate and up in another, and
     rotary embeddings of a part of each head.
     """
-    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
     return _make(folder, Phi3Config(**sizes, partial_rotary_factor=0.5), seed)
-
-
-def tiny_unsupported(folder: Path, config_class: type[PretrainedConfig]) -> Path:
-    """A model of 2 layers and width 64 of a kind that is refused when it loads."""
-    return _make(folder, config_class(**_SIZES), 0)
 
 
 def _make(folder: Path, config: PretrainedConfig, seed: int) -> Path:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _save(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def make_model(folder: Path, model_class: type[Any], config: PretrainedConfig) -> Path:
+    """A seeded model of a class. Weights that are usually left at 0 or 1, as those of norms, are
+    near them; those of queries and keys are smaller, since sharp attention multiplies what float32
+    rounds.
+    """
+    torch.manual_seed(0)
+    model = model_class(config).float()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.dim() < 2 and value.is_floating_point():
+                value.add_(torch.randn(value.shape), alpha=0.1)
+                value.mul_(0.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+    return _save(folder, model)
+
+
+def own_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """As transformers loads it, of the class that its folder names."""
+    named = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, named).from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def _save(folder: Path, model: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # wider than the default, so that logits differ visibly

@@ -78,6 +78,7 @@ class ModelDescription:
     memory_bytes: int  # of the base weights
     memory_bound: bool = False  # whether memory, not the model, sets `context_length`
     linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
+    text_only: bool = False  # whether its checkpoint reads more, which is left out
     routed: "RoutedShape | None" = None  # of a model that has experts
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from mint_core.errors import FailedPrecondition
 from mint_core.model.attention_kernels import (
     Scores,
     causal_attention,
@@ -31,6 +30,7 @@ REGISTERED_NAME = "mint_packed"
 # is the faster one. H200, forward and backward, against that for many, in TFLOP/s: 2,048 tokens 114
 # and 191, 8,192 tokens 422 and 268 (benchmarks/gpu_checklist.py, 2026-11-26).
 LONG_DOCUMENT_TOKENS = 4096
+_WITHOUT_EFFECT = ("position_ids", "cache_position")  # on scores: rotary embeddings have had theirs
 
 Attend = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]  # query, key, value -> output
 
@@ -145,18 +145,21 @@ def _attend(
     attention_batch: AttentionBatch | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,  # what the model's layers hand to every attention function, such as position ids
+    **others: Any,  # what the model's layers hand to every attention function
 ) -> tuple[Tensor, None]:
+    tensors = (name for name, value in others.items() if isinstance(value, Tensor))
+    unknown = next((name for name in tensors if name not in _WITHOUT_EFFECT), None)
+    what = None
     if s_aux is not None:
-        raise FailedPrecondition(
-            f"the base model's attention ({type(module).__name__}) uses attention sinks, which are "
-            "not supported; serve a model without them"
-        )
-    if attention_batch is None:
-        raise FailedPrecondition(
-            f"the base model's attention ({type(module).__name__}) is not told where documents "
-            "begin, so they cannot be packed; serve another model"
-        )
+        what = "uses attention sinks"
+    elif attention_mask is not None:
+        what = "makes a mask of its own"
+    elif unknown is not None:
+        what = f"is handed `{unknown}`, of which nothing is known here"
+    elif attention_batch is None:
+        what = "is not told where documents begin"
+    if what or attention_batch is None:
+        raise NotImplementedError(f"its attention ({type(module).__name__}) {what}")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index: int = module.layer_idx  # type: ignore[assignment]

@@ -48,6 +48,8 @@ class LoadedBase:
     """A frozen base model ready to run packed streams with many adapters."""
 
     model: nn.Module
+    text: nn.Module  # the part of it that makes hidden states of tokens
+    logit_factor: float  # of the product of hidden states and head
     head: Head
     context: LoraContext
     recomputation: Recomputation
@@ -74,19 +76,19 @@ class LoadedBase:
         attention: AttentionBatch,
         routed: Tensor | None = None,  # [tokens, L, k] experts, -1 where the routers choose
     ) -> Tensor:  # [tokens, hidden size]
-        """The last hidden state of a packed stream. In grad mode its backward trains the rows of
-        segments that accumulate; it needs none if they adapt no layer below the head.
+        """The last hidden state of a packed stream, as the head takes it. In grad mode its backward
+        trains the rows of segments that accumulate; it needs none if they adapt no layer below the
+        head.
         """
         if self.routing is not None:
             self.routing.begin(routed)
         self.mixing.batch = attention
-        embedded = self.model.get_input_embeddings()(tokens)[None]  # type: ignore[operator]
         with self.context.applying(segments):
-            output = self.model.base_model(  # type: ignore[operator]
-                inputs_embeds=embedded,
+            output = self.text(
+                input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
                 attention_batch=attention,
             )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return hidden if self.logit_factor == 1.0 else hidden * self.logit_factor

@@ -225,7 +225,7 @@ def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores])
     """
     forms: dict[nn.Module, Form] = {}
     for call in calls:
-        for form in _forms(call.module, scores, forms):
+        for form in _forms(call, scores, forms):
             if all(_equal(call, form, factor) for factor in FACTORS):
                 forms[call.module] = call.module.forward = form
                 break
@@ -233,16 +233,16 @@ def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores])
 
 
 def _forms(
-    module: Any, scores: Mapping[int, Scores], forms: Mapping[nn.Module, Form]
+    call: ModuleCall, scores: Mapping[int, Scores], forms: Mapping[nn.Module, Form]
 ) -> Iterator[Form]:
     """Those that a module may have, by the names of its parts."""
+    module: Any = call.module
     try:
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if eps is not None and not list(module.children()):
             weight = getattr(module, "weight", None)
-            if weight is None:  # Gemma 4's, of values
-                yield RmsNorm(torch.ones(1), eps)
-                return
+            if weight is None:
+                weight = torch.ones_like(call.output.flatten(0, -2)[0])
             yield RmsNorm(weight.detach(), eps)
             if weight.dtype == torch.float32:
                 yield RmsNorm(1.0 + weight.detach(), eps)  # Gemma's

@@ -176,6 +176,7 @@ def _base_model(model: ModelDescription, files: tuple[TokenizerFile, ...]) -> mo
         device=model.device,
         tokenizer_fingerprint=hashlib.sha256(lines.encode()).hexdigest(),
         eos_token_ids=model.eos_token_ids,
+        text_only=model.text_only,
         expert_layers=layers,
         experts=experts,
         experts_per_token=per_token,

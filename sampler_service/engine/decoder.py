@@ -199,7 +199,7 @@ def reads_on_host(base: LoadedBase) -> bool:
     products of experts do but for bfloat16.
     """
     grouped = base.routing is not None and base.dtype != torch.bfloat16
-    return grouped or reads_lengths(base.model.config)
+    return grouped or reads_lengths(base.text.config)
 
 
 def reads_lengths(config: Any) -> bool:

@@ -18,6 +18,7 @@ MODEL = ModelDescription(
     device="cpu",
     eos_token_ids=(2,),
     bitwise_reproducible=True,
+    text_only=True,
     linear_modules=("q_proj",),
     memory_bytes=0,
 )

@@ -188,6 +188,7 @@ def test_capabilities_and_tokenizer_of_the_model(model: Path, tmp_path: Path) ->
     (served,) = offered.base_models
     assert (served.name, served.context_length, list(served.eos_token_ids)) == ("echo", 128, [2])
     assert len(served.tokenizer_fingerprint) == 64
+    assert served.text_only
 
     files: dict[str, bytes] = {}
     for piece in pieces:

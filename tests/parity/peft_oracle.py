@@ -1,17 +1,19 @@
 """The slow, obvious trainer: PEFT + torch.optim.AdamW in float64, document by document."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import transformers_weight_conversion
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.overrides import TorchFunctionMode
 
 from mint_core.lora.spec import AdapterArrays, AdapterSpec
+from tests.models import own_model
 from trainer_service.jobs import (
     AdamParams,
     Cispo,
@@ -41,16 +43,30 @@ def _names_as_they_are() -> Iterator[None]:
         yield
 
 
+class InFloat64(TorchFunctionMode):
+    """Keeps in float64 what models compute in float32 whatever they are in, such as norms."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def longer(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        options = {name: longer(value) for name, value in (kwargs or {}).items()}
+        return function(*map(longer, args), **options)
+
+
 class PeftTrainer:
     """One adapter on one model, by the book."""
 
     def __init__(self, folder: Path, spec: AdapterSpec, weights: AdapterArrays) -> None:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float64,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
+        base = own_model(folder, torch.float64)
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,
@@ -72,7 +88,8 @@ class PeftTrainer:
         self._optimizer = torch.optim.AdamW(trained)
 
     def logprobs(self, document: Document) -> Tensor:  # as `document.targets`, float64
-        logits = self.model(input_ids=torch.from_numpy(document.tokens)[None]).logits[0]
+        with InFloat64():
+            logits = self.model(input_ids=torch.from_numpy(document.tokens)[None]).logits[0]
         targets = torch.from_numpy(document.targets)
         wide = targets.reshape(len(targets), -1)
         return logits.log_softmax(-1).gather(1, wide).reshape(targets.shape)

@@ -1,7 +1,7 @@
 """A run's numbers do not depend on who else is in the pass: bitwise on CPU (design section 11)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from tests.engines_in_process import (
     run_plan,
     wide_documents,
 )
-from tests.models import tiny_gemma2, tiny_gemma3, tiny_mistral, tiny_phi3
 from trainer_service.engine.engine import Engine, _deterministic
 from trainer_service.jobs import (
     AdamParams,
@@ -101,24 +100,6 @@ def test_eight_runs_fused_equal_each_alone(engine: Engine) -> None:
                 assert np.array_equal(a, b)
             alone.step(AdamParams(learning_rate=1e-2))
         assert equal(alone.export(), fused[i].export()), request
-
-
-@pytest.mark.parametrize("make", [tiny_mistral, tiny_gemma2, tiny_gemma3, tiny_phi3])
-def test_windows_caps_and_fused_projections_know_no_neighbours(
-    make: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    engine = make_engine(make(tmp_path))
-    runs = [EngineRun(engine, f"run{i}", REQUESTS[i], random=i) for i in range(3)]
-    tiles = [run.tile(make_documents(i, (3, 40)), LOSSES[i]) for i, run in enumerate(runs)]
-    fused = run_plan(engine, *tiles)
-    for run in runs:
-        run.step(AdamParams())
-    for i, (tile, together) in enumerate(zip(tiles, fused, strict=True)):
-        alone = EngineRun(engine, f"alone{i}", REQUESTS[i], random=i)
-        result = alone.compute(dataclasses.replace(tile, training_run_id=alone.name))
-        assert result.metrics == together.metrics
-        alone.step(AdamParams())
-        assert equal(alone.export(), runs[i].export())
 
 
 def test_a_forward_only_tile_changes_no_gradient_and_gets_the_same_logprobs(

@@ -15,15 +15,7 @@ from tests.engines_in_process import (
     make_engine,
     wide_documents,
 )
-from tests.models import (
-    tiny_gemma2,
-    tiny_gemma3,
-    tiny_llama,
-    tiny_mistral,
-    tiny_phi3,
-    tiny_qwen2,
-    tiny_qwen3,
-)
+from tests.models import tiny_gemma2, tiny_llama, tiny_qwen3
 from tests.parity.peft_oracle import PeftTrainer
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import (
@@ -43,16 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
 
 TOLERANCE = 1e-5  # of the norm of each tensor
 LENGTHS = (7, 33, 2, 18)
-MODELS: dict[str, Callable[[Path], Path]] = {
+MODELS: dict[str, Callable[[Path], Path]] = {  # others in test_families.py
     "qwen3-tied": lambda folder: tiny_qwen3(folder, tied=True),
-    "qwen3-untied": lambda folder: tiny_qwen3(folder, tied=False),
-    "llama-tied": lambda folder: tiny_llama(folder, tied=True),
     "llama-untied": lambda folder: tiny_llama(folder, tied=False),
-    "qwen2": tiny_qwen2,
-    "mistral-window-8": tiny_mistral,
     "gemma2-window-8": tiny_gemma2,
-    "gemma3-window-8": tiny_gemma3,
-    "phi3": tiny_phi3,
 }
 TARGETS = {
     "attn": LoraRequest(rank=8, seed=1, train_mlp=False, train_unembed=False),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from checkpoint_store.adapter_files import read_weights
 from checkpoint_store.errors import full_disk_told
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_name
 from mint_core.lora.targets import HEAD
-from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory
+from mint_core.model.architecture import text_config
+from mint_core.model.base_files import check_memory
+from mint_core.model.loading import read_model
 from trainer_service.checkpoints.apart import Merge, answer_once
 from trainer_service.errors import NonFiniteExport
 
@@ -28,9 +29,7 @@ def merge(job: Merge) -> bool:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.base_folder, dtype=dtype or "auto", **NO_CODE_OF_ITS_OWN
-    )
+    model = read_model(Path(job.base_folder), dtype=dtype or "auto")
     untied = HEAD in job.spec.modules and _untie(model)
     _add(model, job.spec, read_weights(Path(job.adapter_folder)))
     _check_finite(model)
@@ -48,7 +47,8 @@ def _untie(model: nn.Module) -> bool:
     if head.weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for config in (model.config, text_config(model)):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
     return True
 
 

@@ -202,6 +202,7 @@ class SupportedModel:
     device: str
     tokenizer_fingerprint: str
     eos_token_ids: list[int]
+    text_only: bool
     expert_layers: int = 0  # that have experts; 0: none, and so the next
     experts: int = 0  # of such a layer
     experts_per_token: int = 0

@@ -26,9 +26,12 @@ class LayerShape:
     key_size: int
     value_size: int
     dtype: torch.dtype
+    shared_with: int | None = None  # an earlier layer, whose keys and values they are
 
     @property
     def token_bytes(self) -> int:
+        if self.shared_with is not None:
+            return 0
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
@@ -45,12 +48,22 @@ class _Probe(PackedAttention):
     def __init__(self) -> None:
         super().__init__([0, MIN_ROWS])
         self.shapes: dict[int, LayerShape] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        self.shapes[layer_index] = LayerShape(key.shape[0], key.shape[2], value.shape[2], key.dtype)
+        shared = (i for i, seen in self._seen.items() if _same(seen, (key, value)))
+        self.shapes[layer_index] = LayerShape(
+            key.shape[0], key.shape[2], value.shape[2], key.dtype, next(shared, None)
+        )
+        self._seen[layer_index] = key, value
         return super().attend(layer_index, query, key, value, scores)
+
+
+def _same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
+    """Whether they are views of the same memory, not only of the same values."""
+    return all(a.data_ptr() == b.data_ptr() for a, b in zip(ours, theirs, strict=True))
 
 
 class KvCache:
@@ -77,16 +90,21 @@ class KvCache:
 
         self.states = states or StateCache({}, 0, device)
         self._pages: list[tuple[mmap.mmap, int]] = []  # with the bytes of a block
-        self._layers = {
+        own = {
             index: (zeros(shape, shape.key_size), zeros(shape, shape.value_size))
             for index, shape in shapes.items()
+            if shape.shared_with is None
         }
+        self._parts = [part for layer in own.values() for part in layer]
+        keepers = {
+            index: index if shape.shared_with is None else shape.shared_with
+            for index, shape in shapes.items()
+        }
+        self._layers = {index: own[keeper] for index, keeper in keepers.items()}
         # Where blocks are gathered: fresh memory for it would be paged in for every layer.
         self._rooms: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
         self.block_bytes = BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes.values())
-        self.room_blocks = ROOM_BYTES // max(
-            part[0].nbytes for layer in self._layers.values() for part in layer
-        )
+        self.room_blocks = ROOM_BYTES // max(part[0].nbytes for part in self._parts)
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """Returns the memory of blocks, in order, to the system. They hold zeros then, or what they
@@ -105,16 +123,14 @@ class KvCache:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks in every layer, (from, to), in order."""
-        for layer in self._layers.values():
-            for part in layer:
-                for source, target in pairs:
-                    part[target] = part[source]
+        for part in self._parts:
+            for source, target in pairs:
+                part[target] = part[source]
 
     def clear(self, blocks: Tensor) -> None:  # [blocks]
         """Fills blocks with zeros in every layer."""
-        for layer in self._layers.values():
-            for part in layer:
-                part.index_fill_(0, blocks, 0.0)
+        for part in self._parts:
+            part.index_fill_(0, blocks, 0.0)
 
     def write(
         self,

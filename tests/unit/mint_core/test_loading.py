@@ -11,23 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import (
-    CohereConfig,
-    DiffLlamaConfig,
-    GPT2Config,
-    GPTJConfig,
-    GptOssConfig,
-    HrmTextConfig,
-    Olmo2Config,
-    PretrainedConfig,
-    StableLmConfig,
-)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from mint_core.errors import FailedPrecondition
-from mint_core.model.architecture import check_architecture, check_windows, context_length
-from mint_core.model.loading import PROBE_TOKENS
-from tests.models import load_base, tiny_unsupported
+from mint_core.model.architecture import check_windows, context_length, text_part
+from mint_core.model.proof import PROBE_TOKENS
+from tests.models import load_base
 
 
 def without_tokenizer(folder: Path) -> None:
@@ -159,26 +148,6 @@ def test_a_device_that_is_not_there_is_refused(qwen3_folder: Path, device: str, 
         load_base(str(qwen3_folder), device=device)
 
 
-@pytest.mark.parametrize(
-    ("config_class", "words"),
-    [
-        (GptOssConfig, r"GptOssForCausalLM .* \(GptOss\w+\) has weights but is no nn\.Linear"),
-        (GPT2Config, r"no linear layers that LoRA can train"),
-        (StableLmConfig, r"attention \(StableLmAttention\) is not told where documents begin"),
-        (GPTJConfig, r"GPTJForCausalLM is not supported: it fails on a probe: The size of tensor"),
-        (CohereConfig, r"CohereForCausalLM is not supported: packed logits differ from its own"),
-        (DiffLlamaConfig, r"DiffLlamaForCausalLM .* its attention runs 2 times as layer 0 in a"),
-        (HrmTextConfig, r"HrmTextForCausalLM .* its attention runs 8 times as layer 0 in a pass"),
-    ],
-)
-def test_an_architecture_that_packing_does_not_reproduce_is_refused_by_name(
-    config_class: type[PretrainedConfig], words: str, tmp_path: Path
-) -> None:
-    folder = tiny_unsupported(tmp_path, config_class)
-    with pytest.raises(FailedPrecondition, match=words):
-        load_base(str(folder), device="cpu")
-
-
 def test_weights_that_are_no_part_of_the_model_are_left_out(
     qwen3_folder: Path, tmp_path: Path
 ) -> None:
@@ -193,10 +162,6 @@ def test_weights_that_are_no_part_of_the_model_are_left_out(
     base = load_base(str(folder), device="cpu")
 
     assert base.description.fingerprint == load_base(str(qwen3_folder)).description.fingerprint
-
-
-def test_norms_over_all_heads_keep_their_code(tmp_path: Path) -> None:
-    load_base(str(tiny_unsupported(tmp_path, Olmo2Config)), device="cpu")
 
 
 def test_a_layer_that_remembers_what_no_cache_keeps_is_refused(
@@ -214,23 +179,67 @@ def test_a_layer_that_remembers_what_no_cache_keeps_is_refused(
         load_base(str(qwen3_folder), device="cpu")
 
 
+def test_documents_that_touch_are_refused(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token's state is blended with that of a token of the other document."""
+    own = Qwen3MLP.forward
+
+    def blending(module: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        return own(module, (x + x.roll(PROBE_TOKENS, dims=1)) / 2)
+
+    monkeypatch.setattr(Qwen3MLP, "forward", blending)
+    with pytest.raises(FailedPrecondition, match=r"Qwen3ForCausalLM .* packed logits differ"):
+        load_base(str(qwen3_folder), device="cpu")
+
+
+def test_a_layer_that_reads_other_rows_than_the_tokens_is_refused(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As experts of their own do; their adapters would be applied to the rows of others."""
+    own = Qwen3MLP.forward
+
+    def in_parts(module: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([own(module, part) for part in x.split(20, dim=1)], dim=1)
+
+    monkeypatch.setattr(Qwen3MLP, "forward", in_parts)
+    words = r"Qwen3ForCausalLM .* `model.layers.0.mlp.gate_proj` reads 40 rows for 48 tokens"
+    with pytest.raises(FailedPrecondition, match=words):
+        load_base(str(qwen3_folder), device="cpu")
+
+
+def test_a_model_whose_bits_depend_on_neighbours_says_so(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Qwen3MLP.forward
+
+    def rounding(module: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        return own(module, x) * (1.0 + 1e-5 * (x.shape[1] > 20))
+
+    assert load_base(str(qwen3_folder), device="cpu").description.bitwise_reproducible
+    monkeypatch.setattr(Qwen3MLP, "forward", rounding)
+    description = load_base(str(qwen3_folder), device="cpu").description
+    assert not description.bitwise_reproducible
+
+
 def model_with(**config: Any) -> torch.nn.Module:
     model = torch.nn.Module()
     model.config = SimpleNamespace(**config)  # type: ignore[assignment]
+    model.config.get_text_config = lambda: model.config  # type: ignore[union-attr, operator]
     return model
 
 
-def test_a_model_that_reads_more_than_text_is_refused() -> None:
-    model = model_with(get_text_config=lambda: None)
-    with pytest.raises(FailedPrecondition, match="Module is not supported: it reads more than"):
-        check_architecture(model)
+def test_a_model_without_a_part_for_text_alone_is_refused() -> None:
+    model = model_with()
+    model.config.get_text_config = lambda: SimpleNamespace()  # type: ignore[union-attr, operator]
+    model.get_decoder = lambda: torch.nn.Module()  # type: ignore[assignment]
+    with pytest.raises(FailedPrecondition, match="no part of it makes hidden states of tokens"):
+        text_part(model)
 
 
-def test_layers_that_attend_in_chunks_are_refused() -> None:
-    model = model_with(layer_types=["full_attention", "chunked_attention"])
-    model.config.get_text_config = lambda: model.config  # type: ignore[union-attr, operator]
-    with pytest.raises(FailedPrecondition, match="its layers are of the kind 'chunked_attention'"):
-        check_architecture(model)
+def test_a_configuration_that_names_no_length_is_refused() -> None:
+    with pytest.raises(FailedPrecondition, match="does not say how long a sequence may be"):
+        context_length(model_with())
 
 
 def test_a_window_that_only_the_mask_knows_is_refused() -> None:

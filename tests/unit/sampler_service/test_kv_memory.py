@@ -48,6 +48,17 @@ def test_giving_back_touches_no_other_block() -> None:
         assert (freed == 0).sum() * 4 > 4 * PART_BYTES - 2 * mmap.PAGESIZE
 
 
+def test_layers_that_share_keys_and_values_have_them_once() -> None:
+    own = KvCache({0: SHAPE, 1: SHAPE}, 64, CPU)
+    shared = KvCache({0: SHAPE, 1: replace(SHAPE, shared_with=0)}, 64, CPU)
+    assert shared.block_bytes == own.block_bytes / 2
+    rows = torch.rand(4, 3, 50)
+    shared.write(0, torch.arange(3), rows, rows)
+    shared.copy([(0, 5)])
+    keys, _ = shared.read(1, torch.tensor([5]))
+    assert torch.equal(keys[0, :, :3], rows)
+
+
 def key_of(number: int) -> bytes:
     return next_key(b"", [number])
 

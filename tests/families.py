@@ -1,0 +1,393 @@
+"""The families of base models that tests know: which are served, which are refused and why.
+
+`python -m tests.families` prints docs/models.md, which is made from this table.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tests.models import SIZES, make_model
+
+_PAGE = """\
+# Base models
+
+Made from the table in `tests/families.py` by `python -m tests.families > docs/models.md`; a test
+holds it to that.
+
+What is not here may be served as well: whatever a model is called, it is loaded if it proves to be
+computed rightly, and refused by the name of its class, with what is missing, if it does not
+(`mint_core/model/proof.py`). Of what is here, tiny random models of the class pass all of this,
+`make models` for every row and `make test` for one of each code path:
+
+- trainer and sampler load it;
+- logprobs, gradients of every A and B, and weights after steps equal those of PEFT and torch in
+  float64;
+- what shares a pass changes no bit, on a CPU;
+- the sampler's logprobs equal the trainer's, and decoding from the cache, a beginning that was
+  found in it, and what had to be computed again equal the whole;
+- its adapters open in PEFT with the same logits, and its merged export in transformers.
+
+Where a checkpoint reads more than text ("text alone" below), its part for text is served and the
+rest is left out; `text_only` in the capabilities says so. Names of layers are those of the whole
+model, so that adapters open on it, and an export is whole.
+
+## Served
+
+| family | class | of its own |
+|---|---|---|
+{served}
+
+## Refused
+
+| family | class | what is missing |
+|---|---|---|
+{refused}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A row of the table."""
+
+    name: str
+    architecture: str  # the class that config.json names
+    # What sets it apart; of a refused one what is missing, as the refusal has it.
+    own: str
+    served: bool
+    values: Mapping[str, Any] = field(repr=False)  # of a tiny configuration
+
+    @property
+    def id(self) -> str:
+        return self.name.lower().replace(" ", "-")
+
+    @property
+    def known(self) -> bool:
+        """To this release of transformers."""
+        return hasattr(transformers, self.architecture)
+
+    def make(self, folder: Path) -> Path:
+        """A tiny seeded model, none of whose weights is 0 or 1."""
+        model_class = getattr(transformers, self.architecture)
+        return make_model(folder, model_class, model_class.config_class(**self.values))
+
+
+def _sized(**changes: Any) -> dict[str, Any]:
+    """None: no such value."""
+    return {key: value for key, value in {**SIZES, **changes}.items() if value is not None}
+
+
+def _served(name: str, architecture: str, own: str, **changes: Any) -> Family:
+    return Family(
+        name=name, architecture=architecture, own=own, served=True, values=_sized(**changes)
+    )
+
+
+def _composite(name: str, architecture: str, own: str, **values: Any) -> Family:
+    return Family(
+        name=name, architecture=architecture, own=f"text alone; {own}", served=True, values=values
+    )
+
+
+def _refused(name: str, architecture: str, own: str, **changes: Any) -> Family:
+    return Family(
+        name=name, architecture=architecture, own=own, served=False, values=_sized(**changes)
+    )
+
+
+_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}
+_GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 8}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 3.0,
+}
+_SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": SIZES["vocab_size"],
+}
+_GEMMA4 = {**_SHARED, "global_head_dim": 32, "final_logit_softcapping": 2.0}
+_SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+_QWEN_SIGHT = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+_REGISTRY = "its attention does not go through transformers' registry"
+
+FAMILIES = (
+    _served("Qwen 3", "Qwen3ForCausalLM", "norms of heads", tie_word_embeddings=True),
+    _served("Qwen 2", "Qwen2ForCausalLM", "biases of q, k and v", tie_word_embeddings=True),
+    _served("Llama", "LlamaForCausalLM", "rotary embeddings stretched by length"),
+    _served(
+        "Llama 3",
+        "LlamaForCausalLM",
+        "rotary embeddings stretched by frequency",
+        rope_parameters=_LLAMA3,
+    ),
+    _served("Arcee", "ArceeForCausalLM", "an MLP of two layers"),
+    _served("Helium", "HeliumForCausalLM", "rotary embeddings of neighbours"),
+    _served("ERNIE 4.5", "Ernie4_5ForCausalLM", "rotary embeddings of neighbours"),
+    _served("Seed-OSS", "SeedOssForCausalLM", "biases of q, k and v"),
+    _served("Apertus", "ApertusForCausalLM", "an activation with weights", hidden_act="xielu"),
+    _served("Hunyuan dense", "HunYuanDenseV1ForCausalLM", "norms of heads"),
+    _served("nanochat", "NanoChatForCausalLM", "norms of heads", final_logit_softcapping=2.0),
+    _served("BitNet", "BitNetForCausalLM", "norms within attention and MLP"),
+    _served("Jais 2", "Jais2ForCausalLM", "an MLP of two layers"),
+    _served("SmolLM3", "SmolLM3ForCausalLM", "layers without positions", no_rope_layers=[1, 0]),
+    _served("Mistral", "MistralForCausalLM", "a window", sliding_window=8),
+    _served("Ministral", "MinistralForCausalLM", "a window", **_WINDOW),
+    _served("StarCoder2", "Starcoder2ForCausalLM", "a window", sliding_window=8),
+    _served("CWM", "CwmForCausalLM", "a window", **_WINDOW, rope_parameters=_LLAMA3),
+    _served("EXAONE 4", "Exaone4ForCausalLM", "a window", **_WINDOW),
+    _served(
+        "Ministral 3",
+        "Ministral3ForCausalLM",
+        "queries scaled by position",
+        rope_parameters={**_YARN, "llama_4_scaling_beta": 0.1},
+    ),
+    _served("GLM", "GlmForCausalLM", "rotary embeddings of a part of each head"),
+    _served("GLM-4", "Glm4ForCausalLM", "rotary embeddings of a part of each head"),
+    _served(
+        "Phi-3",
+        "Phi3ForCausalLM",
+        "q, k and v in one layer",
+        head_dim=None,
+        partial_rotary_factor=0.5,
+    ),
+    _served("Phi", "PhiForCausalLM", "attention beside the MLP", head_dim=None),
+    _served("GPT-NeoX", "GPTNeoXForCausalLM", "attention beside the MLP", head_dim=None),
+    _served("Persimmon", "PersimmonForCausalLM", "q, k and v in one layer", head_dim=None),
+    _served("OLMo", "OlmoForCausalLM", "values changed in place", clip_qkv=0.5, head_dim=None),
+    _served("OLMo 2", "Olmo2ForCausalLM", "norms over all heads", head_dim=None),
+    _served("OLMo 3", "Olmo3ForCausalLM", "norms over all heads", **_WINDOW, head_dim=None),
+    _served("Gemma", "GemmaForCausalLM", "scaled embeddings"),
+    _served("Gemma 2", "Gemma2ForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
+    _served("VaultGemma", "VaultGemmaForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
+    _served(
+        "Gemma 3 of text", "Gemma3ForCausalLM", "two rotary embeddings", **{**_GEMMA, **_WINDOW}
+    ),
+    _served("Gemma 4 of text", "Gemma4ForCausalLM", "layers that share keys and values", **_GEMMA4),
+    _served(
+        "Gemma 4 of text without v",
+        "Gemma4ForCausalLM",
+        "values made of keys",
+        **{**_GEMMA4, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
+        num_global_key_value_heads=1,
+    ),
+    _served(
+        "Gemma 3n of text",
+        "Gemma3nForCausalLM",
+        "several streams of hidden states",
+        **_SHARED,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
+        final_logit_softcapping=2.0,
+    ),
+    _served("Granite", "GraniteForCausalLM", "a factor of the logits", **_MULTIPLIERS),
+    _served(
+        "Granite 4 of attention alone",
+        "GraniteMoeHybridForCausalLM",
+        "a factor of the logits",
+        **_MULTIPLIERS,
+        layer_types=2 * ["full_attention"],
+        num_local_experts=0,
+        shared_intermediate_size=128,
+        position_embedding_type="rope",
+    ),
+    _served("HyperCLOVA X", "HyperCLOVAXForCausalLM", "a factor of the logits", **_MULTIPLIERS),
+    _served("Cohere", "CohereForCausalLM", "a factor of the logits", logit_scale=0.3),
+    _served("Cohere 2", "Cohere2ForCausalLM", "a factor of the logits", **_WINDOW, logit_scale=0.3),
+    _served(
+        "MiniCPM3", "MiniCPM3ForCausalLM", "a factor of the logits", **_LATENT, dim_model_base=16
+    ),
+    _served("Youtu", "YoutuForCausalLM", "keys and values from a latent", **_LATENT),
+    _served("GPTBigCode", "GPTBigCodeForCausalLM", "learned positions", n_inner=128, head_dim=None),
+    _served("OPT", "OPTForCausalLM", "learned positions", ffn_dim=128, word_embed_proj_dim=32),
+    _served("CTRL", "CTRLLMHeadModel", "positions added as waves", dff=128, head_dim=None),
+    _composite(
+        "Gemma 3",
+        "Gemma3ForConditionalGeneration",
+        "two rotary embeddings",
+        text_config=_sized(**{**_GEMMA, **_WINDOW}),
+        vision_config={**_SIGHT, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=500,
+    ),
+    _composite(
+        "Gemma 4",
+        "Gemma4ForConditionalGeneration",
+        "layers that share keys and values",
+        text_config=_sized(**_GEMMA4),
+        vision_config={
+            **_SIGHT,
+            **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+            "position_embedding_size": 16,
+        },
+    ),
+    _composite(
+        "Mistral Small 3",
+        "Mistral3ForConditionalGeneration",
+        "no more than Mistral",
+        text_config={"model_type": "mistral", **_sized(sliding_window=8)},
+        vision_config={
+            **_SIGHT,
+            **{"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 16},
+            **{"image_size": 28, "patch_size": 14},
+        },
+        image_token_index=500,
+    ),
+    _composite(
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        "rotary embeddings of places",
+        text_config=_sized(rope_parameters=_SECTIONS),
+        vision_config={
+            **_QWEN_SIGHT,
+            **{"out_hidden_size": 64, "num_position_embeddings": 16},
+            "deepstack_visual_indexes": [0],
+        },
+    ),
+    _composite(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        "rotary embeddings of places",
+        text_config=_sized(rope_parameters=_SECTIONS),
+        vision_config={**_QWEN_SIGHT, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+    ),
+    _refused("GPT-J", "GPTJForCausalLM", _REGISTRY, rotary_dim=8),
+    _refused("GPT-Neo", "GPTNeoForCausalLM", _REGISTRY, attention_types=[[["global"], 2]]),
+    _refused("CodeGen", "CodeGenForCausalLM", _REGISTRY, rotary_dim=8),
+    _refused("Falcon", "FalconForCausalLM", _REGISTRY, head_dim=None),
+    _refused("BLOOM", "BloomForCausalLM", _REGISTRY),
+    _refused("MPT", "MptForCausalLM", _REGISTRY),
+    _refused("XGLM", "XGLMForCausalLM", _REGISTRY, ffn_dim=128),
+    _refused("StableLM", "StableLmForCausalLM", _REGISTRY),
+    _refused(
+        "Nemotron",
+        "NemotronForCausalLM",
+        "its attention (NemotronAttention) is not told where documents begin",
+    ),
+    _refused(
+        "Doge",
+        "DogeForCausalLM",
+        "its attention (DogeAttention) makes a mask of its own",
+    ),
+    _refused("DiffLlama", "DiffLlamaForCausalLM", "its attention runs 2 times as layer 0"),
+    _refused("HRM-text", "HrmTextForCausalLM", "its attention runs 8 times as layer 0"),
+    _refused("GPT-2", "GPT2LMHeadModel", "its layer `transformer.h.0.attn.c_attn` (Conv1D)"),
+    _refused(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        "its layer `model.layers.0.mlp.router` (GptOssTopKRouter) has weights but is no nn.Linear",
+        num_local_experts=4,
+    ),
+    _refused(
+        "Qwen3-MoE",
+        "Qwen3MoeForCausalLM",
+        "its layer `model.layers.0.mlp.experts` (Qwen3MoeExperts) has weights but is no nn.Linear",
+        num_experts=4,
+    ),
+    _refused(
+        "Qwen 3.5",
+        "Qwen3_5ForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        layer_types=["linear_attention", "full_attention"],
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    ),
+    _refused(
+        "Qwen3-Next",
+        "Qwen3NextForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        layer_types=["linear_attention", "full_attention"],
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4},
+        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    ),
+    _refused(
+        "Granite 4 with Mamba layers",
+        "GraniteMoeHybridForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=0,
+        shared_intermediate_size=128,
+    ),
+    _refused(
+        "Nemotron-H",
+        "NemotronHForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        layers_block_type=["linear_attention", "full_attention"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "num_hidden_layers": None},
+    ),
+    _refused("Falcon-H1", "FalconH1ForCausalLM", "its layers are of the kind 'hybrid'"),
+    _refused(
+        "Mamba 2",
+        "Mamba2ForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        **{"num_heads": 8, "head_dim": 16},
+    ),
+    _refused(
+        "OLMo hybrid",
+        "OlmoHybridForCausalLM",
+        "its layers are of the kind 'linear_attention'",
+        layer_types=["linear_attention", "full_attention"],
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    ),
+    _refused(
+        "LFM2",
+        "Lfm2ForCausalLM",
+        "its layers are of the kind 'conv'",
+        layer_types=["conv", "full_attention"],
+        head_dim=None,
+    ),
+    _refused(
+        "Llama 4",
+        "Llama4ForCausalLM",
+        "its layers are of the kind 'chunked_attention'",
+        **{"intermediate_size_mlp": 128, "num_local_experts": 2, "attention_chunk_size": 8},
+        no_rope_layers=[1, 0],
+    ),
+)
+
+
+def page() -> str:
+    """docs/models.md."""
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    for family in FAMILIES:
+        rows[family.served].append(f"| {family.name} | `{family.architecture}` | {family.own} |")
+    return _PAGE.format(served="\n".join(rows[True]), refused="\n".join(rows[False]))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

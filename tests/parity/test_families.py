@@ -1,0 +1,205 @@
+"""Every row of docs/models.md: what is served against PEFT, against transformers and against itself
+alone; what is not is refused by name.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from mint_core.errors import FailedPrecondition
+from mint_core.lora.spec import LoraRequest
+from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+from tests.engines_in_process import (
+    EngineRun,
+    for_loss,
+    make_documents,
+    make_engine,
+    manifest_of,
+    run_plan,
+    save,
+    score,
+)
+from tests.families import FAMILIES, Family, page
+from tests.models import VOCABULARY_SIZE, load_base, own_model
+from tests.parity.peft_oracle import PeftTrainer
+from tests.sampler_in_process import SamplerEngine
+from trainer_service.checkpoints.apart import Merge
+from trainer_service.engine.engine import Engine
+from trainer_service.engine.merging import merge
+from trainer_service.jobs import AdamParams, CrossEntropy, Ppo, SaveCheckpoint
+
+# PEFT warns that an adapter on a tied head leaves the embedding as it is, which is what we want.
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")
+
+TOLERANCE = 1e-5
+PATH = "mint://r-1/sampler_weights/all@1"
+REQUESTS = (LoraRequest(rank=4, seed=1, alpha=8.0), LoraRequest(rank=8, seed=2, use_rslora=True))
+PROMPT = np.random.default_rng(1).integers(3, VOCABULARY_SIZE, 3 * BLOCK_TOKENS + 5)
+
+
+@dataclass
+class Served:
+    """A family's model in both engines, each made when it is first asked for."""
+
+    folder: Path
+    reads_more_than_text: bool
+
+    @cached_property
+    def trainer(self) -> Engine:
+        return make_engine(self.folder)
+
+    @cached_property
+    def sampler(self) -> SamplerEngine:
+        return SamplerEngine(self.folder)
+
+    @cached_property
+    def run(self) -> EngineRun:
+        """With random weights in every layer."""
+        return EngineRun(self.trainer, "run", REQUESTS[0], random=2)
+
+
+def rows(*, served: bool) -> list[ParameterSet]:
+    """By default the first of each code path."""
+    chosen = []
+    paths: set[str] = set()
+    for family in FAMILIES:
+        if family.served is served and family.known:
+            marks = [pytest.mark.xdist_group(family.id)]
+            if family.own in paths:
+                marks.append(pytest.mark.models)
+            paths.add(family.own)
+            chosen.append(pytest.param(family, id=family.id, marks=marks))
+    return chosen
+
+
+@pytest.fixture(scope="module", params=rows(served=True))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    known: Family = request.param
+    folder = known.make(tmp_path_factory.mktemp(known.id))
+    return Served(folder, "text_config" in known.values)
+
+
+def distance(ours: NDArray[np.float32], oracle: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the oracle's."""
+    expected = oracle.detach().numpy()
+    return float(np.linalg.norm(ours - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def test_training_equals_peft(family: Served) -> None:
+    run = EngineRun(family.trainer, "trained", REQUESTS[0], random=2)
+    oracle = PeftTrainer(family.folder, run.spec, run.export().weights)
+    params = AdamParams(learning_rate=3e-3, weight_decay=0.02, grad_clip_norm=2.0, eps=1e-4)
+    assert family.trainer.base.description.text_only is family.reads_more_than_text
+    for step, loss in enumerate((CrossEntropy(), Ppo())):
+        documents = for_loss(make_documents(step, (7, 33, 2, 18)), loss)
+        result = run.compute(run.tile(documents, loss))
+        oracle.loss(loss, documents).backward()
+        for ours, document in zip(result.logprobs, documents, strict=True):
+            assert distance(ours, oracle.logprobs(document)) < TOLERANCE
+        gradient = run.gradient()
+        for name in oracle.names:
+            assert distance(gradient[name], oracle.gradient(name)) < TOLERANCE, name
+        run.step(params)
+        oracle.step(params)
+    for name, weights in run.export().weights.items():
+        assert distance(weights, oracle.parameters[name.replace(".weight", ".default.weight")]) < (
+            TOLERANCE
+        ), name
+
+
+def test_neighbours_change_no_bit(family: Served) -> None:
+    def trained(name: str, seed: int) -> EngineRun:
+        return EngineRun(family.trainer, name, REQUESTS[seed], random=seed)
+
+    together = [trained(f"together{i}", i) for i in range(2)]
+    tiles = [
+        each.tile(make_documents(i, (3, 40)), CrossEntropy()) for i, each in enumerate(together)
+    ]
+    fused = run_plan(family.trainer, *tiles)
+    for i, tile in enumerate(tiles):
+        alone = trained(f"alone{i}", i)
+        result = alone.compute(dataclasses.replace(tile, training_run_id=alone.name))
+        assert result.metrics == fused[i].metrics
+        assert alone.step(AdamParams()) == together[i].step(AdamParams())
+        weights = together[i].export().weights
+        for name, array in alone.export().weights.items():
+            assert np.array_equal(array, weights[name]), name
+
+
+def test_adapters_and_merged_models_open_elsewhere(family: Served, tmp_path: Path) -> None:
+    run = family.run
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    for folder in (adapter, merged):
+        folder.mkdir()
+    manifest = manifest_of(run.name, run.spec)
+    save(
+        family.trainer,
+        SaveCheckpoint(manifest=manifest, folder=str(adapter), with_optimizer=False),
+    )
+    merge(
+        Merge(
+            base_folder=str(family.folder),
+            adapter_folder=str(adapter),
+            spec=run.spec,
+            output_folder=str(merged),
+            dtype="",
+            threads=1,
+        )
+    )
+    ours = score(family.trainer, PROMPT, run.spec, run.export(False).weights)
+    for model in (PeftModel.from_pretrained(own_model(family.folder), adapter), own_model(merged)):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.from_numpy(PROMPT)[None]).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(PROMPT)[1:, None])[:, 0]
+        np.testing.assert_allclose(ours, expected.numpy(), atol=TOLERANCE)
+
+
+def test_the_sampler_scores_as_the_trainer_does(family: Served) -> None:
+    """Whole, decoded from the cache, and beside a beginning that is found in it."""
+    weights = family.run.export(False).weights
+    sampler = family.sampler
+    assert sampler.model.fingerprint == family.trainer.base.description.fingerprint
+    sampler.load_arrays(PATH, family.run.spec, weights)
+    for prompt in (PROMPT, PROMPT, np.concatenate([PROMPT, PROMPT])):
+        generated = sampler.generate(prompt, adapter=PATH, max_tokens=20, prompt_logprobs=True)
+        (continuation,) = generated.continuations
+        trained = score(family.trainer, [*prompt, *continuation.tokens], family.run.spec, weights)
+        assert generated.prompt_logprobs is not None
+        sampled = [*generated.prompt_logprobs, *continuation.model_logprobs]
+        np.testing.assert_allclose(sampled, trained, atol=TOLERANCE)
+        again = sampler.generate(prompt, adapter=PATH, max_tokens=20)
+        assert again.prompt_cache_hit_tokens >= BLOCK_TOKENS
+        assert again.continuations[0].tokens.tolist() == continuation.tokens.tolist()
+
+
+def test_what_was_sent_away_is_computed_again(family: Served) -> None:
+    wishes = [{"prompt": PROMPT[: 40 - i], "max_tokens": 30, "seed": i} for i in range(4)]
+    expected = [family.sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    tight = SamplerEngine(family.folder, kv_cache_tokens=10 * BLOCK_TOKENS)
+    numbers = [tight.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+    for whole, number in zip(expected, numbers, strict=True):
+        ours, theirs = tight.answer(number).continuations[0], whole.continuations[0]
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        np.testing.assert_allclose(ours.model_logprobs, theirs.model_logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("refused", rows(served=False))
+def test_what_is_not_served_is_refused_by_name(refused: Family, tmp_path: Path) -> None:
+    folder = refused.make(tmp_path)
+    words = f"{refused.architecture} is not supported: {re.escape(refused.own)}"
+    with pytest.raises(FailedPrecondition, match=words):
+        load_base(folder)
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    printed = Path(__file__).parents[2] / "docs" / "models.md"
+    assert printed.read_text() == page()
