@@ -21,6 +21,7 @@ FEATURES = {
     "ExportCheckpointRequest.ttl": ("export_ttl", "ttl_seconds"),
     "UploadHeader.base_model": ("upload_base_model", "base_model"),
     "SampleRequest.prompt_alt_tokens_k": ("prompt_alt_tokens", "prompt_alt_tokens_k"),
+    "SampleRequest.include_routed_experts": ("routed_experts", "include_routed_experts"),
     "StreamSampleRequest.request_id": (RESUME_SAMPLES, "request_id"),
     "StreamSampleRequest.received": (RESUME_SAMPLES, "received"),
     "WatchTrainingRunRequest.resume_after": (RESUME_WATCHES, "resume_after"),
