@@ -59,7 +59,8 @@ class Renderer:
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         """The sampled message, and whether it came to its proper end."""
-        return self._renderer.parse_response(tokens)
+        with _told():
+            return self._renderer.parse_response(tokens)
 
 
 def get_renderer(name: str, tokenizer: Tokenizer | ServerTokenizer) -> Renderer:
