@@ -42,6 +42,16 @@ model, so that adapters open on it, and an export is whole.
 |---|---|---|
 {served}
 
+## With experts, or layers with a state
+
+Experts stay frozen, and are tested by `tests/parity/test_mixtures.py` (models of
+`tests/mixtures.py`): Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V3, GLM-4.5, GLM-4.7-Flash, Gemma 4
+(text), GraniteMoE, ERNIE 4.5.
+
+Layers that mix tokens through a state are tested by `tests/parity/test_hybrid_trainer.py` and
+`test_hybrid_sampler.py` (models of `tests/hybrids.py`): Qwen3.5 (text, dense), Qwen3-Next without
+experts, LFM2, Granite 4 hybrids without experts. Both together are refused.
+
 ## Refused
 
 | family | class | what is missing |
@@ -313,43 +323,15 @@ FAMILIES = (
         num_local_experts=4,
     ),
     _refused(
-        "Qwen3-MoE",
-        "Qwen3MoeForCausalLM",
-        "its layer `model.layers.0.mlp.experts` (Qwen3MoeExperts) has weights but is no nn.Linear",
-        num_experts=4,
-    ),
-    _refused(
-        "Qwen 3.5",
-        "Qwen3_5ForCausalLM",
-        "its layers are of the kind 'linear_attention'",
+        "Qwen3-Next, Qwen 3.5 MoE",
+        "Qwen3NextForCausalLM",
+        "it has experts, and layers that mix tokens through a state",
         layer_types=["linear_attention", "full_attention"],
         **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"num_experts": 4, "num_experts_per_tok": 2},
         **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
     ),
-    _refused(
-        "Qwen3-Next",
-        "Qwen3NextForCausalLM",
-        "its layers are of the kind 'linear_attention'",
-        layer_types=["linear_attention", "full_attention"],
-        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4},
-        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    ),
-    _refused(
-        "Granite 4 with Mamba layers",
-        "GraniteMoeHybridForCausalLM",
-        "its layers are of the kind 'linear_attention'",
-        layer_types=["linear_attention", "full_attention"],
-        num_local_experts=0,
-        shared_intermediate_size=128,
-    ),
-    _refused(
-        "Nemotron-H",
-        "NemotronHForCausalLM",
-        "its layers are of the kind 'linear_attention'",
-        layers_block_type=["linear_attention", "full_attention"],
-        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "num_hidden_layers": None},
-    ),
-    _refused("Falcon-H1", "FalconH1ForCausalLM", "its layers are of the kind 'hybrid'"),
+    _refused("Falcon-H1", "FalconH1ForCausalLM", "none of its layers has attention alone"),
     _refused(
         "Mamba 2",
         "Mamba2ForCausalLM",
@@ -363,13 +345,6 @@ FAMILIES = (
         layer_types=["linear_attention", "full_attention"],
         **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
         **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    ),
-    _refused(
-        "LFM2",
-        "Lfm2ForCausalLM",
-        "its layers are of the kind 'conv'",
-        layer_types=["conv", "full_attention"],
-        head_dim=None,
     ),
     _refused(
         "Llama 4",

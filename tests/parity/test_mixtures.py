@@ -34,7 +34,7 @@ from trainer_service.jobs import AdamParams, CrossEntropy, Dro, ImportanceSampli
 
 TOLERANCE = 1e-5  # of the norm of each tensor
 # PEFT's own gradients in float32 are 3e-5 away from those in float64 there, as ours are.
-GRADIENT_TOLERANCE = {"gemma-4": 1e-4}
+GRADIENT_TOLERANCE = {"gemma-4": 2e-4}
 LENGTHS = (7, 33, 2, 18)
 STEPS = 20
 REQUESTS = [

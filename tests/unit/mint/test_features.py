@@ -23,6 +23,8 @@ NEVER_SENT |= {"SampleRequest.include_text"}
 WITHIN = {"Datum.routed_experts", "LoraConfig.train_experts"}
 # Fields of messages that the baseline lacks are sent with the field that holds the message.
 PARTS = {"TextChunk", "TokenSequence", "Gspo", "MetadataFilterEntry"}
+# Whole calls: `get_tokenizer(on_server=True)` asks whether the server lists "texts".
+PARTS |= {"TokenizeRequest", "DetokenizeRequest", "RenderChatRequest", "Chat", "ChatMessage"}
 PROMPT = types.ModelInput.from_ints([1, 2])
 
 
