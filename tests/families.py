@@ -295,7 +295,6 @@ FAMILIES = (
         text_config=_sized(rope_parameters=_SECTIONS),
         vision_config={**_QWEN_SIGHT, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
     ),
-    _refused("GPT-J", "GPTJForCausalLM", _REGISTRY, rotary_dim=8),
     _refused("GPT-Neo", "GPTNeoForCausalLM", _REGISTRY, attention_types=[[["global"], 2]]),
     _refused("CodeGen", "CodeGenForCausalLM", _REGISTRY, rotary_dim=8),
     _refused("Falcon", "FalconForCausalLM", _REGISTRY, head_dim=None),
@@ -335,7 +334,7 @@ FAMILIES = (
     _refused(
         "Mamba 2",
         "Mamba2ForCausalLM",
-        "its layers are of the kind 'linear_attention'",
+        "none of its layers has attention alone",
         **{"num_heads": 8, "head_dim": 16},
     ),
     _refused(

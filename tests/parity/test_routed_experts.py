@@ -37,17 +37,17 @@ def told(seed: int, tokens: int, layers: int) -> Routed:
 
 
 def softmax_router(router: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
-    probabilities = torch.softmax(x @ router.weight.T, -1).gather(1, chosen)
+    probabilities = torch.softmax(x @ router.weight.to(x.dtype).T, -1).gather(1, chosen)
     return probabilities / probabilities.sum(1, keepdim=True)
 
 
 def sigmoid_router(router: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
-    scores = torch.sigmoid(x @ router.weight.T).gather(1, chosen)
+    scores = torch.sigmoid(x @ router.weight.to(x.dtype).T).gather(1, chosen)
     return scores / (scores.sum(1, keepdim=True) + 1e-20) * 1.7
 
 
 def logits_router(router: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
-    return torch.softmax((x @ router.weight.T).gather(1, chosen), -1)
+    return torch.softmax((x @ router.weight.to(x.dtype).T).gather(1, chosen), -1)
 
 
 ROUTERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
