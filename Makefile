@@ -123,7 +123,7 @@ test-oldest test-newest: test-%: install model  ## The tests with the oldest, or
 # There are java and ruby too. INSTALL=1 installs the packages that are missing.
 LANGUAGES ?= typescript go cpp
 languages: install $(if $(INSTALL),languages-install)  ## Builds and tries clients of other languages: LANGUAGES='go cpp' INSTALL=1
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.languages --workers $(WORKERS) $(LANGUAGES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.languages $(LANGUAGES)
 
 languages-install: install
 	$(BIN)/python -m tests.languages --install $(LANGUAGES)

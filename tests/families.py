@@ -296,7 +296,6 @@ FAMILIES = (
         vision_config={**_QWEN_SIGHT, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
     ),
     _refused("GPT-Neo", "GPTNeoForCausalLM", _REGISTRY, attention_types=[[["global"], 2]]),
-    _refused("CodeGen", "CodeGenForCausalLM", _REGISTRY, rotary_dim=8),
     _refused("Falcon", "FalconForCausalLM", _REGISTRY, head_dim=None),
     _refused("BLOOM", "BloomForCausalLM", _REGISTRY),
     _refused("MPT", "MptForCausalLM", _REGISTRY),

@@ -15,7 +15,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("languages", nargs="+", choices=LANGUAGES)
     parser.add_argument("--install", action="store_true", help="what is missing, and no more")
-    parser.add_argument("--workers", type=int, default=2, help="that try a language each")
     given = parser.parse_args()
     commands = install_commands([LANGUAGES[name] for name in given.languages])
     for command in commands:
@@ -29,7 +28,6 @@ def main() -> int:
         sys.stdout.write("installs what is missing, as does INSTALL=1\n")
         return 1
     tests = [sys.executable, "-m", "pytest", "tests/languages", "-m", " or ".join(given.languages)]
-    tests += ["-n", str(given.workers), "--dist", "loadgroup"]
     environment = os.environ | {"MINT_LANGUAGES_REQUIRED": " ".join(given.languages)}
     return subprocess.run(tests, cwd=ROOT, env=environment).returncode
 

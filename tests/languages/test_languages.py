@@ -31,10 +31,7 @@ pytestmark = [
     pytest.mark.timeout(BUILD_LIMIT_S + RUN_LIMIT_S),
     pytest.mark.parametrize(
         "client",
-        [
-            pytest.param(name, marks=(getattr(pytest.mark, name), pytest.mark.xdist_group(name)))
-            for name in LANGUAGES
-        ],
+        [pytest.param(name, marks=getattr(pytest.mark, name)) for name in LANGUAGES],
         indirect=True,
     ),
 ]
