@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from mint_core.errors import EngineFault
 from mint_core.lora.spec import LoraRequest
 from sampler_service.engine.cache.blocks import blocks_for
 from sampler_service.engine.cache.prefixes import STATE_TOKENS
 from sampler_service.engine.decoder import Decoder
-from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, StopReason
+from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.engines_in_process import make_engine, score
 from tests.hybrids import tiny_granite_hybrid, tiny_lfm2, tiny_qwen3_5, tiny_qwen3_next
-from tests.models import VOCABULARY_SIZE
-from tests.parity.test_sampler_exactness import assert_bitwise
+from tests.parity.sampler_checks import (
+    assert_bitwise,
+    assert_busy_is_idle,
+    assert_greedy_is_generate,
+    bits,
+    random_tokens,
+)
 from tests.parity.test_sampler_prefixes import joined
 from tests.sampler_in_process import SamplerEngine
 
@@ -50,34 +53,9 @@ def sampler(folder: Path) -> SamplerEngine:
     return make_sampler(folder)
 
 
-def random_tokens(seed: int, n: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCABULARY_SIZE, n).tolist()
-
-
-def bits(generated: Generated) -> list[tuple[bytes, bytes, bytes, StopReason]]:
-    return [
-        (c.tokens.tobytes(), c.logprobs.tobytes(), c.model_logprobs.tobytes(), c.stop_reason)
-        for c in generated.continuations
-    ]
-
-
 @pytest.mark.parametrize("prompt_tokens", [1, 2, 17, CHUNK_TOKENS + 40])
 def test_greedy_equals_generate(folder: Path, sampler: SamplerEngine, prompt_tokens: int) -> None:
-    prompt = random_tokens(prompt_tokens, prompt_tokens)
-    generated = sampler.generate(prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.generation_config.eos_token_id = None
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
-    (continuation,) = generated.continuations
-    assert continuation.tokens.tolist() == whole[prompt_tokens:].tolist()
-    with torch.no_grad():
-        logprobs = model(whole[None]).logits[0, :-1].log_softmax(-1)
-    expected = logprobs.gather(1, whole[1:, None])[:, 0].numpy()
-    assert generated.prompt_logprobs is not None
-    got = np.concatenate([generated.prompt_logprobs, continuation.model_logprobs])
-    np.testing.assert_allclose(got, expected, atol=2 * TOLERANCE)
+    assert_greedy_is_generate(sampler, folder, prompt_tokens, 2 * TOLERANCE)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -109,18 +87,7 @@ def test_a_busy_server_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) -> 
         }
         for i, length in enumerate([1, 2, 5, 30, 64, 100, CHUNK_TOKENS + 90, 33])
     ]
-    alone = [sampler.generate(**wish) for wish in wishes]
-    numbers = []
-    for i, wish in enumerate(wishes):
-        numbers.append(sampler.submit(**wish))
-        others = sampler.submit(random_tokens(50 + i, 20 + 60 * i), adapter=ADAPTERS[-i % 3])
-        sampler.step()
-        if i % 3 == 0:
-            sampler.abort(others)
-    together = [sampler.answer(number) for number in numbers]
-    sampler.drain()
-    for left, right in zip(alone, together, strict=True):
-        assert_bitwise(left, right)
+    assert_busy_is_idle(sampler, wishes, ADAPTERS)
 
 
 def test_a_sample_is_the_same_however_many_there_are(sampler: SamplerEngine) -> None:

@@ -23,9 +23,13 @@ from tests.engines_in_process import (
 )
 from tests.mixtures import CONFIGS, tiny_mixture
 from tests.parity.peft_oracle import PeftTrainer
+from tests.parity.sampler_checks import (
+    assert_busy_is_idle,
+    assert_greedy_is_generate,
+    random_tokens,
+)
 from tests.parity.test_fused_equals_alone import equal
 from tests.parity.test_memory import peak_bytes, recompute
-from tests.parity.test_sampler_exactness import assert_bitwise, random_tokens
 from tests.parity.test_trainer_equals_peft import distance
 from tests.sampler_in_process import SamplerEngine
 from trainer_service.engine.engine import Engine
@@ -33,8 +37,9 @@ from trainer_service.engine.memory import measure
 from trainer_service.jobs import AdamParams, CrossEntropy, Dro, ImportanceSampling, Loss, Ppo
 
 TOLERANCE = 1e-5  # of the norm of each tensor
-# PEFT's own gradients in float32 are 3e-5 away from those in float64 there, as ours are.
-GRADIENT_TOLERANCE = {"gemma-4": 2e-4}
+# Of gradients, at the first step and at the second. PEFT's own in float32 are as far away at the
+# same weights; at the second, weights have drifted apart by their rounding.
+GRADIENT_TOLERANCE = {"gemma-4": (2e-5, 2e-4)}
 LENGTHS = (7, 33, 2, 18)
 STEPS = 20
 REQUESTS = [
@@ -69,7 +74,8 @@ def sampler(folder: Path) -> SamplerEngine:
 def test_logprobs_gradients_and_steps_equal_peft(
     engine: Engine, folder: Path, number: int, request: pytest.FixtureRequest
 ) -> None:
-    tolerance = GRADIENT_TOLERANCE.get(request.node.callspec.params["folder"], TOLERANCE)
+    family = request.node.callspec.params["folder"]
+    tolerances = GRADIENT_TOLERANCE.get(family, (TOLERANCE, TOLERANCE))
     run = EngineRun(engine, request.node.name, REQUESTS[number], random=2)
     oracle = PeftTrainer(folder, run.spec, run.export().weights)
     # A small eps would have the sign of a gradient near 0 count as much as a large gradient.
@@ -84,7 +90,7 @@ def test_logprobs_gradients_and_steps_equal_peft(
             assert distance(ours, oracle.logprobs(document)) < TOLERANCE
         gradient = run.gradient()
         for name in oracle.names:
-            assert distance(gradient[name], oracle.gradient(name)) < tolerance, name
+            assert distance(gradient[name], oracle.gradient(name)) < tolerances[step], name
         grad_norm = run.step(params).grad_norm
         assert grad_norm == pytest.approx(oracle.step(params), rel=TOLERANCE)
     for name, weights in run.export().weights.items():
@@ -132,24 +138,7 @@ def test_recomputed_layers_have_the_same_bits_and_a_pass_takes_what_was_computed
 
 @pytest.mark.parametrize("prompt_tokens", [1, 17, CHUNK_TOKENS + 40])
 def test_greedy_equals_generate(folder: Path, prompt_tokens: int, sampler: SamplerEngine) -> None:
-    prompt = random_tokens(prompt_tokens, prompt_tokens)
-    generated = sampler.generate(prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
-    model.generation_config.eos_token_id = None
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
-    (continuation,) = generated.continuations
-    assert continuation.tokens.tolist() == whole[prompt_tokens:].tolist()
-    with torch.no_grad():
-        logprobs = model(whole[None]).logits[0, :-1].log_softmax(-1)
-    expected = logprobs.gather(1, whole[1:, None])[:, 0].numpy()
-    assert generated.prompt_logprobs is not None
-    got = np.concatenate([generated.prompt_logprobs, continuation.model_logprobs])
-    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+    assert_greedy_is_generate(sampler, folder, prompt_tokens, TOLERANCE)
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, NARROW])
@@ -172,17 +161,7 @@ def test_a_busy_sampler_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) ->
         {"prompt": random_tokens(i, n), "adapter": adapters[i % 3], "num_samples": 1 + i % 2}
         for i, n in enumerate([1, 2, 30, 64, CHUNK_TOKENS + 9, 33])
     ]
-    alone = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
-    numbers = []
-    for i, wish in enumerate(wishes):
-        numbers.append(sampler.submit(**wish))  # type: ignore[arg-type]
-        others = sampler.submit(random_tokens(50 + i, 20 + 60 * i), adapter=adapters[-i % 3])
-        sampler.step()
-        if i % 3 == 0:
-            sampler.abort(others)
-    for number, expected in zip(numbers, alone, strict=True):
-        assert_bitwise(sampler.answer(number), expected)
-    sampler.drain()
+    assert_busy_is_idle(sampler, wishes, adapters)
 
 
 def test_those_sent_away_come_back_with_the_same_tokens(

@@ -18,8 +18,8 @@ from sampler_service.jobs import CHUNK_TOKENS, Generated, Routed
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
 from tests.mixtures import CONFIGS, EXPERTS, PER_TOKEN, tiny_mixture
 from tests.parity.peft_oracle import PeftTrainer
+from tests.parity.sampler_checks import random_tokens
 from tests.parity.test_fused_equals_alone import equal
-from tests.parity.test_sampler_exactness import random_tokens
 from tests.parity.test_trainer_equals_peft import distance
 from tests.sampler_in_process import SamplerEngine
 from trainer_service.engine.engine import Engine

@@ -16,6 +16,12 @@ from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated, Stops
 from tests.engines_in_process import RowArrays, as_source, make_engine, run_plan
 from tests.models import VOCABULARY_SIZE, tiny_gemma2, tiny_mistral, tiny_qwen3
+from tests.parity.sampler_checks import (
+    assert_bitwise,
+    assert_busy_is_idle,
+    assert_greedy_is_generate,
+    random_tokens,
+)
 from tests.sampler_in_process import SamplerEngine
 from trainer_service.jobs import CreateRow, CrossEntropy, Document, Tile
 
@@ -43,47 +49,11 @@ def sampler(qwen3_folder: Path) -> SamplerEngine:
     return make_sampler(qwen3_folder)
 
 
-def random_tokens(seed: int, n: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCABULARY_SIZE, n).tolist()
-
-
-def assert_bitwise(left: Generated, right: Generated) -> None:
-    for a, b in zip(left.continuations, right.continuations, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist()
-        assert a.logprobs.tobytes() == b.logprobs.tobytes()
-        assert a.model_logprobs.tobytes() == b.model_logprobs.tobytes()
-        assert a.stop_reason == b.stop_reason
-        if a.topk_logprobs is not None:
-            assert b.topk_logprobs is not None
-            assert a.topk_logprobs.token_ids.tolist() == b.topk_logprobs.token_ids.tolist()
-            assert a.topk_logprobs.logprobs.tobytes() == b.topk_logprobs.logprobs.tobytes()
-    if left.prompt_logprobs is not None:
-        assert right.prompt_logprobs is not None
-        assert left.prompt_logprobs.tobytes() == right.prompt_logprobs.tobytes()
-
-
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_mistral, tiny_gemma2])
 @pytest.mark.parametrize("prompt_tokens", [1, 2, 16, 17, CHUNK_TOKENS + 40])
 def test_greedy_equals_generate(make: object, prompt_tokens: int, tmp_path: Path) -> None:
     folder = make(tmp_path)  # type: ignore[operator]
-    prompt = random_tokens(prompt_tokens, prompt_tokens)
-    generated = SamplerEngine(folder).generate(
-        prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.generation_config.eos_token_id = None
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
-    (continuation,) = generated.continuations
-    assert continuation.tokens.tolist() == whole[prompt_tokens:].tolist()
-    with torch.no_grad():
-        logprobs = model(whole[None]).logits[0, :-1].log_softmax(-1)
-    expected = logprobs.gather(1, whole[1:, None])[:, 0].numpy()
-    scores = generated.prompt_logprobs
-    assert scores is not None
-    got = np.concatenate([scores, continuation.model_logprobs])
-    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+    assert_greedy_is_generate(SamplerEngine(folder), folder, prompt_tokens, TOLERANCE)
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.4])
@@ -155,18 +125,7 @@ def test_a_busy_server_gives_the_bits_of_an_idle_one(sampler: SamplerEngine) -> 
         }
         for i, length in enumerate([1, 2, 5, 30, 64, 100, CHUNK_TOKENS + 90, 33])
     ]
-    alone = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
-    numbers = []
-    for i, wish in enumerate(wishes):
-        numbers.append(sampler.submit(**wish))  # type: ignore[arg-type]
-        others = sampler.submit(random_tokens(50 + i, 20 + 60 * i), adapter=ADAPTERS[-i % 4])
-        sampler.step()
-        if i % 3 == 0:
-            sampler.abort(others)
-    together = [sampler.answer(number) for number in numbers]
-    sampler.drain()
-    for left, right in zip(alone, together, strict=True):
-        assert_bitwise(left, right)
+    assert_busy_is_idle(sampler, wishes, ADAPTERS)
 
 
 def test_a_sample_is_the_same_however_many_there_are(sampler: SamplerEngine) -> None:

@@ -29,7 +29,7 @@ from sampler_service.jobs import (
     Stops,
     WaitedTooLong,
 )
-from tests.models import VOCABULARY_SIZE
+from tests.parity.sampler_checks import bits, random_tokens
 from tests.sampler_in_process import SamplerEngine
 
 TOLERANCE = 1e-5
@@ -47,17 +47,6 @@ def make_sampler(folder: Path, **changes: object) -> SamplerEngine:
 def sampler(qwen3_folder: Path) -> SamplerEngine:
     """Whose cache knows what other tests have asked for."""
     return make_sampler(qwen3_folder)
-
-
-def random_tokens(seed: int, n: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCABULARY_SIZE, n).tolist()
-
-
-def bits(generated: Generated) -> list[tuple[bytes, bytes, bytes, StopReason]]:
-    return [
-        (c.tokens.tobytes(), c.logprobs.tobytes(), c.model_logprobs.tobytes(), c.stop_reason)
-        for c in generated.continuations
-    ]
 
 
 class BoundaryDraws:
