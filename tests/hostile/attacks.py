@@ -290,12 +290,12 @@ def texts(hostile: Hostile) -> None:
         renderer="template",
         train_on_what=model_pb2.TRAIN_ON_WHAT_ALL_MESSAGES,
     )
-    hostile.expect(OK | BAD, "ModelService/RenderChat", chat)
+    hostile.expect(OK | BAD | FULL, "ModelService/RenderChat", chat)
     tokens = {"tokens": [1] * (hostile.size * 16_000)}
     for method, request, codes in (
-        ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * (hostile.size * 65_000)]), OK | BAD),
+        ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * (hostile.size * 65_000)]), OK | BAD | FULL),
         ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * 4_194_305]), BAD),
-        ("Detokenize", model_pb2.DetokenizeRequest(sequences=[tokens]), OK | BAD),
+        ("Detokenize", model_pb2.DetokenizeRequest(sequences=[tokens]), OK | BAD | FULL),
     ):
         hostile.expect(codes, f"ModelService/{method}", request)
 
