@@ -280,8 +280,7 @@ class Kernels:
         if tensors.dx is not None:
             segment_kernels.expand(dh, tensors.dx, tables, own, back=True)
         if adapted.accumulates:
-            segment_kernels.accumulate(dh, _dense(tensors.x), tables, own, back=True)
-            segment_kernels.accumulate(h, dy, tables, own)
+            segment_kernels.accumulate(h, dh, _dense(tensors.x), dy, tables, own)
 
 
 def _tables_of(adapted: Adapted, group: ModuleGroup) -> GroupTables:

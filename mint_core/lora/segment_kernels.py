@@ -36,7 +36,7 @@ def shrink_own(
     x,  # [T, ...]
     h,  # [T, C], written
     adapters,  # [adapters, 5], see `Tables`
-    tiles,  # [tiles, 4], see `Tables`
+    row_tiles,  # [tiles, 4], see `Tables`
     scales,  # [adapters]
     sides,  # [m, 3], see `GroupTables`
     unit,
@@ -48,7 +48,7 @@ def shrink_own(
     WIDEN: tl.constexpr,
 ):
     """h = scale * x M^T of each module's M."""
-    tile = tiles + tl.program_id(0) * 4
+    tile = row_tiles + tl.program_id(0) * 4
     owner, start, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     own = adapters + owner * 5
     rank = tl.load(own + 2)
@@ -86,7 +86,7 @@ def expand_own(
     h,  # [T, C]
     y,  # [T, ...], added to
     adapters,
-    tiles,
+    row_tiles,
     outputs,  # [output tiles, 5], see `GroupTables`
     unit,
     h_row,
@@ -98,7 +98,7 @@ def expand_own(
     WIDEN: tl.constexpr,
 ):
     """y += h M of each module's M."""
-    tile = tiles + tl.program_id(0) * 4
+    tile = row_tiles + tl.program_id(0) * 4
     owner, start, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     own = adapters + owner * 5
     rank = tl.load(own + 2)
@@ -132,12 +132,13 @@ def expand_own(
 
 
 @triton.jit
-def add_gradient(
+def _add_gradient(
     h,  # [T, C]
     z,  # [T, ...]
-    adapters,
-    tiles,
-    outputs,  # as those of `expand_own`, columns of z
+    own,
+    row_tiles,
+    part,
+    block,
     unit,
     h_row,
     z_row,
@@ -147,16 +148,14 @@ def add_gradient(
     OUTPUTS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Of each adapter that trains, gradient of M += h^T z of its rows, segment after segment."""
-    own = adapters + tl.program_id(0) * 5
+    """Gradient of M += h^T z of an adapter's rows, segment after segment."""
     rank = tl.load(own + 2)
     ranks = rank * joined
     address = tl.load(own + 1)
-    if (address != 0) & (tl.program_id(2) * COLUMNS < ranks):
-        part = outputs + tl.program_id(1) * 5
+    if (address != 0) & (block * COLUMNS < ranks):
         at, first, end = tl.load(part), tl.load(part + 1), tl.load(part + 2)
         place, member = tl.load(part + 3), tl.load(part + 4)
-        column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
         output = at + tl.arange(0, OUTPUTS)
         used, inside = column < ranks, output < end
         numbers = address.to(tl.pointer_type(tl.float32))
@@ -167,7 +166,7 @@ def add_gradient(
         added = tl.zeros([COLUMNS, OUTPUTS], tl.float32)
         first_tile, tile_count = tl.load(own + 3), tl.load(own + 4)
         for number in range(first_tile, first_tile + tile_count):
-            tile = tiles + number * 4
+            tile = row_tiles + number * 4
             start, stop = tl.load(tile + 1), tl.load(tile + 2)
             row = start + tl.arange(0, ROWS)
             there = row < stop
@@ -187,6 +186,66 @@ def add_gradient(
             total = tl.where(ends, total + added, total)
             added = tl.where(ends, 0.0, added)
         tl.store(to, total, mask=known)
+
+
+@triton.jit
+def add_gradients(
+    h,  # [T, C] x A^T
+    dh,  # [T, C] dy B
+    x,  # [T, in]
+    dy,  # [T, W]
+    adapters,
+    row_tiles,
+    inputs,  # [input tiles, 5], as the outputs of `expand_own`, columns of x
+    outputs,  # [output tiles, 5], columns of dy
+    input_tiles,
+    unit,
+    h_row,
+    x_row,
+    dy_row,
+    modules,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Of each adapter that trains: A += dh^T x, and B, transposed, += h^T dy of each module."""
+    own = adapters + tl.program_id(0) * 5
+    which, block = tl.program_id(1), tl.program_id(2)
+    if which < input_tiles:
+        _add_gradient(
+            dh,
+            x,
+            own,
+            row_tiles,
+            inputs + which * 5,
+            block,
+            unit,
+            h_row,
+            x_row,
+            modules,
+            ROWS,
+            COLUMNS,
+            OUTPUTS,
+            WIDEN,
+        )
+    else:
+        _add_gradient(
+            h,
+            dy,
+            own,
+            row_tiles,
+            outputs + (which - input_tiles) * 5,
+            block,
+            unit,
+            h_row,
+            dy_row,
+            1,
+            ROWS,
+            COLUMNS,
+            OUTPUTS,
+            WIDEN,
+        )
 
 
 def shrink(x: Tensor, tables: Tables, group: GroupTables, *, back: bool = False) -> Tensor:
@@ -211,11 +270,9 @@ def shrink(x: Tensor, tables: Tables, group: GroupTables, *, back: bool = False)
     return h
 
 
-def expand(
-    h: Tensor, y: Tensor, tables: Tables, group: GroupTables, *, back: bool = False
-) -> None:
+def expand(h: Tensor, y: Tensor, tables: Tables, group: GroupTables, *, back: bool = False) -> None:
     """Adds h B^T to y [T, W]; or, back, h A to the input's gradient y [T, in]."""
-    outputs, joined = group.outputs_of(back)
+    outputs, joined = (group.inputs, group.modules) if back else (group.outputs, 1)
     expand_own[(len(tables.tiles), len(outputs))](
         h,
         y,
@@ -232,24 +289,27 @@ def expand(
 
 
 def accumulate(
-    h: Tensor, z: Tensor, tables: Tables, group: GroupTables, *, back: bool = False
+    h: Tensor, dh: Tensor, x: Tensor, dy: Tensor, tables: Tables, group: GroupTables
 ) -> None:
-    """Adds h^T z to the gradients of B, transposed, with z the outputs' gradient [T, W]; or, back,
-    to those of A, with z the input [T, in].
-    """
-    outputs, joined = group.outputs_of(back)
-    blocks = triton.cdiv(joined * tables.most_rank, COLUMNS)
-    add_gradient[(len(tables.adapters), len(outputs), blocks)](
+    """Adds to the gradients of A and B; h and dh as `shrink` made them of x and, back, of dy."""
+    inputs, outputs = group.inputs, group.outputs
+    blocks = triton.cdiv(group.modules * tables.most_rank, COLUMNS)
+    add_gradients[(len(tables.adapters), len(inputs) + len(outputs), blocks)](
         h,
-        z,
+        dh,
+        x,
+        dy,
         tables.adapters,
         tables.tiles,
+        inputs,
         outputs,
+        len(inputs),
         group.unit,
         h.stride(0),
-        z.stride(0),
-        joined,
-        **_constants(z),
+        x.stride(0),
+        dy.stride(0),
+        group.modules,
+        **_constants(x),
         OUTPUTS=OUTPUTS,
     )
 

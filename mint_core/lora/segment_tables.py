@@ -77,12 +77,8 @@ class GroupTables:
         # Of each tile of outputs: its first column, first and end of those of its matrix, the
         # matrix's place, and the module.
         outputs = [_cut(s, s + out, behind_a + s, i) for i, (s, out) in enumerate(sized)]
-        self._outputs = _on(device, [tile for tiles in outputs for tile in tiles])
-        self._inputs = _on(device, _cut(0, width, 0, 0))
-
-    def outputs_of(self, back: bool) -> tuple[Tensor, int]:
-        """The tiles, and how many modules' matrices are one: those of A are."""
-        return (self._inputs, self.modules) if back else (self._outputs, 1)
+        self.outputs = _on(device, [tile for tiles in outputs for tile in tiles])
+        self.inputs = _on(device, _cut(0, width, 0, 0))  # all modules' A are one matrix
 
 
 @lru_cache(maxsize=4096)  # of all groups of the models of a process

@@ -33,9 +33,7 @@ def make_rows(modules: Sequence[str] = ("q", "k", "v", "o")) -> list[AdapterRow]
     generator = torch.Generator(DEVICE).manual_seed(1)
     rows = []
     for rank in RANKS:
-        spec = AdapterSpec(
-            rank=rank, alpha=7, use_rslora=False, seed=0, modules=tuple(modules)
-        )
+        spec = AdapterSpec(rank=rank, alpha=7, use_rslora=False, seed=0, modules=tuple(modules))
         row = bank.add(spec)
         for module in modules:
             for matrix in row.bank.matrices(row.part(Part.WEIGHTS), module):
@@ -82,7 +80,11 @@ def test_each_segment_gets_what_the_loop_gives_it(group: ModuleGroup, dtype: tor
     y, dx, gradients = run(KERNELS, group, make_rows(), dtype)
     expected_y, expected_dx, expected = run(LOOP, group, make_rows(), dtype)
     limit = 1e-5 if dtype == torch.float32 else 2**-5
-    for ours, theirs in ((y, expected_y), (dx, expected_dx), *zip(gradients, expected, strict=True)):
+    for ours, theirs in (
+        (y, expected_y),
+        (dx, expected_dx),
+        *zip(gradients, expected, strict=True),
+    ):
         assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
     untouched = [0, 1, 45, 49, 109]
     assert torch.equal(y[untouched], expected_y[untouched])
@@ -108,9 +110,7 @@ def test_neighbours_change_no_bit() -> None:
     own_y, dy = (drawn(TOKENS + i, group.width, dtype=torch.float32)[i:] for i in (0, 1))
     own_dx = drawn(TOKENS + 2, group.in_features, dtype=torch.float32)[2:]
     saved = KERNELS.forward(x, own_y.split(group.out_features, 1), adapted, group)
-    KERNELS.backward(
-        Gradients(x, dy.split(group.out_features, 1), own_dx), saved, adapted, group
-    )
+    KERNELS.backward(Gradients(x, dy.split(group.out_features, 1), own_dx), saved, adapted, group)
     assert torch.equal(own_y[2:40], y[2:40])
     assert torch.equal(own_dx[50:95], dx[50:95])
     assert torch.equal(alone[0].part(Part.GRADIENT), gradients[0])
