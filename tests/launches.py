@@ -1,5 +1,6 @@
-"""How many launches a GPU would be given, counted on a CPU: operators that reach torch's dispatcher,
-less those that make views or memory, and our kernels, each once, in Triton's interpreter.
+"""How many launches a GPU would be given, counted on a CPU: operators that reach torch's
+dispatcher, less those that make views or memory, and our kernels, each once, in Triton's
+interpreter.
 """
 
 from collections import Counter
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mint_core import kernels
+from mint_core.lora import kernels
 from mint_core.model.attention_kernels import Scores, causal_attention
 from tests.interpreted_kernels import interpreter
 
 # Operators that only describe memory, or have it given.
-VIEWS = frozenset(
-    "view _unsafe_view reshape transpose t permute expand slice select split split_with_sizes "
-    "unsqueeze squeeze detach alias as_strided unbind diagonal view_as_real lift_fresh "
-    "empty empty_like new_empty new_empty_strided empty_strided _local_scalar_dense".split()
-)
+_VIEWS = """
+    view _unsafe_view reshape transpose t permute expand slice select split split_with_sizes
+    unsqueeze squeeze detach alias as_strided unbind diagonal lift_fresh
+    empty empty_like new_empty new_empty_strided empty_strided _local_scalar_dense
+"""
+VIEWS = frozenset(_VIEWS.split())
 
 
 class Launches(TorchDispatchMode):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core import kernels
+from mint_core.lora import kernels
 from mint_core.lora.bank import AdapterRow, GroupMatrices, Part, RankBank
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.segment_tables import GroupTables, Tables, group_tables

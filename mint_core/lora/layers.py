@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mint_core import kernels
+from mint_core.lora import kernels
 from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup

@@ -2,8 +2,8 @@
 and all modules of a group, forward and backward. Import this where Triton is there.
 
 A program works on rows of one adapter alone, in tiles that begin where its segments do: what it
-computes depends on them, bit for bit, and on no neighbour. Tenants, ranks and lengths are numbers in
-`Tables`; they change no launch.
+computes depends on them, bit for bit, and on no neighbour. Tenants, ranks and lengths are numbers
+in `Tables`; they change no launch.
 
 T: rows of the stream. r: stored rank of an adapter. m: modules of the group. C: m times the largest
 r. A program finds the matrices of its adapter by the address of its row: what the bank stores of a

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mint_core import kernels
+from mint_core.lora import kernels
 from mint_core.lora.groups import ModuleCall
 from mint_core.lora.layers import LinearGroup, MultiLoraLinear
 from mint_core.model.attention import AttentionBatch
@@ -190,18 +190,21 @@ class Attention:
         joined = output.transpose(0, 1).flatten(1)  # [T, h s]
         return self._out.outputs(joined)[0][None], None
 
-    def _projected(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
+    def _projected(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [heads, T, s]."""
         if kernels.run_on(x.device) and torch.is_grad_enabled():
             (wide,) = self._group.outputs(x, self._whole)
             norm = None if self._norm is None else (self._norm.weight, self._norm.eps)
             heads = wide.view(wide.shape[0], -1, self._head_size)
-            projected: Sequence[Tensor] = functions.Heads.apply(heads, *turns, norm, self._counts)  # type: ignore[no-untyped-call]
+            projected: tuple[Tensor, Tensor, Tensor] = functions.Heads.apply(
+                heads, *turns, norm, self._counts
+            )  # type: ignore[no-untyped-call]
             return projected
         parts = self._group.outputs(x, self._cut)
         heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
         heads = rotated(heads, turns, self._norm).transpose(0, 1)
-        return *heads.split_with_sizes(self._heads), values.transpose(0, 1)
+        queries, keys = heads.split_with_sizes(self._heads)
+        return queries, keys, values.transpose(0, 1)
 
 
 def _of_heads(norms: tuple[RmsNorm, ...], heads: Sequence[int]) -> RmsNorm:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core import kernels
+from mint_core.lora import kernels
 from mint_core.lora.bank import Part
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
@@ -118,6 +118,7 @@ LAYERS, TENANTS, LENGTH = 28, 8, 4  # of Qwen3 0.6B; launches do not depend on l
 MOST_LAUNCHES = 1300
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="they are counted in the interpreter")
 def test_a_small_pass_of_many_tenants_takes_few_launches(tmp_path: Path) -> None:
     few, more = (sum(launches_of(tmp_path / str(n), n).values()) for n in (1, 2))
     assert few + (LAYERS - 1) * (more - few) <= MOST_LAUNCHES

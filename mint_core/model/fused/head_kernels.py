@@ -171,9 +171,7 @@ def turn_back(
 
 def turned_back(
     heads: Tensor,  # [T, h, s] of queries, keys and values, as they were before
-    gradients: Sequence[
-        Tensor
-    ],  # of the turned queries and keys, and of values, each [heads, T, s]
+    gradients: Sequence[Tensor],  # of what became of each, [its heads, T, s]
     cosines: Tensor,  # [T, 1, s]
     sines: Tensor,  # [T, 1, s], of the first half negative
     norm: tuple[Tensor, float] | None,  # of queries and keys, weight [heads, s] and epsilon
@@ -182,7 +180,7 @@ def turned_back(
     dense = [g if g.stride(2) == 1 else g.contiguous() for g in gradients]
     cosines, sines = cosines.contiguous(), sines.contiguous()
     tokens, count, size = heads.shape
-    assert heads.stride(1) == size and heads.stride(2) == 1
+    assert heads.stride()[1:] == (size, 1)
     output = heads.new_empty(tokens, count, size)
     weight, eps = norm or (cosines, 0.0)
     queries, keys, _ = (len(gradient) for gradient in gradients)
