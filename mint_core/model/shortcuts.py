@@ -262,7 +262,7 @@ def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores])
     forms: dict[nn.Module, Form] = {}
     for call in calls:
         for form in _forms(call, scores, forms):
-            if all(_equal(call, form, factor) for factor in FACTORS):
+            if all(_equal(call, form, factor) for factor in FACTORS) and _trains(call, form):
                 forms[call.module] = call.module.forward = form
                 break
     logger.info("%d modules are computed in a direct form", len(forms))
@@ -314,6 +314,15 @@ def _equal(call: ModuleCall, form: Form, factor: float) -> bool:
         return False
     limit = TOLERANCE[expected.dtype] * expected.abs().max()
     return bool((ours - expected).abs().max() <= limit)
+
+
+def _trains(call: ModuleCall, form: Form) -> bool:
+    """The same under autograd, where kernels are used."""
+    output = call.output[0] if isinstance(call.output, tuple) else call.output
+    if not kernels.run_on(output.device):
+        return True
+    with torch.enable_grad():
+        return all(_equal(call, form, factor) for factor in FACTORS)
 
 
 def _scaled(value: Any, factor: float) -> Any:
