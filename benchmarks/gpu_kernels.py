@@ -15,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from benchmarks.gpu_models import Bench, copied_bytes_per_s
 from mint_core.lora.algorithms import (
     GROUPED,
+    KERNELS,
     LOOP,
     Adapted,
     Algorithm,
@@ -153,8 +154,10 @@ def adapters(bench: Bench) -> None:
         for name, algorithm, backward in (
             ("loop", LOOP, True),
             ("grouped", GROUPED, True),
+            ("kernels", KERNELS, True),
             ("loop, forward", LOOP, False),
             ("grouped, forward", GROUPED, False),
+            ("kernels, forward", KERNELS, False),
         ):
             part = slice(None) if backward else slice(0, y.numel())
             got = run(algorithm, backward)[part]

@@ -22,8 +22,15 @@ from mint_core.lora.column_kernels import (
     expand,
     shrink,
 )
+from mint_core.lora.segment_kernels import COLUMNS as RANKS
+from mint_core.lora.segment_kernels import INNER as READ
+from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
+from mint_core.lora.segment_tables import OUTPUTS as WRITTEN
+from mint_core.lora.segment_tables import ROWS
 from mint_core.model.attention_kernels import Scores
-from mint_core.model.head_kernels import HEADS, turn
+from mint_core.model.fused.head_kernels import HEADS, turn, turn_back
+from mint_core.model.fused.mlp_kernels import PLACES, SILU, TANH_GELU, gate_back, gate_product
+from mint_core.model.fused.norm_kernels import norm_back, norm_sum
 from mint_core.model.softmax_kernels import LOWEST, differentiate, sum_powers
 from mint_core.model.softmax_kernels import TILE as LOGITS
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
@@ -37,19 +44,31 @@ CASES = (
     (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
 )
 _COLUMNS = {"ROWS": MOST_ROWS, "COLUMNS": COLUMNS, "WIDEN": False}
+_OWN = {"ROWS": ROWS, "COLUMNS": RANKS, "WIDEN": False}
+_NORM = {"ROOM": 4096, "ADDS": True}
+_GATE = {"PLACES": PLACES}
 _TURN = {"SIZE": 128, "ROOM": 64, "HEADS": HEADS}
 OTHERS = (
     (shrink, {**_COLUMNS, "INNER": INNER}),
     (expand, {**_COLUMNS, "OUTPUTS": OUTPUTS, "SPLITS": MOST_SPLITS}),
     (turn, {**_TURN, "NORMED": True, "BACK": False}),
     (turn, {**_TURN, "NORMED": False, "BACK": True}),
+    (turn_back, {**_TURN, "NORMED": True}),
+    (shrink_own, {**_OWN, "INNER": READ}),
+    (expand_own, {**_OWN, "OUTPUTS": WRITTEN}),
+    (add_gradients, {**_OWN, "OUTPUTS": WRITTEN}),
+    (norm_sum, _NORM),
+    (norm_back, _NORM),
+    (gate_product, {**_GATE, "KIND": SILU}),
+    (gate_back, {**_GATE, "KIND": TANH_GELU}),
     (sum_powers, {"TILE": LOGITS, "LOWEST": LOWEST}),
     (differentiate, {"TILE": LOGITS}),
     (sum_block, {"BLOCK": 1 << 15, "TILE": TILE}),
 )
 _NUMBERS = (
     *("query", "key", "value", "output", "x", "a", "b", "y"),
-    *("heads", "cosines", "sines", "z"),
+    *("heads", "cosines", "sines", "z", "h", "dh", "dy", "dx", "added", "total", "passed"),
+    *("wide", "gradient", "queries", "keys", "values"),
 )  # of the case's type
 _TENSORS = {
     "table": "*i32",
@@ -60,6 +79,11 @@ _TENSORS = {
     "column_owners": "*i64",
     "scales": "*fp32",
     "tiles": "*i32",
+    "adapters": "*i64",
+    "row_tiles": "*i64",
+    "sides": "*i64",
+    "inputs": "*i64",
+    "outputs": "*i64",
     "targets": "*i64",
     "upstream": "*fp32",
     "words": "*i64",

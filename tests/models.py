@@ -55,9 +55,10 @@ _TEXTS = [
 ]
 
 
-def tiny_qwen3(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
+def tiny_qwen3(folder: Path, *, tied: bool = True, seed: int = 0, layers: int = 2) -> Path:
     """A Qwen3 of 2 layers and width 64."""
-    return _make(folder, Qwen3Config(**SIZES, tie_word_embeddings=tied), seed)
+    sizes = {**SIZES, "num_hidden_layers": layers}
+    return _make(folder, Qwen3Config(**sizes, tie_word_embeddings=tied), seed)
 
 
 def tiny_llama(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:

@@ -10,6 +10,7 @@ T: rows of the stream. n: of a segment. S: stretches. r: stored rank. m: modules
 R: sum of all ranks. W: sum of the modules' columns.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mint_core.lora import kernels
 from mint_core.lora.bank import AdapterRow, GroupMatrices, Part, RankBank
 from mint_core.lora.groups import ModuleGroup
+from mint_core.lora.segment_tables import GroupTables, Tables, group_tables
 from mint_core.lora.segments import Segment, add_product, scale
 
 
@@ -88,9 +91,12 @@ class Adapted:
         own = row.group(Part.WEIGHTS, group)
         if own.a.dtype == self.dtype:
             return own
+        return row.bank.group_matrices(self._numbers_of(row), group, own.members)
+
+    def _numbers_of(self, row: AdapterRow) -> Tensor:  # [params], in the type of the base
         if row not in self._casts:  # the whole row in one call, for all groups
             self._casts[row] = row.part(Part.WEIGHTS).to(self.dtype)
-        return row.bank.group_matrices(self._casts[row], group, own.members)
+        return self._casts[row]
 
     @cached_property
     def _widest(self) -> RankBank:
@@ -108,6 +114,11 @@ class Adapted:
             if stretch.row:
                 self._widest.take(own, stretch.row.part(Part.WEIGHTS), stretch.row.bank)
         return rows
+
+    @cached_property
+    def tables(self) -> Tables:
+        """For kernels."""
+        return Tables(self.segments, self._numbers_of, self.device)
 
     def stacked(self, group: ModuleGroup) -> GroupMatrices:
         """A [S, m r, in] and B of all stretches, filled up with zeros to the largest rank."""
@@ -242,8 +253,59 @@ def _add(
     torch._foreach_add_(totals, added)
 
 
-Algorithm = Loop | Grouped  # applies the adapters to a group of modules
-LOOP, GROUPED = Loop(), Grouped()
+class Kernels:
+    """Kernels of our own: a launch for all adapters and all modules of a group at a time. What a
+    segment gets depends on its own rows alone, bit for bit.
+    """
+
+    def forward(
+        self, x: Tensor, y: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> tuple[Tensor, ...]:
+        from mint_core.lora import segment_kernels  # Triton is not everywhere
+
+        tables, own = adapted.tables, _tables_of(adapted, group)
+        x = _dense(x)
+        h = segment_kernels.shrink(x, tables, own)
+        segment_kernels.expand(h, _side_by_side(y), tables, own)
+        return (h,)
+
+    def backward(
+        self, tensors: Gradients, saved: Sequence[Tensor], adapted: Adapted, group: ModuleGroup
+    ) -> None:
+        from mint_core.lora import segment_kernels
+
+        tables, own = adapted.tables, _tables_of(adapted, group)
+        (h,), dy = saved, _side_by_side(tensors.dy)
+        dh = segment_kernels.shrink(dy, tables, own, back=True)
+        if tensors.dx is not None:
+            segment_kernels.expand(dh, tensors.dx, tables, own, back=True)
+        if adapted.accumulates:
+            segment_kernels.accumulate(h, dh, _dense(tensors.x), dy, tables, own)
+
+
+def _tables_of(adapted: Adapted, group: ModuleGroup) -> GroupTables:
+    row = adapted.segments[0].row
+    assert row is not None
+    return group_tables(group, row.bank.unit(group), adapted.device)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:  # each [T, width] -> [T, W]
+    """The tensor whose columns the parts are; a copy where they are tensors of their own."""
+    first, size = parts[0], parts[0].element_size()
+    ends = list(itertools.accumulate(part.shape[1] for part in parts))
+    places = [first.data_ptr() + size * at for at in (0, *ends)]
+    if all(part.data_ptr() == place for part, place in zip(parts, places, strict=False)):
+        return first.as_strided((first.shape[0], ends[-1]), first.stride())
+    return torch.cat(list(parts), dim=1)
+
+
+Algorithm = Loop | Grouped | Kernels  # applies the adapters to a group of modules
+LOOP, GROUPED, KERNELS = Loop(), Grouped(), Kernels()
+MOST_KERNEL_ROWS = 4096  # of a pass that waits for launches
 
 
 def choose(adapted: Adapted) -> Algorithm:
@@ -264,7 +326,13 @@ def choose(adapted: Adapted) -> Algorithm:
         adapters      1      8      32
         loop          0.93   6.5    28
         grouped       0.96   1.1    2.0
+
+    Up to some rows there, kernels that take all adapters in a launch each; they have not been
+    timed on a GPU.
     """
+    covered = adapted.covered
+    if kernels.run_on(adapted.device) and covered.stop - covered.start <= MOST_KERNEL_ROWS:
+        return KERNELS
     if adapted.device.type == "cpu" or len(adapted.segments) == 1:
         return LOOP
     return GROUPED if adapted.dtype == torch.bfloat16 else LOOP

@@ -78,6 +78,10 @@ class RankBank:
         """Memory of one part of a row."""
         return 4 * self.row_size
 
+    def unit(self, group: ModuleGroup) -> int:
+        """Where a group begins in a row, over the stored rank: the same in all banks."""
+        return self.places[group.modules[0]][0].offset // self.stored_rank
+
     def matrices(self, row: Tensor, module: str) -> tuple[Tensor, Tensor]:
         """A [stored rank, in] and B [out, stored rank] of a module, as views of [params]."""
         return self._a(row, module, 1), self._b_t(row, module).mT

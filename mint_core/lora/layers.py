@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mint_core.lora import kernels
 from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.groups import ModuleGroup
@@ -163,7 +164,7 @@ class LinearGroup:
 
     def base(self, x: Tensor, cut: Cut) -> tuple[Tensor, ...]:
         """[T, in] -> of each part of the cut, [T, width], without adapters."""
-        if x.device.type == "cpu" and self._packed is None:
+        if self._packed is None and not kernels.run_on(x.device):
             # Calls are cheap, and what follows reads dense outputs faster.
             products = zip(cut.weights, cut.biases, strict=True)
             return tuple(functional.linear(x, weight, bias) for weight, bias in products)

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mint_core.lora import kernels
 from mint_core.lora.groups import ModuleCall
 from mint_core.lora.layers import LinearGroup, MultiLoraLinear
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.attention_kernels import Scores
+from mint_core.model.fused import functions
 
 logger = logging.getLogger(__name__)
 
 Form = Callable[..., Any]
 # Of the largest value. Shorter types round between steps, which a direct form does not repeat.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+_KINDS = {"SiLUActivation": 0, "SiLU": 0, "PytorchGELUTanh": 1, "GELUTanh": 1}  # see mlp_kernels
 FACTORS = (1.0, 100.0, 0.001)  # on inputs: a large one shows a clamp, a small one an epsilon
 
 
@@ -76,25 +79,42 @@ class _RmsNormFunction(torch.autograd.Function):
         return dy.mul_(scales).sub_(x * along), None, None
 
 
+def normed_sum(norm: "Form", x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, or x + added, and its norm."""
+    fused = isinstance(norm, RmsNorm) and norm.weight.dim() == 1 and kernels.run_on(x.device)
+    if fused and torch.is_grad_enabled():
+        total, normed = functions.NormedSum.apply(x, added, norm.weight, norm.eps)  # type: ignore[no-untyped-call, attr-defined]
+    else:
+        total = x if added is None else x + added
+        normed = norm(total)
+    return total, normed
+
+
 class Mlp:
     """down(act(gate x) * up x)."""
 
     def __init__(self, module: Any) -> None:
         self._group = _group_of(module, "gate_proj", "up_proj")
         self._activation = module.act_fn
+        self._kind = _KINDS.get(type(module.act_fn).__name__)
         self._down = _group_of(module, "down_proj")
+        self._wide = self._group.cut((2,))
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._group.outputs(x)
-        down = self._down.outputs(self._activation(gate) * up)[0]
-        return down.view_as(x)
+        if self._kind is not None and kernels.run_on(x.device) and torch.is_grad_enabled():
+            (wide,) = self._group.outputs(x, self._wide)
+            product = functions.Gated.apply(wide, self._kind)  # type: ignore[no-untyped-call]
+        else:
+            gate, up = self._group.outputs(x)
+            product = self._activation(gate) * up
+        return self._down.outputs(product)[0].view_as(x)
 
 
 def rotated(heads: Tensor, turn: tuple[Tensor, Tensor], norm: RmsNorm | None) -> Tensor:
     """Heads [T, h, s], normed first, turned by rotary embeddings."""
     trains = torch.is_grad_enabled() and heads.requires_grad
     if heads.is_cuda and not trains:
-        from mint_core.model.head_kernels import turned  # Triton is not everywhere
+        from mint_core.model.fused.head_kernels import turned  # Triton is not everywhere
 
         return turned(heads, *turn, None if norm is None else (norm.weight, norm.eps))
     if norm is not None:
@@ -127,7 +147,7 @@ class _RotationFunction(torch.autograd.Function):
 def _turned(heads: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> Tensor:
     """Heads; or, from a gradient, that of what was turned."""
     if heads.is_cuda:
-        from mint_core.model.head_kernels import turned  # Triton is not everywhere
+        from mint_core.model.fused.head_kernels import turned  # Triton is not everywhere
 
         return turned(heads, cosines, sines, back=back)
     swapped = _swapped(heads * sines) if back else _swapped(heads).mul_(sines)
@@ -146,9 +166,11 @@ class Attention:
         self._group = _group_of(module, "q_proj", "k_proj", "v_proj")
         self._out = _group_of(module, "o_proj")
         self._cut = self._group.cut((2, 1))  # what is turned, and values
+        self._whole = self._group.cut((3,))
         self._head_size: int = module.head_dim
         widths = self._group.group.out_features
-        self._heads = [width // module.head_dim for width in widths[:2]]
+        self._counts = [width // module.head_dim for width in widths]
+        self._heads = self._counts[:2]
         self._norm = _of_heads(norms, self._heads) if norms else None
         self._layer_index: int = module.layer_idx
         self._scores = scores
@@ -161,15 +183,28 @@ class Attention:
         attention_batch: AttentionBatch,
         **_: Any,  # what attention functions are handed besides, such as position ids
     ) -> tuple[Tensor, None]:
-        parts = self._group.outputs(hidden_states, self._cut)
-        heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
-        heads = rotated(heads, turn(*position_embeddings), self._norm).transpose(0, 1)  # [h, T, s]
-        queries, keys = heads.split_with_sizes(self._heads)
+        turns = turn(*position_embeddings)
         output = attention_batch.attend(
-            self._layer_index, queries, keys, values.transpose(0, 1), self._scores
+            self._layer_index, *self._projected(hidden_states, turns), self._scores
         )
         joined = output.transpose(0, 1).flatten(1)  # [T, h s]
         return self._out.outputs(joined)[0][None], None
+
+    def _projected(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [heads, T, s]."""
+        if kernels.run_on(x.device) and torch.is_grad_enabled():
+            (wide,) = self._group.outputs(x, self._whole)
+            norm = None if self._norm is None else (self._norm.weight, self._norm.eps)
+            heads = wide.view(wide.shape[0], -1, self._head_size)
+            projected: tuple[Tensor, Tensor, Tensor] = functions.Heads.apply(
+                heads, *turns, norm, self._counts
+            )  # type: ignore[no-untyped-call]
+            return projected
+        parts = self._group.outputs(x, self._cut)
+        heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
+        heads = rotated(heads, turns, self._norm).transpose(0, 1)
+        queries, keys = heads.split_with_sizes(self._heads)
+        return queries, keys, values.transpose(0, 1)
 
 
 def _of_heads(norms: tuple[RmsNorm, ...], heads: Sequence[int]) -> RmsNorm:
@@ -198,9 +233,10 @@ class Layer:
             self._after_mlp = form("post_feedforward_layernorm")
 
     def __call__(self, hidden_states: Tensor, **options: Any) -> Tensor:  # [1, T, d]
-        attended, _ = self._attention(hidden_states=self._attention_norm(hidden_states), **options)
-        middle = hidden_states + self._after_attention(attended)
-        return middle + self._after_mlp(self._mlp(self._mlp_norm(middle)))
+        hidden, normed = normed_sum(self._attention_norm, hidden_states)
+        attended, _ = self._attention(hidden_states=normed, **options)
+        middle, normed = normed_sum(self._mlp_norm, hidden, self._after_attention(attended))
+        return middle + self._after_mlp(self._mlp(normed))
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -226,7 +262,7 @@ def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores])
     forms: dict[nn.Module, Form] = {}
     for call in calls:
         for form in _forms(call, scores, forms):
-            if all(_equal(call, form, factor) for factor in FACTORS):
+            if all(_equal(call, form, factor) for factor in FACTORS) and _trains(call, form):
                 forms[call.module] = call.module.forward = form
                 break
     logger.info("%d modules are computed in a direct form", len(forms))
@@ -278,6 +314,15 @@ def _equal(call: ModuleCall, form: Form, factor: float) -> bool:
         return False
     limit = TOLERANCE[expected.dtype] * expected.abs().max()
     return bool((ours - expected).abs().max() <= limit)
+
+
+def _trains(call: ModuleCall, form: Form) -> bool:
+    """The same under autograd, where kernels are used."""
+    output = call.output[0] if isinstance(call.output, tuple) else call.output
+    if not kernels.run_on(output.device):
+        return True
+    with torch.enable_grad():
+        return all(_equal(call, form, factor) for factor in FACTORS)
 
 
 def _scaled(value: Any, factor: float) -> Any:

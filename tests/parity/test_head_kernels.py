@@ -10,7 +10,7 @@ from torch.nn import functional
 from mint_core.model.shortcuts import RmsNorm, rotated, turn
 from tests.interpreted_kernels import DEVICE
 
-from mint_core.model.head_kernels import turned  # isort: skip  # after interpreted_kernels
+from mint_core.model.fused.head_kernels import turned  # isort: skip  # after interpreted_kernels
 
 TOKENS, HEADS, EPS = 5, 11, 1e-5
 

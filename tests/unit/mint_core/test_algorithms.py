@@ -1,12 +1,22 @@
 """Every way to apply adapters against the loop, and the loop against each segment alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mint_core.lora.algorithms import GROUPED, LOOP, Adapted, Algorithm, Gradients, choose
+from mint_core.lora.algorithms import (
+    GROUPED,
+    KERNELS,
+    LOOP,
+    MOST_KERNEL_ROWS,
+    Adapted,
+    Algorithm,
+    Gradients,
+    choose,
+)
 from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
@@ -121,13 +131,16 @@ def test_a_cpu_takes_the_loop_whatever_is_beside_a_run() -> None:
         assert choose(case.adapted(segments)) is LOOP
 
 
-def test_an_accelerator_takes_products_over_many_adapters() -> None:
+def test_an_accelerator_takes_kernels_for_few_rows_and_products_for_many() -> None:
     case = Case()
     cuda = torch.device("cuda")
-    many = Adapted(case.segments, cuda, torch.bfloat16)
-    assert choose(many) is GROUPED
-    assert choose(Adapted(case.segments[:1], cuda, torch.bfloat16)) is LOOP
-    assert choose(Adapted(case.segments, cuda, torch.float32)) is LOOP
+    for segments in (case.segments, case.segments[:1]):
+        assert choose(Adapted(segments, cuda, torch.bfloat16)) is KERNELS
+    last = case.segments[-1]
+    many = (*case.segments[:-1], replace(last, stop=last.start + MOST_KERNEL_ROWS))
+    assert choose(Adapted(many, cuda, torch.bfloat16)) is GROUPED
+    assert choose(Adapted(many[-1:], cuda, torch.bfloat16)) is KERNELS
+    assert choose(Adapted(many, cuda, torch.float32)) is LOOP
 
 
 @pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""What stands between a layer's matrix products, in one launch each, forward and backward."""
