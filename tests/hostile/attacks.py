@@ -58,8 +58,8 @@ class Hostile:
             return error.code(), dict(error.trailing_metadata() or ()).get(DETAILS, b"")
 
     def expect(self, codes: frozenset[Code], method: str, raw: bytes | Message, **how: Any) -> None:
-        code, _ = self.send(method, raw, **how)
-        assert code in codes, f"{method} was answered {code} and not {codes}"
+        code, answer = self.send(method, raw, **how)
+        assert code in codes, f"{method} was answered {code} and not {codes}: {answer!r}"
 
     @contextmanager
     def run(self) -> Iterator[str]:
