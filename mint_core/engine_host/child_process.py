@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+from mint_core.engine_host.carried import NO_FILES, JobFiles
 from mint_core.engine_host.host import EXIT_LIMIT_S, CannotLaunch, End
 
 
@@ -44,7 +45,10 @@ class ChildProcess:
     ) -> None:
         self._process = process
         self.reader, self.writer = reader, writer
-        self.pid = process.pid
+        self.pid: int | None = process.pid
+
+    def carried(self, job: object) -> JobFiles:
+        return NO_FILES
 
     def kill(self) -> None:
         self._process.kill()

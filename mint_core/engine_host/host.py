@@ -3,6 +3,8 @@
 import asyncio
 from typing import NamedTuple, Protocol
 
+from mint_core.engine_host.carried import JobFiles
+
 EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
 
 
@@ -16,13 +18,22 @@ class End(NamedTuple):
 class CannotLaunch(Exception):
     """No engine can be made now. The message, a sentence, says why."""
 
+    def __init__(self, why: str, *, killed: bool = False) -> None:
+        super().__init__(why)
+        self.end = End(why, killed)
+
 
 class LaunchedEngine(Protocol):
     """An engine from its making to its end."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    pid: int  # on the machine where it runs
+    pid: int | None  # None: it runs on another machine
+
+    def carried(self, job: object) -> JobFiles:
+        """What has to be brought to it for a job, and fetched: nothing, if it has the front's disk.
+        Then, in the pipe, `Before` goes in front of the job and `After` follows on its answer.
+        """
 
     def kill(self) -> None:
         """Ends it at once, if it has not ended."""

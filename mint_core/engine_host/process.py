@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mint_core.engine_host import notes
+from mint_core.engine_host.carried import JobFiles
 from mint_core.engine_host.child_process import ChildProcesses
 from mint_core.engine_host.host import CannotLaunch, End, EngineHost, LaunchedEngine
 from mint_core.engine_host.pipe import Call, Failure, Heartbeat, Hello, Part, Reply, Report
-from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, FailedPrecondition, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ class EngineProcess:
         self._host = host or ChildProcesses()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiter] = {}
+        self._carried: dict[int, JobFiles] = {}  # of calls that the engine is at
+        self._written: dict[int, Reply] = {}  # answers that count when their files are here
         self.memory_limits: Mapping[str, int] = {}  # of the engine that was last ready, in bytes
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
@@ -141,6 +145,10 @@ class EngineProcess:
             self._last_word = time.monotonic()
         self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
         try:
+            files = engine.carried(job)
+            if files.reads or files.writes:
+                self._note(engine, notes.Before(number, files.reads, files.writes))
+                self._carried[number] = files
             self._send(engine, Call(number, job))
             return await future
         finally:
@@ -198,44 +206,52 @@ class EngineProcess:
         try:
             self._engine = engine = await self._host.launch(self._module)
         except CannotLaunch as error:
-            return End(str(error), killed=False)
+            if not error.end.killed:
+                self._start_error = FailedPrecondition(error.end.how)
+            return error.end
         self._last_word = time.monotonic()
         try:
             self._send(engine, self._config)
-            await self._listen(engine.reader)
+            await self._listen(engine)
         finally:
             engine.writer.close()
             end = await engine.ended()
         return end
 
     def _send(self, engine: LaunchedEngine, message: object) -> None:
+        self._write(engine, pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def _note(self, engine: LaunchedEngine, note: notes.Before | notes.After) -> None:
+        self._write(engine, notes.encode(note))
+
+    def _write(self, engine: LaunchedEngine, content: bytes) -> None:
         """What the pipe does not take now, it takes when it can."""
-        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         long = len(content) > _MOST_SHORT_BYTES
         length = _SHORT.pack(-1) + _LONG.pack(len(content)) if long else _SHORT.pack(len(content))
         engine.writer.writelines([length, content])
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, engine: LaunchedEngine) -> None:
         """Handles what the engine says until its end of the pipe is closed."""
+        reader = engine.reader
         try:
             while True:
                 (length,) = _SHORT.unpack(await reader.readexactly(_SHORT.size))
                 if length == -1:
                     (length,) = _LONG.unpack(await reader.readexactly(_LONG.size))
-                self._receive(pickle.loads(await reader.readexactly(length)))
+                self._receive(engine, pickle.loads(await reader.readexactly(length)))
         except (EOFError, OSError):
             return
         except Exception:
             logger.exception("the engine said what its front does not understand")
 
-    def _receive(self, message: object) -> None:
+    def _receive(self, engine: LaunchedEngine, message: object) -> None:
         if self.closed:
             return
         self._last_word = time.monotonic()
         for each in message if isinstance(message, list) else (message,):
-            self._handle(each)
+            self._handle(engine, each)
 
-    def _handle(self, message: object) -> None:
+    def _handle(self, engine: LaunchedEngine, message: object) -> None:
         match message:
             case Hello():
                 assert self._attempt is not None
@@ -246,9 +262,21 @@ class EngineProcess:
                 logger.info("engine ready pid=%s start_s=%.2f", self.pid, start_s)
             case Failure(0, error):
                 self._start_error = error
-            case Part() | Reply() | Failure():
-                if waiter := self._waiting.get(message.number):
-                    waiter.take(message)
+            case Part():
+                self._answer(message)
+            case Reply(number) | Failure(number):
+                files = self._carried.get(number)
+                if files:
+                    self._note(engine, notes.After(number, isinstance(message, Failure)))
+                if files and files.writes and isinstance(message, Reply):
+                    self._written[number] = message
+                else:
+                    self._carried.pop(number, None)
+                    self._answer(message)
+            case notes.Fetched(number, error, strerror):
+                files, answer = self._carried.pop(number), self._written.pop(number)
+                refusal = files.refusal(OSError(error, strerror)) if error else None
+                self._answer(Failure(number, refusal) if refusal else answer)
             case Heartbeat():
                 pass
             case Report(value):
@@ -256,10 +284,16 @@ class EngineProcess:
             case _:
                 raise AssertionError(f"unknown message {message!r}")
 
+    def _answer(self, message: Part | Reply | Failure) -> None:
+        if waiter := self._waiting.get(message.number):
+            waiter.take(message)
+
     def _bury(self, end: End) -> str:
         """Tells those who wait for an engine that has ended, and returns why it has."""
         was_up = self.ready
         self._engine = None
+        self._carried.clear()
+        self._written.clear()
         self.report = None
         killed = end.killed and not self._why_killed
         why = self._why_killed or end.how
