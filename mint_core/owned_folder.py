@@ -2,9 +2,11 @@
 gone, however it ended.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +46,16 @@ class OwnedFolder:
     def release(self) -> None:
         """Leaves the folder to the next process that looks."""
         os.close(self._lock)
+
+
+def temporary_folder(prefix: str) -> OwnedFolder:
+    """One among the system's temporary files, which no other user can enter. Raises OSError."""
+    parent = Path(tempfile.gettempdir(), f"mint-{os.geteuid()}")
+    parent.mkdir(mode=0o700, exist_ok=True)
+    found = parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "others than this user can enter it", str(parent))
+    return OwnedFolder(parent, prefix)
 
 
 def owned_row_folder(parent: Path, prefix: str) -> OwnedFolder:

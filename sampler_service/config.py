@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint_store import snapshot_folder
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS
 
@@ -78,3 +79,13 @@ class SamplerConfig(ServiceConfig):
                 raise ValueError(
                     f"`{name}` must be at least {least}, or 0 to have it computed, got {value}"
                 )
+
+    @property
+    def row_folders(self) -> list[Path]:
+        """Where front and engine name files to each other."""
+        memory = snapshot_folder(self.snapshot_memory_folder, self.store)
+        return [folder.absolute() for folder in (self.copy_folder, memory) if folder is not None]
+
+    @property
+    def copy_folder(self) -> Path:
+        return self.row_folder or self.store_folder / ".rows"

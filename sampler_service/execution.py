@@ -54,13 +54,15 @@ class Execution:
         revision it is; tokens go to `parts` as they come, if that is given.
         """
         job = self._job(sampling, stream=parts is not None)
+        start_by_s = time.monotonic() + self._max_wait_s if self._max_wait_s else None
         deaths = 0
         with self._admitted(job), self._counted(parts):
             while True:
                 alone = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
                 try:
-                    async with alone, self._leased(job) as revision:
-                        job = replace(job, adapter=revision)  # which it keeps
+                    async with alone, self._leased(job, start_by_s) as revision:
+                        within_s = start_by_s and start_by_s - time.monotonic()
+                        job = replace(job, adapter=revision, start_within_s=within_s)
                         generated = await self._generate(job, parts)
                         break
                 except jobs.AdapterAbsent:
@@ -69,7 +71,7 @@ class Execution:
                     deaths += 1
                     if deaths > DEATHS_UNTIL_ALONE:
                         raise _given_up(deaths, death) from death
-                    job = replace(job, start_by_s=None)  # it has had its turn
+                    start_by_s = None  # it has had its turn
             self._count(job, generated)
             if parts is not None:
                 await parts.finish()
@@ -82,7 +84,6 @@ class Execution:
             sampling=sampling,
             tenant=caller().tenant,
             stream=stream,
-            start_by_s=time.monotonic() + self._max_wait_s if self._max_wait_s else None,
         )
 
     @contextmanager
@@ -95,11 +96,11 @@ class Execution:
             yield
 
     @asynccontextmanager
-    async def _leased(self, job: jobs.Generate) -> AsyncIterator[str]:
+    async def _leased(self, job: jobs.Generate, start_by_s: float | None) -> AsyncIterator[str]:
         """Holds an adapter in an engine that is up, and says which revision it is."""
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout_at(job.start_by_s) as limit:
+                async with asyncio.timeout_at(start_by_s) as limit:
                     await self._engine.hello()
                     lease = self._leases.lease(job.adapter, job.tenant)
                     revision = await stack.enter_async_context(lease)

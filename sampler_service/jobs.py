@@ -31,7 +31,7 @@ class AdapterAbsent(EngineFault):
 
 
 class WaitedTooLong(ResourceExhausted):
-    """The request's turn did not come before its `start_by_s`. Final: it carries no hint to try
+    """The request's turn did not come within its `start_within_s`. Final: it carries no hint to try
     again, since its caller set or accepted the limit.
     """
 
@@ -150,7 +150,8 @@ class Generate:
     sampling: Sampling
     tenant: str = ""  # tenants share passes and places equally
     stream: bool = False
-    start_by_s: float | None = None  # time.monotonic() by which its first pass must have begun
+    # In which its first pass must begin, from when the engine takes it in: a clock is its machine's
+    start_within_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

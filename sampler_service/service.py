@@ -4,6 +4,7 @@ from checkpoint_store import open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
+from mint_core.hosting.engine_hosts import engine_hosts
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -15,6 +16,7 @@ from sampler_service.adapters.row_folder import RowFolder
 from sampler_service.config import SamplerConfig
 from sampler_service.constraint_parsing import constraints_served
 from sampler_service.execution import Execution
+from sampler_service.job_files import job_files
 from sampler_service.servicer import SamplerServicer
 from sampler_service.streams import Streams
 from sampler_service.waiting_room import WaitingRoom
@@ -42,7 +44,8 @@ class SamplerService:
     """Holds the engine and hands work to it. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        self.engine = EngineProcess("sampler_service.engine", config)
+        hosts = engine_hosts(config, job_files, config.row_folders)
+        self.engine = EngineProcess("sampler_service.engine", config, hosts(0))
         self.tasks = Tasks()
         self._revisions = _revisions(config, self.engine, self.tasks)
         self._leases = AdapterLeases(
@@ -90,5 +93,5 @@ def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Re
     snapshots = snapshot_folder(config.snapshot_memory_folder, config.store)
     store = open_store(config.store, config.store_folder, snapshots, saves=False)
     limit_bytes = config.row_folder_mib * 2**20
-    folder = RowFolder(config.row_folder or config.store_folder / ".rows", limit_bytes)
+    folder = RowFolder(config.copy_folder, limit_bytes)
     return Revisions(store, folder, engine, tasks)

@@ -102,7 +102,7 @@ class SamplerEngine:
         routed_experts: bool = False,
         tenant: str = "",
         stream: bool = False,
-        start_by_s: float | None = None,
+        start_within_s: float | None = None,
         **choice: object,
     ) -> int:
         """Sends a request and returns its number."""
@@ -128,7 +128,7 @@ class SamplerEngine:
             sampling=sampling,
             tenant=tenant,
             stream=stream,
-            start_by_s=start_by_s,
+            start_within_s=start_within_s,
         )
         answer = self.engine.accept(number, job)
         if answer is not None:

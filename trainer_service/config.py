@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint_store import snapshot_folder
 from mint_core.addresses import host_and_port
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from trainer_service.journal.schema import SAVED_ROWS
@@ -112,6 +113,13 @@ class TrainerConfig(ServiceConfig):
     @property
     def idle_row_folder(self) -> Path:
         return self.row_folder or self.store_folder / ".rows"
+
+    @property
+    def row_folders(self) -> list[Path]:
+        """Where front and engine name files to each other."""
+        memory = snapshot_folder(self.snapshot_memory_folder, self.store)
+        folders = (self.store_folder, self.state_folder, memory)
+        return [folder.absolute() for folder in folders if folder is not None]
 
     @property
     def store_quota_bytes(self) -> int:

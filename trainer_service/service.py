@@ -9,6 +9,7 @@ from checkpoint_store import SnapshotMemory, open_store, snapshot_folder
 from mint_core.access.door import Door
 from mint_core.backlog import Load
 from mint_core.engine_host.process import EngineProcess
+from mint_core.hosting.engine_hosts import engine_hosts
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.hosting import RpcServer
 from mint_core.rpc.metrics import Metrics
@@ -19,6 +20,7 @@ from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
+from trainer_service.job_files import job_files
 from trainer_service.jobs import RowCounts
 from trainer_service.journal.ledger import check_base
 from trainer_service.journal.state_size import StateSize
@@ -72,7 +74,8 @@ class TrainerService:
     ) -> None:
         self._config = config
         self.tasks = Tasks()
-        self.engine = EngineProcess(engine_module, config)
+        hosts = engine_hosts(config, job_files(config.saved_row_folder), config.row_folders)
+        self.engine = EngineProcess(engine_module, config, hosts(0))
         self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), door.weight_of)
         self._checkpoints = _checkpoints(config, scheduler, metrics)
         self.journal = Journal(config.state_folder)

@@ -1,4 +1,4 @@
-"""The front's side of its engine: a child process, a pipe, a watchdog, another child when it dies.
+"""The front's side of its engine: a process somewhere, a pipe, a watchdog, another when it dies.
 
 The engine is disposable. Whatever ends it (a crash, an out-of-memory kill, a hang), the calls that
 were with it fail with `EngineDied`, `life` rises, and a new process starts; calls made meanwhile
@@ -9,22 +9,22 @@ import asyncio
 import itertools
 import logging
 import pickle
-import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mint_core.engine_host import notes
+from mint_core.engine_host.carried import JobFiles
+from mint_core.engine_host.child_process import ChildProcesses
+from mint_core.engine_host.host import CannotLaunch, End, EngineHost, LaunchedEngine
 from mint_core.engine_host.pipe import Call, Failure, Heartbeat, Hello, Part, Reply, Report
-from mint_core.errors import EngineDied, EngineFault, MintError, Unavailable
+from mint_core.errors import EngineDied, EngineFault, FailedPrecondition, MintError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 1800.0  # loading a large base from a cold disk
-EXIT_LIMIT_S = 2.0  # from the end of the pipe to the end of the process
 RESTART_DELAY_S = 0.1  # doubled after each start that failed
 MAX_RESTART_DELAY_S = 60.0
 MOST_KILLED_STARTS = 3  # until it is taken for the machine's word that no engine can start
@@ -73,17 +73,20 @@ class EngineProcess:
         self,
         module: str,  # run as `python -m <module> <fd>`; see mint_core.engine_host.pipe
         config: object,
+        host: EngineHost | None = None,  # None: it is a child of this process
     ) -> None:
         self._module = module
         self._config = config
+        self._host = host or ChildProcesses()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiter] = {}
+        self._carried: dict[int, JobFiles] = {}  # of calls that the engine is at
+        self._written: dict[int, Reply] = {}  # answers that count when their files are here
         self.memory_limits: Mapping[str, int] = {}  # of the engine that was last ready, in bytes
         self.report: Any = None  # what the engine has told of itself; None: nothing yet
         self._attempt: asyncio.Future[Hello] | None = None  # the start under way, due or done
         self._start_error: MintError | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter  # to that process
+        self._engine: LaunchedEngine | None = None
         self._started_s = self._last_word = time.monotonic()
         self._why_killed = ""
         self._watchdog: asyncio.Task[None] | None = None
@@ -95,11 +98,11 @@ class EngineProcess:
 
     @property
     def ready(self) -> bool:
-        return self._process is not None and self._attempt is not None and self._attempt.done()
+        return self._engine is not None and self._attempt is not None and self._attempt.done()
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._engine.pid if self._engine else None
 
     def memory_limit(self, of: str) -> float:
         """Bytes that it takes at most for something."""
@@ -134,7 +137,7 @@ class EngineProcess:
         `on_part` is called with each part of the answer as it comes, in the engine's order and
         before this returns; what it raises, this raises.
         """
-        while not self.ready:
+        while not (self.ready and (engine := self._engine)):
             await self.hello()
         number = next(self._numbers)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -142,47 +145,52 @@ class EngineProcess:
             self._last_word = time.monotonic()
         self._waiting[number] = _Waiter(future, silence_limit_s, on_part)
         try:
-            self._send(Call(number, job))
+            files = engine.carried(job)
+            if files.reads or files.writes:
+                self._note(engine, notes.Before(number, files.reads, files.writes))
+                self._carried[number] = files
+            self._send(engine, Call(number, job))
             return await future
         finally:
             self._waiting.pop(number, None)
 
     def cast(self, job: object) -> None:
         """Sends a job without waiting for an answer, such as the abort of another."""
-        if self.ready:
-            self._send(Call(0, job))
+        if self.ready and self._engine:
+            self._send(self._engine, Call(0, job))
 
     async def close(self) -> None:
         """Ends the engine. Calls that wait for it, and later ones, are Unavailable."""
         self.closed = True
         if self._watchdog:
             self._watchdog.cancel()
-        process, self._process = self._process, None
+        engine, self._engine = self._engine, None
         gone = Unavailable("the server is shutting down; send the call again")
         self._fail_attempt(gone)
         for number, waiter in self._waiting.items():
             waiter.take(Failure(number, gone))
         self.changed.set()
-        if process:
-            process.kill()
+        if engine:
+            engine.kill()
         elif self._lives:
             self._lives.cancel()
         if self._lives:
             await asyncio.wait({self._lives})
+        await self._host.close()
 
     async def _live(self) -> None:
         """Runs an engine, and another whenever one has ended."""
         delay_s = RESTART_DELAY_S
         while True:
             try:
-                how = await self._run()
+                end = await self._run()
             except Exception:  # callers wait for a next engine, or for the word that there is none
                 logger.exception("the engine cannot be served")
-                how = "the engine's front failed at it"
+                end = End("the engine's front failed at it", killed=False)
             if self.closed:
                 return
             delay_s = RESTART_DELAY_S if self.ready else min(2 * delay_s, MAX_RESTART_DELAY_S)
-            why = self._bury(how)
+            why = self._bury(end)
             if self.closed:
                 return
             logger.error("%s; starting another in %g s", why, delay_s)
@@ -192,59 +200,58 @@ class EngineProcess:
             await asyncio.sleep(delay_s)
             self.restarts += 1
 
-    async def _run(self) -> str:
+    async def _run(self) -> End:
         """Runs one engine, and returns how it ended."""
         self._started_s = self._last_word = time.monotonic()
-        ours, theirs = socket.socketpair()
         try:
-            with theirs:
-                self._process = process = subprocess.Popen(
-                    [sys.executable, "-m", self._module, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    process_group=0,  # Ctrl-C is for the front, which ends its engine
-                )
-        except OSError as error:
-            ours.close()
-            return f"the engine's process cannot be made: {error.strerror}"
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._engine = engine = await self._host.launch(self._module)
+        except CannotLaunch as error:
+            if not error.end.killed:
+                self._start_error = FailedPrecondition(error.end.how)
+            return error.end
+        self._last_word = time.monotonic()
         try:
-            self._send(self._config)
-            await self._listen(reader)
+            self._send(engine, self._config)
+            await self._listen(engine)
         finally:
-            self._writer.close()
-            await asyncio.to_thread(_await_end, process)
-        code = process.returncode
-        return f"the engine ended with {f'exit code {code}' if code >= 0 else f'signal {-code}'}"
+            engine.writer.close()
+            end = await engine.ended()
+        return end
 
-    def _send(self, message: object) -> None:
+    def _send(self, engine: LaunchedEngine, message: object) -> None:
+        self._write(engine, pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def _note(self, engine: LaunchedEngine, note: notes.Before | notes.After) -> None:
+        self._write(engine, notes.encode(note))
+
+    def _write(self, engine: LaunchedEngine, content: bytes) -> None:
         """What the pipe does not take now, it takes when it can."""
-        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         long = len(content) > _MOST_SHORT_BYTES
         length = _SHORT.pack(-1) + _LONG.pack(len(content)) if long else _SHORT.pack(len(content))
-        self._writer.writelines([length, content])
+        engine.writer.writelines([length, content])
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, engine: LaunchedEngine) -> None:
         """Handles what the engine says until its end of the pipe is closed."""
+        reader = engine.reader
         try:
             while True:
                 (length,) = _SHORT.unpack(await reader.readexactly(_SHORT.size))
                 if length == -1:
                     (length,) = _LONG.unpack(await reader.readexactly(_LONG.size))
-                self._receive(pickle.loads(await reader.readexactly(length)))
+                self._receive(engine, pickle.loads(await reader.readexactly(length)))
         except (EOFError, OSError):
             return
         except Exception:
             logger.exception("the engine said what its front does not understand")
 
-    def _receive(self, message: object) -> None:
+    def _receive(self, engine: LaunchedEngine, message: object) -> None:
         if self.closed:
             return
         self._last_word = time.monotonic()
         for each in message if isinstance(message, list) else (message,):
-            self._handle(each)
+            self._handle(engine, each)
 
-    def _handle(self, message: object) -> None:
+    def _handle(self, engine: LaunchedEngine, message: object) -> None:
         match message:
             case Hello():
                 assert self._attempt is not None
@@ -255,9 +262,21 @@ class EngineProcess:
                 logger.info("engine ready pid=%s start_s=%.2f", self.pid, start_s)
             case Failure(0, error):
                 self._start_error = error
-            case Part() | Reply() | Failure():
-                if waiter := self._waiting.get(message.number):
-                    waiter.take(message)
+            case Part():
+                self._answer(message)
+            case Reply(number) | Failure(number):
+                files = self._carried.get(number)
+                if files:
+                    self._note(engine, notes.After(number, isinstance(message, Failure)))
+                if files and files.writes and isinstance(message, Reply):
+                    self._written[number] = message
+                else:
+                    self._carried.pop(number, None)
+                    self._answer(message)
+            case notes.Fetched(number, error, strerror):
+                files, answer = self._carried.pop(number), self._written.pop(number)
+                refusal = files.refusal(OSError(error, strerror)) if error else None
+                self._answer(Failure(number, refusal) if refusal else answer)
             case Heartbeat():
                 pass
             case Report(value):
@@ -265,13 +284,19 @@ class EngineProcess:
             case _:
                 raise AssertionError(f"unknown message {message!r}")
 
-    def _bury(self, how: str) -> str:
+    def _answer(self, message: Part | Reply | Failure) -> None:
+        if waiter := self._waiting.get(message.number):
+            waiter.take(message)
+
+    def _bury(self, end: End) -> str:
         """Tells those who wait for an engine that has ended, and returns why it has."""
         was_up = self.ready
-        process, self._process = self._process, None
+        self._engine = None
+        self._carried.clear()
+        self._written.clear()
         self.report = None
-        killed = process is not None and (process.returncode or 0) < 0 and not self._why_killed
-        why = self._why_killed or how
+        killed = end.killed and not self._why_killed
+        why = self._why_killed or end.how
         cause, self._start_error, self._why_killed = self._start_error, None, ""
         if was_up:
             self.life += 1
@@ -304,7 +329,7 @@ class EngineProcess:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._process is None or self._why_killed:
+            if self._engine is None or self._why_killed:
                 continue
             waiting = (waiter for waiter in self._waiting.values() if not waiter.aside)
             limits_s = (waiter.silence_limit_s for waiter in waiting)
@@ -312,12 +337,4 @@ class EngineProcess:
             silent_s = time.monotonic() - self._last_word
             if silent_s > limit_s:
                 self._why_killed = f"the engine said nothing for {silent_s:.0f} s and was killed"
-                self._process.kill()
-
-
-def _await_end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(EXIT_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()  # a process without its pipe is of no use
-        process.wait()
+                self._engine.kill()

@@ -1,6 +1,6 @@
 """What both services can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,30 @@ class ServiceConfig:
     )
     base_model_name: str = option(
         "", "name under which it is served; empty: the hub id, or the folder's name"
+    )
+    engines_on: Literal["processes", "ray"] = option(
+        "processes",
+        "where engines run: as processes of this machine, or as actors of a cluster of Ray, which "
+        "this machine is of (docs/scale.md); the options `ray_...` are for the second",
+    )
+    ray_address: str = option("auto", "HOST:PORT of the cluster's head; auto: as this machine says")
+    ray_listen: str = option(
+        "",
+        "HOST:PORT at which engines on other machines reach this service, by TLS with certificates "
+        "of their own; empty: this machine's address in the cluster, and a port that is free",
+    )
+    ray_strategy: Literal["pack", "spread"] = option(
+        "pack", "whether Ray puts a service's engines on as few machines as it can, or on as many"
+    )
+    ray_cpus: float = option(1.0, "CPUs that Ray keeps for each engine")
+    ray_gpus: float = option(
+        0.0, "GPUs that it keeps for each engine, which sees no others; 0.5: two of them share one"
+    )
+    ray_folder: Path | None = option(
+        None,
+        "folder, on a disk of each machine, for an engine's files and its copies of this "
+        "service's; what is in it is of no use later and is removed. Empty: a temporary one, and "
+        "none where the engine finds this service's own folders",
     )
     store: str = option(
         ".store",
@@ -114,6 +138,7 @@ class ServiceConfig:
                 f"{self.store} is a folder; leave it out"
             )
         self._check_tls()
+        self._check_ray()
         for name in ("address", "metrics_address"):
             address = getattr(self, name)
             if not address and name == "metrics_address":
@@ -131,6 +156,25 @@ class ServiceConfig:
             raise ValueError(f"`tenant_by` {self.tenant_by} needs `client_ca`; give --client-ca")
         if self.tenant_by in ("key", "both") and self.keys is None:
             raise ValueError(f"`tenant_by` {self.tenant_by} needs `keys`; give --keys")
+
+    def _check_ray(self) -> None:
+        if self.engines_on == "processes":
+            for each in fields(self):
+                if each.name.startswith("ray_") and getattr(self, each.name) != each.default:
+                    raise ValueError(
+                        f"`{each.name}` is for engines on Ray; give --engines-on ray, or leave "
+                        "it out"
+                    )
+            return
+        self.require_at_least(0, "ray_cpus", "ray_gpus")
+        if not self.ray_cpus and not self.ray_gpus:
+            raise ValueError("`ray_cpus` and `ray_gpus` are both 0; give what an engine needs")
+        if self.device.startswith("cuda") and not self.ray_gpus:
+            raise ValueError(f"`device` {self.device} needs `ray_gpus`; give --ray-gpus 1")
+        if self.ray_listen:
+            host_and_port(self.ray_listen, "ray_listen")
+        if self.ray_address != "auto":
+            host_and_port(self.ray_address, "ray_address")
 
     def _check_open(self, name: str, address: str) -> None:
         """Refuses to answer other hosts without what keeps strangers out."""

@@ -182,8 +182,9 @@ class Engine:
         if generation.done:
             return Reply(number, generation.result())
         self._generations[job.request_id] = generation
-        if job.start_by_s is not None:
-            heapq.heappush(self._start_by, (job.start_by_s, job.request_id))
+        if job.start_within_s is not None:
+            start_by_s = time.monotonic() + job.start_within_s
+            heapq.heappush(self._start_by, (start_by_s, job.request_id))
         self._scheduler.add(
             job.request_id,
             job.sampling.prompt.tolist(),

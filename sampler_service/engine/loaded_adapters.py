@@ -1,12 +1,11 @@
 """The adapters in the engine's bank, by revision path."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from checkpoint_store import CheckpointDamaged, PublishedRow, open_row
 from checkpoint_store.row_file import RowMissing
+from mint_core.engine_host.carried import here
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.row_layout import RowLayout
@@ -60,7 +59,7 @@ class LoadedAdapters:
         if job.revision_path in self.rows:
             return
         try:
-            published = open_row(Path(job.file), job.revision_path)
+            published = open_row(here(job.file), job.revision_path)
             _check_scale(published.manifest.spec, job.revision_path)
             row = self.bank.add(published.manifest.spec)
             if published.layout != row.bank.layout:

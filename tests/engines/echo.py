@@ -6,12 +6,14 @@ import signal
 import sys
 import time
 
+from mint_core.engine_host.carried import here
 from mint_core.engine_host.pipe import Call, EnginePipe, Heartbeat, Hello, Part, Reply, connect
 from mint_core.errors import InvalidRequest
 from tests.engines.echo_jobs import (
     MODEL,
     Aside,
     Bug,
+    Copy,
     Count,
     Crash,
     Echo,
@@ -56,6 +58,9 @@ def run(call: Call, pipe: EnginePipe) -> str:
     match call.job:
         case Echo(text):
             return text
+        case Copy(source, target, times):
+            here(target).write_bytes(here(source).read_bytes() * times)
+            return str(here(source))
         case Refuse(text):
             raise InvalidRequest(text, field="text")
         case Bug():

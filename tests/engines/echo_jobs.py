@@ -5,7 +5,9 @@ FD`.
 from dataclasses import dataclass
 from pathlib import Path
 
+from mint_core.engine_host.carried import NO_FILES, JobFiles
 from mint_core.engine_host.pipe import ModelDescription
+from mint_core.errors import ResourceExhausted
 
 MODEL = ModelDescription(
     name="echo",
@@ -39,6 +41,24 @@ class Echo:
     """Answer: the text."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Writes a file anew under another name, `times` over. Answer: where the engine has the
+    first.
+    """
+
+    source: Path
+    target: Path
+    times: int = 1
+
+
+def copied_files(job: object) -> JobFiles:
+    """What a job reads and writes."""
+    if not isinstance(job, Copy):
+        return NO_FILES
+    return JobFiles((str(job.source),), (str(job.target),), lambda error: ResourceExhausted("full"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,8 +289,8 @@ def test_scored_positions_are_computed(sampler: SamplerEngine) -> None:
 def test_a_request_whose_turn_does_not_come_in_time_is_told_so(qwen3_folder: Path) -> None:
     sampler = SamplerEngine(qwen3_folder, max_running_samples=1)
     running = sampler.submit(random_tokens(1, 10), max_tokens=30)
-    late = sampler.submit(random_tokens(2, 10), start_by_s=time.monotonic())
-    patient = sampler.submit(random_tokens(3, 10), start_by_s=time.monotonic() + 1000)
+    late = sampler.submit(random_tokens(2, 10), start_within_s=0)
+    patient = sampler.submit(random_tokens(3, 10), start_within_s=1000)
     with pytest.raises(WaitedTooLong, match="for its first pass"):
         sampler.answer(late)
     assert len(sampler.answer(running).continuations[0].tokens) == 30
@@ -302,10 +302,10 @@ def test_a_request_that_has_begun_is_not_refused_for_waiting(
     qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = SamplerEngine(qwen3_folder)
-    start_by_s = time.monotonic() + 1000
-    number = sampler.submit(random_tokens(1, 10), max_tokens=100, start_by_s=start_by_s)
+    number = sampler.submit(random_tokens(1, 10), max_tokens=100, start_within_s=1000)
     sampler.step()
-    monkeypatch.setattr(time, "monotonic", lambda: start_by_s + 1)
+    late_s = time.monotonic() + 1001
+    monkeypatch.setattr(time, "monotonic", lambda: late_s)
     for _ in range(3):
         sampler.submit(random_tokens(2, 10))
         sampler.step()

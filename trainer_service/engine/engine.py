@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from checkpoint_store.row_file import RowDamaged, RowFile
+from mint_core.engine_host.carried import here
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import MintError
 from mint_core.lora.bank import Part
@@ -47,7 +48,7 @@ class Engine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.base: LoadedBase = load_base(config, progress=progress)
         self._bank = self.base.new_bank()
-        self._saved_rows = config.saved_row_folder
+        self._saved_rows = here(config.saved_row_folder)
         self._progress = progress
         device = self.base.device
         rows = config.row_memory_bytes or device_limit_bytes(device)
@@ -55,7 +56,7 @@ class Engine:
         self._rows = Rows(
             rows,
             host_limit_bytes=host_rows,
-            files=RowFiles(config.idle_row_folder, progress),
+            files=RowFiles(here(config.idle_row_folder), progress),
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)

@@ -20,6 +20,7 @@ from checkpoint_store.adapter_files import (
 )
 from checkpoint_store.errors import full_disk_told
 from checkpoint_store.row_file import Progress, RowDamaged, RowFile, RowMissing, save_row
+from mint_core.engine_host.carried import here
 from mint_core.errors import CheckpointNotFound
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import AdapterArrays
@@ -110,7 +111,7 @@ def store_row_later(job: jobs.StoreRow) -> Rest:
     """Of a row file, which may lie in memory."""
 
     def write(progress: Progress) -> Mapping[str, FileEntry]:
-        weights = open_row(Path(job.file), str(job.manifest.revision_path)).weights()
+        weights = open_row(here(job.file), str(job.manifest.revision_path)).weights()
         return _write_checkpoint(job.folder, job.manifest, weights, progress=progress)
 
     return write
@@ -129,7 +130,7 @@ def _write_checkpoint(
         progress()
     with full_disk_told():
         return write_files(
-            Path(folder),
+            here(folder),
             weights,
             moments,
             spec=manifest.spec,
@@ -147,12 +148,12 @@ def read_source(source: jobs.Source) -> dict[Part, AdapterArrays]:
     parts: dict[Part, AdapterArrays] = {}
     try:
         if source.row_file:
-            row = open_row(Path(source.row_file), source.revision_path)
+            row = open_row(here(source.row_file), source.revision_path)
             parts[Part.WEIGHTS] = row.weights()
         else:
-            parts[Part.WEIGHTS] = read_weights(Path(source.folder))
+            parts[Part.WEIGHTS] = read_weights(here(source.folder))
         if source.with_optimizer:
-            parts[Part.EXP_AVG], parts[Part.EXP_AVG_SQ] = read_moments(Path(source.folder))
+            parts[Part.EXP_AVG], parts[Part.EXP_AVG_SQ] = read_moments(here(source.folder))
     except (FileNotFoundError, RowMissing):
         raise CheckpointNotFound(source.revision_path) from None
     for arrays in parts.values():
@@ -162,7 +163,7 @@ def read_source(source: jobs.Source) -> dict[Part, AdapterArrays]:
 
 def write_weights(job: jobs.WriteRow, trained: TrainedRow, progress: Progress) -> None:
     """Writes the file from which samplers map a row. Raises WeightsNotFinite, RowNotWritten."""
-    row, file, path = trained.row, Path(job.file), str(job.manifest.path)
+    row, file, path = trained.row, here(job.file), str(job.manifest.path)
     vector = row.part(Part.WEIGHTS)
     if not vector.sum().isfinite():  # else all of them are; 20 times as fast as to ask each
         check_arrays(path, job.manifest.spec, row.export(Part.WEIGHTS))
@@ -171,4 +172,4 @@ def write_weights(job: jobs.WriteRow, trained: TrainedRow, progress: Progress) -
     try:
         write_published_row(file, numbers, layout, job.manifest, progress, known)
     except OSError as error:
-        raise RowNotWritten(path, file.parent, error) from error
+        raise RowNotWritten(path, Path(job.file).parent, error) from error

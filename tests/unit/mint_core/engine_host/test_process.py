@@ -1,4 +1,6 @@
-"""The front's side of an engine, with a real engine that breaks on request."""
+"""The front's side of an engine, with a real engine that breaks on request: the same, wherever it
+runs.
+"""
 
 import asyncio
 import os
@@ -7,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,8 +31,9 @@ from tests.engines.echo_jobs import (
     Refuse,
     Work,
 )
+from tests.ray_cluster import RayPlaces
 
-LIMIT_S = 30.0  # no test waits longer
+LIMIT_S = 60.0  # no test waits longer
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +42,35 @@ def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_process, "WATCH_INTERVAL_S", 0.05)
 
 
-@asynccontextmanager
-async def running(config: EchoConfig | None = None) -> AsyncIterator[EngineProcess]:
-    engine = EngineProcess("tests.engines.echo", config or EchoConfig())
-    async with asyncio.timeout(LIMIT_S):
-        await engine.start()
-        try:
-            yield engine
-        finally:
-            await engine.close()
+Made = Callable[..., EngineProcess]
+Running = Callable[..., AbstractAsyncContextManager[EngineProcess]]
 
 
-async def test_the_engine_says_what_it_loaded() -> None:
+@pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.ray)])
+def made(request: pytest.FixtureRequest) -> Made:
+    """Makes a front's side of an engine."""
+    if request.param == "processes":
+        return lambda config, module="tests.engines.echo": EngineProcess(module, config)
+    places: RayPlaces = request.getfixturevalue("ray_places")
+    return lambda config, module="tests.engines.echo": EngineProcess(module, config, places.next())
+
+
+@pytest.fixture
+def running(made: Made) -> Running:
+    @asynccontextmanager
+    async def run(config: EchoConfig | None = None) -> AsyncIterator[EngineProcess]:
+        engine = made(config or EchoConfig())
+        async with asyncio.timeout(LIMIT_S):
+            await engine.start()
+            try:
+                yield engine
+            finally:
+                await engine.close()
+
+    return run
+
+
+async def test_the_engine_says_what_it_loaded(running: Running) -> None:
     async with running(EchoConfig(folder="/models/x")) as engine:
         assert (await engine.hello()).model.folder == "/models/x"
         assert (await engine.hello()).model.name == MODEL.name
@@ -58,7 +78,7 @@ async def test_the_engine_says_what_it_loaded() -> None:
         assert engine.restarts == 0
 
 
-async def test_calls_are_answered_each_with_its_own() -> None:
+async def test_calls_are_answered_each_with_its_own(running: Running) -> None:
     async with running() as engine:
         answers = await asyncio.gather(*(engine.call(Echo(str(n))) for n in range(100)))
 
@@ -66,7 +86,7 @@ async def test_calls_are_answered_each_with_its_own() -> None:
 
 
 @pytest.mark.parametrize("bundle", [1, 7])
-async def test_parts_come_in_order_before_the_answer(bundle: int) -> None:
+async def test_parts_come_in_order_before_the_answer(running: Running, bundle: int) -> None:
     async with running() as engine:
         seen: list[list[object]] = [[] for _ in range(5)]
         calls = [engine.call(Count(100, bundle), on_part=parts.append) for parts in seen]
@@ -75,7 +95,7 @@ async def test_parts_come_in_order_before_the_answer(bundle: int) -> None:
             assert parts == list(range(100))
 
 
-async def test_what_on_part_raises_the_call_raises() -> None:
+async def test_what_on_part_raises_the_call_raises(running: Running) -> None:
     def refuse(part: object) -> None:
         raise InvalidRequest(f"no {part}")
 
@@ -85,14 +105,14 @@ async def test_what_on_part_raises_the_call_raises() -> None:
         assert await engine.call(Echo("still there")) == "still there"
 
 
-async def test_parts_that_nobody_asked_for_fail_their_call_alone() -> None:
+async def test_parts_that_nobody_asked_for_fail_their_call_alone(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(AssertionError, match="nobody asked"):
             await engine.call(Count(3, bundle=3))
         assert await engine.call(Echo("still there")) == "still there"
 
 
-async def test_a_caller_that_left_gets_no_parts() -> None:
+async def test_a_caller_that_left_gets_no_parts(running: Running) -> None:
     async with running() as engine:
         seen: list[object] = []
         call = asyncio.create_task(engine.call(Count(10, bundle=3), on_part=seen.append))
@@ -102,7 +122,7 @@ async def test_a_caller_that_left_gets_no_parts() -> None:
         assert not seen
 
 
-async def test_a_large_job_does_not_block_the_loop() -> None:
+async def test_a_large_job_does_not_block_the_loop(running: Running) -> None:
     async with running() as engine:
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGSTOP)  # it reads nothing
@@ -116,7 +136,7 @@ async def test_a_large_job_does_not_block_the_loop() -> None:
         assert len(await large) == 50_000_000
 
 
-async def test_a_domain_error_crosses_the_pipe_whole() -> None:
+async def test_a_domain_error_crosses_the_pipe_whole(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(InvalidRequest, match="`text` is too short") as caught:
             await engine.call(Refuse("`text` is too short"))
@@ -126,7 +146,7 @@ async def test_a_domain_error_crosses_the_pipe_whole() -> None:
         assert await engine.call(Echo("still there")) == "still there"
 
 
-async def test_a_bug_is_an_engine_fault_without_its_details() -> None:
+async def test_a_bug_is_an_engine_fault_without_its_details(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(EngineFault, match="ZeroDivisionError") as caught:
             await engine.call(Bug())
@@ -135,7 +155,9 @@ async def test_a_bug_is_an_engine_fault_without_its_details() -> None:
         assert engine.restarts == 0
 
 
-async def test_a_crash_fails_the_calls_and_another_engine_answers_the_next() -> None:
+async def test_a_crash_fails_the_calls_and_another_engine_answers_the_next(
+    running: Running,
+) -> None:
     async with running() as engine:
         first_pid = engine.pid
         crash = asyncio.create_task(engine.call(Crash(7)))
@@ -151,7 +173,7 @@ async def test_a_crash_fails_the_calls_and_another_engine_answers_the_next() -> 
         assert engine.life == 2
 
 
-async def test_a_killed_engine_is_noticed_without_any_call() -> None:
+async def test_a_killed_engine_is_noticed_without_any_call(running: Running) -> None:
     async with running() as engine:
         engine.changed.clear()
         assert engine.pid
@@ -165,7 +187,9 @@ async def test_a_killed_engine_is_noticed_without_any_call() -> None:
         assert engine.ready
 
 
-async def test_an_engine_that_dies_was_at_the_first_call_that_it_does_not_do_aside() -> None:
+async def test_an_engine_that_dies_was_at_the_first_call_that_it_does_not_do_aside(
+    running: Running,
+) -> None:
     async with running() as engine:
         jobs = (Aside(), Hang(), Echo("behind"))
         parts: list[object] = []
@@ -179,7 +203,7 @@ async def test_an_engine_that_dies_was_at_the_first_call_that_it_does_not_do_asi
         assert [isinstance(each, EngineDied) and each.at_work for each in died] == [0, 1, 0]
 
 
-async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first() -> None:
+async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first(running: Running) -> None:
     async with running() as engine:
         parts: list[object] = []
         calls = [asyncio.create_task(engine.call(Aside(), on_part=parts.append)) for _ in range(2)]
@@ -192,7 +216,7 @@ async def test_of_work_aside_alone_an_engine_that_dies_was_at_the_first() -> Non
         assert [isinstance(each, EngineDied) and each.at_work for each in died] == [1, 0]
 
 
-async def test_work_aside_may_take_its_time() -> None:
+async def test_work_aside_may_take_its_time(running: Running) -> None:
     """As on a disk that does not answer: an engine that is otherwise well is not killed for it."""
     async with running() as engine:
         parts: list[object] = []
@@ -207,7 +231,7 @@ async def test_work_aside_may_take_its_time() -> None:
         aside.cancel()
 
 
-async def test_a_hung_engine_is_killed() -> None:
+async def test_a_hung_engine_is_killed(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(EngineFault, match="said nothing for 1 s and was killed"):
             await engine.call(Hang(), silence_limit_s=1.0)
@@ -215,13 +239,13 @@ async def test_a_hung_engine_is_killed() -> None:
         assert await engine.call(Echo("again")) == "again"
 
 
-async def test_heartbeats_keep_a_slow_engine_alive() -> None:
+async def test_heartbeats_keep_a_slow_engine_alive(running: Running) -> None:
     async with running() as engine:
         assert await engine.call(Work(8, 0.2), silence_limit_s=1.0) == "done"
         assert engine.restarts == 0
 
 
-async def test_calls_wait_while_another_engine_starts() -> None:
+async def test_calls_wait_while_another_engine_starts(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(EngineFault):
             await engine.call(Crash(1))
@@ -231,8 +255,8 @@ async def test_calls_wait_while_another_engine_starts() -> None:
         assert engine.restarts == 1
 
 
-async def test_a_start_that_fails_says_why() -> None:
-    engine = EngineProcess("tests.engines.echo", EchoConfig(refusal="`base_model` is too large"))
+async def test_a_start_that_fails_says_why(made: Made) -> None:
+    engine = made(EchoConfig(refusal="`base_model` is too large"))
     with pytest.raises(InvalidRequest, match="`base_model` is too large"):
         await asyncio.wait_for(engine.start(), LIMIT_S)
 
@@ -240,16 +264,16 @@ async def test_a_start_that_fails_says_why() -> None:
     assert engine.pid is None
 
 
-async def test_a_fault_of_the_front_itself_ends_the_start() -> None:
-    engine = EngineProcess("tests.engines.echo", config=lambda: "no process can be sent this")
+async def test_a_fault_of_the_front_itself_ends_the_start(made: Made) -> None:
+    engine = made(lambda: "no process can be sent this")
     with pytest.raises(EngineFault, match="front failed at it"):
         await asyncio.wait_for(engine.start(), LIMIT_S)
     with pytest.raises(Unavailable):
         await asyncio.wait_for(engine.call(Echo("late")), LIMIT_S)
 
 
-async def test_an_engine_that_dies_while_it_starts_is_reported() -> None:
-    engine = EngineProcess("tests.engines.no_such_engine", EchoConfig())
+async def test_an_engine_that_dies_while_it_starts_is_reported(made: Made) -> None:
+    engine = made(EchoConfig(), module="tests.engines.no_such_engine")
     with pytest.raises(EngineFault, match="exit code 1 while it started"):
         await asyncio.wait_for(engine.start(), LIMIT_S)
 
@@ -265,11 +289,11 @@ async def kill_starting(engine: EngineProcess, log: Path, starts: int) -> None:
 
 
 async def test_an_engine_that_is_killed_during_its_first_start_is_started_again(
-    tmp_path: Path,
+    made: Made, tmp_path: Path
 ) -> None:
     """As one that is killed later; its callers wait."""
     config = EchoConfig(start_log=tmp_path / "starts", hangs_at_starts=(1, 2))
-    engine = EngineProcess("tests.engines.echo", config)
+    engine = made(config)
     async with asyncio.timeout(LIMIT_S):
         start = asyncio.create_task(engine.start())
         await asyncio.sleep(0)
@@ -281,9 +305,11 @@ async def test_an_engine_that_is_killed_during_its_first_start_is_started_again(
         await engine.close()
 
 
-async def test_first_starts_that_are_killed_again_and_again_are_told(tmp_path: Path) -> None:
+async def test_first_starts_that_are_killed_again_and_again_are_told(
+    made: Made, tmp_path: Path
+) -> None:
     config = EchoConfig(start_log=tmp_path / "starts", hangs_at_starts=(1, 2, 3))
-    engine = EngineProcess("tests.engines.echo", config)
+    engine = made(config)
     start = asyncio.create_task(engine.start())
     await kill_starting(engine, tmp_path / "starts", 3)
     with pytest.raises(EngineFault, match="signal 9 while it started"):
@@ -310,9 +336,9 @@ def test_an_engine_whose_front_dies_while_it_loads_ends_without_a_traceback(
     assert told.decode() == "echo engine starts\n"
 
 
-async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again() -> None:
+async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again(made: Made) -> None:
     config = EchoConfig(refusal="`base_model` is too large")
-    engine = EngineProcess("tests.engines.echo", config)
+    engine = made(config)
     start = asyncio.create_task(engine.start())
     await asyncio.sleep(0)
     with pytest.raises(Unavailable, match="cannot start: `base_model` is too large"):
@@ -321,7 +347,9 @@ async def test_a_caller_during_a_first_start_that_fails_is_told_to_try_again() -
         await start
 
 
-async def test_a_restart_that_fails_is_unavailable_and_tried_again(tmp_path: Path) -> None:
+async def test_a_restart_that_fails_is_unavailable_and_tried_again(
+    running: Running, tmp_path: Path
+) -> None:
     config = EchoConfig(
         refusal="there is no memory left", start_log=tmp_path / "starts", failing_starts=(2,)
     )
@@ -335,7 +363,7 @@ async def test_a_restart_that_fails_is_unavailable_and_tried_again(tmp_path: Pat
         assert engine.restarts == 2
 
 
-async def test_closing_ends_the_calls_under_way_and_the_process() -> None:
+async def test_closing_ends_the_calls_under_way_and_the_process(running: Running) -> None:
     async with running() as engine:
         pid = engine.pid
         call = asyncio.create_task(engine.call(Hang()))
@@ -351,7 +379,7 @@ async def test_closing_ends_the_calls_under_way_and_the_process() -> None:
         os.kill(pid, 0)
 
 
-async def test_an_abandoned_call_does_not_disturb_the_next() -> None:
+async def test_an_abandoned_call_does_not_disturb_the_next(running: Running) -> None:
     async with running() as engine:
         call = asyncio.create_task(engine.call(Work(3, 0.05)))
         await asyncio.sleep(0)
@@ -359,7 +387,7 @@ async def test_an_abandoned_call_does_not_disturb_the_next() -> None:
         assert await engine.call(Echo("next")) == "next"
 
 
-async def test_a_job_that_cannot_be_sent_is_its_callers_error_alone() -> None:
+async def test_a_job_that_cannot_be_sent_is_its_callers_error_alone(running: Running) -> None:
     async with running() as engine:
         with pytest.raises(AttributeError, match="pickle"):
             await engine.call(lambda: None)
