@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint
+from checkpoint_store import SAMPLER_WEIGHTS, AdapterStore, Manifest, OpenCheckpoint
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
@@ -21,7 +21,6 @@ from sampler_service.jobs import DescribeRows
 
 logger = logging.getLogger(__name__)
 
-APPEAR_LIMIT_S = 1.0  # for a path that another host has just published
 ANNOUNCED_LIMIT_S = 300.0  # for a snapshot that another host is still writing to the store
 APPEAR_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 30.0  # how long a revision is trusted to be still in the store
@@ -70,7 +69,7 @@ class Revisions:
     """All methods belong to one event loop."""
 
     def __init__(
-        self, store: CheckpointStore, folder: RowFolder, engine: EngineProcess, tasks: Tasks
+        self, store: AdapterStore, folder: RowFolder, engine: EngineProcess, tasks: Tasks
     ) -> None:
         self._store = store
         self._folder = folder
@@ -110,6 +109,10 @@ class Revisions:
         self._folder.drop(revision.path)
         return await self._convert(revision)
 
+    def interrupt(self) -> None:
+        """Ends what is waited for in vain when the service stops."""
+        self._store.interrupt()
+
     def close(self) -> None:
         self._conversions.close()
         self._folder.close()
@@ -131,8 +134,8 @@ class Revisions:
                 return await self._store.in_turn(tenant, self._find, path, tenant)
             except CheckpointNotFound:
                 self._forget(path, tenant)
-                limit_s = ANNOUNCED_LIMIT_S if announced else APPEAR_LIMIT_S
-                if time.monotonic() - started_s > limit_s:
+                limit_s = ANNOUNCED_LIMIT_S if announced else self._store.appear_limit_s
+                if time.monotonic() - started_s >= limit_s:
                     raise
             # Asked before the next look: what is published between the two is then found.
             announced = await self._store.in_turn(

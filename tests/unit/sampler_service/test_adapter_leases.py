@@ -339,7 +339,7 @@ async def test_a_deleted_revision_is_soon_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(revisions, "CHECK_INTERVAL_S", 0.0)
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
     async with serving(tmp_path) as front:
         path = front.publish()
         await front.use(path)
@@ -352,7 +352,7 @@ async def test_a_deleted_revision_is_soon_not_found(
 async def test_a_snapshot_that_another_host_has_announced_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
     async with serving(tmp_path) as front:
         manifest = snapshot()
         front.store.announce(manifest)
