@@ -29,7 +29,7 @@ class TrainerAccess:
     def __post_init__(self) -> None:
         parts = urlsplit(self.address)
         odd = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
-        if odd or not self.host:
+        if odd or not self.host or not self.port:
             raise ValueError(f"`store` {self.address} is no trainer's; write https://HOST:PORT")
         given = {
             "store_tls_ca": self.ca,

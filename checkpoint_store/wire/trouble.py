@@ -51,11 +51,9 @@ def _at(access: TrainerAccess, connection: socket.socket) -> str:
         trusted = f"--store-tls-ca {access.ca}" if access.ca else "the well-known authorities"
         return f"its certificate is not good by {trusted}: {error.verify_message}"
     except ssl.SSLError as error:
-        if not access.tls:
-            return ""
-        if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        if access.tls and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             return "it speaks without TLS; --store must begin with http://"
-        return _unwelcome(access)
+        return _unwelcome(access) if access.tls and "ALERT" in str(error.reason) else ""
 
 
 def _unwelcome(access: TrainerAccess) -> str:

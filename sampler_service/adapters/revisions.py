@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from checkpoint_store import SAMPLER_WEIGHTS, AdapterStore, Manifest, OpenCheckpoint
@@ -44,6 +45,19 @@ class WrongBaseModel(FailedPrecondition):
         )
 
 
+class AnotherRevision(FailedPrecondition):
+    """A path means for ever what it has meant once: what was computed with it is kept by it."""
+
+    reason = "ANOTHER_REVISION"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"adapter `{path}` is another than this sampler has had by that path, since its store "
+            "was made anew; publish it under another name, or start the sampler again",
+            path=path,
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Revision:
     """An adapter that has been found, and fits the base model."""
@@ -77,6 +91,7 @@ class Revisions:
         self._tasks = tasks
         self._layouts: dict[int, RowLayout] = {}  # by stored rank
         self._known: dict[str, Revision] = {}  # by revision path
+        self._made: dict[str, datetime] = {}  # the same, and those that are gone
         self._looks: dict[tuple[str, str], asyncio.Task[Revision | Exception]] = {}
         self._conversions = Workers(CONVERSIONS, "adapter-rows")
 
@@ -168,8 +183,11 @@ class Revisions:
                 path=path,
                 rank=rank,
             )
-        if len(self._known) >= MOST_KNOWN:
-            del self._known[next(iter(self._known))]
+        for known in (self._known, self._made):
+            if len(known) >= MOST_KNOWN:
+                del known[next(iter(known))]
+        if self._made.setdefault(path, manifest.create_time) != manifest.create_time:
+            raise AnotherRevision(path)
         revision = self._known.setdefault(path, Revision(path, manifest.tenant, rank))
         revision.in_memory = found.row.file.path if found.row else None
         revision.checked_s = time.monotonic()
