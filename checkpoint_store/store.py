@@ -9,13 +9,12 @@ from pathlib import Path
 
 from checkpoint_store import retention, revisions
 from checkpoint_store.adapter_files import check_arrays, read_weights, verify_file
+from checkpoint_store.copies import Copies, ObjectFolder
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.layout import StoreLayout, share_files
 from checkpoint_store.manifest import MANIFEST_FILE, Manifest, encode_manifest
 from checkpoint_store.memory.published_row import PublishedRow, find_row
-from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
-from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.objects.places import Place
 from checkpoint_store.paths import (
     MERGED_WEIGHTS,
@@ -45,12 +44,13 @@ class OpenCheckpoint:
     # Opens with `PeftModel.from_pretrained`. Absent while a snapshot is not stored; of an object
     # store's checkpoints it holds copies, for a while, once they are verified.
     folder: Path
-    place: Place  # in the store
+    place: Place | None  # in the store, if that is here
     row: PublishedRow | None = None  # the same weights in memory
 
     def note_use(self) -> None:
         """Keeps the revision for another while."""
-        revisions.renew_lease(self.place)
+        if self.place is not None:
+            revisions.renew_lease(self.place)
 
     @property
     def copied(self) -> bool:
@@ -82,6 +82,8 @@ class Swept:
 
 class CheckpointStore:
     """Blocking calls, safe from any thread. Another tenant's checkpoint is not found."""
+
+    appear_limit_s = 1.0  # for what another host has just published
 
     def __init__(
         self,
@@ -194,10 +196,6 @@ class CheckpointStore:
         """Whether a snapshot of the tenant's is about to be stored."""
         return revisions.announced(self._layout.name_folder(parse_path(path))) == tenant
 
-    def describe(self, path: str, *, tenant: str) -> Manifest:
-        """The manifest of the revision that `path` means now."""
-        return self.find(path, tenant=tenant).manifest
-
     def find(self, path: str, *, tenant: str, kind: CheckpointKind | None = None) -> OpenCheckpoint:
         """The revision that `path` means now, in memory if it is there; its files unverified."""
         asked = parse_path(path, kind=kind)
@@ -234,14 +232,18 @@ class CheckpointStore:
         files = self._layout.files_folder(found.manifest)
         try:
             if isinstance(files, ObjectPath):
-                self._copies.bring(found.manifest, files)
+                self._copies.bring(found.manifest, ObjectFolder(files))
                 return
             for name, entry in found.manifest.files.items():
                 verify_file(path, found.folder / name, entry)
         except CheckpointDamaged:
+            assert found.place is not None, "not of this store"
             if not (found.place / MANIFEST_FILE).exists():  # deleted meanwhile
                 raise CheckpointNotFound(path) from None
             raise
+
+    def interrupt(self) -> None:
+        """Its calls come to an end by themselves."""
 
     def list(
         self,
@@ -383,18 +385,3 @@ class CheckpointStore:
         if row is None or retention.past_memory(row.manifest, datetime.now(UTC)):
             return None, None
         return row, None
-
-
-def open_store(
-    store: str, local: Path, snapshots: Path | None = None, *, saves: bool, quota_bytes: int = 0
-) -> CheckpointStore:
-    """The store that a service was told: a folder, or an object store by its URL, which is asked
-    whether it can be used; `local` is for copies of its files then. `saves` says whether this
-    process will.
-    """
-    if not is_object_address(store):
-        return CheckpointStore(Path(store), snapshots, quota_bytes=quota_bytes)
-    objects = ObjectStore(parse_address(store))
-    objects.check(saves=saves)
-    root = ObjectPath(objects, objects.address.prefix)
-    return CheckpointStore(root, snapshots, local, quota_bytes)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_store import snapshot_folder
+from checkpoint_store import TrainerAccess, is_wire_address, snapshot_folder
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS
 
@@ -14,6 +14,21 @@ class SamplerConfig(ServiceConfig):
 
     address: str = option("127.0.0.1:50052", ADDRESS)
     metrics_address: str = option("127.0.0.1:9052", METRICS_ADDRESS)
+    store_api_key: Path | None = option(
+        None,
+        "file that holds the API key for a `store` that is a trainer: one of scope `fetch`, or, "
+        "where all callers are of one tenant, a key of that tenant of scope `read`. This file and "
+        "the three below are read again when they change",
+    )
+    store_tls_ca: Path | None = option(
+        None,
+        "file of the authorities, in PEM, that the trainer's certificate may be of; empty: the "
+        "well-known ones",
+    )
+    store_tls_cert: Path | None = option(
+        None, "file of the sampler's own certificate, in PEM, where the trainer wants one"
+    )
+    store_tls_key: Path | None = option(None, "file of its private key, in PEM, without a password")
     max_adapters: int = option(64, "most adapters in the engine's memory at the same time")
     adapter_memory_mib: int = option(
         0,
@@ -66,6 +81,18 @@ class SamplerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
+        if self.trainer_access() is None:
+            for name in ("store_api_key", "store_tls_ca", "store_tls_cert", "store_tls_key"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is for a trainer's address, and `store` {self.store} is none; "
+                        "leave it out"
+                    )
+        elif self.snapshot_memory_folder is not None:
+            raise ValueError(
+                "`snapshot_memory_folder` is for a store that this host shares with the trainer, "
+                f"and `store` {self.store} is the trainer's address; leave it out"
+            )
         self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
         self.require_at_least(0, "max_wait_s")
         self.require_at_least(1, "max_adapters", "max_running_samples")
@@ -89,3 +116,16 @@ class SamplerConfig(ServiceConfig):
     @property
     def copy_folder(self) -> Path:
         return self.row_folder or self.store_folder / ".rows"
+
+    def trainer_access(self) -> TrainerAccess | None:
+        """How the trainer is reached that has the checkpoints; None: the store is no trainer."""
+        if not is_wire_address(self.store):
+            return None
+        return TrainerAccess(
+            address=self.store,
+            key=self.store_api_key,
+            ca=self.store_tls_ca,
+            cert=self.store_tls_cert,
+            cert_key=self.store_tls_key,
+            allow_insecure=self.allow_insecure,
+        )

@@ -1,6 +1,6 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
-from checkpoint_store import open_store, snapshot_folder
+from checkpoint_store import AdapterStore, open_store, open_wire_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
@@ -80,6 +80,7 @@ class SamplerService:
 
     async def stop(self) -> None:
         self._streams.stop()
+        self._revisions.interrupt()
         await self.tasks.stop()
         await self.engine.close()
         self._revisions.close()
@@ -90,8 +91,12 @@ class SamplerService:
 
 
 def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Revisions:
-    snapshots = snapshot_folder(config.snapshot_memory_folder, config.store)
-    store = open_store(config.store, config.store_folder, snapshots, saves=False)
+    store: AdapterStore
+    if access := config.trainer_access():
+        store = open_wire_store(access, config.store_folder)
+    else:
+        snapshots = snapshot_folder(config.snapshot_memory_folder, config.store)
+        store = open_store(config.store, config.store_folder, snapshots, saves=False)
     limit_bytes = config.row_folder_mib * 2**20
     folder = RowFolder(config.copy_folder, limit_bytes)
     return Revisions(store, folder, engine, tasks)

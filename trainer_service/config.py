@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_store import snapshot_folder
+from checkpoint_store import is_wire_address, snapshot_folder
 from mint_core.addresses import host_and_port
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from trainer_service.journal.schema import SAVED_ROWS
@@ -92,6 +92,11 @@ class TrainerConfig(ServiceConfig):
 
     def __post_init__(self) -> None:
         ServiceConfig.__post_init__(self)
+        if is_wire_address(self.store):
+            raise ValueError(
+                f"`store` {self.store} is a trainer's address, which is for samplers; a trainer "
+                "keeps its checkpoints in a folder or an object store"
+            )
         if self.sampler_address:
             host_and_port(self.sampler_address, "sampler_address")
         self.require_at_least(0, "max_batch_tokens", "row_memory_mib", "host_row_memory_mib")

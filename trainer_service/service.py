@@ -55,6 +55,7 @@ FEATURES = (
     "export_ttl",
     "list_filters",
     "upload_base_model",
+    "for_tenant",
     "typed_tensors",
     "routed_experts",
 )

@@ -60,6 +60,7 @@ class Door:
         """
         found = self._who(context)
         if not allows(found.scopes, wanted):
+            wanted = "read" if wanted == "fetch" else wanted  # which is a person's
             raise PermissionDenied(
                 f"the API key {found.key_id} of tenant {found.tenant} may "
                 f"{', '.join(sorted(found.scopes))}, and this call takes `{wanted}`; use another "

@@ -17,8 +17,8 @@ from mint_core.watched_file import read_file
 KEY_PREFIX = "sk-mint-"
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # train: all of trainer and checkpoints; sample: the sampler; read: what changes and computes
-# nothing, of both; admin: AdminService.
-SCOPES = ("train", "sample", "read", "admin")
+# nothing, of both; admin: AdminService; fetch: adapters of all tenants, for samplers.
+SCOPES = ("train", "sample", "read", "admin", "fetch")
 USUAL = frozenset(SCOPES[:3])
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
 _WEIGHT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")

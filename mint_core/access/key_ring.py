@@ -82,7 +82,7 @@ def main() -> None:
         "--scopes",
         type=lambda text: frozenset(text.split(",")),
         metavar="A,B",
-        help=f"what it may do, of {', '.join(SCOPES)} (default: all but admin)",
+        help=f"what it may do, of {', '.join(SCOPES)} (default: the first three)",
     )
     parser.add_argument("--expires", type=parse_time, metavar="TIME", help="such as 2030-12-31")
     parser.add_argument("--weight", type=float, help="of the tenant, in fair shares")

@@ -63,11 +63,13 @@ class ServiceConfig:
         ".store",
         "the checkpoint store, the same for trainer and sampler: a folder, or "
         "s3://BUCKET/PREFIX with ?endpoint=URL&region=NAME where it is not Amazon's; credentials "
-        "come from the environment (AWS_ACCESS_KEY_ID and so on)",
+        "come from the environment (AWS_ACCESS_KEY_ID and so on); for a sampler also "
+        "https://HOST:PORT of the trainer whose adapters it is to serve, with which it then shares "
+        "nothing else",
     )
     local_folder: Path | None = option(
         None,
-        "folder, on a local disk, for what lies beside a store in an object store: copies of its "
+        "folder, on a local disk, for what lies beside a store that is no folder: copies of its "
         "files, rows, the trainer's state; empty: `.store`",
     )
     snapshot_memory_folder: Path | None = option(
@@ -119,7 +121,9 @@ class ServiceConfig:
         "what came of it; opened anew when it has been moved away",
     )
     allow_insecure: bool = option(
-        False, "answer other hosts without TLS, so that keys and data cross the network readable"
+        False,
+        "answer other hosts without TLS, and as a sampler ask a trainer so, so that keys and data "
+        "cross the network readable",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option(
         "INFO", "least level that is logged"
@@ -134,7 +138,7 @@ class ServiceConfig:
             raise ValueError("`store` is empty; give a folder, or leave it out for the default")
         if self.local_folder is not None and not self.store_is_remote:
             raise ValueError(
-                "`local_folder` is for what lies beside an object store, and `store` "
+                "`local_folder` is for what lies beside a store that is no folder, and `store` "
                 f"{self.store} is a folder; leave it out"
             )
         self._check_tls()

@@ -17,6 +17,7 @@ T = TypeVar("T")
 class Caller:
     tenant: str
     key_id: str = ""
+    scopes: frozenset[str] = frozenset()
     parsers: Workers | None = None  # for what is large; None: what parses is not a server's call
     notes: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
     refusals: list[MintError] = field(default_factory=list, compare=False, repr=False)

@@ -190,7 +190,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             guest = self._door.admit(context, scope_of(method))
             tenant = guest.tenant
-            call.caller = Caller(tenant, guest.key_id, self._parsers)
+            call.caller = Caller(tenant, guest.key_id, guest.scopes, self._parsers)
             CALLER.set(call.caller)
             self._open.add(call)
             with call.resources:

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-from checkpoint_store import SAMPLER_WEIGHTS, CheckpointStore, Manifest, OpenCheckpoint
+from checkpoint_store import SAMPLER_WEIGHTS, AdapterStore, Manifest, OpenCheckpoint
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
@@ -21,7 +22,6 @@ from sampler_service.jobs import DescribeRows
 
 logger = logging.getLogger(__name__)
 
-APPEAR_LIMIT_S = 1.0  # for a path that another host has just published
 ANNOUNCED_LIMIT_S = 300.0  # for a snapshot that another host is still writing to the store
 APPEAR_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 30.0  # how long a revision is trusted to be still in the store
@@ -42,6 +42,19 @@ class WrongBaseModel(FailedPrecondition):
             path=manifest.revision_path,
             base_model=manifest.base_model,
             served=model.name,
+        )
+
+
+class AnotherRevision(FailedPrecondition):
+    """A path means for ever what it has meant once: what was computed with it is kept by it."""
+
+    reason = "ANOTHER_REVISION"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"adapter `{path}` is another than this sampler has had by that path, since its store "
+            "was made anew; publish it under another name, or start the sampler again",
+            path=path,
         )
 
 
@@ -70,7 +83,7 @@ class Revisions:
     """All methods belong to one event loop."""
 
     def __init__(
-        self, store: CheckpointStore, folder: RowFolder, engine: EngineProcess, tasks: Tasks
+        self, store: AdapterStore, folder: RowFolder, engine: EngineProcess, tasks: Tasks
     ) -> None:
         self._store = store
         self._folder = folder
@@ -78,6 +91,7 @@ class Revisions:
         self._tasks = tasks
         self._layouts: dict[int, RowLayout] = {}  # by stored rank
         self._known: dict[str, Revision] = {}  # by revision path
+        self._made: dict[str, datetime] = {}  # the same, and those that are gone
         self._looks: dict[tuple[str, str], asyncio.Task[Revision | Exception]] = {}
         self._conversions = Workers(CONVERSIONS, "adapter-rows")
 
@@ -110,6 +124,10 @@ class Revisions:
         self._folder.drop(revision.path)
         return await self._convert(revision)
 
+    def interrupt(self) -> None:
+        """Ends what is waited for in vain when the service stops."""
+        self._store.interrupt()
+
     def close(self) -> None:
         self._conversions.close()
         self._folder.close()
@@ -131,8 +149,8 @@ class Revisions:
                 return await self._store.in_turn(tenant, self._find, path, tenant)
             except CheckpointNotFound:
                 self._forget(path, tenant)
-                limit_s = ANNOUNCED_LIMIT_S if announced else APPEAR_LIMIT_S
-                if time.monotonic() - started_s > limit_s:
+                limit_s = ANNOUNCED_LIMIT_S if announced else self._store.appear_limit_s
+                if time.monotonic() - started_s >= limit_s:
                     raise
             # Asked before the next look: what is published between the two is then found.
             announced = await self._store.in_turn(
@@ -165,8 +183,11 @@ class Revisions:
                 path=path,
                 rank=rank,
             )
-        if len(self._known) >= MOST_KNOWN:
-            del self._known[next(iter(self._known))]
+        for known in (self._known, self._made):
+            if len(known) >= MOST_KNOWN:
+                del known[next(iter(known))]
+        if self._made.setdefault(path, manifest.create_time) != manifest.create_time:
+            raise AnotherRevision(path)
         revision = self._known.setdefault(path, Revision(path, manifest.tenant, rank))
         revision.in_memory = found.row.file.path if found.row else None
         revision.checked_s = time.monotonic()

@@ -41,14 +41,18 @@ class Archive:
         chosen = [manifest for manifest in found if wanted <= manifest.metadata.items()]
         return page_of(chosen, lambda m: place(m.create_time, str(m.path)), request.page)
 
-    async def get(self, tenant: str, path: str) -> Manifest:
-        return await self._store.in_turn(tenant, self._get, tenant, path)
+    async def get(self, tenant: str, path: str, *, used: bool = False) -> Manifest:
+        """A revision's description; `used`: which is kept for another while by that."""
+        return await self._store.in_turn(tenant, self._get, tenant, path, used)
 
-    def _get(self, tenant: str, path: str) -> Manifest:
+    def _get(self, tenant: str, path: str, used: bool) -> Manifest:
         try:
-            return self._store.find_stored(path, tenant=tenant).manifest
+            found = self._store.find_stored(path, tenant=tenant)
         except CheckpointNotFound:  # a snapshot may be in memory alone
-            return self._store.describe(path, tenant=tenant)
+            found = self._store.find(path, tenant=tenant)
+        if used:
+            found.note_use()
+        return found.manifest
 
     async def update(self, tenant: str, request: requests.UpdateCheckpoint) -> Manifest:
         path = await self._once.run(tenant, request.identity, lambda: self._update(tenant, request))

@@ -12,6 +12,7 @@ from trainer_service.checkpoints.archive import Archive
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.downloads import pieces
 from trainer_service.checkpoints.exports import Exports
+from trainer_service.checkpoints.owners import owner_of
 from trainer_service.checkpoints.responses import checkpoint_message
 from trainer_service.checkpoints.uploads import Uploads
 from trainer_service.queue.scheduler import Scheduler
@@ -49,7 +50,9 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.GetCheckpointRequest, context: Any
     ) -> checkpoint_pb2.GetCheckpointResponse:
         """See checkpoint.proto."""
-        manifest = await self._archive.get(caller().tenant, requests.parse_get(request))
+        tenant = owner_of(request)
+        path, for_sampler = requests.parse_get(request), bool(request.for_tenant)
+        manifest = await self._archive.get(tenant, path, used=for_sampler)
         return checkpoint_pb2.GetCheckpointResponse(checkpoint=checkpoint_message(manifest))
 
     async def UpdateCheckpoint(
@@ -93,8 +96,8 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.DownloadCheckpointRequest, context: Any
     ) -> AsyncIterator[checkpoint_pb2.DownloadCheckpointResponse]:
         """See checkpoint.proto."""
-        parsed = requests.parse_download(request)
-        async with aclosing(pieces(self._store, caller().tenant, parsed)) as wanted:
+        tenant, parsed = owner_of(request), requests.parse_download(request)
+        async with aclosing(pieces(self._store, tenant, parsed)) as wanted:
             async for piece in wanted:
                 yield responses.download_response(piece)
 

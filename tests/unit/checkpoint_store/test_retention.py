@@ -15,7 +15,7 @@ HOUR = timedelta(hours=1)
 
 def gone(store: CheckpointStore, path: str) -> bool:
     try:
-        store.describe(path, tenant="t")
+        store.find(path, tenant="t")
     except CheckpointNotFound:
         return True
     return False
@@ -40,7 +40,7 @@ def test_an_old_revision_stays_a_day_after_its_last_use(
     assert store.sweep(now=now + 23 * HOUR).removed == 0
     assert store.sweep(now=now + 25 * HOUR).removed == 1
     assert gone(store, old)
-    assert str(store.describe(PATH, tenant="t").revision_path) == new
+    assert str(store.find(PATH, tenant="t").manifest.revision_path) == new
     assert publish() == f"{PATH}@3"
 
 

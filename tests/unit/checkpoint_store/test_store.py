@@ -52,7 +52,7 @@ def test_a_name_means_its_newest_revision(store: CheckpointStore, publish: Publi
     second = publish(step=2)
 
     assert [first, second] == [f"{PATH}@1", f"{PATH}@2"]
-    assert str(store.describe(PATH, tenant="t").revision_path) == second
+    assert str(store.find(PATH, tenant="t").manifest.revision_path) == second
     assert store.open(PATH, tenant="t").manifest.step == 2
     assert store.open(first, tenant="t").manifest.step == 1
 
@@ -128,14 +128,14 @@ def test_an_unnamed_snapshot_gets_a_path_of_its_own(
 
     assert first != second
     assert store.open(first, tenant="t").manifest.step == 1
-    assert not store.describe(first, tenant="t").named
+    assert not store.find(first, tenant="t").manifest.named
     assert store.list(tenant="t") == []
 
 
 def test_another_tenants_checkpoint_is_not_found(store: CheckpointStore, publish: Publish) -> None:
     path = publish()
 
-    for call in (store.open, store.describe, store.find, store.delete):
+    for call in (store.open, store.find, store.delete):
         with pytest.raises(CheckpointNotFound, match="there is no checkpoint"):
             call(path, tenant="other")
     store.delete_run("r-1", tenant="other", named=True)
@@ -198,7 +198,7 @@ def test_the_number_of_a_deleted_revision_is_not_given_again(
     store.sweep()
 
     with pytest.raises(CheckpointNotFound):
-        store.describe(PATH, tenant="t")
+        store.find(PATH, tenant="t")
     assert publish(overwrite=False) == f"{PATH}@2"
 
 
@@ -210,7 +210,7 @@ def test_deleting_a_run_keeps_named_checkpoints_unless_asked(
     store.delete_run("r-1", tenant="t")
     with pytest.raises(CheckpointNotFound):
         store.open(unnamed, tenant="t")
-    assert str(store.describe(PATH, tenant="t").revision_path) == named
+    assert str(store.find(PATH, tenant="t").manifest.revision_path) == named
 
     store.delete_run("r-1", tenant="t", named=True)
     assert store.list(tenant="t") == []

@@ -18,6 +18,8 @@ from tests.unit.mint.faulty_server import Server
 # The client has no words for these: it sends tokens and bytes.
 NEVER_SENT = {"TensorData.float_values", "TensorData.int_values", "ModelInputChunk.text"}
 NEVER_SENT |= {"SampleRequest.include_text"}
+# Samplers send these.
+NEVER_SENT |= {"GetCheckpointRequest.for_tenant", "DownloadCheckpointRequest.for_tenant"}
 # These lie within parts of a request, which are not looked through: older servers refuse them as
 # fields that they do not know.
 WITHIN = {"Datum.routed_experts", "LoraConfig.train_experts"}

@@ -140,7 +140,9 @@ def test_a_comment_is_one_line(tmp_path: Path) -> None:
         ("/mintrpc.v1.TrainerService/Forward", "train", False),
         ("/mintrpc.v1.TrainerService/GetTrainingRun", "read", False),
         ("/mintrpc.v1.TrainerService/WatchTrainingRun", "read", False),
-        ("/mintrpc.v1.CheckpointService/DownloadCheckpoint", "read", False),
+        ("/mintrpc.v1.CheckpointService/ListCheckpoints", "read", False),
+        ("/mintrpc.v1.CheckpointService/GetCheckpoint", "fetch", False),
+        ("/mintrpc.v1.CheckpointService/DownloadCheckpoint", "fetch", False),
         ("/mintrpc.v1.CheckpointService/DeleteCheckpoint", "train", True),
         ("/mintrpc.v1.SamplerService/Sample", "sample", False),
         ("/mintrpc.v1.ModelService/GetServerCapabilities", None, False),
@@ -152,4 +154,9 @@ def test_a_comment_is_one_line(tmp_path: Path) -> None:
 def test_each_call_takes_a_scope(method: str, scope: str | None, recorded: bool) -> None:
     assert scope_of(method) == scope
     assert changes(method) == recorded
-    assert allows(frozenset({"train"}), scope) == (scope in ("train", "read", None))  # type: ignore[arg-type]
+    for held, enough in {
+        "train": ("train", "read", "fetch", None),
+        "read": ("read", "fetch", None),
+        "fetch": ("fetch", None),
+    }.items():
+        assert allows(frozenset({held}), scope) == (scope in enough)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from mint_core.hosting.tasks import Tasks
 from mint_core.lora.row_layout import Matrix, RowLayout
 from sampler_service.adapters import leases, revisions
 from sampler_service.adapters.leases import AdapterLeases
-from sampler_service.adapters.revisions import Revisions
+from sampler_service.adapters.revisions import AnotherRevision, Revisions
 from sampler_service.adapters.row_folder import RowFolder
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent
 from tests.checkpoint_files import publish_as
@@ -339,7 +340,7 @@ async def test_a_deleted_revision_is_soon_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(revisions, "CHECK_INTERVAL_S", 0.0)
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
     async with serving(tmp_path) as front:
         path = front.publish()
         await front.use(path)
@@ -349,10 +350,28 @@ async def test_a_deleted_revision_is_soon_not_found(
         assert not front.row_files()
 
 
+async def test_another_adapter_by_a_path_that_was_had_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revisions, "CHECK_INTERVAL_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
+    async with serving(tmp_path) as front:
+        path = front.publish(name="a")
+        await front.use(path)
+        for gone_between in (False, True):
+            shutil.rmtree(tmp_path / "store")
+            if gone_between:
+                with pytest.raises(CheckpointNotFound):
+                    await front.use(path)
+            assert front.publish(name="a") == path
+            with pytest.raises(AnotherRevision, match="is another than this sampler has had"):
+                await front.use(path)
+
+
 async def test_a_snapshot_that_another_host_has_announced_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
     async with serving(tmp_path) as front:
         manifest = snapshot()
         front.store.announce(manifest)

@@ -1,8 +1,12 @@
 """What the sampler refuses to be told."""
 
+from pathlib import Path
+
 import pytest
 
 from sampler_service.config import SamplerConfig
+
+FILE = Path("a")
 
 
 def test_the_defaults_are_legal() -> None:
@@ -22,8 +26,28 @@ def test_the_defaults_are_legal() -> None:
         ({"max_wait_s": -1.0}, "`max_wait_s` must be at least 0, got -1.0"),
         ({"max_wait_s": float("inf")}, "`max_wait_s` must be at least 0"),
         ({"address": "0.0.0.0:1"}, "needs `keys`"),
+        ({"store": "http://gpu-node:50051"}, "another host and so needs TLS; write https://"),
+        ({"store": "https://gpu-node:50051/a"}, "is no trainer's; write https://HOST:PORT"),
+        ({"store": "https://gpu-node:99999"}, "has no such port"),
+        ({"store": "http://[::1]", "store_tls_ca": FILE}, "`store_tls_ca` is of no use"),
+        ({"store": "https://a", "store_tls_key": FILE}, "`store_tls_key` go together"),
+        ({"store_api_key": FILE}, "`store_api_key` is for a trainer's address, and `store` .store"),
+        ({"store": "https://a", "snapshot_memory_folder": FILE}, "`snapshot_memory_folder` is for"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(flags: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         SamplerConfig(base_model="m", **flags)  # type: ignore[arg-type]
+
+
+def test_a_trainers_address_is_read_as_clients_read_it() -> None:
+    for store, target in {
+        "https://gpu-node:50051": "gpu-node:50051",
+        "https://gpu-node/": "gpu-node:443",
+        "http://127.0.0.1": "127.0.0.1:50051",
+        "http://[::1]:7": "[::1]:7",
+    }.items():
+        access = SamplerConfig(base_model="m", store=store).trainer_access()
+        assert access is not None
+        assert (access.target, access.tls) == (target, store.startswith("https"))
+    assert SamplerConfig(base_model="m", store="s3://bucket").trainer_access() is None

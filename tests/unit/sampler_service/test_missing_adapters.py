@@ -9,7 +9,6 @@ import pytest
 
 from checkpoint_store import CheckpointStore
 from mint_core.errors import CheckpointNotFound
-from sampler_service.adapters import revisions
 from tests.unit.sampler_service.test_adapter_leases import LIMIT_S, serving
 
 
@@ -24,7 +23,7 @@ async def test_who_looks_for_much_that_is_not_there_holds_up_nobody_else(
         return find(store, path, tenant=tenant, **wanted)
 
     monkeypatch.setattr(CheckpointStore, "find", slow)
-    monkeypatch.setattr(revisions, "APPEAR_LIMIT_S", 0.0)
+    monkeypatch.setattr(CheckpointStore, "appear_limit_s", 0.0)
     async with serving(tmp_path) as front:
         nowhere = [f"mint://r-1/sampler_weights/none-{i}" for i in range(50)]
         flood = [front.start(path, "other") for path in nowhere]

@@ -148,10 +148,10 @@ def test_a_deletion_sent_again_leaves_what_came_since(
 
     elsewhere.delete(PATH, tenant="t", request="one")
 
-    assert str(elsewhere.describe(PATH, tenant="t").revision_path) == newer
+    assert str(elsewhere.find(PATH, tenant="t").manifest.revision_path) == newer
     elsewhere.delete(PATH, tenant="t", request="two")
     with pytest.raises(CheckpointNotFound):
-        elsewhere.describe(PATH, tenant="t")
+        elsewhere.find(PATH, tenant="t")
 
 
 def test_a_deletion_cut_short_is_ended_when_it_is_sent_again(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from checkpoint_store import CheckpointDamaged, CheckpointStore, Manifest, new_manifest, open_store
+from checkpoint_store.copies import Copies, ObjectFolder
 from checkpoint_store.errors import ObjectStoreFailed
-from checkpoint_store.objects.copies import Copies
 from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, parse_address
 from mint_core.errors import AlreadyExists, CheckpointNotFound, FailedPrecondition
@@ -132,7 +132,7 @@ def test_copies_go_when_there_is_no_room_and_nobody_reads_them(
     small = Copies(tmp_path / "local" / ".copies", limit_bytes=1)
     manifest = opened[2].manifest
     place = ObjectPath(objects, objects.address.prefix) / "r-1/weights/c" / manifest.files_folder
-    small.bring(manifest, place)
+    small.bring(manifest, ObjectFolder(place))
 
     assert [found.folder.exists() for found in opened] == [False, True, True]
     assert is_whole(store, paths[0], 1)
@@ -322,10 +322,10 @@ def test_without_conditional_writes_writers_still_do_not_mix(
     for thread in threads:
         thread.join(timeout=60)
 
-    newest = store.describe(PATH, tenant="t").revision
+    newest = store.find(PATH, tenant="t").manifest.revision
     for revision in range(1, newest + 1):
         path = f"{PATH}@{revision}"
-        assert is_whole(store, path, store.describe(path, tenant="t").step)
+        assert is_whole(store, path, store.find(path, tenant="t").manifest.step)
 
 
 def test_a_large_file_goes_in_parts(objects: ObjectStore, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_what_stays_on_the_host_has_a_folder(flags: dict[str, Any], folder: str)
 
 
 def test_a_local_folder_beside_a_folder_is_refused() -> None:
-    with pytest.raises(ValueError, match="`local_folder` is for what lies beside an object store"):
+    with pytest.raises(ValueError, match="lies beside a store that is no folder"):
         ServiceConfig(base_model="m", store="s", local_folder=Path("l"))
 
 
