@@ -31,7 +31,9 @@ using namespace mintrpc::v1;
 using namespace std::chrono_literals;
 using std::chrono::system_clock;
 
-constexpr int kSteps = 8;
+constexpr size_t kMostSteps = 32;
+constexpr double kLearningRate = 0.002;
+constexpr double kLearned = 0.1;  // of the first loss
 constexpr auto kPatience = 120s;  // with one call
 constexpr auto kCallLimit = 30s;  // any will do: what has not come by then is asked for again
 constexpr auto kPause = 100ms;
@@ -249,11 +251,13 @@ Trained train(TrainerService::Stub* stub, const RenderedChat& rendered) {
   Run run(stub);
   std::vector<double> losses;
   OptimStepRequest step;
-  step.mutable_adam_params()->set_learning_rate(0.01);
-  for (int i = 0; i < kSteps; ++i) {
+  step.mutable_adam_params()->set_learning_rate(kLearningRate);
+  while (losses.empty() || losses.back() > kLearned * losses.front()) {
+    if (losses.size() == kMostSteps) throw std::runtime_error("the loss has not fallen to a tenth of the first");
     const auto passed = run.send(&TrainerService::Stub::ForwardBackward, backward(tokens, targets, weights));
     losses.push_back(passed.metrics().at("loss:sum"));
     run.send(&TrainerService::Stub::OptimStep, step);
+    std::cerr << "step " << losses.size() << ": loss " << losses.back() << std::endl;
   }
   targets[0] = 2000000000;
   const Refused refused = refusal(&run, backward(tokens, targets, weights));

@@ -35,10 +35,12 @@ import (
 )
 
 const (
-	steps     = 8
-	patience  = 2 * time.Minute  // with one call
-	callLimit = 30 * time.Second // any will do: what has not come by then is asked for again
-	pause     = 100 * time.Millisecond
+	mostSteps    = 32
+	learningRate = 0.002
+	learned      = 0.1              // of the first loss
+	patience     = 2 * time.Minute  // with one call
+	callLimit    = 30 * time.Second // any will do: what has not come by then is asked for again
+	pause        = 100 * time.Millisecond
 )
 
 // refusal is the server's own word, and final.
@@ -230,11 +232,15 @@ func train(stub pb.TrainerServiceClient, rendered *pb.RenderedChat) ([]float64, 
 	tokens, targets, weights := rendered.Tokens[:n-1], rendered.Tokens[1:], rendered.Weights[1:]
 	r := createRun(stub)
 	var losses []float64
-	for i := 0; i < steps; i++ {
+	for len(losses) == 0 || losses[len(losses)-1] > learned*losses[0] {
+		if len(losses) == mostSteps {
+			log.Fatalf("the loss has not fallen to a tenth of the first: %v", losses)
+		}
 		passed := must(send(r, stub.ForwardBackward, forwardBackward(tokens, targets, weights)))
 		losses = append(losses, passed.Metrics["loss:sum"])
-		adam := &pb.AdamParams{LearningRate: proto.Float64(0.01)}
+		adam := &pb.AdamParams{LearningRate: proto.Float64(learningRate)}
 		must(send(r, stub.OptimStep, &pb.OptimStepRequest{AdamParams: adam}))
+		log.Printf("step %d: loss %.3f", len(losses), passed.Metrics["loss:sum"])
 	}
 	wrong := append([]int32{2000000000}, targets[1:]...)
 	_, err := send(r, stub.ForwardBackward, forwardBackward(tokens, wrong, weights))

@@ -75,13 +75,7 @@ public final class Client {
     RenderedChat lesson = render(model, chat().addChats(Chat.newBuilder().addMessages(QUESTION).addMessages(ANSWER)));
     Run run = Run.create(withKey(TrainerServiceGrpc.newBlockingStub(trainer)));
 
-    List<Double> losses = new ArrayList<>();
-    for (int step = 0; step < 8; step++) {
-      var outcome = run.call(backward(lesson, -1), TrainerServiceBlockingStub::forwardBackward);
-      losses.add(outcome.getMetricsOrThrow("loss:sum"));
-      var adam = AdamParams.newBuilder().setLearningRate(0.01);
-      run.call(OptimStepRequest.newBuilder().setAdamParams(adam).build(), TrainerServiceBlockingStub::optimStep);
-    }
+    List<Double> losses = learn(run, lesson);
     Map<String, String> refused = refusal(run, backward(lesson, 2_000_000_000));
     run.call(DiscardGradientRequest.getDefaultInstance(), TrainerServiceBlockingStub::discardGradient);
     String path = run.call(
@@ -155,6 +149,26 @@ public final class Client {
   static ModelInput input(List<Integer> tokens) {
     var text = EncodedTextChunk.newBuilder().addAllTokens(tokens);
     return ModelInput.newBuilder().addChunks(ModelInputChunk.newBuilder().setEncodedText(text)).build();
+  }
+
+  static final int MOST_STEPS = 32;
+  static final double LEARNING_RATE = 0.002;
+  static final double LEARNED = 0.1; // of the first loss
+
+  /** Steps until the answer is learned: the loss of each. */
+  static List<Double> learn(Run run, RenderedChat lesson) throws Exception {
+    List<Double> losses = new ArrayList<>();
+    for (double loss = Double.MAX_VALUE; losses.isEmpty() || loss > LEARNED * losses.get(0); ) {
+      if (losses.size() == MOST_STEPS) {
+        throw new IllegalStateException("the loss has not fallen to a tenth of the first: " + losses);
+      }
+      loss = run.call(backward(lesson, -1), TrainerServiceBlockingStub::forwardBackward).getMetricsOrThrow("loss:sum");
+      losses.add(loss);
+      var adam = AdamParams.newBuilder().setLearningRate(LEARNING_RATE);
+      run.call(OptimStepRequest.newBuilder().setAdamParams(adam).build(), TrainerServiceBlockingStub::optimStep);
+      System.err.printf("step %d: loss %.3f%n", losses.size(), loss);
+    }
+    return losses;
   }
 
   /** Sends what must be refused, and tells of it. */

@@ -16,6 +16,9 @@ include Mintrpc::V1
 
 QUESTION = ChatMessage.new(role: 'user', content: 'What is 2 + 3?')
 ANSWER = ChatMessage.new(role: 'assistant', content: '5')
+MOST_STEPS = 32
+LEARNING_RATE = 0.002
+LEARNED = 0.1 # of the first loss
 DEADLINE_S = 60 # of one attempt; the next one finds the call where it is by then
 MOMENT_S = 0.5
 
@@ -130,6 +133,19 @@ def backward(tokens, targets, weights)
   ForwardBackwardRequest.new(data: [datum], cross_entropy: CrossEntropy.new)
 end
 
+# Steps until the answer is learned: the loss of each.
+def learn(run, tokens, targets, weights)
+  losses = []
+  until losses.any? && losses.last <= LEARNED * losses.first
+    raise "the loss has not fallen to a tenth of the first: #{losses}" if losses.size == MOST_STEPS
+
+    losses << run.call(:forward_backward, backward(tokens, targets, weights)).metrics['loss:sum']
+    run.call(:optim_step, OptimStepRequest.new(adam_params: AdamParams.new(learning_rate: LEARNING_RATE)))
+    warn format('step %d: loss %.3f', losses.size, losses.last)
+  end
+  losses
+end
+
 # Sends what must be refused, and tells of it.
 def refusal(run, request)
   run.call(:forward_backward, request)
@@ -152,11 +168,7 @@ def main
   targets = tokens[1..]
   weights = lesson.weights.to_a[1..]
   run = Run.new(trainer)
-  losses = Array.new(8) do
-    outcome = run.call(:forward_backward, backward(tokens, targets, weights))
-    run.call(:optim_step, OptimStepRequest.new(adam_params: AdamParams.new(learning_rate: 0.01)))
-    outcome.metrics['loss:sum']
-  end
+  losses = learn(run, tokens, targets, weights)
   refused = refusal(run, backward(tokens, targets[0..-2] + [2_000_000_000], weights))
   run.call(:discard_gradient, DiscardGradientRequest.new)
   path = run.call(:save_weights_for_sampler, SaveWeightsForSamplerRequest.new(name: 'final')).path

@@ -13,7 +13,9 @@ import { SamplerService, type SampleRequestSchema } from "./gen/mintrpc/v1/sampl
 import { type ForwardBackwardRequestSchema, TrainerService } from "./gen/mintrpc/v1/trainer_pb.js";
 import { type ModelInputSchema, TensorDtype } from "./gen/mintrpc/v1/types_pb.js";
 
-const STEPS = 8;
+const MOST_STEPS = 32;
+const LEARNING_RATE = 0.002;
+const LEARNED = 0.1; // of the first loss
 const PATIENCE_MS = 120_000; // with one call
 const PAUSE_MS = 100;
 const OPTIONS = { timeoutMs: 30_000 }; // any will do: what has not come by then is asked for again
@@ -164,9 +166,12 @@ async function train(trainer: Client<typeof TrainerService>, { tokens, weights }
     return run.send((place) => trainer.forwardBackward({ ...place, ...content }, OPTIONS));
   };
   const losses: number[] = [];
-  for (let i = 0; i < STEPS; i++) {
-    losses.push((await backward(tokens.slice(1))).metrics["loss:sum"]);
-    await run.send((place) => trainer.optimStep({ ...place, adamParams: { learningRate: 0.01 } }, OPTIONS));
+  for (let loss = Infinity; losses.length === 0 || loss > LEARNED * losses[0]; ) {
+    if (losses.length === MOST_STEPS) throw new Error(`the loss has not fallen to a tenth of the first: ${losses}`);
+    loss = (await backward(tokens.slice(1))).metrics["loss:sum"];
+    losses.push(loss);
+    await run.send((place) => trainer.optimStep({ ...place, adamParams: { learningRate: LEARNING_RATE } }, OPTIONS));
+    console.error(`step ${losses.length}: loss ${loss.toFixed(3)}`);
   }
   const refused = await backward([2_000_000_000, ...tokens.slice(2)]).catch((error) => error);
   if (!(refused instanceof Refused)) throw refused;

@@ -28,7 +28,7 @@ from mint_core.rpc.errors import code_of, domain_error, to_status, trailers
 from mint_core.rpc.garbage import Garbage
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.parsing import NotTaken, parse
-from mint_core.rpc.quotas import Account, QuotaBook
+from mint_core.rpc.quotas import Account, QuotaBook, QuotaExceeded
 from mint_core.turns import Workers
 
 logger = logging.getLogger("mint.calls")
@@ -114,7 +114,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if self.begun.is_set():  # then nothing keeps the bytes once they are parsed
                     request = await _parsed(handler, await self._read(context, call), call)
                     return await handler.unary_unary(request, context)
-                raw = await self._read(context, call)
+                try:
+                    raw = await self._read(context, call)
+                except QuotaExceeded:  # so much cannot be held, and soon need not be
+                    raise ModelLoading from None
                 try:
                     return await handler.unary_unary(await _parsed(handler, raw, call), context)
                 except ModelLoading:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from mint_core.errors import MintError, ModelLoading, NotFound, ResourceExhausted, Unavailable
 from mint_core.rpc.errors import Recorded, recorded, to_status
 from mintrpc.v1 import trainer_pb2_grpc
-from tests.hosted import LIMIT_S, RUN, Served, refused
+from tests.hosted import LIMIT_S, RUN, Served, details, reason, refused, serving
 
 CONFIG = Path(__file__).parents[2] / "proto/service_config.json"
 FULL = ResourceExhausted("the queue is full", retry_after_s=0.01)
@@ -70,6 +71,22 @@ async def test_a_call_is_held_while_the_model_is_loaded(served: Served) -> None:
     served.server.begin()
     await call
     assert served.trainer.asked == 2
+
+
+async def test_what_is_held_weighs_and_no_more_is_held_than_a_quota_allows(tmp_path: Path) -> None:
+    quotas = tmp_path / "quotas.toml"
+    quotas.write_text("request_mib = 0")  # whatever is the only one is taken
+    async with serving(quotas=quotas) as served:
+        served.trainer.first_errors = [ModelLoading()]
+        call = asyncio.ensure_future(served.stub.GetTrainingRun(RUN, timeout=LIMIT_S))
+        while served.trainer.asked == 0:
+            await asyncio.sleep(0.01)
+        told = await refused(served.stub.GetTrainingRun(RUN, timeout=LIMIT_S))
+        assert (told.code(), reason(told)[0]) == (grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")
+        assert details(told, error_details_pb2.RetryInfo)
+        served.server.begin()
+        await call
+        await served.stub.GetTrainingRun(RUN, timeout=LIMIT_S)
 
 
 async def test_a_call_that_was_held_is_sent_away_when_the_server_stops(served: Served) -> None:

@@ -26,7 +26,9 @@ from mintrpc.v1 import (
     types_pb2,
 )
 
-STEPS = 8
+MOST_STEPS = 32
+LEARNING_RATE = 0.002
+LEARNED = 0.1  # of the first loss
 PATIENCE_S = 120.0  # with one call
 CALL_LIMIT_S = 30.0  # any will do: what has not come by then is asked for again
 PAUSE_S = 0.1
@@ -152,7 +154,7 @@ def forward_backward(tokens: Any, targets: Any, weights: Any) -> Any:
 
 
 def optim_step() -> Any:
-    adam = types_pb2.AdamParams(learning_rate=0.01)
+    adam = types_pb2.AdamParams(learning_rate=LEARNING_RATE)
     return trainer_pb2.OptimStepRequest(adam_params=adam)
 
 
@@ -182,15 +184,24 @@ def render(model: model_pb2_grpc.ModelServiceStub, *messages: Any, **options: An
     return insist(model.RenderChat, request).chats[0]
 
 
+def learn(run: Run, tokens: Any, weights: Any) -> list[float]:
+    """Steps until the answer is learned: the loss of each."""
+    losses: list[float] = []
+    while not losses or losses[-1] > LEARNED * losses[0]:
+        if len(losses) == MOST_STEPS:
+            raise SystemExit(f"the loss has not fallen to a tenth of the first: {losses}")
+        passed = run.send(forward_backward(tokens[:-1], tokens[1:], weights[1:]))
+        losses.append(passed.metrics["loss:sum"])
+        run.send(optim_step())
+        sys.stderr.write(f"step {len(losses)}: loss {losses[-1]:.3f}\n")
+    return losses
+
+
 def train(trainer: grpc.Channel, rendered: Any) -> tuple[list[float], dict[str, str], str]:
     """The losses, the refusal of what is wrong, and the path of the weights."""
     tokens, weights = list(rendered.tokens), list(rendered.weights)
     run = Run(trainer_pb2_grpc.TrainerServiceStub(trainer))
-    losses = []
-    for _ in range(STEPS):
-        passed = run.send(forward_backward(tokens[:-1], tokens[1:], weights[1:]))
-        losses.append(passed.metrics["loss:sum"])
-        run.send(optim_step())
+    losses = learn(run, tokens, weights)
     refused = refusal(run, tokens, weights)
     run.send(trainer_pb2.DiscardGradientRequest())
     saved = run.send(trainer_pb2.SaveWeightsForSamplerRequest(name="final"))

@@ -13,6 +13,7 @@ from mint import recipe
 from mint._files.tokenizer_files import cache_folder
 from mint.recipe import Message, TrainOnWhat
 from mint.recipe.renderers import Renderer, get_renderer
+from mint_chat import RENDERER_NAMES
 from tests.hosted import serving_texts
 from tests.unit.mint.recipe.conftest import MakeTokenizer, conversation
 from tests.unit.mint.recipe.templates import GPT_OSS, LLAMA3, QWEN3
@@ -21,7 +22,7 @@ from tests.unit.mint.recipe.test_against_templates import CONVERSATIONS
 LIMIT_S = 120.0
 TEMPLATES = {"qwen3": QWEN3, "llama3": LLAMA3, "gptoss": GPT_OSS}
 RENDERERS = {
-    "qwen3": ("qwen3", "qwen3_disable_thinking", "role_colon", "template"),
+    "qwen3": RENDERER_NAMES,  # all: the tokenizer has the marks of every family
     "llama3": ("llama3", "role_colon", "template"),
     "gptoss": ("template",),
 }
