@@ -68,5 +68,5 @@ def _remedy(code: grpc.StatusCode) -> str:
 
 def _told(failure: grpc.RpcError) -> Recorded | None:
     """The trainer's own word; None: somebody in between has spoken, or gRPC."""
-    trailers = dict(failure.trailing_metadata() or ())
+    trailers: dict[str, bytes] = dict(failure.trailing_metadata() or ())  # type: ignore[arg-type]  # they unpack
     return Recorded(trailers[_DETAILS]) if _DETAILS in trailers else None
