@@ -20,7 +20,7 @@ SERVE_FLAGS ?=
 PORT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto model serve serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-oldest test-newest languages languages-install models soak faults hostile fuzz bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
+.PHONY: help install proto model serve serve-ray serve-trainer serve-sampler key certs state quickstart wheel format check reference baseline test test-ray test-oldest test-newest languages languages-install models soak faults hostile fuzz bench bench-trainer bench-durability bench-sampler bench-vllm bench-resident bench-client clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -109,6 +109,18 @@ baseline: install  ## Makes the contract as it is the one that later changes mus
 WORKERS ?= 2
 test: install model  ## Every test that needs no accelerator and is not slow: WORKERS=2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+RAY := $(VENV)/.ray
+$(RAY): $(INSTALLED)
+	$(BIN)/pip install --quiet -e '.[ray]'
+	@touch $@
+
+serve-ray: $(SERVABLE) $(RAY)  ## The same as serve, with engines in a Ray cluster, which it starts if there is none
+	$(BIN)/ray status >/dev/null 2>&1 || $(BIN)/ray start --head --node-ip-address=127.0.0.1 --include-dashboard=false --disable-usage-stats
+	$(BIN)/python -m mint_core.hosting.serve --engines-on ray $(PORTS) $(FLAGS)
+
+test-ray: install model $(RAY)  ## The tests that start a Ray cluster on this machine: 1 GB of memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 # The oldest and the newest releases that pyproject.toml admits, each in an environment of its own.
 ENDS_TORCH_oldest ?= torch==2.11.0
