@@ -141,7 +141,9 @@ languages-install: install
 	$(BIN)/python -m tests.languages --install $(LANGUAGES)
 
 models: install  ## Every row of docs/models.md: WORKERS=2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(WORKERS) --dist loadgroup tests/parity/test_families.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(WORKERS) --dist loadgroup tests/parity/test_families.py \
+	  tests/parity/test_layer_kinds_trainer.py tests/parity/test_layer_kinds_sampler.py \
+	  tests/parity/test_routed_experts.py tests/parity/test_mixers.py tests/unit/mint_core/test_routing.py
 
 soak: install model  ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

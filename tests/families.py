@@ -4,14 +4,11 @@
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import transformers
-
-from tests.models import SIZES, make_model
+from tests.family import Family, composite, refused, served, sized
+from tests.hybrids import HYBRID_MIXTURES, HYBRIDS
+from tests.mixtures import MIXTURES
+from tests.models import SIZES
 
 _PAGE = """\
 # Base models
@@ -36,21 +33,17 @@ Where a checkpoint reads more than text ("text alone" below), its part for text 
 rest is left out; `text_only` in the capabilities says so. Names of layers are those of the whole
 model, so that adapters open on it, and an export is whole.
 
+Experts stay frozen, as do routers and the gates of shared experts; what is trained beside them are
+attention, what layers with a state have in its place, shared experts and dense layers. Adapters of
+the last two open in no PEFT (0.21) for the families with a star: it takes `gate_proj`, `up_proj`
+and `down_proj` for names that experts had before transformers fused them. Those of attention and
+head do, and a merged export has everything.
+
 ## Served
 
 | family | class | of its own |
 |---|---|---|
 {served}
-
-## With experts, or layers with a state
-
-Experts stay frozen, and are tested by `tests/parity/test_mixtures.py` (models of
-`tests/mixtures.py`): Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V3, GLM-4.5, GLM-4.7-Flash, Gemma 4
-(text), GraniteMoE, ERNIE 4.5.
-
-Layers that mix tokens through a state are tested by `tests/parity/test_hybrid_trainer.py` and
-`test_hybrid_sampler.py` (models of `tests/hybrids.py`): Qwen3.5 (text, dense), Qwen3-Next without
-experts, LFM2, Granite 4 hybrids without experts. Both together are refused.
 
 ## Refused
 
@@ -58,55 +51,6 @@ experts, LFM2, Granite 4 hybrids without experts. Both together are refused.
 |---|---|---|
 {refused}
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A row of the table."""
-
-    name: str
-    architecture: str  # the class that config.json names
-    # What sets it apart; of a refused one what is missing, as the refusal has it.
-    own: str
-    served: bool
-    values: Mapping[str, Any] = field(repr=False)  # of a tiny configuration
-
-    @property
-    def id(self) -> str:
-        return self.name.lower().replace(" ", "-")
-
-    @property
-    def known(self) -> bool:
-        """To this release of transformers."""
-        return hasattr(transformers, self.architecture)
-
-    def make(self, folder: Path) -> Path:
-        """A tiny seeded model, none of whose weights is 0 or 1."""
-        model_class = getattr(transformers, self.architecture)
-        return make_model(folder, model_class, model_class.config_class(**self.values))
-
-
-def _sized(**changes: Any) -> dict[str, Any]:
-    """None: no such value."""
-    return {key: value for key, value in {**SIZES, **changes}.items() if value is not None}
-
-
-def _served(name: str, architecture: str, own: str, **changes: Any) -> Family:
-    return Family(
-        name=name, architecture=architecture, own=own, served=True, values=_sized(**changes)
-    )
-
-
-def _composite(name: str, architecture: str, own: str, **values: Any) -> Family:
-    return Family(
-        name=name, architecture=architecture, own=f"text alone; {own}", served=True, values=values
-    )
-
-
-def _refused(name: str, architecture: str, own: str, **changes: Any) -> Family:
-    return Family(
-        name=name, architecture=architecture, own=own, served=False, values=_sized(**changes)
-    )
 
 
 _WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -155,67 +99,67 @@ _QWEN_SIGHT = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_head
 _SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
 _REGISTRY = "its attention does not go through transformers' registry"
 
-FAMILIES = (
-    _served("Qwen 3", "Qwen3ForCausalLM", "norms of heads", tie_word_embeddings=True),
-    _served("Qwen 2", "Qwen2ForCausalLM", "biases of q, k and v", tie_word_embeddings=True),
-    _served("Llama", "LlamaForCausalLM", "rotary embeddings stretched by length"),
-    _served(
+FAMILIES: tuple[Family, ...] = (
+    served("Qwen 3", "Qwen3ForCausalLM", "norms of heads", tie_word_embeddings=True),
+    served("Qwen 2", "Qwen2ForCausalLM", "biases of q, k and v", tie_word_embeddings=True),
+    served("Llama", "LlamaForCausalLM", "rotary embeddings stretched by length"),
+    served(
         "Llama 3",
         "LlamaForCausalLM",
         "rotary embeddings stretched by frequency",
         rope_parameters=_LLAMA3,
     ),
-    _served("Arcee", "ArceeForCausalLM", "an MLP of two layers"),
-    _served("Helium", "HeliumForCausalLM", "rotary embeddings of neighbours"),
-    _served("ERNIE 4.5", "Ernie4_5ForCausalLM", "rotary embeddings of neighbours"),
-    _served("Seed-OSS", "SeedOssForCausalLM", "biases of q, k and v"),
-    _served("Apertus", "ApertusForCausalLM", "an activation with weights", hidden_act="xielu"),
-    _served("Hunyuan dense", "HunYuanDenseV1ForCausalLM", "norms of heads"),
-    _served("nanochat", "NanoChatForCausalLM", "norms of heads", final_logit_softcapping=2.0),
-    _served("BitNet", "BitNetForCausalLM", "norms within attention and MLP"),
-    _served("Jais 2", "Jais2ForCausalLM", "an MLP of two layers"),
-    _served("SmolLM3", "SmolLM3ForCausalLM", "layers without positions", no_rope_layers=[1, 0]),
-    _served("Mistral", "MistralForCausalLM", "a window", sliding_window=8),
-    _served("Ministral", "MinistralForCausalLM", "a window", **_WINDOW),
-    _served("StarCoder2", "Starcoder2ForCausalLM", "a window", sliding_window=8),
-    _served("CWM", "CwmForCausalLM", "a window", **_WINDOW, rope_parameters=_LLAMA3),
-    _served("EXAONE 4", "Exaone4ForCausalLM", "a window", **_WINDOW),
-    _served(
+    served("Arcee", "ArceeForCausalLM", "an MLP of two layers"),
+    served("Helium", "HeliumForCausalLM", "rotary embeddings of neighbours"),
+    served("ERNIE 4.5", "Ernie4_5ForCausalLM", "rotary embeddings of neighbours"),
+    served("Seed-OSS", "SeedOssForCausalLM", "biases of q, k and v"),
+    served("Apertus", "ApertusForCausalLM", "an activation with weights", hidden_act="xielu"),
+    served("Hunyuan dense", "HunYuanDenseV1ForCausalLM", "norms of heads"),
+    served("nanochat", "NanoChatForCausalLM", "norms of heads", final_logit_softcapping=2.0),
+    served("BitNet", "BitNetForCausalLM", "norms within attention and MLP"),
+    served("Jais 2", "Jais2ForCausalLM", "an MLP of two layers"),
+    served("SmolLM3", "SmolLM3ForCausalLM", "layers without positions", no_rope_layers=[1, 0]),
+    served("Mistral", "MistralForCausalLM", "a window", sliding_window=8),
+    served("Ministral", "MinistralForCausalLM", "a window", **_WINDOW),
+    served("StarCoder2", "Starcoder2ForCausalLM", "a window", sliding_window=8),
+    served("CWM", "CwmForCausalLM", "a window", **_WINDOW, rope_parameters=_LLAMA3),
+    served("EXAONE 4", "Exaone4ForCausalLM", "a window", **_WINDOW),
+    served(
         "Ministral 3",
         "Ministral3ForCausalLM",
         "queries scaled by position",
         rope_parameters={**_YARN, "llama_4_scaling_beta": 0.1},
     ),
-    _served("GLM", "GlmForCausalLM", "rotary embeddings of a part of each head"),
-    _served("GLM-4", "Glm4ForCausalLM", "rotary embeddings of a part of each head"),
-    _served(
+    served("GLM", "GlmForCausalLM", "rotary embeddings of a part of each head"),
+    served("GLM-4", "Glm4ForCausalLM", "rotary embeddings of a part of each head"),
+    served(
         "Phi-3",
         "Phi3ForCausalLM",
         "q, k and v in one layer",
         head_dim=None,
         partial_rotary_factor=0.5,
     ),
-    _served("Phi", "PhiForCausalLM", "attention beside the MLP", head_dim=None),
-    _served("GPT-NeoX", "GPTNeoXForCausalLM", "attention beside the MLP", head_dim=None),
-    _served("Persimmon", "PersimmonForCausalLM", "q, k and v in one layer", head_dim=None),
-    _served("OLMo", "OlmoForCausalLM", "values changed in place", clip_qkv=0.5, head_dim=None),
-    _served("OLMo 2", "Olmo2ForCausalLM", "norms over all heads", head_dim=None),
-    _served("OLMo 3", "Olmo3ForCausalLM", "norms over all heads", **_WINDOW, head_dim=None),
-    _served("Gemma", "GemmaForCausalLM", "scaled embeddings"),
-    _served("Gemma 2", "Gemma2ForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
-    _served("VaultGemma", "VaultGemmaForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
-    _served(
+    served("Phi", "PhiForCausalLM", "attention beside the MLP", head_dim=None),
+    served("GPT-NeoX", "GPTNeoXForCausalLM", "attention beside the MLP", head_dim=None),
+    served("Persimmon", "PersimmonForCausalLM", "q, k and v in one layer", head_dim=None),
+    served("OLMo", "OlmoForCausalLM", "values changed in place", clip_qkv=0.5, head_dim=None),
+    served("OLMo 2", "Olmo2ForCausalLM", "norms over all heads", head_dim=None),
+    served("OLMo 3", "Olmo3ForCausalLM", "norms over all heads", **_WINDOW, head_dim=None),
+    served("Gemma", "GemmaForCausalLM", "scaled embeddings"),
+    served("Gemma 2", "Gemma2ForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
+    served("VaultGemma", "VaultGemmaForCausalLM", "capped scores and logits", **_GEMMA, **_CAPS),
+    served(
         "Gemma 3 of text", "Gemma3ForCausalLM", "two rotary embeddings", **{**_GEMMA, **_WINDOW}
     ),
-    _served("Gemma 4 of text", "Gemma4ForCausalLM", "layers that share keys and values", **_GEMMA4),
-    _served(
+    served("Gemma 4 of text", "Gemma4ForCausalLM", "layers that share keys and values", **_GEMMA4),
+    served(
         "Gemma 4 of text without v",
         "Gemma4ForCausalLM",
         "values made of keys",
         **{**_GEMMA4, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
         num_global_key_value_heads=1,
     ),
-    _served(
+    served(
         "Gemma 3n of text",
         "Gemma3nForCausalLM",
         "several streams of hidden states",
@@ -224,8 +168,8 @@ FAMILIES = (
         activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
         final_logit_softcapping=2.0,
     ),
-    _served("Granite", "GraniteForCausalLM", "a factor of the logits", **_MULTIPLIERS),
-    _served(
+    served("Granite", "GraniteForCausalLM", "a factor of the logits", **_MULTIPLIERS),
+    served(
         "Granite 4 of attention alone",
         "GraniteMoeHybridForCausalLM",
         "a factor of the logits",
@@ -235,41 +179,41 @@ FAMILIES = (
         shared_intermediate_size=128,
         position_embedding_type="rope",
     ),
-    _served("HyperCLOVA X", "HyperCLOVAXForCausalLM", "a factor of the logits", **_MULTIPLIERS),
-    _served("Cohere", "CohereForCausalLM", "a factor of the logits", logit_scale=0.3),
-    _served("Cohere 2", "Cohere2ForCausalLM", "a factor of the logits", **_WINDOW, logit_scale=0.3),
-    _served(
+    served("HyperCLOVA X", "HyperCLOVAXForCausalLM", "a factor of the logits", **_MULTIPLIERS),
+    served("Cohere", "CohereForCausalLM", "a factor of the logits", logit_scale=0.3),
+    served("Cohere 2", "Cohere2ForCausalLM", "a factor of the logits", **_WINDOW, logit_scale=0.3),
+    served(
         "MiniCPM3", "MiniCPM3ForCausalLM", "a factor of the logits", **_LATENT, dim_model_base=16
     ),
-    _served("Youtu", "YoutuForCausalLM", "keys and values from a latent", **_LATENT),
-    _served("GPTBigCode", "GPTBigCodeForCausalLM", "learned positions", n_inner=128, head_dim=None),
-    _served("OPT", "OPTForCausalLM", "learned positions", ffn_dim=128, word_embed_proj_dim=32),
-    _served("CTRL", "CTRLLMHeadModel", "positions added as waves", dff=128, head_dim=None),
-    _composite(
+    served("Youtu", "YoutuForCausalLM", "keys and values from a latent", **_LATENT),
+    served("GPTBigCode", "GPTBigCodeForCausalLM", "learned positions", n_inner=128, head_dim=None),
+    served("OPT", "OPTForCausalLM", "learned positions", ffn_dim=128, word_embed_proj_dim=32),
+    served("CTRL", "CTRLLMHeadModel", "positions added as waves", dff=128, head_dim=None),
+    composite(
         "Gemma 3",
         "Gemma3ForConditionalGeneration",
         "two rotary embeddings",
-        text_config=_sized(**{**_GEMMA, **_WINDOW}),
+        text_config=sized(**{**_GEMMA, **_WINDOW}),
         vision_config={**_SIGHT, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
         image_token_index=500,
     ),
-    _composite(
+    composite(
         "Gemma 4",
         "Gemma4ForConditionalGeneration",
         "layers that share keys and values",
-        text_config=_sized(**_GEMMA4),
+        text_config=sized(**_GEMMA4),
         vision_config={
             **_SIGHT,
             **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
             "position_embedding_size": 16,
         },
     ),
-    _composite(
+    composite(
         "Mistral Small 3",
         "Mistral3ForConditionalGeneration",
         "no more than Mistral",
-        text_config={"model_type": "mistral", **_sized(sliding_window=8)},
+        text_config={"model_type": "mistral", **sized(sliding_window=8)},
         vision_config={
             **_SIGHT,
             **{"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 16},
@@ -277,66 +221,60 @@ FAMILIES = (
         },
         image_token_index=500,
     ),
-    _composite(
+    composite(
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         "rotary embeddings of places",
-        text_config=_sized(rope_parameters=_SECTIONS),
+        text_config=sized(rope_parameters=_SECTIONS),
         vision_config={
             **_QWEN_SIGHT,
             **{"out_hidden_size": 64, "num_position_embeddings": 16},
             "deepstack_visual_indexes": [0],
         },
     ),
-    _composite(
+    composite(
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
         "rotary embeddings of places",
-        text_config=_sized(rope_parameters=_SECTIONS),
+        text_config=sized(rope_parameters=_SECTIONS),
         vision_config={**_QWEN_SIGHT, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
     ),
-    _refused("GPT-Neo", "GPTNeoForCausalLM", _REGISTRY, attention_types=[[["global"], 2]]),
-    _refused("Falcon", "FalconForCausalLM", _REGISTRY, head_dim=None),
-    _refused("BLOOM", "BloomForCausalLM", _REGISTRY),
-    _refused("MPT", "MptForCausalLM", _REGISTRY),
-    _refused("XGLM", "XGLMForCausalLM", _REGISTRY, ffn_dim=128),
-    _refused("StableLM", "StableLmForCausalLM", _REGISTRY),
-    _refused(
+    *MIXTURES,
+    *HYBRIDS,
+    *HYBRID_MIXTURES,
+    refused("GPT-Neo", "GPTNeoForCausalLM", _REGISTRY, attention_types=[[["global"], 2]]),
+    refused("Falcon", "FalconForCausalLM", _REGISTRY, head_dim=None),
+    refused("BLOOM", "BloomForCausalLM", _REGISTRY),
+    refused("MPT", "MptForCausalLM", _REGISTRY),
+    refused("XGLM", "XGLMForCausalLM", _REGISTRY, ffn_dim=128),
+    refused("StableLM", "StableLmForCausalLM", _REGISTRY),
+    refused(
         "Nemotron",
         "NemotronForCausalLM",
         "its attention (NemotronAttention) is not told where documents begin",
     ),
-    _refused(
+    refused(
         "Doge",
         "DogeForCausalLM",
         "its attention (DogeAttention) makes a mask of its own",
     ),
-    _refused("DiffLlama", "DiffLlamaForCausalLM", "its attention runs 2 times as layer 0"),
-    _refused("HRM-text", "HrmTextForCausalLM", "its attention runs 8 times as layer 0"),
-    _refused("GPT-2", "GPT2LMHeadModel", "its layer `transformer.h.0.attn.c_attn` (Conv1D)"),
-    _refused(
+    refused("DiffLlama", "DiffLlamaForCausalLM", "its attention runs 2 times as layer 0"),
+    refused("HRM-text", "HrmTextForCausalLM", "its attention runs 8 times as layer 0"),
+    refused("GPT-2", "GPT2LMHeadModel", "its layer `transformer.h.0.attn.c_attn` (Conv1D)"),
+    refused(
         "gpt-oss",
         "GptOssForCausalLM",
         "its layer `model.layers.0.mlp.router` (GptOssTopKRouter) has weights but is no nn.Linear",
         num_local_experts=4,
     ),
-    _refused(
-        "Qwen3-Next, Qwen 3.5 MoE",
-        "Qwen3NextForCausalLM",
-        "it has experts, and layers that mix tokens through a state",
-        layer_types=["linear_attention", "full_attention"],
-        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-        **{"num_experts": 4, "num_experts_per_tok": 2},
-        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    ),
-    _refused("Falcon-H1", "FalconH1ForCausalLM", "none of its layers has attention alone"),
-    _refused(
+    refused("Falcon-H1", "FalconH1ForCausalLM", "none of its layers has attention alone"),
+    refused(
         "Mamba 2",
         "Mamba2ForCausalLM",
         "none of its layers has attention alone",
         **{"num_heads": 8, "head_dim": 16},
     ),
-    _refused(
+    refused(
         "OLMo hybrid",
         "OlmoHybridForCausalLM",
         "its layers are of the kind 'linear_attention'",
@@ -344,7 +282,7 @@ FAMILIES = (
         **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
         **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
     ),
-    _refused(
+    refused(
         "Llama 4",
         "Llama4ForCausalLM",
         "its layers are of the kind 'chunked_attention'",
@@ -354,11 +292,16 @@ FAMILIES = (
 )
 
 
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def page() -> str:
     """docs/models.md."""
     rows: dict[bool, list[str]] = {True: [], False: []}
     for family in FAMILIES:
-        rows[family.served].append(f"| {family.name} | `{family.architecture}` | {family.own} |")
+        name = family.name + ("" if family.peft_opens_mlps else " *")
+        rows[family.served].append(f"| {name} | `{family.architecture}` | {family.own} |")
     return _PAGE.format(served="\n".join(rows[True]), refused="\n".join(rows[False]))
 
 

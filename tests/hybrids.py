@@ -1,104 +1,124 @@
-"""Tiny seeded models whose layers mix tokens through states, but for some that attend."""
+"""The rows of the table of families whose layers mix tokens through states, but for some that
+attend; and of those that have experts too.
+"""
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GraniteMoeHybridConfig,
-    Lfm2Config,
-    PretrainedConfig,
-    Qwen3_5TextConfig,
-    Qwen3NextConfig,
-)
+from tests import family
+from tests.family import Family, served, sized
+from tests.mixtures import EXPERTS, PER_TOKEN
 
-from tests.models import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tokenizer
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT_LENGTH,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+# A state takes in many rows: PEFT in float32 is as far from float64 as we are.
+_row = partial(served, num_hidden_layers=3, tolerance=2e-5)
+_composite = partial(family.composite, tolerance=2e-5)
+_LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 # Fewer heads of keys than of values, and widths that fill no whole vectors.
 _DELTA: dict[str, Any] = {
-    "head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "layer_types": _LINEAR,
 }
+_SHORT: dict[str, Any] = {"head_dim": None, "layer_types": ["conv", "full_attention", "conv"]}
+_MAMBA: dict[str, Any] = {
+    "shared_intermediate_size": 128,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 24,
+    "mamba_n_groups": 2,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 3.0,
+    "layer_types": _LINEAR,
+    "head_dim": None,
+}
+_EXPERTS = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": PER_TOKEN,
+    "moe_intermediate_size": 24,
+}
+_GATED = {**_EXPERTS, "shared_expert_intermediate_size": 96}
+_SIGHT = {
+    **{"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+    **{"out_hidden_size": 64, "num_position_embeddings": 16},
+}
+_RULE, _CONVOLUTION = "a state by the gated delta rule", "a state of a short convolution"
+_MIXED = f"{_RULE}; experts beside a shared one with a gate"
 
-
-def tiny_qwen3_5(folder: Path, *, tied: bool = False, seed: int = 0, **sizes: Any) -> Path:
-    """A text-only dense Qwen3.5 of 3 layers and width 64, the second of which attends."""
-    options = {**_SIZES, **_DELTA, "tie_word_embeddings": tied, **sizes}
-    return make_hybrid(folder, Qwen3_5TextConfig(**options), seed)
-
-
-def tiny_qwen3_next(folder: Path, *, seed: int = 0) -> Path:
-    """The same as a Qwen3-Next without experts."""
-    return make_hybrid(folder, Qwen3NextConfig(**_SIZES, **_DELTA, mlp_only_layers=[0, 1, 2]), seed)
-
-
-def tiny_qwen3_next_moe(folder: Path) -> Path:
-    """With experts, in every layer."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    config = Qwen3NextConfig(**_SIZES, **_DELTA, **experts, shared_expert_intermediate_size=32)
-    return make_hybrid(folder, config, 0)
-
-
-def tiny_lfm2(folder: Path, *, seed: int = 0) -> Path:
-    """An LFM2 of 3 layers and width 64: short convolutions around one layer that attends."""
-    config = Lfm2Config(
-        **_SIZES,
+HYBRIDS: tuple[Family, ...] = (
+    _row("Qwen 3.5 of text", "Qwen3_5ForCausalLM", _RULE, **_DELTA),
+    _row(
+        "Qwen3-Next without experts",
+        "Qwen3NextForCausalLM",
+        _RULE,
+        **_DELTA,
+        mlp_only_layers=[0, 1, 2],
+        peft_opens_mlps=False,
+    ),
+    _row(
+        "LFM2",
+        "Lfm2ForCausalLM",
+        _CONVOLUTION,
+        **_SHORT,
         block_auto_adjust_ff_dim=False,
         conv_bias=True,
-        layer_types=["conv", "full_attention", "conv"],
-    )
-    return make_hybrid(folder, config, seed)
-
-
-def tiny_granite_hybrid(folder: Path, *, seed: int = 0) -> Path:
-    """A Granite 4 hybrid without experts: Mamba layers around one that attends."""
-    config = GraniteMoeHybridConfig(
-        **_SIZES,
+    ),
+    _row(
+        "Granite 4 hybrid",
+        "GraniteMoeHybridForCausalLM",
+        "a state of Mamba 2",
+        **_MAMBA,
         num_local_experts=0,
-        shared_intermediate_size=128,
-        mamba_n_heads=8,
-        mamba_d_head=16,
-        mamba_d_state=24,
-        mamba_n_groups=2,
-        attention_multiplier=0.25,
-        embedding_multiplier=3.0,
-        residual_multiplier=0.5,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-    )
-    return make_hybrid(folder, config, seed)
-
-
-def make_hybrid(folder: Path, config: PretrainedConfig, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):  # states that fade slowly: what leaks would be seen
-                parameter.uniform_(0.01, 0.3).log_()
-            elif "conv" in name and parameter.dim() == 3:
-                parameter.normal_(0.0, 0.5)
-            elif parameter.dim() > 1:
-                parameter.normal_(0.0, 0.08)
-            elif name.endswith(("bias", "norm.weight")):
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+    ),
+    _composite(
+        "Qwen 3.5",
+        "Qwen3_5ForConditionalGeneration",
+        _RULE,
+        text_config=sized(**_DELTA, num_hidden_layers=3),
+        vision_config=_SIGHT,
+    ),
+)
+HYBRID_MIXTURES: tuple[Family, ...] = (
+    _row("Qwen 3.5 MoE of text", "Qwen3_5MoeForCausalLM", _MIXED, **_DELTA, **_GATED),
+    _row(
+        "Qwen3-Next",
+        "Qwen3NextForCausalLM",
+        _MIXED,
+        **_DELTA,
+        **_GATED,
+        norm_topk_prob=True,
+        peft_opens_mlps=False,
+    ),
+    _row(
+        "LFM2 MoE",
+        "Lfm2MoeForCausalLM",
+        f"{_CONVOLUTION}; experts",
+        **_SHORT,
+        **_EXPERTS,
+        num_dense_layers=1,
+    ),
+    _row(
+        "Granite 4 hybrid with experts",
+        "GraniteMoeHybridForCausalLM",
+        "a state of Mamba 2; experts beside a shared one",
+        **_MAMBA,
+        intermediate_size=24,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=PER_TOKEN,
+    ),
+    _composite(
+        "Qwen 3.5 MoE",
+        "Qwen3_5MoeForConditionalGeneration",
+        _MIXED,
+        text_config=sized(**_DELTA, **_GATED, num_hidden_layers=3),
+        vision_config=_SIGHT,
+    ),
+)
+# What the longer tests of experts and states are run with by default.
+BY_DEFAULT = (
+    *("Qwen 3 MoE", "GLM-4.5", "LFM2", "Granite 4 hybrid"),
+    *("Qwen 3.5 of text", "Qwen 3.5 MoE of text"),
+)

@@ -39,6 +39,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+_OF_EXPERTS = ("e_score_correction_bias", "per_expert_scale", "expert_bias")
+
 # ChatML, as SmolLM2 and Qwen use it.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -124,7 +126,9 @@ def make_model(folder: Path, model_class: type[Any], config: PretrainedConfig) -
     model = model_class(config).float()
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            if value.dim() < 2 and value.is_floating_point():
+            if name.endswith(_OF_EXPERTS):  # as after training: they change choices
+                value.uniform_(0.95, 1.05)
+            elif value.dim() < 2 and value.is_floating_point():
                 value.add_(torch.randn(value.shape), alpha=0.1)
                 value.mul_(0.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
     return _save(folder, model)
@@ -141,7 +145,13 @@ def own_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def _save(folder: Path, model: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # wider than the default, so that logits differ visibly
+            if name.endswith(_OF_EXPERTS):
+                continue
+            if name.endswith("A_log"):  # states that fade slowly: what leaks would be seen
+                parameter.uniform_(0.01, 0.3).log_()
+            elif "conv" in name and parameter.dim() == 3:  # along tokens
+                parameter.normal_(0.0, 0.5)
+            elif parameter.dim() > 1:  # wider than the default, so that logits differ visibly
                 parameter.normal_(0.0, 0.08)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.02)

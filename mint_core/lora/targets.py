@@ -16,11 +16,14 @@ HEAD = "lm_head"  # name of the output head in every causal LM that transformers
 
 
 def linear_shapes(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, LinearShape]:
-    """The linear layers that LoRA can train, by full name: all but those in modules `frozen`."""
+    """The linear layers that LoRA can train, by full name: all but those that are, or are in, the
+    modules `frozen`.
+    """
+    without = tuple(f"{name}." for name in frozen)
     return {
         name: LinearShape(module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(tuple(f"{f}." for f in frozen))
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(without)
     }
 
 

@@ -64,8 +64,6 @@ def check_architecture(
         raise unsupported(model, f"its layers are of the kind {sorted(kinds)[0]!r}")
     if mixing and len(mixing) == text_config(model).num_hidden_layers:
         raise unsupported(model, "none of its layers has attention alone")
-    if mixing and routed:
-        raise unsupported(model, "it has experts, and layers that mix tokens through a state")
     known = {name for layer in routed for name in (layer.experts, layer.router)}
     ours = {part for module in mixing.values() for part in module.modules()}
     for name, module in model.named_modules():

@@ -15,7 +15,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,7 +82,7 @@ def load_base(
     layers, mixing = routed_layers(model), mixing_layers(model)
     architecture.check_architecture(model, text, layers, mixing)
     context_length = architecture.context_length(model)
-    shapes = linear_shapes(model, frozen=[layer.router for layer in layers])
+    shapes = linear_shapes(model, frozen={name for layer in layers for name in layer.frozen})
     with architecture.refusing(model), watching(model) as calls:
         expected = proof.own_logits(model)
     with architecture.refusing(model):
@@ -183,7 +182,7 @@ def read_model(folder: Path, **options: Any) -> Any:
     """
     kind = type(AutoConfig.from_pretrained(folder, **NO_CODE_OF_ITS_OWN))
     known: Any = AutoModelForCausalLM
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # some of these have a class for text as well
         known = AutoModelForImageTextToText
     return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
 

@@ -2,6 +2,7 @@
 
 Routers are transformers' own modules, frozen, and computed on a CPU over a multiple of ROUTED_ROWS
 rows: torch computes what is left of a vector otherwise, and so a token's scores by its neighbours.
+So are linear layers of one column beside them, which say how much a shared expert counts.
 
 T: tokens. L: layers that have experts. k: experts of each token. E: experts.
 """
@@ -21,6 +22,7 @@ from mint_core.model import experts
 from mint_core.model.experts import Experts
 
 ROUTED_ROWS = 32  # as many as the widest vectors hold float32, twice
+GATE_COLUMNS = 16
 ROUTER_NAMES = ("gate", "router")
 ROUTERS_CHOICE = -1
 
@@ -31,6 +33,11 @@ class RoutedLayer:
 
     experts: str
     router: str
+    gates: tuple[str, ...]  # of shared experts
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return self.router, *self.gates
 
 
 def routed_layers(model: nn.Module) -> tuple[RoutedLayer, ...]:
@@ -44,8 +51,13 @@ def routed_layers(model: nn.Module) -> tuple[RoutedLayer, ...]:
         router = next((part for part in ROUTER_NAMES if part in parts), None)
         # One that is a linear layer alone leaves the choice to code around it.
         if router is not None and not isinstance(parts[router], nn.Linear):
-            layers.append(RoutedLayer(name, f"{block}.{router}"))
+            gates = tuple(f"{block}.{part}" for part, own in parts.items() if _is_gate(own))
+            layers.append(RoutedLayer(name, f"{block}.{router}", gates))
     return tuple(layers)
+
+
+def _is_gate(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.out_features == 1
 
 
 class Routing:
@@ -60,16 +72,22 @@ class Routing:
             own.module.routed = partial(self._run, number)
             router: Any = model.get_submodule(layer.router)
             router.forward = partial(self._route, number, router.forward)
+            for name in layer.gates:
+                gate: Any = model.get_submodule(name)
+                gate.forward = partial(_gate, gate)
         experts.register()
         model.set_experts_implementation(experts.REGISTERED_NAME)  # type: ignore[operator]
         self._routers = [model.get_submodule(layer.router) for layer in layers]
+        names = [name for layer in layers for name in layer.gates]
+        self._gates = [model.get_submodule(name) for name in names]
 
     @property
     def shapes(self) -> list[LinearShape]:
         """Of all matrices that are no nn.Linear, and of routers."""
         matrices = [p for r in self._routers for p in r.parameters() if p.dim() > 1]
         routers = [LinearShape(p.shape[1], p.shape[0]) for p in matrices if min(p.shape) > 1]
-        return [*routers, *(shape for layer in self.layers for shape in layer.shapes)]
+        gates = [LinearShape(gate.in_features, GATE_COLUMNS) for gate in self._gates]
+        return [*routers, *gates, *(shape for layer in self.layers for shape in layer.shapes)]
 
     @property
     def experts(self) -> int:
@@ -101,19 +119,37 @@ class Routing:
         self._chosen[number] = index
         return self.layers[number](x, index, weights)
 
-    def _route(self, number: int, own: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        count = len(rows)
-        more = -count % ROUTED_ROWS if rows.is_cpu else 0
-        if more:
-            rows = functional.pad(rows, (0, 0, 0, more))
+    def _route(
+        self, number: int, own: Callable[..., Any], x: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
+        """`others`: what a router takes beside the rows, such as a bias of each expert."""
+        rows, count = _filled_up(x)
+        more = len(rows) - count
         if self._told is None:
-            outputs = own(rows)
+            outputs = own(rows, *others)
         else:
             told = functional.pad(self._told[:, number], (0, 0, 0, more), value=ROUTERS_CHOICE)
             with _Told(told, self.layers[number].count):
-                outputs = own(rows)
+                outputs = own(rows, *others)
         return tuple(part[:count] for part in outputs)
+
+
+def _filled_up(x: Tensor) -> tuple[Tensor, int]:  # [..., d] -> [P, d], and how many are not to fill
+    rows = x.reshape(-1, x.shape[-1])
+    more = -len(rows) % ROUTED_ROWS if rows.is_cpu else 0
+    return (functional.pad(rows, (0, 0, 0, more)) if more else rows), len(rows)
+
+
+def _gate(gate: Any, x: Tensor) -> Tensor:  # [..., d] -> [..., 1]
+    """On a CPU one column of several: torch computes functions of what does not lie side by side
+    number by number.
+    """
+    if not x.is_cpu:
+        return functional.linear(x, gate.weight, gate.bias)
+    rows, count = _filled_up(x)
+    bias = None if gate.bias is None else gate.bias.expand(GATE_COLUMNS)
+    wide = functional.linear(rows, gate.weight.expand(GATE_COLUMNS, -1), bias)
+    return wide[:count, :1].view(*x.shape[:-1], 1)
 
 
 class _Told(TorchFunctionMode):

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import mint
 from mint import types
+from tests.families import named
 from tests.integration.test_rl_loop import MOST_KL, kl, rewarded
-from tests.mixtures import EXPERTS, PER_TOKEN, tiny_mixture
+from tests.mixtures import EXPERTS, PER_TOKEN
 from tests.models import VOCABULARY_SIZE
 from tests.peft_folders import logprobs_of, peft_logprobs, save_adapter
 from tests.services import Services, running_services
@@ -22,7 +23,7 @@ PROMPTS, SAMPLES, NEW_TOKENS = 8, 8, 6
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    model = tiny_mixture(tmp_path_factory.mktemp("mixture"))
+    model = named("Qwen 3 MoE").make(tmp_path_factory.mktemp("mixture"))
     with running_services(model, tmp_path_factory.mktemp("store"), name="tiny-mixture") as both:
         yield both
 

@@ -1,7 +1,7 @@
 """Mixers with state against the slow, obvious form: one row after the other, in float64."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import FailedPrecondition
+from mint_core.lora.targets import group
 from mint_core.model.base import LoadedBase
 from mint_core.model.mixers import delta_rule as chunked
 from mint_core.model.mixers.convolution import convolved
@@ -16,19 +17,16 @@ from mint_core.model.mixers.delta_rule import delta_step, recalled
 from mint_core.model.mixers.kinds import documents_are_alike
 from mint_core.model.mixers.mixer import Inputs, Mixer, Recomputed, no_states
 from mint_core.model.mixers.runs import Runs
-from tests.hybrids import (
-    tiny_granite_hybrid,
-    tiny_lfm2,
-    tiny_qwen3_5,
-    tiny_qwen3_next,
-    tiny_qwen3_next_moe,
-)
+from tests.families import named
+from tests.family import Family, params
+from tests.hybrids import BY_DEFAULT, HYBRIDS
 from tests.models import load_base
 
 CPU = torch.device("cpu")
 HEADS, KEYS, VALUES = 3, 8, 6
 LENGTHS = (1, 31, 200, 32, 33, 64, 3, 65, 128)
-MODELS = [tiny_qwen3_5, tiny_qwen3_next, tiny_lfm2, tiny_granite_hybrid]
+MODELS = [family for family in HYBRIDS if not family.reads_more_than_text]
+QWEN = named("Qwen 3.5 of text")
 
 
 def obvious(
@@ -135,10 +133,10 @@ def test_gradients_of_a_convolution_are_exact() -> None:
     assert torch.autograd.gradcheck(lambda x: convolved(x, taps, runs, None)[0], [x])
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=params(MODELS, BY_DEFAULT))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedBase:
-    make: Callable[[Path], Path] = request.param
-    return load_base(make(tmp_path_factory.mktemp("model")), device="cpu", threads=1)
+    family: Family = request.param
+    return load_base(family.make(tmp_path_factory.mktemp("model")), device="cpu", threads=1)
 
 
 def drawn(mixer: Mixer, rows: int) -> Inputs:
@@ -148,6 +146,8 @@ def drawn(mixer: Mixer, rows: int) -> Inputs:
 
 def test_the_layers_with_state_are_ours(base: LoadedBase) -> None:
     assert set(base.mixers) == {0, 2}
+    projections = [name for name in base.shapes if group(name) == "attn" and ".1." not in name]
+    assert {name.split(".")[2] for name in projections} == {"0", "2"}
     assert base.description.bitwise_reproducible
 
 
@@ -196,7 +196,7 @@ def test_a_leak_between_documents_is_refused_at_load(
 
     monkeypatch.setattr(Runs, "__init__", leaking)
     with pytest.raises(FailedPrecondition, match=r"Qwen3_5ForCausalLM .* packed logits differ"):
-        load_base(tiny_qwen3_5(tmp_path), device="cpu")
+        load_base(QWEN.make(tmp_path), device="cpu")
 
 
 def test_a_state_that_is_not_handed_on_is_refused_at_load(
@@ -209,15 +209,10 @@ def test_a_state_that_is_not_handed_on_is_refused_at_load(
 
     monkeypatch.setattr("mint_core.model.mixers.gated_delta_net.delta_step", forgetting)
     with pytest.raises(FailedPrecondition, match=r"Qwen3_5ForCausalLM .* decoded logits differ"):
-        load_base(tiny_qwen3_5(tmp_path), device="cpu")
-
-
-def test_a_hybrid_with_experts_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FailedPrecondition, match=r"Qwen3Next.* it has experts, and layers that"):
-        load_base(tiny_qwen3_next_moe(tmp_path), device="cpu")
+        load_base(QWEN.make(tmp_path), device="cpu")
 
 
 def test_a_model_without_any_attention_is_refused_by_name(tmp_path: Path) -> None:
-    folder = tiny_qwen3_5(tmp_path, layer_types=["linear_attention"] * 3)
+    folder = QWEN.make(tmp_path, layer_types=["linear_attention"] * 3)
     with pytest.raises(FailedPrecondition, match="none of its layers has attention"):
         load_base(folder, device="cpu")

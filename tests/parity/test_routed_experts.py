@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from mint_core.lora.spec import LoraRequest
 from sampler_service.jobs import CHUNK_TOKENS, Generated, Routed
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
-from tests.mixtures import CONFIGS, EXPERTS, PER_TOKEN, tiny_mixture
+from tests.families import named
+from tests.family import Family, params
+from tests.hybrids import HYBRID_MIXTURES
+from tests.mixtures import EXPERTS, MIXTURES, PER_TOKEN
 from tests.parity.peft_oracle import PeftTrainer
 from tests.parity.sampler_checks import random_tokens
 from tests.parity.test_fused_equals_alone import equal
@@ -27,6 +30,7 @@ from trainer_service.jobs import AdamParams, CrossEntropy, Document
 
 TOLERANCE = 1e-5
 REQUEST = LoraRequest(rank=8, seed=1)
+MODELS = [each for each in (*MIXTURES, *HYBRID_MIXTURES) if not each.reads_more_than_text]
 ADAPTER = "mint://r-1/sampler_weights/a@1"
 
 
@@ -51,9 +55,10 @@ def logits_router(router: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
 
 
 ROUTERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
-    "qwen3-moe": softmax_router,
-    "deepseek-v3": sigmoid_router,
-    "granite-moe": logits_router,
+    "Qwen 3 MoE": softmax_router,
+    "DeepSeek-V3": sigmoid_router,
+    "Granite MoE": logits_router,
+    "Qwen 3.5 MoE of text": softmax_router,
 }
 
 
@@ -84,7 +89,7 @@ def routing(model: nn.Module, weights_of: Callable[..., Tensor], chosen: Routed)
 
 @pytest.mark.parametrize("family", ROUTERS)
 def test_the_gradient_through_told_experts_is_that_of_peft(family: str, tmp_path: Path) -> None:
-    folder = tiny_mixture(tmp_path, family)
+    folder = named(family).make(tmp_path)
     engine = make_engine(folder)
     assert engine.description.routed is not None
     layers = engine.description.routed.layers
@@ -107,9 +112,10 @@ def test_the_gradient_through_told_experts_is_that_of_peft(family: str, tmp_path
         assert distance(gradient[name], oracle.gradient(name)) < TOLERANCE, name
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=params(MODELS, ROUTERS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_mixture(tmp_path_factory.mktemp(request.param), request.param)
+    family: Family = request.param
+    return family.make(tmp_path_factory.mktemp(family.id))
 
 
 @pytest.fixture(scope="module")

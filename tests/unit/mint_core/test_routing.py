@@ -9,15 +9,18 @@ from mint_core.lora.segments import Segment
 from mint_core.model.attention import PackedAttention
 from mint_core.model.base import LoadedBase
 from mint_core.model.routing import ROUTERS_CHOICE
-from tests.mixtures import CONFIGS, EXPERTS, PER_TOKEN, tiny_mixture
+from tests.family import Family, params
+from tests.hybrids import HYBRID_MIXTURES
+from tests.mixtures import EXPERTS, MIXTURES, PER_TOKEN
 from tests.models import load_base
 
 TOKENS = 23
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=params([*MIXTURES, *HYBRID_MIXTURES]))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedBase:
-    return load_base(tiny_mixture(tmp_path_factory.mktemp("model"), request.param))
+    family: Family = request.param
+    return load_base(family.make(tmp_path_factory.mktemp("model")))
 
 
 @torch.no_grad()
@@ -35,7 +38,9 @@ def test_what_a_model_says_of_its_experts(base: LoadedBase) -> None:
     assert routed in (RoutedShape(2, EXPERTS, PER_TOKEN), RoutedShape(3, EXPERTS, PER_TOKEN))
     assert base.description.bitwise_reproducible
     names = base.description.linear_modules
-    assert not [name for name in names if ".experts" in name or ".router" in name]
+    assert not [
+        name for name in names if ".experts" in name or ".router" in name or "_gate." in f"{name}."
+    ]
 
 
 @pytest.mark.parametrize("rows", [range(4), range(3, 8), range(6, 23)])

@@ -1,8 +1,7 @@
-"""The sampler on models whose layers mix tokens through states: each sequence has its own, beside
-the paged cache of the layers that attend.
+"""The sampler on models whose layers have experts, or mix tokens through states, or both. Each
+sequence has states of its own, beside the paged cache of the layers that attend.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from sampler_service.engine.cache.prefixes import STATE_TOKENS
 from sampler_service.engine.decoder import Decoder
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.engines_in_process import make_engine, score
-from tests.hybrids import tiny_granite_hybrid, tiny_lfm2, tiny_qwen3_5, tiny_qwen3_next
+from tests.family import Family, params
+from tests.hybrids import BY_DEFAULT, HYBRID_MIXTURES, HYBRIDS
+from tests.mixtures import MIXTURES
 from tests.parity.sampler_checks import (
     assert_bitwise,
     assert_busy_is_idle,
@@ -26,13 +27,14 @@ from tests.parity.sampler_checks import (
 )
 from tests.parity.test_sampler_prefixes import joined
 from tests.sampler_in_process import SamplerEngine
+from trainer_service.engine.engine import Engine
 
 TOLERANCE = 1e-5
 ALL = "mint://r-1/sampler_weights/all@1"
 MIXING = "mint://r-2/sampler_weights/attn@1"
 REQUESTS = {ALL: LoraRequest(rank=8), MIXING: LoraRequest(rank=3, train_mlp=False)}
 ADAPTERS = (BASE_MODEL, *REQUESTS)
-MODELS = [tiny_qwen3_5, tiny_qwen3_next, tiny_lfm2, tiny_granite_hybrid]
+WITH_STATES = [each for each in (*HYBRIDS, *HYBRID_MIXTURES) if not each.reads_more_than_text]
 
 
 def make_sampler(folder: Path, **changes: object) -> SamplerEngine:
@@ -42,10 +44,22 @@ def make_sampler(folder: Path, **changes: object) -> SamplerEngine:
     return sampler
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=params([*WITH_STATES, *MIXTURES], BY_DEFAULT))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make: Callable[[Path], Path] = request.param
-    return make(tmp_path_factory.mktemp("model"))
+    family: Family = request.param
+    return family.make(tmp_path_factory.mktemp(family.id))
+
+
+@pytest.fixture(scope="module", params=params(WITH_STATES, BY_DEFAULT))
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with states."""
+    family: Family = request.param
+    return family.make(tmp_path_factory.mktemp(family.id))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return make_engine(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def test_greedy_equals_generate(folder: Path, sampler: SamplerEngine, prompt_tok
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_model_logprobs_equal_the_trainers(
-    adapter: str, folder: Path, sampler: SamplerEngine
+    adapter: str, engine: Engine, sampler: SamplerEngine
 ) -> None:
     prompt = random_tokens(1, 60)
     generated = sampler.generate(
@@ -68,7 +82,7 @@ def test_model_logprobs_equal_the_trainers(
     )
     (continuation,) = generated.continuations
     own = (sampler.row(adapter).spec, sampler.arrays[adapter]) if adapter else ()
-    trained = score(make_engine(folder), [*prompt, *continuation.tokens.tolist()], *own)
+    trained = score(engine, [*prompt, *continuation.tokens.tolist()], *own)
     assert generated.prompt_logprobs is not None
     ours = np.concatenate([generated.prompt_logprobs, continuation.model_logprobs])
     assert np.abs(ours - trained).mean() <= TOLERANCE
@@ -106,8 +120,8 @@ def test_a_stream_hands_out_the_same(sampler: SamplerEngine) -> None:
     assert_bitwise(whole, Generated(continuations=joined(sampler.parts[number])))
 
 
-def test_a_known_prompt_gives_the_same_bits(folder: Path) -> None:
-    sampler = make_sampler(folder)
+def test_a_known_prompt_gives_the_same_bits(hybrid: Path) -> None:
+    sampler = make_sampler(hybrid)
     for adapter in (BASE_MODEL, ALL):
         for n in (1, 2, 16, 17, 100, CHUNK_TOKENS + 1, CHUNK_TOKENS + 77):
             wish: dict[str, Any] = {"prompt": random_tokens(n, n), "adapter": adapter, "seed": n}
@@ -117,14 +131,14 @@ def test_a_known_prompt_gives_the_same_bits(folder: Path) -> None:
             assert again.prompt_cache_hit_tokens == n - 1
 
 
-def test_a_beginning_is_found_up_to_the_last_state_that_is_kept(folder: Path) -> None:
-    sampler = make_sampler(folder)
+def test_a_beginning_is_found_up_to_the_last_state_that_is_kept(hybrid: Path) -> None:
+    sampler = make_sampler(hybrid)
     beginning = random_tokens(1, 2 * STATE_TOKENS - 20)
     sampler.generate(beginning)
     prompt = [*beginning, *random_tokens(2, 60)]
     ours = sampler.generate(prompt, seed=5)
     assert ours.prompt_cache_hit_tokens == STATE_TOKENS
-    assert bits(ours) == bits(make_sampler(folder).generate(prompt, seed=5))
+    assert bits(ours) == bits(make_sampler(hybrid).generate(prompt, seed=5))
 
 
 def test_requests_that_come_together_give_the_bits_of_one_alone(folder: Path) -> None:
@@ -167,7 +181,7 @@ def test_a_pass_that_is_computed_again_takes_no_row_in_twice(sampler: SamplerEng
     assert bits(sampler.answer(early)) == bits(expected)
 
 
-def test_decoding_over_static_tensors_gives_what_ordinary_passes_give(folder: Path) -> None:
+def test_decoding_over_static_tensors_gives_what_ordinary_passes_give(hybrid: Path) -> None:
     """As it is recorded on a GPU; here it runs unrecorded."""
 
     def generate(sampler: SamplerEngine) -> list[Generated]:
@@ -182,8 +196,8 @@ def test_decoding_over_static_tensors_gives_what_ordinary_passes_give(folder: Pa
             sampler.step()
         return [sampler.answer(number) for number in numbers]
 
-    expected = generate(make_sampler(folder))
-    sampler = make_sampler(folder)
+    expected = generate(make_sampler(hybrid))
+    sampler = make_sampler(hybrid)
     runner = sampler.engine.runner
     runner.decoder = Decoder(
         sampler.engine.base,
@@ -199,7 +213,8 @@ def test_decoding_over_static_tensors_gives_what_ordinary_passes_give(folder: Pa
             np.testing.assert_allclose(a.model_logprobs, b.model_logprobs, atol=2 * TOLERANCE)
 
 
-def test_states_are_counted_where_memory_is(sampler: SamplerEngine) -> None:
+def test_states_are_counted_where_memory_is(hybrid: Path) -> None:
+    sampler = SamplerEngine(hybrid)
     cache = sampler.engine.runner.cache
     assert cache.states.slots == 2 * 16 + 1
     slots_bytes = (cache.states.slots - 1) * cache.states.slot_bytes

@@ -1,0 +1,109 @@
+"""A row of the table of families, and what rows are made of."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from _pytest.mark import ParameterSet
+
+from tests.models import SIZES, make_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A row of the table."""
+
+    name: str
+    architecture: str  # the class that config.json names
+    # What sets it apart; of a refused one what is missing, as the refusal has it.
+    own: str
+    served: bool
+    values: Mapping[str, Any] = field(repr=False)  # of a tiny configuration
+    # PEFT takes the names of its MLPs for those that experts had before transformers fused them.
+    peft_opens_mlps: bool = True
+    tolerance: float = 1e-5  # of the norm of each tensor, against float64
+
+    @property
+    def id(self) -> str:
+        return self.name.lower().replace(" ", "-")
+
+    @property
+    def known(self) -> bool:
+        """To this release of transformers."""
+        return hasattr(transformers, self.architecture)
+
+    @property
+    def reads_more_than_text(self) -> bool:
+        return "text_config" in self.values
+
+    def make(self, folder: Path, **changes: Any) -> Path:
+        """A tiny seeded model, none of whose weights is 0 or 1."""
+        model_class = getattr(transformers, self.architecture)
+        config = model_class.config_class(**{**self.values, **changes})
+        return make_model(folder, model_class, config)
+
+
+def params(
+    families: Sequence[Family], by_default: Collection[str] | None = None
+) -> list[ParameterSet]:
+    """What tests are run with: by default those of these names, or else the first of each code
+    path; all by `make models`.
+    """
+    chosen = []
+    paths: set[str] = set()
+    for family in families:
+        if family.known:
+            marks = [pytest.mark.xdist_group(family.id)]
+            first = family.own not in paths
+            paths.add(family.own)
+            if not (first if by_default is None else family.name in by_default):
+                marks.append(pytest.mark.models)
+            chosen.append(pytest.param(family, id=family.id, marks=marks))
+    return chosen
+
+
+def sized(**changes: Any) -> dict[str, Any]:
+    """None: no such value."""
+    return {key: value for key, value in {**SIZES, **changes}.items() if value is not None}
+
+
+def served(
+    name: str,
+    architecture: str,
+    own: str,
+    *,
+    peft_opens_mlps: bool = True,
+    tolerance: float = 1e-5,
+    **changes: Any,
+) -> Family:
+    return Family(
+        name=name,
+        architecture=architecture,
+        own=own,
+        served=True,
+        values=sized(**changes),
+        peft_opens_mlps=peft_opens_mlps,
+        tolerance=tolerance,
+    )
+
+
+def composite(
+    name: str, architecture: str, own: str, *, tolerance: float = 1e-5, **values: Any
+) -> Family:
+    return Family(
+        name=name,
+        architecture=architecture,
+        own=f"text alone; {own}",
+        served=True,
+        values=values,
+        tolerance=tolerance,
+    )
+
+
+def refused(name: str, architecture: str, own: str, **changes: Any) -> Family:
+    return Family(
+        name=name, architecture=architecture, own=own, served=False, values=sized(**changes)
+    )
