@@ -2,7 +2,7 @@
 take seconds. What is ours each process imports by itself, and from there on it is as after a cold
 start. A service has a nursery of its own beside it, so that its engine is its child.
 
-Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment: tests set it, and
+Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment. Tests set it;
 benchmarks do not, since they measure processes as they are by themselves.
 """
 
@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -184,15 +185,18 @@ def _fork() -> int:
 def _fork_for_the_front() -> int:
     """The child's own parent ends at once, so that the front becomes it."""
     reading, writing = os.pipe()
-    if parent := os.fork():
+    if between := os.fork():
         os.close(writing)
-        os.waitpid(parent, 0)
+        os.waitpid(between, 0)
         pid = int(os.read(reading, 16))
         os.close(reading)
         return pid
+    between = os.getpid()
     if pid := os.fork():
         os.write(writing, str(pid).encode())
         os._exit(0)
+    while os.getppid() == between:  # engines ask to end with their parent
+        time.sleep(0.001)
     return 0
 
 
