@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.warm import started
+
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 30.0
 
@@ -72,9 +74,7 @@ def _running(
             "ready_file": ready_file,
         }
         with log.open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments(settings)], stderr=errors
-            )
+            process = started([sys.executable, "-m", module, *arguments(settings)], stderr=errors)
         try:
             addresses = _await_ready(process, ready_file, log)
             yield RunningService(**addresses, process=process, log=log)

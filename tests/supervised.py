@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.servers import arguments
+from tests.warm import children, started
 
 LIMIT_S = 60.0
 
@@ -86,7 +87,7 @@ class Supervised:
         try:
             front = psutil.Process(self._process.pid)
             # A child that is still a copy of the front would stop it if it were stopped.
-            return [each for each in front.children() if each.cmdline() != front.cmdline()]
+            return [each for each in children(front.pid) if each.cmdline() != front.cmdline()]
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return []
 
@@ -125,9 +126,7 @@ class Supervised:
             while not self._stopping:
                 more = self._environments.pop(0) if self._environments else {}
                 with self._may_start, self._changed:
-                    self._process = subprocess.Popen(
-                        self._command, stderr=log, env={**os.environ, **more}
-                    )
+                    self._process = started(self._command, stderr=log, env={**os.environ, **more})
                     self.starts += 1
                     self._changed.notify_all()
                 self.exits.append(self._process.wait())

@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mintrpc.v1 import sampler_pb2_grpc
 from tests.samplers import DEADLINE_S, connected, sample_request, tokens_of
 from tests.servers import running_sampler
+from tests.warm import children
 
 DRAIN_LIMIT_S = 15.0
 # Done in a fraction of the 5 s that calls under way are given, also on a busy machine; the others
@@ -60,7 +60,7 @@ def test_it_says_so_refuses_more_ends_what_it_can_and_exits(
 
 def await_work(front: int) -> None:
     """Waits until a service's engine computes."""
-    (engine,) = psutil.Process(front).children()
+    (engine,) = children(front)
     started_s = engine.cpu_times().user
     deadline = time.monotonic() + DEADLINE_S
     while engine.cpu_times().user < started_s + 0.1:

@@ -19,6 +19,7 @@ from tests.hostile.attacks import Hostile
 from tests.hostile.neighbour import Neighbour
 from tests.keys import make_key
 from tests.servers import RunningService, running_sampler, running_trainer
+from tests.warm import children
 
 MOST_MIB = 400  # by which a front may have grown: what its allocator keeps
 MOST_DESCRIPTORS = 20
@@ -37,9 +38,9 @@ class Stage:
 
     def engines(self) -> list[int]:
         """Their process ids: another is another engine."""
-        children = [child for front in self.fronts() for child in front.children()]
+        found = [child for front in self.fronts() for child in children(front.pid)]
         # Not the process that makes tokens of texts, which is started when it is first asked.
-        return [each.pid for each in children if "mint_core.text" not in each.cmdline()]
+        return [each.pid for each in found if "mint_core.text" not in each.cmdline()]
 
     def descriptors(self) -> list[int]:
         return [front.num_fds() for front in self.fronts()]

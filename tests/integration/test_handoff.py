@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from checkpoint_store import CheckpointStore, parse_path
@@ -23,6 +22,7 @@ from tests.servers import (
     running_trainer,
 )
 from tests.trainer_rpc import RawRun, create, datum
+from tests.warm import children
 
 ADAM = types_pb2.AdamParams(learning_rate=0.05)
 
@@ -223,8 +223,8 @@ def test_the_next_trainer_stores_what_a_killed_one_left_in_memory(tmp_path: Path
             run = create(trainer_pb2_grpc.TrainerServiceStub(channel))
             step(run)
             path = publish(run)
-        processes = [trainer.process.pid, *_children(trainer.process.pid)]
-        for pid in processes:
+        engines = [engine.pid for engine in children(trainer.process.pid)]
+        for pid in (trainer.process.pid, *engines):
             os.kill(pid, signal.SIGKILL)
         trainer.process.wait(DEADLINE_S)
     assert len(list(tmp_path.glob("memory/*/*/*"))) == 1
@@ -235,10 +235,6 @@ def test_the_next_trainer_stores_what_a_killed_one_left_in_memory(tmp_path: Path
         until(lambda: len(list(memory.glob("*"))) == 1)
     assert CheckpointStore(tmp_path / "store").open(path, tenant="default")
     assert not memory.exists()
-
-
-def _children(pid: int) -> list[int]:
-    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def test_a_store_that_fails_is_said_of_the_run(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -19,6 +18,7 @@ from mintrpc.v1 import model_pb2, model_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 from tests.engines.rows import HELD
 from tests.servers import RunningService, running_summing_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, create_request, datum
+from tests.warm import children
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def channel(service: RunningService) -> Iterator[grpc.Channel]:
 
 
 def kill_engine(service: RunningService, number: int = signal.SIGKILL) -> None:
-    (engine,) = psutil.Process(service.process.pid).children()
+    (engine,) = children(service.process.pid)
     os.kill(engine.pid, number)
 
 

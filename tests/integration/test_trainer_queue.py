@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 
 import mint
@@ -21,6 +20,7 @@ from tests.keys import make_key
 from tests.metrics import Samples, scrape, value
 from tests.servers import RunningService, running_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, RawRun, create, datum
+from tests.warm import children
 
 CALLS, TOKENS = 3, 40
 
@@ -38,7 +38,7 @@ class Bounded:
     @contextmanager
     def engine_stopped(self) -> Iterator[None]:
         """Holds the engine: what it is given waits."""
-        (engine,) = psutil.Process(self.service.process.pid).children()
+        (engine,) = children(self.service.process.pid)
         os.kill(engine.pid, signal.SIGSTOP)
         try:
             yield
