@@ -293,7 +293,11 @@ def texts(hostile: Hostile) -> None:
     hostile.expect(OK | BAD | FULL, "ModelService/RenderChat", chat)
     tokens = {"tokens": [1] * (hostile.size * 16_000)}
     for method, request, codes in (
-        ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * (hostile.size * 65_000)]), OK | BAD | FULL),
+        (
+            "Tokenize",
+            model_pb2.TokenizeRequest(texts=["a" * (hostile.size * 65_000)]),
+            OK | BAD | FULL,
+        ),
         ("Tokenize", model_pb2.TokenizeRequest(texts=["a" * 4_194_305]), BAD),
         ("Detokenize", model_pb2.DetokenizeRequest(sequences=[tokens]), OK | BAD | FULL),
     ):
