@@ -9,6 +9,7 @@ from mint_core.addresses import host_and_port
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from trainer_service.journal.schema import SAVED_ROWS
 
+MAX_GROUPS = 256
 STORE_SHARE = 0.8  # of the disk, for one tenant
 
 
@@ -23,12 +24,22 @@ class TrainerConfig(ServiceConfig):
         "HOST:PORT of the sampler that shares the store, for clients; empty: the same host, port "
         "50052",
     )
+    groups: int = option(
+        0,
+        "engines among which training runs are spread, each with the whole base model; a run goes "
+        "to another when loads differ, when its own is drained, and when that cannot start again; "
+        "0: one for each of `devices`, or 1",
+    )
+    devices: str = option(
+        "",
+        "the device of each group, as in cuda:0,cuda:1; empty: `device` for all of them",
+    )
     max_batch_tokens: int = option(
         0, "most tokens of one pass through the base model; 0: computed from free memory"
     )
     row_memory_mib: int = option(
         0,
-        "memory of the device, in MiB, for the weights, gradients and moments of training runs; "
+        "memory of a group's device, in MiB, for the weights, gradients and moments of its runs; "
         "those of the runs idle for longest move to host memory, then to disk, and come back when "
         "they are called; 0: computed from free memory",
     )
@@ -99,6 +110,7 @@ class TrainerConfig(ServiceConfig):
             )
         if self.sampler_address:
             host_and_port(self.sampler_address, "sampler_address")
+        self._check_groups()
         self.require_at_least(0, "max_batch_tokens", "row_memory_mib", "host_row_memory_mib")
         self.require_at_least(0, "snapshot_memory_mib", "state_quota_gib", "store_quota_gib")
         for name in ("gap_s", "retention_days", "snapshot_s", "drain_s"):
@@ -106,6 +118,37 @@ class TrainerConfig(ServiceConfig):
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
         self.require_at_least(1, "queue_calls", "queue_tokens")
+
+    def _check_groups(self) -> None:
+        self.require_at_least(0, "groups")
+        if self.groups > MAX_GROUPS:
+            raise ValueError(f"`groups` must be at most {MAX_GROUPS}, got {self.groups}")
+        if not self.devices:
+            return
+        if self.device != "auto":
+            raise ValueError(
+                f"`device` {self.device} is that of all groups and `devices` {self.devices} says "
+                "which each has; give one of the two"
+            )
+        if not all(self.group_devices):
+            raise ValueError(f"`devices` {self.devices} has an empty place; give as many as groups")
+        if self.groups not in (0, len(self.group_devices)):
+            raise ValueError(
+                f"`groups` is {self.groups} but `devices` names {len(self.group_devices)}; give a "
+                "device for each group, or leave `groups` out"
+            )
+
+    @property
+    def group_devices(self) -> tuple[str, ...]:
+        """The device of each group."""
+        if self.devices:
+            return tuple(device.strip() for device in self.devices.split(","))
+        return (self.device,) * (self.groups or 1)
+
+    @property
+    def sharing(self) -> int:
+        """How many groups have this one's device, and divide its free memory."""
+        return max(1, self.group_devices.count(self.device))
 
     @property
     def state_folder(self) -> Path:

@@ -5,9 +5,11 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from mint_core.errors import EngineDied, EngineFault
+from mint_core.errors import EngineDied, EngineFault, Unavailable
 from trainer_service.calls import Load
+from trainer_service.groups.group import Group
 from trainer_service.jobs import CreateRow, DropRow, RowDescription, SavedRow, Source
 from trainer_service.queue.planner import most_tile_tokens
 from trainer_service.queue.scheduler import NotStarted
@@ -20,42 +22,63 @@ logger = logging.getLogger(__name__)
 MOST_ATTEMPTS = 3  # at a row with which engines die
 
 
-# What is known of a run, the life of the engine that has its row and, of one that starts from a
-# checkpoint, the row on disk apart from that.
-Made = tuple[RunOrigin, RunState, int, SavedRow | None]
+class Made(NamedTuple):
+    """What is known of a run."""
+
+    origin: RunOrigin
+    state: RunState
+    group: Group
+    life: int  # of the engine that has its row
+    saved_row: SavedRow | None  # of one that starts from a checkpoint, on disk apart from that
 
 
 class Creation:
     """All methods belong to one event loop."""
 
     def __init__(self, services: RunServices) -> None:
-        self._scheduler = services.scheduler
+        self._groups = services.groups
         self._checkpoints = services.checkpoints
         self._saved_rows = services.saved_rows
 
     async def make(self, tenant: str, request: CreateRun, number: Callable[[], int]) -> Made:
         """Makes a row, and gives it a number once it is there."""
         job = await self._row_to_make(f"run-{secrets.token_hex(8)}", tenant, request)
+        try:
+            group, life, description, saved_row = await self._make_row(job)
+        except BaseException:
+            self._groups.forget(job.training_run_id)
+            raise
+        origin = self._origin(tenant, request, job, description, number(), group)
+        created_s = origin.create_time.timestamp()
+        step = job.request.step if isinstance(job.request, Source) else 0
+        state = RunState(step=step, update_time_s=created_s)
+        return Made(origin, state, group, life, saved_row)
+
+    async def _make_row(self, job: CreateRow) -> tuple[Group, int, RowDescription, SavedRow | None]:
+        """Where it is, and what is said of it."""
         deaths = 0
         while deaths < MOST_ATTEMPTS:
-            life = await self._scheduler.up()
+            group = self._groups.expect(job.training_run_id)
             try:
-                description: RowDescription = await self._scheduler.row(job, life)
+                life = await self._groups.up(group)
+            except Unavailable:  # another is up, or comes
+                if self._groups.closed:
+                    raise
+                continue
+            try:
+                description = await group.scheduler.row(job, life)
                 saved_row = None
                 if isinstance(job.request, Source):
-                    saved_row = await self._saved_rows.take(job.training_run_id, 0, life)
+                    saved_row = await self._saved_rows.take(group, job.training_run_id, 0, life)
             except EngineDied as death:
                 deaths += not isinstance(death, NotStarted)
                 logger.warning("an engine ended while a run was made: %s", death.message)
             except BaseException:
                 with suppress(EngineDied):
-                    await self._scheduler.row(DropRow(job.training_run_id), life)
+                    await group.scheduler.row(DropRow(job.training_run_id), life)
                 raise
             else:
-                origin = self._origin(tenant, request, job, description, number())
-                created_s = origin.create_time.timestamp()
-                step = job.request.step if isinstance(job.request, Source) else 0
-                return origin, RunState(step=step, update_time_s=created_s), life, saved_row
+                return group, life, description, saved_row
         raise EngineFault(f"{MOST_ATTEMPTS} engines ended while they made the run")
 
     def _origin(
@@ -65,8 +88,9 @@ class Creation:
         job: CreateRow,
         description: RowDescription,
         number: int,
+        group: Group,
     ) -> RunOrigin:
-        model = self._scheduler.model
+        model = self._groups.model
         return RunOrigin(
             training_run_id=job.training_run_id,
             tenant=tenant,
@@ -78,7 +102,7 @@ class Creation:
             row_bytes=description.row_bytes,
             create_time=datetime.now(UTC),
             isolated=request.isolated,
-            tile_tokens=most_tile_tokens(self._scheduler.max_batch_tokens),
+            tile_tokens=most_tile_tokens(group.scheduler.max_batch_tokens),
         )
 
     async def _row_to_make(
@@ -88,5 +112,5 @@ class Creation:
         if not isinstance(source, Load):
             return CreateRow(training_run_id, source)
         opened = await self._checkpoints.open(source, tenant)
-        opened.check_served(self._scheduler.model)
+        opened.check_served(self._groups.model)
         return CreateRow(training_run_id, opened.source)

@@ -25,6 +25,11 @@ class RunOrigin:
     isolated: bool
     tile_tokens: int  # at which its calls are cut, whatever memory a later engine finds
 
+    @property
+    def whole_row_bytes(self) -> int:
+        """Of weights, gradient and two moments."""
+        return 4 * self.row_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
@@ -87,4 +92,5 @@ class RunView:
     state: RunState
     next_sequence: int
     lost: str  # why; empty while the run can be used
+    group: str = ""  # empty: it has not been called since the server was started
     trouble: str = ""  # what else is wrong; empty: nothing

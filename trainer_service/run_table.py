@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from mint_core.rpc.quotas import Account, QuotaBook
 from trainer_service.run.run import Run
 
-ROW_PARTS = 4  # weights, gradient and two moments
 _DELETE = "delete training runs that are not needed (DeleteTrainingRun)"
 
 
@@ -48,4 +47,4 @@ class RunTable:
 
     def _note(self, run: Run, sign: int) -> None:
         self._count.add(run.origin.tenant, sign)
-        self._row_bytes.add(run.origin.tenant, sign * run.origin.row_bytes * ROW_PARTS)
+        self._row_bytes.add(run.origin.tenant, sign * run.origin.whole_row_bytes)

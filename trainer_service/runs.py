@@ -74,7 +74,7 @@ class Runs:
         clock: Clock = time.monotonic,
     ) -> None:
         self._services = services
-        self._scheduler = services.scheduler
+        self._groups = services.groups
         self._journal = journal
         self._admission = admission
         self._limits = limits
@@ -125,7 +125,7 @@ class Runs:
                 self._services.tasks.start(self._remove_later(run), f"removal of {run.id}")
                 continue
             self._loops[run] = RunLoop(run, self._services)
-            for call in before.unanswered(self._scheduler.model):
+            for call in before.unanswered(self._groups.model):
                 run.begin(call)
         self._recalled = True
         self._services.tasks.start(self._keep_expiring(), "expiry of runs")
@@ -185,8 +185,8 @@ class Runs:
             events = RunEvents(
                 run,
                 partial(self.view, run),
-                partial(self._scheduler.forecast, tenant, training_run_id),
-                [self._scheduler.followers, self._services.checkpoints.handoff.followers],
+                lambda: run.group.scheduler.forecast(tenant, training_run_id),
+                [self._groups.followers, self._services.checkpoints.handoff.followers],
             )
         return events.read(resume_after)
 
@@ -217,7 +217,7 @@ class Runs:
             async with asyncio.timeout(FINISHING_SHARE * limit_s):
                 for run in list(self._loops):
                     await run.inbox.at_rest.wait()
-        self._scheduler.hold()
+        self._groups.hold()
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s - (time.monotonic() - started_s)):
                 idle = [run for run in self._loops if run.inbox.at_rest.is_set()]
@@ -268,10 +268,11 @@ class Runs:
             raise error
         number = partial(next, self._numbers)
         with self._table.room(tenant):
-            origin, state, life, saved_row = await self._creation.make(tenant, request, number)
+            made = await self._creation.make(tenant, request, number)
         retention = Retention(request.retention_s or self._retention_s, self._clock)
-        run = self._run_of(origin, state, request.metadata, retention)
-        run.row_life = life
+        run = self._run_of(made.origin, made.state, request.metadata, retention)
+        self._groups.assign(run, made.group)
+        run.row_life = made.life
         answer = remembered.brief(create_response(run.view()))
         record = RunRecord(
             number=run.origin.number,
@@ -283,13 +284,14 @@ class Runs:
             state=run.state,
         )
         try:
-            await run.journal.created(record, saved_row, request.identity, answer)
+            await run.journal.created(record, made.saved_row, request.identity, answer)
         except MintError:  # what is not noted is not there
+            self._groups.forget(run.id)
             with suppress(EngineDied):
-                await self._scheduler.row(DropRow(run.id), life)
+                await run.group.scheduler.row(DropRow(run.id), run.row_life)
             raise
-        if saved_row is not None:
-            self._services.saved_rows.replaced(run, saved_row)
+        if made.saved_row is not None:
+            self._services.saved_rows.replaced(run, made.saved_row)
         self._table.add(run)
         self._loops[run] = RunLoop(run, self._services)
         return answer
@@ -309,6 +311,7 @@ class Runs:
             journal=RunJournal(self._journal, origin),
             admission=self._admission,
             limits=self._limits,
+            group=self._groups.first,
         )
 
     async def _open(self, tenant: str, request: OpenRun) -> bytes:
@@ -354,7 +357,7 @@ class Runs:
         fault_point("removal:begun")
         gone = TrainingRunNotFound(run.id)
         run.abandon(gone)
-        self._scheduler.withdraw(run.id, gone)
+        run.group.scheduler.withdraw(run.id, gone)
 
     async def _remove(self, run: Run) -> None:
         """Removes what a run that is closing has left, and its record last."""
@@ -369,7 +372,8 @@ class Runs:
             await self._services.checkpoints.handoff.delete_run(run.origin, named=removal.named)
             if run.row_life:
                 with suppress(EngineDied):  # and the row with it
-                    await self._scheduler.row(DropRow(run.id), run.row_life)
+                    await run.group.scheduler.row(DropRow(run.id), run.row_life)
+            self._groups.forget(run.id)
             self._services.saved_rows.forget(run)
             fault_point("removal:before-record")
             await run.journal.removed()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from checkpoint_store import SnapshotMemory, open_store, snapshot_folder
@@ -21,12 +22,13 @@ from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
 from trainer_service.job_files import job_files
-from trainer_service.jobs import RowCounts
+from trainer_service.groups.desk import GroupDesk
+from trainer_service.groups.group import Group
+from trainer_service.groups.groups import Groups
 from trainer_service.journal.ledger import check_base
 from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal
 from trainer_service.queue.admission import Admission
-from trainer_service.queue.scheduler import Scheduler
 from trainer_service.queue.usage import Usage
 from trainer_service.run.call_numbers import CallLimits
 from trainer_service.run.retention import Clock
@@ -58,11 +60,20 @@ FEATURES = (
     "for_tenant",
     "typed_tensors",
     "routed_experts",
+    "groups",
+)
+
+
+_OF_GROUPS: Sequence[tuple[str, str, Callable[[Group], float]]] = (
+    ("mint_group_ready", "1 while the group's engine is up", lambda group: group.engine.ready),
+    ("mint_group_tokens", "Tokens computed, as planned", lambda group: group.meter.tokens),
+    ("mint_group_busy_seconds", "Time of its engine", lambda group: group.meter.busy_s),
+    ("mint_group_restarts", "Times it was started again", lambda group: group.engine.restarts),
 )
 
 
 class TrainerService:
-    """One engine and what stands between it and the network."""
+    """Engines and what stands between them and the network."""
 
     def __init__(
         self,
@@ -75,10 +86,20 @@ class TrainerService:
     ) -> None:
         self._config = config
         self.tasks = Tasks()
-        hosts = engine_hosts(config, job_files(config.saved_row_folder), config.row_folders)
-        self.engine = EngineProcess(engine_module, config, hosts(0))
-        self.scheduler = scheduler = Scheduler(self.engine, Usage(metrics), door.weight_of)
-        self._checkpoints = _checkpoints(config, scheduler, metrics)
+        self.table = RunTable(quotas)
+        files, count = job_files(config.saved_row_folder), len(config.group_devices)
+        hosts = engine_hosts(config, files, config.row_folders, count=count)
+        self.groups = groups = Groups(
+            config,
+            lambda config, number: EngineProcess(engine_module, config, hosts(number)),
+            Usage(metrics),
+            door.weight_of,
+            self.table,
+            self.tasks,
+        )
+        self.engine = groups.engines
+        self.group_desk = GroupDesk(groups, self.tasks)
+        self._checkpoints = _checkpoints(config, groups, metrics)
         self.journal = Journal(config.state_folder)
         quota_bytes = int(config.state_quota_gib * 2**30)
         self._size = StateSize(config.state_folder, quota_bytes, self.journal.reserve, metrics)
@@ -88,13 +109,12 @@ class TrainerService:
             metrics.queue_depth,
             Load(count=config.queue_calls, tokens=config.queue_tokens),
             per_run=not door.tells_tenants,
-            predict=scheduler.predict_s,
+            predict=groups.predict_s,
         )
         self.services = RunServices(
-            scheduler=scheduler,
+            groups=groups,
             checkpoints=self._checkpoints,
             saved_rows=SavedRows(
-                scheduler,
                 config.saved_row_folder,
                 self.tasks,
                 interval_s=config.snapshot_s,
@@ -111,7 +131,6 @@ class TrainerService:
             ),
         )
         self._quotas, self._ids = quotas, remembered_ids(quotas)
-        self.table = RunTable(quotas)
         self.runs = Runs(
             self.services,
             self.journal,
@@ -134,19 +153,24 @@ class TrainerService:
             features=FEATURES,
             sampler_address=self._config.sampler_address,
         )
-        served = ModelServicer(lambda: self.scheduler.description, lambda: self.engine.ready, offer)
+        served = ModelServicer(
+            lambda: self.groups.description,
+            lambda: self.engine.ready,
+            offer,
+            self.group_desk.offered,
+        )
         add_model_service(server, served)
         directory = RunDirectory(self.runs, self.table, self._checkpoints.store, self._ids)
         server.add(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
-            TrainerServicer(self.runs, directory, self.scheduler, served.texts),
+            TrainerServicer(self.runs, directory, self.groups, served.texts),
             "mintrpc.v1.TrainerService",
         )
         server.add(
             checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server,
             CheckpointServicer(
                 self._checkpoints,
-                self.scheduler,
+                self.groups,
                 self._quotas,
                 self._ids,
                 threads=self._config.threads,
@@ -155,15 +179,15 @@ class TrainerService:
         )
 
     async def start(self) -> None:
-        """Starts the engine, and goes on where the journal ends. Raises what keeps it from that."""
-        hello = await self.engine.start()
-        check_base(self.journal, hello.model)
+        """Starts the engines, and goes on where the journal ends. Raises what keeps them from
+        that.
+        """
+        check_base(self.journal, await self.groups.start())
         self.journal.start()
-        self.scheduler.welcome(hello)
         self._checkpoints.handoff.start()
         self.runs.start()
+        self.groups.feed()
         for name, work in {
-            "scheduler": self.scheduler.run(),
             "state's size": self._size.keep_measured(),
             "rows of idle runs": self.services.saved_rows.cover_idle(self.table.all),
             "sweeper": self._checkpoints.sweeper.run(),
@@ -174,7 +198,7 @@ class TrainerService:
         await self.tasks.stop()
         await asyncio.to_thread(self.journal.close)
         await self._checkpoints.handoff.stop()  # the engine writes what is not stored yet
-        await self.engine.close()
+        await self.groups.close()
 
     def _add_gauges(self, metrics: Metrics) -> None:
         for place in ("device", "host", "disk"):
@@ -189,6 +213,8 @@ class TrainerService:
             "Snapshots in memory that the store does not have yet",
             lambda: self._checkpoints.handoff.unstored,
         )
+        for name, help, read in _OF_GROUPS:
+            metrics.table(name, help, ["group"], partial(self._of_groups, read))
         metrics.gauge("mint_journal_commits", "Transactions on disk", lambda: self.journal.commits)
         metrics.gauge(
             "mint_journal_commit_seconds",
@@ -197,11 +223,13 @@ class TrainerService:
         )
 
     def _rows_in(self, place: str) -> float:
-        counts: RowCounts | None = self.engine.report
-        return float(getattr(counts, place, 0))
+        return float(sum(getattr(group.rows, place) for group in self.groups))
+
+    def _of_groups(self, read: Callable[[Group], float]) -> Mapping[tuple[str, ...], float]:
+        return {(group.name,): read(group) for group in self.groups}
 
 
-def _checkpoints(config: TrainerConfig, scheduler: Scheduler, metrics: Metrics) -> Checkpoints:
+def _checkpoints(config: TrainerConfig, groups: Groups, metrics: Metrics) -> Checkpoints:
     folder = snapshot_folder(config.snapshot_memory_folder, config.store)
     if folder is None:
         logger.info("no shared memory here: snapshots go through the store")
@@ -209,7 +237,7 @@ def _checkpoints(config: TrainerConfig, scheduler: Scheduler, metrics: Metrics) 
         config.store, config.store_folder, folder, saves=True, quota_bytes=config.store_quota_bytes
     )
     if folder is None:
-        return Checkpoints(store, None, scheduler.store)
+        return Checkpoints(store, None, groups.store)
     memory = SnapshotMemory(folder, config.snapshot_memory_mib * 2**20)
     metrics.memory_limit("snapshots", lambda: memory.limit_bytes)
-    return Checkpoints(store, memory, scheduler.store)
+    return Checkpoints(store, memory, groups.store)

@@ -16,9 +16,9 @@ from mint_core.rpc.errors import code_of
 from mint_core.text.process import TextProcess
 from mintrpc.v1 import trainer_pb2, trainer_pb2_grpc
 from trainer_service.calls import Call
+from trainer_service.groups.groups import Groups
 from trainer_service.jobs import most_targets
 from trainer_service.queue.planner import most_tile_tokens
-from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.watching import CallEnd, Event, QueueProgress
 from trainer_service.run_description import RunView
 from trainer_service.run_directory import RunDirectory
@@ -33,18 +33,18 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     """Parses, asks the runs, answers."""
 
     def __init__(
-        self, runs: Runs, directory: RunDirectory, scheduler: Scheduler, texts: TextProcess
+        self, runs: Runs, directory: RunDirectory, groups: Groups, texts: TextProcess
     ) -> None:
         self._texts = texts
         self._runs = runs
         self._directory = directory
-        self._scheduler = scheduler
+        self._groups = groups
 
     async def CreateTrainingRun(
         self, request: trainer_pb2.CreateTrainingRunRequest, context: Any
     ) -> Encoded:
         """See trainer.proto."""
-        parsed = requests.parse_create(request, self._scheduler.model)
+        parsed = requests.parse_create(request, self._groups.model)
         answer = await self._runs.create(caller().tenant, parsed)
         made = trainer_pb2.CreateTrainingRunResponse.FromString(answer)
         note(run=made.training_run.training_run_id)
@@ -122,8 +122,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             caller().refusals.append(error)
 
     async def _parse(self, request: Message) -> Call:
-        model = self._scheduler.model
-        most = most_targets(most_tile_tokens(self._scheduler.max_batch_tokens))
+        model = self._groups.model
+        most = most_targets(most_tile_tokens(self._groups.max_batch_tokens))
         most = min(most, model.vocabulary_size)
         parse = partial(parse_call, request, model, caller().refusals, most_targets=most)
         return await parsed(request.ByteSize(), parse)

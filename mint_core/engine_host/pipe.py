@@ -97,6 +97,7 @@ class Hello:
     adapter_ranks: int = 0  # sampler: largest sum of the stored ranks of adapters in memory
     kv_cache_tokens: int = 0  # sampler: whose keys and values fit in memory at the same time
     memory_limits: Mapping[str, int] = field(default_factory=dict)  # bytes, by what they are for
+    traits: str = ""  # on what the last bits of results depend, beside requests
 
 
 class EnginePipe:

@@ -20,6 +20,7 @@ from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
+from mint_core.engine_host.engines import Engines, as_engines
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, InvalidRequest, MintError
 from mint_core.hosting.service_config import ServiceConfig
@@ -43,10 +44,12 @@ C = TypeVar("C", bound=ServiceConfig)
 
 
 class Service(Protocol):
-    """What trainer and sampler each put between the network and their engine."""
+    """What trainer and sampler each put between the network and their engines."""
 
-    engine: EngineProcess
     tasks: Tasks  # what it does in the background: it cannot go on without any of it
+
+    @property
+    def engine(self) -> EngineProcess | Engines: ...
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the servicers. Called once, before `start`."""
@@ -114,9 +117,11 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     )
     service = build(config, metrics, door, quotas)
     service.add_to(server)
-    admin = AdminServicer(keys, quotas, metrics, service.engine, tls, stopped.set)
+    engines = as_engines(service.engine)
+    desk = getattr(service, "group_desk", None)  # of a trainer
+    admin = AdminServicer(keys, quotas, metrics, engines, tls, stopped.set, desk)
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, admin, ADMIN_SERVICE)
-    metrics.watch_engine(service.engine)
+    metrics.watch_engine(engines)
     try:
         address, metrics_address = await _listen(config, role, server, metrics, tls)
         logger.info(
@@ -129,7 +134,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         if await first(service.start(), stopped):
             server.begin()
             spare_what_is_there()
-            _tell_memory(role, service.engine, metrics)
+            _tell_memory(role, engines, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")
             logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
@@ -137,14 +142,14 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
                 addresses = {"address": address, "metrics_address": metrics_address}
                 write_whole(config.ready_file, json.dumps(addresses))
             service.tasks.start(server.keep_checking(), "keys and certificates")
-            await first(_serve(service, server), stopped)
+            await first(_serve(service, engines, server), stopped)
     finally:
         await server.stop(GRACE_S)
         await service.stop()
     logger.info("%s stopped", role)
 
 
-def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
+def _tell_memory(role: Role, engine: Engines, metrics: Metrics) -> None:
     """Says what the service may take, for those who start it beside others."""
     for of in engine.memory_limits:
         metrics.memory_limit(of, partial(engine.memory_limit, of))
@@ -241,14 +246,14 @@ async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool
     return ended
 
 
-async def _serve(service: Service, server: RpcServer) -> None:
+async def _serve(service: Service, engines: Engines, server: RpcServer) -> None:
     """Follows the engine's state. Raises if the service cannot go on."""
-    service.tasks.start(_follow(service.engine, server), "health")
+    service.tasks.start(_follow(engines, server), "health")
     error = await service.tasks.failure()
     raise TaskDied(str(error)) from error
 
 
-async def _follow(engine: EngineProcess, server: RpcServer) -> None:
+async def _follow(engine: Engines, server: RpcServer) -> None:
     """Keeps the health service at the engine's state."""
     while True:
         engine.changed.clear()

@@ -3,9 +3,9 @@
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -13,13 +13,23 @@ from mint_core import __version__
 from mint_core.access.key_file import USUAL, Key, add_key, remove_key
 from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
-from mint_core.engine_host.process import EngineProcess
+from mint_core.engine_host.engines import Engines
 from mint_core.errors import FailedPrecondition, InvalidRequest
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
 from mintrpc.v1 import admin_pb2, admin_pb2_grpc
 
 SERVICE = "mintrpc.v1.AdminService"
+
+
+class GroupDesk(Protocol):
+    """What an administrator asks of groups and has done to them."""
+
+    def list(self) -> Sequence[admin_pb2.GroupStatus]: ...
+
+    def drain(self, name: str) -> admin_pb2.GroupStatus: ...
+
+    async def add(self, device: str, name: str) -> admin_pb2.GroupStatus: ...
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -30,9 +40,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         keys: KeyRing | None,
         quotas: QuotaBook,
         metrics: Metrics,
-        engine: EngineProcess,
+        engine: Engines,
         tls: Tls | None,
         stop: Callable[[], None],  # as SIGTERM does
+        groups: GroupDesk | None = None,
     ) -> None:
         self._keys = keys
         self._quotas = quotas
@@ -40,6 +51,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._engine = engine
         self._tls = tls
         self._stop = stop
+        self._groups = groups
         self._draining = False
         self._start_s = time.time()
 
@@ -124,6 +136,33 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._draining = True
         self._stop()
         return admin_pb2.DrainResponse()
+
+    async def ListGroups(
+        self, request: admin_pb2.ListGroupsRequest, context: Any
+    ) -> admin_pb2.ListGroupsResponse:
+        """See admin.proto."""
+        return admin_pb2.ListGroupsResponse(groups=self._desk().list())
+
+    async def DrainGroup(
+        self, request: admin_pb2.DrainGroupRequest, context: Any
+    ) -> admin_pb2.DrainGroupResponse:
+        """See admin.proto."""
+        if not request.name:
+            raise InvalidRequest("`name` is empty; ListGroups names all", field="name")
+        return admin_pb2.DrainGroupResponse(group=self._desk().drain(request.name))
+
+    async def AddGroup(
+        self, request: admin_pb2.AddGroupRequest, context: Any
+    ) -> admin_pb2.AddGroupResponse:
+        """See admin.proto."""
+        return admin_pb2.AddGroupResponse(
+            group=await self._desk().add(request.device, request.name)
+        )
+
+    def _desk(self) -> GroupDesk:
+        if self._groups is None:
+            raise FailedPrecondition("this server has no groups of runs; ask the trainer's port")
+        return self._groups
 
     def _ring(self) -> KeyRing:
         if self._keys is None:

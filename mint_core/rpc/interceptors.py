@@ -44,7 +44,7 @@ EXPIRY_CHECK_S = 60.0  # between two looks at whether one has expired meanwhile
 HOLD_S = 15.0  # a call, while the model is loaded: less than clients wait for a first word
 BODY_S = 600.0  # from the beginning of a call to the end of its request
 _LOGGED_FIELDS = {"training_run_id": "run", "sequence": "sequence"}
-_AUDITED_FIELDS = ("path", "name", "request_id", "key_id")  # beside these
+_AUDITED_FIELDS = ("path", "name", "request_id", "key_id", "device")  # beside these
 _AUDITED_CHARACTERS = 256
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,11 +60,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         describe: Callable[[], ModelDescription | None],  # None: the engine has never been up
         engine_ready: Callable[[], bool],
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
+        groups: Callable[[], Iterable[model_pb2.Group]] = tuple,
     ) -> None:
         self._describe = describe
         self.texts = TextProcess(describe, limits.MAX_TEXT_REQUEST_BYTES)
         self._engine_ready = engine_ready
         self._offer = offer
+        self._groups = groups
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}
 
     async def GetServerCapabilities(
@@ -78,6 +80,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             limits=_LIMITS,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             engine_ready=self._engine_ready(),
+            groups=self._groups(),
         )
         capabilities.MergeFrom(self._offer)
         return capabilities

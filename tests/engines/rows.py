@@ -2,7 +2,7 @@
 that was added shows. `python -m tests.engines.rows FD`. It starts in a fraction of a second.
 
 A document with the token POISON ends it. While the model's folder holds a file of the name HELD it
-does not get ready.
+does not get ready, and while it holds one of the name BROKEN it cannot start.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from checkpoint_store.adapter_files import read_weights, write_files
 from checkpoint_store.errors import full_disk_told
 from checkpoint_store.row_file import RowFile, save_row
 from mint_core.engine_host.pipe import Hello, Part, Reply, connect
-from mint_core.errors import EngineFault, MintError
+from mint_core.errors import EngineFault, FailedPrecondition, MintError
 from mint_core.fault_points import fault_point
 from mint_core.lora.row_layout import Matrix, RowLayout
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest, lora_a_name, lora_b_name
@@ -57,6 +57,7 @@ LAYOUT = RowLayout.of(
 )
 POISON = 13  # a token
 HELD = "held"
+BROKEN = "broken"
 DIFFERENT = "MINT_TEST_OTHER_BITS"  # set in an engine's environment, its steps differ in a bit
 UNLUCKY = (
     "MINT_TEST_UNLUCKY"  # set there, rows of UNLUCKY_SEED find no memory when restored, or fail
@@ -79,8 +80,9 @@ class Row:
 
 
 class Rows:
-    def __init__(self, pipe: Any, saved_rows: Path) -> None:
+    def __init__(self, pipe: Any, saved_rows: Path, traits: str) -> None:
         self._pipe = pipe
+        self._traits = traits
         self._saved_rows = saved_rows
         self._rows: dict[str, Row] = {}
         self._handlers: Mapping[type, Callable[[Any], object]] = {
@@ -201,7 +203,7 @@ class Rows:
         row = self._rows[job.training_run_id]
         self._pipe.send(Part(self._number, None))
         parts = {"weights": row.weights, "gradient": row.gradient}
-        about = {"step": str(row.step)}
+        about = {"step": str(row.step), "traits": self._traits}
         name = saved_row_name(job.training_run_id, job.sequence)
         try:
             size_bytes = save_row(self._saved_rows / name, parts, about)
@@ -216,7 +218,8 @@ class Rows:
         weights, gradient = file.read("weights"), file.read("gradient")
         step = int(file.about["step"])
         self._rows[job.training_run_id] = Row(job.spec, weights, gradient, step)
-        return ""
+        before = file.about.get("traits", self._traits)
+        return "" if before == self._traits else f"device was {before} and is {self._traits}"
 
 
 def resolve(request: LoraRequest) -> AdapterSpec:
@@ -238,11 +241,15 @@ def digest(vector: Floats) -> int:
 def main() -> None:
     pipe, config = connect()
     folder = getattr(config, "base_model", ".")
+    if Path(folder, BROKEN).exists():
+        pipe.fail(0, FailedPrecondition("it is broken"))
+        return
     model = replace(MODEL, folder=folder, name="rows", max_lora_rank=128)
     while Path(folder, HELD).exists():
         time.sleep(0.01)  # nothing tells of a file's end
-    pipe.send(Hello(model, MAX_BATCH_TOKENS))
-    Rows(pipe, config.saved_row_folder).serve()
+    traits = getattr(config, "device", "")
+    pipe.send(Hello(model, MAX_BATCH_TOKENS, traits=traits))
+    Rows(pipe, config.saved_row_folder, traits).serve()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from trainer_service.checkpoints.exports import Exports
 from trainer_service.checkpoints.owners import owner_of
 from trainer_service.checkpoints.responses import checkpoint_message
 from trainer_service.checkpoints.uploads import Uploads
-from trainer_service.queue.scheduler import Scheduler
+from trainer_service.groups.groups import Groups
 from trainer_service.wire.fields import request_id
 
 
@@ -25,7 +25,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     def __init__(
         self,
         checkpoints: Checkpoints,
-        scheduler: Scheduler,
+        groups: Groups,
         quotas: QuotaBook,
         ids: Account,
         *,
@@ -36,7 +36,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self._archive = Archive(checkpoints, ids)
         self._uploads = Uploads(checkpoints, ids)
         self._exports = Exports(checkpoints, quotas, ids, threads=threads)
-        self._scheduler = scheduler
+        self._groups = groups
 
     async def ListCheckpoints(
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Any
@@ -81,7 +81,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.ExportCheckpointResponse:
         """See checkpoint.proto."""
         parsed = requests.parse_export(request)
-        manifest = await self._exports.export(caller().tenant, parsed, self._scheduler.model)
+        manifest = await self._exports.export(caller().tenant, parsed, self._groups.model)
         return responses.export_response(manifest)
 
     async def GetExport(
@@ -105,7 +105,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: AsyncIterator[checkpoint_pb2.UploadCheckpointRequest], context: Any
     ) -> checkpoint_pb2.UploadCheckpointResponse:
         """See checkpoint.proto."""
-        model = self._scheduler.model
+        model = self._groups.model
         upload, sent = await requests.parse_upload(request, model)
         manifest = await self._uploads.receive(caller().tenant, upload, sent, model)
         checkpoint = checkpoint_message(manifest)

@@ -10,6 +10,7 @@ import threading
 from mint_core.engine_host.pipe import EnginePipe, Heartbeat, Hello, Part, Reply, Report, connect
 from mint_core.model.faults import ends_the_engine
 from trainer_service.config import TrainerConfig
+from trainer_service.engine import saving
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.saving import Rest
 from trainer_service.jobs import SaveRow
@@ -32,7 +33,12 @@ def main() -> None:
         pipe.fail(0, error)
         return
     pipe.send(
-        Hello(engine.description, engine.max_batch_tokens, memory_limits=engine.memory_limits)
+        Hello(
+            engine.description,
+            engine.max_batch_tokens,
+            memory_limits=engine.memory_limits,
+            traits=", ".join(saving.engine_traits(engine.base).values()),
+        )
     )
     _serve(pipe, engine)
 

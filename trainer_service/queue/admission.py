@@ -15,8 +15,9 @@ from trainer_service.run_description import RunOrigin
 
 HELD_BYTES = 256 * 2**20  # of one tenant's early arrivals
 
-# Says when a tenant, or one run of it, will have had so many more tokens computed, in seconds.
-Predict = Callable[[str, str | None, int], float]
+# Says when a run, alone or with all others of its tenant, will have had so many more tokens
+# computed, in seconds.
+Predict = Callable[[RunOrigin, bool, int], float]
 
 
 class Admission:
@@ -106,8 +107,7 @@ class Admission:
         call_tokens = held.tokens // held.count
         too_many = held.tokens - self._backlog.limit.tokens + 1
         tokens = max(too_many, call_tokens) + calls_before * call_tokens
-        run = origin.training_run_id if self._per_run else None
-        return retry_after_s(self._predict(origin.tenant, run, tokens))
+        return retry_after_s(self._predict(origin, self._per_run, tokens))
 
     def _key(self, origin: RunOrigin) -> str:
         return origin.training_run_id if self._per_run else origin.tenant

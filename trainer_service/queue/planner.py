@@ -147,6 +147,10 @@ class Planner:
                     del self._tenants.queues[tenant]
         return [key_of(work) for work in taken]
 
+    def has(self, tenant: str) -> bool:
+        """Whether tiles of a tenant are queued."""
+        return tenant in self._tenants.queues
+
     def tokens_ahead(self, tenant: str, training_run_id: str) -> int | None:
         """About how many tokens of other runs come before a run's next tile; None: it has none."""
         runs = self._tenants.queues.get(tenant)

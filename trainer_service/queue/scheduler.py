@@ -9,17 +9,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mint_core.engine_host.pipe import Hello, ModelDescription
+from mint_core.engine_host.pipe import Hello
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, EngineFault, MintError, ModelLoading, Unavailable
+from mint_core.errors import EngineDied, EngineFault, MintError
 from mint_core.rpc.errors import domain_error
 from trainer_service import jobs
 from trainer_service.queue.planner import Key, Planner, key_of
-from trainer_service.queue.usage import Usage
+from trainer_service.queue.usage import Accounts
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ FIRST_PREDICTION_S = 1.0  # of any wait
 # they have nothing: it then goes before the next plan, and together. The engine waits no longer.
 FOLLOW_UP_S = 0.02
 ACCOUNT_S = 0.001  # from a pass to its accounting, which keeps nobody's answer waiting
-MOST_DEATHS = 3  # of engines during the same job that needs no row
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: EngineProcess, usage: Usage, weight_of: Callable[[str], float]
+        self,
+        engine: EngineProcess,
+        usage: Accounts,
+        weight_of: Callable[[str], float],
+        followers: AbstractSet[Callable[[], None]] = frozenset(),
     ) -> None:
-        """`weight_of` a tenant; see `Planner`."""
+        """`weight_of` a tenant; see `Planner`. `followers` are called when forecasts change."""
         self._engine = engine
         self._usage = usage
         self._weight_of = weight_of
-        self._hello: Hello | None = None  # of the engine in use; kept until another is up
+        self.hello: Hello | None = None  # of the engine in use; kept until another is up
         self._planner = Planner(1)
         self._waiting: dict[Key, Handed] = {}  # not with the engine yet
         self._life = engine.life  # of what waits
@@ -113,8 +117,7 @@ class Scheduler:
         self._running: _Running | None = None
         self._token_s: float | None = None  # as learned from plans
         self._held = False
-        # Called when forecasts change, for those who follow them.
-        self.followers: set[Callable[[], None]] = set()
+        self._followers = followers
 
     @property
     def life(self) -> int:
@@ -122,47 +125,42 @@ class Scheduler:
         return self._engine.life
 
     @property
-    def description(self) -> ModelDescription | None:
-        """The base model; None until the engine has been up once."""
-        return self._hello.model if self._hello else None
-
-    @property
-    def model(self) -> ModelDescription:
-        """The base model. Raises ModelLoading while there is no description of it."""
-        if self._hello is None:
-            raise ModelLoading
-        return self._hello.model
-
-    @property
     def max_batch_tokens(self) -> int:
         return self._planner.max_batch_tokens
 
     def welcome(self, hello: Hello) -> None:
         """Takes note of an engine that is up and has no rows yet."""
-        if hello is not self._hello:
-            self._hello = hello
+        if hello is not self.hello:
+            self.hello = hello
             self._forget_the_dead()
             self._planner = Planner(hello.max_batch_tokens, self._weight_of)
 
     async def up(self) -> int:
-        """Waits until an engine is up and returns its life. Unavailable when the service ends."""
-        while True:
-            try:
-                self.welcome(await self._engine.hello())
-            except Unavailable:  # it could not start this time
-                if self._engine.closed:
-                    raise
-            else:
-                return self.life
+        """Waits until the engine is up and returns its life. Raises Unavailable if it could not
+        start this time.
+        """
+        self.welcome(await self._engine.hello())
+        return self.life
 
     def hold(self) -> None:
         """Gives the engine nothing more to compute, but for what it has."""
         self._held = True
 
     @property
+    def held(self) -> bool:
+        """Whether it gets nothing more."""
+        return self._held
+
+    @property
     def busy(self) -> bool:
         """Whether the engine computes."""
         return self._running is not None
+
+    @property
+    def at_work(self) -> set[str]:
+        """The runs of which something is computed, or waits for it."""
+        running = self._running.handed.values() if self._running else ()
+        return {handed.training_run_id for handed in (*self._waiting.values(), *running)}
 
     async def run(self) -> None:
         """Feeds the engine, until cancelled."""
@@ -242,20 +240,9 @@ class Scheduler:
             raise NotStarted("the engine with the row has ended")
         return await self._call(job, on_part=on_part)
 
-    async def store(self, job: object) -> Any:
-        """Does a job that needs no row, whichever engine is up. Raises EngineDied when several have
-        ended over it. While nothing more is computed no other engine is waited for: Unavailable.
-        """
-        deaths = 0
-        while True:
-            if self._held and not self._engine.ready:
-                raise Unavailable("the server ends, and its engine has ended before it")
-            try:
-                return await self._call(job)
-            except EngineDied:
-                deaths += 1
-                if deaths == MOST_DEATHS:
-                    raise
+    async def rowless(self, job: object) -> Any:
+        """Does a job that needs no row."""
+        return await self._call(job)
 
     async def compute(
         self, tenant: str, tiles: Sequence[jobs.Tile], life: int, *, billed: bool = True
@@ -317,6 +304,10 @@ class Scheduler:
         wait_s = None if self._token_s is None else self._token_s * queued + self._rest_s()
         return Forecast(queued + others, wait_s)
 
+    def has_waiting(self, tenant: str) -> bool:
+        """Whether tiles of a tenant wait for a plan."""
+        return self._planner.has(tenant)
+
     def predict_s(self, tenant: str, training_run_id: str | None, tokens: int) -> float:
         """About when a tenant, or one run of it, will have had so many more tokens computed."""
         if self._token_s is None:
@@ -332,7 +323,7 @@ class Scheduler:
         return max(0.0, predicted_s - (time.monotonic() - self._running.start_s))
 
     def _tell_followers(self) -> None:
-        for follower in self.followers:
+        for follower in self._followers:
             follower()
 
     async def _call(self, job: object, **options: Any) -> Any:

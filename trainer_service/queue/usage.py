@@ -2,9 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol
 
 from mint_core.rpc.metrics import Metrics
 from trainer_service.jobs import StepResult, StepRow, Tile, TileResult, tile_cost, tile_tokens
+
+
+class Accounts(Protocol):
+    """Where what an engine has computed is noted."""
+
+    def add(
+        self,
+        work: Sequence[Tile | StepRow],
+        results: Sequence[TileResult | StepResult],
+        tenants: Sequence[str | None],
+        elapsed_s: float,
+    ) -> object: ...
 
 
 class Usage:
@@ -31,8 +44,10 @@ class Usage:
         results: Sequence[TileResult | StepResult],
         tenants: Sequence[str | None],
         elapsed_s: float,
-    ) -> None:
-        """Counts a pass or steps; `tenants` are those of the work, None of what is done again."""
+    ) -> Counter[str | None]:
+        """Counts a pass or steps, and returns what it cost by tenant, in tokens. `tenants` are
+        those of the work, None of what is done again.
+        """
         parts: Counter[str | None] = Counter()
         for each, result, tenant in zip(work, results, tenants, strict=True):
             parts[tenant] += tile_cost(each) if isinstance(each, Tile) else 1
@@ -46,3 +61,4 @@ class Usage:
         for tenant, part in parts.items():
             if tenant is not None:
                 self._engine_seconds.labels(tenant).inc(elapsed_s * part / parts.total())
+        return parts

@@ -18,7 +18,6 @@ class Execution:
 
     def __init__(self, run: Run, services: RunServices) -> None:
         self._run = run
-        self._scheduler = services.scheduler
         self._checkpoints = services.checkpoints
         self._saved_rows = services.saved_rows
 
@@ -51,7 +50,7 @@ class Execution:
         return refusal(call, error)
 
     async def _row(self, job: object) -> None:
-        await self._scheduler.row(job, self._run.row_life)
+        await self._run.group.scheduler.row(job, self._run.row_life)
 
     async def _perform(self, call: calls.Call) -> calls.Outcome:
         match call.work:
@@ -69,16 +68,16 @@ class Execution:
                 return await self._load(call, load)
 
     async def _compute(self, call: calls.Call, compute: calls.Compute) -> calls.Outcome:
-        run = self._run
+        run, scheduler = self._run, self._run.group.scheduler
         tiles = cut(
             compute,
-            min(run.origin.tile_tokens, self._scheduler.max_batch_tokens),
+            min(run.origin.tile_tokens, scheduler.max_batch_tokens),
             training_run_id=run.id,
             sequence=call.place.sequence,
             isolated=run.origin.isolated,
             deaths=call.course.deaths,
         )
-        results, seconds = await self._scheduler.compute(run.origin.tenant, tiles, run.row_life)
+        results, seconds = await scheduler.compute(run.origin.tenant, tiles, run.row_life)
         run.unsaved.seconds += seconds
         for result in results:
             if result.error is not None:
@@ -101,7 +100,7 @@ class Execution:
             raise refused
         alone = call.course.deaths >= DEATHS_UNTIL_ALONE
         job = jobs.StepRow(run.id, step.adam_params, alone=alone)
-        result = await self._scheduler.step(run.origin.tenant, job, run.row_life)
+        result = await run.group.scheduler.step(run.origin.tenant, job, run.row_life)
         metrics = {
             "grad_norm:mean": result.grad_norm,
             "learning_rate:mean": step.adam_params.learning_rate,
@@ -126,7 +125,7 @@ class Execution:
         run = self._run
         if call.mark and call.course.noted is not None:
             await call.course.noted  # the store is touched only when the mark is on disk
-        write = partial(self._scheduler.row, life=run.row_life)
+        write = partial(run.group.scheduler.row, life=run.row_life)
         published = await self._checkpoints.save(run.origin, save, call, write, step=run.state.step)
         reply = partial(replies.saved, published, gradient_pending=run.state.gradient.pending)
         return calls.Outcome(make_reply=reply)
@@ -140,7 +139,7 @@ class Execution:
         try:
             await self._row(jobs.LoadRow(run.id, source))
             sequence = call.place.sequence
-            saved_row = await self._saved_rows.take(run.id, sequence, run.row_life)
+            saved_row = await self._saved_rows.take(run.group, run.id, sequence, run.row_life)
             run.unsaved = UnsavedWork()
         except MintError:
             run.row_life = 0  # half loaded: it is restored as it was before

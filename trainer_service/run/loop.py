@@ -2,7 +2,8 @@
 
     collect   what has ended: an outcome is settled, a call that an engine died with goes back
     begin     what may: calls in the order of their numbers, passes beside each other, all else
-              alone; before them, if it is time, the row is restored or saved
+              alone; before them, if it is time, the row is restored or saved, or leaves for another
+              group
     wait      until something ends or comes, or the run is closed
 
 What is under way is a child task, which never raises: it returns an outcome, or the death of its
@@ -20,6 +21,7 @@ from trainer_service.queue.planner import DEATHS_UNTIL_ALONE
 from trainer_service.queue.scheduler import NotStarted
 from trainer_service.run.execution import Execution, refusal
 from trainer_service.run.inbox import Errand, Work
+from trainer_service.run.moving import Moving
 from trainer_service.run.restoring import Restoring
 from trainer_service.run.run import Run
 from trainer_service.run.services import RunServices
@@ -35,6 +37,7 @@ class RunLoop:
         self._services = services
         self._execution = Execution(run, services)
         self._restoring = Restoring(run, services)
+        self._moving = Moving(run, services)
         self._under_way: dict[int, Work] = {}  # by id
         self._ended: list[tuple[Work, Any]] = []
         self._task = services.tasks.start(self._live(), run.id)
@@ -51,10 +54,11 @@ class RunLoop:
             logger.exception("run=%s is given up", self._run.id)
             self._run.give_up("its task has died; the server's log says why")
         finally:
+            self._moving.end()
             self._run.inbox.at_rest.set()
 
     async def _loop(self) -> None:
-        run, scheduler = self._run, self._services.scheduler
+        run = self._run
         while not run.closing or self._under_way:
             run.inbox.stirred.clear()
             self._collect()
@@ -63,7 +67,7 @@ class RunLoop:
                 self._begin(work)
                 began.append(work)
             if not any(isinstance(work, Call) and work.computes for work in began):
-                scheduler.has_nothing_more(run.id)
+                run.group.scheduler.has_nothing_more(run.id)
             if not self._under_way:
                 run.inbox.at_rest.set()
             # Who look when what was begun has been handed in.
@@ -76,6 +80,8 @@ class RunLoop:
         if any(isinstance(work, Errand) or work.exclusive for work in self._under_way.values()):
             return None
         first, alone = inbox.first, not self._under_way
+        if self._moving.may_move(inbox):
+            return Errand(self._moving.move, own=True) if alone else None
         saved_rows = self._services.saved_rows
         if inbox.first_sequence > run.ended and saved_rows.may_save(run, at_rest=alone):
             return Errand(partial(saved_rows.save, run), own=True) if alone else None
@@ -87,8 +93,7 @@ class RunLoop:
 
     def _lacks_row(self, call: Call) -> bool:
         run = self._run
-        there = run.row_life == self._services.scheduler.life
-        return call.needs_row and not there and not run.lost
+        return call.needs_row and not run.has_row and not run.lost
 
     def _begin(self, work: Work) -> None:
         self._under_way[id(work)] = work

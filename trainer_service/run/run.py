@@ -9,6 +9,7 @@ from typing import Protocol
 from mint_core.errors import MintError, TrainingRunNotFound
 from trainer_service.calls import Call, Outcome, Reply
 from trainer_service.errors import TrainingRunLost
+from trainer_service.groups.group import Group
 from trainer_service.journal.run_journal import RunJournal
 from trainer_service.journal.writer import RecordRefused, Written
 from trainer_service.queue.admission import Admission
@@ -42,6 +43,16 @@ class UnsavedWork:
         self.backlog_bytes += other.backlog_bytes
 
 
+@dataclass(slots=True, eq=False)
+class Destination:
+    """Where a run is to go when it is next at rest."""
+
+    group: Group
+    done: asyncio.Future[None] = field(  # it is there, or will not be
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
 class Watcher(Protocol):
     """Is told what happens to a run, at once and briefly."""
 
@@ -68,6 +79,7 @@ class Run:
         journal: RunJournal,
         admission: Admission,
         limits: CallLimits,
+        group: Group,
     ) -> None:
         self.origin = origin
         self._state = state  # but for what the numbers keep
@@ -79,7 +91,10 @@ class Run:
         self.numbers = CallNumbers(self, limits, admission, origin)
         self.inbox = Inbox()
         self.watched: Watcher | None = None  # by whom, for those who watch it or have lately
-        self.row_life = 0  # of the engine that has the row as it should be; 0: none has
+        self.group = group
+        self.placed = False  # whether it was decided that this is its group
+        self.destination: Destination | None = None
+        self.row_life = 0  # of the group's engine that has the row as it should be; 0: none has
         self.ended = 0  # sequence of the last call that has an outcome
         self.closing = False  # it is being deleted, or is gone
         self._unanswered: dict[int, Call] = {}
@@ -89,6 +104,11 @@ class Run:
     @property
     def id(self) -> str:
         return self.origin.training_run_id
+
+    @property
+    def has_row(self) -> bool:
+        """Whether an engine has the row as it should be."""
+        return self.row_life == self.group.scheduler.life
 
     @property
     def lost(self) -> bool:
@@ -149,6 +169,14 @@ class Run:
         self.inbox.abandon(error)
         for call in list(self._unanswered.values()):
             self._leave(call)
+
+    async def move_to(self, group: Group) -> bool:
+        """Has the run go to a group when it is next at rest. Returns whether it is there."""
+        if self.destination is None:
+            self.destination = Destination(group)
+            self.inbox.stir()
+        await asyncio.wait([self.destination.done])
+        return self.group is group
 
     # What becomes of its calls
 
@@ -240,4 +268,5 @@ class Run:
             state=self.state,
             next_sequence=self.numbers.next_sequence,
             lost=self._lost,
+            group=self.group.name if self.placed else "",
         )

@@ -16,8 +16,8 @@ from mint_core.fault_points import fault_point
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.metrics import Metrics
 from trainer_service.errors import RowNotSaved
+from trainer_service.groups.group import Group
 from trainer_service.jobs import SavedRow, SaveRow
-from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.run import Run, UnsavedWork
 
 logger = logging.getLogger(__name__)
@@ -33,19 +33,18 @@ class SavedRows:
 
     def __init__(
         self,
-        scheduler: Scheduler,
         folder: Path,
         tasks: Tasks,
         *,
         interval_s: float,  # of a run's computing between two saved rows; of idleness before one
         metrics: Metrics,
     ) -> None:
-        self._scheduler = scheduler
         self._folder = folder
         self._tasks = tasks
         self._interval_s = interval_s
         self._wanted: dict[Run, asyncio.Future[None]] = {}  # the first to be wanted first
-        self._writing = False
+        self._writing: Run | None = None
+        self._written = asyncio.Event()  # what was being written is
         self._not_before_s = 0.0
         self._files: dict[str, str] = {}  # the newest of each run
         self._count = metrics.counter("mint_snapshots", "Rows written to the state folder")
@@ -91,7 +90,8 @@ class SavedRows:
     async def save(self, run: Run) -> None:
         """Begins to save the row of a run that is at rest. Returns when it may change again."""
         done = self._wanted.pop(run)
-        self._writing = True
+        self._writing = run
+        self._written.clear()
         copied = asyncio.Event()
         self._tasks.start(self._save(run, copied, done), f"saving of {run.id}")
         await copied.wait()
@@ -110,14 +110,31 @@ class SavedRows:
         for want in [self.want(run) for run in runs if self._worth_it(run)]:
             await want
 
-    async def take(self, training_run_id: str, sequence: int, life: int) -> SavedRow:
+    async def leave(self, run: Run) -> None:
+        """Has the row of a run that is at rest on disk, so that another engine can go on with it.
+        Raises RowNotSaved, and EngineDied.
+        """
+        while self._writing is run:
+            await self._written.wait()
+        if not run.unsaved.calls:
+            return
+        job = SaveRow(training_run_id=run.id, sequence=run.ended, optional=True)
+        row = await run.group.scheduler.row(job, run.row_life)
+        if run.closing:
+            self._remove(row.file)
+            return
+        await run.journal.saved(row)
+        self.replaced(run, row)
+        run.unsaved = UnsavedWork()
+
+    async def take(self, group: Group, training_run_id: str, sequence: int, life: int) -> SavedRow:
         """Writes the row as it is behind a call under way, and waits until it is on disk, and on a
         full one for room. What it is worth is for the caller to note.
         """
         while True:
             try:
                 job = SaveRow(training_run_id=training_run_id, sequence=sequence, optional=False)
-                row: SavedRow = await self._scheduler.row(job, life)
+                row: SavedRow = await group.scheduler.row(job, life)
                 return row
             except RowNotSaved as failure:
                 if failure.retry_after_s is None:
@@ -144,7 +161,9 @@ class SavedRows:
         covered, run.unsaved = run.unsaved, UnsavedWork()
         try:
             job = SaveRow(training_run_id=run.id, sequence=run.ended, optional=True)
-            row = await self._scheduler.row(job, run.row_life, on_part=lambda part: copied.set())
+            row = await run.group.scheduler.row(
+                job, run.row_life, on_part=lambda part: copied.set()
+            )
             fault_point("snapshot:before-journal")
             if run.closing:
                 self._remove(row.file)
@@ -157,16 +176,16 @@ class SavedRows:
             if not isinstance(error, EngineDied):
                 self._not_before_s = time.monotonic() + RETRY_S
         finally:
-            self._writing = False
+            self._writing = None
+            self._written.set()
             copied.set()
             done.set_result(None)
             if self._wanted:
                 next(iter(self._wanted)).inbox.stir()
 
     def _worth_it(self, run: Run) -> bool:
-        present = run.row_life == self._scheduler.life
         waiting = time.monotonic() < self._not_before_s
-        return bool(run.unsaved.calls) and present and not run.closing and not waiting
+        return bool(run.unsaved.calls) and run.has_row and not run.closing and not waiting
 
     def _remove(self, file: str) -> None:
         path = self._folder / file  # perhaps large: to remove it takes a while

@@ -7,7 +7,7 @@ from prometheus_client import Counter
 from mint_core.hosting.tasks import Tasks
 from mint_core.turns import Turns, Workers
 from trainer_service.checkpoints.checkpoints import Checkpoints
-from trainer_service.queue.scheduler import Scheduler
+from trainer_service.groups.groups import Groups
 from trainer_service.run.saved_rows import SavedRows
 
 
@@ -15,7 +15,7 @@ from trainer_service.run.saved_rows import SavedRows
 class RunServices:
     """All belong to one event loop."""
 
-    scheduler: Scheduler
+    groups: Groups
     checkpoints: Checkpoints
     saved_rows: SavedRows
     tasks: Tasks

@@ -212,6 +212,6 @@ class RunEvents:
         self._run.watched = None
 
 
-def _state(view: object) -> tuple[str, str, Mapping[str, str], int]:
+def _state(view: object) -> tuple[str, str, Mapping[str, str], int, str]:
     assert isinstance(view, RunView)
-    return view.lost, view.trouble, view.metadata, view.state.inexact_replays
+    return view.lost, view.trouble, view.metadata, view.state.inexact_replays, view.group

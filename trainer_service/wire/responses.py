@@ -88,6 +88,7 @@ def _trained(view: RunView) -> trainer_pb2.TrainingRun:
         isolated=origin.isolated,
         inexact_replay_count=state.inexact_replays,
         kind=states.KIND_TRAINED,
+        group=view.group,
     )
 
 

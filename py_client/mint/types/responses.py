@@ -108,6 +108,7 @@ class TrainingRun:
     isolated: bool
     kind: RunKind = "trained"
     inexact_replay_count: int = 0  # how often it was restored to other bits than before
+    group: str = ""  # of the trainer's engines, that which has it; empty: the server does not say
 
     @classmethod
     def from_proto(cls, message: trainer_pb2.TrainingRun) -> Self:

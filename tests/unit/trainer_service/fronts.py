@@ -17,6 +17,7 @@ from tests.unit.trainer_service.calls import call, compute
 from trainer_service.calls import Call, Step
 from trainer_service.config import TrainerConfig
 from trainer_service.jobs import AdamParams
+from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run.run import Run
 from trainer_service.runs import Runs
 from trainer_service.service import TrainerService
@@ -48,6 +49,11 @@ class Front:
     @property
     def runs(self) -> Runs:
         return self.service.runs
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Of the first group."""
+        return self.service.groups.first.scheduler
 
     def run(self, name: str) -> Run:
         return self.runs.find(TENANT, name)
@@ -98,6 +104,7 @@ async def fronting(
     engine_module: str = "tests.engines.trainer",
     snapshot_s: float = 60.0,
     quotas: Path | None = None,
+    **options: Any,
 ) -> AsyncIterator[Front]:
     clock = SetClock()
     config = TrainerConfig(
@@ -105,6 +112,7 @@ async def fronting(
         store=str(store),
         snapshot_s=snapshot_s,
         retention_days=retention_s / 86_400,
+        **options,
     )
     metrics = Metrics()
     book = QuotaBook(quotas, metrics)

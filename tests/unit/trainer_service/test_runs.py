@@ -110,7 +110,7 @@ async def test_when_the_journal_has_failed_all_are_told_so(
 
     async with fronting(tmp_path) as front:
         run = await front.create()
-        front.service.scheduler.hold()
+        front.scheduler.hold()
         waiting = front.submit(backward(run, 1, [8]))
         while not front.run(run).numbers.in_flight:
             await asyncio.sleep(0)
@@ -213,7 +213,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
         save = Save(kind="weights", name="a", overwrite=False, ttl_s=None, metadata={})
         await front.submit(call(1, run=run, method="SaveState", work=save))
         jobs: list[object] = []
-        real = front.service.scheduler.row
+        real = front.scheduler.row
 
         async def watched(job: object, *args: Any, **options: Any) -> Any:
             jobs.append(job)
@@ -221,7 +221,7 @@ async def test_a_run_that_could_not_be_saved_leaves_no_row(
                 raise FailedPrecondition("no disk")
             return await real(job, *args, **options)
 
-        monkeypatch.setattr(front.service.scheduler, "row", watched)
+        monkeypatch.setattr(front.scheduler, "row", watched)
         request = CreateRun(
             identity=front.identity(),
             source=Load(path=f"mint://{run}/weights/a", with_optimizer=True),
@@ -241,13 +241,13 @@ async def test_a_run_that_the_journal_refuses_leaves_no_row(
     async with fronting(tmp_path) as front:
         first = await front.create()
         jobs: list[object] = []
-        real = front.service.scheduler.row
+        real = front.scheduler.row
 
         async def watched(job: object, *args: Any, **options: Any) -> Any:
             jobs.append(job)
             return await real(job, *args, **options)
 
-        monkeypatch.setattr(front.service.scheduler, "row", watched)
+        monkeypatch.setattr(front.scheduler, "row", watched)
         monkeypatch.setattr(secrets, "token_hex", lambda count: first.removeprefix("run-"))
         with pytest.raises(RecordRefused):  # the id is taken
             await front.create()

@@ -57,8 +57,8 @@ class Asked:
             predict=self.predict,
         )
 
-    def predict(self, tenant: str, run: str | None, tokens: int) -> float:
-        self.asked.append((tenant, run, tokens))
+    def predict(self, origin: RunOrigin, alone: bool, tokens: int) -> float:
+        self.asked.append((origin.tenant, origin.training_run_id if alone else None, tokens))
         return self.wait_s
 
     def is_full(self, run: RunOrigin) -> bool:

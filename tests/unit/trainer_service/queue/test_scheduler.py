@@ -8,7 +8,7 @@ import pytest
 
 from mint_core.engine_host import process as engine_process
 from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, FailedPrecondition, TrainingRunNotFound, Unavailable
+from mint_core.errors import EngineDied, FailedPrecondition, TrainingRunNotFound
 from mint_core.lora.spec import LoraRequest
 from mint_core.rpc.metrics import Metrics
 from tests.engines.trainer import DIE, REFUSED_RATE, WAIT
@@ -171,25 +171,6 @@ async def test_an_engine_that_dies_fails_what_it_had_and_what_waits(
         assert plan_of(await scheduler.compute("x", tiles("c", 1, 4), 2)) == [1]
 
 
-async def test_a_job_without_a_row_goes_to_the_next_engine_but_waits_for_none_at_the_end() -> None:
-    async with scheduling() as scheduler:
-        for life in (1, 2):
-            dying = asyncio.create_task(scheduler.compute("x", tiles("a", DIE, 8), life))
-            while not scheduler.busy:
-                await asyncio.sleep(0)
-            behind = asyncio.create_task(scheduler.store(ClearGradient("a")))
-            if life == 2:
-                scheduler.hold()
-            with pytest.raises(EngineDied):
-                await dying
-            if life == 1:
-                assert await behind is None
-                assert scheduler.life == 2
-            else:
-                with pytest.raises(Unavailable, match="its engine has ended"):
-                    await behind
-
-
 async def test_what_waits_in_the_engine_behind_work_that_ends_it_is_not_to_blame(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -203,15 +184,6 @@ async def test_what_waits_in_the_engine_behind_work_that_ends_it_is_not_to_blame
         assert not isinstance(caught.value, NotStarted)
         with pytest.raises(NotStarted, match="exit code 3"):
             await row
-
-
-async def test_there_is_no_model_before_the_engine_was_up() -> None:
-    engine = EngineProcess("tests.engines.trainer", "no settings")
-    scheduler = Scheduler(engine, Usage(Metrics()), lambda tenant: 1.0)
-
-    assert scheduler.description is None
-    with pytest.raises(Unavailable, match="still being loaded"):
-        _ = scheduler.model
 
 
 async def test_what_is_withdrawn_fails_and_holds_nobody_up() -> None:

@@ -64,7 +64,7 @@ async def test_an_errand_comes_between_the_calls_before_it_and_those_behind(fron
 
 async def test_an_errand_of_a_run_that_is_deleted_is_told_so(front: Front) -> None:
     run = await front.create()
-    front.service.scheduler.hold()
+    front.scheduler.hold()
     waiting = front.submit(backward(run, 1, [4]))
     await asyncio.sleep(0)
     errand = asyncio.create_task(front.run(run).inbox.behind(2, asyncio.Event().wait))

@@ -141,7 +141,7 @@ async def test_a_flooded_run_stops_no_other_row_from_being_saved(front: Front) -
     flooded, other = [await front.create() for _ in range(2)]
     for name in (flooded, other):
         await front.submit(backward(name, 1, [4]))
-    front.service.scheduler.hold()
+    front.scheduler.hold()
     calls = [front.submit(backward(flooded, number, [4])) for number in range(2, 66)]
     while front.run(flooded).numbers.in_flight < 64 or front.run(flooded).inbox.first:
         await asyncio.sleep(0)

@@ -210,7 +210,7 @@ async def test_what_nobody_comes_back_for_is_forgotten(
             assert watched.watched is events is not None
         await asyncio.sleep(0.01)
         assert watched.watched is None
-        assert front.service.scheduler.followers == set()
+        assert front.service.groups.followers == set()
 
 
 async def some(events: AsyncGenerator[Event, None], count: int) -> list[Event]:

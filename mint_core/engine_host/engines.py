@@ -1,0 +1,54 @@
+"""Several engines, as one is seen from outside."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from mint_core.engine_host.process import EngineProcess
+
+
+class Engines:
+    """Those of one service. The first is there from the beginning."""
+
+    def __init__(self, first: EngineProcess) -> None:
+        self._all = [first]
+        self.changed = first.changed  # set when `ready` may have, for one reader who clears it
+        self._ended_restarts = 0
+
+    def add(self, engine: EngineProcess) -> None:
+        engine.changed = self.changed
+        self._all.append(engine)
+
+    def remove(self, engine: EngineProcess) -> None:
+        self._all.remove(engine)
+        self._ended_restarts += engine.restarts
+        self.changed.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether one of them is up."""
+        return any(engine.ready for engine in self._all)
+
+    @property
+    def restarts(self) -> int:
+        return self._ended_restarts + sum(engine.restarts for engine in self._all)
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Of those that there are now."""
+        return [engine.pid for engine in self._all if engine.pid]
+
+    @property
+    def memory_limits(self) -> Mapping[str, int]:
+        """Of all together, in bytes, by what they are for."""
+        limits: Counter[str] = Counter()
+        for engine in self._all:
+            limits.update(engine.memory_limits)
+        return limits
+
+    def memory_limit(self, of: str) -> float:
+        """Bytes that they take at most for something."""
+        return self.memory_limits.get(of, 0)
+
+
+def as_engines(engine: EngineProcess | Engines) -> Engines:
+    return engine if isinstance(engine, Engines) else Engines(engine)
