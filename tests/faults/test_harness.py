@@ -1,4 +1,4 @@
-"""Ten faults of `make faults`, and its parts: the proxy's faults."""
+"""Twelve faults of `make faults`, and its parts: the proxy's faults."""
 
 import socket
 import socketserver
@@ -25,10 +25,12 @@ FAULTS = (
     "held_store",
     "duplicate",
     "sampler_engine",
+    "renew_group",
+    "engine",
 )
 
 
-def test_ten_faults_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_twelve_faults_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
     report = run(tmp_path, qwen3_folder, kills=1, seed=1, steps=5, gap=1000, first=FAULTS)
 
     assert report.problems == []

@@ -21,6 +21,7 @@ from tests.harness.faults import Faults
 from tests.harness.stage import SILENCE_LIMIT_S, staged
 
 USERS = 4
+GROUPS = 2  # of the trainer that faults befall; the other has one
 DISK_MIB = 96
 
 
@@ -66,7 +67,7 @@ class Play:
         folder.mkdir()
         with (
             small_disk(folder / "state") as disk,
-            staged(folder, self.model, USERS, folder / "state" / "journal") as stage,
+            staged(folder, self.model, USERS, folder / "state" / "journal", GROUPS) as stage,
         ):
             stage.start_users(USERS, self.steps)
             faults = Faults(stage, random, gap, disk)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
+import grpc
 import psutil
 
 from tests.harness.asides import Aside, Damage, Deletion, Held, Poison
@@ -56,6 +57,7 @@ WEIGHTS = {
     "delete": 3,
     "damage": 1,
     "restore": 1,
+    "renew_group": 3,
 }
 REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 # A call with which three engines die is given up, which is right. So no engine is ended again until
@@ -168,7 +170,10 @@ class Faults:
             self._progress = self._progress_now()  # what is under way may have lost engines by it
 
         self._asides.append(aside)
-        thread = threading.Thread(target=act, name=type(aside).__name__)
+        self._do_beside(act, type(aside).__name__)
+
+    def _do_beside(self, act: Callable[[], None], name: str | None = None) -> None:
+        thread = threading.Thread(target=act, name=name)
         thread.start()
         self._threads.append(thread)
 
@@ -187,7 +192,17 @@ class Faults:
         self._stage.trainer.kill()
 
     def _engine(self) -> None:
-        self._stage.trainer.kill_engine()
+        """That of one group."""
+        if engines := self._stage.trainer.engines():
+            with suppress(psutil.NoSuchProcess):
+                self._random.choice(engines).kill()
+
+    def _renew_group(self) -> None:
+        self._do_beside(self._try_to_renew_group)
+
+    def _try_to_renew_group(self) -> None:
+        with suppress(grpc.RpcError):  # the front has died meanwhile, or an engine at its start
+            self._stage.renew_group()
 
     def _sampler(self) -> None:
         self._stage.sampler.kill()
@@ -239,7 +254,7 @@ class Faults:
 
     def _memory(self) -> None:
         """Leaves an engine no memory beyond what it has."""
-        for engine in self._stage.trainer.engines():
+        for engine in self._stage.trainer.engines()[:1]:
             with suppress(psutil.NoSuchProcess):
                 engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms, -1))
 

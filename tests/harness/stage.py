@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 import mint
 from checkpoint_store import CheckpointStore
 from mint_core.errors import CheckpointNotFound
+from mintrpc.v1 import admin_pb2, admin_pb2_grpc
 from tests.checkpoint_files import moments
 from tests.engines.bad_store import BadStore
 from tests.harness import history
@@ -25,6 +28,7 @@ from tests.keys import make_key
 from tests.supervised import Supervised, supervised
 
 LOOK_S = 0.02
+ADMIN_LIMIT_S = 60.0
 SILENCE_LIMIT_S = 600.0  # without an answer to anybody
 MOST_FAILURES = 3  # of a user's process by itself
 
@@ -105,6 +109,7 @@ class Stage:
     proxies: tuple[Proxy, Proxy]
     keys: list[str]  # of the users, and of one more tenant
     bad_store: BadStore
+    admin_key: str
     users: list[UserProcess] = field(default_factory=list)
     abandoned: list[dict[str, Any]] = field(default_factory=list)  # events
     stuck: bool = False
@@ -131,6 +136,19 @@ class Stage:
         fronts = (*self.trainer.exits, *self.sampler.exits)
         clients = sum(user.kills for user in self.users)
         return fronts.count(-signal.SIGKILL) + self.engine_deaths() + clients
+
+    def renew_group(self) -> None:
+        """Adds a group to the trainer's, and drains the oldest; whether that comes to its end."""
+        with grpc.insecure_channel(self.trainer.address) as channel:
+            admin = admin_pb2_grpc.AdminServiceStub(channel)
+            options: dict[str, Any] = {
+                "metadata": (("authorization", f"Bearer {self.admin_key}"),),
+                "timeout": ADMIN_LIMIT_S,
+            }
+            admin.AddGroup(admin_pb2.AddGroupRequest(), **options)
+            groups = admin.ListGroups(admin_pb2.ListGroupsRequest(), **options).groups
+            oldest = next(group for group in groups if group.state != group.STATE_DRAINING)
+            admin.DrainGroup(admin_pb2.DrainGroupRequest(name=oldest.name), **options)
 
     def client(self, number: int) -> mint.ServiceClient:
         """Beside the proxies, with a user's key."""
@@ -239,12 +257,13 @@ def tenant(number: int) -> str:
 
 
 @contextmanager
-def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage]:
+def staged(folder: Path, model: Path, users: int, state: Path, groups: int = 1) -> Iterator[Stage]:
     """Everything but the users' processes."""
     with ExitStack() as stack:
         bad_store = BadStore(folder / "store")
         bad_store.folder.mkdir()
         keys = [make_key(tenant(number), folder / "keys") for number in range(users + 1)]
+        admin_key = make_key("ops", folder / "keys", scopes=frozenset({"admin"}))
         flags: dict[str, object] = {
             "base_model": model,
             "base_model_name": "tiny",
@@ -255,7 +274,11 @@ def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage
         }
         services = []
         for name, module, more in (
-            ("trainer", "tests.engines.mortal_service", _TRAINER | {"state": state}),
+            (
+                "trainer",
+                "tests.engines.mortal_service",
+                _TRAINER | {"state": state, "groups": groups},
+            ),
             ("sampler", "sampler_service", {}),
         ):
             (folder / name).mkdir()
@@ -268,7 +291,7 @@ def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage
             proxies.append(proxy)
         trainer, sampler = services
         both = (proxies[0], proxies[1])
-        stage = Stage(folder, state, trainer, sampler, both, keys, bad_store)
+        stage = Stage(folder, state, trainer, sampler, both, keys, bad_store, admin_key)
         stack.callback(stage.end_users)
         yield stage
 

@@ -1,5 +1,6 @@
 """When a run moves since loads differ: the fullest groups give one to the emptiest of their kind,
-one at a time, if that has been so for a while and the move is worth what it costs.
+one at a time, if that has been so for a while and the move is worth what it costs. One that comes
+back to work after a long rest moves at once: its row is on disk, and more work is to be expected.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Balancing:
         by_kind: dict[str, list[Load]] = {}
         for load in self._placement.opened():
             by_kind.setdefault(load.kind, []).append(load)
-        found: list[Move] = []
+        found = self._moves_of_returned(now_s)
         full: dict[str, float] = {}
         for loads in by_kind.values():
             loads.sort(key=lambda load: load.average.at(now_s))
@@ -50,10 +51,27 @@ class Balancing:
                 if now_s - since_s < PATIENCE_S or {source.name, target.name} & self._moving:
                     continue
                 if placed := _worth_moving(source, gap, now_s):
-                    found.append(Move(placed.name, source.name, target.name))
-                    self._moving |= {source.name, target.name}
+                    found.append(self._begin(placed.name, source, target))
         self._full_since_s = full
         return found
+
+    def _moves_of_returned(self, now_s: float) -> list[Move]:
+        returned, self._placement.returned = self._placement.returned, []
+        found = []
+        for run in returned:
+            if (source := self._placement.homes.get(run)) is None:
+                continue  # it is gone
+            name = self._placement.choose(now_s, source.kind)
+            if name is None or (target := self._placement.groups[name]).kind != source.kind:
+                continue
+            gap = source.average.at(now_s) - target.average.at(now_s)
+            if gap >= LEAST_GAP and not {source.name, target.name} & self._moving:
+                found.append(self._begin(run, source, target))
+        return found
+
+    def _begin(self, run: str, source: Load, target: Load) -> Move:
+        self._moving |= {source.name, target.name}
+        return Move(run, source.name, target.name)
 
     def ended(self, move: Move) -> None:
         self._moving -= {move.source, move.target}

@@ -16,6 +16,7 @@ from random import Random
 HALF_LIFE_S = 30.0  # after which what was counts half
 DRAWN = 16  # groups that are looked at; with so many or fewer, all are
 NEW_LOAD = 1.0  # of a run that has not shown any
+IDLE_LOAD = 0.02  # of one that has had no work for about six half-lives
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Placement:
         self.groups: dict[str, Load] = {}
         self.homes: dict[str, Load] = {}  # by run
         self._open: dict[str, list[Load]] = {"": []}  # those that take runs; by kind, "": of all
+        self.returned: list[str] = []  # runs seen at work after a long rest, since this was cleared
 
     def open(self, name: str, kind: str = "alike", memory_bytes: int = 0) -> None:
         """Has a group take runs."""
@@ -137,5 +139,7 @@ class Placement:
         load, weight = self.groups[group], 1 - 0.5 ** (interval_s / HALF_LIFE_S)
         for name in at_work:
             if placed := load.runs.get(name):
+                if placed.load.at(now_s) < IDLE_LOAD:
+                    self.returned.append(name)
                 placed.load.add(weight, now_s)
                 load.average.add(weight, now_s)

@@ -69,6 +69,21 @@ def test_a_gap_that_has_just_come_moves_nothing() -> None:
     assert fleet.moves
 
 
+def test_a_run_that_returns_after_a_long_rest_moves_at_once() -> None:
+    fleet = Fleet({"a": 2, "b": 0}, idle=2)
+    fleet.go_on(90)
+    assert fleet.moves == []  # two that have come lately
+    fleet.go_on(300)
+    fleet.moves.clear()
+    fleet.at_work = {"a0", "a1", "b0"}  # b0 has not worked for long
+    fleet.placement.place("a1", "a", 0, fleet.now_s)
+    fleet.placement.place("a0", "a", 0, fleet.now_s)
+    fleet.go_on(60)
+    fleet.at_work.add("a3")  # it has never worked
+    fleet.go_on(2)
+    assert [(move.run, move.target) for _, move in fleet.moves] == [("a3", "b")]
+
+
 def test_a_run_that_has_come_lately_stays() -> None:
     fleet = Fleet({"a": 4, "b": 0})
     fleet.go_on(int(REST * pause_s(0)) - 1)
