@@ -13,7 +13,8 @@ GAP_SHARE = 0.3  # of the larger load
 MOVE_S = 1.0  # of a pause, without the row
 DISK_BYTES_PER_S = 500e6  # a row is written, and read
 REST = 100  # how many times its pause a run stays where it is
-LEAST_LOAD = 0.05  # of a run that is worth a move
+LEAST_LOAD = 0.1  # of a run that is worth a move
+MOST_PART = 0.55  # of a gap, for which its load may stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def _worth_moving(source: Load, gap: float, now_s: float) -> Placed | None:
     for placed in source.runs.values():
         load = placed.load.at(now_s)
         rested = now_s - placed.since_s >= REST * pause_s(placed.row_bytes)
-        if not (LEAST_LOAD <= load <= gap / 2 and rested):
+        if not (LEAST_LOAD <= load <= MOST_PART * gap and rested):
             continue
         worth = (round(load, 1), -placed.row_bytes)
         if best is None or worth > best:
