@@ -148,6 +148,8 @@ class TrainerConfig(ServiceConfig):
     @property
     def sharing(self) -> int:
         """How many groups have this one's device, and divide its free memory."""
+        if self.engines_on == "ray":
+            return 1  # which gives each what it asks for
         return max(1, self.group_devices.count(self.device))
 
     @property

@@ -21,10 +21,10 @@ from mintrpc.v1 import checkpoint_pb2_grpc, model_pb2, trainer_pb2_grpc
 from trainer_service.checkpoints.checkpoints import Checkpoints
 from trainer_service.checkpoints.servicer import CheckpointServicer
 from trainer_service.config import TrainerConfig
-from trainer_service.job_files import job_files
 from trainer_service.groups.desk import GroupDesk
 from trainer_service.groups.group import Group
 from trainer_service.groups.groups import Groups
+from trainer_service.job_files import job_files
 from trainer_service.journal.ledger import check_base
 from trainer_service.journal.state_size import StateSize
 from trainer_service.journal.writer import Journal

@@ -5,6 +5,7 @@ front its first call says where it is from then on.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
@@ -47,15 +48,16 @@ class Groups:
     def __init__(
         self,
         config: TrainerConfig,
-        engine_module: str,
+        make_engine: Callable[[TrainerConfig, int], EngineProcess],
         usage: Usage,
         weight_of: Callable[[str], float],
         residents: Residents,
         tasks: Tasks,
     ) -> None:
-        """`weight_of` a tenant; see `Planner`."""
+        """`make_engine` by its number, from 0; `weight_of` a tenant: see `Planner`."""
         self._config = config
-        self._engine_module = engine_module
+        self._make_engine = make_engine
+        self._engines_made = itertools.count()
         self._usage = usage
         self._residents = residents
         self._tasks = tasks
@@ -113,7 +115,7 @@ class Groups:
         there = 1 + sum(group.device == device for group in self)
         sharing = max(there, self._config.group_devices.count(device))
         config = replace(self._config, device=device, devices="", groups=sharing)
-        engine = EngineProcess(self._engine_module, config)
+        engine = self._make_engine(config, next(self._engines_made))
         meter = Meter(name, self._usage, self._shares)
         weight_of = partial(self._shares.weight_of, name)
         scheduler = Scheduler(engine, meter, weight_of, self.followers)

@@ -1,6 +1,8 @@
 """Groups of a front, with real engine processes that have no model."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mint_core.engine_host import process as engine_process
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, FailedPrecondition, NotFound, Unavailable
 from mint_core.hosting.tasks import Tasks
 from mint_core.rpc.metrics import Metrics
@@ -26,14 +29,16 @@ from trainer_service.run_table import RunTable
 LIMIT_S = 30.0
 
 
+def made(config: TrainerConfig, number: int) -> EngineProcess:
+    return EngineProcess("tests.engines.trainer", config)
+
+
 @asynccontextmanager
 async def grouped(count: int = 1) -> AsyncIterator[Groups]:
     tasks, metrics = Tasks(), Metrics()
     config = replace(TrainerConfig(), groups=count, device="cpu")
     table = RunTable(QuotaBook(None, metrics))
-    groups = Groups(
-        config, "tests.engines.trainer", Usage(metrics), lambda tenant: 1.0, table, tasks
-    )
+    groups = Groups(config, made, Usage(metrics), lambda tenant: 1.0, table, tasks)
     async with asyncio.timeout(LIMIT_S):
         await groups.start()
         groups.feed()
@@ -48,7 +53,7 @@ def test_there_is_no_model_before_an_engine_was_up() -> None:
     metrics = Metrics()
     groups = Groups(
         TrainerConfig(),
-        "tests.engines.trainer",
+        made,
         Usage(metrics),
         lambda tenant: 1.0,
         RunTable(QuotaBook(None, metrics)),
@@ -180,9 +185,8 @@ async def test_a_group_that_cannot_start_again_gives_its_runs_to_others(
             await front.submit(backward(name, 1, [4]))
             await front.service.services.saved_rows.want(front.run(name))
         (tmp_path / "broken").touch()
-        process = dead.engine._process
-        assert process
-        process.kill()
+        assert dead.engine.pid
+        os.kill(dead.engine.pid, signal.SIGKILL)
 
         answers = [await front.submit(optim_step(name, 2)) for name in names]
 
