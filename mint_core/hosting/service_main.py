@@ -20,7 +20,7 @@ from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
-from mint_core.engine_host.process import EngineProcess
+from mint_core.engine_host.view import EngineView
 from mint_core.errors import FailedPrecondition, InvalidRequest, MintError
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.hosting.settings import Settings
@@ -45,7 +45,7 @@ C = TypeVar("C", bound=ServiceConfig)
 class Service(Protocol):
     """What trainer and sampler each put between the network and their engine."""
 
-    engine: EngineProcess
+    engine: EngineView
     tasks: Tasks  # what it does in the background: it cannot go on without any of it
 
     def add_to(self, server: RpcServer) -> None:
@@ -144,7 +144,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     logger.info("%s stopped", role)
 
 
-def _tell_memory(role: Role, engine: EngineProcess, metrics: Metrics) -> None:
+def _tell_memory(role: Role, engine: EngineView, metrics: Metrics) -> None:
     """Says what the service may take, for those who start it beside others."""
     for of in engine.memory_limits:
         metrics.memory_limit(of, partial(engine.memory_limit, of))
@@ -248,7 +248,7 @@ async def _serve(service: Service, server: RpcServer) -> None:
     raise TaskDied(str(error)) from error
 
 
-async def _follow(engine: EngineProcess, server: RpcServer) -> None:
+async def _follow(engine: EngineView, server: RpcServer) -> None:
     """Keeps the health service at the engine's state."""
     while True:
         engine.changed.clear()

@@ -10,7 +10,7 @@ import psutil
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from mint_core.engine_host.process import EngineProcess
+from mint_core.engine_host.view import EngineView
 from mint_core.errors import FailedPrecondition
 from mint_core.rpc.metrics_http import serve_http
 
@@ -79,7 +79,7 @@ class Metrics:
         """In bytes, by what they are for."""
         return {of: read() for of, read in self._limits.items()}
 
-    def watch_engine(self, engine: EngineProcess) -> None:
+    def watch_engine(self, engine: EngineView) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
         self.gauge(
@@ -88,7 +88,7 @@ class Metrics:
         self.gauge(
             "mint_engine_resident_memory_bytes",
             "Main memory of the engine process",
-            lambda: _resident_bytes(engine.pid),
+            lambda: sum(map(_resident_bytes, engine.pids)),
         )
 
     def serve(
@@ -124,8 +124,8 @@ class _Table(Collector):
         yield family
 
 
-def _resident_bytes(pid: int | None) -> float:
+def _resident_bytes(pid: int) -> float:
     try:
-        return float(psutil.Process(pid).memory_info().rss) if pid else 0.0
+        return float(psutil.Process(pid).memory_info().rss)
     except psutil.NoSuchProcess:
         return 0.0

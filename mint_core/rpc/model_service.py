@@ -60,11 +60,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         describe: Callable[[], ModelDescription | None],  # None: the engine has never been up
         engine_ready: Callable[[], bool],
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
+        now: Callable[[], model_pb2.GetServerCapabilitiesResponse] | None = None,  # that changes
     ) -> None:
         self._describe = describe
         self.texts = TextProcess(describe, limits.MAX_TEXT_REQUEST_BYTES)
         self._engine_ready = engine_ready
         self._offer = offer
+        self._now = now
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}
 
     async def GetServerCapabilities(
@@ -80,6 +82,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             engine_ready=self._engine_ready(),
         )
         capabilities.MergeFrom(self._offer)
+        if self._now is not None:
+            capabilities.MergeFrom(self._now())
         return capabilities
 
     async def GetTokenizer(
