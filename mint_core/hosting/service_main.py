@@ -45,8 +45,10 @@ C = TypeVar("C", bound=ServiceConfig)
 class Service(Protocol):
     """What trainer and sampler each put between the network and their engine."""
 
-    engine: EngineView
     tasks: Tasks  # what it does in the background: it cannot go on without any of it
+
+    @property
+    def engine(self) -> EngineView: ...
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the servicers. Called once, before `start`."""

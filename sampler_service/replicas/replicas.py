@@ -39,7 +39,7 @@ class Replicas:
         self._replicas: list[Replica] = []
         self._shares = Shares()
         self._usual_tokens = USUAL_TOKENS
-        self.found: Counter[tuple[str, str, str]] = Counter()  # requests: replica, adapter, prompt
+        self.found: Counter[tuple[str, ...]] = Counter()  # requests: replica, adapter, prompt
         self.changed = asyncio.Event()  # set when `ready` may change, for one reader who clears it
 
     def __iter__(self) -> Iterator[Replica]:
