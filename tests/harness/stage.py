@@ -1,4 +1,6 @@
-"""Trainer, sampler, a proxy before each, and users: real processes on real sockets."""
+"""Trainer, sampler with two replicas, a proxy before each, and users: real processes on real
+sockets.
+"""
 
 import hashlib
 import os
@@ -256,7 +258,7 @@ def staged(folder: Path, model: Path, users: int, state: Path) -> Iterator[Stage
         services = []
         for name, module, more in (
             ("trainer", "tests.engines.mortal_service", _TRAINER | {"state": state}),
-            ("sampler", "sampler_service", {}),
+            ("sampler", "sampler_service", {"replicas": 2}),
         ):
             (folder / name).mkdir()
             running = supervised(module, folder / name, (), **flags, **more)
