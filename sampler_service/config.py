@@ -1,7 +1,9 @@
 """What the sampler, its front and its engine, can be told."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from checkpoint_store import TrainerAccess, is_wire_address, snapshot_folder
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
@@ -29,6 +31,15 @@ class SamplerConfig(ServiceConfig):
         None, "file of the sampler's own certificate, in PEM, where the trainer wants one"
     )
     store_tls_key: Path | None = option(None, "file of its private key, in PEM, without a password")
+    replicas: int = option(
+        1,
+        "engines that share the requests, each with the whole base model. What options say of "
+        "adapters, passes, samples and the cache is each one's; computed memory is divided",
+    )
+    devices: str = option(
+        "",
+        "the device of each of the `replicas`, as in cuda:0,cuda:1; empty: `device` for all",
+    )
     max_adapters: int = option(64, "most adapters in the engine's memory at the same time")
     adapter_memory_mib: int = option(
         0,
@@ -95,7 +106,8 @@ class SamplerConfig(ServiceConfig):
             )
         self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
         self.require_at_least(0, "max_wait_s")
-        self.require_at_least(1, "max_adapters", "max_running_samples")
+        self.require_at_least(1, "max_adapters", "max_running_samples", "replicas")
+        self._check_devices()
         self.require_at_least(1, "queue_samples", "queue_tokens")
         for name, least in (
             ("max_batch_tokens", self.max_running_samples + CHUNK_TOKENS),
@@ -129,3 +141,42 @@ class SamplerConfig(ServiceConfig):
             cert_key=self.store_tls_key,
             allow_insecure=self.allow_insecure,
         )
+
+    def _check_devices(self) -> None:
+        devices = self.replica_devices
+        if not self.devices:
+            return
+        for device in devices:
+            if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+                raise ValueError(f"`devices` names {device!r}; give cpu, cuda or cuda:N for each")
+        if self.device not in ("auto", *devices):
+            raise ValueError(
+                f"`device` {self.device} is none of `devices` {self.devices}; leave one of them out"
+            )
+        if len(devices) != self.replicas:
+            raise ValueError(
+                f"`devices` names {len(devices)} and `replicas` is {self.replicas}; name one "
+                "device for each replica"
+            )
+        if len({device == "cpu" for device in devices}) > 1:
+            raise ValueError(
+                f"`devices` {self.devices} are of two kinds, on which a seed draws other tokens; "
+                "start a sampler for each kind"
+            )
+
+    @property
+    def replica_devices(self) -> tuple[str, ...]:
+        return tuple(self.devices.split(",")) if self.devices else (self.device,) * self.replicas
+
+    @property
+    def sharers(self) -> int:
+        """How many replicas are on `device`."""
+        return max(1, self.replica_devices.count(self.device))
+
+    @property
+    def own_share(self) -> float:
+        return self.memory_share / self.sharers
+
+    def of_replica(self, number: int) -> Self:
+        """What the engine of one replica is told."""
+        return replace(self, device=self.replica_devices[number])

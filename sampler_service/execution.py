@@ -1,4 +1,4 @@
-"""What happens to a request: a place in the waiting room, an adapter, the engine."""
+"""What happens to a request: a place in the waiting room, a replica, an adapter, the engine."""
 
 import asyncio
 import itertools
@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, null
 from dataclasses import replace
 
 from mint_core.backlog import Load
-from mint_core.engine_host.process import EngineProcess
-from mint_core.errors import EngineDied, EngineFault
+from mint_core.errors import EngineDied, EngineFault, Unavailable
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.metrics import Metrics
 from sampler_service import jobs
-from sampler_service.adapters.leases import AdapterLeases
+from sampler_service.adapters.revisions import Revisions
 from sampler_service.parts import PartBuffer, TokensDiffer
+from sampler_service.replicas.replicas import Place, Replicas
 from sampler_service.waiting_room import WaitingRoom
 
 # An engine's death may be the doing of any call that it had. Those that two had are done one at a
@@ -27,15 +27,15 @@ class Execution:
 
     def __init__(
         self,
-        engine: EngineProcess,
-        leases: AdapterLeases,
+        replicas: Replicas,
+        revisions: Revisions,
         room: WaitingRoom,
         metrics: Metrics,
         *,
         max_wait_s: float,  # for the first pass; 0: as long as it takes
     ) -> None:
-        self._engine = engine
-        self._leases = leases
+        self._replicas = replicas
+        self._revisions = revisions
         self._room = room
         self._max_wait_s = max_wait_s
         self._request_ids = itertools.count(1)
@@ -49,9 +49,10 @@ class Execution:
     async def sample(
         self, sampling: jobs.Sampling, parts: PartBuffer | None = None
     ) -> tuple[jobs.Generated, str]:
-        """The whole way of a request through the front: it is admitted, waits for its adapter, and
-        goes to the engine, or the next one if that dies. Returns the answer, and from which
-        revision it is; tokens go to `parts` as they come, if that is given.
+        """The whole way of a request through the front: it is admitted, gets a replica, waits for
+        its adapter there, and goes to the engine; to another, or the next one, if that dies.
+        Returns the answer, and from which revision it is; tokens go to `parts` as they come, if
+        that is given.
         """
         job = self._job(sampling, stream=parts is not None)
         start_by_s = time.monotonic() + self._max_wait_s if self._max_wait_s else None
@@ -60,13 +61,13 @@ class Execution:
             while True:
                 alone = self._alone if deaths >= DEATHS_UNTIL_ALONE else nullcontext()
                 try:
-                    async with alone, self._leased(job, start_by_s) as revision:
+                    async with alone, self._leased(job, start_by_s) as (place, revision):
                         within_s = start_by_s and start_by_s - time.monotonic()
                         job = replace(job, adapter=revision, start_within_s=within_s)
-                        generated = await self._generate(job, parts)
+                        generated = await self._generate(job, place, parts)
                         break
                 except jobs.AdapterAbsent:
-                    pass  # the engine was started anew since the adapter was leased
+                    pass  # the engine was started anew, or is gone, since the adapter was leased
                 except EngineDied as death:
                     deaths += 1
                     if deaths > DEATHS_UNTIL_ALONE:
@@ -96,32 +97,50 @@ class Execution:
             yield
 
     @asynccontextmanager
-    async def _leased(self, job: jobs.Generate, start_by_s: float | None) -> AsyncIterator[str]:
+    async def _leased(
+        self, job: jobs.Generate, start_by_s: float | None
+    ) -> AsyncIterator[tuple[Place, str]]:
         """Holds an adapter in an engine that is up, and says which revision it is."""
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout_at(start_by_s) as limit:
-                    await self._engine.hello()
-                    lease = self._leases.lease(job.adapter, job.tenant)
-                    revision = await stack.enter_async_context(lease)
+                    await self._replicas.hello()
+                    revision = None
+                    if job.adapter != jobs.BASE_MODEL:
+                        revision = await self._revisions.resolve(job.adapter, job.tenant)
+                    place = stack.enter_context(self._replicas.place(job, revision))
+                    lease = place.replica.leases.lease(revision)
+                    path = await stack.enter_async_context(lease)
             except TimeoutError:
                 if not limit.expired():
                     raise
                 raise jobs.WaitedTooLong(self._max_wait_s) from None
-            yield revision
+            yield place, path
 
-    async def _generate(self, job: jobs.Generate, parts: PartBuffer | None) -> jobs.Generated:
-        """What the engine makes of a job; it is told if the caller leaves."""
+    async def _generate(
+        self, job: jobs.Generate, place: Place, parts: PartBuffer | None
+    ) -> jobs.Generated:
+        """What the engine makes of a job; it is told if the caller leaves. Raises AdapterAbsent if
+        another replica had better do it.
+        """
+        if self._replicas.lacks(place.replica):
+            raise jobs.AdapterAbsent("the engine is gone; send the call again")
         if parts:
             parts.begin(job.adapter)
-        started_s = time.perf_counter()
+        started_s, engine = time.perf_counter(), place.replica.engine
         try:
-            generated: jobs.Generated = await self._engine.call(
-                job, on_part=parts.put if parts else None
+            generated: jobs.Generated = await engine.call(
+                replace(job, had_tokens=place.had_tokens), on_part=parts.put if parts else None
             )
         except (asyncio.CancelledError, TokensDiffer):
-            self._engine.cast(jobs.Abort(job.request_id))
+            engine.cast(jobs.Abort(job.request_id))
             raise
+        except Unavailable as error:
+            if self._replicas.lacks(place.replica):  # it was drained, or cannot start again
+                raise jobs.AdapterAbsent(error.message) from error
+            raise
+        sampled = parts.tokens if parts else sum(len(c.tokens) for c in generated.continuations)
+        self._replicas.note(place, job.sampling, generated.prompt_cache_hit_tokens, sampled)
         note(run_s=time.perf_counter() - started_s)
         return generated
 

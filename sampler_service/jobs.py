@@ -149,6 +149,7 @@ class Generate:
     adapter: str  # revision path of a loaded adapter, or BASE_MODEL
     sampling: Sampling
     tenant: str = ""  # tenants share passes and places equally
+    had_tokens: int = 0  # by the tenant, of all replicas; the engine counts on from there
     stream: bool = False
     # In which its first pass must begin, from when the engine takes it in: a clock is its machine's
     start_within_s: float | None = None

@@ -17,6 +17,9 @@ from sampler_service.config import SamplerConfig
 from sampler_service.constraint_parsing import constraints_served
 from sampler_service.execution import Execution
 from sampler_service.job_files import job_files
+from sampler_service.replicas.replica import Replica
+from sampler_service.replicas.replicas import Replicas
+from sampler_service.replicas.watching import watch_replicas
 from sampler_service.servicer import SamplerServicer
 from sampler_service.streams import Streams
 from sampler_service.waiting_room import WaitingRoom
@@ -41,20 +44,26 @@ FEATURES = (
 
 
 class SamplerService:
-    """Holds the engine and hands work to it. All methods belong to one event loop."""
+    """Holds the engines and hands work to them. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        hosts = engine_hosts(config, job_files, config.row_folders)
-        self.engine = EngineProcess("sampler_service.engine", config, hosts(0))
+        hosts = engine_hosts(config, job_files, config.row_folders, count=config.replicas)
+        self.engine = Replicas()
         self.tasks = Tasks()
         self._revisions = _revisions(config, self.engine, self.tasks)
-        self._leases = AdapterLeases(
-            self._revisions, self.engine, self.tasks, capacity=config.max_adapters
-        )
+        for number in range(config.replicas):
+            own = config.of_replica(number)
+            engine = EngineProcess("sampler_service.engine", own, hosts(number))
+            leases = AdapterLeases(
+                self._revisions, engine, self.tasks, capacity=config.max_adapters
+            )
+            self.engine.add(Replica(str(number), engine, leases))
+        if config.replicas > 1:
+            watch_replicas(metrics, self.engine)
         share = Load(count=config.queue_samples, tokens=config.queue_tokens)
         self._execution = Execution(
             self.engine,
-            self._leases,
+            self._revisions,
             WaitingRoom(share),
             metrics,
             max_wait_s=config.max_wait_s,
@@ -66,7 +75,9 @@ class SamplerService:
         offer = model_pb2.GetServerCapabilitiesResponse(
             role=model_pb2.SERVICE_ROLE_SAMPLER, features=FEATURES
         )
-        served = ModelServicer(lambda: self._served, lambda: self.engine.ready, offer)
+        served = ModelServicer(
+            lambda: self._served, lambda: self.engine.ready, offer, now=self._replicas_now
+        )
         add_model_service(server, served)
         server.add(
             sampler_pb2_grpc.add_SamplerServiceServicer_to_server,
@@ -75,8 +86,7 @@ class SamplerService:
         )
 
     async def start(self) -> None:
-        self._served = (await self.engine.start()).model
-        self.tasks.start(self._leases.run(), "adapter leases")
+        self._served = await self.engine.start(self.tasks)
 
     async def stop(self) -> None:
         self._streams.stop()
@@ -86,11 +96,15 @@ class SamplerService:
         self._revisions.close()
 
     async def _model(self) -> ModelDescription:
-        """What is served; waits for the engine's first start."""
+        """What is served; waits for the first start of an engine."""
         return self._served or (await self.engine.hello()).model
 
+    def _replicas_now(self) -> model_pb2.GetServerCapabilitiesResponse:
+        up, all_ = len(self.engine.up), len(self.engine)
+        return model_pb2.GetServerCapabilitiesResponse(replicas=all_, replicas_ready=up)
 
-def _revisions(config: SamplerConfig, engine: EngineProcess, tasks: Tasks) -> Revisions:
+
+def _revisions(config: SamplerConfig, engine: Replicas, tasks: Tasks) -> Revisions:
     store: AdapterStore
     if access := config.trainer_access():
         store = open_wire_store(access, config.store_folder)

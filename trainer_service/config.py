@@ -153,6 +153,15 @@ class TrainerConfig(ServiceConfig):
         return max(1, self.group_devices.count(self.device))
 
     @property
+    def own_share(self) -> float:
+        return self.memory_share / self.sharing
+
+    @property
+    def divided(self) -> int:
+        """By how many what is free on the device is divided: a share of its own is already."""
+        return 1 if self.memory_share else self.sharing
+
+    @property
     def state_folder(self) -> Path:
         return self.state or self.store_folder / ".state"
 

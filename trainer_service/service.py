@@ -157,7 +157,7 @@ class TrainerService:
             lambda: self.groups.description,
             lambda: self.engine.ready,
             offer,
-            self.group_desk.offered,
+            now=self.group_desk.offered,
         )
         add_model_service(server, served)
         directory = RunDirectory(self.runs, self.table, self._checkpoints.store, self._ids)

@@ -1,7 +1,7 @@
 """Several engines, as one is seen from outside."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from mint_core.engine_host.process import EngineProcess
 
@@ -33,9 +33,9 @@ class Engines:
         return self._ended_restarts + sum(engine.restarts for engine in self._all)
 
     @property
-    def pids(self) -> Sequence[int]:
+    def pids(self) -> tuple[int, ...]:
         """Of those that there are now."""
-        return [engine.pid for engine in self._all if engine.pid]
+        return tuple(pid for engine in self._all for pid in engine.pids)
 
     @property
     def memory_limits(self) -> Mapping[str, int]:
@@ -48,7 +48,3 @@ class Engines:
     def memory_limit(self, of: str) -> float:
         """Bytes that they take at most for something."""
         return self.memory_limits.get(of, 0)
-
-
-def as_engines(engine: EngineProcess | Engines) -> Engines:
-    return engine if isinstance(engine, Engines) else Engines(engine)

@@ -104,6 +104,10 @@ class EngineProcess:
     def pid(self) -> int | None:
         return self._engine.pid if self._engine else None
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return (self.pid,) if self.pid else ()
+
     def memory_limit(self, of: str) -> float:
         """Bytes that it takes at most for something."""
         return self.memory_limits.get(of, 0)

@@ -84,6 +84,12 @@ class ServiceConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type in which the base computes"
     )
+    memory_share: float = option(
+        0.0,
+        "most of the device's memory that this service may take, as a share of all of it, such as "
+        "0.5 where trainer and sampler are on one GPU; of the host's memory on a CPU. What is "
+        "computed from free memory keeps within it. 0: as much as is free",
+    )
     threads: int = option(
         1, "threads of the engine on a CPU; with more than 1, results are not bitwise reproducible"
     )
@@ -134,6 +140,8 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         self.require_at_least(1, "threads", "max_lora_rank")
+        if not 0 <= self.memory_share <= 1:
+            raise ValueError(f"`memory_share` must be from 0 to 1, got {self.memory_share}")
         if not self.store:
             raise ValueError("`store` is empty; give a folder, or leave it out for the default")
         if self.local_folder is not None and not self.store_is_remote:
@@ -198,6 +206,11 @@ class ServiceConfig:
         for name in names:
             if not least <= getattr(self, name) < float("inf"):  # false of a NaN, too
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def own_share(self) -> float:
+        """The share of one engine."""
+        return self.memory_share
 
     @property
     def store_is_remote(self) -> bool:

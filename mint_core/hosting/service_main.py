@@ -20,8 +20,7 @@ from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
 from mint_core.addresses import host_and_port
 from mint_core.durable_files import make_folder
-from mint_core.engine_host.engines import Engines, as_engines
-from mint_core.engine_host.process import EngineProcess
+from mint_core.engine_host.view import EngineView
 from mint_core.errors import FailedPrecondition, InvalidRequest, MintError
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.hosting.settings import Settings
@@ -49,7 +48,7 @@ class Service(Protocol):
     tasks: Tasks  # what it does in the background: it cannot go on without any of it
 
     @property
-    def engine(self) -> EngineProcess | Engines: ...
+    def engine(self) -> EngineView: ...
 
     def add_to(self, server: RpcServer) -> None:
         """Adds the servicers. Called once, before `start`."""
@@ -117,11 +116,10 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     )
     service = build(config, metrics, door, quotas)
     service.add_to(server)
-    engines = as_engines(service.engine)
     desk = getattr(service, "group_desk", None)  # of a trainer
-    admin = AdminServicer(keys, quotas, metrics, engines, tls, stopped.set, desk)
+    admin = AdminServicer(keys, quotas, metrics, service.engine, tls, stopped.set, desk)
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, admin, ADMIN_SERVICE)
-    metrics.watch_engine(engines)
+    metrics.watch_engine(service.engine)
     try:
         address, metrics_address = await _listen(config, role, server, metrics, tls)
         logger.info(
@@ -134,7 +132,7 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
         if await first(service.start(), stopped):
             server.begin()
             spare_what_is_there()
-            _tell_memory(role, engines, metrics)
+            _tell_memory(role, service.engine, metrics)
             if not door.tells_tenants:
                 logger.info("no `keys`: loopback only, every caller is the tenant `default`")
             logger.info("%s listening on %s metrics=%s", role, address, metrics_address)
@@ -142,14 +140,14 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
                 addresses = {"address": address, "metrics_address": metrics_address}
                 write_whole(config.ready_file, json.dumps(addresses))
             service.tasks.start(server.keep_checking(), "keys and certificates")
-            await first(_serve(service, engines, server), stopped)
+            await first(_serve(service, server), stopped)
     finally:
         await server.stop(GRACE_S)
         await service.stop()
     logger.info("%s stopped", role)
 
 
-def _tell_memory(role: Role, engine: Engines, metrics: Metrics) -> None:
+def _tell_memory(role: Role, engine: EngineView, metrics: Metrics) -> None:
     """Says what the service may take, for those who start it beside others."""
     for of in engine.memory_limits:
         metrics.memory_limit(of, partial(engine.memory_limit, of))
@@ -246,14 +244,14 @@ async def first(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> bool
     return ended
 
 
-async def _serve(service: Service, engines: Engines, server: RpcServer) -> None:
+async def _serve(service: Service, server: RpcServer) -> None:
     """Follows the engine's state. Raises if the service cannot go on."""
-    service.tasks.start(_follow(engines, server), "health")
+    service.tasks.start(_follow(service.engine, server), "health")
     error = await service.tasks.failure()
     raise TaskDied(str(error)) from error
 
 
-async def _follow(engine: Engines, server: RpcServer) -> None:
+async def _follow(engine: EngineView, server: RpcServer) -> None:
     """Keeps the health service at the engine's state."""
     while True:
         engine.changed.clear()

@@ -124,18 +124,26 @@ def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (value for name, value in header.items() if name != "__metadata__")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody has."""
+def free_bytes(device: torch.device, share: float = 0.0) -> int:
+    """Memory of a device that nobody has, or as much of it as this process may still take if a
+    share of all is its own.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total, own = memory.available, memory.total, psutil.Process().memory_info().rss
+    return min(free, max(0, int(share * total) - own)) if share else free
 
 
-def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+def check_memory(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, share: float = 0.0
+) -> None:
     """Refuses a model that does not fit, and says by how much, and what would; `dtype` None: as it
     is stored.
     """
-    needed, free = needed_bytes(folder, dtype), free_bytes(device)
+    needed, free = needed_bytes(folder, dtype), free_bytes(device, share)
     if needed <= free:
         return
     ways = []
@@ -147,9 +155,11 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype | None) 
         if other != device and free_bytes(other) >= needed
     ]
     most = f", of up to {free / dtype.itemsize / 1e9:.1f}e9 parameters" if dtype else ""
-    ways.append(f"free {_gib(needed - free)}, or serve a smaller model{most}")
+    more = "give a larger --memory-share" if share else f"free {_gib(needed - free)}"
+    ways.append(f"{more}, or serve a smaller model{most}")
+    at_hand = "its share" if share else "free"
     raise FailedPrecondition(
-        f"the base model needs {_gib(needed)} but {_gib(free)} are free on {device}, "
+        f"the base model needs {_gib(needed)} but {_gib(free)} are {at_hand} on {device}, "
         f"{_gib(needed - free)} too few; {'; or '.join(ways)}"
     )
 

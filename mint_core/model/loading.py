@@ -67,12 +67,14 @@ def load_base(
     base_model, place = config.base_model, _device(config.device)
     if place.index is not None:
         torch.cuda.set_device(place)  # Triton launches on the current device
+    if place.type == "cuda" and config.own_share:
+        torch.cuda.set_per_process_memory_fraction(config.own_share, place)
     kind = _dtype(config.dtype, place)
     bar = told_bar(progress)
     folder = find_folder(base_model, config.base_model_revision, bar)
     try:
         with weights_told(bar):
-            model, text, eos_token_ids = _read(folder, place, kind)
+            model, text, eos_token_ids = _read(folder, place, kind, config.own_share)
     except _UNREADABLE as error:
         raise FailedPrecondition(
             f"the base model {base_model!r} cannot be loaded: {architecture.first_line(error)}; "
@@ -145,7 +147,7 @@ def load_base(
 
 
 def _read(
-    folder: Path, device: torch.device, dtype: torch.dtype
+    folder: Path, device: torch.device, dtype: torch.dtype, share: float
 ) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     """The model as transformers loads it, without what is not for text, its part that makes hidden
     states, and the tokens that end a sequence.
@@ -153,7 +155,7 @@ def _read(
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         names = ", ".join(TOKENIZER_FILES)
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
-    check_memory(folder, device, dtype)
+    check_memory(folder, device, dtype, share)
     # Each tensor goes from its file to the device by itself, in the type that is served.
     model, info = read_model(
         folder,

@@ -79,7 +79,7 @@ class Routing:
         model.set_experts_implementation(experts.REGISTERED_NAME)  # type: ignore[operator]
         self._routers = [model.get_submodule(layer.router) for layer in layers]
         names = [name for layer in layers for name in layer.gates]
-        self._gates = [model.get_submodule(name) for name in names]
+        self._gates: list[Any] = [model.get_submodule(name) for name in names]
 
     @property
     def shapes(self) -> list[LinearShape]:

@@ -13,7 +13,7 @@ from mint_core import __version__
 from mint_core.access.key_file import USUAL, Key, add_key, remove_key
 from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
-from mint_core.engine_host.engines import Engines
+from mint_core.engine_host.view import EngineView
 from mint_core.errors import FailedPrecondition, InvalidRequest
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
@@ -40,7 +40,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         keys: KeyRing | None,
         quotas: QuotaBook,
         metrics: Metrics,
-        engine: Engines,
+        engine: EngineView,
         tls: Tls | None,
         stop: Callable[[], None],  # as SIGTERM does
         groups: GroupDesk | None = None,

@@ -10,7 +10,7 @@ import psutil
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from mint_core.engine_host.engines import Engines
+from mint_core.engine_host.view import EngineView
 from mint_core.errors import FailedPrecondition
 from mint_core.rpc.metrics_http import serve_http
 
@@ -79,7 +79,7 @@ class Metrics:
         """In bytes, by what they are for."""
         return {of: read() for of, read in self._limits.items()}
 
-    def watch_engine(self, engine: Engines) -> None:
+    def watch_engine(self, engine: EngineView) -> None:
         """Reports the engine's readiness, restarts and memory whenever the metrics are read."""
         self.gauge("mint_engine_ready", "1 while the engine is up", lambda: engine.ready)
         self.gauge(

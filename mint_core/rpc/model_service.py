@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,13 +60,13 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         describe: Callable[[], ModelDescription | None],  # None: the engine has never been up
         engine_ready: Callable[[], bool],
         offer: model_pb2.GetServerCapabilitiesResponse,  # what only this service says of itself
-        groups: Callable[[], Iterable[model_pb2.Group]] = tuple,
+        now: Callable[[], model_pb2.GetServerCapabilitiesResponse] | None = None,  # that changes
     ) -> None:
         self._describe = describe
         self.texts = TextProcess(describe, limits.MAX_TEXT_REQUEST_BYTES)
         self._engine_ready = engine_ready
         self._offer = offer
-        self._groups = groups
+        self._now = now
         self._files: dict[str, tuple[TokenizerFile, ...]] = {}
 
     async def GetServerCapabilities(
@@ -80,9 +80,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             limits=_LIMITS,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
             engine_ready=self._engine_ready(),
-            groups=self._groups(),
         )
         capabilities.MergeFrom(self._offer)
+        if self._now is not None:
+            capabilities.MergeFrom(self._now())
         return capabilities
 
     async def GetTokenizer(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mint_core.engine_host.process import EngineProcess
 from mint_core.hosting.tasks import Tasks
+from sampler_service.adapters.coming import Coming
 from sampler_service.adapters.revisions import Revision, Revisions
 from sampler_service.jobs import BASE_MODEL, AdapterAbsent, DropAdapter, LoadAdapter, RowUnusable
 
@@ -67,7 +68,7 @@ class AdapterLeases:
         self._engine = engine
         self._tasks = tasks
         self._capacity = capacity
-        self._most_ranks = 0  # until the engine says how many
+        self.most_ranks = 0  # until the engine says how many
         self._life = engine.life  # of the engine that has what follows
         self._in_engine: dict[str, _Held] = {}
         self._wishes: dict[str, _Wish] = {}  # by revision path, in order of arrival
@@ -76,16 +77,16 @@ class AdapterLeases:
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def lease(self, path: str, tenant: str) -> AsyncIterator[str]:
-        """The revision path of the adapter, which the engine has by the time it gets the next job
-        for it, and keeps meanwhile. Raises a MintError if the path is not there for this tenant, or
-        does not fit the base model, and inside, where the engine has said AdapterAbsent, why it
-        does. Without a reason it stays AdapterAbsent: send the job again, with a new lease.
+    async def lease(self, revision: Revision | None) -> AsyncIterator[str]:
+        """The path of the revision, which the engine has by the time it gets the next job for it,
+        and keeps meanwhile; None: the base model. Raises a MintError if its file cannot be had,
+        and inside, where the engine has said AdapterAbsent, why it does. Without a reason it stays
+        AdapterAbsent, as when it waited in vain: send the job again, with a new lease.
         """
-        if path == BASE_MODEL:
+        if revision is None:
             yield BASE_MODEL
             return
-        held = await self._hold(await self._revisions.resolve(path, tenant))
+        held = await self._hold(revision)
         try:
             yield held.revision.path
         except AdapterAbsent:
@@ -106,6 +107,26 @@ class AdapterLeases:
         if self._life != self._engine.life:
             self._life, self._in_engine = self._engine.life, {}
         return self._in_engine
+
+    def coming(self, revision: Revision | None) -> Coming:
+        """What it would cost to have a revision in the engine."""
+        if revision is None:
+            return Coming.THERE
+        held = self._held.get(revision.path)
+        if held is not None and not held.leaving:
+            return Coming.THERE
+        if max(self._lacking([revision])) <= 0:
+            wished = revision.path in self._wishes
+            return Coming.THERE if wished else Coming.INTO_FREE_PLACE
+        idle = any(each.idle for each in self._held.values())
+        return Coming.FOR_ANOTHER if idle else Coming.AFTER_OTHERS
+
+    def abandon(self) -> None:
+        """Has those who wait for a place go elsewhere: they get AdapterAbsent."""
+        for wish in self._wishes.values():
+            wish.granted.set_exception(AdapterAbsent("the engine is gone; send the call again"))
+            wish.granted.exception()  # retrieved: perhaps nobody waits any more
+        self._wishes.clear()
 
     async def run(self) -> None:
         """Gives places to those whose turn it is, whenever something has changed."""
@@ -145,20 +166,25 @@ class AdapterLeases:
         if wish.granted.done() and not wish.granted.exception():
             wish.granted.result().users -= 1
         elif not wish.waiters and wish.file is not None:
-            self._wishes.pop(wish.revision.path)
+            self._forget(wish)
         self._changed.set()
+
+    def _forget(self, wish: _Wish) -> None:
+        """Waits no more for its place; there may be another wish for the same revision."""
+        if self._wishes.get(wish.revision.path) is wish:
+            del self._wishes[wish.revision.path]
 
     async def _fetch(self, wish: _Wish) -> None:
         """Gets the row file ready, whether or not there is room."""
         try:
             file = await self._revisions.file(wish.revision)
-            self._most_ranks = (await self._engine.hello()).adapter_ranks
+            self.most_ranks = (await self._engine.hello()).adapter_ranks
             wish.file, wish.ready_s = file, time.monotonic()
         except Exception as error:
-            if wish.waiters:
+            if wish.waiters and not wish.granted.done():
                 wish.granted.set_exception(error)
         if wish.file is None or not wish.waiters:
-            del self._wishes[wish.revision.path]
+            self._forget(wish)
         self._changed.set()
 
     def _grant(self) -> None:
@@ -181,18 +207,18 @@ class AdapterLeases:
         return min(ready, key=lambda wish: self._turns.get(wish.revision.tenant, 0), default=None)
 
     def _make_room(self, wish: _Wish) -> bool:
-        while wish.revision.path not in self._held and max(self._lacking([wish])) > 0:
+        while wish.revision.path not in self._held and max(self._lacking([wish.revision])) > 0:
             idle = next((h for h in self._held.values() if h.idle), None)
             if idle is None:
                 return False
             self._drop(idle)
         return True
 
-    def _lacking(self, wishes: Collection[_Wish]) -> tuple[int, int]:
-        """How many places and ranks are too few for all that is held, and these wishes."""
-        revisions = [h.revision for h in self._held.values()] + [w.revision for w in wishes]
+    def _lacking(self, wanted: Collection[Revision]) -> tuple[int, int]:
+        """How many places and ranks are too few for all that is held, and these revisions."""
+        revisions = [held.revision for held in self._held.values()] + list(wanted)
         ranks = sum(revision.stored_rank for revision in revisions)
-        return len(revisions) - self._capacity, ranks - self._most_ranks
+        return len(revisions) - self._capacity, ranks - self.most_ranks
 
     def _use(self, held: _Held, users: int) -> None:
         held.users += users
@@ -227,7 +253,7 @@ class AdapterLeases:
             w for path, w in self._wishes.items() if w.file is not None and path not in self._held
         ]
         overdue = [w for w in waiting if now - w.ready_s >= PATIENCE_S]
-        places, ranks = self._lacking(overdue)
+        places, ranks = self._lacking([wish.revision for wish in overdue])
         for held in sorted(self._held.values(), key=lambda held: held.number):
             held.closing = bool(overdue) and (places > 0 or ranks > 0)
             places, ranks = places - 1, ranks - held.revision.stored_rank

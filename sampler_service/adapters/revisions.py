@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Protocol
 
 from checkpoint_store import SAMPLER_WEIGHTS, AdapterStore, Manifest, OpenCheckpoint
-from mint_core.engine_host.pipe import ModelDescription
-from mint_core.engine_host.process import EngineProcess
+from mint_core.engine_host.pipe import Hello, ModelDescription
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.hosting.tasks import Tasks
 from mint_core.lora.row_layout import RowLayout
@@ -27,6 +27,14 @@ APPEAR_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 30.0  # how long a revision is trusted to be still in the store
 CONVERSIONS = 4  # at the same time
 MOST_KNOWN = 100_000  # revisions; the rest are looked for again
+
+
+class AnyEngine(Protocol):
+    """One that is up: all have the same base model, and rows lie alike in them."""
+
+    async def hello(self) -> Hello: ...
+
+    async def call(self, job: object) -> Any: ...
 
 
 class WrongBaseModel(FailedPrecondition):
@@ -83,7 +91,7 @@ class Revisions:
     """All methods belong to one event loop."""
 
     def __init__(
-        self, store: AdapterStore, folder: RowFolder, engine: EngineProcess, tasks: Tasks
+        self, store: AdapterStore, folder: RowFolder, engine: AnyEngine, tasks: Tasks
     ) -> None:
         self._store = store
         self._folder = folder

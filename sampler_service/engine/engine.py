@@ -191,6 +191,7 @@ class Engine:
             job.adapter,
             job.sampling.num_samples,
             tenant=job.tenant,
+            had_tokens=job.had_tokens,
             reusable=generation.reusable,
         )
         return None

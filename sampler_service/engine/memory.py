@@ -22,6 +22,7 @@ from sampler_service.engine.cache.state_cache import slot_bytes
 logger = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.4  # of free memory: adapters, activations and a trainer beside us want some too
+OWN_CACHE_SHARE = 0.6  # of a share that is all ours
 # On a CPU other programs live in the same memory: what runs has so much at most, or a context of
 # the model, and beginnings that nobody holds are kept in so much of it.
 MOST_BYTES = 4 * 2**30
@@ -43,18 +44,31 @@ class CacheSize(NamedTuple):
     slots: int = 0  # of states, where layers have some
 
 
+def at_hand_bytes(config: SamplerConfig, device: torch.device) -> int:
+    """Memory of the device for this engine: of its share, or its part of what is free."""
+    if config.own_share:
+        return free_bytes(device, config.own_share)
+    if device.type == "cuda" and config.sharers > 1:
+        raise FailedPrecondition(
+            f"{config.sharers} replicas are on {device}, and each takes what it finds free; give "
+            "`memory_share`, which they divide, or `devices` with one for each"
+        )
+    return free_bytes(device) // config.sharers
+
+
 def cache_size(
     config: SamplerConfig, base: LoadedBase, shapes: Collection[LayerShape]
 ) -> CacheSize:
     """How many blocks the key/value cache may have, and slots for states beside them."""
     token_bytes = sum(shape.token_bytes for shape in shapes)
-    share_bytes = int(CACHE_SHARE * free_bytes(base.device))
+    share = OWN_CACHE_SHARE if config.own_share else CACHE_SHARE
+    share_bytes = int(share * at_hand_bytes(config, base.device))
     slots = _slots(config, base, share_bytes)
     affordable = (share_bytes - slots * slot_bytes(base.mixers)) // token_bytes
     context = base.description.context_length
     modest = affordable
     if base.device.type == "cpu":
-        modest = min(affordable, max(MOST_BYTES // token_bytes, context))
+        modest = min(affordable, max(MOST_BYTES // config.sharers // token_bytes, context))
     # More than every running sample at full length is of no use.
     most = min(config.kv_cache_tokens or modest, context * config.max_running_samples)
     if not most // BLOCK_TOKENS:
@@ -67,7 +81,8 @@ def cache_size(
             f"`kv_cache_tokens` is {config.kv_cache_tokens} but free memory holds {affordable}; "
             "give less, or 0 to take what is free"
         )
-    kept = most if config.kv_cache_tokens else min(most, KEPT_BYTES // token_bytes)
+    kept_bytes = KEPT_BYTES // config.sharers
+    kept = most if config.kv_cache_tokens else min(most, kept_bytes // token_bytes)
     return CacheSize(most // BLOCK_TOKENS, kept // BLOCK_TOKENS, slots)
 
 
@@ -77,7 +92,7 @@ def _slots(config: SamplerConfig, base: LoadedBase, share_bytes: int) -> int:
     if not own_bytes:
         return 0
     if base.device.type == "cpu":
-        share_bytes = min(share_bytes, MOST_BYTES)
+        share_bytes = min(share_bytes, MOST_BYTES // config.sharers)
     affordable = int(STATE_SHARE * share_bytes) // own_bytes
     if affordable < STATES_PER_SAMPLE:
         raise FailedPrecondition(
@@ -136,7 +151,7 @@ def rank_bytes(base: LoadedBase) -> int:
 
 def affordable_ranks(config: SamplerConfig, base: LoadedBase) -> int:
     """The largest sum of stored ranks that memory for adapters holds; one adapter always fits."""
-    free = int(ADAPTER_SHARE * free_bytes(base.device))
+    free = int(ADAPTER_SHARE * at_hand_bytes(config, base.device))
     memory_bytes = config.adapter_memory_mib * 2**20 or free
     return max(memory_bytes // rank_bytes(base), stored_rank(base.description.max_lora_rank))
 
@@ -146,4 +161,4 @@ def host_bytes(config: SamplerConfig, base: LoadedBase) -> int:
     if base.device.type == "cpu":
         return 0
     free = int(HOST_SHARE * free_bytes(torch.device("cpu")))
-    return config.host_adapter_memory_mib * 2**20 or free
+    return config.host_adapter_memory_mib * 2**20 or free // config.replicas

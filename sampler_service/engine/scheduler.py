@@ -68,11 +68,12 @@ class Scheduler:
         num_samples: int,
         *,
         tenant: str = "",
+        had_tokens: int = 0,  # by the tenant, of all engines
         reusable: int | None = None,  # tokens before any that is scored; None: none is
     ) -> None:
         """Takes a request in. Ids tell who came first; prompt and continuation fit in the pool."""
         assert blocks_for(len(prompt)) <= self._pool.size
-        self._tenants.want(tenant)
+        self._tenants.want(tenant, had_tokens)
         self._requests[request_id] = _Request(num_samples)
         keys = [first_key(tenant, adapter)]
         sequence = TokenSequence(request_id, PROMPT, adapter, prompt, tenant, reusable, keys)

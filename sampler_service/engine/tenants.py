@@ -67,10 +67,11 @@ class Tenants:
     def of(self, sequence: TokenSequence) -> Tenant:
         return self._by_name[sequence.tenant]
 
-    def want(self, name: str) -> None:
-        """Notes that a tenant has a new request."""
+    def want(self, name: str, had_tokens: int = 0) -> None:
+        """Notes that a tenant has a new request, and what it has had of all engines."""
         tenant = self._by_name.setdefault(name, Tenant(name, self._reached_tokens))
         tenant.num_requests += 1
+        tenant.served_tokens = max(tenant.served_tokens, had_tokens)
         if not tenant.waits:
             tenant.served_tokens = max(tenant.served_tokens, self._reached_tokens)
 

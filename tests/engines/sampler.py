@@ -10,7 +10,16 @@ from pathlib import Path
 from checkpoint_store import open_row
 from mint_core.engine_host.pipe import Hello, Reply, connect
 from mint_core.errors import InvalidRequest
-from sampler_service.jobs import AdapterAbsent, DescribeRows, DropAdapter, LoadAdapter, RowUnusable
+from sampler_service.jobs import (
+    BASE_MODEL,
+    AdapterAbsent,
+    DescribeRows,
+    DropAdapter,
+    Generate,
+    Generated,
+    LoadAdapter,
+    RowUnusable,
+)
 from tests.engines.echo_jobs import MODEL
 from tests.engines.sampler_jobs import Die, Use
 from tests.unit.checkpoint_store.rows import LAYOUT
@@ -41,6 +50,10 @@ def answer(job: object, held: list[str]) -> object:
             if path not in held:
                 raise AdapterAbsent("it is not here")
             return tuple(held)
+        case Generate(adapter=path):
+            if path != BASE_MODEL and path not in held:
+                raise AdapterAbsent("it is not here")
+            return Generated(continuations=())
         case Die():
             os._exit(3)
         case _:

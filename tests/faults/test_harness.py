@@ -24,7 +24,7 @@ FAULTS = (
     "damage",
     "held_store",
     "duplicate",
-    "sampler_engine",
+    "replica",
     "renew_group",
     "engine",
 )

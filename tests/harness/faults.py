@@ -42,6 +42,7 @@ WEIGHTS = {
     "engine": 4,
     "sampler": 2,
     "sampler_engine": 2,
+    "replica": 4,
     "client": 4,
     "point": 6,
     "drain": 1,
@@ -63,7 +64,7 @@ REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 # A call with which three engines die is given up, which is right. So no engine is ended again until
 # every call that was under way has been answered, nor while a fault point waits for one, nor while
 # something happens beside the scripts.
-ENDS_ENGINES = ("engine", "sampler_engine", "memory", "poison")
+ENDS_ENGINES = ("engine", "sampler_engine", "replica", "memory", "poison")
 # Calls beside the scripts know of no other timeline.
 BESIDE = ("poison", "delete", "damage", "restore")
 ALWAYS_BEARABLE = ("front", "client", "sampler", "cut")
@@ -209,6 +210,13 @@ class Faults:
 
     def _sampler_engine(self) -> None:
         self._stage.sampler.kill_engine()
+
+    def _replica(self) -> None:
+        """Kills one of the sampler's engines; what it had goes to the other."""
+        replicas = self._stage.sampler.engines()
+        for replica in self._random.sample(replicas, min(1, len(replicas))):
+            with suppress(psutil.NoSuchProcess):
+                replica.kill()
 
     def _client(self) -> None:
         self._random.choice(self._stage.users).kill()

@@ -1,4 +1,6 @@
-"""Trainer, sampler, a proxy before each, and users: real processes on real sockets."""
+"""Trainer, sampler with two replicas, a proxy before each, and users: real processes on real
+sockets.
+"""
 
 import hashlib
 import os
@@ -279,7 +281,7 @@ def staged(folder: Path, model: Path, users: int, state: Path, groups: int = 1) 
                 "tests.engines.mortal_service",
                 _TRAINER | {"state": state, "groups": groups},
             ),
-            ("sampler", "sampler_service", {}),
+            ("sampler", "sampler_service", {"replicas": 2}),
         ):
             (folder / name).mkdir()
             running = supervised(module, folder / name, (), **flags, **more)

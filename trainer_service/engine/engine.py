@@ -51,7 +51,10 @@ class Engine:
         self._saved_rows = here(config.saved_row_folder)
         self._progress = progress
         device = self.base.device
-        rows = config.row_memory_bytes or device_limit_bytes(device) // config.sharing
+        rows = (
+            config.row_memory_bytes
+            or device_limit_bytes(device, config.own_share) // config.divided
+        )
         host_rows = config.host_row_memory_bytes or host_limit_bytes(device) // config.sharing
         self._rows = Rows(
             rows,
@@ -60,7 +63,9 @@ class Engine:
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)
-        self.lengths = lengths(memory, budget_bytes(device) // config.sharing, device.type)
+        self.lengths = lengths(
+            memory, budget_bytes(device, config.own_share) // config.divided, device.type
+        )
         self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
         self.description = _within(self.base.description, self.lengths.document_tokens)
         most_tokens = max(self.max_batch_tokens, self.description.context_length)

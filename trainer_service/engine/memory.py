@@ -167,11 +167,11 @@ def most_bytes(memory: ActivationMemory, lengths: Lengths, most_tokens: int) -> 
     return max(memory.pass_bytes(kept), memory.recomputed_pass_bytes(most_tokens))
 
 
-def budget_bytes(device: torch.device) -> int:
+def budget_bytes(device: torch.device, own_share: float = 0.0) -> int:
     """Memory at hand for the activations of a pass."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later counts as taken
-    return int(MEMORY_SHARE[device.type] * free_bytes(device))
+    return int(MEMORY_SHARE[device.type] * free_bytes(device, own_share))
 
 
 def _longest(needed: Callable[[int], int], budget: int) -> int:

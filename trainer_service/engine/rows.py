@@ -217,9 +217,9 @@ def _size_bytes(parts: Mapping[Part, Tensor]) -> int:
     return sum(vector.nbytes for vector in parts.values())
 
 
-def device_limit_bytes(device: torch.device) -> int:
+def device_limit_bytes(device: torch.device, own_share: float = 0.0) -> int:
     """Memory at hand for rows, now that the base model is loaded."""
-    return int(DEVICE_SHARE * free_bytes(device))
+    return int(DEVICE_SHARE * free_bytes(device, own_share))
 
 
 def host_limit_bytes(device: torch.device) -> int:

@@ -28,9 +28,10 @@ class GroupDesk:
         self._groups = groups
         self._tasks = tasks
 
-    def offered(self) -> Sequence[model_pb2.Group]:
+    def offered(self) -> model_pb2.GetServerCapabilitiesResponse:
         """What any caller is told."""
-        return [_offered(group) for group in self._groups]
+        groups = [_offered(group) for group in self._groups]
+        return model_pb2.GetServerCapabilitiesResponse(groups=groups)
 
     def list(self) -> Sequence[admin_pb2.GroupStatus]:
         counts = self._groups.run_counts()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mint_core.errors import FailedPrecondition
-from mint_core.model.base_files import check_memory, needed_bytes, weight_files
+from mint_core.model.base_files import check_memory, free_bytes, needed_bytes, weight_files
 from tests.hub import MODEL, Hub, serving
 from tests.models import load_base, write_tokenizer
 
@@ -258,6 +258,18 @@ def test_what_would_fit_is_told(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="give --dtype bfloat16, in which it needs"):
         check_memory(tmp_path, torch.device("cpu"), torch.float32)
     check_memory(tmp_path, torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_share_of_memory_is_all_that_a_process_takes(tmp_path: Path) -> None:
+    cpu, memory = torch.device("cpu"), psutil.virtual_memory()
+    own = psutil.Process().memory_info().rss
+    assert free_bytes(cpu, 1e-9) == 0
+    share = (own + 2**28) / memory.total
+    assert free_bytes(cpu, share) == pytest.approx(2**28, abs=2**26)
+    assert free_bytes(cpu, 1.0) <= psutil.virtual_memory().available + 2**26
+    hollow(tmp_path, "F32", 2**28)
+    with pytest.raises(FailedPrecondition, match=r"its share on cpu.*give a larger --memory-share"):
+        check_memory(tmp_path, cpu, None, share)
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(

@@ -99,6 +99,7 @@ class Traffic:
         *,
         adapter: str = "",
         tenant: str = "",
+        had_tokens: int = 0,
         reusable: int | None = None,
     ) -> int:
         self._requests += 1
@@ -108,7 +109,13 @@ class Traffic:
             self.uncomputed.add(request_id)
         self.computed[request_id] = 0
         self.scheduler.add(
-            request_id, list(prompt), adapter, num_samples, tenant=tenant, reusable=reusable
+            request_id,
+            list(prompt),
+            adapter,
+            num_samples,
+            tenant=tenant,
+            had_tokens=had_tokens,
+            reusable=reusable,
         )
         return request_id
 

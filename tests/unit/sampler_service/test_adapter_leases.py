@@ -43,6 +43,7 @@ class Front:
 
     root: Path
     leases: AdapterLeases
+    revisions: Revisions
     store: CheckpointStore
     memory: SnapshotMemory
     engine: EngineProcess
@@ -52,18 +53,24 @@ class Front:
         manifest = snapshot(name=name or f"a{next(self._names)}", tenant=tenant)
         return str(publish_as(self.store, manifest, adapter()["weights"]).revision_path)
 
+    @asynccontextmanager
+    async def lease(self, path: str, tenant: str) -> AsyncIterator[str]:
+        found = await self.revisions.resolve(path, tenant) if path != BASE_MODEL else None
+        async with self.leases.lease(found) as revision:
+            yield revision
+
     async def use(self, path: str, tenant: str = "t") -> tuple[str, ...]:
         """What the engine holds while the adapter is leased."""
         while True:
             with suppress(AdapterAbsent):
-                async with self.leases.lease(path, tenant) as revision:
+                async with self.lease(path, tenant) as revision:
                     held: tuple[str, ...] = await self.engine.call(Use(revision))
                     assert revision in held
                     return held
 
     async def keep(self, stack: AsyncExitStack, path: str, tenant: str = "t") -> None:
         """Uses an adapter until the stack is left."""
-        await stack.enter_async_context(self.leases.lease(path, tenant))
+        await stack.enter_async_context(self.lease(path, tenant))
 
     def start(self, path: str, tenant: str = "t") -> "asyncio.Task[tuple[str, ...]]":
         return asyncio.create_task(self.use(path, tenant))
@@ -85,7 +92,7 @@ async def serving(
     tasks = Tasks()
     found = Revisions(store, RowFolder(root / "rows", row_bytes), engine, tasks)
     held = AdapterLeases(found, engine, tasks, capacity=capacity)
-    front = Front(root, held, store, SnapshotMemory(root / "memory"), engine)
+    front = Front(root, held, found, store, SnapshotMemory(root / "memory"), engine)
 
     async with asyncio.timeout(LIMIT_S):
         await engine.start()
@@ -133,7 +140,7 @@ async def test_whoever_waits_for_a_place_holds_up_nobody_else(tmp_path: Path) ->
         waiting = [front.start(c), front.start(d)]
         await front.until_fetched(4)  # though there is no room
 
-        async with front.leases.lease(BASE_MODEL, "t"):
+        async with front.lease(BASE_MODEL, "t"):
             pass
         assert await front.use(a) == await front.use(b) == (a, b)
         assert not any(task.done() for task in waiting)
@@ -153,7 +160,7 @@ async def test_adapters_in_constant_use_make_room_after_a_while(
         async def press(path: str) -> None:
             """Another request begins before the last one ends, always."""
             while not stopped.is_set():
-                async with front.leases.lease(path, "t"):
+                async with front.lease(path, "t"):
                     counts[path] += 1
                     await asyncio.sleep(0.002)
 
@@ -192,7 +199,7 @@ async def test_tenants_take_turns(tmp_path: Path) -> None:
         order: list[str] = []
 
         async def use(path: str, tenant: str) -> None:
-            async with front.leases.lease(path, tenant):
+            async with front.lease(path, tenant):
                 order.append(tenant)
 
         await front.keep(stack, front.publish())
@@ -250,7 +257,7 @@ async def test_an_engine_that_died_gets_its_adapters_again(tmp_path: Path) -> No
         await front.use(a)
 
         async def die_with(path: str) -> None:
-            async with front.leases.lease(path, "t") as revision:
+            async with front.lease(path, "t") as revision:
                 with pytest.raises(EngineFault):
                     await front.engine.call(Die())
                 await front.engine.call(Use(revision))

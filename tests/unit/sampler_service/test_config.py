@@ -33,6 +33,13 @@ def test_the_defaults_are_legal() -> None:
         ({"store": "https://a", "store_tls_key": FILE}, "`store_tls_key` go together"),
         ({"store_api_key": FILE}, "`store_api_key` is for a trainer's address, and `store` .store"),
         ({"store": "https://a", "snapshot_memory_folder": FILE}, "`snapshot_memory_folder` is for"),
+        ({"replicas": 0}, "`replicas` must be at least 1, got 0"),
+        ({"devices": "cpu,cpu"}, "`devices` names 2 and `replicas` is 1; name one device for"),
+        ({"replicas": 2, "devices": "cpu,gpu"}, "`devices` names 'gpu'; give cpu, cuda or cuda:N"),
+        ({"replicas": 2, "devices": "cpu,cuda"}, "of two kinds"),
+        ({"devices": "cuda:0", "device": "cpu"}, "`device` cpu is none of `devices` cuda:0"),
+        ({"memory_share": 1.5}, "`memory_share` must be from 0 to 1, got 1.5"),
+        ({"memory_share": float("nan")}, "`memory_share` must be from 0 to 1"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(flags: dict[str, object], says: str) -> None:
@@ -51,3 +58,12 @@ def test_a_trainers_address_is_read_as_clients_read_it() -> None:
         assert access is not None
         assert (access.target, access.tls) == (target, store.startswith("https"))
     assert SamplerConfig(base_model="m", store="s3://bucket").trainer_access() is None
+
+
+def test_each_replica_has_its_device_and_its_part_of_the_share() -> None:
+    config = SamplerConfig(replicas=3, devices="cuda:0,cuda:1,cuda:1", memory_share=0.5)
+    each = [config.of_replica(number) for number in range(3)]
+    assert [own.device for own in each] == ["cuda:0", "cuda:1", "cuda:1"]
+    assert [own.own_share for own in each] == [0.5, 0.25, 0.25]
+    assert SamplerConfig(replicas=2).of_replica(1).device == "auto"
+    assert SamplerConfig(replicas=2).of_replica(1).sharers == 2

@@ -30,9 +30,17 @@ class Clock(Traffic):
         self._reached: dict[tuple[int, int], int] = {}  # tokens of each sequence
         self._ids = count(10)
 
-    def ask(self, tenant: str, prompt: int, max_tokens: int, num_samples: int = 1) -> int:
+    def ask(
+        self,
+        tenant: str,
+        prompt: int,
+        max_tokens: int,
+        num_samples: int = 1,
+        *,
+        had_tokens: int = 0,
+    ) -> int:
         tokens = [next(self._ids), *[0] * (prompt - 1)]  # that nobody else begins with
-        request_id = self.add(tokens, num_samples, max_tokens, tenant=tenant)
+        request_id = self.add(tokens, num_samples, max_tokens, tenant=tenant, had_tokens=had_tokens)
         self.tenants[request_id], self.came[request_id] = tenant, self.now
         return request_id
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from mint_core.errors import FailedPrecondition
 from mint_core.model.base import LoadedBase
 from sampler_service.config import SamplerConfig
 from sampler_service.engine import memory
@@ -103,19 +104,22 @@ def base(qwen3_folder: Path) -> LoadedBase:
         ({}, 1024, MOST_BYTES, KEPT_BYTES),
         ({}, 2**30, None, KEPT_BYTES),  # a context that memory does not hold: the share
         ({"kv_cache_tokens": 1024}, 1024, 2**30, 2**30),
+        ({"replicas": 2}, 1024, MOST_BYTES / 2, KEPT_BYTES / 2),  # of each
+        ({"replicas": 4}, 2048, 2 * 2**30, KEPT_BYTES / 4),  # but a context
+        ({"replicas": 2, "kv_cache_tokens": 1024}, 1024, 2**30, 2**30),
     ],
 )
 def test_a_cache_on_a_cpu_is_modest_unless_a_context_or_its_owner_wants_more(
     base: LoadedBase,
     settings: dict[str, int],
     context: int,
-    most_bytes: int | None,
-    kept_bytes: int,
+    most_bytes: float | None,
+    kept_bytes: float,
 ) -> None:
     shapes = [LayerShape(1024, 128, 128, torch.float32)]  # 1 MiB a token
     wide = replace(base, description=replace(base.description, context_length=context))
     config = SamplerConfig(base_model="m", **settings)  # type: ignore[arg-type]
-    share = int(memory.CACHE_SHARE * psutil.virtual_memory().available)
+    share = int(memory.CACHE_SHARE * psutil.virtual_memory().available / config.sharers)
     most, kept, _ = cache_size(config, wide, shapes)
     block_bytes = BLOCK_TOKENS * 2**20
     assert kept * block_bytes == min(kept_bytes, share // block_bytes * block_bytes)
@@ -123,3 +127,18 @@ def test_a_cache_on_a_cpu_is_modest_unless_a_context_or_its_owner_wants_more(
         assert most * block_bytes == pytest.approx(share, rel=0.1)
     else:
         assert most * block_bytes == min(most_bytes, share // block_bytes * block_bytes)
+
+
+def test_a_cache_keeps_within_the_share_of_memory_that_is_its_own(base: LoadedBase) -> None:
+    shapes = [LayerShape(1024, 128, 128, torch.float32)]  # 1 MiB a token
+    total, own = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+    share = (own + 2**30) / total
+    for replicas, at_hand in ((1, own + 2**30), (2, (own + 2**30) / 2)):
+        config = SamplerConfig(memory_share=share, replicas=replicas)
+        most = memory.OWN_CACHE_SHARE * max(0.0, at_hand - own)
+        if most < BLOCK_TOKENS * 2**20:
+            with pytest.raises(FailedPrecondition, match="key/value cache"):
+                cache_size(config, base, shapes)
+        else:
+            size = cache_size(config, base, shapes)
+            assert size.most * BLOCK_TOKENS * 2**20 == pytest.approx(most, rel=0.1)
