@@ -88,7 +88,7 @@ def test_a_run_that_has_come_lately_stays() -> None:
     fleet = Fleet({"a": 4, "b": 0})
     fleet.go_on(int(REST * pause_s(0)) - 1)
     assert fleet.moves == []
-    fleet.go_on(2)
+    fleet.go_on(1)
     assert len(fleet.moves) == 1
 
 
