@@ -17,7 +17,10 @@ import pytest
 
 from mint._transport.opening import VARIABLES
 from mint_core.hosting.serve_flags import parse_serve_flags
+from mint_core.hosting.settings import Settings
+from sampler_service.config import SamplerConfig
 from tests.services import Services
+from trainer_service.config import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -88,7 +91,7 @@ def test_make_knows_it_and_the_services_take_the_flags(
         if "mint_core.hosting.serve" in line:
             parse_serve_flags(shlex.split(line)[3:])  # refuses what either service would refuse
         for role, kind in (("trainer", TrainerConfig), ("sampler", SamplerConfig)):
-            if f"-m {role}_service" in line:
+            if f"-m {role}_service " in line:
                 Settings(role, kind, shlex.split(line)[3:])  # type: ignore[arg-type]
 
 
