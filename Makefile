@@ -73,8 +73,8 @@ key: install  ## Makes a key: TENANT=name KEYS=file
 	$(BIN)/python -m mint_core.access.key_ring '$(TENANT)' '$(KEYS)' $(KEY_FLAGS)
 
 CERTS ?= certs
-certs: install  ## Makes an authority and certificates for trying TLS: CERTS=folder TENANT=name
-	$(BIN)/python examples/certificates.py $(CERTS) $(if $(TENANT),--tenant $(TENANT))
+certs: install  ## Makes an authority and certificates for trying TLS: CERTS=folder TENANT=name NAMES=host,host
+	$(BIN)/python examples/certificates.py $(CERTS) $(if $(TENANT),--tenant $(TENANT)) $(if $(NAMES),--names $(NAMES))
 
 DO ?= inspect
 state: install  ## Looks at a trainer's state: STATE=folder DO=inspect, verify or 'backup TARGET'

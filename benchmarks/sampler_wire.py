@@ -25,7 +25,7 @@ from tests.samplers import Sampler, connected
 from tests.servers import running_sampler, running_trainer
 from tests.trainer_rpc import RawRun, create, datum, lora_config
 
-PROMPT_TOKENS, ROUNDS = 16, 7
+PROMPT_TOKENS, ROUNDS = 16, 5
 PAUSE_S = 1.0  # what is stored behind an acknowledgement is no part of what comes next
 ONE_TOKEN = {"max_tokens": 1}
 

@@ -17,7 +17,10 @@ import pytest
 
 from mint._transport.opening import VARIABLES
 from mint_core.hosting.serve_flags import parse_serve_flags
+from mint_core.hosting.settings import Settings
+from sampler_service.config import SamplerConfig
 from tests.services import Services
+from trainer_service.config import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -46,12 +49,24 @@ ON_THE_NODE = [
     "python -m mint_core.hosting.serve --base-model /data/qwen3",  # another model's folder
 ]
 ON_THE_LAPTOP = [f"pip install {WHEEL}", "python loop.py"]
+_TLS = "--keys keys.txt --tls-cert certs/server.crt --tls-key certs/server.key"
+ON_GPU_1 = [
+    "make certs NAMES=gpu-1,gpu-2",
+    "make -s key TENANT=sampler KEYS=keys.txt KEY_FLAGS='--scopes fetch' > sampler.key",
+    f"make serve-trainer SERVE_FLAGS='{_TLS} --address 0.0.0.0:50051 --sampler-address"
+    " gpu-2:50052'",
+]
+ON_GPU_2 = (
+    "make serve-sampler STORE=https://gpu-1:50051 SERVE_FLAGS='--store-api-key sampler.key"
+    f" --store-tls-ca certs/ca.pem {_TLS} --address 0.0.0.0:50052'"
+)
 NOT_RUN = {
     "ssh -fNL 50051:127.0.0.1:50051 -L 50052:127.0.0.1:50052 gpu-node": "another host",
     "make serve MODEL=Qwen/Qwen3-0.6B": "a model hub",
     "make serve MODEL=/data/qwen3 MODEL_NAME=Qwen/Qwen3-0.6B SERVE_FLAGS="
     "'--device cuda --dtype bfloat16'": "a GPU",
     "make install TORCH_INDEX=ADDRESS": "the reader's own index",
+    **dict.fromkeys((*ON_GPU_1, ON_GPU_2), "two hosts, as in test_wire_store.py"),
 }
 
 
@@ -75,6 +90,9 @@ def test_make_knows_it_and_the_services_take_the_flags(
     for line in planned(command):
         if "mint_core.hosting.serve" in line:
             parse_serve_flags(shlex.split(line)[3:])  # refuses what either service would refuse
+        for role, kind in (("trainer", TrainerConfig), ("sampler", SamplerConfig)):
+            if f"-m {role}_service " in line:
+                Settings(role, kind, shlex.split(line)[3:])  # type: ignore[arg-type]
 
 
 def planned(command: str) -> list[str]:
