@@ -10,9 +10,15 @@ import os
 import signal
 from pathlib import Path
 
-_POINT, _, _REST = os.environ.get("MINT_FAULT_POINT", "").partition("@")
+VARIABLE = "MINT_FAULT_POINT"
+_POINT, _, _REST = os.environ.get(VARIABLE, "").partition("@")
 _TIMES, _, _ONCE = _REST.partition("@")
 _left = int(_TIMES or 1)
+
+
+def inherited() -> dict[str, str]:
+    """What a process that is not a child is to have in its environment."""
+    return {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
 
 
 def fault_point(name: str) -> None:

@@ -75,6 +75,25 @@ def engines_of(module: str) -> list[psutil.Process]:
     return found
 
 
+def engines_behind(front: psutil.Process) -> list[psutil.Process]:
+    """The engines that a front has on the nodes: their actors are connected with its driver."""
+    ports = {
+        each.laddr.port
+        for child in front.children()
+        for each in child.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+    found = []
+    for engine in psutil.process_iter():
+        with suppress(psutil.Error, AssertionError):
+            agent = agent_of(engine)
+            if any(
+                each.raddr and each.raddr.port in ports for each in agent.net_connections("tcp")
+            ):
+                found.append(engine)
+    return found
+
+
 def kill_node_of(cluster: Any, engine: psutil.Process) -> None:
     """Ends the node on which an engine runs, as the loss of its machine would, but not the head."""
     raylet = agent_of(engine).parent()

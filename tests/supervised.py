@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.ray_cluster import engines_behind
 from tests.servers import arguments
 from tests.warm import children, started
 
@@ -48,6 +49,7 @@ class Supervised:
             *arguments({**flags, "address": self.address, "metrics_address": ""}),
         ]
         self._environments = list(environments)
+        self._on_ray = flags.get("engines_on") == "ray"
         self._stopping = False
         self._may_start = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,12 +84,13 @@ class Supervised:
                 engine.send_signal(number)
 
     def engines(self) -> list[psutil.Process]:
-        """The engine that is up or starts, if there is one."""
+        """The engine that is up or starts, if there is one; on Ray, the driver too."""
         assert self._process is not None
         try:
             front = psutil.Process(self._process.pid)
             # A child that is still a copy of the front would stop it if it were stopped.
-            return [each for each in children(front.pid) if each.cmdline() != front.cmdline()]
+            found = [each for each in children(front.pid) if each.cmdline() != front.cmdline()]
+            return [*found, *(engines_behind(front) if self._on_ray else ())]
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return []
 

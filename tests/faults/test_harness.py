@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.__main__ import run
+from tests.harness.__main__ import hosting, run
 from tests.harness.proxy import Proxy
 
 LIMIT_S = 10.0
@@ -38,6 +38,15 @@ def test_twelve_faults_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Pat
     assert report.kills >= 5  # what dies by itself meanwhile cannot be killed
     assert report.calls > 90
     assert report.crossings  # the abandoned timeline has saved what was saved again
+
+
+@pytest.mark.ray
+def test_ten_faults_on_ray_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Path) -> None:
+    with hosting(tmp_path, "ray") as where:
+        report = run(tmp_path, qwen3_folder, 1, 1, steps=5, gap=1000, first=FAULTS, hosting=where)
+
+    assert report.problems == []
+    assert report.kills >= 5
 
 
 class Recorder(socketserver.ThreadingTCPServer):

@@ -1,5 +1,5 @@
-"""`python -m tests.harness KILLS SEED`: trains and samples for four tenants while processes are
-killed, until so many were, and checks all that was said. Status 1 and a line per problem if
+"""`python -m tests.harness KILLS SEED [ray]`: trains and samples for four tenants while processes
+are killed, until so many were, and checks all that was said. Status 1 and a line per problem if
 anything was lost, done twice, or differs in a bit from what a server without faults says.
 """
 
@@ -10,15 +10,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 
 from tests.harness.checker import Event, crossings, problems
 from tests.harness.faults import Faults
 from tests.harness.stage import SILENCE_LIMIT_S, staged
+from tests.ray_cluster import running_cluster
 
 USERS = 4
 GROUPS = 2  # of the trainer that faults befall; the other has one
@@ -47,6 +49,7 @@ class Play:
     folder: Path
     model: Path
     steps: int
+    hosting: Mapping[str, object]  # flags that say where engines run
 
     def undisturbed(self) -> list[Event]:
         folder = self.folder / "undisturbed"
@@ -67,7 +70,9 @@ class Play:
         folder.mkdir()
         with (
             small_disk(folder / "state") as disk,
-            staged(folder, self.model, USERS, folder / "state" / "journal", GROUPS) as stage,
+            staged(
+                folder, self.model, USERS, folder / "state" / "journal", GROUPS, self.hosting
+            ) as stage,
         ):
             stage.start_users(USERS, self.steps)
             faults = Faults(stage, random, gap, disk)
@@ -100,10 +105,20 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def run(
-    folder: Path, model: Path, kills: int, seed: int, *, steps: int, gap: int, first: Sequence[str]
+    folder: Path,
+    model: Path,
+    kills: int,
+    seed: int,
+    *,
+    steps: int,
+    gap: int,
+    first: Sequence[str],
+    hosting: Mapping[str, object] = MappingProxyType({}),
 ) -> Report:
-    """Plays until there were so many kills, or there is a problem."""
-    random, play, total = Random(seed), Play(folder, model, steps), Report()
+    """Plays until there were so many kills, or there is a problem. The quiet play, with which all
+    are compared, has its engines beside their fronts.
+    """
+    random, play, total = Random(seed), Play(folder, model, steps, hosting), Report()
     expected = play.undisturbed()
     while total.kills < kills and not total.problems:
         report = play.round(total.rounds, random, gap, first, expected)
@@ -117,10 +132,26 @@ def run(
     return total
 
 
+@contextmanager
+def hosting(folder: Path, where: str = "processes") -> Iterator[Mapping[str, object]]:
+    """Flags that say where engines run: beside their fronts, or on two nodes of a cluster of Ray
+    that share no folder with them.
+    """
+    if where == "processes":
+        yield {}
+        return
+    with running_cluster(head_cpus=0, more_nodes=2) as cluster:
+        yield {
+            "engines_on": where,
+            "ray_address": cluster.address,
+            "ray_folder": folder / "node",
+        }
+
+
 def main() -> int:
     from tests.models import tiny_qwen3
 
-    kills, seed = map(int, sys.argv[1:])
+    kills, seed = map(int, sys.argv[1:3])
     # Processes that are started would otherwise compile our sources once more each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
@@ -128,7 +159,8 @@ def main() -> int:
     logging.info("logs and histories are in %s", folder)
     model = tiny_qwen3(folder / "model")
     started_s = time.monotonic()
-    report = run(folder, model, kills, seed, steps=8, gap=5, first=())
+    with hosting(folder, *sys.argv[3:]) as where:
+        report = run(folder, model, kills, seed, steps=8, gap=5, first=(), hosting=where)
     elapsed_s = time.monotonic() - started_s
     sys.stdout.writelines(f"{problem}\n" for problem in report.problems)
     sys.stdout.write(f"seed={seed} {report.line()} elapsed_s={elapsed_s:.0f}\n")

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -259,8 +260,15 @@ def tenant(number: int) -> str:
 
 
 @contextmanager
-def staged(folder: Path, model: Path, users: int, state: Path, groups: int = 1) -> Iterator[Stage]:
-    """Everything but the users' processes."""
+def staged(
+    folder: Path,
+    model: Path,
+    users: int,
+    state: Path,
+    groups: int = 1,
+    hosting: Mapping[str, object] = MappingProxyType({}),
+) -> Iterator[Stage]:
+    """Everything but the users' processes. `hosting`: flags that say where engines run."""
     with ExitStack() as stack:
         bad_store = BadStore(folder / "store")
         bad_store.folder.mkdir()
@@ -273,6 +281,7 @@ def staged(folder: Path, model: Path, users: int, state: Path, groups: int = 1) 
             "threads": 1,
             "store": folder / "store",
             "keys": folder / "keys",
+            **hosting,
         }
         services = []
         for name, module, more in (

@@ -45,6 +45,7 @@ class Order(NamedTuple):
     folder: str  # for the front's files, always; empty: a temporary one, where they are not here
     machine: str  # the front's
     places: tuple[Place, ...]  # folders of the front
+    environment: dict[str, str]  # beside the machine's own
 
 
 class Started(NamedTuple):
@@ -98,7 +99,7 @@ class EngineAgent:
                 f"cannot reach the service at {host} port {port} ({error}); give an address "
                 "that it can by `ray_listen`"
             ) from error
-        environment, free = dict(os.environ), 0
+        environment, free = os.environ | order.environment, 0
         shared = not order.folder and has_disk(order)
         if not shared:
             self._folder, free = self._own_folder(order.folder)

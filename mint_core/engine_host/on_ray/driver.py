@@ -35,6 +35,7 @@ from mint_core.engine_host.on_ray.frames import PIECE_BYTES, Link, PeerGone
 from mint_core.engine_host.on_ray.options import RayOptions
 from mint_core.engine_host.on_ray.relay import Relay
 from mint_core.engine_host.pipe import die_with_the_front
+from mint_core.fault_points import inherited
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class Driver:
                 self._options.folder,
                 this_machine(),
                 places(list(self._options.front_folders)),
+                inherited(),
             )
             started = Started(*await actor.start.remote(order))
             await asyncio.wait_for(asyncio.shield(life.met), MEET_LIMIT_S)
