@@ -170,7 +170,9 @@ class SamplerConfig(ServiceConfig):
 
     @property
     def sharers(self) -> int:
-        """How many replicas are on `device`."""
+        """How many replicas divide the memory of `device`; Ray gives each engine its own."""
+        if self.engines_on == "ray":
+            return 1
         return max(1, self.replica_devices.count(self.device))
 
     @property

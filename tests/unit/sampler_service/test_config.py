@@ -67,3 +67,4 @@ def test_each_replica_has_its_device_and_its_part_of_the_share() -> None:
     assert [own.own_share for own in each] == [0.5, 0.25, 0.25]
     assert SamplerConfig(replicas=2).of_replica(1).device == "auto"
     assert SamplerConfig(replicas=2).of_replica(1).sharers == 2
+    assert SamplerConfig(replicas=2, engines_on="ray").of_replica(1).sharers == 1
