@@ -20,11 +20,7 @@ class OwnedFolder:
     """A new folder in `parent`, and the end of those whose owners are gone. Raises OSError."""
 
     def __init__(
-        self,
-        parent: Path,
-        prefix: str,
-        *,
-        rescue: Callable[[Path, Path], None] = lambda abandoned, ours: None,
+        self, parent: Path, prefix: str, *, rescue: Callable[[Path, Path], None] = lambda *_: None
     ) -> None:
         """`rescue` may take files out of an abandoned folder into this one before it is removed."""
         looking = _lock(parent, wait=True)

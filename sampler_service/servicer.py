@@ -91,4 +91,4 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         await self._texts.fill(caller().tenant, [prompt])
 
     async def _parse(self, parse: Callable[[R, ModelDescription], P], request: R) -> P:
-        return await parsed(request.ByteSize(), parse, request, await self._model())
+        return await parsed(parse, request, await self._model())

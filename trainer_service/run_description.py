@@ -1,8 +1,9 @@
 """What is known of a run: what never changes, what the journal keeps, what callers are shown."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from mint_core.errors import MintError
 from mint_core.lora.spec import AdapterSpec
@@ -31,8 +32,7 @@ class RunOrigin:
         return 4 * self.row_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Gradient:
+class Gradient(NamedTuple):
     """What has gone into a row's gradient since the last step, discard or load. No step is ever
     taken on part of a batch.
     """
@@ -53,12 +53,12 @@ class Gradient:
 
     def with_one_more(self) -> "Gradient":
         """With a backward that is in the sum."""
-        return replace(self, backward_count=self.backward_count + 1, added=self.added + 1)
+        return self._replace(backward_count=self.backward_count + 1, added=self.added + 1)
 
     def without(self, sequence: int) -> "Gradient":
         """After a backward that is not in it, or not whole: it is incomplete from now on."""
         first = min(self.failed_sequence or sequence, sequence)
-        return replace(self, backward_count=self.backward_count + 1, failed_sequence=first)
+        return self._replace(backward_count=self.backward_count + 1, failed_sequence=first)
 
     def refusal(self, backward_count: int | None) -> MintError | None:
         """Why no step may be taken, if so."""
@@ -69,14 +69,13 @@ class Gradient:
         return None if self.pending else NoGradient()
 
 
-@dataclass(frozen=True, slots=True)
-class RunState:
+class RunState(NamedTuple):
     """What changes of a run, in the order in which the journal keeps it."""
 
     step: int = 0
     writer_epoch: int = 1
     acknowledged: int = 0
-    gradient: Gradient = field(default_factory=Gradient)
+    gradient: Gradient = Gradient()
     update_time_s: float = 0.0  # since the epoch
     inexact_replays: int = 0
     inexact_note: str = ""  # of the last of them

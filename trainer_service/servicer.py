@@ -126,7 +126,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         most = most_targets(most_tile_tokens(self._groups.max_batch_tokens))
         most = min(most, model.vocabulary_size)
         parse = partial(parse_call, request, model, caller().refusals, most_targets=most)
-        return await parsed(request.ByteSize(), parse)
+        return await parsed(parse)
 
 
 def _note(call: Call) -> None:

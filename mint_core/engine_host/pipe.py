@@ -21,7 +21,7 @@ from mint_core.errors import EngineFault, MintError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     number: int  # 0: no answer is wanted
     job: Any
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     value: Any  # None: the rest is done aside, in its own time, and the engine goes on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply:
     number: int
     value: Any

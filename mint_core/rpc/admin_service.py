@@ -67,13 +67,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.CreateKeyResponse:
         """See admin.proto."""
         ring = self._ring()
-        expires = _end_of(request)
         try:
             secret, key = add_key(
                 ring.file,
                 request.tenant,
                 scopes=frozenset(request.scopes) or USUAL,
-                expires=expires,
+                expires=_end_of(request),
                 comment=request.comment,
                 weight=request.weight or None,
             )

@@ -13,12 +13,13 @@ M = TypeVar("M")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
     tenant: str
     key_id: str = ""
     scopes: frozenset[str] = frozenset()
     parsers: Workers | None = None  # for what is large; None: what parses is not a server's call
+    request_bytes: int = 0  # of the message that came; of several, of the largest
     notes: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
     refusals: list[MintError] = field(default_factory=list, compare=False, repr=False)
 
@@ -31,10 +32,10 @@ def caller() -> Caller:
     return CALLER.get()
 
 
-async def parsed(size_bytes: int, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """Calls what parses so many bytes: what is large in a thread, in the tenant's turn."""
+async def parsed(function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+    """Calls what parses the request: what is large in a thread, in the tenant's turn."""
     who = caller()
-    if size_bytes < LARGE_BYTES or who.parsers is None:
+    if who.request_bytes < LARGE_BYTES or who.parsers is None:
         return function(*args, **options)
     return await who.parsers.run(who.tenant, function, *args, **options)
 

@@ -117,6 +117,8 @@ class RpcServer:
     async def _listen(self, address: str) -> int:
         """Serves there, and returns the port; 0: it cannot be had."""
         server = grpc.aio.server(interceptors=[self._calls], options=self._options)
+        # Methods that are registered are waited for one by one, at every call.
+        server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
         for add in self._services.values():
             add(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

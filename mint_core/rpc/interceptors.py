@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
@@ -83,7 +84,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._handlers[method]
 
     async def keep_checking(self) -> None:
-        """Ends the calls of those whose keys or certificates are good no more."""
+        """Ends the calls of those whose keys or certificates are good no more, and calls whose
+        request does not come.
+        """
         version, checked_s = self._door.version(), time.monotonic()
         while True:
             await asyncio.sleep(CHECK_S)
@@ -92,6 +95,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 version, checked_s = now, time.monotonic()
                 for call in list(self._open):
                     self._check(call)
+            for call in list(self._open):
+                if time.monotonic() > call.due_s:
+                    call.revoke(Unavailable(f"the request has not come within {BODY_S:g} s"))
 
     def _check(self, call: "_Call") -> None:
         try:
@@ -152,10 +158,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def serve(raw: AsyncIterator[bytes], context: Context) -> Any:
             async def requests() -> AsyncIterator[Message]:
                 async for piece in raw:
-                    call.bytes = max(call.bytes, len(piece))  # each takes the place of another
+                    call.caller.request_bytes = max(call.caller.request_bytes, len(piece))
                     with self._bytes.holding(call.caller.tenant, len(piece)):
                         deserialize = handler.request_deserializer
-                        yield call.describe(await parsed(len(piece), parse, deserialize, piece))
+                        yield call.describe(await parsed(parse, deserialize, piece))
 
             async with self._around(method, context, self._streams) as call:
                 return await handler.stream_unary(requests(), context)
@@ -174,14 +180,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _read(self, context: Context, call: "_Call") -> bytes:
         """Takes a request in, against the tenant's quota."""
-        try:
-            async with asyncio.timeout(BODY_S):
-                raw = await context.read()
-        except TimeoutError:
-            raise Unavailable(f"the request has not come within {BODY_S:g} s") from None
+        call.due_s = time.monotonic() + BODY_S
+        raw = await context.read()
+        call.due_s = math.inf
         if raw is grpc.aio.EOF:
             raise InvalidRequest("the call has no message; use a client of the server's version")
-        call.bytes += len(raw)
+        call.caller.request_bytes = len(raw)
         call.resources.enter_context(self._bytes.holding(call.caller.tenant, len(raw)))
         return bytes(raw)
 
@@ -217,7 +221,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _note(self, call: "_Call") -> None:
         call.log()
         if call.code != "OK":
-            self._garbage.left(call.bytes)
+            self._garbage.left(call.caller.request_bytes)
         if self._audit is not None and changes(call.path):
             self._audit.note(**call.record())
         self._metrics.calls.labels(call.method, call.code).inc()
@@ -227,7 +231,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 async def _parsed(handler: Handler, raw: bytes, call: "_Call") -> Message:
     """Leaves the refusal of its content to a method that records it."""
     try:
-        return call.describe(await parsed(len(raw), parse, handler.request_deserializer, raw))
+        return call.describe(await parsed(parse, handler.request_deserializer, raw))
     except NotTaken as error:
         if not getattr(handler.unary_unary, "records_refusals", False):
             raise
@@ -254,7 +258,7 @@ class _Call:
         self._start = time.perf_counter()
         self.caller = Caller("-")
         self.resources = ExitStack()  # that it holds while it is under way
-        self.bytes = 0  # of its request, that it holds
+        self.due_s = math.inf  # when its request must have come
         self.what: dict[str, object] = {}  # for the audit log
         self.code = "UNKNOWN"
         self.seconds = 0.0

@@ -126,9 +126,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: Message, parse: Callable[[Any], Any], respond: Callable[[Any, Any], R]
     ) -> R:
         """What comes of a request; what is large is read and written in threads."""
-        job = await parsed(request.ByteSize(), parse, request)
+        job = await parsed(parse, request)
         made = await self.texts.do(caller().tenant, job)
-        return await parsed(request.ByteSize(), respond, job, made)
+        return await parsed(respond, job, made)
 
     def _model(self, base_model: str) -> ModelDescription:
         """The model that is served, under its name or none."""

@@ -30,8 +30,7 @@ class TextProcess:
         """What comes of a job, once there is a model. Raises what keeps the tokenizer from it, and
         InvalidRequest where the process ended over it, by itself twice: no other job was there.
         """
-        model = self._describe()
-        if model is None:
+        if (model := self._describe()) is None:
             raise ModelLoading
         async with self._turns.turn(tenant):
             process, began_s = await self._started(model), time.monotonic()

@@ -147,12 +147,9 @@ class SamplingClient:
     get_tokenizer_async = off_loop(get_tokenizer)
 
     def _request(
-        self,
-        prompt: types.ModelInput,
-        num_samples: int,
-        sampling_params: types.SamplingParams | None,
+        self, prompt: types.ModelInput, num_samples: int, given: types.SamplingParams | None
     ) -> sampler_pb2.SampleRequest:
-        given = types.SamplingParams() if sampling_params is None else sampling_params
+        given = types.SamplingParams() if given is None else given
         instance(given, types.SamplingParams, "sampling_params", "give types.SamplingParams")
         params = given.to_proto()
         if not params.HasField("seed"):

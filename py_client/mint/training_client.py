@@ -172,9 +172,8 @@ class TrainingClient:
             ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )
-        return self._calls.submit(
-            self._stub.SaveState, request, types.SaveWeightsResponse.from_proto
-        )
+        read = types.SaveWeightsResponse.from_proto
+        return self._calls.submit(self._stub.SaveState, request, read)
 
     def load_state(self, path: str) -> APIFuture[types.LoadWeightsResponse]:
         """Replaces the weights by a checkpoint's, and starts the optimizer afresh."""
@@ -197,11 +196,8 @@ class TrainingClient:
             ttl=ttl(ttl_seconds),
             metadata=text_map(user_metadata, "user_metadata"),
         )
-        return self._calls.submit(
-            self._stub.SaveWeightsForSampler,
-            request,
-            types.SaveWeightsForSamplerResponse.from_proto,
-        )
+        read = types.SaveWeightsForSamplerResponse.from_proto
+        return self._calls.submit(self._stub.SaveWeightsForSampler, request, read)
 
     def save_weights_and_get_sampling_client(
         self,

@@ -126,10 +126,9 @@ class Generation:
             continuation.occurrences = continuation.constrained = None
             self._open -= 1
             return True
-        if continuation.occurrences is not None:
-            continuation.occurrences.add(token)
-        if continuation.constrained is not None:
-            continuation.constrained.add(token)
+        for follower in (continuation.occurrences, continuation.constrained):
+            if follower is not None:
+                follower.add(token)
         return False
 
     def add_top(self, sample: int, ids: jobs.Tokens, logprobs: jobs.Floats) -> None:  # both [k]

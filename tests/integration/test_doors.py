@@ -68,6 +68,21 @@ async def test_a_key_that_expires_ends_what_it_has_begun(
         checking.cancel()
 
 
+async def test_a_call_whose_request_does_not_come_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interceptors, "CHECK_S", 0.05)
+    monkeypatch.setattr(interceptors, "BODY_S", 0.1)
+    key = make_key("ada", tmp_path / "keys")
+    async with serving(KeyRing(tmp_path / "keys")) as served:
+        checking = asyncio.create_task(served.server.keep_checking())
+        silent = served.channel.stream_unary("/mintrpc.v1.TrainerService/GetTrainingRun")
+        error = await refused(silent(metadata=[("x-api-key", key)]))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "the request has not come within 0.1 s" in str(error.details())
+        checking.cancel()
+
+
 def test_only_so_many_read_metrics_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a thread and a descriptor of the service, whether he asks for anything or not."""
     monkeypatch.setattr(metrics_http, "MOST_READERS", 3)

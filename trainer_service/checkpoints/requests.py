@@ -149,16 +149,11 @@ def parse_export(request: checkpoint_pb2.ExportCheckpointRequest) -> ExportCheck
     if request.dtype not in _DTYPES:
         raise Unimplemented(f"`dtype` {request.dtype} is unknown to this server", field="dtype")
     path = parse_path(request.path)
+    what = "an unnamed snapshot; copy it under a name and export that" if path.unnamed else ""
     if path.kind == MERGED_WEIGHTS:
-        raise InvalidRequest(
-            f"`path` {request.path!r} is a merged model already; give that of an adapter",
-            field="path",
-        )
-    if path.unnamed:
-        raise InvalidRequest(
-            f"`path` {request.path!r} is an unnamed snapshot; copy it under a name and export that",
-            field="path",
-        )
+        what = "a merged model already; give that of an adapter"
+    if what:
+        raise InvalidRequest(f"`path` {request.path!r} is {what}", field="path")
     return ExportCheckpoint(
         path=request.path,
         identity=identity_of(request),

@@ -148,8 +148,7 @@ def read_source(source: jobs.Source) -> dict[Part, AdapterArrays]:
     parts: dict[Part, AdapterArrays] = {}
     try:
         if source.row_file:
-            row = open_row(here(source.row_file), source.revision_path)
-            parts[Part.WEIGHTS] = row.weights()
+            parts[Part.WEIGHTS] = open_row(here(source.row_file), source.revision_path).weights()
         else:
             parts[Part.WEIGHTS] = read_weights(here(source.folder))
         if source.with_optimizer:

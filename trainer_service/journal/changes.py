@@ -38,7 +38,7 @@ def set_metadata(db: sqlite3.Connection, run: int, metadata: Mapping[str, str]) 
 
 
 def set_state(db: sqlite3.Connection, run: int, state: RunState) -> None:
-    step, writer_epoch, acknowledged, gradient, *others = astuple(state)
+    step, writer_epoch, acknowledged, gradient, *others = state
     db.execute(_SET_STATE, (step, writer_epoch, acknowledged, *gradient, *others, run))
 
 

@@ -53,11 +53,9 @@ class Admission:
 
         `calls_before` of the same run wait to be accepted too.
         """
-        if error := self.refusal():
-            return error
         key = self._key(origin)
-        if not self._backlog.is_full(key):
-            return None
+        if (error := self.refusal()) or not self._backlog.is_full(key):
+            return error
         held, limit = self._backlog.held(key), self._backlog.limit
         return QueueFull(
             calls=held.count,

@@ -177,9 +177,10 @@ class Planner:
         """What the engine should do now: all ready steps together, else a pass over tiles."""
         if self._steps:
             return self._next_steps()
+        if not (rings := self._tenants.queues):
+            return None
         tiles: list[Tile] = []
         room = self.max_batch_tokens
-        rings = self._tenants.queues
         self._of_tenants.begin(frozenset(rings))
         self._of_runs.begin(frozenset(run for runs in rings.values() for run in runs.queues))
         while tokens := self._tenants.head_tokens():
@@ -195,7 +196,7 @@ class Planner:
             room -= tokens
             if apart:
                 break
-        return Plan(tuple(tiles)) if tiles else None
+        return Plan(tuple(tiles))
 
     def _next_steps(self) -> StepRows:
         alone = [step for step in self._steps if step.alone]

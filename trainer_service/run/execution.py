@@ -101,10 +101,8 @@ class Execution:
         alone = call.course.deaths >= DEATHS_UNTIL_ALONE
         job = jobs.StepRow(run.id, step.adam_params, alone=alone)
         result = await run.group.scheduler.step(run.origin.tenant, job, run.row_life)
-        metrics = {
-            "grad_norm:mean": result.grad_norm,
-            "learning_rate:mean": step.adam_params.learning_rate,
-        }
+        rate = step.adam_params.learning_rate
+        metrics = {"grad_norm:mean": result.grad_norm, "learning_rate:mean": rate}
         return calls.Outcome(
             make_reply=partial(replies.stepped, result.step, metrics),
             effect=calls.Effect.STEP,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mint_core.errors import MintError, TrainingRunNotFound
@@ -118,8 +118,7 @@ class Run:
     @property
     def state(self) -> RunState:
         numbers = self.numbers
-        return replace(
-            self._state,
+        return self._state._replace(
             writer_epoch=numbers.writer_epoch,
             acknowledged=numbers.acknowledged,
             dropped=numbers.dropped,
@@ -196,7 +195,7 @@ class Run:
             case "DiscardGradient" | "LoadState" if not failed:
                 gradient = Gradient()
         step = self._state.step if outcome.step is None else outcome.step
-        self._state = replace(self._state, step=step, gradient=gradient, update_time_s=time.time())
+        self._state = self._state._replace(step=step, gradient=gradient, update_time_s=time.time())
         self.ended = max(self.ended, sequence)
         self.retention.touch()
         return self._note(self.journal.ended(call, outcome, self.state))
@@ -227,7 +226,7 @@ class Run:
     def replayed_inexactly(self, note: str) -> None:
         """Notes that a restored row is not to the bit what it was."""
         replays = self._state.inexact_replays + 1
-        self._state = replace(self._state, inexact_replays=replays, inexact_note=note)
+        self._state = self._state._replace(inexact_replays=replays, inexact_note=note)
         self._note(self.journal.changed(self.state))
         self.stir_watchers()
 

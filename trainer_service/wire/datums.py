@@ -110,7 +110,7 @@ def _tokens(
                 "text",
                 field=f"{path}.chunks[{index}].{kind}",
             )
-        pieces.append(np.array(chunk.encoded_text.tokens, np.int64))
+        pieces.append(np.array(chunk.encoded_text.tokens[:], np.int64))  # a list is read faster
     tokens = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
     if not len(tokens):
         raise InvalidRequest(f"`{path}` has no tokens; it needs at least one", field=path)
@@ -137,15 +137,14 @@ def _check_length(tokens: int, path: str, model: ModelDescription) -> None:
 def _in_vocabulary(
     tokens: NDArray[np.int64], path: str, model: ModelDescription
 ) -> NDArray[np.int64]:
-    if tokens.min() < 0 or tokens.max() >= model.vocabulary_size:
+    if tokens.view(np.uint64).max() >= model.vocabulary_size:  # as those below 0 are then
         flat = tokens.ravel()
         bad = np.flatnonzero((flat < 0) | (flat >= model.vocabulary_size))
         token = int(flat[bad[0]])
         raise InvalidRequest(
             f"`{path}` has token id {token} at position {bad[0]}, outside the vocabulary of "
-            f"{model.name} "
-            f"(0 to {model.vocabulary_size - 1}); use this model's tokenizer, and any valid id "
-            "where the weight is 0",
+            f"{model.name} (0 to {model.vocabulary_size - 1}); use this model's tokenizer, and any "
+            "valid id where the weight is 0",
             field=path,
             token_id=token,
             position=bad[0],

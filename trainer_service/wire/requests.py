@@ -149,8 +149,7 @@ def parse_load(path: str, with_optimizer: bool, field: str) -> Load:
     if with_optimizer and found.kind != WEIGHTS:
         raise InvalidRequest(
             f"`{field}` {path!r} is an adapter alone and has no optimizer state; give a `weights` "
-            "path, or leave "
-            "`with_optimizer` out",
+            "path, or leave `with_optimizer` out",
             field=field,
             path=path,
         )

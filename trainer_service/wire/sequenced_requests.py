@@ -28,6 +28,7 @@ _LOSSES: Mapping[str, type[jobs.Loss]] = {
     "dro": jobs.Dro,
     "gspo": jobs.Gspo,
 }
+_SCOPES = frozenset(trainer_pb2.LogprobScope.values())
 N = TypeVar("N", bound=jobs.Loss | jobs.AdamParams)
 ComputeRequest = trainer_pb2.ForwardRequest | trainer_pb2.ForwardBackwardRequest
 
@@ -107,7 +108,7 @@ def _parse_compute(request: ComputeRequest, model: ModelDescription) -> calls.Co
     if not request.data:
         raise InvalidRequest("`data` is empty; a batch needs at least one datum", field="data")
     scope = request.logprob_scope
-    if scope not in trainer_pb2.LogprobScope.values():
+    if scope not in _SCOPES:
         raise InvalidRequest(
             f"`logprob_scope` is {scope}, which this server does not know; use ALL or WEIGHTED",
             field="logprob_scope",

@@ -104,7 +104,7 @@ class Passes:
                     f"takes {datum_bytes} bytes, but the server takes "
                     f"{self._connection.max_message_bytes} in a message; shorten it",
                 )
-            request.data.append(message)
+            request.data.add().CopyFrom(message)  # faster than to append it
             size_bytes += datum_bytes
         yield request
 

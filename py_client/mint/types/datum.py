@@ -56,10 +56,10 @@ class Datum:
         object.__setattr__(self, "routed_experts", _routed_experts(routed_experts))
 
     def to_proto(self) -> types_pb2.Datum:
+        tokens: Any = self.model_input.fields()
+        tensors = {name: value.to_proto() for name, value in self.loss_fn_inputs.items()}
         return types_pb2.Datum(
-            model_input=self.model_input.to_proto(),
-            loss_fn_inputs={name: value.to_proto() for name, value in self.loss_fn_inputs.items()},
-            routed_experts=self.routed_experts,
+            model_input=tokens, loss_fn_inputs=tensors, routed_experts=self.routed_experts
         )
 
 

@@ -27,10 +27,9 @@ class EncodedTextChunk:
         """Tokens."""
         return len(self.tokens)
 
-    def to_proto(self) -> types_pb2.ModelInputChunk:
-        return types_pb2.ModelInputChunk(
-            encoded_text=types_pb2.EncodedTextChunk(tokens=self.tokens)
-        )
+    def fields(self) -> dict[str, Any]:
+        """Of its message, which would be copied into the one around it."""
+        return {"encoded_text": {"tokens": self.tokens}}
 
 
 class _Image:
@@ -49,11 +48,12 @@ class _Image:
             )
         return self.expected_tokens
 
-    def to_proto(self) -> types_pb2.ModelInputChunk:
+    def fields(self) -> dict[str, Any]:
+        """Of its message."""
         values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         remedy = "it must be 'png' or 'jpeg'"
         values["format"] = choice(types_pb2.ImageFormat, self.format, "format", remedy)
-        return types_pb2.ModelInputChunk(**{values.pop("type"): values})
+        return {values.pop("type"): values}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,12 @@ class ModelInput:
             return ModelInput([*self.chunks[:-1], last])
         return self.append(EncodedTextChunk([token]))
 
+    def fields(self) -> dict[str, Any]:
+        """Of its message."""
+        return {"chunks": [chunk.fields() for chunk in self.chunks]}
+
     def to_proto(self) -> types_pb2.ModelInput:
-        return types_pb2.ModelInput(chunks=[chunk.to_proto() for chunk in self.chunks])
+        return types_pb2.ModelInput(**self.fields())
 
 
 def token_list(tokens: Iterable[int], field: str) -> list[int]:

@@ -23,8 +23,10 @@ async def test_a_large_request_is_read_beside_the_event_loop() -> None:
         return parse_sample(request, known)
 
     servicer = SamplerServicer(model, None, None, None)  # type: ignore[arg-type]
-    CALLER.set(Caller("t", parsers=Workers(1, "parsing")))
+    who = Caller("t", parsers=Workers(1, "parsing"))
+    CALLER.set(who)
     for request in (sample(), sample(stop_token_ids=[7] * 70_000)):
+        who.request_bytes = request.ByteSize()
         await servicer._parse(noting, request)
 
     assert threads == [threading.current_thread().name, "parsing_0"]
