@@ -22,6 +22,7 @@ from tests.samplers import refusal
 from tests.servers import RunningService, running_summing_trainer
 from tests.trainer_rpc import CALL_LIMIT_S, create
 from tests.training_load import train_all
+from tests.warm import children
 
 USERS, STEPS, VOCABULARY = 4, 8, 60
 State = admin_pb2.GroupStatus
@@ -59,8 +60,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def engines(service: RunningService) -> list[psutil.Process]:
     """In the order of their groups, while each is its group's first."""
-    children = psutil.Process(service.process.pid).children()
-    return sorted(children, key=lambda child: child.create_time())
+    return sorted(children(service.process.pid), key=lambda child: child.create_time())
 
 
 def test_runs_of_two_groups_are_what_they_are_in_one(tmp_path: Path, quiet: list[Any]) -> None:
