@@ -40,8 +40,10 @@ LOADED = (  # with what a tiny model is made of; all but our own stays
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
 )
-OURS = ("checkpoint_store", "mint", "mint_chat", "mint_core", "mintrpc", "sampler_service")
-OURS = (*OURS, "tests", "trainer_service")
+OURS = (
+    *("checkpoint_store", "mint", "mint_chat", "mint_core", "mintrpc"),
+    *("sampler_service", "tests", "trainer_service"),
+)
 READ_LATER = ("AWS_", "MINT_", "PYTEST_")  # variables that no library reads when it is imported
 NURSERY = "tests.warm"
 LONG = "-" * 4096  # room for the words of those that are born
@@ -74,15 +76,15 @@ class _Born(subprocess.Popen):  # type: ignore[type-arg]
         """Replaces the part of Popen that forks."""
         forks = super()._execute_child  # type: ignore[misc]
         told = dict(zip(inspect.signature(forks).parameters, given, strict=True))
-        python, dash_m, *words = told["args"]
-        if (python, dash_m) != (sys.executable, "-m"):
+        python, words = told["args"][:2], list(told["args"][2:])
+        if [*python] != [sys.executable, "-m"] or words[0].partition(".")[0] not in OURS:
             forks(*given)
             return
         passed = tuple(told["pass_fds"])
         pipes = (told["p2cread"], told["c2pwrite"], told["errwrite"])
         streams = [own if pipe == -1 else pipe for own, pipe in enumerate(pipes)]
-        order = (words, dict(told["env"] or os.environ), told["cwd"] or os.getcwd(), passed)
-        order = (*order, told["process_group"] == 0)
+        place = (dict(told["env"] or os.environ), told["cwd"] or os.getcwd())
+        order = (words, *place, passed, told["process_group"] == 0)
         self.answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             descriptors = [*streams, *passed, theirs.fileno()]
