@@ -50,7 +50,11 @@ EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size":
 # Families, sizes, and how many times as fast a step is to be as the loop.
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {
     "hybrid": ("Qwen 3.5 of text", {**WIDE, **STATES}, 1.5),
-    "experts": ("Qwen 3 MoE", {**WIDE, **EXPERTS, "mlp_only_layers": []}, 2.0),
+    "experts": (
+        "Qwen 3 MoE",
+        {**WIDE, **EXPERTS, "num_key_value_heads": 4, "mlp_only_layers": []},
+        2.0,
+    ),
     "both": (
         "Qwen 3.5 MoE of text",
         {**WIDE, **STATES, **EXPERTS, "shared_expert_intermediate_size": 256},

@@ -18,8 +18,9 @@ holds it to that.
 
 What is not here may be served as well: whatever a model is called, it is loaded if it proves to be
 computed rightly, and refused by the name of its class, with what is missing, if it does not
-(`mint_core/model/proof.py`). Of what is here, tiny random models of the class pass all of this,
-`make models` for every row and `make test` for one of each code path:
+(`mint_core/model/proof.py`); the log says then that it is not in this table. Of what is here, tiny
+random models of the class pass all of this, `make models` for every row and `make test` for one of
+each code path:
 
 - trainer and sampler load it;
 - logprobs, gradients of every A and B, and weights after steps equal those of PEFT and torch in
@@ -266,6 +267,15 @@ FAMILIES: tuple[Family, ...] = (
         "GptOssForCausalLM",
         "its layer `model.layers.0.mlp.router` (GptOssTopKRouter) has weights but is no nn.Linear",
         num_local_experts=4,
+    ),
+    refused(
+        "Nemotron-H",
+        "NemotronHForCausalLM",
+        "its layers are of the kind 'mlp'",
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 24, "n_groups": 2},
+        **{"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 32},
     ),
     refused("Falcon-H1", "FalconH1ForCausalLM", "none of its layers has attention alone"),
     refused(

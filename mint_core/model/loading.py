@@ -39,6 +39,7 @@ from mint_core.model.mixers.kinds import documents_are_alike, install_mixers, mi
 from mint_core.model.mixers.mixer import MixerContext
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.routing import Routing, routed_layers
+from mint_core.model.tested import TESTED
 
 __all__ = ["LoadedBase", "load_base"]
 
@@ -135,6 +136,12 @@ def load_base(
         mixing=mixer_context,
     )
     proof.prove(base, expected)
+    if type(model).__name__ not in TESTED:
+        logger.warning(
+            "%s is not in the table of tested families (docs/models.md): it is served, since a "
+            "probe gave its own logits, but gradients, long contexts and exports were never tried",
+            type(model).__name__,
+        )
     if routing is not None:
         base = proof.with_routing(base, routing)
     proof.take_shortcuts(base)

@@ -86,7 +86,7 @@ class Routing:
         """Of all matrices that are no nn.Linear, and of routers."""
         matrices = [p for r in self._routers for p in r.parameters() if p.dim() > 1]
         routers = [LinearShape(p.shape[1], p.shape[0]) for p in matrices if min(p.shape) > 1]
-        gates = [LinearShape(gate.in_features, GATE_COLUMNS) for gate in self._gates]
+        gates = [LinearShape(gate.weight.shape[1], GATE_COLUMNS) for gate in self._gates]
         return [*routers, *gates, *(shape for layer in self.layers for shape in layer.shapes)]
 
     @property

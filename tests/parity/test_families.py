@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
+from mint_core.model.tested import TESTED
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from tests.engines_in_process import (
     EngineRun,
@@ -28,7 +29,7 @@ from tests.engines_in_process import (
     save,
     score,
 )
-from tests.families import FAMILIES, page
+from tests.families import FAMILIES, named, page
 from tests.family import Family, params
 from tests.models import VOCABULARY_SIZE, load_base, own_model
 from tests.parity.peft_oracle import PeftTrainer
@@ -223,6 +224,18 @@ def test_what_is_not_served_is_refused_by_name(refused: Family, tmp_path: Path) 
     words = f"{refused.architecture} is not supported: {re.escape(refused.own)}"
     with pytest.raises(FailedPrecondition, match=words):
         load_base(folder)
+
+
+def test_what_is_not_in_the_table_is_served_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert {family.architecture for family in FAMILIES if family.served} == TESTED
+    load_base(named("Llama").make(tmp_path / "llama"))
+    assert "not in the table of tested families" not in caplog.text
+    layers = ["linear_attention", "full_attention"]
+    changes = {"num_hidden_layers": 2, "layers_block_type": layers}
+    load_base(named("Nemotron-H").make(tmp_path / "nemotron", **changes))
+    assert "NemotronHForCausalLM is not in the table of tested families" in caplog.text
 
 
 def test_the_page_is_made_from_the_table() -> None:

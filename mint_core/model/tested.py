@@ -1,0 +1,24 @@
+"""The classes of base models that tests know, as docs/models.md has them. Others are served where
+they prove to be computed rightly, and those who run a service are told.
+"""
+
+_NAMES = """
+ApertusForCausalLM ArceeForCausalLM BitNetForCausalLM CTRLLMHeadModel Cohere2ForCausalLM
+CohereForCausalLM CwmForCausalLM DeepseekV3ForCausalLM Ernie4_5ForCausalLM
+Ernie4_5_MoeForCausalLM Exaone4ForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM
+Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM
+Gemma4ForCausalLM Gemma4ForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM
+Glm4MoeForCausalLM Glm4MoeLiteForCausalLM GlmForCausalLM GraniteForCausalLM
+GraniteMoeForCausalLM GraniteMoeHybridForCausalLM HeliumForCausalLM
+HunYuanDenseV1ForCausalLM HyperCLOVAXForCausalLM Jais2ForCausalLM Lfm2ForCausalLM
+Lfm2MoeForCausalLM LlamaForCausalLM MiniCPM3ForCausalLM Ministral3ForCausalLM
+MinistralForCausalLM Mistral3ForConditionalGeneration MistralForCausalLM MixtralForCausalLM
+NanoChatForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM
+OlmoeForCausalLM PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM
+Qwen2MoeForCausalLM Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM
+Qwen3NextForCausalLM Qwen3VLForConditionalGeneration Qwen3_5ForCausalLM
+Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration
+SeedOssForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM VaultGemmaForCausalLM
+YoutuForCausalLM
+"""
+TESTED = frozenset(_NAMES.split())
