@@ -60,6 +60,7 @@ def test_no_job_names_a_file_and_says_nothing_of_it() -> None:
         for name, kind in vars(jobs).items()
         if isinstance(kind, type)
         and is_dataclass(kind)
+        and kind.__module__ == jobs.__name__
         and {field.name for field in fields(kind)} & {"file", "folder", "source", "row_file"}
     }
     told = {"LoadRow", "RestoreRow", "SaveCheckpoint", "StoreRow", "WriteRow"}
