@@ -154,12 +154,9 @@ class ServiceClient(Closing):
         """One page of your runs, newest first: those whose metadata holds all of the filter, of
         both kinds unless `kind` is "trained" or "uploaded".
         """
+        asked = self._asked()
         return list_runs(
-            self._asked(),
-            page_size=page_size,
-            page_token=page_token,
-            metadata=metadata_filter,
-            kind=kind,
+            asked, page_size=page_size, page_token=page_token, metadata=metadata_filter, kind=kind
         ).ask()
 
     def update_training_run(

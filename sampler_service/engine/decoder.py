@@ -62,11 +62,8 @@ class DecodeRows:
         filler = [self._scratch_block]
         table = [blocks[i] + filler * (longest - len(blocks[i])) for i in changed]
         device = self.table.device
-        self.table[:, :longest].index_copy_(
-            0,
-            torch.tensor(changed, device=device),
-            torch.tensor(table, dtype=torch.int32).to(device),
-        )
+        rows = torch.tensor(table, dtype=torch.int32).to(device)
+        self.table[:, :longest].index_copy_(0, torch.tensor(changed, device=device), rows)
         for i in changed:
             self._sent[i] = blocks[i]
 

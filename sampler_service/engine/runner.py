@@ -74,12 +74,8 @@ class Runner:
         device = self.base.device
         slots = [p.span.sequence.state for p in placed if p.span.sequence.state is not None]
         attention = CachedAttention(self.cache, device, placed, self.progress, slots)
-        hidden = self.base.hidden(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            segments,
-            attention,
-        )
+        ids, places = (torch.tensor(each, device=device) for each in (tokens, positions))
+        hidden = self.base.hidden(ids, places, segments, attention)
         routing = self.base.routing
         chosen = routing.chosen if routing else ()
         return Computed(hidden, placed, chosen=chosen, change_states=attention.change_states)

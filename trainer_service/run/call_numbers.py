@@ -130,12 +130,8 @@ class CallNumbers:
         entry = self._entries.get(sequence)
         return entry is not None and entry.reply is not None
 
-    def resume(
-        self,
-        state: RunState,
-        past: Iterable[tuple[int, bytes, Reply | None]],  # numbers, hashes, replies so far
-    ) -> None:
-        """Goes on behind the numbers of before a restart, given in order."""
+    def resume(self, state: RunState, past: Iterable[tuple[int, bytes, Reply | None]]) -> None:
+        """Goes on behind the numbers of before a restart: each, its hash, its reply so far."""
         self.acknowledged = state.acknowledged
         self.dropped = self._answered = state.dropped
         self.writer_epoch = state.writer_epoch

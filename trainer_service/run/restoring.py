@@ -70,9 +70,7 @@ class Restoring:
         """Makes the row as it was when it was saved, or when it was created."""
         run, row = self._run, past.saved_row
         spec = run.origin.spec
-        job: object = jobs.CreateRow(run.id, spec)
-        if row is not None:
-            job = jobs.RestoreRow(run.id, spec, row.file)
+        job = jobs.RestoreRow(run.id, spec, row.file) if row else jobs.CreateRow(run.id, spec)
         scheduler = run.group.scheduler
         await scheduler.row(jobs.DropRow(run.id), life)
         differs = await scheduler.row(job, life)
@@ -136,11 +134,7 @@ class Restoring:
             return
         logger.error(
             "run=%s sequence=%d step=%d replayed inexactly digest=%016x expected=%016x",
-            run.id,
-            call.sequence,
-            result.step,
-            result.weight_digest,
-            call.digest or 0,
+            *(run.id, call.sequence, result.step, result.weight_digest, call.digest or 0),
         )
         self._tell_inexact(
             f"the engine was replaced, and the weights that it computed again for step "

@@ -47,14 +47,13 @@ def parse_call(
     method = cast(calls.Method, request.DESCRIPTOR.name.removesuffix("Request"))
     place, payload = _place(request)
     work = calls.Refused(refusals[0]) if refusals else _work(method, request, model)
-    if isinstance(work, calls.Compute):
-        work = _checked_width(work, most_targets)
+    work = _checked_width(work, most_targets)
     named = isinstance(work, calls.Save) and work.name is not None
     return calls.Call(place, method, work, payload, secrets.token_hex(16) if named else "")
 
 
-def _checked_width(work: calls.Compute, most: int) -> calls.Compute | calls.Refused:
-    for index, document in enumerate(work.documents):
+def _checked_width(work: calls.Work, most: int) -> calls.Work:
+    for index, document in enumerate(work.documents if isinstance(work, calls.Compute) else ()):
         if document.width and document.width[0] > most:
             field = f"data[{index}].loss_fn_inputs.target_tokens"
             return calls.Refused(
