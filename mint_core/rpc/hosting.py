@@ -117,7 +117,8 @@ class RpcServer:
     async def _listen(self, address: str) -> int:
         """Serves there, and returns the port; 0: it cannot be had."""
         server = grpc.aio.server(interceptors=[self._calls], options=self._options)
-        # Methods that are registered are waited for one by one, at every call.
+        # Methods that are registered are waited for one by one, at every call, and with memory that
+        # is given back where gRPC ends over a path that is no text, while its core writes there.
         server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
         for add in self._services.values():
             add(server)

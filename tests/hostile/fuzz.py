@@ -108,7 +108,9 @@ class Fuzz:
 
     def _change(self, message: Message) -> None:
         """Makes one field of it another, wherever that is."""
-        field, value = self._random.choice(message.ListFields())
+        if not (present := message.ListFields()):  # the change before has cleared the only one
+            return
+        field, value = self._random.choice(present)
         if field.message_type is None or self._random.random() < 0.2:
             message.ClearField(field.name)
             self._fill(message, field, 0)
