@@ -141,6 +141,7 @@ async def test_a_tenant_has_so_many_calls_streams_and_bytes_under_way(tmp_path: 
     ):
         quotas.write_text(quota)
         async with serving(quotas=quotas) as served:
+            served.server.begin()  # before it, what cannot be held is to come again
             stream = served.stub.WatchTrainingRun(watch)
             await stream.read()
             error = await refused(beyond(served))
