@@ -121,7 +121,7 @@ def test_a_pass_is_recomputed_only_beyond_what_is_kept(engine: Engine) -> None:
 def test_little_memory_bounds_the_context_that_the_server_names(
     qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = SimpleNamespace(available=40 * 2**20)
+    free = SimpleNamespace(available=40 * 2**20, total=2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     engine = make_engine(qwen3_folder, max_lora_rank=RANK)
     assert engine.base.description.context_length == 4096

@@ -18,12 +18,14 @@ _CUBIC: tl.constexpr = tl.constexpr(0.044715)
 def _activated(gate, KIND: tl.constexpr):
     """The activation and its derivative."""
     if KIND == 0:
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        small = tl.exp(-tl.abs(gate))  # which cannot overflow
+        sigmoid = tl.where(gate >= 0.0, 1.0, small) / (1.0 + small)
         value = gate * sigmoid
         slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
     else:
         inner = _SQRT_2_OVER_PI * (gate + _CUBIC * gate * gate * gate)
-        tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+        small = tl.exp(-2.0 * tl.abs(inner))
+        tanh = tl.where(inner >= 0.0, 1.0 - small, small - 1.0) / (1.0 + small)
         value = 0.5 * gate * (1.0 + tanh)
         inner_slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * gate * gate)
         slope = 0.5 * (1.0 + tanh) + 0.5 * gate * (1.0 - tanh * tanh) * inner_slope
