@@ -2,8 +2,8 @@
 take seconds. What is ours each process imports by itself, and from there on it is as after a cold
 start. A service has a nursery of its own beside it, so that its engine is its child.
 
-Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment. Tests set it;
-benchmarks do not, since they measure processes as they are by themselves.
+Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment; by default it is
+not yet. Benchmarks never are, since they measure processes as they are by themselves.
 """
 
 import atexit
@@ -88,8 +88,10 @@ class _Born(subprocess.Popen):  # type: ignore[type-arg]
         self.answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             descriptors = [*streams, *passed, theirs.fileno()]
+            _adopt(True)
             socket.send_fds(self.nursery, [pickle.dumps(order)], descriptors)
         self.pid = int(self.answer.recv(16))
+        _adopt(False)  # what an engine leaves behind when it dies is nobody's to bury
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(told[end] for end in ends))  # type: ignore[attr-defined]
@@ -230,9 +232,13 @@ def _become(
     sys.exit()
 
 
+def _adopt(orphans: bool) -> None:
+    """Whether this process becomes the parent of those below it whose own has ended."""
+    _libc.prctl(SUBREAPER, int(orphans), 0, 0, 0)
+
+
 def _take_a_nursery() -> None:
     """For engines, and what else a service runs beside it."""
-    _libc.prctl(SUBREAPER, 1, 0, 0, 0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if not os.fork():
         ours.close()
