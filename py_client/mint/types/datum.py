@@ -8,7 +8,7 @@ import numpy as np
 
 from mint.errors import refused
 from mint.types._checks import USE_FROM_INTS, array_of, ids_in, instance, integers_of, mapping
-from mint.types.model_input import ModelInput
+from mint.types.model_input import ModelInput, message_fields
 from mint.types.tensor_data import TensorData, cast
 from mintrpc.v1 import types_pb2
 
@@ -56,7 +56,7 @@ class Datum:
         object.__setattr__(self, "routed_experts", _routed_experts(routed_experts))
 
     def to_proto(self) -> types_pb2.Datum:
-        tokens: Any = self.model_input.fields()
+        tokens: Any = message_fields(self.model_input)
         tensors = {name: value.to_proto() for name, value in self.loss_fn_inputs.items()}
         return types_pb2.Datum(
             model_input=tokens, loss_fn_inputs=tensors, routed_experts=self.routed_experts

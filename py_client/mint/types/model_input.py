@@ -129,12 +129,13 @@ class ModelInput:
             return ModelInput([*self.chunks[:-1], last])
         return self.append(EncodedTextChunk([token]))
 
-    def fields(self) -> dict[str, Any]:
-        """Of its message."""
-        return {"chunks": [chunk.fields() for chunk in self.chunks]}
-
     def to_proto(self) -> types_pb2.ModelInput:
-        return types_pb2.ModelInput(**self.fields())
+        return types_pb2.ModelInput(**message_fields(self))
+
+
+def message_fields(model_input: ModelInput) -> dict[str, Any]:
+    """Of its message, for the message around it."""
+    return {"chunks": [chunk.fields() for chunk in model_input.chunks]}
 
 
 def token_list(tokens: Iterable[int], field: str) -> list[int]:

@@ -163,7 +163,7 @@ small, large, device = sys.argv[1:]
 load_base(small, device=device, dtype="bfloat16")
 print("ready", flush=True)
 sys.stdin.readline()
-loading._read(Path(large), torch.device(device), torch.bfloat16)
+loading._read(Path(large), torch.device(device), torch.bfloat16, 0.0)
 print("done", flush=True)
 """
 
