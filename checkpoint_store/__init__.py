@@ -10,7 +10,7 @@ from checkpoint_store.memory.published_row import (
     write_published_row,
 )
 from checkpoint_store.memory.snapshot_memory import SnapshotMemory
-from checkpoint_store.opening import AdapterStore, open_store, open_wire_store
+from checkpoint_store.opening import AdapterStore, is_wire_address, open_store
 from checkpoint_store.paths import (
     KINDS,
     MERGED_WEIGHTS,
@@ -22,4 +22,3 @@ from checkpoint_store.paths import (
     parse_path,
 )
 from checkpoint_store.store import CheckpointStore, OpenCheckpoint, Swept
-from checkpoint_store.wire.access import TrainerAccess, is_wire_address

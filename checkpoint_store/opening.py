@@ -1,4 +1,6 @@
-"""The stores that services are told of: a folder, an object store, or a trainer's host."""
+"""The stores that services are told of: a folder, an object store, or a trainer's host, which is
+the sampler's own matter.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,6 @@ from checkpoint_store.objects.object_path import ObjectPath
 from checkpoint_store.objects.object_store import ObjectStore, is_object_address, parse_address
 from checkpoint_store.paths import CheckpointKind
 from checkpoint_store.store import CheckpointStore, OpenCheckpoint
-from checkpoint_store.wire.access import TrainerAccess
 
 T = TypeVar("T")
 
@@ -36,6 +37,11 @@ class AdapterStore(Protocol):
         """Ends what would be waited for, since the service stops."""
 
 
+def is_wire_address(store: str) -> bool:
+    """Whether a `store` is a trainer's address."""
+    return store.startswith(("http://", "https://"))
+
+
 def open_store(
     store: str, local: Path, snapshots: Path | None = None, *, saves: bool, quota_bytes: int = 0
 ) -> CheckpointStore:
@@ -49,15 +55,3 @@ def open_store(
     objects.check(saves=saves)
     root = ObjectPath(objects, objects.address.prefix)
     return CheckpointStore(root, snapshots, local, quota_bytes)
-
-
-def open_wire_store(access: TrainerAccess, local: Path) -> AdapterStore:
-    """The checkpoints of a trainer's host, copied to `local`. Refuses a trainer that is there and
-    will not do; one that is away may come later.
-    """
-    from checkpoint_store.wire.trainer import Trainer  # engines import this package and no gRPC
-    from checkpoint_store.wire.wire_store import WireStore
-
-    trainer = Trainer(access)
-    trainer.greet()
-    return WireStore(trainer, local)

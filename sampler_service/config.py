@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from checkpoint_store import TrainerAccess, is_wire_address, snapshot_folder
+from checkpoint_store import is_wire_address, snapshot_folder
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
 from sampler_service.jobs import CHUNK_TOKENS
+from sampler_service.wire_store.access import TrainerAccess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
-from checkpoint_store import AdapterStore, open_store, open_wire_store, snapshot_folder
+from checkpoint_store import AdapterStore, open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.engine_host.process import EngineProcess
@@ -23,6 +23,7 @@ from sampler_service.replicas.watching import watch_replicas
 from sampler_service.servicer import SamplerServicer
 from sampler_service.streams import Streams
 from sampler_service.waiting_room import WaitingRoom
+from sampler_service.wire_store.wire_store import open_wire_store
 
 SERVICE = "mintrpc.v1.SamplerService"
 FEATURES = (

@@ -2,11 +2,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from mint_core.engine_host.engines import EnginesAsOne
 from mint_core.engine_host.pipe import Hello, ModelDescription
+from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import FailedPrecondition, Unavailable
 from mint_core.hosting.tasks import Tasks
 from sampler_service import jobs
@@ -30,7 +32,7 @@ class Place:
     computed_tokens: int = 0  # for it; set once that is known
 
 
-class Replicas:
+class Replicas(EnginesAsOne):
     """At least one. All methods belong to one event loop. To health, metrics and administrators
     they are one engine, which is up while any is.
     """
@@ -62,23 +64,8 @@ class Replicas:
         return bool(self.up)
 
     @property
-    def restarts(self) -> int:
-        return sum(each.engine.restarts for each in self._replicas)
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return tuple(pid for each in self._replicas for pid in each.engine.pids)
-
-    @property
-    def memory_limits(self) -> Mapping[str, int]:
-        """In bytes, of all together."""
-        limits: Counter[str] = Counter()
-        for each in self._replicas:
-            limits.update(each.engine.memory_limits)
-        return limits
-
-    def memory_limit(self, of: str) -> float:
-        return self.memory_limits.get(of, 0)
+    def engines(self) -> Iterator[EngineProcess]:
+        return (each.engine for each in self._replicas)
 
     async def start(self, tasks: Tasks) -> ModelDescription:
         """Starts all, and returns what is served, with the shortest context of any. Raises what

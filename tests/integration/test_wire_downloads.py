@@ -10,18 +10,19 @@ from typing import Any
 import grpc
 import pytest
 
-from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, CheckpointStore, TrainerAccess
+from checkpoint_store import SAMPLER_WEIGHTS, WEIGHTS, CheckpointStore
 from checkpoint_store.errors import CheckpointDamaged
-from checkpoint_store.wire import downloads
-from checkpoint_store.wire.errors import StoreRefused, StoreUnreachable
-from checkpoint_store.wire.trainer import Trainer
-from checkpoint_store.wire.wire_store import WireStore
 from mint_core.access.key_file import digest_of, remove_key
 from mint_core.errors import CheckpointNotFound, FailedPrecondition
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.spec import AdapterSpec
 from mint_core.lora.targets import initial_arrays
 from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from sampler_service.wire_store import downloads
+from sampler_service.wire_store.access import TrainerAccess
+from sampler_service.wire_store.errors import StoreRefused, StoreUnreachable
+from sampler_service.wire_store.trainer import Trainer
+from sampler_service.wire_store.wire_store import WireStore
 from tests.authorities import Authority
 from tests.checkpoint_files import publish_checkpoint, same
 from tests.engines_in_process import random_arrays

@@ -39,6 +39,16 @@ def bits(generated: Generated) -> list[tuple[bytes, bytes, bytes, StopReason]]:
     ]
 
 
+def assert_count_changes_no_sample(sampler: SamplerEngine, adapter: str) -> None:
+    prompt = random_tokens(9, 37)
+    many = sampler.generate(
+        prompt, adapter=adapter, num_samples=20, seed=4
+    )  # more than run at once
+    few = sampler.generate(prompt, adapter=adapter, num_samples=2, seed=4)
+    assert_bitwise(few, Generated(continuations=many.continuations[:2]))
+    assert len({tuple(c.tokens) for c in many.continuations}) == 20
+
+
 def assert_greedy_is_generate(
     sampler: SamplerEngine, folder: Path, prompt_tokens: int, atol: float
 ) -> None:

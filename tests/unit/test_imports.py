@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "mint": {"mintrpc", "mint_chat"},
     "mint_chat": set(),
     "mint_core": {"mintrpc", "mint_chat"},
-    "checkpoint_store": {"mint_core", "mintrpc"},
+    "checkpoint_store": {"mint_core"},
     "trainer_service": {"mint_core", "checkpoint_store", "mintrpc"},
     "sampler_service": {"mint_core", "checkpoint_store", "mintrpc"},
 }

@@ -13,9 +13,9 @@ from pathlib import Path
 from checkpoint_store.adapter_files import verify_file
 from checkpoint_store.errors import CheckpointDamaged
 from checkpoint_store.manifest import FileEntry
-from checkpoint_store.wire.errors import StoreUnreachable
-from checkpoint_store.wire.trainer import Trainer
 from mintrpc.v1 import checkpoint_pb2
+from sampler_service.wire_store.errors import StoreUnreachable
+from sampler_service.wire_store.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

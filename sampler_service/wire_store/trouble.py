@@ -3,8 +3,8 @@
 import socket
 import ssl
 
-from checkpoint_store.wire.access import TrainerAccess
 from mint_core.errors import FailedPrecondition
+from sampler_service.wire_store.access import TrainerAccess
 
 _PROBE_S = 3.0
 

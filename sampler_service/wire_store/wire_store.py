@@ -12,11 +12,12 @@ from checkpoint_store.copies import Copies
 from checkpoint_store.manifest import Manifest
 from checkpoint_store.paths import CheckpointKind, parse_path
 from checkpoint_store.store import THREADS, OpenCheckpoint
-from checkpoint_store.wire.answers import manifest_of
-from checkpoint_store.wire.downloads import TrainerFiles
-from checkpoint_store.wire.errors import StoreRefused, StoreUnreachable
-from checkpoint_store.wire.trainer import Trainer
 from mint_core.turns import Workers
+from sampler_service.wire_store.access import TrainerAccess
+from sampler_service.wire_store.answers import manifest_of
+from sampler_service.wire_store.downloads import TrainerFiles
+from sampler_service.wire_store.errors import StoreRefused, StoreUnreachable
+from sampler_service.wire_store.trainer import Trainer
 
 STORED_LIMIT_S = 300.0  # for a snapshot that the trainer is still writing to its store
 STORED_INTERVAL_S = 0.05
@@ -69,3 +70,12 @@ class WireStore:
         except ValueError as error:
             problem = f"it answers with nonsense about `{path}`: {error}"
             raise StoreRefused(self._trainer.access.address, problem) from None
+
+
+def open_wire_store(access: TrainerAccess, local: Path) -> WireStore:
+    """The checkpoints of a trainer's host, copied to `local`. Refuses a trainer that is there and
+    will not do; one that is away may come later.
+    """
+    trainer = Trainer(access)
+    trainer.greet()
+    return WireStore(trainer, local)

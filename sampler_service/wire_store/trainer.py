@@ -9,12 +9,12 @@ from typing import Any
 
 import grpc
 
-from checkpoint_store.wire.access import TrainerAccess
-from checkpoint_store.wire.errors import StoreRefused, StoreUnreachable, error_of
-from checkpoint_store.wire.trouble import tls_context, trouble
 from mint_core.errors import FailedPrecondition
 from mint_core.watched_file import WatchedFile, read_file
 from mintrpc.v1 import checkpoint_pb2, checkpoint_pb2_grpc, model_pb2, model_pb2_grpc
+from sampler_service.wire_store.access import TrainerAccess
+from sampler_service.wire_store.errors import StoreRefused, StoreUnreachable, error_of
+from sampler_service.wire_store.trouble import tls_context, trouble
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,6 @@ from mint_core.addresses import is_loopback
 _PORT, _TLS_PORT = 50051, 443  # where the address names none
 
 
-def is_wire_address(store: str) -> bool:
-    """Whether a `store` is a trainer's address."""
-    return store.startswith(("http://", "https://"))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerAccess:
     """What a sampler was told. Raises ValueError, which names the option."""
