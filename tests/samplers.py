@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -18,6 +19,7 @@ from mintrpc.v1 import model_pb2, model_pb2_grpc, sampler_pb2, sampler_pb2_grpc,
 from tests.checkpoint_files import publish_checkpoint
 from tests.engines_in_process import random_arrays
 from tests.servers import RunningService
+from tests.warm import children, words_of
 
 DEADLINE_S = 60.0
 PROMPT = (40, 41, 42, 43, 44, 45, 46, 47)
@@ -34,6 +36,12 @@ class Sampler:
     stub: "sampler_pb2_grpc.SamplerServiceStub"
     model: model_pb2.BaseModel
     metadata: tuple[tuple[str, str], ...] = ()
+
+    def engines(self) -> list[psutil.Process]:
+        """Those that live, the oldest first."""
+        found = children(self.service.process.pid)
+        engines = [each for each in found if "sampler_service.engine" in words_of(each)]
+        return sorted(engines, key=lambda each: each.create_time())
 
     def sample(
         self,

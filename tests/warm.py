@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,8 +64,16 @@ def started(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
 
 
 def children(pid: int) -> list[psutil.Process]:
-    """Of a service: all but its nursery."""
-    return [each for each in psutil.Process(pid).children() if NURSERY not in each.cmdline()]
+    """Of a service: all that live, but its nursery."""
+    words = {each: words_of(each) for each in psutil.Process(pid).children()}
+    return [each for each, own in words.items() if own and NURSERY not in own]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command; none if it has died."""
+    with suppress(psutil.NoSuchProcess):  # a zombie is one too
+        return process.cmdline()
+    return []
 
 
 class _Born(subprocess.Popen):  # type: ignore[type-arg]

@@ -19,7 +19,7 @@ from tests.hostile.attacks import Hostile
 from tests.hostile.neighbour import Neighbour
 from tests.keys import make_key
 from tests.servers import RunningService, running_sampler, running_trainer
-from tests.warm import children
+from tests.warm import children, words_of
 
 MOST_MIB = 400  # by which a front may have grown: what its allocator keeps
 MOST_DESCRIPTORS = 20
@@ -40,7 +40,7 @@ class Stage:
         """Their process ids: another is another engine."""
         found = [child for front in self.fronts() for child in children(front.pid)]
         # Not the process that makes tokens of texts, which is started when it is first asked.
-        return [each.pid for each in found if "mint_core.text" not in each.cmdline()]
+        return [each.pid for each in found if "mint_core.text" not in words_of(each)]
 
     def descriptors(self) -> list[int]:
         return [front.num_fds() for front in self.fronts()]

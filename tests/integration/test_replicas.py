@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -36,13 +35,6 @@ def sampler(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         connected(service, store) as sampler,
     ):
         yield sampler
-
-
-def engines(sampler: Sampler) -> list[psutil.Process]:
-    """Those that run, the oldest first."""
-    children = psutil.Process(sampler.service.process.pid).children()
-    found = [each for each in children if "sampler_service.engine" in each.cmdline()]
-    return sorted(found, key=lambda each: each.create_time())
 
 
 def replicas_up(sampler: Sampler) -> int:
@@ -147,10 +139,10 @@ def test_what_was_with_a_killed_replica_is_answered_by_the_other_meanwhile(
     while requests(metrics(sampler)) < requests(before) + 8:
         time.sleep(0.01)
 
-    killed = engines(sampler)[0]
-    others = set(engines(sampler)) - {killed}
+    killed = sampler.engines()[0]
+    others = set(sampler.engines()) - {killed}
     killed.kill()
-    while not (starting := set(engines(sampler)) - others - {killed}):
+    while not (starting := set(sampler.engines()) - others - {killed}):
         time.sleep(0.01)
     starting.pop().send_signal(signal.SIGSTOP)  # the other has to do it all
 
@@ -160,7 +152,7 @@ def test_what_was_with_a_killed_replica_is_answered_by_the_other_meanwhile(
     with grpc.insecure_channel(sampler.service.address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert check.status == health_pb2.HealthCheckResponse.SERVING
-    for engine in engines(sampler):
+    for engine in sampler.engines():
         engine.send_signal(signal.SIGCONT)
     until_up(sampler, 2)
 
@@ -170,7 +162,7 @@ def test_a_replica_that_cannot_start_again_leaves_the_other_serving(
 ) -> None:
     expected = sampler.sample()
     hidden = model.rename(model.with_name("hidden"))
-    engines(sampler)[0].kill()
+    sampler.engines()[0].kill()
     with ThreadPoolExecutor() as pool:
         while "starting another in 0.2 s" not in sampler.service.log_text():  # a start failed
             answers = list(pool.map(lambda _: sampler.sample(), range(4)))
@@ -185,7 +177,7 @@ def test_a_death_of_all_is_waited_for(sampler: Sampler) -> None:
     path = sampler.publish("r-all", seed=5)
     expected = sampler.sample(model_path=path, params=SOME)
     calls = [ask(sampler, model_path=path, params=SOME) for _ in range(6)]
-    for engine in engines(sampler):
+    for engine in sampler.engines():
         engine.kill()
     assert [call.result().sequences for call in calls] == [expected.sequences] * 6
     until_up(sampler, 2)

@@ -45,8 +45,7 @@ def client(sampler: Sampler) -> Iterator[mint.SamplingClient]:
 
 
 def engine_of(sampler: Sampler) -> psutil.Process:
-    children = psutil.Process(sampler.service.process.pid).children()
-    (engine,) = [c for c in children if "sampler_service.engine" in c.cmdline()]
+    (engine,) = sampler.engines()
     return engine
 
 

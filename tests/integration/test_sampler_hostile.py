@@ -29,8 +29,7 @@ def sampler(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def engine(sampler: Sampler) -> Iterator[psutil.Process]:
     """Which is the same afterwards, and answers."""
     expected = tokens_of(sampler.sample())
-    children = psutil.Process(sampler.service.process.pid).children()
-    (engine,) = [c for c in children if "sampler_service.engine" in c.cmdline()]
+    (engine,) = sampler.engines()
     yield engine
     assert tokens_of(sampler.sample()) == expected
     assert engine.is_running()
