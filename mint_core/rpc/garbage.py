@@ -9,7 +9,8 @@ import ctypes
 import gc
 from contextvars import Context
 
-COLLECT_BYTES = 2**25
+NOTICED_BYTES = 2**20
+COLLECT_BYTES = 2**25  # at once
 LATER_S = 1.0  # by then the last calls have let go too
 # Gives back to the system what the C library keeps of it; there is none but in GNU's.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: 0)
@@ -31,15 +32,15 @@ class Garbage:
     def left(self, count: int) -> None:
         """Of a request whose call was refused."""
         self._bytes += count
+        if self._bytes >= NOTICED_BYTES and self._later is None:
+            loop = asyncio.get_running_loop()
+            # In a context of its own: a call's own holds its caller, and so what it brought.
+            self._later = loop.call_later(LATER_S, self._collect, context=Context())
         if self._bytes >= COLLECT_BYTES:
             self._bytes = 0
             gc.collect()
-            if self._later is None:
-                loop = asyncio.get_running_loop()
-                # In a context of its own: a call's own holds its caller, and so what it brought.
-                self._later = loop.call_later(LATER_S, self._collect, context=Context())
 
     def _collect(self) -> None:
-        self._later = None
+        self._later, self._bytes = None, 0
         gc.collect()
         _trim(0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from mint_core.rpc import garbage
-from mint_core.rpc.garbage import COLLECT_BYTES, Garbage
+from mint_core.rpc.garbage import COLLECT_BYTES, NOTICED_BYTES, Garbage
 
 
 class Circle:
@@ -40,3 +40,18 @@ async def test_what_is_large_is_looked_for_at_once_and_once_more_behind_the_last
     del late
     await asyncio.sleep(0.1)
     assert seen[2]() is None
+
+
+async def test_what_is_noticed_at_all_is_gone_soon_though_nothing_more_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(garbage, "LATER_S", 0.01)
+    left, circle = Garbage(), Circle()
+    seen = weakref.ref(circle)
+    del circle
+    left.left(NOTICED_BYTES - 1)
+    await asyncio.sleep(0.1)
+    assert seen() is not None
+    left.left(1)
+    await asyncio.sleep(0.1)
+    assert seen() is None
