@@ -25,6 +25,7 @@ logger = logging.getLogger("hostile")
 
 SIZE_MIB = 64
 ATTACKERS = 3
+QUIET_S = 5.0  # what stays after it has been left behind; nothing tells when the rest is gone
 Times = dict[str, list[float]]
 
 
@@ -90,6 +91,7 @@ def main() -> None:
                 "an honest tenant": hour(stage, honest(stage), seconds),
                 "a hostile tenant": hour(stage, hostile(stage), seconds),
             }
+            time.sleep(QUIET_S)
             after = stage.descriptors(), stage.resident_mib()
             assert stage.engines() == engines, "an engine has ended"
             assert not any("code=INTERNAL" in log for log in stage.logs())
