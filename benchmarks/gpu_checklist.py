@@ -28,6 +28,7 @@ PARTS = {
     "attention": 50,
     "trainer_8b": 60,
     "sampler_8b": 80,
+    "float8": 20,
     "paged": 40,
     "head": 30,
     "peft": 60,

@@ -22,6 +22,7 @@ from mint_core.lora.algorithms import (
     Gradients,
 )
 from mint_core.lora.bank import AdapterBank, Part
+from mint_core.lora.float8 import MOST_KERNEL_ROWS, quantized
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import AdapterSpec
@@ -41,6 +42,26 @@ def ceilings(bench: Bench) -> None:
     square = torch.randn(n, n, device=bench.device, dtype=BF16)
     seconds = bench.seconds(lambda: square @ square, 10)
     bench.note(f"bf16 product of {n} x {n}", 2 * n**3 / seconds / 1e12, "TFLOP/s")
+
+
+def float8(bench: Bench) -> None:
+    """Products with float8 weights, forward and back, beside those with what they stand for."""
+    out, inner = bench.size(12_288, 64), bench.size(4096, 32)
+    own = quantized(torch.randn(out, inner, device=bench.device) / 64)
+    weight = own.weight(BF16)
+    for rows in (1, 32, 256, MOST_KERNEL_ROWS, 4096) if not bench.tiny else (4096,):
+        x = torch.randn(rows, inner, device=bench.device, dtype=BF16)
+        dy = torch.randn(rows, out, device=bench.device, dtype=BF16)
+        ways = (
+            ("x W", partial(own.product, x, None), partial(functional.linear, x, weight)),
+            ("dy W", partial(own.back, [dy]), partial(torch.mm, dy, weight)),
+        )
+        for name, ours, plain in ways:
+            error = (ours() - plain()).norm() / plain().norm()
+            seconds, plain_s = bench.seconds(ours, 10), bench.seconds(plain, 10)
+            title = f"float8 {name} of {rows} rows, {out} x {inner}"
+            share = f"{plain_s / seconds:.2f} of bfloat16's speed, differs by {error.item():.1e}"
+            bench.note(title, out * inner / seconds / 1e12, "TB/s", share)
 
 
 def attention(bench: Bench) -> None:

@@ -22,6 +22,10 @@ from mint_core.lora.column_kernels import (
     expand,
     shrink,
 )
+from mint_core.lora.float8_kernels import INNER as SUMMED
+from mint_core.lora.float8_kernels import OUTPUTS as MULTIPLIED
+from mint_core.lora.float8_kernels import ROWS as MULTIPLIED_ROWS
+from mint_core.lora.float8_kernels import product
 from mint_core.lora.segment_kernels import COLUMNS as RANKS
 from mint_core.lora.segment_kernels import INNER as READ
 from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
@@ -45,6 +49,12 @@ CASES = (
 )
 _COLUMNS = {"ROWS": MOST_ROWS, "COLUMNS": COLUMNS, "WIDEN": False}
 _OWN = {"ROWS": ROWS, "COLUMNS": RANKS, "WIDEN": False}
+_FLOAT8 = {
+    "ROWS": MULTIPLIED_ROWS,
+    "OUTPUTS": MULTIPLIED,
+    "INNER": SUMMED,
+    "WIDEN": False,
+}
 _NORM = {"ROOM": 4096, "ADDS": True}
 _GATE = {"PLACES": PLACES}
 _TURN = {"SIZE": 128, "ROOM": 64, "HEADS": HEADS}
@@ -54,6 +64,8 @@ OTHERS = (
     (turn, {**_TURN, "NORMED": True, "BACK": False}),
     (turn, {**_TURN, "NORMED": False, "BACK": True}),
     (turn_back, {**_TURN, "NORMED": True}),
+    (product, {**_FLOAT8, "BACK": False}),
+    (product, {**_FLOAT8, "BACK": True}),
     (shrink_own, {**_OWN, "INNER": READ}),
     (expand_own, {**_OWN, "OUTPUTS": WRITTEN}),
     (add_gradients, {**_OWN, "OUTPUTS": WRITTEN}),
@@ -78,6 +90,7 @@ _TENSORS = {
     "owners": "*i64",
     "column_owners": "*i64",
     "scales": "*fp32",
+    "numbers": "*u8",
     "tiles": "*i32",
     "adapters": "*i64",
     "row_tiles": "*i64",

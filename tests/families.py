@@ -40,6 +40,24 @@ the last two open in no PEFT (0.21) for the families with a star: it takes `gate
 and `down_proj` for names that experts had before transformers fused them. Those of attention and
 head do, and a merged export has everything.
 
+## Float8 weights
+
+With `--dtype float8` the weights of all linear layers but the head are 8-bit numbers (e4m3) with
+scales; embeddings, head, norms, biases and adapters stay as they are, as does what is computed:
+bfloat16 on a GPU, float32 on a CPU. The numbers are made as the model is read, weight by weight,
+with a power of two as the scale of each output channel; or they lie in the checkpoint: `fp8`, with
+a scale for each block or weight (DeepSeek-V3, Qwen3), and `float-quantized` of compressed-tensors,
+by channel, block or weight. Other quantized checkpoints are refused by the option's name, and so
+are models with experts. What a checkpoint says of activations is left out: they are never rounded.
+
+A GPU then holds a byte a weight: by their shapes 9.4 GB of Qwen3-8B where bfloat16 takes 16.4, and
+73 GB of a Llama of 70B where it takes 141. Its kernel has not run on a GPU yet. On a CPU float8 is
+emulated, for tests: the same numbers, in the memory and time of float32.
+
+Such a base has a fingerprint of its own. Adapters and training state open where the model is served
+in the other kind of type only with `--adapters-across-dtypes`. An export is merged into what the
+float8 weights stand for, so that it is the model that was trained; it is no float8 itself.
+
 ## Served
 
 | family | class | of its own |

@@ -106,10 +106,11 @@ def _check_base(config: ForeignConfig, model: ModelDescription, base_model: str)
 def _check_fingerprint(file: TensorFile, model: ModelDescription) -> None:
     """An adapter that was downloaded from a server tells which base it belongs to."""
     theirs = file.metadata.get(BASE_FINGERPRINT, "")
-    if theirs not in ("", model.fingerprint):
+    if theirs and not model.opens(theirs):
+        remedy = model.remedy(theirs, "upload where its own base model is served")
         raise file.refused(
             f"was trained on a base model with fingerprint {theirs[:64]}, and {model.name!r} has "
-            f"{model.fingerprint}; upload where its own base model is served",
+            f"{model.fingerprint}; {remedy}",
             base_fingerprint=theirs,
         )
 

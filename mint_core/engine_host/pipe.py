@@ -70,6 +70,8 @@ class ModelDescription:
     vocabulary_size: int
     max_lora_rank: int
     fingerprint: str
+    other_fingerprint: str = ""  # with float8 weights if it has none, or without
+    adapters_across_dtypes: bool = False  # whether what was made on that opens here
     dtype: str
     device: str
     eos_token_ids: tuple[int, ...]
@@ -80,6 +82,21 @@ class ModelDescription:
     linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
     text_only: bool = False  # whether its checkpoint reads more, which is left out
     routed: "RoutedShape | None" = None  # of a model that has experts
+
+    def opens(self, fingerprint: str) -> bool:
+        """Whether adapters and state that were made on a base of that fingerprint open on this."""
+        across = self.adapters_across_dtypes and fingerprint == self.other_fingerprint
+        return across or fingerprint == self.fingerprint
+
+    def remedy(self, fingerprint: str, otherwise: str) -> str:
+        """What to do about those that do not; `otherwise` where it is another model's."""
+        if fingerprint != self.other_fingerprint:
+            return otherwise
+        kind = "without" if self.dtype == "float8" else "with"
+        return (
+            f"that is this model {kind} float8 weights; {otherwise}, or start the service with "
+            "--adapters-across-dtypes: by what float8 rounds the adapter computes otherwise"
+        )
 
 
 class RoutedShape(NamedTuple):

@@ -81,8 +81,15 @@ class ServiceConfig:
     address: str = option("127.0.0.1:0", ADDRESS)
     metrics_address: str = option("127.0.0.1:0", METRICS_ADDRESS)
     device: str = option("auto", "cpu, cuda, cuda:N or auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "type in which the base computes"
+    dtype: Literal["auto", "float32", "bfloat16", "float8"] = option(
+        "auto",
+        "type in which the base computes; float8: as auto, with the weights of its layers, but for "
+        "embeddings and head, rounded to 8 bits (docs/models.md)",
+    )
+    adapters_across_dtypes: bool = option(
+        False,
+        "open adapters and training state made on this base with float8 weights where it is "
+        "served without, and the other way round: by what float8 rounds they compute otherwise",
     )
     memory_share: float = option(
         0.0,

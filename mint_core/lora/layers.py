@@ -14,6 +14,7 @@ from torch.nn import functional
 from mint_core.lora import kernels
 from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
+from mint_core.lora.float8 import side_by_side
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.lanes import Lanes, RowProducts
 from mint_core.lora.packed import PackedLinear
@@ -109,7 +110,13 @@ class LinearGroup:
         self, group: ModuleGroup, linears: Sequence[nn.Linear], context: LoraContext
     ) -> None:
         self.group = group
-        self.weight = _side_by_side([linear.weight for linear in linears])  # [W, in]
+        self.float8 = side_by_side(linears)  # None: the weight is of the type of x
+        # [W, in]
+        self.weight = (
+            self.float8.numbers
+            if self.float8 is not None
+            else _side_by_side([linear.weight for linear in linears])
+        )
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else _side_by_side(biases)  # [W]
         self._cuts: dict[tuple[int, ...], Cut] = {}
@@ -164,7 +171,7 @@ class LinearGroup:
 
     def base(self, x: Tensor, cut: Cut) -> tuple[Tensor, ...]:
         """[T, in] -> of each part of the cut, [T, width], without adapters."""
-        if self._packed is None and not kernels.run_on(x.device):
+        if self._packed is None and self.float8 is None and not kernels.run_on(x.device):
             # Calls are cheap, and what follows reads dense outputs faster.
             products = zip(cut.weights, cut.biases, strict=True)
             return tuple(functional.linear(x, weight, bias) for weight, bias in products)
@@ -173,7 +180,18 @@ class LinearGroup:
     def _wide(self, x: Tensor) -> Tensor:  # [T, in] -> [T, W]
         if self._packed is not None:
             return self._packed(x)
+        if self.float8 is not None:
+            return self.float8.product(x, self.bias)
         return functional.linear(x, self.weight, self.bias)
+
+    def back(self, dys: Sequence[Tensor], cut: Cut) -> Tensor:
+        """Of each part of the cut, [T, width] -> [T, in], without adapters."""
+        if self.float8 is not None:
+            return self.float8.back(dys)
+        dx = dys[0] @ cut.weights[0]
+        for dy, weight in zip(dys[1:], cut.weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+        return dx
 
     def pack(self, packed: PackedLinear) -> None:
         """From now on computes with packed weights alone, for passes without backward."""
@@ -233,12 +251,7 @@ class LoraLinearFunction(torch.autograd.Function):
         linears: LinearGroup = ctx.linears
         adapted: Adapted | None = ctx.adapted
         dys = [gradient.contiguous() for gradient in gradients]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            weights = ctx.cut.weights
-            dx = dys[0] @ weights[0]
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
+        dx = linears.back(dys, ctx.cut) if ctx.needs_input_grad[0] else None
         if adapted is not None:
             x, *saved = ctx.saved_tensors
             tensors = Gradients(x, ctx.cut.layers(dys), dx)

@@ -1,6 +1,7 @@
 """The files of a base model: where they are, and whether they fit."""
 
 import json
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -23,6 +24,7 @@ from mint_core.model.architecture import first_line
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 # Neither a folder's Python nor a pickle, which may be as much.
 NO_CODE_OF_ITS_OWN = {"trust_remote_code": False, "use_safetensors": True}
+_OUTSIDE_BODY = re.compile(r"embed|wte|lm_head")  # in names of weights
 OTHER_FILES = ("consolidated*", "original/*")  # the same weights once more, for other programs
 
 
@@ -103,17 +105,22 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def needed_bytes(folder: Path, dtype: torch.dtype | None) -> int:
-    """Memory that the weights take in a type; None: as they are stored."""
+def needed_bytes(folder: Path, dtype: torch.dtype | None, *, float8: bool = False) -> int:
+    """Memory that the weights take in a type; None: as they are stored. With float8, matrices that
+    are neither embeddings nor the head take a byte a number, and a scale for each output.
+    """
     total = 0
-    for tensor in _tensors(folder):
+    for name, tensor in _tensors(folder):
         begin, end = tensor["data_offsets"]
-        is_float = tensor["dtype"].startswith(("F", "BF"))
-        total += prod(tensor["shape"]) * dtype.itemsize if dtype and is_float else end - begin
+        shape, is_float = tensor["shape"], tensor["dtype"].startswith(("F", "BF"))
+        if float8 and is_float and len(shape) == 2 and not _OUTSIDE_BODY.search(name):
+            total += prod(shape) + 4 * shape[0]
+        else:
+            total += prod(shape) * dtype.itemsize if dtype and is_float else end - begin
     return total
 
 
-def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the headers of the files of weights say of each tensor."""
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -121,7 +128,7 @@ def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
             if size > path.stat().st_size:
                 raise ValueError(f"the header of {path.name} is incomplete")
             header = json.loads(file.read(size))
-        yield from (value for name, value in header.items() if name != "__metadata__")
+        yield from (item for item in header.items() if item[0] != "__metadata__")
 
 
 def free_bytes(device: torch.device, share: float = 0.0) -> int:
@@ -138,23 +145,32 @@ def free_bytes(device: torch.device, share: float = 0.0) -> int:
 
 
 def check_memory(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, share: float = 0.0
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    share: float = 0.0,
+    *,
+    float8: bool = False,
 ) -> None:
     """Refuses a model that does not fit, and says by how much, and what would; `dtype` None: as it
-    is stored.
+    is stored; `float8`: as `needed_bytes` has it.
     """
-    needed, free = needed_bytes(folder, dtype), free_bytes(device, share)
+    needed, free = needed_bytes(folder, dtype, float8=float8), free_bytes(device, share)
     if needed <= free:
         return
     ways = []
     if dtype == torch.float32 and (half := needed_bytes(folder, torch.bfloat16)) <= free:
         ways.append(f"give --dtype bfloat16, in which it needs {_gib(half)}")
+    least = needed_bytes(folder, torch.bfloat16, float8=True)
+    if device.type == "cuda" and not float8 and least <= free:
+        ways.append(f"give --dtype float8, in which it needs {_gib(least)}")
     ways += [
         f"give --device {other}, which has {_gib(free_bytes(other))} free"
         for other in (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
         if other != device and free_bytes(other) >= needed
     ]
-    most = f", of up to {free / dtype.itemsize / 1e9:.1f}e9 parameters" if dtype else ""
+    size_bytes = 1 if float8 else dtype.itemsize if dtype else 0
+    most = f", of up to {free / size_bytes / 1e9:.1f}e9 parameters" if size_bytes else ""
     more = "give a larger --memory-share" if share else f"free {_gib(needed - free)}"
     ways.append(f"{more}, or serve a smaller model{most}")
     at_hand = "its share" if share else "free"

@@ -5,7 +5,7 @@ the model does.
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    FineGrainedFP8Config,
 )
 
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import ServiceConfig
+from mint_core.lora import kernels
+from mint_core.lora.float8 import SCALES
 from mint_core.lora.groups import complete, read_together, watching
-from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
+from mint_core.lora.layers import LinearGroup, LoraContext, MultiLoraLinear, install
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture, proof
 from mint_core.model.attention import REGISTERED_NAME, register
 from mint_core.model.base import LoadedBase, Recomputation
 from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_folder
+from mint_core.model.float8.reading import Float8, sample
+from mint_core.model.float8.stored import is_fine_grained
 from mint_core.model.head import Head
 from mint_core.model.inference import pack
 from mint_core.model.loading_progress import told_bar, weights_told
@@ -45,7 +50,7 @@ __all__ = ["LoadedBase", "load_base"]
 
 logger = logging.getLogger(__name__)
 
-SAMPLED_VALUES = 65_536  # per tensor, for the fingerprint
+FLOAT8 = "float8"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What libraries raise over files that are missing, torn, or of a kind that they do not know.
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -71,11 +76,12 @@ def load_base(
     if place.type == "cuda" and config.own_share:
         torch.cuda.set_per_process_memory_fraction(config.own_share, place)
     kind = _dtype(config.dtype, place)
+    float8 = Float8(kept=kernels.run_on(place)) if config.dtype == FLOAT8 else None
     bar = told_bar(progress)
     folder = find_folder(base_model, config.base_model_revision, bar)
     try:
         with weights_told(bar):
-            model, text, eos_token_ids = _read(folder, place, kind, config.own_share)
+            model, text, eos_token_ids = _read(folder, place, kind, config.own_share, float8)
     except _UNREADABLE as error:
         raise FailedPrecondition(
             f"the base model {base_model!r} cannot be loaded: {architecture.first_line(error)}; "
@@ -92,7 +98,7 @@ def load_base(
         architecture.check_rows(model, calls, len(expected))
         logit_factor = architecture.logit_factor(model, text, calls, expected)
         groups = complete(shapes, read_together(calls))
-    fingerprint = _fingerprint(model)
+    fingerprint, other_fingerprint = _fingerprints(model, float8)
     context = LoraContext()
     linears = install(model, context, groups)
     mixer_context = MixerContext()
@@ -120,13 +126,15 @@ def load_base(
             vocabulary_size=linear.out_features,
             max_lora_rank=config.max_lora_rank,
             fingerprint=fingerprint,
-            dtype=str(kind).removeprefix("torch."),
+            other_fingerprint=other_fingerprint,
+            adapters_across_dtypes=config.adapters_across_dtypes,
+            dtype=FLOAT8 if float8 else str(kind).removeprefix("torch."),
             device=place.type,
             eos_token_ids=eos_token_ids,
             bitwise_reproducible=False,  # until it is tried
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
-            memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            memory_bytes=_memory_bytes(model, linears),
             text_only=architecture.reads_more_than_text(model),
         ),
         device=place,
@@ -154,7 +162,7 @@ def load_base(
 
 
 def _read(
-    folder: Path, device: torch.device, dtype: torch.dtype, share: float
+    folder: Path, device: torch.device, dtype: torch.dtype, share: float, float8: Float8 | None
 ) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     """The model as transformers loads it, without what is not for text, its part that makes hidden
     states, and the tokens that end a sequence.
@@ -162,10 +170,13 @@ def _read(
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         names = ", ".join(TOKENIZER_FILES)
         raise FileNotFoundError(f"it has no tokenizer, which is one of {names}")
-    check_memory(folder, device, dtype, share)
+    check_memory(folder, device, dtype, share, float8=float8 is not None and float8.kept)
+    if float8 is not None and not float8.kept:
+        logger.info("float8 weights are emulated on a CPU, where they take as much as in float32")
     # Each tensor goes from its file to the device by itself, in the type that is served.
     model, info = read_model(
         folder,
+        float8,
         dtype=dtype,
         device_map=device,
         attn_implementation="eager",
@@ -185,15 +196,28 @@ def _read(
     return model, text, _eos_token_ids(model, folder)
 
 
-def read_model(folder: Path, **options: Any) -> Any:
+def read_model(folder: Path, float8: Float8 | None = None, **options: Any) -> Any:
     """A model that writes text, of the class that transformers has for it: whole, with what reads
-    images where that is a part of it.
+    images where that is a part of it; if wanted, with float8 weights.
     """
-    kind = type(AutoConfig.from_pretrained(folder, **NO_CODE_OF_ITS_OWN))
+    config = AutoConfig.from_pretrained(folder, **NO_CODE_OF_ITS_OWN)
     known: Any = AutoModelForCausalLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # some of these have a class for text as well
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # some have a class for text as well
         known = AutoModelForImageTextToText
-    return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
+    if float8 is not None:
+        float8.begin(config)
+        options |= {"config": config, "quantization_config": float8}
+    elif is_fine_grained(config):  # on some GPUs it would compute in float8 unasked
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    try:
+        return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
+    except RuntimeError as error:
+        if float8 is None or not float8.fault:
+            raise
+        raise FailedPrecondition(
+            f"the base model's weights cannot be read as float8: {float8.fault}; give its files as "
+            "they were published"
+        ) from error
 
 
 def _is_reproducible(base: LoadedBase, *, backward: bool) -> bool:
@@ -233,13 +257,13 @@ def _device(device: str) -> torch.device:
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
+    if dtype in ("auto", FLOAT8):  # what float8 weights multiply is as without them
         # CPUs without AMX or AVX512-bf16 compute bfloat16 some ten times slower than float32.
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in known:
         raise FailedPrecondition(
-            f"dtype {dtype!r} is not supported; give auto, float32 or bfloat16"
+            f"dtype {dtype!r} is not supported; give auto, float32, bfloat16 or float8"
         )
     return known[dtype]
 
@@ -252,10 +276,17 @@ def _eos_token_ids(model: nn.Module, folder: Path) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Digest of the architecture and of evenly spaced values of every tensor, rounded to bfloat16.
+def _memory_bytes(model: nn.Module, linears: Sequence[LinearGroup]) -> int:
+    scales = [group.float8.scales for group in linears if group.float8 is not None]
+    return sum(each.nbytes for each in (*model.parameters(), *scales))
 
-    The same files give the same digest on every device and in every dtype.
+
+def _fingerprints(model: nn.Module, float8: Float8 | None) -> tuple[str, str]:
+    """Of the base as it is served, and as it would be in the other kind of type, float8 or not.
+
+    One without float8 is a digest of the architecture and of evenly spaced values of every tensor,
+    rounded to bfloat16: the same files give the same on every device and in every such type. One
+    with float8 follows from that.
     """
     digest = hashlib.sha256()
     config = architecture.text_config(model)
@@ -267,10 +298,11 @@ def _fingerprint(model: nn.Module) -> str:
         "rms_norm_eps",
     ):
         digest.update(f"{key}={getattr(config, key, None)};".encode())
+    samples = float8.samples if float8 is not None else {}
     for name, parameter in model.named_parameters():
-        values = parameter.detach().reshape(-1)
-        stride = max(1, values.numel() // SAMPLED_VALUES)
-        sample = values[::stride].to(torch.bfloat16)
-        digest.update(f"{name}:{list(parameter.shape)}".encode())
-        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
+        if not name.endswith(f".{SCALES}"):
+            digest.update(f"{name}:{list(parameter.shape)}".encode())
+            digest.update(samples.get(name) or sample(parameter))
+    plain = digest.hexdigest()
+    other = hashlib.sha256(f"{FLOAT8} {plain}".encode()).hexdigest()
+    return (plain, other) if float8 is None else (other, plain)

@@ -46,7 +46,8 @@ class WrongBaseModel(FailedPrecondition):
         super().__init__(
             f"adapter `{manifest.revision_path}` was trained on {manifest.base_model!r} "
             f"({manifest.base_fingerprint[:12]}) and this sampler serves {model.name!r} "
-            f"({model.fingerprint[:12]}); sample where its own base model is served",
+            f"({model.fingerprint[:12]}); "
+            + model.remedy(manifest.base_fingerprint, "sample where its own base model is served"),
             path=manifest.revision_path,
             base_model=manifest.base_model,
             served=model.name,
@@ -181,7 +182,7 @@ class Revisions:
     async def _note(self, found: OpenCheckpoint) -> Revision:
         """Refuses what is not for this base model, and remembers the rest."""
         manifest, model = found.manifest, (await self._engine.hello()).model
-        if manifest.base_fingerprint != model.fingerprint:
+        if not model.opens(manifest.base_fingerprint):
             raise WrongBaseModel(manifest, model)
         path, rank = str(manifest.revision_path), manifest.spec.rank
         if rank > model.max_lora_rank:

@@ -30,6 +30,7 @@ class Merge:
     output_folder: str  # exists and is empty
     dtype: str  # "float32", "bfloat16", "float16"; empty: the base model's own
     threads: int
+    float8: bool = False  # whether the adapter was trained on float8 weights of the base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class Opened:
 
     def check_served(self, model: ModelDescription) -> None:
         """Refuses an adapter of another base model, or larger than those served."""
-        check_base(self.manifest, model.name, model.fingerprint)
+        check_base(self.manifest, model)
         path, rank = self.revision_path, self.source.spec.rank
         if rank > model.max_lora_rank:
             raise CheckpointMismatch(
@@ -49,9 +49,9 @@ class Opened:
                 max_lora_rank=model.max_lora_rank,
             )
 
-    def check_fits(self, origin: RunOrigin) -> None:
+    def check_fits(self, origin: RunOrigin, model: ModelDescription) -> None:
         """Refuses what cannot replace the weights; another scale would change what they mean."""
-        check_base(self.manifest, origin.base_model, origin.base_fingerprint)
+        check_base(self.manifest, model)
         path, theirs, ours = self.revision_path, self.source.spec, origin.spec
         for what, found, wanted in (
             ("rank", theirs.rank, ours.rank),
@@ -130,17 +130,18 @@ class Checkpoints:
         )
 
 
-def check_base(manifest: Manifest, base_model: str, base_fingerprint: str) -> None:
+def check_base(manifest: Manifest, model: ModelDescription) -> None:
     """Refuses an adapter of another base model."""
-    if manifest.base_fingerprint != base_fingerprint:
+    theirs = manifest.base_fingerprint
+    if not model.opens(theirs):
         path = str(manifest.revision_path)
         raise CheckpointMismatch(
             f"checkpoint `{path}` belongs to base model {manifest.base_model} with fingerprint "
-            f"{manifest.base_fingerprint}, and this is {base_model} with {base_fingerprint}; "
-            "use a server of its base",
+            f"{theirs}, and this is {model.name} with {model.fingerprint}; "
+            + model.remedy(theirs, "use a server of its base"),
             path=path,
             checkpoint_base_model=manifest.base_model,
-            base_model=base_model,
+            base_model=model.name,
         )
 
 

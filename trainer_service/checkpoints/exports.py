@@ -114,7 +114,7 @@ class Exports:
         async with self._turns.turn(tenant):
             await run(source.note_use)
             await run(self._store.verify, source)
-            check_base(source.manifest, model.name, model.fingerprint)
+            check_base(source.manifest, model)
             async with staging(self._store, tenant) as folder:
                 job = Merge(
                     base_folder=model.folder,
@@ -122,6 +122,7 @@ class Exports:
                     spec=source.manifest.spec,
                     output_folder=str(folder),
                     dtype=request.dtype,
+                    float8=model.dtype == "float8",
                     threads=self._threads,
                 )
                 self._merging = question, folder

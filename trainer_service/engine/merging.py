@@ -14,6 +14,7 @@ from mint_core.lora.spec import AdapterArrays, AdapterSpec, lora_a_name, lora_b_
 from mint_core.lora.targets import HEAD
 from mint_core.model.architecture import text_config
 from mint_core.model.base_files import check_memory
+from mint_core.model.float8.reading import Float8
 from mint_core.model.loading import read_model
 from trainer_service.checkpoints.apart import Merge, answer_once
 from trainer_service.errors import NonFiniteExport
@@ -29,7 +30,9 @@ def merge(job: Merge) -> bool:
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.dtype) if job.dtype else None
     check_memory(Path(job.base_folder), _CPU, dtype)
-    model = read_model(Path(job.base_folder), dtype=dtype or "auto")
+    # What float8 weights stand for is merged with, so that the model is the one that was trained.
+    float8 = Float8(kept=False) if job.float8 else None
+    model = read_model(Path(job.base_folder), float8, dtype=dtype or "auto")
     untied = HEAD in job.spec.modules and _untie(model)
     _add(model, job.spec, read_weights(Path(job.adapter_folder)))
     _check_finite(model)

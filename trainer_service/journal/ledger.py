@@ -61,8 +61,17 @@ def check_base(journal: Journal, model: ModelDescription) -> None:
         raise FailedPrecondition(
             f"`state` holds runs of base model {found['base_model']} with fingerprint "
             f"{found['base_fingerprint']}, and this is {model.name} with {model.fingerprint}; "
-            "serve that model, or choose another folder"
+            + _remedy(found["base_fingerprint"], model)
         )
+
+
+def _remedy(fingerprint: str, model: ModelDescription) -> str:
+    if fingerprint != model.other_fingerprint:
+        return "serve that model, or choose another folder"
+    return (
+        "it is the same, but for float8 weights: give --dtype as before, or choose another folder, "
+        "and save from the runs first, to load with --adapters-across-dtypes, what is to go on"
+    )
 
 
 def next_number(journal: Journal) -> int:

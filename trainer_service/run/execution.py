@@ -20,6 +20,7 @@ class Execution:
         self._run = run
         self._checkpoints = services.checkpoints
         self._saved_rows = services.saved_rows
+        self._groups = services.groups
 
     async def attempt(self, call: calls.Call) -> calls.Outcome | EngineDied:
         """Does a call. Returns what it has come to, or the death of the engine that was at it."""
@@ -132,7 +133,7 @@ class Execution:
         """The loaded row is on disk, apart from its checkpoint, before the call is answered."""
         run = self._run
         checkpoint = await self._checkpoints.open(load, run.origin.tenant)
-        checkpoint.check_fits(run.origin)
+        checkpoint.check_fits(run.origin, self._groups.model)
         source = checkpoint.source
         try:
             await self._row(jobs.LoadRow(run.id, source))

@@ -158,12 +158,14 @@ import sys
 import torch
 from pathlib import Path
 from mint_core.model import loading
+from mint_core.model.float8.reading import Float8
 from tests.models import load_base
-small, large, device = sys.argv[1:]
+small, large, device, dtype = sys.argv[1:]
 load_base(small, device=device, dtype="bfloat16")
 print("ready", flush=True)
 sys.stdin.readline()
-loading._read(Path(large), torch.device(device), torch.bfloat16, 0.0)
+float8 = Float8(kept=True) if dtype == "float8" else None
+loading._read(Path(large), torch.device(device), torch.bfloat16, 0.0, float8)
 print("done", flush=True)
 """
 
@@ -174,14 +176,16 @@ def own_bytes(process: psutil.Process) -> int:
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_shards_take_little_more_memory_than_the_model(
-    device: str, qwen3_folder: Path, tmp_path: Path
+    device: str, dtype: str, qwen3_folder: Path, tmp_path: Path
 ) -> None:
     folder = sharded(tmp_path / "sharded")
     assert len(weight_files(folder)) > 5
-    model_bytes = needed_bytes(folder, torch.bfloat16) if device == "cpu" else 0
-    command = [sys.executable, "-c", READS, str(qwen3_folder), str(folder), device]
+    needed = needed_bytes(folder, torch.bfloat16, float8=dtype == "float8")
+    model_bytes = needed if device == "cpu" else 0
+    command = [sys.executable, "-c", READS, str(qwen3_folder), str(folder), device, dtype]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as child:
         assert child.stdin is not None

@@ -1,0 +1,1 @@
+"""Base models whose linear layers have float8 weights."""
