@@ -2,11 +2,12 @@
 second counts, and weights change no speed. And what else the parts of the checklist share.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class Bench:
     """Where the parts run, and what they have found."""
 
     device: torch.device
-    rows: list[dict[str, object]] = field(default_factory=list)
+    results: Path  # a line of JSON for each figure, written at once
 
     @property
     def tiny(self) -> bool:
@@ -64,7 +65,9 @@ class Bench:
         return rehearsed if self.tiny else real
 
     def note(self, name: str, value: float, unit: str, target: str = "") -> None:
-        self.rows.append({"name": name, "value": value, "unit": unit, "target": target})
+        with self.results.open("a") as file:
+            row = {"name": name, "value": value, "unit": unit, "target": target}
+            file.write(json.dumps(row) + "\n")
         print(f"{name:64}{value:12.4g} {unit:10} {target}", flush=True)
 
     def wait(self) -> None:

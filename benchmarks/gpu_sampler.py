@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,7 @@ from benchmarks.gpu_trainer import profiled
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
+from mint_core.model.recordings import Recordings
 from sampler_service.engine import memory
 from sampler_service.engine.cache.blocks import blocks_for
 from sampler_service.engine.cache.kv_cache import layer_shapes
@@ -30,7 +32,7 @@ WARM_UP = 6
 
 
 class TimedDecoder:
-    """Notes how many rows the last pass had."""
+    """Notes how many sequences decoded in the last pass."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -39,16 +41,29 @@ class TimedDecoder:
     def run(
         self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
     ) -> tuple[Tensor, list[TokenSequence]]:
-        self.rows = len(spans)
+        self.rows = sum(span.decodes for span in spans)
         return self._decoder.run(spans, adapters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
 
 
 class Workload:
     """An engine with adapters drawn on the device, all of whose sequences decode at once."""
 
-    def __init__(self, bench: Bench, folder: Path, most: int) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        folder: Path,
+        most: int,
+        *,
+        adapters: int = ADAPTERS,
+        rank: int = RANK,
+        context: int = 1024,
+    ) -> None:
         self.bench = bench
-        self.context = bench.size(1024, 40)
+        self.context = bench.size(context, 40)
+        self.rank = rank
         self.steps = bench.size(40, 8)
         self.more = 3 * self.steps + 8
         memory.CACHE_SHARE = 0.7  # nothing else is on the device
@@ -61,8 +76,8 @@ class Workload:
             kv_cache_tokens=most * (self.context + self.more + 16),
         )
         engine = self.sampler.engine
-        spec = resolve(LoraRequest(rank=RANK, seed=0), self.sampler.model.linear_modules)
-        for number in range(ADAPTERS):
+        spec = resolve(LoraRequest(rank=rank, seed=0), self.sampler.model.linear_modules)
+        for number in range(adapters):
             row = engine.adapters.bank.add(spec)
             row.part(Part.WEIGHTS).normal_(0.0, 0.01)
             engine.adapters.rows[f"adapter-{number}"] = row
@@ -109,16 +124,15 @@ class Workload:
     @contextmanager
     def launching(self) -> Iterator[None]:
         """Passes are launched kernel by kernel."""
-        kept = self.decoder.recorder, self.decoder.passes
-        self.decoder.recorder, self.decoder.passes = None, {}
+        kept, self.decoder.recordings = self.decoder.recordings, Recordings(None)
         yield
-        self.decoder.recorder, self.decoder.passes = kept
+        self.decoder.recordings = kept
 
     def bound_bytes(self, batch: int, adapters: int) -> float:
         """What a step reads at least: weights, keys and values, adapters."""
         base = self.sampler.engine.base
         weights = sum(s.in_features * s.out_features for s in base.shapes.values())
-        ranks = RANK * sum(s.in_features + s.out_features for s in base.shapes.values())
+        ranks = self.rank * sum(s.in_features + s.out_features for s in base.shapes.values())
         token_bytes = sum(shape.token_bytes for shape in layer_shapes(base).values())
         return 2.0 * (weights + min(batch, adapters) * ranks) + batch * self.context * token_bytes
 
@@ -148,7 +162,7 @@ def decode(bench: Bench, name: str, work: Workload, batches: Sequence[int]) -> N
 
 
 def sampler(bench: Bench) -> None:
-    """0.6B: batches, graphs, what takes time in a step, the trainer's logprobs, publishing."""
+    """0.6B: batches, graphs, the trainer's logprobs, publishing."""
     with random_model(bench, "0.6B") as folder:
         work = Workload(bench, folder, bench.size(256, 4))
         decode(bench, "0.6B", work, (1, 32, 256) if not bench.tiny else (1, 4))
@@ -157,15 +171,47 @@ def sampler(bench: Bench) -> None:
         recorded_s = work.step_s(1, 0)
         title = "0.6B, batch 1: launched one by one over recorded"
         bench.note(title, launched_s / recorded_s, "x", ">= 5")
+        published(bench, work)
+        gap(bench, work, folder)
+
+
+def sampler_profile(bench: Bench) -> None:
+    """0.6B: what takes time in a step, on the device and on the host."""
+    with random_model(bench, "0.6B") as folder:
+        work = Workload(bench, folder, bench.size(256, 4))
         for batch, adapters in ((1, 0), (1, ADAPTERS), (32, ADAPTERS), (256, ADAPTERS)):
             if batch == 1 or not bench.tiny:
                 work.timed.rows = 0
                 work.submit(batch, adapters)
                 work.until_all_decode(batch)
-                profiled(bench, f"a step of {batch}, {adapters} adapters", work.sampler.step)
+                title = f"a step of {batch}, {adapters} adapters"
+                profiled(bench, title, work.sampler.step)
+                profiled(bench, f"{title}, on the host", work.sampler.step, host=True)
                 work.clear()
-        published(bench, work)
-        gap(bench, work, folder)
+
+
+def sampler_mixes(bench: Bench) -> None:
+    """0.6B, rank 8: a batch of 128 with no adapter, one, eight, and 64."""
+    with random_model(bench, "0.6B") as folder:
+        batch = bench.size(128, 4)
+        work = Workload(bench, folder, batch, adapters=64, rank=8)
+        for adapters in (0, 1, 8, 64):
+            step_s = work.step_s(batch, min(adapters, batch))
+            speed = f"{batch / step_s:.0f} tok/s"
+            bench.note(f"0.6B, batch {batch}, {adapters} adapters", 1e3 * step_s, "ms", speed)
+
+
+def sampler_short(bench: Bench) -> None:
+    """8B at the mean length of 128 tokens in and 1,024 out."""
+    with random_model(bench, "8B") as folder:
+        work = Workload(bench, folder, bench.size(128, 4), context=640)
+        rate = copied_bytes_per_s(bench)
+        for batch, published in ((1, 146), (bench.size(128, 4), 10_301)):
+            step_s = work.step_s(batch, 0)
+            title = f"8B, batch {batch}, 128 in and 1,024 out"
+            bench.note(title, batch / step_s, "tokens/s", f"vLLM {published}")
+            bound_s = work.bound_bytes(batch, 0) / rate
+            bench.note(f"{title}: of the byte bound", bound_s / step_s, "share", ">= 0.65")
 
 
 def published(bench: Bench, work: Workload) -> None:

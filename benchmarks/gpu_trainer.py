@@ -117,7 +117,13 @@ def trainer(bench: Bench) -> None:
         data = [documents(bench, [128] * 4, seed=i) for i in range(8)]
         count_launches(bench, "8 runs x 4 x 128 tokens, backward", lambda: runs.backward(*data))
         fused_error(bench, engine, runs, data)
+
+
+def trainer_rate(bench: Bench) -> None:
+    """Tokens per second, and what takes the time of a long pass."""
+    with engine_of(bench, "0.6B") as engine:
         train_rate(bench, engine, "0.6B", mixed(bench, 64), "64 documents of 100 to 1,024 tokens")
+        runs = Runs(engine, 8)
         profiled(bench, "a pass of 16k tokens", lambda: runs.backward(*_parted(bench)))
 
 

@@ -16,7 +16,6 @@ from triton.compiler import ASTSource
 from mint_core.lora.column_kernels import (
     COLUMNS,
     INNER,
-    MOST_ROWS,
     MOST_SPLITS,
     OUTPUTS,
     expand,
@@ -26,6 +25,7 @@ from mint_core.lora.float8_kernels import INNER as SUMMED
 from mint_core.lora.float8_kernels import OUTPUTS as MULTIPLIED
 from mint_core.lora.float8_kernels import ROWS as MULTIPLIED_ROWS
 from mint_core.lora.float8_kernels import product
+from mint_core.lora.column_kernels import ROWS as FEW
 from mint_core.lora.segment_kernels import COLUMNS as RANKS
 from mint_core.lora.segment_kernels import INNER as READ
 from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
@@ -35,8 +35,8 @@ from mint_core.model.attention_kernels import Scores
 from mint_core.model.fused.head_kernels import HEADS, turn, turn_back
 from mint_core.model.fused.mlp_kernels import PLACES, SILU, TANH_GELU, gate_back, gate_product
 from mint_core.model.fused.norm_kernels import norm_back, norm_sum
-from mint_core.model.softmax_kernels import LOWEST, differentiate, sum_powers
-from mint_core.model.softmax_kernels import TILE as LOGITS
+from mint_core.model.fused.softmax_kernels import LOWEST, differentiate, sum_powers
+from mint_core.model.fused.softmax_kernels import TILE as LOGITS
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 from sampler_service.engine.cache.paged_kernels import attend_split, combine_splits, constants
 from trainer_service.engine.digest_kernel import TILE, sum_block
@@ -47,7 +47,7 @@ CASES = (
     (90, torch.float32, "fp32", 96, 32, 32, Scores(0.1)),  # Phi-3
     (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
 )
-_COLUMNS = {"ROWS": MOST_ROWS, "COLUMNS": COLUMNS, "WIDEN": False}
+_COLUMNS = {"ROWS": FEW, "COLUMNS": COLUMNS, "WIDEN": False}
 _OWN = {"ROWS": ROWS, "COLUMNS": RANKS, "WIDEN": False}
 _FLOAT8 = {
     "ROWS": MULTIPLIED_ROWS,
@@ -61,8 +61,8 @@ _TURN = {"SIZE": 128, "ROOM": 64, "HEADS": HEADS}
 OTHERS = (
     (shrink, {**_COLUMNS, "INNER": INNER}),
     (expand, {**_COLUMNS, "OUTPUTS": OUTPUTS, "SPLITS": MOST_SPLITS}),
-    (turn, {**_TURN, "NORMED": True, "BACK": False}),
-    (turn, {**_TURN, "NORMED": False, "BACK": True}),
+    (turn, {**_TURN, "NORMED": True, "KEEPS": False}),
+    (turn, {**_TURN, "NORMED": True, "KEEPS": True}),
     (turn_back, {**_TURN, "NORMED": True}),
     (product, {**_FLOAT8, "BACK": False}),
     (product, {**_FLOAT8, "BACK": True}),
@@ -103,6 +103,7 @@ _TENSORS = {
     "factors": "*i64",
     "sums": "*i64",
     "logs": "*fp32",
+    "slots": "*i64",
 }
 _SCALARS = {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"}
 

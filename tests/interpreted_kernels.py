@@ -2,10 +2,14 @@
 Triton's interpreter, as conftest.py asks. Import this first; without Triton the tests are skipped.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+
+from mint_core.lora import kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,3 +24,13 @@ def _patch(tensor: object, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch
+
+
+@contextmanager
+def in_kernels() -> Iterator[None]:
+    """Around what kernels compute on a CPU too."""
+    kernels.interpreted = True
+    try:
+        yield
+    finally:
+        kernels.interpreted = False

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mint_core.lora import kernels
 from mint_core.model.attention_kernels import Scores, causal_attention
-from tests.interpreted_kernels import interpreter
+from tests.interpreted_kernels import in_kernels, interpreter
 
 # Operators that only describe memory, or have it given.
 _VIEWS = """
@@ -62,12 +61,10 @@ def counted() -> Iterator[Launches]:
             return execute(executor, *args, **options)
 
     interpreter.GridExecutor.__call__ = launch
-    kernels.interpreted = True
     try:
-        with launches:
+        with in_kernels(), launches:
             yield launches
     finally:
-        kernels.interpreted = False
         interpreter.GridExecutor.__call__ = execute
 
 

@@ -315,8 +315,17 @@ class RestoreRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCounts:
-    """How many rows are where. The engine tells it when it has changed."""
+    """How many rows are where."""
 
     device: int
     host: int  # on a CPU always 0: its rows are in host memory, which is the device's
     disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCounts:
+    """The engine tells it when it has changed."""
+
+    rows: RowCounts
+    # Passes, by how they were computed: `recorded`, or why they were not; empty where none is.
+    passes: Mapping[str, int]

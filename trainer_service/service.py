@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -213,6 +214,12 @@ class TrainerService:
             "Snapshots in memory that the store does not have yet",
             lambda: self._checkpoints.handoff.unstored,
         )
+        metrics.table(
+            "mint_engine_passes",
+            "Passes on a GPU, by how they were computed: recorded, or why they were not",
+            ["how"],
+            self._passes,
+        )
         for name, help, read in _OF_GROUPS:
             metrics.table(name, help, ["group"], partial(self._of_groups, read))
         metrics.gauge("mint_journal_commits", "Transactions on disk", lambda: self.journal.commits)
@@ -223,7 +230,11 @@ class TrainerService:
         )
 
     def _rows_in(self, place: str) -> float:
-        return float(sum(getattr(group.rows, place) for group in self.groups))
+        return float(sum(getattr(group.counts.rows, place) for group in self.groups))
+
+    def _passes(self) -> Mapping[tuple[str, ...], float]:
+        total = sum((Counter(group.counts.passes) for group in self.groups), Counter[str]())
+        return {(how,): float(count) for how, count in total.items()}
 
     def _of_groups(self, read: Callable[[Group], float]) -> Mapping[tuple[str, ...], float]:
         return {(group.name,): read(group) for group in self.groups}

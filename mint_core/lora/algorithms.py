@@ -35,6 +35,7 @@ class Adapted:
     segments: tuple[Segment, ...]
     device: torch.device
     dtype: torch.dtype  # that the base computes in
+    recorded: Tables | None = None  # those of a recorded pass, which names them for all groups
     _weights: dict[str, list[GroupMatrices]] = field(default_factory=dict)
     _casts: dict[AdapterRow, Tensor] = field(default_factory=dict)  # [params]
 
@@ -91,12 +92,9 @@ class Adapted:
         own = row.group(Part.WEIGHTS, group)
         if own.a.dtype == self.dtype:
             return own
-        return row.bank.group_matrices(self._numbers_of(row), group, own.members)
-
-    def _numbers_of(self, row: AdapterRow) -> Tensor:  # [params], in the type of the base
         if row not in self._casts:  # the whole row in one call, for all groups
             self._casts[row] = row.part(Part.WEIGHTS).to(self.dtype)
-        return self._casts[row]
+        return row.bank.group_matrices(self._casts[row], group, own.members)
 
     @cached_property
     def _widest(self) -> RankBank:
@@ -118,7 +116,7 @@ class Adapted:
     @cached_property
     def tables(self) -> Tables:
         """For kernels."""
-        return Tables(self.segments, self._numbers_of, self.device)
+        return self.recorded or Tables.of(self.segments, self.device)
 
     def stacked(self, group: ModuleGroup) -> GroupMatrices:
         """A [S, m r, in] and B of all stretches, filled up with zeros to the largest rank."""

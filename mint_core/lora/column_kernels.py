@@ -1,7 +1,8 @@
 """Triton kernels of what `ActiveColumns` adds: two launches for a group of modules, however many
 modules and adapters there are. Import this where Triton is there.
 
-Columns that none of some rows own are neither read nor multiplied. The inner side of the first
+Columns that none of some rows own are neither read, multiplied nor written; decoding has an
+adapter's rows side by side, so that few rows at a time own few columns. The inner side of the first
 product is cut into splits, which are computed at the same time and added up by the second kernel.
 """
 
@@ -17,7 +18,7 @@ LEAST_SPLIT = 256  # numbers of the inner side
 INNER = 128  # held at once
 COLUMNS = 32  # of a program
 OUTPUTS = 64  # of a program
-LEAST_ROWS, MOST_ROWS = 16, 64  # of a matrix product
+ROWS = 16  # of a program: the fewest of a matrix product
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def shrink(
     asks = tl.load(owners + row, mask=there, other=-1)
     has = tl.load(column_owners + column, mask=used, other=-2)
     own = asks[:, None] == has[None, :]
-    h = tl.zeros([ROWS, COLUMNS], tl.float32)
     if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
+        h = tl.zeros([ROWS, COLUMNS], tl.float32)
         start = tl.program_id(2) * split_inner
         matrix = a + (member * size + column).to(tl.int64)[None, :] * inner
         for at in range(start, tl.minimum(start + split_inner, inner), INNER):
@@ -74,8 +75,8 @@ def shrink(
         factor = tl.load(scales + column, mask=used, other=0.0).to(tl.float32)
         # Cut out, not multiplied by 0: what others' columns make of a row may be infinite.
         h = tl.where(own, h * factor[None, :], 0.0)
-    to = ((tl.program_id(2) * n + row[:, None]) * modules + member) * columns + column[None, :]
-    tl.store(partial + to, h, mask=there[:, None] & used[None, :])
+        to = ((tl.program_id(2) * n + row[:, None]) * modules + member) * columns + column[None, :]
+        tl.store(partial + to, h, mask=there[:, None] & used[None, :])
 
 
 @triton.jit
@@ -146,21 +147,19 @@ def add_own(
     owners: Tensor,  # [n]
     columns: tuple[Tensor, Tensor],  # owners and scales of those of the pass, each [columns]
     tiles: Tensor,  # [tiles, 4]
-    widths: tuple[int, ...],  # of each module
 ) -> None:
     """Adds to each row what its own columns make of it, as `ActiveColumns` says it slowly."""
     assert x.stride(1) == y.stride(1) == 1
     (n, inner), (modules, size, _) = x.shape, a.shape
     column_owners, scales = columns
     count = len(column_owners)
-    rows = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(n)))
-    grid = triton.cdiv(n, rows), modules * triton.cdiv(count, COLUMNS)
-    splits = splits_of(inner, grid[0] * grid[1])
+    parts, blocks = triton.cdiv(n, ROWS), triton.cdiv(count, COLUMNS)
+    splits = splits_of(inner, modules * (parts + blocks))  # so many have something to do
     partial = x.new_empty(splits, n, modules, count, dtype=torch.float32)
     split_inner = triton.cdiv(triton.cdiv(inner, splits), INNER) * INNER
     # The interpreter keeps bfloat16 as integers and would multiply those.
     widen = knobs.runtime.interpret and x.dtype == torch.bfloat16
-    shrink[(*grid, splits)](
+    shrink[(parts, modules * blocks, splits)](
         x,
         a,
         owners,
@@ -173,17 +172,14 @@ def add_own(
         inner,
         split_inner,
         x.stride(0),
-        ROWS=rows,
+        ROWS=ROWS,
         COLUMNS=COLUMNS,
         INNER=INNER,
         WIDEN=widen,
         num_warps=4,
         num_stages=3,
     )
-    if n > LEAST_ROWS:
-        _expand_by_module(partial, y, b, widths)
-        return
-    expand[(grid[0], len(tiles))](
+    expand[(parts, len(tiles))](
         partial,
         b,
         owners,
@@ -196,29 +192,13 @@ def add_own(
         size,
         y.stride(0),
         SPLITS=splits,
-        ROWS=rows,
+        ROWS=ROWS,
         COLUMNS=COLUMNS,
         OUTPUTS=OUTPUTS,
         WIDEN=widen,
         num_warps=4,
         num_stages=2,
     )
-
-
-def _expand_by_module(
-    partial: Tensor,  # [splits, n, modules, columns] float32
-    y: Tensor,
-    b: Tensor,
-    widths: tuple[int, ...],
-) -> None:
-    """For more rows: there `expand` takes 25 us (32 rows, 256 columns; H200, 2026-11-26)."""
-    h = partial.sum(0).to(y.dtype)
-    start, size = 0, len(b) // y.shape[1]
-    for member, width in enumerate(widths):
-        stop = start + width
-        own = b[start * size : stop * size].view(size, width)[: h.shape[2]]
-        y[:, start:stop].addmm_(h[:, member], own)
-        start = stop
 
 
 def splits_of(inner: int, programs: int) -> int:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mint_core.lora import kernels
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.groups import ModuleGroup
 
@@ -34,7 +35,7 @@ class Columns:
         parts = self.b.split([size * width for width in group.out_features])
         self.parts = [part.view(size, -1) for part in parts]  # of b, each [size, out]
         self.tiles: Tensor | None = None  # for the kernels; None where they do not run
-        if device.type == "cuda":
+        if kernels.run_on(device):
             from mint_core.lora.column_kernels import output_tiles  # Triton is not everywhere
 
             self.tiles = output_tiles(group.out_features, device)
@@ -63,9 +64,7 @@ class ActiveColumns:
         from mint_core.lora.column_kernels import add_own
 
         described = self.column_owners, self.scales
-        add_own(
-            x, y, columns.a, columns.b, self.owners, described, columns.tiles, group.out_features
-        )
+        add_own(x, y, columns.a, columns.b, self.owners, described, columns.tiles)
 
     def add_slowly(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
         """Module after module; the oracle of the kernels."""

@@ -18,6 +18,7 @@ from mint_core.lora.float8 import side_by_side
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.lanes import Lanes, RowProducts
 from mint_core.lora.packed import PackedLinear
+from mint_core.lora.segment_tables import Tables
 from mint_core.lora.segments import MIN_ROWS as MIN_ROWS
 from mint_core.lora.segments import Segment as Segment
 
@@ -28,6 +29,7 @@ class LoraContext:
     def __init__(self) -> None:
         self._segments: tuple[Segment, ...] = ()
         self._adapted: dict[tuple[Segment, ...], Adapted] = {}
+        self._recorded: Tables | None = None  # what a recorded pass knows of the segments
         self.columns: ActiveColumns | None = None  # applied in the place of segments
         # Of the group computed last, from one tensor: outputs that its other layers have not asked
         # for yet, by place in the group.
@@ -36,10 +38,13 @@ class LoraContext:
         self.products: list[RowProducts] = []  # of segments that are
 
     @contextmanager
-    def applying(self, segments: tuple[Segment, ...]) -> Iterator[None]:
+    def applying(
+        self, segments: tuple[Segment, ...], recorded: Tables | None = None
+    ) -> Iterator[None]:
         """Around a pass over a stream of these segments. They stay until the next one's: what is
         recomputed in backward applies them again.
         """
+        self._recorded = recorded
         self._segments = tuple(s for s in segments if not s.rowwise)
         self._adapted.clear()
         self.products = self.lanes.of(segments) if self.lanes else []
@@ -62,11 +67,16 @@ class LoraContext:
 
     def adapted(self, group: ModuleGroup, like: Tensor) -> Adapted | None:
         """The segments that adapt a group; None if none does."""
-        segments = tuple(s for s in self._segments if s.row is not None and s.row.trains(group))
+        # A recorded pass launches the same for every group: what does not train it is zero in it.
+        every = self._recorded is not None and kernels.run_on(like.device)
+        segments = tuple(
+            s for s in self._segments if s.row is not None and (every or s.row.trains(group))
+        )
         if not segments:
             return None
         if segments not in self._adapted:
-            self._adapted[segments] = Adapted(segments, like.device, like.dtype)
+            recorded = self._recorded if every else None
+            self._adapted[segments] = Adapted(segments, like.device, like.dtype, recorded)
         return self._adapted[segments]
 
 

@@ -6,8 +6,9 @@ computes depends on them, bit for bit, and on no neighbour. Tenants, ranks and l
 in `Tables`; they change no launch.
 
 T: rows of the stream. r: stored rank of an adapter. m: modules of the group. C: m times the largest
-r. A program finds the matrices of its adapter by the address of its row: what the bank stores of a
-group begins at r times `unit`, and of it each part at r times the part's own place.
+r. A program finds the matrices of its adapter by the address of its row, and rounds what it reads
+to the type of the pass: what the bank stores of a group begins at r times `unit`, and of it each
+part at r times the part's own place.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from triton import knobs
 from mint_core.lora.segment_tables import OUTPUTS, ROWS, GroupTables, Tables
 
 COLUMNS = 32  # of ranks, of a program
-INNER = 64  # held at once
+INNER = 128  # held at once: few tiles have few programs, each of which reads a whole inner side
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def shrink_own(
     if tl.program_id(2) * COLUMNS < rank:
         side = sides + member * 3
         first, inner, place = tl.load(side), tl.load(side + 1), tl.load(side + 2)
-        numbers = tl.load(own).to(tl.pointer_type(x.dtype.element_ty))
+        numbers = tl.load(own).to(tl.pointer_type(tl.float32))
         matrix = numbers + rank * (unit + place)
         row = start + tl.arange(0, ROWS)
         there, used = row < stop, column < rank
@@ -75,7 +76,7 @@ def shrink_own(
                 mask=inside[:, None] & used[None, :],
                 other=0.0,
             )
-            total += _product(rows, cut, WIDEN)
+            total += _product(rows, cut.to(rows.dtype), WIDEN)
         total *= tl.load(scales + owner)
         to = h + row[:, None] * h_row + (member * rank + column)[None, :]
         tl.store(to, total, mask=there[:, None] & used[None, :])
@@ -105,7 +106,7 @@ def expand_own(
     part = outputs + tl.program_id(1) * 5
     at, first, end = tl.load(part), tl.load(part + 1), tl.load(part + 2)
     place, member = tl.load(part + 3), tl.load(part + 4)
-    numbers = tl.load(own).to(tl.pointer_type(h.dtype.element_ty))
+    numbers = tl.load(own).to(tl.pointer_type(tl.float32))
     matrix = numbers + rank * (unit + place)
     row = start + tl.arange(0, ROWS)
     output = at + tl.arange(0, OUTPUTS)
@@ -125,7 +126,7 @@ def expand_own(
             mask=used[:, None] & inside[None, :],
             other=0.0,
         )
-        total += _product(rows, cut, WIDEN)
+        total += _product(rows, cut.to(rows.dtype), WIDEN)
     to = y + row[:, None] * y_row + output[None, :]
     known = there[:, None] & inside[None, :]
     tl.store(to, tl.load(to, mask=known, other=0.0).to(tl.float32) + total, mask=known)

@@ -2,7 +2,8 @@
 device: adapters by the addresses of their rows, so that nothing of them is copied together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -16,39 +17,49 @@ ROWS = 32  # of a tile
 OUTPUTS = 128  # of a tile of outputs
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Tables:
-    """The segments of a pass, all with a row, each adapter's together."""
+    """The segments of a pass, all with a row, each adapter's together. Those of a recorded pass
+    have room for more: adapters of rank 0, and tiles of such a one, which do nothing.
+    """
 
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        weights_of: Callable[[AdapterRow], Tensor],  # [params] in the type of the pass
-        device: torch.device,
-    ) -> None:
+    # Of each: addresses of weights and gradient (0: none), stored rank, first tile, tiles.
+    adapters: Tensor  # [adapters, 5]
+    # Of each: adapter, first row, end, whether what is added goes to the gradient now.
+    tiles: Tensor  # [tiles, 4]
+    scales: Tensor  # [adapters] float32
+    most_rank: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "Tables":
+        own = Told(segments)
+        # One copy to the device for both.
+        numbers = torch.tensor([n for line in (*own.adapters, *own.tiles) for n in line])
+        numbers = numbers.to(device, non_blocking=True)
+        cut = 5 * len(own.adapters)
+        scales = torch.tensor(own.scales).to(device, non_blocking=True)
+        return cls(numbers[:cut].view(-1, 5), numbers[cut:].view(-1, 4), scales, own.most_rank)
+
+
+class Told:
+    """What tables hold, as numbers."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
         by_row: dict[tuple[AdapterRow, bool], list[Segment]] = {}
         for segment in segments:
             assert segment.row is not None
             by_row.setdefault((segment.row, segment.accumulate), []).append(segment)
-        self.kept = [weights_of(row) for row, _ in by_row]  # while their addresses are in use
         self.most_rank = max(row.bank.stored_rank for row, _ in by_row)
-        adapters: list[list[int]] = []
-        tiles: list[list[int]] = []
-        for ((row, trains), own), weights in zip(by_row.items(), self.kept, strict=True):
-            mine = [tile for segment in own for tile in _tiles(len(adapters), segment)]
-            gradient = row.part(Part.GRADIENT).data_ptr() if trains else 0
-            place = len(tiles), len(mine)
-            adapters.append([weights.data_ptr(), gradient, row.bank.stored_rank, *place])
-            tiles += mine
-        # One copy to the device for both.
-        numbers = torch.tensor([n for line in (*adapters, *tiles) for n in line])
-        numbers = numbers.to(device, non_blocking=True)
-        cut = 5 * len(adapters)
-        # Of each: addresses of weights and gradient (0: none), stored rank, first tile, tiles.
-        self.adapters = numbers[:cut].view(-1, 5)
-        # Of each: adapter, first row, end, whether what is added goes to the gradient now.
-        self.tiles = numbers[cut:].view(-1, 4)
-        scales = torch.tensor([row.spec.scale for row, _ in by_row])
-        self.scales = scales.to(device, non_blocking=True)
+        self.scales = [row.spec.scale for row, _ in by_row]
+        self.adapters: list[list[int]] = []
+        self.tiles: list[list[int]] = []
+        for (row, trains), own in by_row.items():
+            mine = [tile for segment in own for tile in _tiles(len(self.adapters), segment)]
+            parts = (Part.WEIGHTS, Part.GRADIENT) if trains else (Part.WEIGHTS,)
+            addresses = [row.part(part).data_ptr() for part in parts]
+            place = row.bank.stored_rank, len(self.tiles), len(mine)
+            self.adapters.append([*addresses, *[0] * (2 - len(parts)), *place])
+            self.tiles += mine
 
 
 def _tiles(adapter: int, segment: Segment) -> list[list[int]]:

@@ -14,6 +14,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.bank import AdapterBank
 from mint_core.lora.groups import LinearShape, ModuleGroup
 from mint_core.lora.layers import LoraContext
+from mint_core.lora.segment_tables import Tables
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
 from mint_core.model.head import Head
@@ -75,6 +76,7 @@ class LoadedBase:
         segments: tuple[Segment, ...],  # covering the stream
         attention: AttentionBatch,
         routed: Tensor | None = None,  # [tokens, L, k] experts, -1 where the routers choose
+        recorded: Tables | None = None,  # of a pass that is recorded
     ) -> Tensor:  # [tokens, hidden size]
         """The last hidden state of a packed stream, as the head takes it. In grad mode its backward
         trains the rows of segments that accumulate; it needs none if they adapt no layer below the
@@ -83,7 +85,7 @@ class LoadedBase:
         if self.routing is not None:
             self.routing.begin(routed)
         self.mixing.batch = attention
-        with self.context.applying(segments):
+        with self.context.applying(segments, recorded):
             output = self.text(
                 input_ids=tokens[None],
                 position_ids=positions[None],

@@ -11,6 +11,7 @@ targets at once: the logits are those of the row, whatever k is, and so is its s
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class Head:
     def __init__(self, linear: MultiLoraLinear, softcap: float | None = None) -> None:
         self._linear = linear
         self._group = linear.together.group
-        self._softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
+        self.softcap = softcap  # c: logits become c tanh(logit / c); None: they stay
         self._kernels = linear.weight.device.type == "cuda" and softcap is None
         self._softmax = KernelSoftmax if self._kernels else PlainSoftmax
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
@@ -94,6 +95,15 @@ class Head:
     def all_logits(self, hidden: Tensor) -> Tensor:  # [rows, d] -> [rows, V] float32
         """Logits of every row, with what the layers' context applies. For few rows, as `logits`."""
         return self._capped(self._linear(hidden))
+
+    def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:  # [T, d], [T] -> [T]
+        """Logprobs of every row's target, float32, with what the layers' context applies. Under
+        autograd: goes back through all rows. For few rows, as `logits`.
+        """
+        (z,) = self._linear.together.outputs(hidden)
+        z = z if self._kernels else self._capped(z)
+        logprobs: Tensor = _TargetLogprobs.apply(z, targets[:, None], self._softmax)  # type: ignore[no-untyped-call]
+        return logprobs
 
     @torch.no_grad()
     def likeliest(self, hidden: Tensor, piece: Piece, k: int) -> tuple[Tensor, Tensor]:
@@ -153,7 +163,7 @@ class Head:
         z = z if self._kernels else self._capped(z)
         own = [_filled(targets[cut.number][cut.place], len(cut.rows)) for cut in chunk]
         wanted = torch.cat(own)
-        bend = None if self._softcap is None else 1 - (z / self._softcap).square()
+        bend = None if self.softcap is None else 1 - (z / self.softcap).square()
         at_target = z.gather(1, _wide(wanted))
         softmax = self._softmax(z)
         logprobs = softmax.logprobs(at_target).view(wanted.shape)
@@ -205,7 +215,7 @@ class Head:
 
     def _capped(self, z: Tensor) -> Tensor:  # [rows, V] -> [rows, V] float32
         z = z.float()
-        return z if self._softcap is None else (z / self._softcap).tanh_().mul_(self._softcap)
+        return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
 
     def _chunks(self, pieces: Sequence[Piece], targets: Sequence[Tensor]) -> Iterator[list[_Cut]]:
         """Cuts each piece by its own length alone, then fills chunks of rows with as many targets
@@ -224,6 +234,21 @@ class Head:
                 _append(chunk, number, piece, place)
         if chunk:
             yield chunk
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """Overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, targets: Tensor, kind: type[Softmax]) -> Tensor:
+        at_target = z.gather(1, targets)
+        ctx.softmax, ctx.targets = kind(z), targets
+        logprobs: Tensor = ctx.softmax.logprobs(at_target)[:, 0]
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.softmax.gradient(None, ctx.targets, gradients[0][:, None]), None, None
 
 
 def _append(chunk: list[_Cut], number: int, piece: Piece, place: slice) -> None:

@@ -81,9 +81,8 @@ class _RmsNormFunction(torch.autograd.Function):
 
 def normed_sum(norm: "Form", x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x, or x + added, and its norm."""
-    fused = isinstance(norm, RmsNorm) and norm.weight.dim() == 1 and kernels.run_on(x.device)
-    if fused and torch.is_grad_enabled():
-        total, normed = functions.NormedSum.apply(x, added, norm.weight, norm.eps)  # type: ignore[no-untyped-call, attr-defined]
+    if isinstance(norm, RmsNorm) and norm.weight.dim() == 1 and kernels.run_on(x.device):
+        total, normed = functions.NormedSum.apply(x, added, norm.weight, norm.eps)  # type: ignore[no-untyped-call]
     else:
         total = x if added is None else x + added
         normed = norm(total)
@@ -101,7 +100,7 @@ class Mlp:
         self._wide = self._group.cut((2,))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kind is not None and kernels.run_on(x.device) and torch.is_grad_enabled():
+        if self._kind is not None and kernels.run_on(x.device):
             (wide,) = self._group.outputs(x, self._wide)
             product = functions.Gated.apply(wide, self._kind)  # type: ignore[no-untyped-call]
         else:
@@ -112,14 +111,9 @@ class Mlp:
 
 def rotated(heads: Tensor, turn: tuple[Tensor, Tensor], norm: RmsNorm | None) -> Tensor:
     """Heads [T, h, s], normed first, turned by rotary embeddings."""
-    trains = torch.is_grad_enabled() and heads.requires_grad
-    if heads.is_cuda and not trains:
-        from mint_core.model.fused.head_kernels import turned  # Triton is not everywhere
-
-        return turned(heads, *turn, None if norm is None else (norm.weight, norm.eps))
     if norm is not None:
         heads = norm(heads)
-    if trains:
+    if torch.is_grad_enabled() and heads.requires_grad:
         result: Tensor = _RotationFunction.apply(heads, *turn)  # type: ignore[no-untyped-call]
         return result
     return _turned(heads, *turn)
@@ -146,10 +140,6 @@ class _RotationFunction(torch.autograd.Function):
 
 def _turned(heads: Tensor, cosines: Tensor, sines: Tensor, *, back: bool = False) -> Tensor:
     """Heads; or, from a gradient, that of what was turned."""
-    if heads.is_cuda:
-        from mint_core.model.fused.head_kernels import turned  # Triton is not everywhere
-
-        return turned(heads, cosines, sines, back=back)
     swapped = _swapped(heads * sines) if back else _swapped(heads).mul_(sines)
     return (heads * cosines).add_(swapped)
 
@@ -184,22 +174,31 @@ class Attention:
         **_: Any,  # what attention functions are handed besides, such as position ids
     ) -> tuple[Tensor, None]:
         turns = turn(*position_embeddings)
-        output = attention_batch.attend(
-            self._layer_index, *self._projected(hidden_states, turns), self._scores
-        )
-        joined = output.transpose(0, 1).flatten(1)  # [T, h s]
-        return self._out.outputs(joined)[0][None], None
+        if kernels.run_on(hidden_states.device):
+            output = self._in_kernels(hidden_states, turns, attention_batch)
+        else:
+            output = attention_batch.attend(
+                self._layer_index, *self._projected(hidden_states, turns), self._scores
+            ).transpose(0, 1)
+        return self._out.outputs(output.flatten(1))[0][None], None
+
+    def _in_kernels(
+        self, x: Tensor, turns: tuple[Tensor, Tensor], attention_batch: AttentionBatch
+    ) -> Tensor:  # [T, h, s]
+        (wide,) = self._group.outputs(x, self._whole)
+        norm = None if self._norm is None else (self._norm.weight, self._norm.eps)
+        heads = wide.view(wide.shape[0], -1, self._head_size)
+        attend_whole = getattr(attention_batch, "attend_whole", None)  # of decoding
+        if attend_whole is not None:
+            whole: Tensor = attend_whole(self._layer_index, heads, turns, norm, self._scores)
+            return whole
+        projected: tuple[Tensor, Tensor, Tensor] = functions.Heads.apply(
+            heads, *turns, norm, self._counts
+        )  # type: ignore[no-untyped-call]
+        return attention_batch.attend(self._layer_index, *projected, self._scores).transpose(0, 1)
 
     def _projected(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [heads, T, s]."""
-        if kernels.run_on(x.device) and torch.is_grad_enabled():
-            (wide,) = self._group.outputs(x, self._whole)
-            norm = None if self._norm is None else (self._norm.weight, self._norm.eps)
-            heads = wide.view(wide.shape[0], -1, self._head_size)
-            projected: tuple[Tensor, Tensor, Tensor] = functions.Heads.apply(
-                heads, *turns, norm, self._counts
-            )  # type: ignore[no-untyped-call]
-            return projected
         parts = self._group.outputs(x, self._cut)
         heads, values = (part.view(part.shape[0], -1, self._head_size) for part in parts)
         heads = rotated(heads, turns, self._norm).transpose(0, 1)
@@ -262,7 +261,7 @@ def install_shortcuts(calls: Sequence[ModuleCall], scores: Mapping[int, Scores])
     forms: dict[nn.Module, Form] = {}
     for call in calls:
         for form in _forms(call, scores, forms):
-            if all(_equal(call, form, factor) for factor in FACTORS) and _trains(call, form):
+            if all(_equal(call, form, factor) for factor in FACTORS):
                 forms[call.module] = call.module.forward = form
                 break
     logger.info("%d modules are computed in a direct form", len(forms))
@@ -314,15 +313,6 @@ def _equal(call: ModuleCall, form: Form, factor: float) -> bool:
         return False
     limit = TOLERANCE[expected.dtype] * expected.abs().max()
     return bool((ours - expected).abs().max() <= limit)
-
-
-def _trains(call: ModuleCall, form: Form) -> bool:
-    """The same under autograd, where kernels are used."""
-    output = call.output[0] if isinstance(call.output, tuple) else call.output
-    if not kernels.run_on(output.device):
-        return True
-    with torch.enable_grad():
-        return all(_equal(call, form, factor) for factor in FACTORS)
 
 
 def _scaled(value: Any, factor: float) -> Any:

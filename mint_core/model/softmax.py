@@ -35,7 +35,7 @@ class KernelSoftmax:
     """The same in kernels, of logits in whatever type: they are read twice and written once."""
 
     def __init__(self, z: Tensor) -> None:  # [n, V]
-        from mint_core.model.softmax_kernels import logsums  # Triton is not everywhere
+        from mint_core.model.fused.softmax_kernels import logsums  # Triton is not everywhere
 
         self._z = z
         self._logsums = logsums(z)
@@ -46,7 +46,7 @@ class KernelSoftmax:
 
     def gradient(self, rows: Tensor | None, targets: Tensor, upstream: Tensor) -> Tensor:
         """See PlainSoftmax."""
-        from mint_core.model.softmax_kernels import to_gradient
+        from mint_core.model.fused.softmax_kernels import to_gradient
 
         z, logsums = self._z, self._logsums
         if rows is not None:

@@ -1,15 +1,14 @@
-"""Decoding on an accelerator: passes in which each sequence computes its last token.
+"""Decoding on an accelerator: passes in which each row is a token of a sequence that attends to
+all before it. A sequence that decodes has one row; a short piece of a prompt has some, which enter
+the cache before any of them attends.
 
-Such a pass is thousands of small kernels, and launching them one by one takes longer than they
-run. So it is recorded, in a CUDA graph, for each number of rows that is a power of two, and
-replayed over tensors that stay where they are; rows that are missing are filled up. Elsewhere the
-same code runs without being recorded.
+Such a pass is recorded for each number of rows that is a power of two; rows that are missing are
+filled up. Elsewhere the same code runs without being recorded.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from mint_core.lora.columns import MOST_COLUMNS, NOBODY, ColumnBank
 from mint_core.lora.segments import Segment
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
+from mint_core.model.recordings import GraphRecorder, Inputs, Recordings, reads_lengths
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
 from sampler_service.engine.cache.kv_cache import KvCache
 from sampler_service.engine.cache.paged_attention import (
@@ -26,7 +26,16 @@ from sampler_service.engine.cache.paged_attention import (
     PagedAttention,
     plain_attention,
 )
+from sampler_service.engine.drawing.randomness import Draw
+from sampler_service.engine.drawing.recorded_draws import RecordedDraws
+from sampler_service.engine.drawing.token_draws import DrawnTokens
 from sampler_service.engine.sequences import Span, TokenSequence
+
+# Of a prompt. Each row reads the keys of all before it by itself, so that this is bounded as well.
+MOST_PIECE, MOST_READ = 128, 2**18
+_NUMBERS = ("tokens", "positions", "slots", "lengths", "owners", "states")  # of a row
+# Of a row of the table: whose blocks it has, how many, and the last one.
+_Sent = tuple[list[int], int, int]
 
 
 class DecodeRows:
@@ -35,44 +44,55 @@ class DecodeRows:
     def __init__(
         self, most: int, most_blocks: int, scratch_block: int, scratch_slot: int, base: LoadedBase
     ) -> None:
-        self._scratch_block, self._scratch_slot = scratch_block, scratch_slot
-        self._numbers = torch.zeros(6, most, dtype=torch.int64, device=base.device)
-        self.tokens, self.positions, self.slots, self.lengths = self._numbers[:4]
-        self.owners, self.states = self._numbers[4:]
+        self._inputs = Inputs(dict.fromkeys(_NUMBERS, (torch.int64, (most,))), base.device)
+        self.numbers = self._inputs.device  # each [most]
         self.table = torch.zeros(most, most_blocks, dtype=torch.int32, device=base.device)
-        self._sent: list[list[int]] = [[] for _ in range(most)]  # what each row of the table has
+        self._sent: list[_Sent | None] = [None] * most
+        self._scratch = (0, 0, scratch_block * BLOCK_TOKENS, 1, NOBODY, scratch_slot)
+        self._scratch_blocks = [scratch_block]
 
     def fill(self, spans: Sequence[Span], owners: Sequence[int], size: int) -> None:
         """Takes rows in, and fills up to `size` with rows that read and write the scratch block."""
-        scratch, missing = self._scratch_block, size - len(spans)
-        rows = [_row(span, owner) for span, owner in zip(spans, owners, strict=True)]
-        rows += [(0, 0, scratch * BLOCK_TOKENS, 1, NOBODY, self._scratch_slot)] * missing
-        self._numbers[:, :size] = torch.tensor(rows).T.to(self._numbers.device)
-        blocks = [span.sequence.blocks[: blocks_for(span.stop)] for span in spans]
-        self._send([*blocks, *[[scratch]] * missing])
+        tokens, slots, states, blocks = [], [], [], []
+        positions: list[int] = []
+        for span in spans:
+            sequence, own = span.sequence, span.sequence.blocks
+            tokens += sequence.tokens(span.start, span.stop)
+            for at in range(span.start, span.stop):
+                positions.append(at)
+                slots.append(own[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS)
+                states.append(sequence.state or 0)
+                blocks.append((own, blocks_for(at + 1)))
+        count, lengths = len(tokens), [at + 1 for at in positions]
+        columns = zip(
+            (tokens, positions, slots, lengths, owners, states), self._scratch, strict=True
+        )
+        for numbers, (own_numbers, filler) in zip(self._inputs.host.values(), columns, strict=True):
+            numbers[:count] = own_numbers
+            numbers[count:size] = filler
+        self._inputs.send()
+        self._send(blocks + [(self._scratch_blocks, 1)] * (size - count))
 
-    def _send(self, blocks: Sequence[list[int]]) -> None:
+    def _send(self, blocks: Sequence[tuple[list[int], int]]) -> None:
         """Of the table only what is read and changed is sent: a sequence has a new block once in
-        BLOCK_TOKENS passes.
+        BLOCK_TOKENS passes. Of the blocks that it has only the last one is ever replaced.
         """
-        changed = [i for i, own in enumerate(blocks) if own != self._sent[i]]
+        changed = []
+        for i, (own, count) in enumerate(blocks):
+            sent, last = self._sent[i], own[count - 1]
+            if sent is None or sent[0] is not own or sent[1:] != (count, last):
+                changed.append(i)
+                self._sent[i] = own, count, last
         if not changed:
             return
-        longest = max(len(blocks[i]) for i in changed)
-        filler = [self._scratch_block]
-        table = [blocks[i] + filler * (longest - len(blocks[i])) for i in changed]
+        longest = max(blocks[i][1] for i in changed)
+        filler = self._scratch_blocks
+        table = [
+            own[:count] + filler * (longest - count) for own, count in (blocks[i] for i in changed)
+        ]
         device = self.table.device
         rows = torch.tensor(table, dtype=torch.int32).to(device)
         self.table[:, :longest].index_copy_(0, torch.tensor(changed, device=device), rows)
-        for i in changed:
-            self._sent[i] = blocks[i]
-
-
-def _row(span: Span, owner: int) -> tuple[int, int, int, int, int, int]:
-    sequence, position = span.sequence, span.start
-    (token,) = sequence.tokens(position, span.stop)
-    slot = sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-    return token, position, slot, span.stop, owner, sequence.state or 0
 
 
 class Decoder:
@@ -97,45 +117,60 @@ class Decoder:
         self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
-        self._most_rows = most_rows
-        self.passes: dict[tuple[int, int], Callable[[], None]] = {}  # by rows and columns
+        self.most_rows = most_rows
+        recorded = base.device.type == "cuda" and not reads_on_host(base)
+        recorder = GraphRecorder(base.device) if recorded else None
+        self.recordings = Recordings(recorder)
+        self._draws = RecordedDraws(self._logits, recorder)
         # Of the last pass the experts of its rows, [rows, k] of each layer that has any.
         self.chosen: list[Tensor] = []
-        self._chosen: dict[tuple[int, int], list[Tensor]] = {}  # as `passes`
-        recorded = base.device.type == "cuda" and not reads_on_host(base)
-        self.recorder = Recorder(base.device) if recorded else None  # None: passes are launched
+        self._chosen: dict[tuple[int, int], list[Tensor]] = {}  # by rows and columns of a pass
+
+    def takes(self, span: Span) -> bool:
+        """Whether a pass may compute a span beside those that decode: what it draws from is all
+        that it tells of a token, and no token may wait for the one before it.
+        """
+        length = span.stop - span.start
+        short = length <= MOST_PIECE and length * span.stop <= MOST_READ
+        told = span.sequence.reusable is not None or self._base.routing is not None
+        return short and not told and not self._base.mixers
 
     def run(
         self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
     ) -> tuple[Tensor, list[TokenSequence]]:
-        """Computes the tokens of spans that decode, at least one. Returns logits [n, V] float32,
-        which the next pass overwrites, and whose each row is.
+        """Computes the tokens of spans, of at most `most_rows` and at least one. Returns, of those
+        that decode, logits [n, V] float32, which the next pass overwrites, and whose each row is.
         """
-        spans = sorted(spans, key=lambda span: span.sequence.adapter)
-        rows = [adapters.get(span.sequence.adapter) for span in spans]
-        if begun := [span.sequence.state or 0 for span in spans if not span.start]:
-            self._cache.states.clear(torch.tensor(begun, device=self._rows.states.device))
+        spans = sorted(spans, key=lambda span: (not span.decodes, span.sequence.adapter))
+        rows = [
+            adapters.get(span.sequence.adapter)
+            for span in spans
+            for _ in range(span.start, span.stop)
+        ]
+        begun = [span.sequence.state or 0 for span in spans if not span.start]
+        if begun and self._base.mixers:
+            self._cache.states.clear(torch.tensor(begun, device=self._base.device))
         columns = self._columns.admit([row for row in dict.fromkeys(rows) if row is not None])
         if columns is None:
             logits = self._run_grouped(spans, rows)
         else:
-            size = min(1 << (len(spans) - 1).bit_length(), self._most_rows)
+            size = min(1 << (len(rows) - 1).bit_length(), self.most_rows)
             self._rows.fill(spans, [self._columns.owner(row) for row in rows], size)
-            self._pass(size, columns)()
+            self.recordings.run_anyhow((size, columns), partial(self._compute, size, columns))
             self.chosen = self._chosen.get((size, columns), [])
-            logits = self._logits[: len(spans)]
-        return logits, [span.sequence for span in spans]
+            logits = self._logits
+        drawing = [span.sequence for span in spans if span.decodes]
+        return logits[: len(drawing)], drawing
 
-    def _pass(self, size: int, columns: int) -> Callable[[], None]:
-        key = (size, columns)
-        if key not in self.passes:
-            compute = partial(self._compute, size, columns)
-            self.passes[key] = self.recorder.record(compute) if self.recorder else compute
-        return self.passes[key]
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens | None:
+        """A token for each row of what `run` returned; None if that takes more than is recorded."""
+        return self._draws.draw(logits, draws)
 
     def _compute(self, size: int, columns: int) -> None:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
-        active = self._columns.active(self._rows.owners[:size], columns) if columns else None
+        active = (
+            self._columns.active(self._rows.numbers["owners"][:size], columns) if columns else None
+        )
         with self._base.context.side_by_side(active):
             self._logits[:size] = self._base.head.all_logits(self._hidden(size))
         if self._base.routing:
@@ -143,52 +178,23 @@ class Decoder:
 
     def _run_grouped(self, spans: Sequence[Span], rows: Sequence[AdapterRow | None]) -> Tensor:
         """A pass over more adapters than there are columns: an adapter's rows side by side."""
-        self._rows.fill(spans, [NOBODY] * len(spans), len(spans))
+        self._rows.fill(spans, [NOBODY] * len(rows), len(rows))
         segments: list[Segment] = []
         for row, group in itertools.groupby(rows):
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + len(list(group)), row))
-        hidden = self._hidden(len(spans), segments)
+        hidden = self._hidden(len(rows), segments)
         self.chosen = self._base.routing.chosen if self._base.routing else []
-        places = torch.arange(len(spans), device=hidden.device)
+        places = torch.arange(len(rows), device=hidden.device)
         return self._base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])
 
     def _hidden(self, size: int, segments: Sequence[Segment] = ()) -> Tensor:  # [size, d]
         """The last hidden states of the first rows."""
-        rows = self._rows
-        attention = PagedAttention(
-            self._cache,
-            self._attend,
-            rows.slots[:size],
-            rows.table[:size],
-            rows.lengths[:size],
-            rows.states[:size],
-        )
-        tokens, positions = rows.tokens[:size], rows.positions[:size]
+        own = (numbers[:size] for numbers in self._rows.numbers.values())
+        tokens, positions, slots, lengths, _, states = own
+        table = self._rows.table[:size]
+        attention = PagedAttention(self._cache, self._attend, slots, table, lengths, states)
         return self._base.hidden(tokens, positions, tuple(segments), attention)
-
-
-class Recorder:
-    """Makes CUDA graphs. They share their memory: of all of them one runs at a time, and what it
-    leaves is read before the next one runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Runs once what has no arguments and no result, records it, and returns its replay."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            compute()  # kernels are compiled, and libraries set up, before anything is recorded
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            compute()
-        return graph.replay
 
 
 def reads_on_host(base: LoadedBase) -> bool:
@@ -197,17 +203,6 @@ def reads_on_host(base: LoadedBase) -> bool:
     """
     grouped = base.routing is not None and base.dtype != torch.bfloat16
     return grouped or reads_lengths(base.text.config)
-
-
-def reads_lengths(config: Any) -> bool:
-    """Whether a model of this configuration reads on the host how long the longest sequence is, as
-    rotary embeddings of some kinds do. What it does then cannot be recorded.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Either one set of parameters, or one for each kind of layer.
-    sets = (rope, *(value for value in rope.values() if isinstance(value, dict)))
-    kinds = {str(parameters.get("rope_type")) for parameters in sets}
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def _attention_of(device: torch.device) -> DecodeAttention:

@@ -17,7 +17,7 @@ from sampler_service.config import SamplerConfig
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, BlockPool, blocks_for
 from sampler_service.engine.cache.kv_cache import KvCache, layer_shapes
 from sampler_service.engine.cache.state_cache import StateCache
-from sampler_service.engine.decoder import Decoder
+from sampler_service.engine.decoder import MOST_PIECE, Decoder
 from sampler_service.engine.drawing.constraint_compiler import (
     CompiledConstraint,
     ConstraintCompiler,
@@ -25,7 +25,7 @@ from sampler_service.engine.drawing.constraint_compiler import (
 from sampler_service.engine.drawing.prompt_scores import score_span
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.stop import Vocabulary
-from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_tokens
+from sampler_service.engine.drawing.token_draws import DrawnTokens
 from sampler_service.engine.faults import error_of_call
 from sampler_service.engine.generation import Generation
 from sampler_service.engine.loaded_adapters import LoadedAdapters
@@ -73,7 +73,7 @@ class Engine:
             Decoder(
                 base,
                 cache,
-                most_rows=config.max_running_samples,
+                most_rows=max(config.max_running_samples, MOST_PIECE),
                 most_blocks=blocks_for(self.description.context_length),
                 scratch_block=blocks,
             )
@@ -267,7 +267,7 @@ class Engine:
             return None
         logits, sequences = self.runner.logits(computed)
         generations = [self._generations[s.request_id] for s in sequences]
-        return sequences, draw_tokens(logits, list(map(_draw_of, sequences, generations)))
+        return sequences, self.runner.draw(logits, list(map(_draw_of, sequences, generations)))
 
     def _note(self, sequences: list[TokenSequence], drawn: DrawnTokens) -> set[TokenSequence]:
         """Hands drawn tokens to their generations, and returns the samples that end."""

@@ -15,6 +15,8 @@ from mint_core.model.loading import LoadedBase
 from sampler_service.engine.cache.cached_attention import CachedAttention, CachedRows
 from sampler_service.engine.cache.kv_cache import KvCache
 from sampler_service.engine.decoder import Decoder
+from sampler_service.engine.drawing.randomness import Draw
+from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_tokens
 from sampler_service.engine.sequences import Span, TokenSequence
 
 
@@ -49,19 +51,35 @@ class Runner:
     base: LoadedBase
     cache: KvCache
     progress: Callable[[], None]
-    decoder: Decoder | None = None  # for spans that decode
+    decoder: Decoder | None = None  # for spans that decode, and for short pieces of prompts
 
     def run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
         """Computes the spans' tokens and puts their keys and values into the cache."""
-        if self.decoder is None or not any(span.decodes for span in spans):
-            return self._run(spans, adapters)
-        decoded = self.decoder.run([span for span in spans if span.decodes], adapters)
+        own, rest = self._shared(spans)
+        if self.decoder is None or not own:
+            return self._run(rest, adapters)
+        decoded = self.decoder.run(own, adapters)
         chosen = self.decoder.chosen
         self.progress()
-        rest = [span for span in spans if not span.decodes]
         if not rest:
             return Computed(decoded[0].new_empty(0), (), decoded, decoded_chosen=chosen)
         return replace(self._run(rest, adapters), decoded=decoded, decoded_chosen=chosen)
+
+    def _shared(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+        """The decoder's spans, with pieces of prompts as far as it has room, and the others."""
+        if self.decoder is None:
+            return [], list(spans)
+        own = [span for span in spans if span.decodes]
+        rest: list[Span] = []
+        room = self.decoder.most_rows - len(own)
+        for span in spans:
+            rows = span.stop - span.start
+            if not span.decodes and rows <= room and self.decoder.takes(span):
+                own.append(span)
+                room -= rows
+            elif not span.decodes:
+                rest.append(span)
+        return own, rest
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
         placed, segments = place(spans, adapters, self.base.min_rows)
@@ -91,6 +109,11 @@ class Runner:
         ]
         logits = self.base.head.logits(computed.hidden, pieces)
         return logits, [p.span.sequence for p in decoding]
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens:
+        """A token for each row of what `logits` returned."""
+        drawn = self.decoder.draw(logits, draws) if self.decoder else None
+        return drawn or draw_tokens(logits, draws)
 
 
 def place(

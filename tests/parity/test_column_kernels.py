@@ -61,16 +61,7 @@ def in_kernels(active: ActiveColumns, x: Tensor, y: Tensor, group: ModuleGroup) 
     columns, result = active.groups[group.modules[0]], y.clone()
     tiles = output_tiles(group.out_features, DEVICE)
     described = active.column_owners, active.scales
-    add_own(
-        x,
-        result,
-        columns.a,
-        columns.b,
-        active.owners,
-        described,
-        tiles,
-        group.out_features,
-    )
+    add_own(x, result, columns.a, columns.b, active.owners, described, tiles)
     return result
 
 

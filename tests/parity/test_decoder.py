@@ -5,6 +5,7 @@ passes. Here it runs without being recorded, in plain torch and in interpreted k
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
+from mint_core.model.recordings import Recordings, reads_lengths
 from sampler_service.engine.cache.blocks import blocks_for
 from sampler_service.engine.cache.paged_attention import DecodeAttention
-from sampler_service.engine.decoder import Decoder, reads_lengths
+from sampler_service.engine.decoder import Decoder, DecodeRows
+from sampler_service.engine.sequences import Span, TokenSequence
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.models import (
     VOCABULARY_SIZE,
@@ -24,6 +27,7 @@ from tests.models import (
     tiny_phi3,
     tiny_qwen3,
 )
+from tests.recorders import NoRoom, PlainRecorder
 from tests.sampler_in_process import SamplerEngine
 
 TOLERANCE = 1e-5
@@ -48,14 +52,18 @@ def make_sampler(folder: Path) -> SamplerEngine:
 
 
 def decoding(
-    sampler: SamplerEngine, *, columns: int = 128, attend: DecodeAttention | None = None
+    sampler: SamplerEngine,
+    *,
+    columns: int = 128,
+    attend: DecodeAttention | None = None,
+    kind: type[Decoder] = Decoder,
 ) -> Decoder:
     """Gives the sampler the decoder that it has on a GPU."""
     runner = sampler.engine.runner
-    runner.decoder = decoder = Decoder(
+    runner.decoder = decoder = kind(
         sampler.engine.base,
         runner.cache,
-        most_rows=16,
+        most_rows=32,
         most_blocks=blocks_for(sampler.model.context_length),
         scratch_block=len(runner.cache.layer(0)[0]) - 1,
         columns=columns,
@@ -110,8 +118,8 @@ def test_filled_up_batches_of_many_adapters_equal_ordinary_passes(
 
     assert_near(generate(sampler), expected)
 
-    assert len({size for size, _ in decoder.passes}) > 2  # of 1, 2, 4, 8 and 16 rows
-    assert {columns for _, columns in decoder.passes} == {0, 64}
+    assert len({size for size, _ in decoder.recordings.passes}) > 2  # of 1, 2, 4, 8 and 16 rows
+    assert {columns for _, columns in decoder.recordings.passes} == {0, 64}
 
 
 def test_more_adapters_than_columns_are_computed_in_groups(qwen3_folder: Path) -> None:
@@ -121,21 +129,89 @@ def test_more_adapters_than_columns_are_computed_in_groups(qwen3_folder: Path) -
     assert_near(generate(sampler), expected)
 
 
-def test_decoding_in_the_kernels_equals_ordinary_passes(qwen3_folder: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("test_sampler_gpu.py does this with compiled ones")
-    pytest.importorskip("tests.interpreted_kernels")
-    from sampler_service.engine.cache.paged_kernels import paged_attention
-
+def test_short_pieces_of_prompts_are_rows_of_recorded_passes(qwen3_folder: Path) -> None:
     sampler = make_sampler(qwen3_folder)
     wishes = [
-        {"prompt": random_tokens(i, 60 * i + 1), "adapter": adapter, "max_tokens": 3}
-        for i, adapter in enumerate(ADAPTERS)
+        {"prompt": random_tokens(i, length), "adapter": ADAPTERS[i], "max_tokens": 3, "seed": i}
+        for i, length in enumerate((30, 17, 200))
     ]
     expected = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
-    decoding(sampler, attend=paged_attention)
+    sampler = make_sampler(qwen3_folder)
+    decoder, recorder = decoding(sampler), PlainRecorder()
+    decoder.recordings = Recordings(recorder)
+    ours = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    assert_near(ours, expected)
+    # Of 29 and of 16 tokens, without and with an adapter; the long one is none of them.
+    assert [size for size, _ in decoder.recordings.passes if size > 1] == [32, 16]
     numbers = [sampler.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
     assert_near([sampler.answer(number) for number in numbers], expected)
+    assert recorder.replays
+
+
+def test_without_memory_for_graphs_passes_are_launched(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
+    expected = generate(sampler, max_tokens=4)
+    decoder = decoding(sampler)
+    decoder.recordings = Recordings(NoRoom())
+    assert_near(generate(sampler, max_tokens=4), expected)
+    assert decoder.recordings.recorder is None
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gemma3])
+def test_decoding_in_the_kernels_equals_ordinary_passes(make: object, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("test_sampler_gpu.py does this with compiled ones")
+    interpreted = pytest.importorskip("tests.interpreted_kernels")
+    from sampler_service.engine.cache.paged_kernels import paged_attention
+
+    class InKernels(Decoder):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            with interpreted.in_kernels():
+                super().__init__(*args, **options)
+
+        def run(self, *args: Any, **options: Any) -> Any:
+            with interpreted.in_kernels():
+                return super().run(*args, **options)
+
+    sampler = make_sampler(make(tmp_path))  # type: ignore[operator]
+    wishes = [
+        {"prompt": random_tokens(i, length), "adapter": adapter, "max_tokens": 3}
+        for i, (length, adapter) in enumerate(zip((1, 12, 181, 25), ADAPTERS, strict=True))
+    ]
+    expected = [sampler.generate(**wish) for wish in wishes]  # type: ignore[arg-type]
+    decoding(sampler, attend=paged_attention, kind=InKernels)
+    numbers = [sampler.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+    assert_near([sampler.answer(number) for number in numbers], expected)
+
+
+MOST_OF_A_LAYER = 19  # of which adapters take 8, two for each group
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are counted in the interpreter")
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_decoded_token_takes_few_launches_however_many_decode(rows: int, tmp_path: Path) -> None:
+    pytest.importorskip("tests.interpreted_kernels")
+    few, more = (
+        sum(launches_of(tiny_qwen3(tmp_path / str(layers), layers=layers), rows).values())
+        for layers in (1, 2)
+    )
+    assert more - few <= MOST_OF_A_LAYER
+
+
+def launches_of(folder: Path, rows: int) -> dict[str, int]:
+    """Of a pass with adapters."""
+    from sampler_service.engine.cache.paged_kernels import paged_attention
+    from tests.launches import counted
+
+    sampler = make_sampler(folder)
+    with torch.no_grad(), counted() as launches:  # in inference mode views have other names
+        decoder = decoding(sampler, attend=paged_attention)
+        columns = decoder._columns.admit([sampler.row(path) for path in REQUESTS])
+        assert columns
+        decoder._rows.fill([], [], rows)
+        launches.counts.clear()
+        decoder._compute(rows, columns)
+    return dict(launches.counts)
 
 
 def test_rows_that_fill_up_touch_the_scratch_block_alone(qwen3_folder: Path) -> None:
@@ -149,6 +225,36 @@ def test_rows_that_fill_up_touch_the_scratch_block_alone(qwen3_folder: Path) -> 
     for part, old in zip((key, value), before, strict=True):
         written = (part != old).flatten(1).any(1).nonzero()[:, 0].tolist()
         assert written == [0, 1, 2, 3, len(part) - 1]
+
+
+def test_the_block_table_follows_what_sequences_have(qwen3_folder: Path) -> None:
+    base = make_sampler(qwen3_folder).engine.base
+    rows = DecodeRows(4, 8, 99, 0, base)
+    first, second = (TokenSequence(i, 0, "", list(range(40))) for i in (0, 1))
+    first.blocks, second.blocks = [3, 4, 5], [3, 7, 9]
+    order = [first, second]
+
+    def check(*lengths: int) -> None:
+        spans = [Span(s, n - 1, n, True) for s, n in zip(order, lengths, strict=True)]
+        rows.fill(spans, [0] * len(spans), 4)
+        for row, (sequence, n) in enumerate(zip(order, lengths, strict=True)):
+            assert rows.table[row, : blocks_for(n)].tolist() == sequence.blocks[: blocks_for(n)]
+        pairs = zip(order, lengths, strict=True)
+        slots = [s.blocks[(n - 1) // 16] * 16 + (n - 1) % 16 for s, n in pairs]
+        assert rows.numbers["slots"][: len(order)].tolist() == slots
+        assert rows.table[len(order) :, 0].tolist() == [99] * (4 - len(order))
+
+    check(20, 33)
+    first.blocks[1] = 8  # a copy of its own, before it is written
+    check(21, 34)
+    order.reverse()
+    check(35, 22)
+    first.blocks.append(11)  # more than is read
+    check(36, 33)
+    first.blocks = [12, 13, 14, 15]  # it was sent away
+    check(37, 34)
+    order.pop()
+    check(38)
 
 
 @pytest.mark.parametrize(("weights", "alpha"), [(1e30, 16.0), (np.nan, 16.0), (1.0, 3e38)])
@@ -180,7 +286,7 @@ def test_no_pass_reads_tensors_on_the_host(make: object, tmp_path: Path) -> None
     decoder = decoding(sampler)
     generate(sampler, max_tokens=2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        for size, columns in decoder.passes:
+        for size, columns in decoder.recordings.passes:  # type: ignore[misc]
             decoder._compute(size, columns)
         with pytest.raises(DataDependentOutputException):
             decoder._logits.sum().item()

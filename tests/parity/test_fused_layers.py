@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mint_core.lora import kernels
 from mint_core.lora.bank import Part
 from mint_core.lora.segments import Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.head import Piece
 from mint_core.model.shortcuts import RmsNorm, rotated, turn
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
-from tests.interpreted_kernels import DEVICE
+from tests.interpreted_kernels import DEVICE, in_kernels
 from tests.launches import OneKernelAttention, counted
 from tests.models import tiny_qwen3
 from trainer_service.jobs import CrossEntropy
@@ -105,11 +104,8 @@ def test_a_pass_in_kernels_gives_the_gradients_of_the_cpus(
     qwen3_folder: Path,
 ) -> None:
     expected = gradients(qwen3_folder)
-    kernels.interpreted = True
-    try:
+    with in_kernels():
         ours = gradients(qwen3_folder)
-    finally:
-        kernels.interpreted = False
     for own, theirs in zip(ours, expected, strict=True):
         for name, matrix in theirs.items():
             assert np.abs(own[name] - matrix).max() <= 2e-5 * max(1e-3, np.abs(matrix).max())

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mint_core.lora.spec import LoraRequest
-from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine
-from trainer_service.jobs import AdamParams, CrossEntropy
+from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine, run_plan
+from trainer_service.jobs import AdamParams, CrossEntropy, Dro, Ppo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +32,40 @@ def test_gpu_gradients_and_steps_are_near_the_cpus(
     for cpu, gpu in (gradients, exports):
         for name, expected in cpu.items():
             assert np.linalg.norm(gpu[name] - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def test_recorded_passes_give_what_launched_ones_do(qwen3_folder: Path) -> None:
+    """As it is, recorded, and replayed with other tenants, ranks, lengths and losses."""
+    recorded = make_engine(qwen3_folder, device="cuda", dtype="bfloat16")
+    launched = make_engine(qwen3_folder, device="cuda", dtype="bfloat16")
+    launched.recorded = None
+    for step in range(6):
+        gradients = []
+        for engine in (recorded, launched):
+            runs = [
+                EngineRun(engine, f"{step}-{i}", LoraRequest(rank=8 * (1 + i % 2)), random=i + 1)
+                for i in range(2 + step % 3)
+            ]
+            losses = (CrossEntropy(), Ppo(), Dro(0.1))
+            tiles = [
+                run.tile(make_documents(step + i, (9, 17 + step)), losses[i % 3])
+                for i, run in enumerate(runs)
+            ]
+            assert all(result.error is None for result in run_plan(engine, *tiles))
+            gradients.append([run.gradient() for run in runs])
+        for ours, theirs in zip(*gradients, strict=True):
+            for name, expected in theirs.items():
+                assert np.linalg.norm(ours[name] - expected) <= 2e-2 * np.linalg.norm(expected)
+    assert recorded.counts().passes == {"recorded": 6}
+
+
+def test_what_no_graph_takes_is_launched(qwen3_folder: Path) -> None:
+    engine = make_engine(qwen3_folder, device="cuda", dtype="float32")
+    run = EngineRun(engine, "r", LoraRequest(rank=8), random=1)
+    for _ in range(3):
+        result = run.compute(run.tile(make_documents(1, (9,)), CrossEntropy()))
+        assert result.error is None
+    assert engine.counts().passes == {"model": 3}  # no kernel for documents of float32
 
 
 def test_an_isolated_run_repeats_bitwise_beside_whatever_else_runs(qwen3_folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from mint_core.model.shortcuts import RmsNorm, rotated, turn
 from tests.interpreted_kernels import DEVICE
 
-from mint_core.model.fused.head_kernels import turned  # isort: skip  # after interpreted_kernels
+from mint_core.model.fused.head_kernels import Kept, turned  # isort: skip  # after interpreted_kernels
 
 TOKENS, HEADS, EPS = 5, 11, 1e-5
 
@@ -48,15 +48,23 @@ def test_heads_are_normed_and_turned(size: int, normed: bool, dtype: torch.dtype
     assert (ours.float() - expected).abs().max() <= limit * expected.abs().max()
 
 
-def test_the_gradient_is_turned_back() -> None:
-    heads = drawn(TOKENS, HEADS, 16, dtype=torch.float32).requires_grad_()
-    cosines, sines = (drawn(1, TOKENS + i, 16, dtype=torch.float32)[:, i:] for i in (0, 1))
-    upstream = drawn(HEADS, TOKENS, 16, dtype=torch.float32).transpose(0, 1)
-    (expected,) = torch.autograd.grad(slowly(heads, cosines, sines, None), heads, upstream)
+@pytest.mark.parametrize("normed", [False, True])
+def test_keys_and_values_go_to_their_slots(normed: bool) -> None:
+    queries, others, size = 5, 3, 24
+    heads = drawn(TOKENS, queries + 2 * others, size, dtype=torch.float32)
+    turns = turn(*(drawn(1, TOKENS, size, dtype=torch.float32) for _ in range(2)))
+    norm = (drawn(queries + others, size, dtype=torch.float32), EPS) if normed else None
+    keys, values = (drawn(40 + i, others, size, dtype=torch.float32) for i in (0, 1))
+    slots = torch.tensor([7, 0, 39, 12, 8], device=DEVICE)
+    expected = turned(heads[:, : queries + others], *turns, norm)
+    kept = keys.clone(), values[:40].clone()
+    kept[0][slots], kept[1][slots] = expected[:, queries:], heads[:, queries + others :]
 
-    ours = turned(upstream, *turn(cosines, sines), back=True)
+    ours = turned(heads, *turns, norm, kept=Kept(keys, values[:40], slots))
 
-    torch.testing.assert_close(ours, expected)
+    assert torch.equal(ours, expected[:, :queries])
+    assert torch.equal(keys, kept[0])
+    assert torch.equal(values[:40], kept[1])
 
 
 def test_the_form_on_a_cpu_is_the_same() -> None:

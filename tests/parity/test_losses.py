@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer_service.engine.losses import LossInputs, differentiate, sequence_log_ratios
+from trainer_service.engine.recorded.losses import NUMBERS, LossTable, note
 from trainer_service.jobs import Cispo, Dro, Gspo, ImportanceSampling, Loss, Ppo
 
 TOKENS = 40
@@ -137,10 +139,28 @@ def oracle(loss: Loss, lp: float, q: float, a: float, w: float, sequence: float)
     return [-w * bound * a, 0.0]
 
 
+def by_table(loss: Loss, logprobs: Tensor, given: LossInputs) -> tuple[Tensor, Tensor]:
+    """As a recorded pass computes them, each token in a document of its own."""
+    tokens = len(logprobs)
+    own = np.zeros((NUMBERS, tokens), np.float32)
+    kinds = note(loss, given, own)
+    if isinstance(loss, Gspo):
+        assert given.sequence_log_ratios is not None
+        own[1] = (logprobs - given.sequence_log_ratios).numpy()
+        own[6] = 1.0
+    own[7] = 1.0
+    places = torch.arange(tokens + 1)
+    table = LossTable(torch.full((tokens,), kinds), torch.from_numpy(own), places[:-1], places)
+    return table.differentiate(logprobs)
+
+
 @for_all(st.lists(st.tuples(LOG_RATIOS, FACTORS, FACTORS, LOG_RATIOS), min_size=1, max_size=6))
+@pytest.mark.parametrize("way", [differentiate, by_table])
 @pytest.mark.parametrize("loss", ORACLES, ids=str)
 def test_extremes_agree_with_the_formulas_in_float64(
-    loss: Loss, tokens: list[tuple[float, float, float, float]]
+    loss: Loss,
+    way: Callable[[Loss, Tensor, LossInputs], tuple[Tensor, Tensor]],
+    tokens: list[tuple[float, float, float, float]],
 ) -> None:
     """Whatever is multiplied by 0 or clipped away. What float32 cannot hold is not finite."""
     lp = -2.5
@@ -152,7 +172,7 @@ def test_extremes_agree_with_the_formulas_in_float64(
         sequence_log_ratios=sequences,
     )
 
-    ours = differentiate(loss, torch.full_like(weights, lp), given)
+    ours = way(loss, torch.full_like(weights, lp), given)
 
     assert given.logprobs is not None
     for i in range(len(tokens)):

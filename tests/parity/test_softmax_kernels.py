@@ -7,7 +7,7 @@ from torch import Tensor
 from mint_core.model.softmax import KernelSoftmax, PlainSoftmax
 from tests.interpreted_kernels import DEVICE
 
-from mint_core.model.softmax_kernels import TILE  # isort: skip  # after interpreted_kernels
+from mint_core.model.fused.softmax_kernels import TILE  # isort: skip  # after interpreted_kernels
 
 ROWS, VOCABULARY = 5, TILE + 900
 CHOSEN = torch.tensor([4, 0, 2, 2], device=DEVICE)

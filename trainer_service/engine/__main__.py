@@ -60,7 +60,7 @@ def _serve(pipe: EnginePipe, engine: Engine) -> None:
             if ends_the_engine(error) and not optional:
                 raise
             pipe.fail(call.number, error)
-        if (counts := engine.row_counts()) != told:
+        if (counts := engine.counts()) != told:
             pipe.send(Report(counts))
             told = counts
 

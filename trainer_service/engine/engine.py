@@ -17,12 +17,15 @@ from mint_core.lora.bank import Part
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
+from mint_core.model.recordings import GraphRecorder
 from trainer_service import jobs
 from trainer_service.config import TrainerConfig
 from trainer_service.engine import saving
 from trainer_service.engine.memory import budget_bytes, lengths, measure, most_bytes
 from trainer_service.engine.optimizer import largest, step_rows
 from trainer_service.engine.packing import pack
+from trainer_service.engine.recorded.passes import RecordedPasses
+from trainer_service.engine.recorded.shapes import GRAPHS_SHARE, most_recorded_tokens
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
 from trainer_service.engine.training_pass import run_pass
@@ -63,9 +66,15 @@ class Engine:
             progress=progress,
         )
         memory = measure(self.base, config.max_lora_rank)
-        self.lengths = lengths(
-            memory, budget_bytes(device, config.own_share) // config.divided, device.type
+        budget = budget_bytes(device, config.own_share) // config.divided
+        # Graphs keep what they take, so that other passes do without it.
+        recorded = int(GRAPHS_SHARE * budget) if device.type == "cuda" else 0
+        self.recorded = (
+            RecordedPasses(self.base, most_recorded_tokens(memory, recorded), GraphRecorder(device))
+            if recorded
+            else None
         )
+        self.lengths = lengths(memory, budget - recorded, device.type)
         self.max_batch_tokens = config.max_batch_tokens or self.lengths.max_batch_tokens
         self.description = _within(self.base.description, self.lengths.document_tokens)
         most_tokens = max(self.max_batch_tokens, self.description.context_length)
@@ -73,7 +82,7 @@ class Engine:
             "base": self.description.memory_bytes,
             "rows": rows,
             "host_rows": host_rows,
-            "passes": most_bytes(memory, self.lengths, most_tokens),
+            "passes": most_bytes(memory, self.lengths, most_tokens) + recorded,
         }
         self._handlers: Mapping[type, Callable[[Any], object]] = {
             jobs.Plan: self._plan,
@@ -95,6 +104,12 @@ class Engine:
 
     def row_counts(self) -> jobs.RowCounts:
         return self._rows.counts()
+
+    def counts(self) -> jobs.EngineCounts:
+        """What the front reports of the engine."""
+        return jobs.EngineCounts(
+            rows=self.row_counts(), passes=dict(self.recorded.counts) if self.recorded else {}
+        )
 
     def _plan(self, plan: jobs.Plan) -> tuple[jobs.TileResult, ...]:
         parts = [frozenset({Part.GRADIENT} if tile.backward else ()) for tile in plan.tiles]
@@ -126,6 +141,8 @@ class Engine:
             trained = self._rows[tile.training_run_id]
             trained.gradient_pending |= tile.backward
             rows[tile.training_run_id] = trained.row
+        if self.recorded and (results := self.recorded.run(tiles, rows)) is not None:
+            return results
         packed = pack(tiles, rows, self.base.device)
         more = sum(jobs.tile_cost(tile) - jobs.tile_tokens(tile) for tile in tiles)
         self.base.recomputation.on = len(packed.tokens) + more > self.lengths.kept_tokens

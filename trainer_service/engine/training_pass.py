@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mint_core.model.attention import PackedAttention
@@ -38,7 +39,14 @@ def run_pass(base: LoadedBase, plan: PackedPlan) -> tuple[TileResult, ...]:
     gradient = _score(base, hidden.detach(), asked)
     if gradient is not None and hidden.requires_grad:
         hidden.backward(gradient)
-    return tuple(_result(tile) for tile in scored)
+    return tuple(
+        tile_result(
+            tile.packed,
+            _joined(tile.logprobs).cpu().numpy(),
+            _joined(tile.losses).double().sum().item(),
+        )
+        for tile in scored
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -94,12 +102,12 @@ def _with_sequence_ratios(
     return list(inputs.values())
 
 
-def _result(tile: _Scored) -> TileResult:
-    packed = tile.packed
+def tile_result(packed: PackedTile, logprobs: NDArray[np.float32], loss: float) -> TileResult:
+    """What a tile comes to, from the logprobs of its scored places, [scored] or [scored, k], and
+    its loss.
+    """
     weighted = [int(d.weighted.sum()) for d in packed.tile.documents]
     counts = weighted if packed.tile.weighted_only else list(packed.lengths)
-    logprobs = _joined(tile.logprobs).cpu().numpy()
-    loss = _joined(tile.losses).double().sum().item()
     if not (math.isfinite(loss) and np.isfinite(logprobs).all()):
         # What of it is in the gradient stays there: the run's step must not be taken, ever.
         return TileResult(error=LossNotFinite("a logprob" if math.isfinite(loss) else "the loss"))

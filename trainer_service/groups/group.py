@@ -8,7 +8,7 @@ from typing import Protocol
 from mint_core.engine_host.pipe import Hello
 from mint_core.engine_host.process import EngineProcess
 from trainer_service.groups.meter import Meter
-from trainer_service.jobs import RowCounts
+from trainer_service.jobs import EngineCounts, RowCounts
 from trainer_service.queue.scheduler import Scheduler
 from trainer_service.run_description import RunOrigin
 
@@ -37,10 +37,10 @@ class Group:
         return self.engine.ready and not self.draining
 
     @property
-    def rows(self) -> RowCounts:
-        """How many are where."""
-        counts: RowCounts | None = self.engine.report
-        return counts or RowCounts(device=0, host=0, disk=0)
+    def counts(self) -> EngineCounts:
+        """What the engine in use has told."""
+        counts: EngineCounts | None = self.engine.report
+        return counts or EngineCounts(rows=RowCounts(device=0, host=0, disk=0), passes={})
 
 
 class Resident(Protocol):

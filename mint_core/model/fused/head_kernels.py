@@ -4,8 +4,8 @@ T: rows of the stream. h: heads. s: head size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,8 +19,13 @@ def turn(
     cosines,  # [T, s]
     sines,  # [T, s], of the first half negative
     weight,  # [h, s] of the norm
-    output,  # [T, h, s]
+    output,  # [T, h, s], of queries alone if the others are kept
+    keys,  # [slots, key heads, s]
+    values,  # as keys
+    slots,  # [T] where they go
     eps,
+    query_count,
+    turned_count,
     count,
     row,
     head,
@@ -29,7 +34,7 @@ def turn(
     ROOM: tl.constexpr,  # half the size, filled up to a power of two
     HEADS: tl.constexpr,
     NORMED: tl.constexpr,
-    BACK: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -39,6 +44,14 @@ def turn(
     at = heads + token * row + which[:, None] * head + place[None, :]
     left = tl.load(at, mask=there, other=0.0).to(tl.float32)
     right = tl.load(at + SIZE // 2, mask=there, other=0.0).to(tl.float32)
+    if KEEPS:
+        slot = tl.load(slots + token)
+        key_heads = turned_count - query_count
+        stays = (which >= turned_count)[:, None] & there
+        to = values + (slot * key_heads + which[:, None] - turned_count) * SIZE + place[None, :]
+        tl.store(to, left, mask=stays)
+        tl.store(to + SIZE // 2, right, mask=stays)
+        there = (which < turned_count)[:, None] & inside[None, :]
     if NORMED:
         squares = tl.sum(left * left, 1) + tl.sum(right * right, 1)
         scales = tl.rsqrt(squares / SIZE + eps)[:, None]
@@ -50,40 +63,59 @@ def turn(
     cosine_right = tl.load(cosines + angle + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
     sine_left = tl.load(sines + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
     sine_right = tl.load(sines + angle + SIZE // 2, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if BACK:
-        turned_left = left * cosine_left + right * sine_right
-        turned_right = right * cosine_right[None, :] + left * sine_left
-    else:
-        turned_left = left * cosine_left + right * sine_left
-        turned_right = right * cosine_right[None, :] + left * sine_right
-    to = output + (token * count + which[:, None]) * SIZE + place[None, :]
+    turned_left = left * cosine_left + right * sine_left
+    turned_right = right * cosine_right[None, :] + left * sine_right
+    if KEEPS:
+        answers = (which >= query_count)[:, None] & there
+        to = keys + (slot * key_heads + which[:, None] - query_count) * SIZE + place[None, :]
+        tl.store(to, turned_left, mask=answers)
+        tl.store(to + SIZE // 2, turned_right, mask=answers)
+        there = (which < query_count)[:, None] & inside[None, :]
+    to = output + (token * query_count + which[:, None]) * SIZE + place[None, :]
     tl.store(to, turned_left, mask=there)
     tl.store(to + SIZE // 2, turned_right, mask=there)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where keys and values go."""
+
+    keys: Tensor  # [slots, key heads, s], dense
+    values: Tensor  # as keys
+    slots: Tensor  # [T]
 
 
 def turned(
     heads: Tensor,  # [T, h, s]
     cosines: Tensor,  # [T, 1, s]
     sines: Tensor,  # [T, 1, s], of the first half negative
-    norm: tuple[Tensor, float] | None = None,  # weight [h, s] and epsilon, applied first
-    *,
-    back: bool = False,
+    # Of what is turned, weight [turned heads, s] and epsilon, applied first.
+    norm: tuple[Tensor, float] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:  # [T, h, s]
-    """Heads turned by rotary embeddings; or, from a gradient, the gradient of what was turned."""
+    """Heads turned by rotary embeddings. With `kept` they are queries, keys and values, side by
+    side, of which the queries are returned; values stay as they are.
+    """
     if heads.shape[::2] != cosines.shape[::2] or heads.shape[2] % 2:
         raise ValueError(f"{list(cosines.shape)} does not turn {list(heads.shape)}")
     heads = heads if heads.stride(2) == 1 else heads.contiguous()
     cosines, sines = cosines.contiguous(), sines.contiguous()
     tokens, count, size = heads.shape
-    output = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    key_heads = kept.keys.shape[1] if kept else 0
+    queries = count - 2 * key_heads
+    output = heads.new_empty(tokens, queries, size)
     weight, eps = norm or (cosines, 0.0)
+    places = (kept.keys, kept.values, kept.slots) if kept else (heads, heads, heads)
     turn[(tokens, triton.cdiv(count, HEADS))](
         heads,
         cosines,
         sines,
         weight,
         output,
+        *places,
         eps,
+        queries,
+        queries + key_heads,
         count,
         heads.stride(0),
         heads.stride(1),
@@ -92,7 +124,7 @@ def turned(
         ROOM=triton.next_power_of_2(size // 2),
         HEADS=HEADS,
         NORMED=norm is not None,
-        BACK=back,
+        KEEPS=kept is not None,
         num_warps=4,
     )
     return output

@@ -38,6 +38,22 @@ class PagedAttention:
         output = self.compute(query.transpose(0, 1), keys, values, self.table, self.lengths, scores)
         return output.transpose(0, 1)
 
+    def attend_whole(
+        self,
+        layer_index: int,
+        heads: Tensor,  # [n, heads, size] of queries, keys and values, side by side
+        turns: tuple[Tensor, Tensor],  # see `shortcuts.turn`
+        norm: tuple[Tensor, float] | None,  # of queries and keys, weight [heads, size] and epsilon
+        scores: Scores,
+    ) -> Tensor:  # [n, query heads, size]
+        """The same from what is neither normed nor turned yet, by kernels alone."""
+        from mint_core.model.fused.head_kernels import Kept, turned  # Triton is not everywhere
+
+        keys, values = self.cache.layer(layer_index)
+        kept = Kept(keys.flatten(0, 1), values.flatten(0, 1), self.slots)
+        query = turned(heads, *turns, norm, kept=kept)
+        return self.compute(query, keys, values, self.table, self.lengths, scores)
+
     def mix(self, layer_index: int, mixer: Mixer, inputs: Inputs) -> Tensor:
         states = self.cache.states
         output, after = mixer.step(inputs, states.read(layer_index, self.states))

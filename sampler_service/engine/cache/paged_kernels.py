@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from mint_core.lora.column_kernels import LEAST_ROWS, product
+from mint_core.lora.column_kernels import ROWS as LEAST_ROWS
+from mint_core.lora.column_kernels import product
 from mint_core.model.attention_kernels import Scores
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
 

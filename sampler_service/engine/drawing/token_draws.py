@@ -61,6 +61,27 @@ def draw_alternatives(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, whole.logprobs(tokens)
 
 
+def draw_plain(
+    logits: Tensor,  # [n, V] float32
+    temperatures: Tensor,  # [n], not 0
+    cold: Tensor,  # [n] bool, whether the likeliest token is drawn
+    uniform: Tensor,  # [n] float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, both logprobs, and whether they are finite, of rows that nothing narrows or bends: as
+    `draw_tokens`, but nothing is read on the host.
+    """
+    least, largest = logits.aminmax(dim=1)
+    finite = least.isfinite() & largest.isfinite()
+    logits = torch.where(finite[:, None], logits, 0.0)
+    largest = torch.where(finite, largest, 0.0)
+    at_one = _Distribution(logits, largest, None)
+    own = _Distribution(logits, largest, temperatures)
+    tokens = torch.where(cold, logits.argmax(1), own.invert(uniform))
+    logprobs, model_logprobs = (d.logprobs(tokens[:, None])[:, 0] for d in (own, at_one))
+    finite &= logprobs.isfinite() & model_logprobs.isfinite()
+    return tokens, logprobs, model_logprobs, finite
+
+
 def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int) -> tuple[Tensor, ...]:
     least, largest = logits.aminmax(dim=1)
     finite = least.isfinite() & largest.isfinite()  # a NaN anywhere is both

@@ -14,8 +14,10 @@ from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
 from sampler_service.engine.drawing.narrowing import draw_narrowed
 from sampler_service.engine.drawing.penalties import Occurrences
 from sampler_service.engine.drawing.randomness import Draw, philox, uniforms
+from sampler_service.engine.drawing.recorded_draws import RecordedDraws
 from sampler_service.engine.drawing.token_draws import TOPK, draw_tokens
 from sampler_service.jobs import Choice
+from tests.recorders import PlainRecorder
 
 VOCABULARY = 12
 DRAWS = 20_000
@@ -190,6 +192,42 @@ def test_the_likeliest_tokens_are_the_models_whatever_is_drawn_from() -> None:
 
 def test_as_many_likeliest_tokens_are_looked_for_as_may_be_asked_for() -> None:
     assert TOPK == MAX_TOPK_LOGPROBS
+
+
+def test_recorded_draws_are_the_same_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    most = torch.from_numpy(rng.normal(0, 3, (64, 5000))).float()
+    most[3, 9], most[4, 0] = float("nan"), float("inf")
+    recorder = PlainRecorder()
+    recorded = RecordedDraws(most, recorder)
+    for count in (1, 40, 33):
+        choices = [Choice(seed=i, temperature=(1.0, 0.0, 0.7)[i % 3]) for i in range(count)]
+        draws = [Draw(choice, i, 2 * i + count) for i, choice in enumerate(choices)]
+        ours, expected = recorded.draw(most[:count], draws), draw_tokens(most[:count], draws)
+        assert ours is not None
+        assert (ours.finite == expected.finite).all()
+        for name in ("tokens", "logprobs", "model_logprobs"):
+            own, theirs = (getattr(drawn, name)[expected.finite] for drawn in (ours, expected))
+            assert own.tobytes() == theirs.tobytes(), name
+        assert ours.top_ids.shape == ours.top_logprobs.shape == (count, 0)
+    assert recorder.replays == 1  # 33 rows are filled up as 40 are
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(Choice(seed=0, top_p=0.9), 0, 0),
+        Draw(Choice(seed=0), 0, 0, topk=1),
+        Draw(Choice(seed=0), 0, 0, allowed=np.ones(10, bool)),
+    ],
+)
+def test_what_takes_more_is_not_drawn_by_what_is_recorded(draw: Draw) -> None:
+    most = torch.zeros(4, 10)
+    recorded = RecordedDraws(most, None)
+    plain = Draw(Choice(seed=0), 0, 0)
+    assert recorded.draw(most[:2], [plain, draw]) is None
+    assert recorded.draw(most[:2].clone(), [plain, plain]) is None
+    assert recorded.draw(most[:2], [plain, plain]) is not None
 
 
 def test_logits_that_are_not_finite_are_told_and_harm_no_neighbour() -> None:

@@ -1,0 +1,1 @@
+"""Passes of few tokens, recorded in CUDA graphs: forward, losses and backward in one launch."""
