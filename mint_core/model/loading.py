@@ -5,7 +5,7 @@ the model does.
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.lora.groups import complete, read_together, watching
-from mint_core.lora.layers import LoraContext, MultiLoraLinear, install
+from mint_core.lora.layers import LinearGroup, LoraContext, MultiLoraLinear, install
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture, proof
 from mint_core.model.attention import REGISTERED_NAME, register
@@ -58,18 +58,24 @@ def load_base(
     progress: Callable[[], None] = lambda: None,
 ) -> LoadedBase:
     """Loads the base model that a service was told. For inference alone, weights are packed where
-    that makes few rows cheaper. `progress` is called now and then while weights come.
+    that makes few rows faster. `progress` is called now and then while weights come.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
     """
-    ask_for_reproducible_products()
+    if not config.trade_bits_for_speed:
+        ask_for_reproducible_products()
     torch.set_num_threads(config.threads)
     base_model, place = config.base_model, _device(config.device)
     if place.index is not None:
         torch.cuda.set_device(place)  # Triton launches on the current device
     if place.type == "cuda" and config.own_share:
         torch.cuda.set_per_process_memory_fraction(config.own_share, place)
+    if place.type == "cuda" and config.trade_bits_for_speed:
+        raise FailedPrecondition(
+            "`trade_bits_for_speed` is for a CPU, and this engine's device is a GPU, where bits "
+            "depend on neighbours anyhow; leave it out, or give `device` cpu"
+        )
     kind = _dtype(config.dtype, place)
     bar = told_bar(progress)
     folder = find_folder(base_model, config.base_model_revision, bar)
@@ -124,6 +130,7 @@ def load_base(
             device=place.type,
             eos_token_ids=eos_token_ids,
             bitwise_reproducible=False,  # until it is tried
+            bits_traded_for_speed=config.trade_bits_for_speed,
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -145,12 +152,14 @@ def load_base(
     if routing is not None:
         base = proof.with_routing(base, routing)
     proof.take_shortcuts(base)
-    alike = config.threads == 1 and _is_reproducible(base, backward=not inference)
-    base = replace(base, description=replace(base.description, bitwise_reproducible=alike))
     if inference:
-        return replace(base, min_rows=pack(base, linears))
-    base.recomputation.install(model)
-    return base
+        exact = not config.trade_bits_for_speed
+        base = replace(base, min_rows=pack(base, linears, exact=exact))
+    else:
+        base.recomputation.install(model)
+    tried = config.threads == 1 and not config.trade_bits_for_speed
+    alike = tried and _is_reproducible(base, linears, backward=not inference)
+    return replace(base, description=replace(base.description, bitwise_reproducible=alike))
 
 
 def _read(
@@ -196,13 +205,14 @@ def read_model(folder: Path, **options: Any) -> Any:
     return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
 
 
-def _is_reproducible(base: LoadedBase, *, backward: bool) -> bool:
+def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backward: bool) -> bool:
     """On one thread."""
     if base.device.type != "cpu":
         return False
-    products = [*base.shapes.values(), *(base.routing.shapes if base.routing else ())]
+    unpacked = {name for each in linears if len(each.weight) for name in each.group.modules}
+    products = [shape for name, shape in base.shapes.items() if name in unpacked]
     if (
-        rows_are_alike(products)
+        rows_are_alike([*products, *(base.routing.shapes if base.routing else ())], base.dtype)
         and documents_are_alike(base.mixers.values())
         and proof.bits_are_its_own(base, backward=backward)
     ):
