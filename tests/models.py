@@ -57,9 +57,11 @@ _TEXTS = [
 ]
 
 
-def tiny_qwen3(folder: Path, *, tied: bool = True, seed: int = 0, layers: int = 2) -> Path:
+def tiny_qwen3(
+    folder: Path, *, tied: bool = True, seed: int = 0, layers: int = 2, inner: int = 128
+) -> Path:
     """A Qwen3 of 2 layers and width 64."""
-    sizes = {**SIZES, "num_hidden_layers": layers}
+    sizes = {**SIZES, "num_hidden_layers": layers, "intermediate_size": inner}
     return _make(folder, Qwen3Config(**sizes, tie_word_embeddings=tied), seed)
 
 

@@ -81,6 +81,7 @@ class ModelDescription:
     memory_bound: bool = False  # whether memory, not the model, sets `context_length`
     linear_shapes: tuple[tuple[int, int], ...] = ()  # (out, in) of each of `linear_modules`
     text_only: bool = False  # whether its checkpoint reads more, which is left out
+    bits_traded_for_speed: bool = False  # whether the engine was told to
     routed: "RoutedShape | None" = None  # of a model that has experts
 
     def opens(self, fingerprint: str) -> bool:

@@ -100,6 +100,12 @@ class ServiceConfig:
     threads: int = option(
         1, "threads of the engine on a CPU; with more than 1, results are not bitwise reproducible"
     )
+    trade_bits_for_speed: bool = option(
+        False,
+        "on a CPU, compute as the libraries are fastest, where otherwise each sequence's bits are "
+        "its own: then its last bits, and at times the tokens of a seed, depend on who shares its "
+        "passes, and on what was restored after a crash. Capabilities say so",
+    )
     max_lora_rank: int = option(128, "largest LoRA rank")
     keys: Path | None = option(
         None,

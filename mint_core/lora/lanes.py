@@ -35,11 +35,12 @@ class OneAdapter:
         if not self._row.trains(group):
             return
         own, rows = self._row.group(Part.WEIGHTS, group), self._rows
-        h = one_by_one(x if rows is None else x[rows], own.a_t).mul_(self._factor)  # [n, m r]
+        own_x = x if rows is None else x[rows]
+        h = one_by_one(own_x, own.a_t.to(x.dtype)).mul_(self._factor)  # [n, m r]
         parts = (h,) if len(own.ranks) == 1 else h.split_with_sizes(own.ranks, 1)
         for member, part, b_t in zip(own.members, parts, own.b_t, strict=True):
             output = y[member] if rows is None else y[member][rows]
-            output.add_(one_by_one(part, b_t))
+            output.add_(one_by_one(part, b_t.to(x.dtype)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +76,12 @@ RowProducts = OneAdapter | Lane  # applies adapters to some rows of the stream
 class HotRows:
     """Copies of the adapters of one rank class that the last passes applied."""
 
-    def __init__(self, bank: RankBank, most_bytes: int) -> None:
+    def __init__(self, bank: RankBank, dtype: torch.dtype, most_bytes: int) -> None:
         self._bank = bank
         self.size = max(1, most_bytes // bank.part_bytes)
-        size = self.size * bank.row_size
-        self._rows = zero_vector(size, torch.device("cpu")).view(self.size, bank.row_size)
+        size = self.size * bank.row_size * dtype.itemsize // 4
+        memory = zero_vector(size, torch.device("cpu")).view(dtype)
+        self._rows = memory.view(self.size, bank.row_size)
         self._holders: list[AdapterRow | None] = [None] * self.size
         self._slots: dict[AdapterRow, tuple[int, int]] = {}  # and the version that is there
         self._groups: dict[str, GroupMatrices] = {}
@@ -117,7 +119,8 @@ class HotRows:
 class Lanes:
     """All hot rows, and how they are applied in a pass."""
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, dtype: torch.dtype, most_bytes: int = MOST_BYTES) -> None:
+        self._dtype = dtype  # that the base computes in
         self._most_bytes = most_bytes
         self._hot: dict[RankBank, HotRows] = {}
 
@@ -133,9 +136,11 @@ class Lanes:
         products: list[RowProducts] = []
         for bank, group in by_bank.items():
             if bank not in self._hot:
-                self._hot[bank] = HotRows(bank, self._most_bytes)
+                self._hot[bank] = HotRows(bank, self._dtype, self._most_bytes)
             hot = self._hot[bank]
-            count = _lanes_for([s.stop - s.start for s in group]) if len(group) <= hot.size else 0
+            sizes = [s.stop - s.start for s in group]
+            cast = self._dtype != torch.float32
+            count = _lanes_for(sizes, cast) if len(group) <= hot.size else 0
             if count:
                 products += _lanes(hot, group, count, tokens)
             for segment in group:
@@ -145,11 +150,15 @@ class Lanes:
         return products
 
 
-def _lanes_for(rows: Sequence[int]) -> int:
+def _lanes_for(rows: Sequence[int], cast: bool) -> int:
     """How many lanes make the fewest calls, a lane costing what one segment does, for adapters with
-    so many rows each.
+    so many rows each. As many as that where a segment's would be cast for each call.
     """
-    return min(range(max(rows) + 1), key=lambda count: count + sum(n > count for n in rows))
+    counts = range(max(rows) + 1)
+    return min(
+        reversed(counts) if cast else counts,
+        key=lambda count: count + sum(n > count for n in rows),
+    )
 
 
 def _lanes(hot: HotRows, group: Sequence[Segment], count: int, tokens: int) -> Iterator[Lane]:

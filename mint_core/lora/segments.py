@@ -84,15 +84,18 @@ def adapter_backward(
 
 def one_by_one(rows: Tensor, matrix: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
     """The product, each row as if it were alone."""
-    return products(rows[:, None], matrix.expand(rows.shape[0], -1, -1))[:, 0]
+    count = rows.shape[0]
+    if count > 1 or not rows.is_cpu:
+        return torch.bmm(rows[:, None], matrix.expand(count, -1, -1))[:, 0]
+    if _one_is_like_two():
+        return rows.mm(matrix)
+    return torch.bmm(rows.expand(2, 1, -1), matrix.expand(2, -1, -1))[0]
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:  # [S, 1, k], [S, k, m] -> [S, 1, m]
     """Products of a row each, whose bits do not depend on how many they are."""
-    if left.shape[0] == 1 and left.is_cpu:
-        if _one_is_like_two():
-            return left[0].mm(right[0])[None]
-        return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
+    if left.shape[0] == 1:
+        return one_by_one(left[0], right[0])[None]
     return torch.bmm(left, right)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from mint_core.lora.groups import LinearShape
-from mint_core.lora.packed import PackedLinear
+from mint_core.lora.packed import PackedLinear, Packing
 from mint_core.lora.segments import MIN_ROWS
 
 REGISTERED_NAME = "mint_grouped"
@@ -74,7 +74,7 @@ class _Matrices:
     def __init__(self, weights: Tensor) -> None:  # [E, out, in]
         self._each = weights.detach().unbind(0)
         self._turned = [weight.t() for weight in self._each]
-        self._packed: list[PackedLinear] = []
+        self._packed: list[PackedLinear] = []  # all, or none
 
     def apply(self, x: Tensor, grouping: Grouping) -> Tensor:  # [P, in] -> [P, out]
         parts = x.split(grouping.sizes)
@@ -87,14 +87,14 @@ class _Matrices:
         own = [self._each[expert] for expert in grouping.experts]
         return _products(dy.split(grouping.sizes), own)
 
-    def pack(self) -> None:
-        """Computes with packed weights alone from now on, for passes without backward."""
-        self._packed = [PackedLinear(weight, None) for weight in self._each]
-        self._each, self._turned = (), []
-
-    def computes_rows_alike(self) -> bool:
-        """Whether they would, bit for bit, with whatever number of rows if they were packed."""
-        return PackedLinear(self._each[0], None).computes_rows_alike()
+    def pack(self, packing: Packing) -> bool:
+        """Computes with packed weights alone from now on, for passes without backward; False: they
+        are not packed.
+        """
+        self._packed = packing.layers(self._each)
+        if self._packed:
+            self._each, self._turned = (), []
+        return bool(self._packed)
 
 
 def _products(parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
@@ -117,7 +117,11 @@ class Experts:
         self._min_rows = MIN_ROWS
         inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
         self._chunk_tokens_of_one = max(1, CHUNK_BYTES // (4 * hidden))
-        self.shapes = LinearShape(hidden, 2 * inner), LinearShape(inner, hidden)
+        # Of what is not packed.
+        self.shapes: tuple[LinearShape, ...] = (
+            LinearShape(hidden, 2 * inner),
+            LinearShape(inner, hidden),
+        )
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x [T, d], index and weights [T, k] -> [T, d]."""
@@ -162,15 +166,18 @@ class Experts:
         inner: Tensor = self.module._apply_gate(gate_up)
         return inner
 
-    def pack(self) -> None:
+    def pack(self, packing: Packing) -> None:
         """Packs the weights if rows are computed alike then. For passes without backward."""
-        if self._gate_up.computes_rows_alike() and self._down.computes_rows_alike():
-            self._gate_up.pack()
-            self._down.pack()
-            self._min_rows = 1
-            for name in ("gate_up_proj", "down_proj"):
+        left = []
+        matrices = {"gate_up_proj": self._gate_up, "down_proj": self._down}
+        for (name, own), shape in zip(matrices.items(), self.shapes, strict=True):
+            if own.pack(packing):
                 empty = getattr(self.module, name).new_empty(0)
                 setattr(self.module, name, nn.Parameter(empty, requires_grad=False))
+            else:
+                left.append(shape)
+        self.shapes = tuple(left)
+        self._min_rows = MIN_ROWS if left else 1
 
 
 class _ExpertsFunction(torch.autograd.Function):

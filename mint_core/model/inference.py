@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.bank import AdapterRow, Part
+from mint_core.lora.huge_pages import move_later
 from mint_core.lora.lanes import Lanes
 from mint_core.lora.layers import LinearGroup
-from mint_core.lora.packed import PackedLinear, available
+from mint_core.lora.packed import Packing, available
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.attention import PackedAttention
@@ -28,38 +29,38 @@ TRIED = (range(1), range(1, 3), range(3, 4), range(2, 5), range(4, 9), range(8, 
 
 
 @torch.no_grad()
-def pack(base: LoadedBase, groups: Sequence[LinearGroup]) -> int:
-    """Packs the weights of those shapes of which oneDNN computes every row alike, and gives the
-    unpacked ones back. Returns how many rows a rowwise segment needs for bits of its own.
+def pack(base: LoadedBase, groups: Sequence[LinearGroup], *, exact: bool = True) -> int:
+    """Packs the weights of those shapes of which oneDNN computes every row alike (of all, unless
+    bits are to be `exact`), and gives the unpacked ones back. Returns how many rows a rowwise
+    segment needs for bits of its own.
     """
     if not available(base.device, base.dtype):
+        if base.device.type == "cpu":
+            logger.info(
+                "weights are not packed: oneDNN has no %s for this CPU; decoding takes longer, and "
+                "nothing need be done",
+                base.description.dtype,
+            )
         return MIN_ROWS
-    by_shape = {_shape(group): group for group in groups}
-    alike = {
-        shape
-        for shape, group in by_shape.items()
-        if PackedLinear(group.weight, group.bias).computes_rows_alike()
-    }
+    packing = Packing(exact=exact)
     for group in groups:
-        if _shape(group) in alike:
-            group.pack(PackedLinear(group.weight, group.bias))
+        for packed in packing.layers([group.weight], group.bias):
+            group.pack(packed)
     if base.routing is not None:
-        base.routing.pack()
-    base.context.lanes = Lanes()
-    least = 1 if _rows_are_alike(base) else MIN_ROWS
-    base.context.lanes = Lanes()  # without what was tried
-    logger.info("weights packed of %d in %d shapes", len(alike), len(by_shape))
+        base.routing.pack(packing)
+    move_later([layer.addresses for layer in packing.packed], packing.packed)
+    logger.info("weights packed: %s", packing)
+    base.context.lanes = Lanes(base.dtype)
+    least = MIN_ROWS if exact and not _rows_are_alike(base) else 1
+    base.context.lanes = Lanes(base.dtype)  # without what was tried
     if least > 1:
         logger.info(
-            "oneDNN rounds a row by its neighbours on this CPU, so a pass is filled up to %d rows: "
-            "fewer sequences take as long as so many, more lose nothing, and nothing need be done",
+            "this CPU's libraries round a row by its neighbours, so an adapter's part of a pass is "
+            "filled up to %d rows: fewer sequences take as long as so many, more lose nothing, and "
+            "nothing need be done; --trade-bits-for-speed fills up none",
             least,
         )
     return least
-
-
-def _shape(group: LinearGroup) -> tuple[int, int, bool]:
-    return group.group.in_features, group.group.width, group.bias is None
 
 
 def _rows_are_alike(base: LoadedBase) -> bool:

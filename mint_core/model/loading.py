@@ -63,18 +63,24 @@ def load_base(
     progress: Callable[[], None] = lambda: None,
 ) -> LoadedBase:
     """Loads the base model that a service was told. For inference alone, weights are packed where
-    that makes few rows cheaper. `progress` is called now and then while weights come.
+    that makes few rows faster. `progress` is called now and then while weights come.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
     kind that is not supported.
     """
-    ask_for_reproducible_products()
+    if not config.trade_bits_for_speed:
+        ask_for_reproducible_products()
     torch.set_num_threads(config.threads)
     base_model, place = config.base_model, _device(config.device)
     if place.index is not None:
         torch.cuda.set_device(place)  # Triton launches on the current device
     if place.type == "cuda" and config.own_share:
         torch.cuda.set_per_process_memory_fraction(config.own_share, place)
+    if place.type == "cuda" and config.trade_bits_for_speed:
+        raise FailedPrecondition(
+            "`trade_bits_for_speed` is for a CPU, and this engine's device is a GPU, where bits "
+            "depend on neighbours anyhow; leave it out, or give `device` cpu"
+        )
     kind = _dtype(config.dtype, place)
     float8 = Float8(kept=kernels.run_on(place)) if config.dtype == FLOAT8 else None
     bar = told_bar(progress)
@@ -132,6 +138,7 @@ def load_base(
             device=place.type,
             eos_token_ids=eos_token_ids,
             bitwise_reproducible=False,  # until it is tried
+            bits_traded_for_speed=config.trade_bits_for_speed,
             linear_modules=tuple(shapes),
             linear_shapes=tuple((s.out_features, s.in_features) for s in shapes.values()),
             memory_bytes=_memory_bytes(model, linears),
@@ -153,12 +160,14 @@ def load_base(
     if routing is not None:
         base = proof.with_routing(base, routing)
     proof.take_shortcuts(base)
-    alike = config.threads == 1 and _is_reproducible(base, backward=not inference)
-    base = replace(base, description=replace(base.description, bitwise_reproducible=alike))
     if inference:
-        return replace(base, min_rows=pack(base, linears))
-    base.recomputation.install(model)
-    return base
+        exact = not config.trade_bits_for_speed
+        base = replace(base, min_rows=pack(base, linears, exact=exact))
+    else:
+        base.recomputation.install(model)
+    tried = config.threads == 1 and not config.trade_bits_for_speed
+    alike = tried and _is_reproducible(base, linears, backward=not inference)
+    return replace(base, description=replace(base.description, bitwise_reproducible=alike))
 
 
 def _read(
@@ -220,13 +229,14 @@ def read_model(folder: Path, float8: Float8 | None = None, **options: Any) -> An
         ) from error
 
 
-def _is_reproducible(base: LoadedBase, *, backward: bool) -> bool:
+def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backward: bool) -> bool:
     """On one thread."""
     if base.device.type != "cpu":
         return False
-    products = [*base.shapes.values(), *(base.routing.shapes if base.routing else ())]
+    unpacked = {name for each in linears if len(each.weight) for name in each.group.modules}
+    products = [shape for name, shape in base.shapes.items() if name in unpacked]
     if (
-        rows_are_alike(products)
+        rows_are_alike([*products, *(base.routing.shapes if base.routing else ())], base.dtype)
         and documents_are_alike(base.mixers.values())
         and proof.bits_are_its_own(base, backward=backward)
     ):

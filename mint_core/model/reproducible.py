@@ -30,15 +30,15 @@ def ask_for_reproducible_products() -> None:
 
 
 @torch.no_grad()
-def rows_are_alike(shapes: Iterable[LinearShape]) -> bool:
+def rows_are_alike(shapes: Iterable[LinearShape], dtype: torch.dtype = torch.float32) -> bool:
     """Whether the rows of a product are the same, bit for bit, with whatever number of others from
     MIN_ROWS on: x W^T, and dy W on the way back.
     """
     generator = torch.Generator().manual_seed(0)
     for inner, outer in {(s.in_features, s.out_features) for s in shapes}:
-        weight = torch.randn(outer, inner, generator=generator)
+        weight = torch.randn(outer, inner, generator=generator).to(dtype)
         for matrix in (weight.t(), weight):
-            left = torch.randn(_ROWS, matrix.shape[0], generator=generator)
+            left = torch.randn(_ROWS, matrix.shape[0], generator=generator).to(dtype)
             whole = left @ matrix
             if not all(torch.equal(left[-n:] @ matrix, whole[-n:]) for n in _TRIED_ROWS):
                 return False

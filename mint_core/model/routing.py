@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mint_core.lora.groups import LinearShape
+from mint_core.lora.packed import Packing
 from mint_core.model import experts
 from mint_core.model.experts import Experts
 
@@ -83,7 +84,7 @@ class Routing:
 
     @property
     def shapes(self) -> list[LinearShape]:
-        """Of all matrices that are no nn.Linear, and of routers."""
+        """Of all matrices that are no nn.Linear and not packed, and of routers."""
         matrices = [p for r in self._routers for p in r.parameters() if p.dim() > 1]
         routers = [LinearShape(p.shape[1], p.shape[0]) for p in matrices if min(p.shape) > 1]
         gates = [LinearShape(gate.weight.shape[1], GATE_COLUMNS) for gate in self._gates]
@@ -110,10 +111,10 @@ class Routing:
         self._told = told
         self._chosen = [None] * len(self.layers)
 
-    def pack(self) -> None:
+    def pack(self, packing: Packing) -> None:
         """Packs the weights of the experts, for passes without backward."""
         for layer in self.layers:
-            layer.pack()
+            layer.pack(packing)
 
     def _run(self, number: int, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self._chosen[number] = index

@@ -79,6 +79,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             base_models=[_base_model(model, await self._files_of(model))] if model else [],
             limits=_LIMITS,
             bitwise_reproducible=model is not None and model.bitwise_reproducible,
+            bits_traded_for_speed=model is not None and model.bits_traded_for_speed,
             engine_ready=self._engine_ready(),
         )
         capabilities.MergeFrom(self._offer)

@@ -68,6 +68,8 @@ def engine_traits(base: LoadedBase) -> dict[str, str]:
     """On what a row's numbers may depend, beside all that is in the journal."""
     device = base.device
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if base.description.bits_traded_for_speed:
+        processor += ", bits traded for speed"
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,

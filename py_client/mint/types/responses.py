@@ -237,6 +237,7 @@ class GetServerCapabilitiesResponse:
     limits: Limits
     sampler_address: str
     bitwise_reproducible: bool
+    bits_traded_for_speed: bool
     features: list[str]
     engine_ready: bool
 

@@ -74,7 +74,7 @@ class CachedAttention:
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         self._progress()
-        padded = len(self._real) < query.shape[1]
+        padded = self._real.shape[0] < query.shape[1]
         own_key, own_value = (key[:, self._real], value[:, self._real]) if padded else (key, value)
         self._cache.write(layer_index, self._slots, own_key, own_value)
         make = query.new_zeros if padded else query.new_empty
@@ -131,7 +131,7 @@ class CachedAttention:
         self, layer_index: int, group: _Group, query: Tensor, scores: Scores, output: Tensor
     ) -> None:
         """Writes the rows of [T, heads, size] that the group's sequences get."""
-        count = len(group.rows)
+        count = group.rows.shape[0]
         keys, values = self._cache.read(layer_index, group.blocks, count)
         heads, _, size = query.shape
         # The query heads that share a key head ask as if they were its queries.

@@ -11,6 +11,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from mint_core.lora.packed import Packing
 from mint_core.model import experts
 from mint_core.model.experts import Experts, Grouping, is_experts
 
@@ -72,7 +73,7 @@ def test_packed_ones_too(chosen: list[int]) -> None:
     own, inputs = Experts(make_module()), make_inputs()
     with torch.no_grad():
         plain = own(*inputs)
-        own.pack()
+        own.pack(Packing(exact=True))
         assert own.module.down_proj.numel() == 0, "weights lie there twice"
         whole = own(*inputs)
         assert torch.equal(own(*(each[chosen] for each in inputs)), whole[chosen])

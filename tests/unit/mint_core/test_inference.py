@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from torch.nn import functional
 
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.lanes import Lanes
-from mint_core.lora.packed import PackedLinear, available
+from mint_core.lora.packed import SIZES, PackedLinear, Packing, Sizes, available
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve
@@ -34,8 +37,14 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def base(qwen3_folder: Path) -> LoadedBase:
-    return load_base(str(qwen3_folder), inference=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model whose inner size is such that AVX-512 adds up one row otherwise than two."""
+    return tiny_qwen3(tmp_path_factory.mktemp("wide"), inner=1536)
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> LoadedBase:
+    return load_base(folder, inference=True)
 
 
 def make_rows(base: LoadedBase, count: int = len(REQUESTS)) -> list[AdapterRow]:
@@ -110,7 +119,7 @@ def test_adapters_that_do_not_fit_side_by_side_give_the_same_bits(
     kept = base.context.lanes
     results = []
     for most_bytes in (0, 2 * rows[0].bank.part_bytes, 2**28):
-        base.context.lanes = Lanes(most_bytes)
+        base.context.lanes = Lanes(torch.float32, most_bytes)
         results.append([run(base, list(range(9, 9 + len(p))), p, rowwise=True) for p in passes])
     base.context.lanes = kept
     for others in results[1:]:
@@ -138,28 +147,107 @@ def test_what_a_cpu_costs_is_said_with_what_there_is_to_do(
     assert "nothing need be done" in said
 
 
+def alone_and_together(folder: str, *, dtype: str = "float32") -> int:
+    """How many rows a segment needs, and whether each is the same bits whoever is beside it."""
+    base = load_base(folder, inference=True, dtype=dtype)
+    owners = [None, *make_rows(base), *make_rows(base)]
+    tokens = list(range(60, 60 + len(owners)))
+    together = run(base, tokens, owners, rowwise=True)
+    for i, owner in enumerate(owners):
+        assert torch.equal(run(base, tokens[i : i + 1], [owner], rowwise=True)[0], together[i])
+    return base.min_rows
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_rows_are_alike_with_other_instructions(instructions: str, folder: Path) -> None:
+    """oneDNN reads the variable when it first computes."""
+    code = f"from {__name__} import alone_and_together as t; assert t({str(folder)!r}) == 1"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_bfloat16_is_packed_where_there_is_a_onednn_for_it(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if available(torch.device("cpu"), torch.bfloat16):
+        assert alone_and_together(str(folder), dtype="bfloat16") == 1
+        return
+    with caplog.at_level(logging.INFO, logger=inference.__name__):
+        assert load_base(folder, inference=True, dtype="bfloat16").min_rows == MIN_ROWS
+    assert "weights are not packed: oneDNN has no bfloat16 for this CPU" in caplog.messages[-1]
+
+
+def test_bits_can_be_traded_for_speed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=inference.__name__):
+        base = load_base(folder, inference=True, trade_bits_for_speed=True)
+    assert base.min_rows == 1
+    assert base.description.bits_traded_for_speed
+    assert not base.description.bitwise_reproducible
+    assert caplog.messages[-1] == "weights packed: all, rows computed as they come"
+    plain = load_base(folder)
+    ours, expected = (
+        run(b, [5, 6, 7, 8], [make_rows(b, 1)[0]] * 4, rowwise=b is base) for b in (base, plain)
+    )
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not load_base(folder, trade_bits_for_speed=True).description.bitwise_reproducible
+
+
+def test_what_is_packed_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=inference.__name__):
+        load_base(folder, inference=True)
+    said = next(each for each in caplog.messages if each.startswith("weights packed: "))
+    assert "64x1536 " in said  # down
+    assert "3072x64 as it is" in said  # gate and up
+
+
 def test_the_unpacked_weights_are_given_back(base: LoadedBase) -> None:
     for group in base.groups:
         for module in group.modules:
             assert base.model.get_submodule(module).weight.numel() == 0  # type: ignore[union-attr,operator]
 
 
-@pytest.mark.parametrize("shape", [(16, 8), (64, 192), (100, 30)])
-def test_a_packed_layer_computes_rows_alike(shape: tuple[int, int]) -> None:
-    weight, bias, x = (
-        torch.randn(shape[1], shape[0]),
-        torch.randn(shape[1]),
-        torch.randn(9, shape[0]),
-    )
-    packed = PackedLinear(weight, bias)
-    assert packed.computes_rows_alike()
-    torch.testing.assert_close(packed(x), functional.linear(x, weight, bias))
+@pytest.mark.parametrize(("inner", "outer"), [(16, 8), (64, 192), (100, 30), (2304, 48)])
+def test_a_packed_layer_computes_rows_alike(inner: int, outer: int) -> None:
+    weight, bias, x = torch.randn(outer, inner), torch.randn(outer), torch.randn(150, inner)
+    (packed,) = Packing(exact=True).layers([weight], bias)
+    whole = packed(x)
+    torch.testing.assert_close(whole, functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    for rows in (*range(1, 140), 149):
+        assert torch.equal(packed(x[-rows:]), whole[-rows:])
 
 
-def test_other_types_and_devices_are_not_packed(qwen3_folder: Path) -> None:
+class Rounding(PackedLinear):
+    """As of a library that rounds some numbers of rows otherwise, or the rows at some places."""
+
+    def __init__(self, rounded: Callable[[int], Tensor]) -> None:
+        super().__init__(torch.eye(8), None)
+        self._rounded = rounded
+
+    def product(self, x: Tensor) -> Tensor:
+        return super().product(x) + self._rounded(len(x))
+
+
+@pytest.mark.parametrize(
+    ("rounded", "left"),
+    [
+        (lambda rows: torch.tensor(float(rows < 4)), SIZES[3:]),
+        (lambda rows: torch.tensor(float(rows > 32)), SIZES[:16]),
+        (lambda rows: torch.arange(rows)[:, None] // 10, SIZES[:9]),
+        (lambda rows: torch.arange(rows)[:, None], (1,)),
+        (lambda rows: torch.tensor(float(rows)), (8,)),
+    ],
+)
+def test_numbers_of_rows_that_round_alike_are_found(
+    rounded: Callable[[int], Tensor], left: tuple[int, ...]
+) -> None:
+    sizes = Sizes(Rounding(rounded), 8, torch.float32)
+    assert tuple(size for size in SIZES if sizes.alike(size)) == left
+    for rows in range(1, 200):
+        assert sizes.of(rows) == next((size for size in left if size >= rows), left[-1])
+
+
+def test_gpus_have_no_packed_weights() -> None:
     assert not available(torch.device("cuda"), torch.float32)
-    base = load_base(str(qwen3_folder), dtype="bfloat16", inference=True)
-    assert base.min_rows == MIN_ROWS
 
 
 def test_a_base_for_training_takes_no_rowwise_segments(qwen3_folder: Path) -> None:
