@@ -21,11 +21,11 @@ from mint_core.lora.column_kernels import (
     expand,
     shrink,
 )
+from mint_core.lora.column_kernels import ROWS as FEW
 from mint_core.lora.float8_kernels import INNER as SUMMED
 from mint_core.lora.float8_kernels import OUTPUTS as MULTIPLIED
 from mint_core.lora.float8_kernels import ROWS as MULTIPLIED_ROWS
 from mint_core.lora.float8_kernels import product
-from mint_core.lora.column_kernels import ROWS as FEW
 from mint_core.lora.segment_kernels import COLUMNS as RANKS
 from mint_core.lora.segment_kernels import INNER as READ
 from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
