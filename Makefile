@@ -150,8 +150,9 @@ soak: install model  ## The slow tests
 
 KILLS ?= 500
 SEED ?= 1
-faults: install  ## Kills processes under load, and worse, and checks all that was answered: KILLS=500 SEED=1
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.harness $(KILLS) $(SEED)
+ON ?= processes
+faults: install $(if $(filter ray,$(ON)),$(RAY))  ## Kills processes under load, and worse, and checks all that was answered: KILLS=500 SEED=1 ON=ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.harness $(KILLS) $(SEED) --on $(ON)
 
 MINUTES ?= 30
 hostile: install  ## Trains beside an honest tenant and then a hostile one: MINUTES=30 each

@@ -1,6 +1,7 @@
 """What the sampler, its front and its engine, can be told."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -183,3 +184,14 @@ class SamplerConfig(ServiceConfig):
     def of_replica(self, number: int) -> Self:
         """What the engine of one replica is told."""
         return replace(self, device=self.replica_devices[number])
+
+    def beside(self, devices: Sequence[str], device: str) -> Self:
+        """What the engine of a replica is told that comes to others, which are on these devices.
+        Raises ValueError over one that does not go with them.
+        """
+        all_ = (*devices, device)
+        unlike = len(set(all_)) > 1
+        if unlike and "auto" in all_:
+            raise ValueError("`device` auto chose theirs; leave it out, or start with `devices`")
+        named = ",".join(all_) if unlike else ""
+        return replace(self, device=device, devices=named, replicas=len(all_))

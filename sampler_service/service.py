@@ -1,5 +1,8 @@
 """The sampler's front: what stands between the servicers and the engine."""
 
+import itertools
+from collections.abc import Sequence
+
 from checkpoint_store import AdapterStore, open_store, snapshot_folder
 from mint_core.backlog import Load
 from mint_core.engine_host.pipe import ModelDescription
@@ -17,6 +20,7 @@ from sampler_service.config import SamplerConfig
 from sampler_service.constraint_parsing import constraints_served
 from sampler_service.execution import Execution
 from sampler_service.job_files import job_files
+from sampler_service.replicas.desk import ReplicaDesk
 from sampler_service.replicas.replica import Replica
 from sampler_service.replicas.replicas import Replicas
 from sampler_service.replicas.watching import watch_replicas
@@ -31,6 +35,7 @@ FEATURES = (
     "admin",
     "stream_sample",
     "resume_stream_sample",
+    "replicas",
     "typed_tensors",
     "routed_experts",
     "prefix_cache",
@@ -48,19 +53,16 @@ class SamplerService:
     """Holds the engines and hands work to them. All methods belong to one event loop."""
 
     def __init__(self, config: SamplerConfig, metrics: Metrics) -> None:
-        hosts = engine_hosts(config, job_files, config.row_folders, count=config.replicas)
+        self._config = config
+        self._hosts = engine_hosts(config, job_files, config.row_folders, count=config.replicas)
+        self._engines_made = itertools.count()
         self.engine = Replicas()
         self.tasks = Tasks()
         self._revisions = _revisions(config, self.engine, self.tasks)
         for number in range(config.replicas):
-            own = config.of_replica(number)
-            engine = EngineProcess("sampler_service.engine", own, hosts(number))
-            leases = AdapterLeases(
-                self._revisions, engine, self.tasks, capacity=config.max_adapters
-            )
-            self.engine.add(Replica(str(number), engine, leases))
-        if config.replicas > 1:
-            watch_replicas(metrics, self.engine)
+            self.engine.add(self._replica(str(number), config.of_replica(number)))
+        self.replica_desk = ReplicaDesk(self.engine, self._another, self.tasks)
+        watch_replicas(metrics, self.engine)
         share = Load(count=config.queue_samples, tokens=config.queue_tokens)
         self._execution = Execution(
             self.engine,
@@ -70,14 +72,13 @@ class SamplerService:
             max_wait_s=config.max_wait_s,
         )
         self._streams = Streams(self._execution, metrics)
-        self._served: ModelDescription | None = None
 
     def add_to(self, server: RpcServer) -> None:
         offer = model_pb2.GetServerCapabilitiesResponse(
             role=model_pb2.SERVICE_ROLE_SAMPLER, features=FEATURES
         )
         served = ModelServicer(
-            lambda: self._served, lambda: self.engine.ready, offer, now=self._replicas_now
+            lambda: self.engine.model, lambda: self.engine.ready, offer, now=self._replicas_now
         )
         add_model_service(server, served)
         server.add(
@@ -87,7 +88,7 @@ class SamplerService:
         )
 
     async def start(self) -> None:
-        self._served = await self.engine.start(self.tasks)
+        await self.engine.start(self.tasks)
 
     async def stop(self) -> None:
         self._streams.stop()
@@ -96,13 +97,25 @@ class SamplerService:
         await self.engine.close()
         self._revisions.close()
 
+    def _replica(self, name: str, config: SamplerConfig) -> Replica:
+        host = self._hosts(next(self._engines_made))
+        engine = EngineProcess("sampler_service.engine", config, host)
+        capacity = config.max_adapters
+        leases = AdapterLeases(self._revisions, engine, self.tasks, capacity=capacity)
+        return Replica(name, engine, leases, config.device)
+
+    def _another(self, name: str, device: str, others: Sequence[str]) -> Replica:
+        return self._replica(name, self._config.beside(others, device))
+
     async def _model(self) -> ModelDescription:
         """What is served; waits for the first start of an engine."""
-        return self._served or (await self.engine.hello()).model
+        return self.engine.model or (await self.engine.hello()).model
 
     def _replicas_now(self) -> model_pb2.GetServerCapabilitiesResponse:
-        up, all_ = len(self.engine.up), len(self.engine)
-        return model_pb2.GetServerCapabilitiesResponse(replicas=all_, replicas_ready=up)
+        staying = sum(not each.leaving for each in self.engine)
+        return model_pb2.GetServerCapabilitiesResponse(
+            replicas=staying, replicas_ready=len(self.engine.up)
+        )
 
 
 def _revisions(config: SamplerConfig, engine: Replicas, tasks: Tasks) -> Revisions:

@@ -65,12 +65,20 @@ def agent_of(engine: psutil.Process) -> psutil.Process:
     return agent
 
 
+def is_on_node(process: psutil.Process) -> bool:
+    """Whether it is an engine, and an actor's child."""
+    try:
+        return bool(agent_of(process))
+    except (psutil.Error, AssertionError):
+        return False
+
+
 def engines_of(module: str) -> list[psutil.Process]:
     """The engines of a module that are actors' children."""
     found = []
     for each in psutil.process_iter():
-        with suppress(psutil.Error, AssertionError):
-            if f"{module}.engine" in each.cmdline() and agent_of(each):
+        with suppress(psutil.Error):
+            if f"{module}.engine" in each.cmdline() and is_on_node(each):
                 found.append(each)
     return found
 

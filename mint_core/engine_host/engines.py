@@ -10,6 +10,8 @@ from mint_core.engine_host.process import EngineProcess
 class EnginesAsOne(ABC):
     """What health, metrics and administrators see of them; see `EngineView`."""
 
+    ended_restarts = 0  # of engines that are gone
+
     @property
     @abstractmethod
     def engines(self) -> Iterable[EngineProcess]:
@@ -22,7 +24,7 @@ class EnginesAsOne(ABC):
 
     @property
     def restarts(self) -> int:
-        return sum(engine.restarts for engine in self.engines)
+        return self.ended_restarts + sum(engine.restarts for engine in self.engines)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -47,7 +49,6 @@ class Engines(EnginesAsOne):
     def __init__(self, first: EngineProcess) -> None:
         self._all = [first]
         self.changed = first.changed  # set when `ready` may have, for one reader who clears it
-        self._ended_restarts = 0
 
     @property
     def engines(self) -> Iterable[EngineProcess]:
@@ -59,9 +60,5 @@ class Engines(EnginesAsOne):
 
     def remove(self, engine: EngineProcess) -> None:
         self._all.remove(engine)
-        self._ended_restarts += engine.restarts
+        self.ended_restarts += engine.restarts
         self.changed.set()
-
-    @property
-    def restarts(self) -> int:
-        return self._ended_restarts + super().restarts

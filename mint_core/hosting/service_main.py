@@ -116,8 +116,9 @@ async def _live(config: C, role: Role, build: Build[C]) -> None:
     )
     service = build(config, metrics, door, quotas)
     service.add_to(server)
-    desk = getattr(service, "group_desk", None)  # of a trainer
-    admin = AdminServicer(keys, quotas, metrics, service.engine, tls, stopped.set, desk)
+    groups = getattr(service, "group_desk", None)  # of a trainer
+    replicas = getattr(service, "replica_desk", None)  # of a sampler
+    admin = AdminServicer(keys, quotas, metrics, service.engine, tls, stopped.set, groups, replicas)
     server.add(admin_pb2_grpc.add_AdminServiceServicer_to_server, admin, ADMIN_SERVICE)
     metrics.watch_engine(service.engine)
     try:

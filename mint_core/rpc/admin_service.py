@@ -1,11 +1,12 @@
 """AdminService, which both services answer: keys, tenants, and the server itself."""
 
 import dataclasses
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -22,14 +23,24 @@ from mintrpc.v1 import admin_pb2, admin_pb2_grpc
 SERVICE = "mintrpc.v1.AdminService"
 
 
-class GroupDesk(Protocol):
-    """What an administrator asks of groups and has done to them."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
-    def list(self) -> Sequence[admin_pb2.GroupStatus]: ...
+S = TypeVar("S", covariant=True)
 
-    def drain(self, name: str) -> admin_pb2.GroupStatus: ...
 
-    async def add(self, device: str, name: str) -> admin_pb2.GroupStatus: ...
+class EngineDesk(Protocol[S]):
+    """What an administrator asks of a service's engines and has done to them."""
+
+    def list(self) -> Sequence[S]: ...
+
+    def drain(self, name: str) -> S: ...
+
+    async def add(self, device: str, name: str) -> S: ...
+
+
+GroupDesk = EngineDesk[admin_pb2.GroupStatus]
+ReplicaDesk = EngineDesk[admin_pb2.ReplicaStatus]
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -44,6 +55,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         tls: Tls | None,
         stop: Callable[[], None],  # as SIGTERM does
         groups: GroupDesk | None = None,
+        replicas: ReplicaDesk | None = None,
     ) -> None:
         self._keys = keys
         self._quotas = quotas
@@ -52,6 +64,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._tls = tls
         self._stop = stop
         self._groups = groups
+        self._replicas = replicas
         self._draining = False
         self._start_s = time.time()
 
@@ -140,33 +153,82 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ListGroupsRequest, context: Any
     ) -> admin_pb2.ListGroupsResponse:
         """See admin.proto."""
-        return admin_pb2.ListGroupsResponse(groups=self._desk().list())
+        return admin_pb2.ListGroupsResponse(groups=self._group_desk().list())
 
     async def DrainGroup(
         self, request: admin_pb2.DrainGroupRequest, context: Any
     ) -> admin_pb2.DrainGroupResponse:
         """See admin.proto."""
-        if not request.name:
-            raise InvalidRequest("`name` is empty; ListGroups names all", field="name")
-        return admin_pb2.DrainGroupResponse(group=self._desk().drain(request.name))
+        name = _name_of(request, "ListGroups")
+        return admin_pb2.DrainGroupResponse(group=self._group_desk().drain(name))
 
     async def AddGroup(
         self, request: admin_pb2.AddGroupRequest, context: Any
     ) -> admin_pb2.AddGroupResponse:
         """See admin.proto."""
-        return admin_pb2.AddGroupResponse(
-            group=await self._desk().add(request.device, request.name)
-        )
+        group = await self._group_desk().add(*_place_of(request))
+        return admin_pb2.AddGroupResponse(group=group)
 
-    def _desk(self) -> GroupDesk:
+    async def ListReplicas(
+        self, request: admin_pb2.ListReplicasRequest, context: Any
+    ) -> admin_pb2.ListReplicasResponse:
+        """See admin.proto."""
+        return admin_pb2.ListReplicasResponse(replicas=self._replica_desk().list())
+
+    async def DrainReplica(
+        self, request: admin_pb2.DrainReplicaRequest, context: Any
+    ) -> admin_pb2.DrainReplicaResponse:
+        """See admin.proto."""
+        name = _name_of(request, "ListReplicas")
+        return admin_pb2.DrainReplicaResponse(replica=self._replica_desk().drain(name))
+
+    async def AddReplica(
+        self, request: admin_pb2.AddReplicaRequest, context: Any
+    ) -> admin_pb2.AddReplicaResponse:
+        """See admin.proto."""
+        replica = await self._replica_desk().add(*_place_of(request))
+        return admin_pb2.AddReplicaResponse(replica=replica)
+
+    def _group_desk(self) -> GroupDesk:
         if self._groups is None:
             raise FailedPrecondition("this server has no groups of runs; ask the trainer's port")
         return self._groups
+
+    def _replica_desk(self) -> ReplicaDesk:
+        if self._replicas is None:
+            raise FailedPrecondition("this server has no replicas; ask the sampler's port")
+        return self._replicas
 
     def _ring(self) -> KeyRing:
         if self._keys is None:
             raise FailedPrecondition("this server has no keys; start it with --keys FILE")
         return self._keys
+
+
+def _name_of(
+    request: admin_pb2.DrainGroupRequest | admin_pb2.DrainReplicaRequest, listing: str
+) -> str:
+    if not request.name:
+        raise InvalidRequest(f"`name` is empty; {listing} names all", field="name")
+    return request.name
+
+
+def _place_of(
+    request: admin_pb2.AddGroupRequest | admin_pb2.AddReplicaRequest,
+) -> tuple[str, str]:
+    """Device and name, which may be empty."""
+    device, name = request.device, request.name
+    if device and not _DEVICE.fullmatch(device):
+        raise InvalidRequest(
+            f"`device` {device!r} is none; give cpu, cuda or cuda:N", field="device"
+        )
+    if name and not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"`name` {name!r} is none; give 1 to 64 letters, digits, `.`, `_` or `-`, the first a "
+            "letter or digit",
+            field="name",
+        )
+    return device, name
 
 
 def _message(ring: KeyRing, key: Key) -> admin_pb2.Key:

@@ -18,11 +18,13 @@ class Replica:
     name: str
     engine: EngineProcess
     leases: AdapterLeases
+    device: str = "auto"  # as it was asked for
     leaving: bool = False  # takes no more requests
     cache_tokens: int = 0  # that its engine may keep
     under_way: Counter[str] = field(default_factory=Counter)  # tokens by tenant, as foreseen
+    requests: int = 0  # under way
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    _requests: int = 0
+    following: "tuple[asyncio.Task[None], ...]" = ()  # what goes on while it is there
     _kept: KeptPrompts = field(default_factory=KeptPrompts)
     _life: int = 1  # of the engine that keeps them
 
@@ -47,15 +49,15 @@ class Replica:
     @contextmanager
     def working(self, tenant: str, tokens: int) -> Iterator[None]:
         """Holds a request of so many tokens while it goes on."""
-        self._requests += 1
+        self.requests += 1
         self.under_way[tenant] += tokens
         self.idle.clear()
         try:
             yield
         finally:
-            self._requests -= 1
+            self.requests -= 1
             self.under_way[tenant] -= tokens
             if not self.under_way[tenant]:
                 del self.under_way[tenant]
-            if not self._requests:
+            if not self.requests:
                 self.idle.set()

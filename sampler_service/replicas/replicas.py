@@ -41,6 +41,7 @@ class Replicas(EnginesAsOne):
         self._replicas: list[Replica] = []
         self._shares = Shares()
         self._usual_tokens = USUAL_TOKENS
+        self.model: ModelDescription | None = None  # that is served; None: none is up yet
         self.found: Counter[tuple[str, ...]] = Counter()  # requests: replica, adapter, prompt
         self.changed = asyncio.Event()  # set when `ready` may change, for one reader who clears it
 
@@ -67,9 +68,9 @@ class Replicas(EnginesAsOne):
     def engines(self) -> Iterator[EngineProcess]:
         return (each.engine for each in self._replicas)
 
-    async def start(self, tasks: Tasks) -> ModelDescription:
-        """Starts all, and returns what is served, with the shortest context of any. Raises what
-        keeps one from loading.
+    async def start(self, tasks: Tasks) -> None:
+        """Starts all; what is served has the shortest context of any. Raises what keeps one from
+        loading.
         """
         starts = [asyncio.create_task(each.engine.start()) for each in self._replicas]
         try:
@@ -82,11 +83,41 @@ class Replicas(EnginesAsOne):
         if len({model.fingerprint for model in models}) > 1:
             raise FailedPrecondition("the replicas have loaded different base models; start again")
         for each, hello in zip(self._replicas, hellos, strict=True):
-            each.cache_tokens = hello.kv_cache_tokens
-            each.leases.most_ranks = hello.adapter_ranks
-            tasks.start(self._follow(each), f"replica {each.name}")
-            tasks.start(each.leases.run(), f"adapter leases of replica {each.name}")
-        return min(models, key=lambda model: model.context_length)
+            self._welcome(each, hello, tasks)
+        self.model = min(models, key=lambda model: model.context_length)
+
+    def join(self, replica: Replica, hello: Hello, tasks: Tasks) -> None:
+        """Has one more, which has said this, take requests. Raises FailedPrecondition if it would
+        answer otherwise than the others.
+        """
+        served, found = self.model, hello.model
+        assert served is not None, "start() comes first"
+        if found.fingerprint != served.fingerprint:
+            raise FailedPrecondition(
+                "it has loaded another base model than the others; put the files of `base_model` "
+                "back, or restart the server"
+            )
+        if (kind := found.device.partition(":")[0]) != served.device.partition(":")[0]:
+            raise FailedPrecondition(
+                f"it is on {kind} and the others are not, so that a seed would draw other tokens; "
+                "give a `device` of their kind"
+            )
+        if found.context_length < served.context_length:
+            raise FailedPrecondition(
+                f"its memory holds a context of {found.context_length} tokens, and clients were "
+                f"told of {served.context_length}; give a `device` with more free memory"
+            )
+        self._replicas.append(replica)
+        self._welcome(replica, hello, tasks)
+        self.changed.set()
+
+    def remove(self, replica: Replica) -> None:
+        """Forgets one that has ended."""
+        for task in replica.following:
+            task.cancel()
+        self._replicas.remove(replica)
+        self.ended_restarts += replica.engine.restarts
+        self.changed.set()
 
     async def hello(self) -> Hello:
         """Waits until one is up, and returns what it said of itself."""
@@ -108,8 +139,14 @@ class Replicas(EnginesAsOne):
 
     async def call(self, job: object) -> object:
         """Asks one that is up what all know."""
-        await self.hello()
-        return await (self.up or self._replicas)[0].engine.call(job)
+        while True:
+            await self.hello()
+            asked = (self.up or self._replicas)[0]
+            try:
+                return await asked.engine.call(job)
+            except Unavailable:
+                if not self.lacks(asked):
+                    raise
 
     @contextmanager
     def place(self, job: jobs.Generate, revision: Revision | None) -> Iterator[Place]:
@@ -126,7 +163,8 @@ class Replicas(EnginesAsOne):
         chosen = choose(wanted, standings)
         replica, standing = among[chosen], standings[chosen]
         tokens = wanted.prompt_tokens - standing.warm_tokens + wanted.continuation_tokens
-        self._note_found(replica, standing, revision)
+        if several:
+            self._note_found(replica, standing, revision)
         replica.kept.add(prompt, replica.cache_tokens)
         had_tokens = self._shares.begin(job.tenant)
         place = Place(replica, had_tokens if several else 0)
@@ -149,9 +187,9 @@ class Replicas(EnginesAsOne):
         """Whether what waits for a replica had better go to another."""
         return self.ready and replica not in self.up
 
-    async def drain(self, name: str, limit_s: float) -> None:
-        """Gives a replica no more requests, waits for so long until those that it has have ended,
-        and ends it. Others go on with what is left.
+    async def drain(self, name: str, limit_s: float | None) -> None:
+        """Gives a replica no more requests, waits for so long (None: as long as it takes) until
+        those that it has have ended, and ends it. Others go on with what is left.
         """
         (replica,) = (each for each in self._replicas if each.name == name)
         replica.leaving = True
@@ -166,6 +204,14 @@ class Replicas(EnginesAsOne):
         for each in self._replicas:
             each.leaving = True
         await asyncio.gather(*(self.drain(each.name, 0) for each in self._replicas))
+
+    def _welcome(self, replica: Replica, hello: Hello, tasks: Tasks) -> None:
+        replica.cache_tokens = hello.kv_cache_tokens
+        replica.leases.most_ranks = hello.adapter_ranks
+        replica.following = (
+            tasks.start(self._follow(replica), f"replica {replica.name}"),
+            tasks.start(replica.leases.run(), f"adapter leases of replica {replica.name}"),
+        )
 
     async def _follow(self, replica: Replica) -> None:
         while True:

@@ -1,8 +1,25 @@
-"""Metrics of a sampler that has several replicas."""
+"""Metrics of a sampler's replicas."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from mint_core.rpc.metrics import Metrics
 from sampler_service.replicas.replica import Replica
 from sampler_service.replicas.replicas import Replicas
+
+_OF_EACH: Sequence[tuple[str, str, Callable[[Replica], float]]] = (
+    ("mint_replica_ready", "1 while it is up", lambda each: each.engine.ready),
+    (
+        "mint_replica_restarts",
+        "Times its engine was started again",
+        lambda each: each.engine.restarts,
+    ),
+    (
+        "mint_replica_tokens",
+        "Tokens of requests under way there, as foreseen",
+        lambda each: each.under_way.total(),
+    ),
+)
 
 
 def watch_replicas(metrics: Metrics, replicas: Replicas) -> None:
@@ -13,22 +30,9 @@ def watch_replicas(metrics: Metrics, replicas: Replicas) -> None:
         ["replica", "adapter", "prompt"],
         lambda: replicas.found,
     )
-    for each in replicas:
-        _watch(metrics, each)
+    for name, help, read in _OF_EACH:
+        metrics.table(name, help, ["replica"], partial(_read, replicas, read))
 
 
-def _watch(metrics: Metrics, replica: Replica) -> None:
-    engine, name = replica.engine, replica.name
-    metrics.gauge("mint_replica_ready", "1 while it is up", lambda: engine.ready, replica=name)
-    metrics.gauge(
-        "mint_replica_restarts",
-        "Times its engine was started again",
-        lambda: engine.restarts,
-        replica=name,
-    )
-    metrics.gauge(
-        "mint_replica_tokens",
-        "Tokens of requests under way there, as foreseen",
-        lambda: replica.under_way.total(),
-        replica=name,
-    )
+def _read(replicas: Replicas, read: Callable[[Replica], float]) -> Mapping[tuple[str, ...], float]:
+    return {(each.name,): read(each) for each in replicas}

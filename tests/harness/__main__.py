@@ -1,35 +1,37 @@
-"""`python -m tests.harness KILLS SEED [ray]`: trains and samples for four tenants while processes
-are killed, until so many were, and checks all that was said. Status 1 and a line per problem if
-anything was lost, done twice, or differs in a bit from what a server without faults says.
+"""`python -m tests.harness KILLS SEED [--on ray] [--minutes N]`: trains and samples for four
+tenants while processes are killed, until so many were, and checks all that was said. Status 1 and a
+line per problem if anything was lost, done twice, or differs in a bit from what a server without
+faults says. In every other round trainer and sampler share no folder.
 """
 
+import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
 
 from tests.harness.checker import Event, crossings, problems
 from tests.harness.faults import Faults
-from tests.harness.stage import SILENCE_LIMIT_S, staged
+from tests.harness.stage import BESIDE, SILENCE_LIMIT_S, Hosting, staged
 from tests.ray_cluster import running_cluster
 
 USERS = 4
-GROUPS = 2  # of the trainer that faults befall; the other has one
+ENGINES = 2  # of each service that faults befall; the others have one
 DISK_MIB = 96
 
 
 @dataclass
 class Report:
-    kills: int = 0
+    kills: Counter[str] = field(default_factory=Counter)  # by whose they were
     faults: Counter[str] = field(default_factory=Counter)
     calls: int = 0
     rounds: int = 0
@@ -37,9 +39,13 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        named = " ".join(f"{name}={count}" for name, count in sorted(self.faults.items()))
-        counts = f"rounds={self.rounds} kills={self.kills} calls={self.calls}"
-        return f"{counts} crossings={self.crossings} faults: {named}"
+        counts = f"rounds={self.rounds} kills={self.kills.total()} calls={self.calls}"
+        killed, faults = _named(self.kills), _named(self.faults)
+        return f"{counts} crossings={self.crossings} killed: {killed} faults: {faults}"
+
+
+def _named(counts: Counter[str]) -> str:
+    return " ".join(f"{name}={count}" for name, count in sorted(counts.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Play:
     folder: Path
     model: Path
     steps: int
-    hosting: Mapping[str, object]  # flags that say where engines run
+    hosting: Hosting
 
     def undisturbed(self) -> list[Event]:
         folder = self.folder / "undisturbed"
@@ -59,7 +65,7 @@ class Play:
             for _ in stage.running():
                 pass
             found = stage.history()
-            assert stage.kills() == 0, "something died by itself"
+            assert not stage.kills(), "something died by itself"
         return list(found)
 
     def round(
@@ -71,7 +77,13 @@ class Play:
         with (
             small_disk(folder / "state") as disk,
             staged(
-                folder, self.model, USERS, folder / "state" / "journal", GROUPS, self.hosting
+                folder,
+                self.model,
+                USERS,
+                folder / "state" / "journal",
+                engines=ENGINES,
+                wire=number % 2 == 0,
+                hosting=self.hosting,
             ) as stage,
         ):
             stage.start_users(USERS, self.steps)
@@ -113,14 +125,16 @@ def run(
     steps: int,
     gap: int,
     first: Sequence[str],
-    hosting: Mapping[str, object] = MappingProxyType({}),
+    hosting: Hosting = BESIDE,
+    limit_s: float = float("inf"),
 ) -> Report:
-    """Plays until there were so many kills, or there is a problem. The quiet play, with which all
-    are compared, has its engines beside their fronts.
+    """Plays until there were so many kills, or there is a problem, and begins no round once so much
+    time has gone. The quiet play, with which all are compared, has its engines beside their fronts.
     """
+    ends_s = time.monotonic() + limit_s
     random, play, total = Random(seed), Play(folder, model, steps, hosting), Report()
     expected = play.undisturbed()
-    while total.kills < kills and not total.problems:
+    while total.kills.total() < kills and not total.problems and time.monotonic() < ends_s:
         report = play.round(total.rounds, random, gap, first, expected)
         total.kills += report.kills
         total.calls += report.calls
@@ -133,25 +147,28 @@ def run(
 
 
 @contextmanager
-def hosting(folder: Path, where: str = "processes") -> Iterator[Mapping[str, object]]:
-    """Flags that say where engines run: beside their fronts, or on two nodes of a cluster of Ray
-    that share no folder with them.
+def hosting(folder: Path, where: str = "processes") -> Iterator[Hosting]:
+    """Engines are beside their fronts, or on two nodes of a cluster of Ray that share no folder
+    with them.
     """
     if where == "processes":
-        yield {}
+        yield BESIDE
         return
     with running_cluster(head_cpus=0, more_nodes=2) as cluster:
-        yield {
-            "engines_on": where,
-            "ray_address": cluster.address,
-            "ray_folder": folder / "node",
-        }
+        flags = {"engines_on": where, "ray_address": cluster.address, "ray_folder": folder / "node"}
+        yield Hosting(flags, cluster)
 
 
 def main() -> int:
     from tests.models import tiny_qwen3
 
-    kills, seed = map(int, sys.argv[1:3])
+    parser = argparse.ArgumentParser("python -m tests.harness")
+    parser.add_argument("kills", type=int)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--on", choices=("processes", "ray"), default="processes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="until the last round")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started stays
     # Processes that are started would otherwise compile our sources once more each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
@@ -159,11 +176,21 @@ def main() -> int:
     logging.info("logs and histories are in %s", folder)
     model = tiny_qwen3(folder / "model")
     started_s = time.monotonic()
-    with hosting(folder, *sys.argv[3:]) as where:
-        report = run(folder, model, kills, seed, steps=8, gap=5, first=(), hosting=where)
+    with hosting(folder, given.on) as where:
+        report = run(
+            folder,
+            model,
+            given.kills,
+            given.seed,
+            steps=8,
+            gap=5,
+            first=(),
+            hosting=where,
+            limit_s=60 * given.minutes,
+        )
     elapsed_s = time.monotonic() - started_s
     sys.stdout.writelines(f"{problem}\n" for problem in report.problems)
-    sys.stdout.write(f"seed={seed} {report.line()} elapsed_s={elapsed_s:.0f}\n")
+    sys.stdout.write(f"seed={given.seed} {report.line()} elapsed_s={elapsed_s:.0f}\n")
     return int(bool(report.problems))
 
 

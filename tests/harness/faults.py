@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,8 @@ import psutil
 from tests.harness.asides import Aside, Damage, Deletion, Held, Poison
 from tests.harness.history import Progress
 from tests.harness.stage import Stage
-from tests.supervised import dying_at
+from tests.ray_cluster import is_on_node
+from tests.supervised import Supervised, dying_at
 
 FRONT_POINTS = {
     "journal:before-commit": 60,
@@ -59,12 +61,14 @@ WEIGHTS = {
     "damage": 1,
     "restore": 1,
     "renew_group": 3,
+    "renew_replica": 3,
 }
+ON_RAY = {"node": 3}  # more of them
 REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 # A call with which three engines die is given up, which is right. So no engine is ended again until
 # every call that was under way has been answered, nor while a fault point waits for one, nor while
 # something happens beside the scripts.
-ENDS_ENGINES = ("engine", "sampler_engine", "replica", "memory", "poison")
+ENDS_ENGINES = ("engine", "sampler_engine", "replica", "memory", "poison", "node")
 # Calls beside the scripts know of no other timeline.
 BESIDE = ("poison", "delete", "damage", "restore")
 ALWAYS_BEARABLE = ("front", "client", "sampler", "cut")
@@ -85,6 +89,7 @@ class Faults:
         self._gap = gap
         self._small_disk = small_disk
         self._next = random.randint(1, gap)
+        self._weights = WEIGHTS | (ON_RAY if stage.cluster else {})
         self._calm: list[tuple[int, Callable[[], None]]] = []  # at how many answers, what ends
         self._threads: list[threading.Thread] = []
         self._asides: list[Aside] = []
@@ -117,7 +122,7 @@ class Faults:
             return
         self._next = answered + self._random.randint(1, 2 * self._gap)
         for _ in range(self._random.choice((1, 1, 2))):
-            (name,) = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
+            (name,) = self._random.choices(list(self._weights), list(self._weights.values()))
             self.do(self._bearable(name))
 
     def _bearable(self, name: str) -> str:
@@ -198,12 +203,26 @@ class Faults:
             with suppress(psutil.NoSuchProcess):
                 self._random.choice(engines).kill()
 
-    def _renew_group(self) -> None:
-        self._do_beside(self._try_to_renew_group)
+    def _node(self) -> None:
+        """Loses a node of the cluster, and all engines that are there."""
+        stage = self._stage
+        driven = [each for s in (stage.trainer, stage.sampler) for each in s.engines()]
+        if engines := [each for each in driven if is_on_node(each)]:
+            self._do_beside(partial(self._lose_node_of, self._random.choice(engines)))
 
-    def _try_to_renew_group(self) -> None:
+    def _lose_node_of(self, engine: psutil.Process) -> None:
+        with suppress(psutil.Error, AssertionError):  # it has died meanwhile
+            self._stage.lose_node_of(engine)
+
+    def _renew_group(self) -> None:
+        self._do_beside(partial(self._renew, self._stage.trainer, "Group"))
+
+    def _renew_replica(self) -> None:
+        self._do_beside(partial(self._renew, self._stage.sampler, "Replica"))
+
+    def _renew(self, service: Supervised, kind: str) -> None:
         with suppress(grpc.RpcError):  # the front has died meanwhile, or an engine at its start
-            self._stage.renew_group()
+            self._stage.renew(service, kind)
 
     def _sampler(self) -> None:
         self._stage.sampler.kill()
@@ -262,7 +281,7 @@ class Faults:
 
     def _memory(self) -> None:
         """Leaves an engine no memory beyond what it has."""
-        for engine in self._stage.trainer.engines()[:1]:
+        for engine in self._stage.trainer.engines()[-1:]:
             with suppress(psutil.NoSuchProcess):
                 engine.rlimit(psutil.RLIMIT_AS, (engine.memory_info().vms, -1))
 

@@ -1,5 +1,5 @@
-"""Trainer, sampler with two replicas, a proxy before each, and users: real processes on real
-sockets.
+"""Trainer and sampler, of several engines each, proxies before both and between them, and users:
+real processes on real sockets.
 """
 
 import hashlib
@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import grpc
+import psutil
 
 import mint
 from checkpoint_store import CheckpointStore
@@ -26,14 +27,26 @@ from tests.checkpoint_files import moments
 from tests.engines.bad_store import BadStore
 from tests.harness import history
 from tests.harness.proxy import Proxy
-from tests.harness.user import saved_names
+from tests.harness.user import NOBODY_THERE, saved_names
 from tests.keys import make_key
+from tests.ray_cluster import add_node, kill_node_of
 from tests.supervised import Supervised, supervised
 
 LOOK_S = 0.02
 ADMIN_LIMIT_S = 60.0
 SILENCE_LIMIT_S = 600.0  # without an answer to anybody
 MOST_FAILURES = 3  # of a user's process by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """Where engines run: flags that say so, and the cluster of Ray if it is one."""
+
+    flags: Mapping[str, object] = field(default_factory=dict)
+    cluster: Any = None
+
+
+BESIDE = Hosting()  # their fronts
 
 
 @dataclass
@@ -58,7 +71,7 @@ class UserProcess:
                 return False
             if self.settled:
                 return self.timeline == 0  # else it goes on where the timelines have parted
-            self.failures += status != -signal.SIGKILL
+            self.failures += status not in (-signal.SIGKILL, NOBODY_THERE)
         words = (self.number, self.steps, self.lives, self.timeline, self.file)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.harness.user", *map(str, words)], env=self.environment
@@ -109,10 +122,11 @@ class Stage:
     state: Path
     trainer: Supervised
     sampler: Supervised
-    proxies: tuple[Proxy, Proxy]
+    proxies: list[Proxy]  # before trainer and sampler, and between them
     keys: list[str]  # of the users, and of one more tenant
     bad_store: BadStore
     admin_key: str
+    cluster: Any
     users: list[UserProcess] = field(default_factory=list)
     abandoned: list[dict[str, Any]] = field(default_factory=list)  # events
     stuck: bool = False
@@ -124,34 +138,39 @@ class Stage:
     def answered(self) -> int:
         return sum(user.answered for user in self.users)
 
-    def engine_deaths(self) -> int:
-        """Of engines that died and not their front."""
-        logs = self.trainer.log_text() + self.sampler.log_text()
-        return logs.count("; starting another in ")
-
     @property
     def settled(self) -> bool:
         """Whether nothing more will come from any user."""
         return all(user.settled for user in self.users)
 
-    def kills(self) -> int:
-        """Of any process, by whatever of the harness."""
-        fronts = (*self.trainer.exits, *self.sampler.exits)
-        clients = sum(user.kills for user in self.users)
-        return fronts.count(-signal.SIGKILL) + self.engine_deaths() + clients
+    def kills(self) -> Counter[str]:
+        """Of any process, by whatever of the harness; an engine's only where its front lived on."""
+        found = Counter(users=sum(user.kills for user in self.users))
+        for front, engines in (("trainer", "groups"), ("sampler", "replicas")):
+            service: Supervised = getattr(self, front)
+            found[front] = service.exits.count(-signal.SIGKILL)
+            found[engines] = service.log_text().count("; starting another in ")
+        return +found
 
-    def renew_group(self) -> None:
-        """Adds a group to the trainer's, and drains the oldest; whether that comes to its end."""
-        with grpc.insecure_channel(self.trainer.address) as channel:
+    def renew(self, service: Supervised, kind: str) -> None:
+        """Adds a group to the trainer's, or a replica to the sampler's, and drains the oldest."""
+        header = (("authorization", f"Bearer {self.admin_key}"),)
+        with grpc.insecure_channel(service.address) as channel:
             admin = admin_pb2_grpc.AdminServiceStub(channel)
-            options: dict[str, Any] = {
-                "metadata": (("authorization", f"Bearer {self.admin_key}"),),
-                "timeout": ADMIN_LIMIT_S,
-            }
-            admin.AddGroup(admin_pb2.AddGroupRequest(), **options)
-            groups = admin.ListGroups(admin_pb2.ListGroupsRequest(), **options).groups
-            oldest = next(group for group in groups if group.state != group.STATE_DRAINING)
-            admin.DrainGroup(admin_pb2.DrainGroupRequest(name=oldest.name), **options)
+
+            def call(method: str, **fields: str) -> Any:
+                request = getattr(admin_pb2, f"{method}Request")(**fields)
+                return getattr(admin, method)(request, metadata=header, timeout=ADMIN_LIMIT_S)
+
+            call(f"Add{kind}")
+            ((_, there),) = call(f"List{kind}s").ListFields()
+            oldest = next(each for each in there if each.state != each.STATE_DRAINING)
+            call(f"Drain{kind}", name=oldest.name)
+
+    def lose_node_of(self, engine: psutil.Process) -> None:
+        """With whatever else runs there; another comes to the cluster."""
+        kill_node_of(self.cluster, engine)
+        add_node(self.cluster)
 
     def client(self, number: int) -> mint.ServiceClient:
         """Beside the proxies, with a user's key."""
@@ -265,15 +284,22 @@ def staged(
     model: Path,
     users: int,
     state: Path,
-    groups: int = 1,
-    hosting: Mapping[str, object] = MappingProxyType({}),
+    *,
+    engines: int = 1,
+    wire: bool = False,
+    hosting: Hosting = BESIDE,
 ) -> Iterator[Stage]:
-    """Everything but the users' processes. `hosting`: flags that say where engines run."""
+    """Everything but the users' processes, with so many engines of each service. With `wire` the
+    sampler shares no folder with the trainer.
+    """
     with ExitStack() as stack:
         bad_store = BadStore(folder / "store")
         bad_store.folder.mkdir()
         keys = [make_key(tenant(number), folder / "keys") for number in range(users + 1)]
         admin_key = make_key("ops", folder / "keys", scopes=frozenset({"admin"}))
+        (folder / "sampler-key").write_text(
+            make_key("sampler", folder / "keys", scopes=frozenset({"fetch"}))
+        )
         flags: dict[str, object] = {
             "base_model": model,
             "base_model_name": "tiny",
@@ -281,30 +307,50 @@ def staged(
             "threads": 1,
             "store": folder / "store",
             "keys": folder / "keys",
-            **hosting,
+            **hosting.flags,
         }
-        services = []
-        for name, module, more in (
-            (
-                "trainer",
-                "tests.engines.mortal_service",
-                _TRAINER | {"state": state, "groups": groups},
-            ),
-            ("sampler", "sampler_service", {"replicas": 2}),
-        ):
+        proxies: list[Proxy] = []
+
+        def service(name: str, module: str, **more: object) -> Supervised:
             (folder / name).mkdir()
-            running = supervised(module, folder / name, (), **flags, **more)
-            services.append(stack.enter_context(running))
-        proxies = []
-        for service in services:
+            running = stack.enter_context(supervised(module, folder / name, **{**flags, **more}))
+            proxies.append(before(running))
+            return running
+
+        def before(service: Supervised) -> Proxy:
             proxy = Proxy(service.address)
             stack.callback(proxy.close)
-            proxies.append(proxy)
-        trainer, sampler = services
-        both = (proxies[0], proxies[1])
-        stage = Stage(folder, state, trainer, sampler, both, keys, bad_store, admin_key)
+            return proxy
+
+        trainer = service(
+            "trainer", "tests.engines.mortal_service", **_TRAINER, state=state, groups=engines
+        )
+        between = [before(trainer)] if wire else []
+        apart = _apart(folder, *between) if wire else {}
+        sampler = service("sampler", "sampler_service", replicas=engines, **apart)
+        proxies += between
+        stage = Stage(
+            folder=folder,
+            state=state,
+            trainer=trainer,
+            sampler=sampler,
+            proxies=proxies,
+            keys=keys,
+            bad_store=bad_store,
+            admin_key=admin_key,
+            cluster=hosting.cluster,
+        )
         stack.callback(stage.end_users)
         yield stage
+
+
+def _apart(folder: Path, between: Proxy) -> Mapping[str, object]:
+    """Flags of a sampler that gets adapters over the wire."""
+    return {
+        "store": f"http://{between.address}",
+        "store_api_key": folder / "sampler-key",
+        "local_folder": folder / "sampler" / "local",
+    }
 
 
 _TRAINER: dict[str, object] = {"max_batch_tokens": 256, "snapshot_s": 0.5, "drain_s": 4}

@@ -6,7 +6,8 @@ Users with an even number train on fixed data, some of it in many crumbs, and sa
 way; the others learn from what they sample. All that they do follows from their number, the place
 in the script and the timeline: on one that will be abandoned they train on other data.
 
-A save that finds no room is made again, as another call, before the weights change.
+A save that finds no room is made again, as another call, before the weights change. A process that
+meets nobody at first, as servers may be away, ends, and the next one tries.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from tests.training_load import batch
 
 VOCABULARY_SIZE = 512  # of tests.models, which would import torch
 LIMIT_S = 300.0
+NOBODY_THERE = 75  # exit status
 RETRY_S = 0.2  # after a save that found no room
 IN_FLIGHT = 5
 CRUMBS_IN_FLIGHT = 20
@@ -82,6 +84,7 @@ class User:
 
     def run(self, life: int) -> None:
         """All of the script that is left."""
+        started_s = time.monotonic()
         try:
             self._open(life)
             for place in range(self._found() + 1, len(self._kinds) + 1):
@@ -89,6 +92,9 @@ class User:
             self._settle_saves()
             self._wait_for(0)
         except mint.APIError as error:
+            early = time.monotonic() - started_s < LIMIT_S  # who was there is waited for so long
+            if early and isinstance(error, mint.APIConnectionError):
+                sys.exit(NOBODY_THERE)
             self._history.write("failed", error=str(error))
             raise
         self._service.close()

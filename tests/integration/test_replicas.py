@@ -74,7 +74,7 @@ def ask(sampler: Sampler, **fields: object) -> grpc.Future:
 def begun_stream(sampler: Sampler, **fields: object) -> "tuple[grpc.Call, list[list[int]]]":
     """A stream and the tokens that have come of each continuation, of which there are some."""
     request = sampler_pb2.StreamSampleRequest(sample=sample_request(**fields))  # type: ignore[arg-type]
-    stream = sampler.stub.StreamSample(request, timeout=ENGINES_S)
+    stream = sampler.stub.StreamSample(request, timeout=ENGINES_S, metadata=sampler.metadata)
     tokens: list[list[int]] = [[] for _ in range(request.sample.num_samples or 1)]
     for _ in range(10):
         part = next(stream)

@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mint_core.errors import AlreadyExists, FailedPrecondition, InvalidRequest, MintError, NotFound
+from mint_core.errors import AlreadyExists, FailedPrecondition, MintError, NotFound
 from mint_core.hosting.tasks import Tasks
 from mintrpc.v1 import admin_pb2, model_pb2
 from trainer_service.config import MAX_GROUPS
@@ -17,8 +16,6 @@ logger = logging.getLogger(__name__)
 
 MOVES = 8  # of a drain, at the same time
 RETRY_S = 1.0  # until what could not move is tried again
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 class GroupDesk:
@@ -56,16 +53,6 @@ class GroupDesk:
 
     async def add(self, device: str, name: str) -> admin_pb2.GroupStatus:
         """Starts one more group."""
-        if device and not _DEVICE.fullmatch(device):
-            raise InvalidRequest(
-                f"`device` {device!r} is none; give cpu, cuda or cuda:N", field="device"
-            )
-        if name and not _NAME.fullmatch(name):
-            raise InvalidRequest(
-                f"`name` {name!r} is none; give 1 to 64 letters, digits, `.`, `_` or `-`, the "
-                "first a letter or digit",
-                field="name",
-            )
         if self._groups.get(name):
             raise AlreadyExists(f"there is a group `{name}`; choose another name", name=name)
         if len(self._groups) >= MAX_GROUPS:

@@ -68,3 +68,15 @@ def test_each_replica_has_its_device_and_its_part_of_the_share() -> None:
     assert SamplerConfig(replicas=2).of_replica(1).device == "auto"
     assert SamplerConfig(replicas=2).of_replica(1).sharers == 2
     assert SamplerConfig(replicas=2, engines_on="ray").of_replica(1).sharers == 1
+
+
+def test_a_replica_that_comes_later_shares_with_those_that_are_there() -> None:
+    config = SamplerConfig(replicas=2, devices="cuda:0,cuda:1", memory_share=0.6)
+    own = config.beside(["cuda:0", "cuda:1"], "cuda:1")
+    assert (own.device, own.own_share, own.replicas) == ("cuda:1", 0.3, 3)
+    own = SamplerConfig().beside(["auto", "auto"], "auto")
+    assert (own.device, own.sharers) == ("auto", 3)
+    with pytest.raises(ValueError, match="of two kinds"):
+        SamplerConfig(device="cpu").beside(["cpu"], "cuda")
+    with pytest.raises(ValueError, match="`device` auto chose theirs"):
+        SamplerConfig().beside(["auto"], "cuda:1")
