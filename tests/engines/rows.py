@@ -248,7 +248,8 @@ def main() -> None:
     while Path(folder, HELD).exists():
         time.sleep(0.01)  # nothing tells of a file's end
     traits = getattr(config, "device", "")
-    pipe.send(Hello(model, MAX_BATCH_TOKENS, traits=traits))
+    most_tokens = getattr(config, "max_batch_tokens", 0) or MAX_BATCH_TOKENS
+    pipe.send(Hello(model, most_tokens, traits=traits))
     Rows(pipe, config.saved_row_folder, traits).serve()
 
 
