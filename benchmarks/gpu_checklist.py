@@ -31,6 +31,7 @@ PARTS = {
     "paged": 40,
     "head": 30,
     "peft": 60,
+    "services": 60,
 }
 STARTING_S = 60  # of a process, beside its first part
 
@@ -39,8 +40,9 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
     """Runs parts in this process. Leaves with status 3 when the device is broken."""
     import torch
 
-    from benchmarks import gpu_kernels, gpu_models, gpu_sampler, gpu_trainer
+    from benchmarks import gpu_kernels, gpu_models, gpu_sampler, gpu_services, gpu_trainer
 
+    modules = (gpu_kernels, gpu_trainer, gpu_sampler, gpu_services)
     bench = gpu_models.Bench(torch.device(device))
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
@@ -48,8 +50,7 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
         print(f"PART {part}", flush=True)
         started = time.perf_counter()
         try:
-            module = next(m for m in (gpu_kernels, gpu_trainer, gpu_sampler) if hasattr(m, part))
-            getattr(module, part)(bench)
+            getattr(next(module for module in modules if hasattr(module, part)), part)(bench)
             outcome = "done"
         except Exception:
             outcome = traceback.format_exc()

@@ -1,5 +1,5 @@
-"""What limits the tenants of a GPU: memory of weights, rows, the key/value cache and passes, by what
-the engines themselves compute, and how many tenants the defaults hold in one of so many GB.
+"""What limits the tenants of a GPU: memory of weights, rows, the key/value cache and passes, by
+what the engines themselves compute, and how many tenants the defaults hold in one of so many GB.
 
 `python -m benchmarks.gpu_memory [--gb 141] [--host-gb 512]`, on a CPU. Models of one and of two
 layers are measured, the rest is counted on; a CPU's forms of layers keep more than a GPU's.
@@ -80,18 +80,21 @@ def main() -> None:
         heads = config.num_hidden_layers * config.num_key_value_heads
         kv_bytes = 2 * heads * config.head_dim * BYTES
         free = options.gb * GB - found.weights
-        print(f"{name}: weights {found.weights / GB:.1f} GB", end="; ")
-        print(f"a token of the cache {kv_bytes / 2**10:.0f} KiB", end=", ")
-        print(f"of a pass {found.token / 2**20:.2f} MiB", end=", ")
-        print(f"recomputed {found.recomputed_token / 2**20:.2f} MiB")
-        print(f"  alone: passes of {MEMORY_SHARE['cuda'] * free / found.token:,.0f} tokens", end="")
-        print(f"; a cache of {CACHE_SHARE * free / kv_bytes:,.0f} tokens")
+        print(
+            f"{name}: weights {found.weights / GB:.1f} GB; a token of the cache "
+            f"{kv_bytes / 2**10:.0f} KiB, of a pass {found.token / 2**20:.2f} MiB, recomputed "
+            f"{found.recomputed_token / 2**20:.2f} MiB; alone on the GPU, passes of "
+            f"{MEMORY_SHARE['cuda'] * free / found.token:,.0f} tokens, or a cache of "
+            f"{CACHE_SHARE * free / kv_bytes:,.0f}"
+        )
+        room, host = DEVICE_SHARE * free, HOST_SHARE * options.host_gb * GB
         for rank, part in zip(RANKS, found.parts, strict=True):
-            room, host = DEVICE_SHARE * free, HOST_SHARE * options.host_gb * GB
-            print(f"  rank {rank:3}: a part of a row {part / 2**20:8.1f} MiB", end="; runs that ")
-            print(f"compute by turns without a move {room / (len(IN_PASS) * part):7,.0f}", end=", ")
-            print(f"whole on the GPU {room / (len(Part) * part):7,.0f}", end=", ")
-            print(f"at rest in the host's memory {host / (len(AT_REST) * part):7,.0f}")
+            print(
+                f"  rank {rank}: a part of a row {part / 2**20:.1f} MiB; runs on the GPU whole "
+                f"{room / (len(Part) * part):,.0f}, between their steps "
+                f"{room / (len(IN_PASS) * part):,.0f}, at rest in the host's memory "
+                f"{host / (len(AT_REST) * part):,.0f}"
+            )
 
 
 if __name__ == "__main__":
