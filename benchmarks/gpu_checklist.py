@@ -32,6 +32,7 @@ PARTS = {
     "head": 30,
     "peft": 60,
     "services": 60,
+    "roofline": 40,
 }
 STARTING_S = 60  # of a process, beside its first part
 
@@ -40,9 +41,16 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
     """Runs parts in this process. Leaves with status 3 when the device is broken."""
     import torch
 
-    from benchmarks import gpu_kernels, gpu_models, gpu_sampler, gpu_services, gpu_trainer
+    from benchmarks import (
+        gpu_kernels,
+        gpu_models,
+        gpu_roofline,
+        gpu_sampler,
+        gpu_services,
+        gpu_trainer,
+    )
 
-    modules = (gpu_kernels, gpu_trainer, gpu_sampler, gpu_services)
+    modules = (gpu_kernels, gpu_trainer, gpu_sampler, gpu_services, gpu_roofline)
     bench = gpu_models.Bench(torch.device(device))
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
