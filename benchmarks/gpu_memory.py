@@ -42,7 +42,7 @@ def sizes(config: Qwen3Config) -> Sizes:
     bank = base.new_bank()
     memory = measure(base, max(RANKS))
     return Sizes(
-        weights=sum(p.nbytes for p in base.model.parameters()),
+        weights=sum({p.data_ptr(): p.nbytes for p in base.model.parameters()}.values()),
         parts=tuple(bank.rank_class(rank).part_bytes for rank in RANKS),
         token=memory.pass_bytes(MOST_BATCH_TOKENS["cuda"]) / MOST_BATCH_TOKENS["cuda"],
         recomputed_token=memory.recomputed_pass_bytes(2**15) / 2**15,

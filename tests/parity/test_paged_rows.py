@@ -80,7 +80,7 @@ def resident(qwen3_folder: Path) -> tuple[list[list[float]], list[RowArrays]]:
     return trained
 
 
-@pytest.mark.parametrize("host_bytes", [0, LARGEST_ROW // 4], ids=["disk", "host and disk"])
+@pytest.mark.parametrize("host_bytes", [0, LARGEST_ROW // 2], ids=["disk", "host and disk"])
 def test_paged_runs_equal_those_that_stay(
     qwen3_folder: Path, host_bytes: int, resident: tuple[list[list[float]], list[RowArrays]]
 ) -> None:
