@@ -40,6 +40,8 @@ PARTS = {
     "paged": 40,
     "head": 30,
     "peft": 60,
+    "services": 60,
+    "roofline": 40,
 }
 STARTING_S = 60  # of a process, beside its first part
 
@@ -48,9 +50,17 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
     """Runs parts in this process. Leaves with status 3 when the device is broken."""
     import torch
 
-    from benchmarks import gpu_kernels, gpu_models, gpu_recorded, gpu_sampler, gpu_trainer
+    from benchmarks import (
+        gpu_kernels,
+        gpu_models,
+        gpu_recorded,
+        gpu_roofline,
+        gpu_sampler,
+        gpu_services,
+        gpu_trainer,
+    )
 
-    modules = (gpu_recorded, gpu_kernels, gpu_trainer, gpu_sampler)
+    modules = (gpu_recorded, gpu_kernels, gpu_trainer, gpu_sampler, gpu_services, gpu_roofline)
     results = out / "checklist.jsonl"
     bench = gpu_models.Bench(torch.device(device), results)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

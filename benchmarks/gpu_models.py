@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from mint_core.model import loading
+from mint_core.model.architecture import text_part
 from tests.models import write_tokenizer
 
 _QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "eos_token_id": 2}
@@ -107,13 +108,18 @@ def copied_bytes_per_s(bench: Bench) -> float:
     return 2 * numbers.nbytes / bench.seconds(lambda: copy.copy_(numbers), 10)
 
 
-@contextmanager
-def random_model(bench: Bench, name: str) -> Iterator[Path]:
+def random_model(bench: Bench, name: str) -> AbstractContextManager[Path]:
     """A folder that `load_base` takes for this model while the context lasts."""
-    config = CONFIGS["tiny" if bench.tiny else name]
+    return model_of(CONFIGS["tiny" if bench.tiny else name], bench.device)
 
-    def read(*_: object) -> tuple[nn.Module, tuple[int, ...]]:
-        return make_model(config, bench.device), (2,)
+
+@contextmanager
+def model_of(config: Qwen3Config, device: torch.device) -> Iterator[Path]:
+    """The same for a configuration."""
+
+    def read(*_: object) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+        model = make_model(config, device)
+        return model, text_part(model), (2,)
 
     kept = loading._read
     with tempfile.TemporaryDirectory() as folder:

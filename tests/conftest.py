@@ -20,7 +20,7 @@ from mint_core.model.reproducible import ask_for_reproducible_products
 ask_for_reproducible_products()
 # Processes that tests start would otherwise compile our sources once more each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.setdefault("MINT_WARM_STARTS", "0")  # 1: they start sooner; see tests.warm
+os.environ.setdefault("MINT_WARM_STARTS", "1")  # services start sooner; see tests.warm
 # Before any test calls cuBLAS: it is asked once, and `isolated` runs need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not Path("/dev/nvidiactl").exists():

@@ -224,10 +224,13 @@ class EngineRun:
             self.engine.run(LoadRow(self.name, source))
         self._taken = arrays.step
 
-    def gradient(self) -> AdapterArrays:
+    def saved(self) -> RowFile:
         saved = save(self.engine, SaveRow(training_run_id=self.name, sequence=0, optional=False))
         assert isinstance(saved, SavedRow)
-        row = RowFile.open(Path(_SAVED_ROWS.name, saved.file))
+        return RowFile.open(Path(_SAVED_ROWS.name, saved.file))
+
+    def gradient(self) -> AdapterArrays:
+        row = self.saved()
         layout = RowLayout(row.about["layout"].encode())
         return layout.matrices(row.read(Part.GRADIENT.value), self.spec)
 

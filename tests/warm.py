@@ -2,8 +2,8 @@
 take seconds. What is ours each process imports by itself, and from there on it is as after a cold
 start. A service has a nursery of its own beside it, so that its engine is its child.
 
-Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment; by default it is
-not yet. Benchmarks never are, since they measure processes as they are by themselves.
+Only what `started` starts is warm, where MINT_WARM_STARTS is 1 in the environment: in tests, unless
+they are told 0. Benchmarks never are, since they measure processes as they are by themselves.
 """
 
 import atexit

@@ -123,7 +123,7 @@ class RankBank:
 
 
 class AdapterRow:
-    """One adapter. It may be away: then its parts are kept elsewhere and must not be asked for."""
+    """One adapter. Parts may be away: then they are kept elsewhere and must not be asked for."""
 
     def __init__(self, spec: AdapterSpec, bank: RankBank, device: torch.device) -> None:
         self.spec = spec
@@ -132,7 +132,7 @@ class AdapterRow:
         self._device = device
         self._parts: dict[Part, Tensor] = {}
         self._groups: dict[tuple[Part, str], GroupMatrices] = {}
-        self._away = False
+        self._away: set[Part] = set()
         self.version = 0  # changes when weights are loaded
 
     @property
@@ -142,7 +142,7 @@ class AdapterRow:
 
     def part(self, part: Part) -> Tensor:  # [params]
         """A part; zero when it is first asked for."""
-        assert not self._away, "a row was used while it was away"
+        assert part not in self._away, "a row was used while it was away"
         if part not in self._parts:
             self._parts[part] = zero_vector(self.bank.row_size, self._device)
         return self._parts[part]
@@ -162,19 +162,23 @@ class AdapterRow:
 
     def free(self, part: Part) -> None:
         """Makes a part zero by giving its memory back."""
+        self._away.discard(part)
         self._parts.pop(part, None)
         self._groups = {key: views for key, views in self._groups.items() if key[0] is not part}
 
-    def leave(self) -> None:
-        """Gives all memory back; who calls this has copied what is needed of `held`."""
-        self._parts.clear()
-        self._groups.clear()
-        self._away = True
+    def leave(self, *parts: Part) -> None:
+        """Gives memory back, of all parts if none is named; who calls this has copied what is
+        needed of `held`.
+        """
+        for part in parts or Part:
+            self.free(part)
+            self._away.add(part)
 
     def come_back(self, parts: Mapping[Part, Tensor]) -> None:
-        """Takes the parts that were kept, wherever they lie now; others are zero."""
-        self._parts = {part: vector.to(self._device) for part, vector in parts.items()}
-        self._away = False
+        """Takes parts that were kept, wherever they lie now."""
+        for part, vector in parts.items():
+            self._parts[part] = vector.to(self._device)
+            self._away.discard(part)
 
     def load(self, part: Part, arrays: AdapterArrays) -> None:
         """Replaces a part by arrays of the adapter's modules, all finite. Raises InvalidRequest
@@ -186,7 +190,7 @@ class AdapterRow:
 
     def export(self, part: Part) -> dict[str, np.ndarray]:
         """Copies a part, padding removed, under PEFT's names."""
-        assert not self._away, "a row was used while it was away"
+        assert part not in self._away, "a row was used while it was away"
         vector = self._parts.get(part)
         if vector is None:
             vector = torch.zeros(self.bank.row_size)

@@ -1,10 +1,12 @@
 """Rows that leave the device and come back are what they were: bitwise equal to rows that stay."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mint_core.lora.bank import Part
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine, run_plan
 from trainer_service.engine.engine import Engine
@@ -78,7 +80,7 @@ def resident(qwen3_folder: Path) -> tuple[list[list[float]], list[RowArrays]]:
     return trained
 
 
-@pytest.mark.parametrize("host_bytes", [0, LARGEST_ROW], ids=["disk", "host and disk"])
+@pytest.mark.parametrize("host_bytes", [0, LARGEST_ROW // 2], ids=["disk", "host and disk"])
 def test_paged_runs_equal_those_that_stay(
     qwen3_folder: Path, host_bytes: int, resident: tuple[list[list[float]], list[RowArrays]]
 ) -> None:
@@ -103,13 +105,13 @@ class SmallDisk:
         (self._folder,) = folder.iterdir()
 
     def fill(self, *runs: str) -> None:
-        for run in runs:
-            self.free(run)
-            (self._folder / f"{run}.row").symlink_to("/dev/full")
+        self.free(*runs)
+        for run, part in product(runs, Part):
+            (self._folder / f"{run}.{part}.row").symlink_to("/dev/full")
 
     def free(self, *runs: str) -> None:
-        for run in runs:
-            (self._folder / f"{run}.row").unlink(missing_ok=True)
+        for run, part in product(runs, Part):
+            (self._folder / f"{run}.{part}.row").unlink(missing_ok=True)
 
 
 def test_a_full_disk_is_an_error_of_the_run_that_needs_room_alone(
@@ -168,14 +170,64 @@ def test_moving_rows_is_a_sign_of_life(qwen3_folder: Path) -> None:
     assert len(signs) >= 2 * len(tiles)  # each comes for its pass, and another leaves for it
 
 
+def saved_vectors(run: EngineRun) -> dict[str, np.ndarray]:
+    """By part, as the state has them."""
+    file = run.saved()
+    return {part: file.read(part) for part in file.digests}
+
+
+def files(folder: Path) -> list[str]:
+    """What has left memory: RUN.PART of each."""
+    return sorted(file.stem for file in folder.glob("*/*.row"))
+
+
 def test_the_run_idle_for_longest_leaves(qwen3_folder: Path, tmp_path: Path) -> None:
     engine = make_engine(qwen3_folder, row_memory_bytes=3 * 8 * PART_BYTES, row_folder=tmp_path)
     first, second, _ = (EngineRun(engine, name, REQUESTS[1]) for name in ("a", "b", "c"))
     first.export(False)
     EngineRun(engine, "d", REQUESTS[1])
-    assert [file.stem for file in tmp_path.glob("*/*.row")] == ["b"]
+    assert files(tmp_path) == ["b.weights"]
     second.export(False)
-    assert [file.stem for file in tmp_path.glob("*/*.row")] == ["c"]
+    assert files(tmp_path) == ["c.weights"]
+
+
+def test_moments_leave_first_and_are_away_between_steps(qwen3_folder: Path, tmp_path: Path) -> None:
+    signs: list[None] = []
+    engines = (
+        make_engine(
+            qwen3_folder,
+            row_memory_bytes=6 * 8 * PART_BYTES,
+            row_folder=tmp_path,
+            progress=lambda: signs.append(None),
+        ),
+        make_engine(qwen3_folder),
+    )
+    paged, resident = (
+        [EngineRun(engine, name, REQUESTS[1], random=1) for name in "ab"] for engine in engines
+    )
+    for run in (*paged, *resident):
+        for seed in range(2):
+            run.compute(run.tile(make_documents(seed, (7,)), CrossEntropy()))
+        run.step(PARAMS)
+    moments = ["a.exp_avg", "a.exp_avg_sq"]
+    assert files(tmp_path) == moments
+
+    signs.clear()
+    for seed in range(3):
+        for run in (*paged, *resident):
+            run.compute(run.tile(make_documents(seed, (7,)), CrossEntropy()))
+            run.export(False)
+    assert files(tmp_path) == moments  # and nothing was moved
+    assert not signs
+    saved = [saved_vectors(run) for run in (paged[0], resident[0])]
+    assert saved[0].keys() == saved[1].keys() == set(Part)
+    assert all(np.array_equal(saved[0][part], saved[1][part]) for part in Part)
+    assert files(tmp_path) == moments  # a copy was made where they are
+
+    for ours, theirs in zip(paged, resident, strict=True):
+        assert ours.step(PARAMS) == theirs.step(PARAMS)
+        assert equal(ours.export(), theirs.export())
+    assert files(tmp_path) != moments
 
 
 def test_a_row_larger_than_all_memory_for_rows_is_served(qwen3_folder: Path) -> None:

@@ -33,6 +33,7 @@ from trainer_service.errors import StateDamaged
 
 logger = logging.getLogger(__name__)
 
+PASS = (Part.WEIGHTS, Part.GRADIENT)
 MOMENTS = (Part.EXP_AVG, Part.EXP_AVG_SQ)
 
 W = TypeVar("W", jobs.Tile, jobs.StepRow)
@@ -112,7 +113,7 @@ class Engine:
         )
 
     def _plan(self, plan: jobs.Plan) -> tuple[jobs.TileResult, ...]:
-        parts = [frozenset({Part.GRADIENT} if tile.backward else ()) for tile in plan.tiles]
+        parts = [frozenset(PASS if tile.backward else PASS[:1]) for tile in plan.tiles]
         return self._by_spans(
             plan.tiles, parts, self._pass, lambda tile, error: jobs.TileResult(error=error)
         )
@@ -120,7 +121,7 @@ class Engine:
     def _by_spans(
         self,
         work: Sequence[W],
-        parts: Sequence[frozenset[Part]],  # that each changes
+        parts: Sequence[frozenset[Part]],  # that each uses
         do: Callable[[Sequence[W]], Sequence[R]],
         refuse: Callable[[W, MintError], R],
     ) -> tuple[R, ...]:
@@ -189,10 +190,13 @@ class Engine:
         self._rows[job.training_run_id].clear_gradient()
 
     def _write(self, job: jobs.WriteRow) -> None:
-        saving.write_weights(job, self._rows.here(job.manifest.training_run_id), self._progress)
+        trained = self._rows.here(job.manifest.training_run_id, Part.WEIGHTS)
+        saving.write_weights(job, trained, self._progress)
 
     def _save(self, job: jobs.SaveCheckpoint) -> saving.Rest:
-        return saving.save_checkpoint_later(job, self._rows.here(job.manifest.training_run_id))
+        run = job.manifest.training_run_id
+        parts = self._rows[run].worth_keeping if job.with_optimizer else (Part.WEIGHTS,)
+        return saving.save_checkpoint_later(job, self._rows.here(run, *parts))
 
     def _load(self, job: jobs.LoadRow) -> None:
         # First: the front counts on it whatever becomes of the load.
@@ -200,8 +204,8 @@ class Engine:
         self._fill(job.training_run_id, saving.read_source(job.source), job.source.step)
 
     def _save_row(self, job: jobs.SaveRow) -> saving.Rest:
-        trained = self._rows.here(job.training_run_id)
-        return saving.save_row_later(job, trained, self.base, self._saved_rows)
+        trained, parts = self._rows[job.training_run_id], self._rows.kept(job.training_run_id)
+        return saving.save_row_later(job, trained, parts, self.base, self._saved_rows)
 
     def _restore(self, job: jobs.RestoreRow) -> str:
         name = job.training_run_id
@@ -224,7 +228,7 @@ class Engine:
             trained.row.load(part, arrays)
         for part in MOMENTS:
             if part not in parts:
-                trained.row.free(part)
+                self._rows.free(name, part)
         trained.largest = largest(trained.row, moments=Part.EXP_AVG in parts)
         trained.step = step
 

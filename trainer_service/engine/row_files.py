@@ -1,11 +1,12 @@
-"""Rows in files, for runs that are idle and fit in no memory.
+"""Parts of rows in files, for runs that are idle and fit in no memory.
 
 The files are of no use without the engine that wrote them: each engine has a folder of its own,
 locked while it lives, and removes those whose engines are gone.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,24 +21,23 @@ from trainer_service.errors import RowStorageFull
 logger = logging.getLogger(__name__)
 
 
+RowPart = tuple[str, Part]  # of a run
+
+
 class RowFiles:
-    """One row file per row. It need not outlive the machine, so it is not flushed to disk."""
+    """A row file per part. They need not outlive the machine, so they are not flushed to disk."""
 
     def __init__(self, parent: Path, progress: Callable[[], None] = lambda: None) -> None:
         self._folder = owned_row_folder(parent, TRAINER_ROWS).path
         self._progress = progress
-        self._names: set[str] = set()
+        self._places: set[RowPart] = set()
+        self.count = Counter[Part]()  # how many rows have a part here
 
-    def __len__(self) -> int:
-        """How many rows are here."""
-        return len(self._names)
-
-    def put(self, name: str, parts: Mapping[Part, Tensor]) -> None:
-        """Writes a row; raises RowStorageFull, and keeps nothing of it, if that fails."""
-        path = self._path(name)
+    def put(self, place: RowPart, vector: Tensor) -> None:
+        """Writes a part; raises RowStorageFull, and keeps nothing of it, if that fails."""
+        path = self._path(place)
         try:
-            vectors = {part.value: vector.cpu().numpy() for part, vector in parts.items()}
-            write_row(path, vectors, {}, self._progress)
+            write_row(path, {place[1].value: vector.cpu().numpy()}, {}, self._progress)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise RowStorageFull(
@@ -45,29 +45,30 @@ class RowFiles:
                 f"`row_folder`: {error.strerror}; nothing of it is lost; free disk space or delete "
                 "runs, and call again"
             ) from error
-        self._names.add(name)
+        self._places.add(place)
+        self.count[place[1]] += 1
 
-    def get(self, name: str, size: int) -> dict[Part, Tensor]:
-        """Reads a row of vectors [size], which stays here too."""
-        parts = {}
+    def get(self, place: RowPart, size: int) -> Tensor:  # [size]
+        """Reads a part, which stays here too."""
+        name, part = place
+        vector = zero_vector(size, torch.device("cpu"))
         try:
-            file = RowFile.open(self._path(name))
-            for part in file.digests:
-                vector = parts[Part(part)] = zero_vector(size, torch.device("cpu"))
-                file.read(part, vector.numpy())
-                self._progress()
+            RowFile.open(self._path(place)).read(part.value, vector.numpy())
+            self._progress()
         except RowDamaged as error:
             logger.exception("a row could not be read")
             raise EngineFault(
-                f"the weights of training run `{name}` cannot be read from `row_folder`: {error}",
+                f"the {part} of training run `{name}` cannot be read from `row_folder`: {error}",
                 training_run_id=name,
             ) from error
-        return parts
+        return vector
 
-    def drop(self, name: str) -> None:
-        """Removes a row, if it is here."""
-        self._names.discard(name)
-        self._path(name).unlink(missing_ok=True)
+    def drop(self, place: RowPart) -> None:
+        """Removes a part, if it is here."""
+        if place in self._places:
+            self._places.remove(place)
+            self.count[place[1]] -= 1
+            self._path(place).unlink(missing_ok=True)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.row"
+    def _path(self, place: RowPart) -> Path:
+        return self._folder / f"{place[0]}.{place[1]}.row"

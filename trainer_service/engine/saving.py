@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoint_store import FileEntry, Manifest, open_row, write_published_row
 from checkpoint_store.adapter_files import (
@@ -35,12 +36,15 @@ from trainer_service.errors import RowNotSaved, RowNotWritten
 Rest = Callable[[Progress], object]
 
 
-def save_row_later(job: jobs.SaveRow, trained: TrainedRow, base: LoadedBase, folder: Path) -> Rest:
-    """Copies what of a row is needed to go on, the gradient if there is one."""
-    parts = {
-        part.value: vector.detach().to("cpu", copy=True)  # [params]
-        for part, vector in trained.worth_keeping().items()
-    }
+def save_row_later(
+    job: jobs.SaveRow,
+    trained: TrainedRow,
+    kept: Mapping[Part, Tensor],  # what of the row is needed to go on, each [params]
+    base: LoadedBase,
+    folder: Path,
+) -> Rest:
+    """Copies a row."""
+    parts = {part.value: vector.detach().to("cpu", copy=True) for part, vector in kept.items()}
     about = {
         "training_run_id": job.training_run_id,
         "sequence": str(job.sequence),
