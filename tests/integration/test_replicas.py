@@ -17,7 +17,7 @@ from tests.samplers import DEADLINE_S, Sampler, connected, sample_request, token
 from tests.servers import running_sampler
 
 ENGINES_S = 4 * DEADLINE_S  # for calls that outlast an engine, on a busy machine
-LONG = {"max_tokens": 1000}
+LONG = {"max_tokens": 500}
 SOME = {"max_tokens": 150}
 
 

@@ -65,22 +65,6 @@ def capabilities(address: str) -> Any:
         return stub.GetServerCapabilities(model_pb2.GetServerCapabilitiesRequest(), timeout=30)
 
 
-def test_both_services_serve_until_ctrl_c(qwen3_folder: Path, tmp_path: Path) -> None:
-    with serving(qwen3_folder, tmp_path) as (process, addresses):
-        trainer = capabilities(addresses["trainer"]["address"])
-        sampler = capabilities(addresses["sampler"]["address"])
-        process.send_signal(signal.SIGINT)
-        assert process.wait(LIMIT_S) == 0
-
-    assert trainer.role == model_pb2.SERVICE_ROLE_TRAINER
-    assert sampler.role == model_pb2.SERVICE_ROLE_SAMPLER
-    assert trainer.sampler_address == addresses["sampler"]["address"]
-    assert trainer.base_models[0].fingerprint == sampler.base_models[0].fingerprint
-    log = (tmp_path / "log").read_text()
-    assert f"connect with MINT_BASE_URL=http://{addresses['trainer']['address']}" in log
-    assert "Traceback" not in log
-
-
 def test_two_pairs_run_side_by_side_each_in_its_folder(qwen3_folder: Path, tmp_path: Path) -> None:
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
@@ -89,6 +73,13 @@ def test_two_pairs_run_side_by_side_each_in_its_folder(qwen3_folder: Path, tmp_p
         ports = {service["address"] for _, pair in (one, two) for service in pair.values()}
         assert len(ports) == 4
         for process, addresses in (one, two):
+            trainer, its_sampler = (
+                capabilities(addresses[name]["address"]) for name in ("trainer", "sampler")
+            )
+            assert trainer.role == model_pb2.SERVICE_ROLE_TRAINER
+            assert its_sampler.role == model_pb2.SERVICE_ROLE_SAMPLER
+            assert trainer.sampler_address == addresses["sampler"]["address"]
+            assert trainer.base_models[0].fingerprint == its_sampler.base_models[0].fingerprint
             with mint.ServiceClient(
                 base_url=f"http://{addresses['trainer']['address']}"
             ) as service:
@@ -101,8 +92,10 @@ def test_two_pairs_run_side_by_side_each_in_its_folder(qwen3_folder: Path, tmp_p
             assert b'mint_memory_limit_bytes{of="kv_cache"}' in page
             process.send_signal(signal.SIGINT)
             assert process.wait(LIMIT_S) == 0
-    for folder in folders:
+    for folder, (_, addresses) in zip(folders, (one, two), strict=True):
         log = (folder / "log").read_text()
+        assert f"connect with MINT_BASE_URL=http://{addresses['trainer']['address']}" in log
+        assert "Traceback" not in log
         assert f"store={folder / 'store'}" in log
         assert re.search(r"sampler takes up to .* GiB of memory as it is needed: base .*kv_c", log)
         assert re.search(r"trainer takes up to .*: snapshots .*rows .*passes", log)
