@@ -35,8 +35,8 @@ class OneAdapter:
         if not self._row.trains(group):
             return
         own, rows = self._row.group(Part.WEIGHTS, group), self._rows
-        own_x = x if rows is None else x[rows]
-        h = one_by_one(own_x, own.a_t.to(x.dtype)).mul_(self._factor)  # [n, m r]
+        h = one_by_one(x if rows is None else x[rows], own.a_t.to(x.dtype))  # [n, m r]
+        h.mul_(self._factor)
         parts = (h,) if len(own.ranks) == 1 else h.split_with_sizes(own.ranks, 1)
         for member, part, b_t in zip(own.members, parts, own.b_t, strict=True):
             output = y[member] if rows is None else y[member][rows]
