@@ -94,6 +94,10 @@ def _said(file: Path) -> str:
 
 
 def install(store: str = "") -> None:
-    """For good, and for a child that calls it too: there is no way to remove it."""
-    os.environ[_VARIABLE] = store = store or os.environ[_VARIABLE]
+    """For good, and for a child that calls it too: there is no way to remove it. An engine on
+    another node is not a child, and has no store.
+    """
+    if not (store := store or os.environ.get(_VARIABLE, "")):
+        return
+    os.environ[_VARIABLE] = store
     sys.addaudithook(_Trouble(BadStore(Path(store))).look)

@@ -63,7 +63,9 @@ class RayHosts:
         return reader, writer
 
     async def release(self, number: int) -> None:
-        self._places.discard(number)
+        if number not in self._places:
+            return  # an engine that could not start is ended again when its service is
+        self._places.remove(number)
         if self._places and self._process:
             _, writer = await self.open(remove=number)
             writer.close()

@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from mint_core.engine_host import process as engine_process
+from mint_core.engine_host.carried import NO_FILES
+from mint_core.engine_host.on_ray.host import RayHosts
+from mint_core.engine_host.on_ray.options import RayOptions
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, EngineFault, InvalidRequest, Unavailable
 from tests.engines.echo_jobs import (
@@ -394,3 +397,9 @@ async def test_a_job_that_cannot_be_sent_is_its_callers_error_alone(running: Run
 
         assert await engine.call(Echo("again")) == "again"
         assert engine.restarts == 0
+
+
+async def test_a_place_in_a_cluster_that_was_given_back_may_be_once_more() -> None:
+    place = RayHosts(RayOptions(address=""), lambda job: NO_FILES).place(0)
+    await place.close()
+    await place.close()
