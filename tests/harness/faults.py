@@ -208,11 +208,8 @@ class Faults:
         stage = self._stage
         driven = [each for s in (stage.trainer, stage.sampler) for each in s.engines()]
         if engines := [each for each in driven if is_on_node(each)]:
-            self._do_beside(partial(self._lose_node_of, self._random.choice(engines)))
-
-    def _lose_node_of(self, engine: psutil.Process) -> None:
-        with suppress(psutil.Error, AssertionError):  # it has died meanwhile
-            self._stage.lose_node_of(engine)
+            with suppress(psutil.Error, AssertionError):  # it has died meanwhile
+                stage.lose_node_of(self._random.choice(engines))
 
     def _renew_group(self) -> None:
         self._do_beside(partial(self._renew, self._stage.trainer, "Group"))

@@ -168,7 +168,9 @@ class Stage:
             call(f"Drain{kind}", name=oldest.name)
 
     def lose_node_of(self, engine: psutil.Process) -> None:
-        """With whatever else runs there; another comes to the cluster."""
+        """With whatever else runs there; another comes to the cluster. On the main thread, as Ray
+        starts nodes nowhere else.
+        """
         kill_node_of(self.cluster, engine)
         add_node(self.cluster)
 

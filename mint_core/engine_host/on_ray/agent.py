@@ -73,6 +73,7 @@ class EngineAgent:
         self._engine: subprocess.Popen[bytes]
         self._folder: OwnedFolder | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()  # pieces do not say of which file they are
 
     async def request(self, wanted: str) -> bytes:
         """The request for a certificate of a key that is made here. `wanted`: the front's
@@ -185,12 +186,13 @@ class EngineAgent:
 
     async def _send_files(self, number: int, paths: list[str]) -> None:
         error = 0, ""
-        try:
-            for path in paths:
-                await send_file(self._link, self._there(path), path)
-        except OSError as failed:
-            error = failed.errno or 5, failed.strerror or ""
-        await self._link.tell(Kind.GOT, [number, *error])
+        async with self._sending:
+            try:
+                for path in paths:
+                    await send_file(self._link, self._there(path), path)
+            except OSError as failed:
+                error = failed.errno or 5, failed.strerror or ""
+            await self._link.tell(Kind.GOT, [number, *error])
 
     async def _serve_engine(self) -> None:
         """Hands on what the engine says, each message in one turn, and tells how it has ended."""

@@ -234,6 +234,20 @@ async def test_files_are_brought_before_a_job_and_fetched_before_its_answer(
         assert not list((tmp_path / "node").glob("*")), "it is removed with its engine"
 
 
+async def test_files_of_two_jobs_that_end_together_do_not_mix(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(5_000_000))
+    targets = [tmp_path / f"target-{number}" for number in range(4)]
+    async with (
+        places(ray_cluster, folder=str(tmp_path / "node")) as own,
+        running(own) as (engine,),
+    ):
+        await asyncio.gather(*(engine.call(Copy(source, target)) for target in targets))
+        assert all(target.read_bytes() == source.read_bytes() for target in targets)
+
+
 async def test_a_disk_of_the_fronts_that_takes_nothing_is_told_in_the_jobs_words(
     ray_cluster: Any, tmp_path: Path
 ) -> None:
