@@ -57,6 +57,8 @@ emulated, for tests: the same numbers, in the memory and time of float32.
 Such a base has a fingerprint of its own. Adapters and training state open where the model is served
 in the other kind of type only with `--adapters-across-dtypes`. An export is merged into what the
 float8 weights stand for, so that it is the model that was trained; it is no float8 itself.
+Which renderer writes conversations for a family, which outside reference it is compared with token
+for token, and which families have neither, is in `docs/renderers.md`.
 
 ## Served
 
@@ -132,6 +134,8 @@ FAMILIES: tuple[Family, ...] = (
     served("Helium", "HeliumForCausalLM", "rotary embeddings of neighbours"),
     served("ERNIE 4.5", "Ernie4_5ForCausalLM", "rotary embeddings of neighbours"),
     served("Seed-OSS", "SeedOssForCausalLM", "biases of q, k and v"),
+    # Its class is Llama's.
+    served("InternLM3", "LlamaForCausalLM", "biases of q, k and v", attention_bias=True),
     served("Apertus", "ApertusForCausalLM", "an activation with weights", hidden_act="xielu"),
     served("Hunyuan dense", "HunYuanDenseV1ForCausalLM", "norms of heads"),
     served("nanochat", "NanoChatForCausalLM", "norms of heads", final_logit_softcapping=2.0),
