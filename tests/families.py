@@ -40,6 +40,9 @@ the last two open in no PEFT (0.21) for the families with a star: it takes `gate
 and `down_proj` for names that experts had before transformers fused them. Those of attention and
 head do, and a merged export has everything.
 
+Which renderer writes conversations for a family, which outside reference it is compared with token
+for token, and which families have neither, is in `docs/renderers.md`.
+
 ## Float8 weights
 
 With `--dtype float8` the weights of all linear layers but the head are 8-bit numbers (e4m3) with
@@ -57,8 +60,6 @@ emulated, for tests: the same numbers, in the memory and time of float32.
 Such a base has a fingerprint of its own. Adapters and training state open where the model is served
 in the other kind of type only with `--adapters-across-dtypes`. An export is merged into what the
 float8 weights stand for, so that it is the model that was trained; it is no float8 itself.
-Which renderer writes conversations for a family, which outside reference it is compared with token
-for token, and which families have neither, is in `docs/renderers.md`.
 
 ## Served
 
