@@ -40,6 +40,9 @@ the last two open in no PEFT (0.21) for the families with a star: it takes `gate
 and `down_proj` for names that experts had before transformers fused them. Those of attention and
 head do, and a merged export has everything.
 
+Which renderer writes conversations for a family, which outside reference it is compared with token
+for token, and which families have neither, is in `docs/renderers.md`.
+
 ## Float8 weights
 
 With `--dtype float8` the weights of all linear layers but the head are 8-bit numbers (e4m3) with
@@ -132,6 +135,8 @@ FAMILIES: tuple[Family, ...] = (
     served("Helium", "HeliumForCausalLM", "rotary embeddings of neighbours"),
     served("ERNIE 4.5", "Ernie4_5ForCausalLM", "rotary embeddings of neighbours"),
     served("Seed-OSS", "SeedOssForCausalLM", "biases of q, k and v"),
+    # Its class is Llama's.
+    served("InternLM3", "LlamaForCausalLM", "biases of q, k and v", attention_bias=True),
     served("Apertus", "ApertusForCausalLM", "an activation with weights", hidden_act="xielu"),
     served("Hunyuan dense", "HunYuanDenseV1ForCausalLM", "norms of heads"),
     served("nanochat", "NanoChatForCausalLM", "norms of heads", final_logit_softcapping=2.0),

@@ -44,6 +44,13 @@ MIXTURES: tuple[Family, ...] = (
         head_dim=None,
     ),
     _row(
+        "MiniMax-M2",
+        "MiniMaxM2ForCausalLM",
+        "experts",
+        **{**_TWO_OF_SIX, "intermediate_size": 24},
+        rotary_dim=8,
+    ),
+    _row(
         "Granite MoE",
         "GraniteMoeForCausalLM",
         "experts",

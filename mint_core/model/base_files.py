@@ -1,8 +1,10 @@
 """The files of a base model: where they are, and whether they fit."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from mint_core.model.architecture import first_line
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 # Neither a folder's Python nor a pickle, which may be as much.
 NO_CODE_OF_ITS_OWN = {"trust_remote_code": False, "use_safetensors": True}
+_WHEN_WANTED = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _OUTSIDE_BODY = re.compile(r"embed|wte|lm_head")  # in names of weights
 OTHER_FILES = ("consolidated*", "original/*")  # the same weights once more, for other programs
 
@@ -129,6 +133,23 @@ def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"the header of {path.name} is incomplete")
             header = json.loads(file.read(size))
         yield from (item for item in header.items() if item[0] != "__metadata__")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Has transformers read tensors when they are wanted, not ahead of that, where it makes one of
+    those of many experts: the parts would all be there beside what is made of them, since memory
+    that is freed in small parts does not go back to the system.
+    """
+    kept = os.environ.get(_WHEN_WANTED)
+    if any(_OF_ONE_EXPERT.search(name) for name, _ in _tensors(folder)):
+        os.environ[_WHEN_WANTED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_WHEN_WANTED, None)
+        if kept is not None:
+            os.environ[_WHEN_WANTED] = kept
 
 
 def free_bytes(device: torch.device, share: float = 0.0) -> int:

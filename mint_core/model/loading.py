@@ -34,7 +34,7 @@ from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture, proof
 from mint_core.model.attention import REGISTERED_NAME, register
 from mint_core.model.base import LoadedBase, Recomputation
-from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_folder
+from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_folder, reading
 from mint_core.model.float8.reading import Float8, sample
 from mint_core.model.float8.stored import is_fine_grained
 from mint_core.model.head import Head
@@ -219,7 +219,8 @@ def read_model(folder: Path, float8: Float8 | None = None, **options: Any) -> An
     elif is_fine_grained(config):  # on some GPUs it would compute in float8 unasked
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     try:
-        return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
+        with reading(folder):
+            return known.from_pretrained(folder, **options, **NO_CODE_OF_ITS_OWN)
     except RuntimeError as error:
         if float8 is None or not float8.fault:
             raise

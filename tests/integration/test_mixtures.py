@@ -1,5 +1,5 @@
-"""A tiny mixture of experts behind both services: on policy with and without the choices of its
-routers, and what it refuses.
+"""Tiny mixtures of experts behind both services, one whose layers all attend, one with states: on
+policy with and without the choices of their routers, and what they refuse.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,18 @@ from tests.peft_folders import logprobs_of, peft_logprobs, save_adapter
 from tests.services import Services, running_services
 
 PROMPTS, SAMPLES, NEW_TOKENS = 8, 8, 6
+# How many of their layers have experts, and what their other MLPs are called.
+MODELS = {"Qwen 3 MoE": (2, "mlp"), "Qwen 3.5 MoE of text": (3, "shared_expert")}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    model = named("Qwen 3 MoE").make(tmp_path_factory.mktemp("mixture"))
+def mixture(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    model = named(family).make(tmp_path_factory.mktemp("mixture"))
     with running_services(model, tmp_path_factory.mktemp("store"), name="tiny-mixture") as both:
         yield both
 
@@ -74,20 +81,39 @@ def test_they_stay_on_it_for_fifty_steps(client: mint.ServiceClient, replayed: b
     assert max(train(client, 50, replayed=replayed)) <= MOST_KL
 
 
-def test_both_say_what_they_can(client: mint.ServiceClient) -> None:
+def test_both_say_what_they_can(client: mint.ServiceClient, family: str) -> None:
+    layers, _ = MODELS[family]
     capabilities = client.get_server_capabilities()
     assert "routed_experts" in capabilities.features
     (model,) = capabilities.supported_models
-    assert (model.expert_layers, model.experts, model.experts_per_token) == (2, EXPERTS, PER_TOKEN)
+    assert model.expert_layers == layers
+    assert (model.experts, model.experts_per_token) == (EXPERTS, PER_TOKEN)
 
 
-def test_experts_are_left_out_in_so_many_words(client: mint.ServiceClient) -> None:
-    with pytest.raises(mint.APIError, match="would train the experts of tiny-mixture"):
-        client.create_lora_training_client(rank=4)
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, r"`lora_config\.train_mlp` would train the experts of tiny-mixture"),
+        ({"train_attn": False}, r"`lora_config\.train_mlp` would train the experts of"),
+        ({"train_experts": True}, r"`lora_config\.train_experts` would train the experts of"),
+    ],
+)
+def test_experts_are_not_trained_without_a_word(
+    client: mint.ServiceClient, asked: dict[str, bool], words: str
+) -> None:
+    with pytest.raises(mint.APIError, match=f"{words}.*; set `train_experts` to false to leave"):
+        client.create_lora_training_client(rank=4, **asked)
+
+
+def test_experts_are_left_out_in_so_many_words(client: mint.ServiceClient, family: str) -> None:
+    _, others = MODELS[family]
     training = client.create_lora_training_client(rank=4, train_experts=False)
     modules = training.get_info().training_run.trained_modules
-    assert {name.split(".")[-2] for name in modules if "mlp" in name} == {"mlp"}
-    assert not [name for name in modules if "experts" in name or "gate.weight" in name]
+    assert {name.split(".")[-2] for name in modules if "mlp" in name} == {others}
+    assert not [name for name in modules if "experts" in name or name.endswith("gate")]
+    plain = client.create_lora_training_client(rank=4, train_mlp=False)
+    trained = plain.get_info().training_run.trained_modules
+    assert set(trained) == {name for name in modules if "mlp" not in name}
 
 
 def test_choices_of_another_length_are_refused_by_name(client: mint.ServiceClient) -> None:

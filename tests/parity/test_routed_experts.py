@@ -74,12 +74,20 @@ def routing(model: nn.Module, weights_of: Callable[..., Tensor], chosen: Routed)
     for layer, block in enumerate(blocks):
         router = getattr(block, "gate", None) or block.router
         index = torch.from_numpy(chosen[:, layer].astype(np.int64))
-
-        def forward(x: Tensor, router: nn.Module = router, index: Tensor = index) -> object:
-            weights = weights_of(router, x.reshape(-1, x.shape[-1]), index)
-            return None, weights, index
-
         own.append((router, router.forward))
+
+        def forward(
+            x: Tensor,
+            router: nn.Module = router,
+            before: Callable[..., tuple[Tensor, ...]] = router.forward,
+            index: Tensor = index,
+        ) -> object:
+            """In the order in which this release of transformers has index and weights."""
+            parts = before(x)
+            weights = weights_of(router, x.reshape(-1, x.shape[-1]), index)
+            told = (weights if part.is_floating_point() else index for part in parts)
+            return tuple(told)
+
         router.forward = forward
     assert len(blocks) == chosen.shape[1]
     yield

@@ -13,7 +13,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from mint_core.errors import FailedPrecondition
 from mint_core.model.base_files import check_memory, free_bytes, needed_bytes, weight_files
@@ -128,19 +128,26 @@ def test_what_is_no_name_is_told(cache: Path) -> None:
         load_base("no folder, no name")
 
 
-def sharded(folder: Path) -> Path:
-    """A model of 6 layers of 13 MB each, in shards of 8 MB."""
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+def sharded(folder: Path, experts: int = 0) -> Path:
+    """A model of 6 layers of 13 MB each, in shards of 8 MB, where each expert has tensors of its
+    own, as in published ones.
+    """
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    if experts:
+        of_experts = {"num_experts": experts, "moe_intermediate_size": 1408 // experts}
+        config = Qwen3MoeConfig(**sizes, **of_experts, num_experts_per_tok=2)
+    else:
+        config = Qwen3Config(**sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
         folder, max_shard_size="8MB"
@@ -176,13 +183,15 @@ def own_bytes(process: psutil.Process) -> int:
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+@pytest.mark.parametrize(("dtype", "experts"), [("bfloat16", 0), ("bfloat16", 8), ("float8", 0)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_shards_take_little_more_memory_than_the_model(
-    device: str, dtype: str, qwen3_folder: Path, tmp_path: Path
+    device: str, dtype: str, experts: int, qwen3_folder: Path, tmp_path: Path
 ) -> None:
-    folder = sharded(tmp_path / "sharded")
+    folder = sharded(tmp_path / "sharded", experts)
     assert len(weight_files(folder)) > 5
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert any(".experts.7.down_proj." in name for name in index["weight_map"]) == bool(experts)
     needed = needed_bytes(folder, torch.bfloat16, float8=dtype == "float8")
     model_bytes = needed if device == "cpu" else 0
     command = [sys.executable, "-c", READS, str(qwen3_folder), str(folder), device, dtype]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from mint_core.errors import FailedPrecondition
-from mint_core.model.architecture import check_windows, context_length, text_part
+from mint_core.model.architecture import check_layers, check_windows, context_length, text_part
 from mint_core.model.proof import PROBE_TOKENS
 from tests.models import load_base
 
@@ -240,6 +241,16 @@ def test_a_model_without_a_part_for_text_alone_is_refused() -> None:
 def test_a_configuration_that_names_no_length_is_refused() -> None:
     with pytest.raises(FailedPrecondition, match="does not say how long a sequence may be"):
         context_length(model_with())
+
+
+def test_a_layer_that_the_registry_does_not_see_once_is_refused() -> None:
+    model = model_with(num_hidden_layers=2)
+    check_layers(model, Counter([0, 1]))
+    for seen, words in (([0], "0 times as layer 1"), ([0, 1, 1, 0, 1], "2 times as layer 0")):
+        with pytest.raises(FailedPrecondition, match=f"its attention runs {words} in a pass over"):
+            check_layers(model, Counter(seen))
+    with pytest.raises(FailedPrecondition, match="1 times as layer 2 in a pass over 2 layers"):
+        check_layers(model, Counter([0, 1, 2]))
 
 
 def test_a_window_that_only_the_mask_knows_is_refused() -> None:
