@@ -132,13 +132,10 @@ def test_a_cache_on_a_cpu_is_modest_unless_a_context_or_its_owner_wants_more(
 def test_a_cache_keeps_within_the_share_of_memory_that_is_its_own(base: LoadedBase) -> None:
     shapes = [LayerShape(1024, 128, 128, torch.float32)]  # 1 MiB a token
     total, own = psutil.virtual_memory().total, psutil.Process().memory_info().rss
-    share = (own + 2**30) / total
-    for replicas, at_hand in ((1, own + 2**30), (2, (own + 2**30) / 2)):
-        config = SamplerConfig(memory_share=share, replicas=replicas)
-        most = memory.OWN_CACHE_SHARE * max(0.0, at_hand - own)
-        if most < BLOCK_TOKENS * 2**20:
-            with pytest.raises(FailedPrecondition, match="key/value cache"):
-                cache_size(config, base, shapes)
-        else:
-            size = cache_size(config, base, shapes)
-            assert size.most * BLOCK_TOKENS * 2**20 == pytest.approx(most, rel=0.1)
+    for replicas in (1, 2):
+        share = replicas * (own + 2**30) / total
+        size = cache_size(SamplerConfig(memory_share=share, replicas=replicas), base, shapes)
+        expected = pytest.approx(memory.OWN_CACHE_SHARE * 2**30, rel=0.1)
+        assert size.most * BLOCK_TOKENS * 2**20 == expected
+    with pytest.raises(FailedPrecondition, match="key/value cache"):
+        cache_size(SamplerConfig(memory_share=0.5 * own / total), base, shapes)
