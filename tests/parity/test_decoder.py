@@ -188,7 +188,7 @@ MOST_OF_A_LAYER = 19  # of which adapters take 8, two for each group
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they are counted in the interpreter")
-@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("rows", [1, 20])
 def test_a_decoded_token_takes_few_launches_however_many_decode(rows: int, tmp_path: Path) -> None:
     pytest.importorskip("tests.interpreted_kernels")
     few, more = (
@@ -211,6 +211,7 @@ def launches_of(folder: Path, rows: int) -> dict[str, int]:
         decoder._rows.fill([], [], rows)
         launches.counts.clear()
         decoder._compute(rows, columns)
+    del launches.counts["constant_pad_nd"]  # by which packed weights of a CPU have their sizes
     return dict(launches.counts)
 
 
