@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -180,4 +180,4 @@ def _operations(conversion: Any) -> list[Any]:
     return getattr(conversion, "operations", None) or []
 
 
-register_quantizer(_NAME)(_Quantizer)
+AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer  # anew where this module is
