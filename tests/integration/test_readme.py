@@ -65,6 +65,7 @@ NOT_RUN = {
     "make serve MODEL=Qwen/Qwen3-0.6B": "a model hub",
     "make serve MODEL=/data/qwen3 MODEL_NAME=Qwen/Qwen3-0.6B SERVE_FLAGS="
     "'--device cuda --dtype bfloat16'": "a GPU",
+    "make serve MODEL=Qwen/Qwen3-8B-FP8 SERVE_FLAGS='--dtype float8'": "a model hub",
     "make install TORCH_INDEX=ADDRESS": "the reader's own index",
     **dict.fromkeys((*ON_GPU_1, ON_GPU_2), "two hosts, as in test_wire_store.py"),
 }

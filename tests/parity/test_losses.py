@@ -177,13 +177,14 @@ def test_extremes_agree_with_the_formulas_in_float64(
     assert given.logprobs is not None
     for i in range(len(tokens)):
         q, a, w = given.logprobs[i].item(), advantages[i].item(), weights[i].abs().item()
-        wanted = oracle(loss, lp, q, a, w, sequences[i].item())
-        if abs(wanted[0]) > 0.99 * LARGEST:
-            assert not ours[0][i].isfinite() or abs(ours[0][i].item()) > 0.9 * LARGEST
-            continue
         rel = 1e-5 + 1e-6 * abs(lp - q)  # the ratio's logarithm is rounded
         scale = max(abs(a * w), 1.0) * 1e-36
-        assert [each[i].item() for each in ours] == pytest.approx(wanted, rel=rel, abs=scale)
+        wanted = oracle(loss, lp, q, a, w, sequences[i].item())
+        for each, value in zip(ours, wanted, strict=True):
+            if abs(value) > 0.99 * LARGEST:
+                assert not each[i].isfinite() or abs(each[i].item()) > 0.9 * LARGEST
+                break  # nor need what is made of it be right
+            assert each[i].item() == pytest.approx(value, rel=rel, abs=scale)
 
 
 @pytest.mark.parametrize("loss", [ImportanceSampling(), Ppo(), Cispo(), Dro(0.1), Gspo()], ids=str)
