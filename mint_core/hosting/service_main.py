@@ -28,7 +28,7 @@ from mint_core.hosting.tasks import Tasks
 from mint_core.owned_folder import remove_abandoned_rows
 from mint_core.rpc.admin_service import SERVICE as ADMIN_SERVICE
 from mint_core.rpc.admin_service import AdminServicer
-from mint_core.rpc.garbage import spare_what_is_there
+from mint_core.rpc.garbage import give_back_what_is_freed, spare_what_is_there
 from mint_core.rpc.hosting import Role, RpcServer
 from mint_core.rpc.metrics import Metrics
 from mint_core.rpc.quotas import QuotaBook
@@ -74,6 +74,7 @@ def run_service(role: Role, kind: type[C], build: Build[C]) -> int:
     except InvalidRequest as error:
         sys.exit(f"{role} cannot start: {error}")
     set_up_logging(settings.config.log_level)
+    give_back_what_is_freed()
     try:
         asyncio.run(_live(settings.config, role, build))
     except MintError as error:

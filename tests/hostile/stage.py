@@ -21,7 +21,7 @@ from tests.keys import make_key
 from tests.servers import RunningService, running_sampler, running_trainer
 from tests.warm import children, words_of
 
-MOST_MIB = 400  # by which a front may have grown: what its allocator keeps
+MOST_MIB = 64  # by which a front may have grown
 MOST_DESCRIPTORS = 20
 CLOSING_S = 30.0  # from the end of connections to that of their descriptors
 
