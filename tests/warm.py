@@ -47,6 +47,7 @@ OURS = (
 )
 READ_LATER = ("AWS_", "MINT_", "PYTEST_")  # variables that no library reads when it is imported
 NURSERY = "tests.warm"
+HAVE_A_NURSERY = ("_service", ".serve")
 LONG = "-" * 4096  # room for the words of those that are born
 ORDER_BYTES = 2**17
 FREE = 1000  # no descriptor is as high, or higher
@@ -233,7 +234,7 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if words[0].endswith("_service"):
+    if words[0].endswith(HAVE_A_NURSERY):
         _take_a_nursery()
     _rename([sys.executable, "-m", *words])
     sys.argv = words
@@ -247,7 +248,7 @@ def _adopt(orphans: bool) -> None:
 
 
 def _take_a_nursery() -> None:
-    """For engines, and what else a service runs beside it."""
+    """For engines and what else a service runs beside it, or for the two services of a pair."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if not os.fork():
         ours.close()

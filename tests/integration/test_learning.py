@@ -10,7 +10,7 @@ from examples import quickstart
 from tests.services import running_services
 
 MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct"
-STEPS, BATCH_SIZE, HELD_OUT = 10, 8, 12
+STEPS, BATCH_SIZE, HELD_OUT = 8, 8, 8
 
 
 @pytest.fixture

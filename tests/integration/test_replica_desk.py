@@ -64,7 +64,7 @@ def served(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_replicas_that_come_and_go_under_load_change_no_token(served: Administered) -> None:
     sampler = served.sampler
     path = sampler.publish("r-load", seed=1, tenant="ann")
-    seeds = range(24)
+    seeds = range(12)
 
     def answer(seed: int) -> Any:
         params = {**SOME, "seed": seed}

@@ -20,6 +20,7 @@ import psutil
 import mint
 from mint import types
 from mintrpc.v1 import model_pb2, model_pb2_grpc
+from tests.warm import children, started, words_of
 
 LIMIT_S = 120.0
 FREE = "127.0.0.1:0"
@@ -39,21 +40,22 @@ def serving(model: Path, tmp_path: Path) -> Iterator[tuple[Any, dict[str, dict[s
         *("--ready-file", str(ready_file)),
     ]
     with (tmp_path / "log").open("w") as log:
-        process = psutil.Popen(command(*flags), stderr=log)
+        process = started(command(*flags), stderr=log)
     try:
         deadline = time.monotonic() + LIMIT_S
         while not ready_file.exists():
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        family = process.children(recursive=True)
+        fronts = children(process.pid)
+        family = [*fronts, *(engine for front in fronts for engine in children(front.pid))]
         assert len(family) == 4  # two fronts, two engines
         yield process, json.loads(ready_file.read_text())
         _, alive = psutil.wait_procs(family, LIMIT_S)
         assert not alive
     finally:
-        if process.is_running():
-            for child in process.children(recursive=True):
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
             process.wait()
@@ -113,7 +115,7 @@ def test_make_serve_moves_all_four_ports() -> None:
 
 def test_when_one_service_ends_so_does_the_other(qwen3_folder: Path, tmp_path: Path) -> None:
     with serving(qwen3_folder, tmp_path) as (process, _):
-        (sampler,) = (c for c in process.children() if "sampler_service" in c.cmdline())
+        (sampler,) = (c for c in children(process.pid) if "sampler_service" in words_of(c))
         sampler.kill()
         assert process.wait(LIMIT_S) == 1
 
