@@ -40,6 +40,9 @@ the last two open in no PEFT (0.21) for the families with a star: it takes `gate
 and `down_proj` for names that experts had before transformers fused them. Those of attention and
 head do, and a merged export has everything.
 
+Hybrids with a gated delta rule (Qwen 3.5, Qwen 3 Next) use kernels of `fla` on a GPU where it is
+installed (`pip install 'mintrpc-...whl[server,fla]'`), and else our own chunks.
+
 Which renderer writes conversations for a family, which outside reference it is compared with token
 for token, and which families have neither, is in `docs/renderers.md`.
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from mint_core.model.mixers.convolution import convolved, convolved_step
 from mint_core.model.mixers.delta_rule import delta_step, recalled
+from mint_core.model.mixers.delta_rule_fla import fits, recalled_by_fla
 from mint_core.model.mixers.mixer import Inputs, MixerContext, States, StateShape
 from mint_core.model.mixers.runs import CHUNK_ROWS, Runs
 from mint_core.model.mixers.vectors import WHOLE_VECTORS, by_rows
@@ -48,6 +49,8 @@ class GatedDeltaNet:
             StateShape((len(self._taps) - 1, width), torch.float32),
             StateShape(sizes, torch.float32),
         )
+        self._dtype = module.conv1d.weight.dtype
+        self._by_fla = fits(module.conv1d.weight)
         chunk = CHUNK_ROWS[-1]
         by_head = 3 * chunk + self._key_size * self._value_size // chunk
         self.working_bytes = 4 * (10 * width + 8 * values + self._heads * by_head)
@@ -91,10 +94,14 @@ class GatedDeltaNet:
         mixed, gates, rates, fading = inputs
         before, state = states or (None, None)
         mixed, last = convolved(mixed.float(), self._taps, runs, before)
-        taken = runs.chunks.take(by_rows(functional.silu, mixed))
-        scalars = runs.chunks.take(torch.cat(self._scalars(rates, fading), dim=1))
+        layout = runs.one_by_one if self._by_fla else runs.chunks
+        heads = self._heads_of(layout.take(by_rows(functional.silu, mixed)))
+        scalars = layout.take(torch.cat(self._scalars(rates, fading), dim=1))
         fades, write = (part[:, : self._heads] for part in scalars.chunk(2, dim=1))
-        output, after = recalled(self._heads_of(taken), fades, write, runs, state)
+        if self._by_fla:
+            output, after = recalled_by_fla(heads, fades, write, runs, state, self._dtype)
+        else:
+            output, after = recalled(heads, fades, write, runs, state)
         output = self._gated(output, gates)
         return output, () if last is None or after is None else (last, after)
 

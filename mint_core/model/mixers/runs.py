@@ -53,14 +53,12 @@ class ChunkGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chunks:
-    """All runs' chunks."""
+class Layout:
+    """The runs' rows in another order than the stream's."""
 
-    groups: tuple[ChunkGroup, ...]
     rows: Tensor  # [R] of the stream
     places: Tensor  # [T] of each row of the stream; some place for rows of no run
     fillers: Tensor | None  # [fillers] places that only fill up
-    order: Tensor  # [D] place of each run among the groups' runs, one group after the other
 
     def take(self, x: Tensor) -> Tensor:  # [T, ...] -> [R, ...]
         """What fills up is some row of the same run; its gradient must be 0."""
@@ -68,6 +66,22 @@ class Chunks:
 
     def join(self, x: Tensor) -> Tensor:  # [R, ...] -> [T, ...]
         return _permuted(x, self.places, self.rows, self.fillers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunks(Layout):
+    """All runs' chunks."""
+
+    groups: tuple[ChunkGroup, ...]
+    order: Tensor  # [D] place of each run among the groups' runs, one group after the other
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneByOne(Layout):
+    """Run after run."""
+
+    bounds: Tensor  # [D + 1] int64, place of each run's first row, and R
+    bounds_on_host: Tensor
 
 
 class Runs:
@@ -143,6 +157,20 @@ class Runs:
             places=self._tensor(places),
             fillers=None if all_real.all() else self._tensor(np.flatnonzero(~all_real)),
             order=self._tensor(np.argsort(all_runs)),
+        )
+
+    @cached_property
+    def one_by_one(self) -> OneByOne:
+        rows = self._covered
+        places = np.zeros(self._rows, np.int64)
+        places[rows] = np.arange(len(rows))
+        bounds = torch.from_numpy(np.concatenate([[0], self._lengths.cumsum()]))
+        return OneByOne(
+            rows=self._tensor(rows),
+            places=self._tensor(places),
+            fillers=None,
+            bounds=bounds.to(self._device),
+            bounds_on_host=bounds,
         )
 
     def _group(
