@@ -87,7 +87,8 @@ class Play:
             ) as stage,
         ):
             stage.start_users(USERS, self.steps)
-            faults = Faults(stage, random, gap, disk)
+            starts = self.hosting.cluster is not None and not first  # they take 5 to 15 s there
+            faults = Faults(stage, random, gap, disk, starts)
             left = list(first)
             for _ in stage.running():
                 if left and not faults.abandoning and stage.answered() > len(first) - len(left):

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -63,7 +64,9 @@ WEIGHTS = {
     "renew_group": 3,
     "renew_replica": 3,
 }
-ON_RAY = {"node": 3}  # more of them
+ON_RAY = {"node": 8}  # more of them
+STARTING_S = (1.0, 8.0)  # without an answer, until what starts is hit
+MOST_SILENT = 2  # faults between two answers, so that something starts in the end
 REMOVAL_POINTS = ("removal:begun", "removal:before-record")
 # A call with which three engines die is given up, which is right. So no engine is ended again until
 # every call that was under way has been answered, nor while a fault point waits for one, nor while
@@ -82,14 +85,20 @@ CALM_ANSWERS = 6  # until delays and duplicates end, and limits are lifted
 class Faults:
     """Of one stage. `look` is called often."""
 
-    def __init__(self, stage: Stage, random: Random, gap: int, small_disk: Path | None) -> None:
-        """`gap`: answers between two faults, about."""
+    def __init__(
+        self, stage: Stage, random: Random, gap: int, small_disk: Path | None, starts: bool
+    ) -> None:
+        """`gap`: answers between two faults, about. `starts`: what starts for long is hit too."""
         self._stage = stage
         self._random = random
         self._gap = gap
         self._small_disk = small_disk
         self._next = random.randint(1, gap)
         self._weights = WEIGHTS | (ON_RAY if stage.cluster else {})
+        self._starts = starts
+        self._answered = 0
+        self._silent = 0  # faults since the last answer
+        self._silent_until_s = float("inf")
         self._calm: list[tuple[int, Callable[[], None]]] = []  # at how many answers, what ends
         self._threads: list[threading.Thread] = []
         self._asides: list[Aside] = []
@@ -118,12 +127,26 @@ class Faults:
         for at, end in [each for each in self._calm if each[0] <= answered]:
             self._calm.remove((at, end))
             end()
-        if answered < self._next:
+        if answered < self._next and not self._starting(answered):
             return
         self._next = answered + self._random.randint(1, 2 * self._gap)
         for _ in range(self._random.choice((1, 1, 2))):
             (name,) = self._random.choices(list(self._weights), list(self._weights.values()))
             self.do(self._bearable(name))
+
+    def _starting(self, answered: int) -> bool:
+        """Whether there was no answer for so long that what starts shall be hit."""
+        if not self._starts:
+            return False
+        now_s = time.monotonic()
+        if answered > self._answered:
+            self._answered, self._silent = answered, 0
+        elif self._silent == MOST_SILENT or now_s < self._silent_until_s:
+            return False
+        else:
+            self._silent += 1
+        self._silent_until_s = now_s + self._random.uniform(*STARTING_S)
+        return self._silent > 0
 
     def _bearable(self, name: str) -> str:
         """The fault, or another in the place of one that must not be now."""

@@ -130,6 +130,7 @@ class Stage:
     users: list[UserProcess] = field(default_factory=list)
     abandoned: list[dict[str, Any]] = field(default_factory=list)  # events
     stuck: bool = False
+    nodes_lost: int = 0
 
     @property
     def store(self) -> CheckpointStore:
@@ -145,7 +146,7 @@ class Stage:
 
     def kills(self) -> Counter[str]:
         """Of any process, by whatever of the harness; an engine's only where its front lived on."""
-        found = Counter(users=sum(user.kills for user in self.users))
+        found = Counter(users=sum(user.kills for user in self.users), nodes=self.nodes_lost)
         for front, engines in (("trainer", "groups"), ("sampler", "replicas")):
             service: Supervised = getattr(self, front)
             found[front] = service.exits.count(-signal.SIGKILL)
@@ -172,6 +173,7 @@ class Stage:
         starts nodes nowhere else.
         """
         kill_node_of(self.cluster, engine)
+        self.nodes_lost += 1
         add_node(self.cluster)
 
     def client(self, number: int) -> mint.ServiceClient:

@@ -7,6 +7,7 @@ the engine runs, and by `{"end": ...}` when nothing of it is left; to close it i
 """
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -30,51 +31,64 @@ class RayHosts:
         self._options = options
         self.files = files
         self._folder = temporary_folder("ray-")
-        self._address = str(self._folder.path / "driver")
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(self._address)
-        self._listening.listen()
+        self._address = self._folder.path / "driver"
         self._process: subprocess.Popen[bytes] | None = None
         self._places: set[int] = set()
+        self._left: list[int] = []  # of the placement group that there is at start
 
     @property
     def driver_pid(self) -> int | None:
         return self._process.pid if self._process else None
 
     def place(self, number: int) -> "RayPlace":
-        """Those from 0 on, as many as the options count, are of one placement group."""
+        """Those from 0 on, as many as the options count, are of one placement group. What has been
+        left of it goes to those that come later.
+        """
+        if number >= self._options.count and self._left:
+            number = self._left.pop()
         self._places.add(number)
         return RayPlace(self, number)
 
     async def open(self, **first: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A stream to the driver that begins with a line."""
+        """A stream to the driver, which begins with a line. Raises CannotLaunch if it has ended."""
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", DRIVER, str(self._listening.fileno())),
-                    json.dumps(asdict(self._options)),
-                ],
-                pass_fds=[self._listening.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-            )
-        reader, writer = await asyncio.open_unix_connection(self._address)
+            self._process = self._started()
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._address)
+        except OSError as error:
+            raise CannotLaunch(LOST.how, killed=LOST.killed) from error
         writer.write(json.dumps(first).encode() + b"\n")
         return reader, writer
 
+    def _started(self) -> "subprocess.Popen[bytes]":
+        """A driver with a socket that it alone has: its end is the end of all who wait there."""
+        self._address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self._address))
+            listening.listen()
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", DRIVER, str(listening.fileno())),
+                    json.dumps(asdict(self._options)),
+                ],
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+
     async def release(self, number: int) -> None:
-        if number not in self._places:
-            return  # an engine that could not start is ended again when its service is
         self._places.remove(number)
-        if self._places and self._process:
-            _, writer = await self.open(remove=number)
-            writer.close()
-        elif self._process:
+        if number < self._options.count:
+            self._left.append(number)
+        elif self._places and self._process:
+            with contextlib.suppress(CannotLaunch):  # what it held has ended with it
+                _, writer = await self.open(remove=number)
+                writer.close()
+        if not self._places and self._process:
             process, self._process = self._process, None
             process.kill()  # it has nothing to save, and Ray takes back what it held
             await asyncio.to_thread(process.wait)
         if not self._places:
-            self._listening.close()
             self._folder.remove()
 
 
@@ -83,6 +97,7 @@ class RayPlace:
 
     def __init__(self, hosts: RayHosts, number: int) -> None:
         self._hosts, self._number = hosts, number
+        self._given_back = False
 
     async def launch(self, module: str) -> "RayEngine":
         reader, writer = await self._hosts.open(launch=module, place=self._number)
@@ -99,7 +114,9 @@ class RayPlace:
         return RayEngine(told["pid"], reader, writer, pipe, files)
 
     async def close(self) -> None:
-        await self._hosts.release(self._number)
+        if not self._given_back:  # an engine that could not start is ended again with its service
+            self._given_back = True
+            await self._hosts.release(self._number)
 
 
 class RayEngine:

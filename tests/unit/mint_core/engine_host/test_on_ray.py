@@ -21,7 +21,7 @@ from mint_core.engine_host.on_ray.certificates import Authority, agent_context, 
 from mint_core.engine_host.process import EngineProcess
 from mint_core.errors import EngineDied, EngineFault, FailedPrecondition, ResourceExhausted
 from tests.engines.echo_jobs import Copy, Echo, EchoConfig, Hang, copied_files
-from tests.ray_cluster import RayPlaces, add_node, agent_of, kill_node_of
+from tests.ray_cluster import NODE_CPUS, RayPlaces, add_node, agent_of, kill_node_of
 
 pytestmark = pytest.mark.ray
 
@@ -92,6 +92,21 @@ async def test_a_driver_that_dies_ends_all_engines_and_others_come(ray_cluster: 
         assert answers == ["again", "again"]
 
 
+async def test_a_driver_that_dies_at_its_start_keeps_nobody_waiting(ray_cluster: Any) -> None:
+    async with places(ray_cluster) as own:
+        engine = EngineProcess("tests.engines.echo", EchoConfig(), own.next())
+        start = asyncio.create_task(engine.start())
+        while own.hosts.driver_pid is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # it is asked for an engine, and has not joined the cluster
+        os.kill(own.hosts.driver_pid, signal.SIGKILL)
+        try:
+            await asyncio.wait_for(start, LIMIT_S)
+            assert (engine.life, engine.restarts) == (1, 1)
+        finally:
+            await engine.close()
+
+
 async def test_a_lost_node_costs_a_life_and_the_other_node_takes_over(ray_cluster: Any) -> None:
     """Spread, one of two engines is beside the head, the other is not."""
     async with (
@@ -120,7 +135,7 @@ FRONT = """
 import asyncio, sys
 from mint_core.engine_host.process import EngineProcess
 from tests.engines.echo_jobs import EchoConfig
-from tests.ray_cluster import RayPlaces
+from tests.ray_cluster import NODE_CPUS, RayPlaces
 
 class Cluster:
     address = sys.argv[1]
@@ -158,6 +173,16 @@ async def test_without_room_an_engine_waits_and_leaves_nothing_if_it_is_not_want
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
+
+
+async def test_an_engine_that_is_closed_leaves_its_room_to_the_next(ray_cluster: Any) -> None:
+    """The cluster has room for two such engines."""
+    most = 0.75 * NODE_CPUS
+    async with places(ray_cluster, cpus=most, count=2) as own, running(own, 2) as (first, second):
+        await first.close()
+        async with running(own) as (third,):
+            assert await third.call(Echo("in its place")) == "in its place"
+            assert await second.call(Echo("well")) == "well"
 
 
 async def test_a_cluster_that_is_not_there_is_told_by_its_option() -> None:
