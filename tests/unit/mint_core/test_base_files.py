@@ -5,7 +5,9 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mint_core.errors import FailedPrecondition
 from mint_core.model.base_files import check_memory, free_bytes, needed_bytes, weight_files
 from tests.hub import MODEL, Hub, serving
 from tests.models import load_base, write_tokenizer
+from tests.warm import started
 
 HUB = huggingface_hub.constants
 
@@ -158,28 +161,10 @@ def sharded(folder: Path, experts: int = 0) -> Path:
 
 LAYER_BYTES, SHARD_BYTES = 13_000_000, 8_000_000
 
-# Loads a small model first, for what is imported and allocated once; then reads alone, as what
-# is computed with the model later takes memory of its own.
-READS = """
-import sys
-import torch
-from pathlib import Path
-from mint_core.model import loading
-from mint_core.model.float8.reading import Float8
-from tests.models import load_base
-small, large, device, dtype = sys.argv[1:]
-load_base(small, device=device, dtype="bfloat16")
-print("ready", flush=True)
-sys.stdin.readline()
-float8 = Float8(kept=True) if dtype == "float8" else None
-loading._read(Path(large), torch.device(device), torch.bfloat16, 0.0, float8)
-print("done", flush=True)
-"""
 
-
-def own_bytes(process: psutil.Process) -> int:
+def own_bytes(pid: int) -> int:
     """Memory of a process beside pages of files that it has mapped."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
@@ -194,21 +179,19 @@ def test_shards_take_little_more_memory_than_the_model(
     assert any(".experts.7.down_proj." in name for name in index["weight_map"]) == bool(experts)
     needed = needed_bytes(folder, torch.bfloat16, float8=dtype == "float8")
     model_bytes = needed if device == "cpu" else 0
-    command = [sys.executable, "-c", READS, str(qwen3_folder), str(folder), device, dtype]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as child:
+    words = ["tests.reading", str(qwen3_folder), str(folder), device, dtype]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with started([sys.executable, "-m", *words], **pipes) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        process = psutil.Process(child.pid)
-        before = peak = own_bytes(process)
+        before = peak = own_bytes(child.pid)
         child.stdin.write("go\n")
         child.stdin.flush()
-        while process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            try:
-                peak = max(peak, own_bytes(process))
-            except (IndexError, OSError):  # it has ended
-                break
+        with suppress(IndexError, OSError):  # it has ended
+            while True:
+                peak = max(peak, own_bytes(child.pid))
+                time.sleep(0.0005)
         assert child.stdout.read() == "done\n"
     assert peak - before <= model_bytes + SHARD_BYTES + LAYER_BYTES
 

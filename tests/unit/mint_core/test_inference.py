@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from mint_core.model.attention import PackedAttention
 from mint_core.model.head import Piece
 from mint_core.model.loading import LoadedBase
 from tests.models import load_base, tiny_gemma3, tiny_llama, tiny_phi3, tiny_qwen2, tiny_qwen3
+from tests.warm import started
 
 REQUESTS = [
     LoraRequest(rank=8, seed=1),
@@ -147,7 +147,7 @@ def test_what_a_cpu_costs_is_said_with_what_there_is_to_do(
     assert "nothing need be done" in said
 
 
-def alone_and_together(folder: str, *, dtype: str = "float32") -> int:
+def alone_and_together(folder: Path, *, dtype: str = "float32") -> int:
     """How many rows a segment needs, and whether each is the same bits whoever is beside it."""
     base = load_base(folder, inference=True, dtype=dtype)
     owners = [None, *make_rows(base), *make_rows(base)]
@@ -160,17 +160,16 @@ def alone_and_together(folder: str, *, dtype: str = "float32") -> int:
 
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
 def test_rows_are_alike_with_other_instructions(instructions: str, folder: Path) -> None:
-    """oneDNN reads the variable when it first computes."""
-    code = f"from {__name__} import alone_and_together as t; assert t({str(folder)!r}) == 1"
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    command = [sys.executable, "-m", __name__, str(folder), instructions]
+    with started(command) as process:
+        assert process.wait() == 0
 
 
 def test_bfloat16_is_packed_where_there_is_a_onednn_for_it(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if available(torch.device("cpu"), torch.bfloat16):
-        assert alone_and_together(str(folder), dtype="bfloat16") == 1
+        assert alone_and_together(folder, dtype="bfloat16") == 1
         return
     with caplog.at_level(logging.INFO, logger=inference.__name__):
         assert load_base(folder, inference=True, dtype="bfloat16").min_rows == MIN_ROWS
@@ -253,3 +252,8 @@ def test_gpus_have_no_packed_weights() -> None:
 def test_a_base_for_training_takes_no_rowwise_segments(qwen3_folder: Path) -> None:
     with pytest.raises(AssertionError, match="not packed"):
         run(load_base(str(qwen3_folder)), [1], [None], rowwise=True)
+
+
+if __name__ == "__main__":
+    os.environ["ONEDNN_MAX_CPU_ISA"] = sys.argv[2]  # which it reads when it first computes
+    assert alone_and_together(Path(sys.argv[1])) == 1
