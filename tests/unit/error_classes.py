@@ -1,6 +1,7 @@
 """The error classes of the servers, read from their sources: reasons, statuses, metadata."""
 
 import ast
+import functools
 import importlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,14 @@ class Source:
     tree: ast.Module
 
 
-def sources() -> Iterator[Source]:
+@functools.cache
+def sources() -> tuple[Source, ...]:
+    found = []
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            yield Source(module, ast.parse(path.read_text()))
+            found.append(Source(module, ast.parse(path.read_text())))
+    return tuple(found)
 
 
 def classes() -> Iterator[tuple[Source, ast.ClassDef, str]]:
@@ -54,15 +58,15 @@ def keys() -> Mapping[str, set[str]]:
     for _, node, reason in classes():
         found[reason]
         init = next((f for f in node.body if getattr(f, "name", "") == "__init__"), None)
-        own = [] if init is None or not issubclass_of_base(node.name) else list(ast.walk(init))
-        if own:
-            found[reason] |= _keywords(own, "super().__init__")
+        if init is not None and issubclass_of_base(node.name):
+            for function, words in _keywords(init):
+                found[reason] |= words if function == "super().__init__" else set()
         else:
             by_name[node.name] = reason
     for source in sources():
-        for name, reason in by_name.items():
-            nodes = list(ast.walk(source.tree))
-            found[reason] |= _keywords(nodes, name) | _keywords(nodes, f"errors.{name}")
+        for function, words in _keywords(source.tree):
+            if reason := by_name.get(function.removeprefix("errors.")):
+                found[reason] |= words
     return found
 
 
@@ -70,7 +74,9 @@ def issubclass_of_base(name: str) -> bool:
     return not hasattr(errors, name) or name.endswith("NotFound")
 
 
-def _keywords(nodes: list[ast.AST], function: str) -> set[str]:
-    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == function]
-    names = {word.arg for call in calls for word in call.keywords if word.arg}
-    return names - _OPTIONS
+def _keywords(tree: ast.AST) -> Iterator[tuple[str, set[str]]]:
+    """What each call calls, and by which names it gives metadata."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.keywords:
+            names = {word.arg for word in node.keywords if word.arg}
+            yield ast.unparse(node.func), names - _OPTIONS
