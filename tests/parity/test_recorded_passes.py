@@ -76,14 +76,11 @@ def of_all_losses(engine: Engine) -> tuple[list[AdapterArrays], list[TileResult]
     one of which only goes forward, and one has a second tile.
     """
     runs = [EngineRun(engine, f"r{i}", asked, random=i + 1) for i, asked in enumerate(REQUESTS)]
+    lengths = [(3, 5 + i, 7)[i % 2 :] for i in range(len(runs))]
+    lengths[2] = (3, 7, 26)  # more rows than a tile of the kernels
     tiles = [
-        run.tile(
-            for_loss(make_documents(i, (3, 9 + i, 20)[i % 2 :]), loss),
-            loss,
-            backward=i != 4,
-            weighted=i % 2 == 1,
-        )
-        for i, (run, loss) in enumerate(zip(runs, LOSSES, strict=True))
+        run.tile(for_loss(make_documents(i, own), loss), loss, backward=i != 4, weighted=i % 2 == 1)
+        for i, (run, loss, own) in enumerate(zip(runs, LOSSES, lengths, strict=True))
     ]
     tiles.append(runs[0].tile(make_documents(9, (1,)), CrossEntropy()))
     results = run_plan(engine, *tiles)
@@ -115,10 +112,12 @@ def test_runs_of_all_kinds_get_what_an_ordinary_pass_gives_them(qwen3_folder: Pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py does this with graphs")
-def test_the_kernels_read_the_tables_of_a_recorded_pass(qwen3_folder: Path) -> None:
+def test_the_kernels_read_the_tables_of_a_recorded_pass(tmp_path: Path) -> None:
+    """Of one layer: the interpreter takes seconds for each."""
     interpreted = pytest.importorskip("tests.interpreted_kernels")
-    expected = of_all_losses(make_engine(qwen3_folder))
-    engine = recording(qwen3_folder)
+    folder = tiny_qwen3(tmp_path, layers=1)
+    expected = of_all_losses(make_engine(folder))
+    engine = recording(folder)
     with interpreted.in_kernels():
         ours = of_all_losses(engine)
     assert_near(ours, expected, tolerance=3e-5)
