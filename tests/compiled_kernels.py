@@ -2,9 +2,11 @@
 
     python -m tests.compiled_kernels
 
-It must run without TRITON_INTERPRET, so in a process of its own.
+Those beside attention are compiled for both kinds of GPU, in one type each; with --all in every
+type. It must run without TRITON_INTERPRET, so in a process of its own.
 """
 
+import itertools
 import sys
 from typing import Any
 
@@ -47,6 +49,8 @@ CASES = (
     (90, torch.float32, "fp32", 96, 32, 32, Scores(0.1)),  # Phi-3
     (80, torch.float16, "fp16", 256, 8, 4, Scores(0.1, softcap=50.0)),  # Gemma 2
 )
+CAPABILITIES, TYPES = (80, 90), ("bf16", "fp16", "fp32")
+FEW_KINDS = ((90, "bf16"), (80, "fp32"))
 _COLUMNS = {"ROWS": FEW, "COLUMNS": COLUMNS, "WIDEN": False}
 _OWN = {"ROWS": ROWS, "COLUMNS": RANKS, "WIDEN": False}
 _FLOAT8 = {
@@ -130,18 +134,21 @@ def shared_bytes(kernel: Any, constexprs: dict[str, int], dtype: str, target: GP
     return int(compiled.metadata.shared)
 
 
+def target_of(capability: int) -> GPUTarget:
+    return GPUTarget("cuda", capability, 32)
+
+
 def main() -> int:
     most = 0
     for capability, dtype, name, size, heads, key_heads, scores in CASES:
         query = torch.empty(1, heads, size, dtype=dtype)
         cache = torch.empty(1, BLOCK_TOKENS, key_heads, size, dtype=dtype)
         sets = constants(query, cache, cache, scores)
-        for kernel, constexprs in (
-            *zip((attend_split, combine_splits), sets, strict=True),
-            *OTHERS,
-        ):
-            target = GPUTarget("cuda", capability, 32)
-            most = max(most, shared_bytes(kernel, constexprs, name, target))
+        for kernel, constexprs in zip((attend_split, combine_splits), sets, strict=True):
+            most = max(most, shared_bytes(kernel, constexprs, name, target_of(capability)))
+    kinds = itertools.product(CAPABILITIES, TYPES) if "--all" in sys.argv else FEW_KINDS
+    for (capability, name), (kernel, constexprs) in itertools.product(kinds, OTHERS):
+        most = max(most, shared_bytes(kernel, constexprs, name, target_of(capability)))
     return 0 if most <= 96 * 1024 else 1  # at least one program fits on every GPU of those kinds
 
 
