@@ -98,9 +98,9 @@ def test_a_draw_at_a_bound_is_known_as_one(boundaries: BoundaryDraws) -> None:
 
 
 def test_a_known_prompt_gives_the_same_bits(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
     for adapter in (BASE_MODEL, ALL):
         for n in (1, 2, 16, 17, 100, CHUNK_TOKENS + 1, CHUNK_TOKENS + 77):
-            sampler = make_sampler(qwen3_folder)
             wish: dict[str, Any] = {"prompt": random_tokens(n, n), "adapter": adapter, "seed": n}
             first, again = (sampler.generate(**wish, num_samples=3) for _ in range(2))
             assert bits(first) == bits(again)
