@@ -1,5 +1,6 @@
 """Fixtures that every suite may use."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,21 @@ if not Path("/dev/nvidiactl").exists():
 # The same examples every time, and no test fails because the machine is busy.
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """Has collections leave alone what was imported: each would take a third of a second. Processes
+    that tests start warm have the environment as it is now.
+    """
+    from tests import warm
+
+    warm.environment()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind calls at the end a leak what nobody has looked for
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,12 @@ class Family:
         return self.name.lower().replace(" ", "-")
 
     @property
+    def paths(self) -> set[str | int]:
+        """What sets it apart, one by one, and how many there are."""
+        own = self.own.split("; ")
+        return {*own, len(own)}
+
+    @property
     def known(self) -> bool:
         """To this release of transformers."""
         return hasattr(transformers, self.architecture)
@@ -50,15 +56,16 @@ def params(
     families: Sequence[Family], by_default: Collection[str] | None = None
 ) -> list[ParameterSet]:
     """What tests are run with: by default those of these names, or else the first of each code
-    path; all by `make models`.
+    path, and of those that have several the first of so many; all by `make models`.
     """
     chosen = []
-    paths: set[str] = set()
+    paths: set[str | int] = set()
     for family in families:
         if family.known:
             marks = [pytest.mark.xdist_group(family.id)]
-            first = family.own not in paths
-            paths.add(family.own)
+            own = family.paths
+            first = not own <= paths
+            paths |= own
             if not (first if by_default is None else family.name in by_default):
                 marks.append(pytest.mark.models)
             chosen.append(pytest.param(family, id=family.id, marks=marks))

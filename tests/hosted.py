@@ -1,12 +1,15 @@
 """A real server of the contract's services that answer without an engine."""
 
 import asyncio
+import functools
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -18,6 +21,7 @@ from grpc_status import rpc_status
 from mint_core.access.door import Door, TenantBy
 from mint_core.access.key_ring import KeyRing
 from mint_core.access.tls import Tls
+from mint_core.engine_host import child_process
 from mint_core.errors import InvalidRequest, Unavailable
 from mint_core.rpc.caller import caller, note
 from mint_core.rpc.hosting import RpcServer
@@ -31,6 +35,7 @@ from mintrpc.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
+from tests import warm
 from tests.unit.trainer_service.models import MODEL
 
 LIMIT_S = 20.0
@@ -197,10 +202,14 @@ def serving_texts(folder: Path) -> Iterator[str]:
         await server.stop(0)
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    address, leave = started.result(LIMIT_S)
-    try:
-        yield address
-    finally:
-        leave()
-        thread.join()
+    with pytest.MonkeyPatch.context() as patch:
+        start = functools.partial(warm.started, env=warm.environment())
+        own = SimpleNamespace(**{**vars(subprocess), "Popen": start})
+        patch.setattr(child_process, "subprocess", own)  # of the process that has the tokenizer
+        thread.start()
+        address, leave = started.result(LIMIT_S)
+        try:
+            yield address
+        finally:
+            leave()
+            thread.join()

@@ -135,19 +135,25 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @functools.cache
+def environment() -> dict[str, str]:
+    """As it is before tests change it: conftest asks first."""
+    return dict(os.environ)
+
+
+@functools.cache
 def _tests_nursery() -> tuple[socket.socket, dict[str, str]]:
     """Where orders go, and what was in the environment that it imported libraries in."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", NURSERY, str(theirs.fileno()), LONG]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment())
 
     def end() -> None:
         ours.close()
         process.wait()
 
     atexit.register(end)
-    return ours, _read_at_import(os.environ)
+    return ours, _read_at_import(environment())
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
@@ -48,17 +48,15 @@ def recompute(engine: Engine, on: bool) -> None:
 def peak_bytes(run: EngineRun, *documents: Document) -> int:
     """Most that torch's allocator held at once during a pass."""
     tile = run.tile(documents, CrossEntropy())
-    gc.collect()  # what earlier tests left, if it went meanwhile, would count against the peak
-    cpu = [ProfilerActivity.CPU]
-    with profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:  # or it warns
-        run.compute(tile)
-    held = np.cumsum(
-        [
-            event.nbytes()
-            for event in profiler.profiler.kineto_results.events()
-            if event.name() == "[memory]"
-        ]
-    )
+    gc.disable()  # what earlier tests left, if it went meanwhile, would count against the peak
+    try:
+        with profile(profile_memory=True) as profiler:
+            run.compute(tile)
+    finally:
+        gc.enable()
+    assert profiler.kineto_results is not None  # as they are: to parse them takes seconds
+    events = profiler.kineto_results.events()
+    held = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
     return int(held.max())
 
 

@@ -19,7 +19,7 @@ from trainer_service.jobs import (
     Tile,
 )
 
-STEPS = 20
+STEPS = 10
 REQUESTS = [LoraRequest(rank=rank, seed=rank) for rank in (1, 8, 13, 32, 16)]
 PART_BYTES = 4 * 2624  # of the tiny model, per stored rank
 LARGEST_ROW = 4 * 32 * PART_BYTES

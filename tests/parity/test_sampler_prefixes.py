@@ -49,6 +49,12 @@ def sampler(qwen3_folder: Path) -> SamplerEngine:
     return make_sampler(qwen3_folder)
 
 
+@pytest.fixture(scope="module")
+def fresh(qwen3_folder: Path) -> SamplerEngine:
+    """For what is scored, and so found in no cache."""
+    return SamplerEngine(qwen3_folder)
+
+
 class BoundaryDraws:
     """Knows how near a draw is to another token, from transformers' own forward."""
 
@@ -92,9 +98,9 @@ def test_a_draw_at_a_bound_is_known_as_one(boundaries: BoundaryDraws) -> None:
 
 
 def test_a_known_prompt_gives_the_same_bits(qwen3_folder: Path) -> None:
+    sampler = make_sampler(qwen3_folder)
     for adapter in (BASE_MODEL, ALL):
         for n in (1, 2, 16, 17, 100, CHUNK_TOKENS + 1, CHUNK_TOKENS + 77):
-            sampler = make_sampler(qwen3_folder)
             wish: dict[str, Any] = {"prompt": random_tokens(n, n), "adapter": adapter, "seed": n}
             first, again = (sampler.generate(**wish, num_samples=3) for _ in range(2))
             assert bits(first) == bits(again)
@@ -118,7 +124,7 @@ def test_requests_that_come_together_give_the_bits_of_one_alone(qwen3_folder: Pa
 @given(st.integers(0, 3), st.integers(1, 700), st.integers(0, 200), st.integers(0, 99))
 def test_a_known_beginning_gives_what_the_whole_gives(
     sampler: SamplerEngine,
-    qwen3_folder: Path,
+    fresh: SamplerEngine,
     boundaries: BoundaryDraws,
     text: int,
     known: int,
@@ -127,7 +133,6 @@ def test_a_known_beginning_gives_what_the_whole_gives(
 ) -> None:
     prompt = random_tokens(text, 700)[:known] + random_tokens(100 + seed, rest)
     ours = sampler.generate(prompt, num_samples=2, seed=seed)
-    fresh = SamplerEngine(qwen3_folder)
     whole = fresh.generate(prompt, num_samples=2, seed=seed, prompt_logprobs=True)
     assert whole.prompt_cache_hit_tokens == 0
     boundaries.assert_same(ours, whole, prompt, seed=seed)

@@ -68,6 +68,13 @@ def engine(folder: Path) -> Engine:
     return make_engine(folder)
 
 
+@pytest.fixture(scope="module")
+def oracle(engine: Engine, folder: Path) -> PeftTrainer:
+    """Of the runs of `check_gradient`, none of which takes a step."""
+    run = EngineRun(engine, "oracle", LoraRequest(rank=4, seed=3), random=4)
+    return PeftTrainer(folder, run.spec, run.export().weights)
+
+
 def distance(ours: np.ndarray, oracle: torch.Tensor) -> float:
     """Norm of the difference over the norm of the oracle's."""
     expected = oracle.detach().numpy()
@@ -106,19 +113,17 @@ def test_logprobs_losses_gradients_and_steps_equal_peft(
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_each_loss_alone_has_the_gradient_of_peft(
-    engine: Engine, folder: Path, loss: Loss, request: pytest.FixtureRequest
+    engine: Engine, oracle: PeftTrainer, loss: Loss, request: pytest.FixtureRequest
 ) -> None:
     run = EngineRun(engine, request.node.name, LoraRequest(rank=4, seed=3), random=4)
-    oracle = PeftTrainer(folder, run.spec, run.export().weights)
     check_gradient(run, oracle, for_loss(make_documents(77, LENGTHS), loss), loss)
 
 
 @pytest.mark.parametrize("k", [1, 2, 20])
 def test_cross_entropy_over_k_targets_has_the_gradient_of_peft(
-    engine: Engine, folder: Path, k: int, request: pytest.FixtureRequest
+    engine: Engine, oracle: PeftTrainer, k: int, request: pytest.FixtureRequest
 ) -> None:
     run = EngineRun(engine, request.node.name, LoraRequest(rank=4, seed=3), random=4)
-    oracle = PeftTrainer(folder, run.spec, run.export().weights)
     check_gradient(run, oracle, wide_documents(k, LENGTHS, k), CrossEntropy())
 
 
@@ -126,6 +131,7 @@ def check_gradient(
     run: EngineRun, oracle: PeftTrainer, documents: Sequence[Document], loss: Loss
 ) -> None:
     result = run.compute(run.tile(documents, loss, weighted=True))
+    oracle.model.zero_grad()
     expected = oracle.loss(loss, documents)
     expected.backward()
     assert result.metrics["loss:sum"] == pytest.approx(expected.item(), rel=TOLERANCE)

@@ -160,7 +160,12 @@ def _manifest(source: OpenCheckpoint, request: ExportCheckpoint, head_untied: bo
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    """Of what is still there: meanwhile it may be published, or given up."""
+    size_bytes = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            size_bytes += file.stat().st_size
+    return size_bytes
 
 
 def _add_tokenizer(folder: Path, base_folder: str) -> None:

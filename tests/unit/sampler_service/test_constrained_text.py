@@ -273,10 +273,10 @@ def test_integers_of_64_bits_are_followed(
 
 
 def test_who_sends_many_hard_constraints_waits_alone(compiler: ConstraintCompiler) -> None:
-    hard = Constraint("json_schema", "sampling_params.json_schema", json.dumps(ENDLESS))
+    slow = {"type": "integer", "multipleOf": 99991}  # half a second to try, and again to compile
+    hard = Constraint("json_schema", "sampling_params.json_schema", json.dumps(slow))
     flood = [compiler.compile(hard, "a") for _ in range(2)]
     compiler.compile(Constraint("regex", "sampling_params.regex", "ab"), "b").result(TIMEOUT_S)
     assert not flood[-1].done()
     for each in flood:
-        with pytest.raises(InvalidRequest):
-            each.result(TIMEOUT_S)
+        each.result(TIMEOUT_S)

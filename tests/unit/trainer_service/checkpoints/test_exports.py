@@ -152,3 +152,11 @@ async def test_what_nobody_comes_back_for_is_given_up(
         with suppress(NotFound):
             while await merging.exports.progress("a", "run-a-0"):
                 await asyncio.sleep(0.01)
+
+
+def test_the_size_of_what_goes_meanwhile_is_of_what_is_still_there(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"abc")
+    assert exports._size_bytes(tmp_path) == 3
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")  # listed, but not there to be asked
+    assert exports._size_bytes(tmp_path) in (0, 3)
+    assert exports._size_bytes(tmp_path / "published") == 0
