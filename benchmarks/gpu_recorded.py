@@ -37,7 +37,8 @@ def kernel_tests(bench: Bench) -> None:
 def pass_tests(bench: Bench) -> None:
     """Recorded passes of both engines, and the rest of the engines' tests on a GPU."""
     elsewhere = _ELSEWHERE[: -1 if bench.tiny else None]
-    files = ["tests/parity/test_gpu.py", "tests/parity/test_sampler_gpu.py"]
+    names = ("gpu", "sampler_gpu", "delta_rule_fla")
+    files = [f"tests/parity/test_{name}.py" for name in names]
     files += [f"tests/unit/mint_core/test_{name}.py" for name in elsewhere]
     _tested(bench, files, "gpu")
 
