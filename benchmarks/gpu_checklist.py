@@ -8,15 +8,18 @@ With `--device cpu` it is a rehearsal: all sizes are small, figures mean nothing
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # What has never run on a GPU first, then in the order of worth; with seconds that each may take.
@@ -41,8 +44,11 @@ PARTS = {
     "head": 30,
     "peft": 60,
     "services": 60,
+    "recovery": 60,
     "roofline": 40,
 }
+# Where they are; what needs most of other packages comes last.
+MODULES = ("recorded", "kernels", "trainer", "sampler", "roofline", "services")
 STARTING_S = 60  # of a process, beside its first part
 
 
@@ -50,17 +56,10 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
     """Runs parts in this process. Leaves with status 3 when the device is broken."""
     import torch
 
-    from benchmarks import (
-        gpu_kernels,
-        gpu_models,
-        gpu_recorded,
-        gpu_roofline,
-        gpu_sampler,
-        gpu_services,
-        gpu_trainer,
-    )
+    from benchmarks import gpu_models
 
-    modules = (gpu_recorded, gpu_kernels, gpu_trainer, gpu_sampler, gpu_services, gpu_roofline)
+    if device == "cpu":
+        import tests.interpreted_kernels  # noqa: F401  # mends an interpreter that needs it
     results = out / "checklist.jsonl"
     bench = gpu_models.Bench(torch.device(device), results)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -69,8 +68,7 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
         print(f"PART {part}", flush=True)
         started = time.perf_counter()
         try:
-            module = next(m for m in modules if hasattr(m, part))
-            getattr(module, part)(bench)
+            way_of(part)(bench)
             outcome = "done"
         except Exception:
             outcome = traceback.format_exc()
@@ -90,9 +88,20 @@ def work(parts: Sequence[str], device: str, out: Path) -> None:
                 os._exit(3)
 
 
+def way_of(part: str) -> Callable[..., None]:
+    """The function of a part. What other parts need and this one does not may be missing."""
+    for name in MODULES:
+        module = importlib.import_module(f"benchmarks.gpu_{name}")
+        if way := getattr(module, part, None):
+            return way  # type: ignore[no-any-return]
+    raise LookupError(part)
+
+
 def supervise(parts: Sequence[str], device: str, out: Path, limit_s: float) -> None:
     """Starts processes until all parts had their turn, or time is up."""
     left, end = list(parts), time.monotonic() + limit_s
+    # Kernels run in Triton's interpreter where there is no GPU.
+    more = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     while left and time.monotonic() < end:
         command = [sys.executable, "-m", "benchmarks.gpu_checklist", "--worker", "--device", device]
         worker = subprocess.Popen(
@@ -100,6 +109,8 @@ def supervise(parts: Sequence[str], device: str, out: Path, limit_s: float) -> N
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, **more},
+            start_new_session=True,
         )
         begun = ""
         due = time.monotonic() + STARTING_S + PARTS[left[0]]
@@ -118,6 +129,8 @@ def supervise(parts: Sequence[str], device: str, out: Path, limit_s: float) -> N
             print(f"killed in {begun or 'its start'}: time is up", flush=True)
             worker.kill()
             worker.wait()
+        with suppress(ProcessLookupError):  # services and tests that it has left behind
+            os.killpg(worker.pid, signal.SIGKILL)
         if begun in left:  # it was killed or died there
             left.remove(begun)
         elif worker.returncode not in (0, 3):

@@ -1,4 +1,4 @@
-"""The part of the checklist that runs both services on the device, over gRPC: tenants of
+"""The parts of the checklist that run both services on the device, over gRPC: tenants of
 reinforcement learning together against one after the other, small calls, new weights, a killed
 engine.
 """
@@ -38,7 +38,7 @@ class Sizes:
     handovers: int
 
 
-REAL = Sizes(4, 4, 4, 128, 128, 100, 20)
+REAL = Sizes(2, 4, 4, 128, 128, 100, 20)  # with both starts within the minute of a part
 REHEARSED = Sizes(1, 1, 2, 8, 4, 3, 2)
 
 
@@ -85,9 +85,14 @@ def rewarded(prompt: Sequence[int], sequence: types.SampledSequence, reward: flo
 def services(bench: Bench) -> None:
     """Qwen3-0.6B's shape, both services on one device, rank 32 on all linear layers."""
     with staged(bench) as stage:
-        tenants(stage)
         small_calls(stage)
         new_weights(stage)
+        tenants(stage)
+
+
+def recovery(bench: Bench) -> None:
+    """The same, and the trainer's engine killed."""
+    with staged(bench) as stage:
         killed_engine(stage)
 
 

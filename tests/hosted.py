@@ -18,8 +18,9 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 
-from mint_core.access.door import Door, TenantBy
+from mint_core.access.door import Door
 from mint_core.access.key_ring import KeyRing
+from mint_core.access.scopes import TenantBy
 from mint_core.access.tls import Tls
 from mint_core.engine_host import child_process
 from mint_core.errors import InvalidRequest, Unavailable

@@ -7,9 +7,9 @@ from pathlib import Path
 from checkpoint_store import is_wire_address, snapshot_folder
 from mint_core.addresses import host_and_port
 from mint_core.hosting.service_config import ADDRESS, METRICS_ADDRESS, ServiceConfig, option
-from trainer_service.journal.schema import SAVED_ROWS
 
 MAX_GROUPS = 256
+SAVED_ROWS = "snapshots"  # folder of the rows in the state folder
 STORE_SHARE = 0.8  # of the disk, for one tenant
 
 

@@ -1,16 +1,15 @@
 """Who comes in, and as which tenant: by an API key, by a certificate, or by both."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mint_core.access.key_file import SCOPES, TENANT, USUAL
 from mint_core.access.key_ring import KeyRing
-from mint_core.access.scopes import Scope, allows
+from mint_core.access.scopes import Scope, TenantBy, allows
 from mint_core.access.tls import Tls, dns_names
 from mint_core.errors import PermissionDenied, Unauthenticated
 
 DEFAULT_TENANT = "default"
-TenantBy = Literal["auto", "key", "certificate", "both"]
 
 
 @dataclass(frozen=True, slots=True)

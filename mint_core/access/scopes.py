@@ -3,6 +3,7 @@
 from typing import Literal
 
 Scope = Literal["train", "sample", "read", "admin", "fetch"]
+TenantBy = Literal["auto", "key", "certificate", "both"]  # what says whose a call is
 
 # What computes and changes nothing of runs and checkpoints; who may train may read too.
 _READS = ("Get", "List", "Watch", "Download")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mint_core.access.door import TenantBy
+from mint_core.access.scopes import TenantBy
 from mint_core.addresses import host_and_port, is_loopback
 
 EMBEDDED_MODEL = ".models/SmolLM2-135M-Instruct"  # what `make model` makes

@@ -14,8 +14,8 @@ from urllib.request import urlopen
 import grpc
 import pytest
 
-from mint_core.access.door import TenantBy
 from mint_core.access.key_ring import KeyRing
+from mint_core.access.scopes import TenantBy
 from mint_core.access.tls import Tls
 from mint_core.errors import FailedPrecondition
 from mint_core.rpc import interceptors

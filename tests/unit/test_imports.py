@@ -145,6 +145,33 @@ def imported_modules(path: Path, known: Mapping[str, Path]) -> set[str]:
     return found & known.keys()
 
 
+def imported_at_start(path: Path) -> set[str]:
+    """What is imported when a file is: with the packages that lie around."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = (name.split(".") for name in found)
+    return {".".join(name[:stop]) for name in parts for stop in range(1, len(name) + 1)}
+
+
+@pytest.mark.parametrize("service", ["trainer_service", "sampler_service"])
+def test_an_engine_starts_without_grpc_and_what_reads_certificates(service: str) -> None:
+    """By whatever it imports: it would take time and memory, and a GPU's machine may lack them."""
+    known = {name: path for package in OURS for name, path in modules(package).items()}
+    left, seen = [f"{service}.engine.__main__"], {}
+    while left:
+        if (name := left.pop()) in known:
+            for other in imported_at_start(known[name]) - seen.keys():
+                seen[other] = name
+                left.append(other)
+    assert len(seen.keys() & known.keys()) > 50
+    unwanted = {"grpc", "google", "mintrpc", "cryptography", "cyclopts", "obstore", "llguidance"}
+    assert {name: seen[name] for name in seen.keys() & unwanted} == {}
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
     known = modules(package)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition
+from trainer_service.config import SAVED_ROWS
 from trainer_service.journal.first_version import encode_answers, keep_last_number
 
 DATABASE = "journal.db"
-SAVED_ROWS = "snapshots"  # folder of the rows
 _LOCK = "lock"
 MIN_FREE_BYTES = 64 * 1024 * 1024  # at start
 # Small: a step changes a few dozen bytes on each of a dozen pages, all of which are written, twice.

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mint_core.durable_files import flush_folder, make_folder
 from mint_core.errors import FailedPrecondition, MintError
+from trainer_service.config import SAVED_ROWS
 from trainer_service.journal import queries, records
 from trainer_service.journal.codec import decode_origin
-from trainer_service.journal.schema import DATABASE, MIGRATIONS, SAVED_ROWS, StateRefused
+from trainer_service.journal.schema import DATABASE, MIGRATIONS, StateRefused
 from trainer_service.recovery.state_check import problems
 
 COLUMNS = ("run", "tenant", "step", "accepted", "in row", "to do again", "unanswered", "row MiB")
