@@ -1,5 +1,6 @@
 """A row of the table of families, and what rows are made of."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,23 @@ class Family:
     values: Mapping[str, Any] = field(repr=False)  # of a tiny configuration
     # PEFT takes the names of its MLPs for those that experts had before transformers fused them.
     peft_opens_mlps: bool = True
+    gated_attention: bool = False  # of which the same goes for the gate
+    models_only: bool = False  # tested by `make models` alone, whatever its code path is called
     tolerance: float = 1e-5  # of the norm of each tensor, against float64
 
     @property
     def id(self) -> str:
         return self.name.lower().replace(" ", "-")
+
+    @property
+    def stars(self) -> str:
+        """Of what opens in no PEFT."""
+        return " **" if self.gated_attention else "" if self.peft_opens_mlps else " *"
+
+    @property
+    def path(self) -> str:
+        """Of code: of refusals without the names that are in them."""
+        return self.own if self.served else re.sub(r"`.*?`|'.*?'|\(.*?\)|\d+", "", self.own)
 
     @property
     def known(self) -> bool:
@@ -57,8 +70,8 @@ def params(
     for family in families:
         if family.known:
             marks = [pytest.mark.xdist_group(family.id)]
-            first = family.own not in paths
-            paths.add(family.own)
+            first = family.path not in paths and not family.models_only
+            paths.add(family.path)
             if not (first if by_default is None else family.name in by_default):
                 marks.append(pytest.mark.models)
             chosen.append(pytest.param(family, id=family.id, marks=marks))
@@ -76,6 +89,7 @@ def served(
     own: str,
     *,
     peft_opens_mlps: bool = True,
+    gated_attention: bool = False,
     tolerance: float = 1e-5,
     **changes: Any,
 ) -> Family:
@@ -86,12 +100,20 @@ def served(
         served=True,
         values=sized(**changes),
         peft_opens_mlps=peft_opens_mlps,
+        gated_attention=gated_attention,
         tolerance=tolerance,
     )
 
 
 def composite(
-    name: str, architecture: str, own: str, *, tolerance: float = 1e-5, **values: Any
+    name: str,
+    architecture: str,
+    own: str,
+    *,
+    peft_opens_mlps: bool = True,
+    models_only: bool = False,
+    tolerance: float = 1e-5,
+    **values: Any,
 ) -> Family:
     return Family(
         name=name,
@@ -99,6 +121,8 @@ def composite(
         own=f"text alone; {own}",
         served=True,
         values=values,
+        peft_opens_mlps=peft_opens_mlps,
+        models_only=models_only,
         tolerance=tolerance,
     )
 
