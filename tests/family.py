@@ -1,5 +1,6 @@
 """A row of the table of families, and what rows are made of."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ class Family:
     values: Mapping[str, Any] = field(repr=False)  # of a tiny configuration
     # PEFT takes the names of its MLPs for those that experts had before transformers fused them.
     peft_opens_mlps: bool = True
+    gated_attention: bool = False  # of which the same goes for the gate
+    models_only: bool = False  # tested by `make models` alone, whatever its code path is called
     tolerance: float = 1e-5  # of the norm of each tensor, against float64
 
     @property
@@ -31,8 +34,17 @@ class Family:
         return self.name.lower().replace(" ", "-")
 
     @property
+    def stars(self) -> str:
+        """Of what opens in no PEFT."""
+        return " **" if self.gated_attention else "" if self.peft_opens_mlps else " *"
+
+    @property
     def paths(self) -> set[str | int]:
-        """What sets it apart, one by one, and how many there are."""
+        """Of code, one by one, and how many there are; of refusals without the names that are in
+        them.
+        """
+        if not self.served:
+            return {re.sub(r"`.*?`|'.*?'|\(.*?\)|\d+", "", self.own)}
         own = self.own.split("; ")
         return {*own, len(own)}
 
@@ -64,7 +76,7 @@ def params(
         if family.known:
             marks = [pytest.mark.xdist_group(family.id)]
             own = family.paths
-            first = not own <= paths
+            first = not own <= paths and not family.models_only
             paths |= own
             if not (first if by_default is None else family.name in by_default):
                 marks.append(pytest.mark.models)
@@ -83,6 +95,7 @@ def served(
     own: str,
     *,
     peft_opens_mlps: bool = True,
+    gated_attention: bool = False,
     tolerance: float = 1e-5,
     **changes: Any,
 ) -> Family:
@@ -93,12 +106,20 @@ def served(
         served=True,
         values=sized(**changes),
         peft_opens_mlps=peft_opens_mlps,
+        gated_attention=gated_attention,
         tolerance=tolerance,
     )
 
 
 def composite(
-    name: str, architecture: str, own: str, *, tolerance: float = 1e-5, **values: Any
+    name: str,
+    architecture: str,
+    own: str,
+    *,
+    peft_opens_mlps: bool = True,
+    models_only: bool = False,
+    tolerance: float = 1e-5,
+    **values: Any,
 ) -> Family:
     return Family(
         name=name,
@@ -106,6 +127,8 @@ def composite(
         own=f"text alone; {own}",
         served=True,
         values=values,
+        peft_opens_mlps=peft_opens_mlps,
+        models_only=models_only,
         tolerance=tolerance,
     )
 

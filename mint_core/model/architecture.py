@@ -67,6 +67,8 @@ def check_architecture(
     known = {name for layer in routed for name in (layer.experts, layer.router)}
     ours = {part for module in mixing.values() for part in module.modules()}
     for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            _check_size(model, name, module)
         if isinstance(module, nn.Linear | nn.Embedding) or module in ours:
             continue
         if not known.isdisjoint(parents(name)):
@@ -82,6 +84,15 @@ def check_architecture(
     # Models with mixers say no; that each layer runs once shows when they are proved.
     if not mixing and not text.is_backend_compatible():  # type: ignore[operator]
         raise unsupported(model, "its attention does not go through transformers' registry")
+
+
+def _check_size(model: nn.Module, name: str, linear: nn.Linear) -> None:
+    """Of a head, which may be the embedding's weight where the configuration names two sizes."""
+    said, has = (linear.out_features, linear.in_features), tuple(linear.weight.shape)
+    if has != said:
+        raise unsupported(
+            model, f"its layer `{name}` should be {said} by its configuration but is {has}"
+        )
 
 
 def check_rows(model: nn.Module, calls: Sequence[ModuleCall], tokens: int) -> None:

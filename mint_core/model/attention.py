@@ -146,7 +146,7 @@ def _attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others: Any,  # what the model's layers hand to every attention function
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, None]:  # [1, tokens, heads, head size]
     tensors = (name for name, value in others.items() if isinstance(value, Tensor))
     unknown = next((name for name in tensors if name not in _WITHOUT_EFFECT), None)
     what = None
@@ -169,7 +169,8 @@ def _attend(
     output = attention_batch.attend(
         layer_index, query[0], key[0], value[0], Scores(scaling, sliding_window, softcap)
     )
-    return output[..., :own_size].transpose(0, 1)[None], None  # [1, tokens, heads, head size]
+    # As transformers' own functions give it: some models take a view of it.
+    return output[..., :own_size].transpose(0, 1)[None].contiguous(), None
 
 
 def register() -> None:

@@ -126,13 +126,15 @@ class Routing:
         """`others`: what a router takes beside the rows, such as a bias of each expert."""
         rows, count = _filled_up(x)
         more = len(rows) - count
+        if x.dim() > 2:  # some take no rows without a batch around them
+            rows = rows[None]
         if self._told is None:
             outputs = own(rows, *others)
         else:
             told = functional.pad(self._told[:, number], (0, 0, 0, more), value=ROUTERS_CHOICE)
             with _Told(told, self.layers[number].count):
                 outputs = own(rows, *others)
-        return tuple(part[:count] for part in outputs)
+        return tuple(part.flatten(0, -2)[:count] for part in outputs)
 
 
 def _filled_up(x: Tensor) -> tuple[Tensor, int]:  # [..., d] -> [P, d], and how many are not to fill

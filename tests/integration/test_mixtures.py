@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import mint
 from mint import types
 from tests.families import named
+from tests.families.mixtures import EXPERTS, PER_TOKEN
 from tests.integration.test_rl_loop import MOST_KL, kl, rewarded
-from tests.mixtures import EXPERTS, PER_TOKEN
 from tests.models import VOCABULARY_SIZE
 from tests.peft_folders import logprobs_of, peft_logprobs, save_adapter
 from tests.services import Services, running_services

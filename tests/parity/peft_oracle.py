@@ -66,7 +66,7 @@ class PeftTrainer:
     """One adapter on one model, by the book."""
 
     def __init__(self, folder: Path, spec: AdapterSpec, weights: AdapterArrays) -> None:
-        base = own_model(folder, torch.float64)
+        base = own_model(folder, torch.float64).double()  # some layers are kept in float32
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,

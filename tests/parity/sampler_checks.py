@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from sampler_service.jobs import Generated, StopReason
-from tests.models import VOCABULARY_SIZE
+from tests.models import VOCABULARY_SIZE, own_model
 from tests.sampler_in_process import SamplerEngine
 
 
@@ -55,12 +54,7 @@ def assert_greedy_is_generate(
     """Tokens, and logprobs of prompt and continuation, are those of transformers."""
     prompt = random_tokens(prompt_tokens, prompt_tokens)
     generated = sampler.generate(prompt, temperature=0.0, max_tokens=24, prompt_logprobs=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+    model = own_model(folder)
     model.generation_config.eos_token_id = None
     whole = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
     (continuation,) = generated.continuations

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
+from mint_chat import RENDERER_NAMES
 from mint_core.errors import FailedPrecondition
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.tested import TESTED
@@ -29,7 +30,9 @@ from tests.engines_in_process import (
     save,
     score,
 )
-from tests.families import FAMILIES, named, page
+from tests.families import FAMILIES, named
+from tests.families.page import page
+from tests.families.renderers import COMPARED
 from tests.family import Family, params
 from tests.models import VOCABULARY_SIZE, load_base, own_model
 from tests.parity.peft_oracle import PeftTrainer
@@ -163,6 +166,9 @@ def test_merged_models_open_in_transformers(family: Served, tmp_path: Path) -> N
 def test_adapters_open_in_peft(family: Served, tmp_path: Path) -> None:
     everything = family.row.peft_opens_mlps
     request = dataclasses.replace(REQUESTS[0], train_mlp=everything)
+    if family.row.gated_attention:
+        projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+        request = dataclasses.replace(REQUESTS[0], target_modules=projections)
     run = EngineRun(family.trainer, "published", request, random=2)
     adapter = saved(family, run, tmp_path / "adapter")
     model = PeftModel.from_pretrained(own_model(family.folder), adapter)
@@ -227,6 +233,12 @@ def test_what_is_not_served_is_refused_by_name(refused: Family, tmp_path: Path) 
         load_base(folder)
 
 
+def test_a_head_of_another_size_than_the_configuration_names_is_refused(tmp_path: Path) -> None:
+    folder = named("Ovis 2").make(tmp_path, vocab_size=600)
+    with pytest.raises(FailedPrecondition, match=r"`lm_head` should be \(600, 64\) .* \(512, 64\)"):
+        load_base(folder)
+
+
 def test_what_is_not_in_the_table_is_served_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,3 +254,9 @@ def test_what_is_not_in_the_table_is_served_with_a_word(
 def test_the_page_is_made_from_the_table() -> None:
     printed = Path(__file__).parents[2] / "docs" / "models.md"
     assert printed.read_text() == page()
+
+
+def test_the_page_says_of_every_renderer_what_it_is_compared_with() -> None:
+    named_there = [name for row in COMPARED for name in row.renderers]
+    assert sorted(named_there) == sorted(RENDERER_NAMES)
+    assert all(row.source or row.reference.startswith("none: ") for row in COMPARED)

@@ -15,9 +15,9 @@ from sampler_service.engine.cache.prefixes import STATE_TOKENS
 from sampler_service.engine.decoder import Decoder
 from sampler_service.jobs import BASE_MODEL, CHUNK_TOKENS, Generated
 from tests.engines_in_process import make_engine, score
+from tests.families.hybrids import BY_DEFAULT, HYBRID_MIXTURES, HYBRIDS
+from tests.families.mixtures import MIXTURES
 from tests.family import Family, params
-from tests.hybrids import BY_DEFAULT, HYBRID_MIXTURES, HYBRIDS
-from tests.mixtures import MIXTURES
 from tests.parity.sampler_checks import (
     assert_bitwise,
     assert_busy_is_idle,

@@ -10,9 +10,9 @@ import pytest
 from mint_core.lora.spec import LoraRequest
 from tests.checkpoint_files import same
 from tests.engines_in_process import EngineRun, for_loss, make_documents, make_engine, run_plan
+from tests.families.hybrids import BY_DEFAULT, HYBRID_MIXTURES, HYBRIDS
+from tests.families.mixtures import MIXTURES
 from tests.family import Family, params
-from tests.hybrids import BY_DEFAULT, HYBRID_MIXTURES, HYBRIDS
-from tests.mixtures import MIXTURES
 from tests.parity.test_memory import peak_bytes, recompute
 from trainer_service.engine.engine import Engine
 from trainer_service.engine.memory import measure

@@ -18,8 +18,8 @@ from mint_core.model.mixers.kinds import documents_are_alike
 from mint_core.model.mixers.mixer import Inputs, Mixer, Recomputed, no_states
 from mint_core.model.mixers.runs import Runs
 from tests.families import named
+from tests.families.hybrids import BY_DEFAULT, HYBRIDS
 from tests.family import Family, params
-from tests.hybrids import BY_DEFAULT, HYBRIDS
 from tests.models import load_base
 
 CPU = torch.device("cpu")

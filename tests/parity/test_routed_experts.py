@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mint_core.lora.spec import LoraRequest
 from sampler_service.jobs import CHUNK_TOKENS, Generated, Routed
 from tests.engines_in_process import EngineRun, make_documents, make_engine, run_plan
 from tests.families import named
+from tests.families.hybrids import HYBRID_MIXTURES
+from tests.families.mixtures import EXPERTS, MIXTURES, PER_TOKEN
 from tests.family import Family, params
-from tests.hybrids import HYBRID_MIXTURES
-from tests.mixtures import EXPERTS, MIXTURES, PER_TOKEN
+from tests.models import own_model
 from tests.parity.peft_oracle import PeftTrainer
 from tests.parity.sampler_checks import random_tokens
 from tests.parity.test_fused_equals_alone import equal
@@ -154,15 +154,13 @@ def test_the_sampler_tells_what_transformers_chooses(
     sampler.generate(prompt, max_tokens=3)
     generated = sampler.generate(prompt, num_samples=2, max_tokens=9, routed_experts=True)
     assert generated.prompt_cache_hit_tokens == 0
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
+    model = own_model(folder, torch.float64)
     for sample, continuation in enumerate(generated.continuations):
         chosen: list[Tensor] = []
         hooks = [
             module.register_forward_pre_hook(lambda _, args, into=chosen: into.append(args[1]))
             for name, module in model.named_modules()
-            if name.endswith("experts") and hasattr(module, "gate_up_proj")
+            if name.endswith(".experts") and hasattr(module, "gate_up_proj")
         ]
         with torch.no_grad():
             model(torch.tensor([[*prompt, *continuation.tokens[:-1].tolist()]]))

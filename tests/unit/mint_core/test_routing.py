@@ -9,9 +9,9 @@ from mint_core.lora.segments import Segment
 from mint_core.model.attention import PackedAttention
 from mint_core.model.base import LoadedBase
 from mint_core.model.routing import ROUTERS_CHOICE
+from tests.families.hybrids import HYBRID_MIXTURES
+from tests.families.mixtures import EXPERTS, MIXTURES, PER_TOKEN
 from tests.family import Family, params
-from tests.hybrids import HYBRID_MIXTURES
-from tests.mixtures import EXPERTS, MIXTURES, PER_TOKEN
 from tests.models import load_base
 
 TOKENS = 23

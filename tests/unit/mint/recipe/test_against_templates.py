@@ -2,7 +2,7 @@
 
 References are templates written from the models' documentation (`own`), the models' originals as
 the package `trl` carries them, where it is installed, and renderings that were recorded from other
-packages. docs/renderers.md says what was found where.
+packages. tests/families/renderers.py says what was found where.
 """
 
 import json

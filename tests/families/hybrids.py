@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any
 
 from tests import family
+from tests.families.mixtures import EXPERTS, PER_TOKEN
 from tests.family import Family, served, sized
-from tests.mixtures import EXPERTS, PER_TOKEN
 
 # A state takes in many rows: PEFT in float32 is as far from float64 as we are.
 _row = partial(served, num_hidden_layers=3, tolerance=2e-5)
 _composite = partial(family.composite, tolerance=2e-5)
 _LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 # Fewer heads of keys than of values, and widths that fill no whole vectors.
-_DELTA: dict[str, Any] = {
+DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -49,12 +49,12 @@ _RULE, _CONVOLUTION = "a state by the gated delta rule", "a state of a short con
 _MIXED = f"{_RULE}; experts beside a shared one with a gate"
 
 HYBRIDS: tuple[Family, ...] = (
-    _row("Qwen 3.5 of text", "Qwen3_5ForCausalLM", _RULE, **_DELTA),
+    _row("Qwen 3.5 of text", "Qwen3_5ForCausalLM", _RULE, **DELTA),
     _row(
         "Qwen3-Next without experts",
         "Qwen3NextForCausalLM",
         _RULE,
-        **_DELTA,
+        **DELTA,
         mlp_only_layers=[0, 1, 2],
         peft_opens_mlps=False,
     ),
@@ -73,24 +73,40 @@ HYBRIDS: tuple[Family, ...] = (
         **_MAMBA,
         num_local_experts=0,
     ),
+    _row(
+        "Bamba",
+        "BambaForCausalLM",
+        "a state of Mamba 2",
+        **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24, "mamba_n_groups": 2},
+        attn_layer_indices=[1],
+        head_dim=None,
+    ),
     _composite(
         "Qwen 3.5",
         "Qwen3_5ForConditionalGeneration",
         _RULE,
-        text_config=sized(**_DELTA, num_hidden_layers=3),
+        text_config=sized(**DELTA, num_hidden_layers=3),
         vision_config=_SIGHT,
     ),
 )
 HYBRID_MIXTURES: tuple[Family, ...] = (
-    _row("Qwen 3.5 MoE of text", "Qwen3_5MoeForCausalLM", _MIXED, **_DELTA, **_GATED),
+    _row("Qwen 3.5 MoE of text", "Qwen3_5MoeForCausalLM", _MIXED, **DELTA, **_GATED),
     _row(
         "Qwen3-Next",
         "Qwen3NextForCausalLM",
         _MIXED,
-        **_DELTA,
+        **DELTA,
         **_GATED,
         norm_topk_prob=True,
         peft_opens_mlps=False,
+    ),
+    _row(
+        "Lara mini",
+        "LaraMiniForCausalLM",
+        _MIXED,
+        **DELTA | {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+        **_GATED,
+        sliding_window=8,
     ),
     _row(
         "LFM2 MoE",
@@ -113,7 +129,7 @@ HYBRID_MIXTURES: tuple[Family, ...] = (
         "Qwen 3.5 MoE",
         "Qwen3_5MoeForConditionalGeneration",
         _MIXED,
-        text_config=sized(**_DELTA, **_GATED, num_hidden_layers=3),
+        text_config=sized(**DELTA, **_GATED, num_hidden_layers=3),
         vision_config=_SIGHT,
     ),
 )
