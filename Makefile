@@ -106,8 +106,8 @@ baseline: install  ## Makes the contract as it is the one that later changes mus
 	$(BIN)/buf build -o $(BASELINE)
 
 # A file's tests stay together, as they share servers; in this order the small files come last.
-WORKERS ?= 2
-test: install model  ## Every test that needs no accelerator and is not slow: WORKERS=2
+WORKERS ?= 3
+test: install model  ## Every test that needs no accelerator and is not slow: WORKERS=3
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 RAY := $(VENV)/.ray
@@ -140,7 +140,7 @@ languages: install $(if $(INSTALL),languages-install)  ## Builds and tries clien
 languages-install: install
 	$(BIN)/python -m tests.languages --install $(LANGUAGES)
 
-models: install  ## Every row of docs/models.md: WORKERS=2
+models: install  ## Every row of docs/models.md: WORKERS=3
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -n $(WORKERS) --dist loadgroup tests/parity/test_families.py \
 	  tests/parity/test_layer_kinds_trainer.py tests/parity/test_layer_kinds_sampler.py \
 	  tests/parity/test_routed_experts.py tests/parity/test_mixers.py tests/unit/mint_core/test_routing.py
