@@ -12,6 +12,7 @@ from mint_core.errors import TrainingRunNotFound, Unavailable
 from tests.unit.trainer_service.calls import call
 from tests.unit.trainer_service.fronts import TENANT, Front, backward, fronting, optim_step
 from trainer_service.errors import EventsGone
+from trainer_service.queue.scheduler import FIRST_PREDICTION_S
 from trainer_service.run import watching
 from trainer_service.run.watching import KEPT_ENDS, CallEnd, Event, QueueProgress
 from trainer_service.run_description import RunView
@@ -88,7 +89,10 @@ async def test_the_place_in_the_queue(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(watching, "INTERVAL_S", 0.0)
     async with fronting(tmp_path) as front:
         flooding, run = [await front.create() for _ in range(2)]
-        await front.submit(backward(flooding, 1, [8]))  # so that the rate is known
+        await front.submit(backward(flooding, 1, [8]))
+        # The rate is known from the end of that plan, which comes behind the answer.
+        while front.scheduler.predict_s(TENANT, flooding, 0) == FIRST_PREDICTION_S:
+            await asyncio.sleep(0)
         async with reading(front, run) as reader:
             flood = front.submit(backward(flooding, 2, [30] * 4))
             done = front.submit(backward(run, 1, [30] * 2))
