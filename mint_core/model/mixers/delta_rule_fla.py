@@ -19,7 +19,7 @@ from mint_core.model.mixers.runs import Runs
 WARPS = 4  # of the choice that is kept, where there is one; Triton's own default
 
 
-def fits(weight: Tensor) -> bool:
+def fla_computes(weight: Tensor) -> bool:
     """Whether a layer with such weights is computed by them."""
     sixteen = weight.dtype in (torch.bfloat16, torch.float16)
     return weight.is_cuda and sixteen and find_spec("fla") is not None

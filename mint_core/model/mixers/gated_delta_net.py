@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mint_core.model.mixers.convolution import convolved, convolved_step
 from mint_core.model.mixers.delta_rule import delta_step, recalled
-from mint_core.model.mixers.delta_rule_fla import fits, recalled_by_fla
+from mint_core.model.mixers.delta_rule_fla import fla_computes, recalled_by_fla
 from mint_core.model.mixers.mixer import Inputs, MixerContext, States, StateShape
 from mint_core.model.mixers.runs import CHUNK_ROWS, Runs
 from mint_core.model.mixers.vectors import WHOLE_VECTORS, by_rows
@@ -50,7 +50,7 @@ class GatedDeltaNet:
             StateShape(sizes, torch.float32),
         )
         self._dtype = module.conv1d.weight.dtype
-        self._by_fla = fits(module.conv1d.weight)
+        self._by_fla = fla_computes(module.conv1d.weight)
         chunk = CHUNK_ROWS[-1]
         by_head = 3 * chunk + self._key_size * self._value_size // chunk
         self.working_bytes = 4 * (10 * width + 8 * values + self._heads * by_head)
