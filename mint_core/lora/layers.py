@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mint_core import onednn
 from mint_core.lora import kernels
 from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
@@ -132,6 +133,7 @@ class LinearGroup:
         self._cuts: dict[tuple[int, ...], Cut] = {}
         self.each = self.cut([1] * len(linears))
         self._packed: PackedLinear | None = None
+        self.product: onednn.Product = functional.linear  # with weights as they lie
         self.layers: list[MultiLoraLinear] = []
         self._context = context
         # Weights are frozen and gradients of adapters go straight to their rows: this tells
@@ -184,7 +186,7 @@ class LinearGroup:
         if self._packed is None and self.float8 is None and not kernels.run_on(x.device):
             # Calls are cheap, and what follows reads dense outputs faster.
             products = zip(cut.weights, cut.biases, strict=True)
-            return tuple(functional.linear(x, weight, bias) for weight, bias in products)
+            return tuple(self.product(x, weight, bias) for weight, bias in products)
         return cut.parts(self._wide(x))
 
     def _wide(self, x: Tensor) -> Tensor:  # [T, in] -> [T, W]
@@ -198,10 +200,24 @@ class LinearGroup:
         """Of each part of the cut, [T, width] -> [T, in], without adapters."""
         if self.float8 is not None:
             return self.float8.back(dys)
+        if self.product is onednn.product:
+            dx = onednn.product(dys[0], cut.weights[0].t())
+            for dy, weight in zip(dys[1:], cut.weights[1:], strict=True):
+                dx.add_(onednn.product(dy, weight.t()))
+            return dx
         dx = dys[0] @ cut.weights[0]
         for dy, weight in zip(dys[1:], cut.weights[1:], strict=True):
             dx.addmm_(dy, weight)
         return dx
+
+    def choose_library(self) -> None:
+        """For passes of many rows."""
+        if self.float8 is None:
+            self.product = onednn.faster(self.weight)
+
+    def rows_computed(self, rows: int) -> int:
+        """How many rows a product of so many has."""
+        return onednn.rows_computed(rows) if self.product is onednn.product else rows
 
     def pack(self, packed: PackedLinear) -> None:
         """From now on computes with packed weights alone, for passes without backward."""

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
+from mint_core import onednn
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.packed import PackedLinear, Packing
 from mint_core.lora.segments import MIN_ROWS
@@ -74,6 +76,8 @@ class _Matrices:
     def __init__(self, weights: Tensor) -> None:  # [E, out, in]
         self._each = weights.detach().unbind(0)
         self._turned = [weight.t() for weight in self._each]
+        self.shape = LinearShape(weights.shape[2], weights.shape[1])
+        self.product: onednn.Product = functional.linear  # with weights as they lie
         self._packed: list[PackedLinear] = []  # all, or none
 
     def apply(self, x: Tensor, grouping: Grouping) -> Tensor:  # [P, in] -> [P, out]
@@ -81,11 +85,11 @@ class _Matrices:
         if self._packed:
             each = zip(grouping.experts, parts, strict=True)
             return torch.cat([self._packed[expert](part) for expert, part in each])
-        return _products(parts, [self._turned[expert] for expert in grouping.experts])
+        return self._products(parts, [self._turned[expert] for expert in grouping.experts])
 
     def back(self, dy: Tensor, grouping: Grouping) -> Tensor:  # [P, out] -> [P, in]
         own = [self._each[expert] for expert in grouping.experts]
-        return _products(dy.split(grouping.sizes), own)
+        return self._products(dy.split(grouping.sizes), own)
 
     def pack(self, packing: Packing) -> bool:
         """Computes with packed weights alone from now on, for passes without backward; False: they
@@ -94,16 +98,26 @@ class _Matrices:
         self._packed = packing.layers(self._each)
         if self._packed:
             self._each, self._turned = (), []
+        return self.is_packed
+
+    @property
+    def is_packed(self) -> bool:
         return bool(self._packed)
 
+    def choose_library(self) -> None:
+        """For passes of many rows."""
+        self.product = onednn.faster(self._each[0])
 
-def _products(parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
-    """Each [n, in] with its own [in, out], side by side: [P, out]."""
-    result = parts[0].new_empty(sum(map(len, parts)), matrices[0].shape[1])
-    outputs = result.split([len(part) for part in parts])
-    for part, matrix, output in zip(parts, matrices, outputs, strict=True):
-        torch.mm(part, matrix, out=output)
-    return result
+    def _products(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        """Each [n, in] with its own [in, out], side by side: [P, out]."""
+        if self.product is onednn.product:
+            each = zip(parts, matrices, strict=True)
+            return torch.cat([onednn.product(part, matrix.t()) for part, matrix in each])
+        result = parts[0].new_empty(sum(map(len, parts)), matrices[0].shape[1])
+        outputs = result.split([len(part) for part in parts])
+        for part, matrix, output in zip(parts, matrices, outputs, strict=True):
+            torch.mm(part, matrix, out=output)
+        return result
 
 
 class Experts:
@@ -115,13 +129,7 @@ class Experts:
         self._gate_up = _Matrices(module.gate_up_proj)
         self._down = _Matrices(module.down_proj)
         self._min_rows = MIN_ROWS
-        inner, hidden = module.down_proj.shape[2], module.down_proj.shape[1]
-        self._chunk_tokens_of_one = max(1, CHUNK_BYTES // (4 * hidden))
-        # Of what is not packed.
-        self.shapes: tuple[LinearShape, ...] = (
-            LinearShape(hidden, 2 * inner),
-            LinearShape(inner, hidden),
-        )
+        self._chunk_tokens_of_one = max(1, CHUNK_BYTES // (4 * self._down.shape.out_features))
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x [T, d], index and weights [T, k] -> [T, d]."""
@@ -166,18 +174,24 @@ class Experts:
         inner: Tensor = self.module._apply_gate(gate_up)
         return inner
 
+    def choose_library(self) -> None:
+        """For passes of many rows."""
+        self._gate_up.choose_library()
+        self._down.choose_library()
+
     def pack(self, packing: Packing) -> None:
         """Packs the weights if rows are computed alike then. For passes without backward."""
-        left = []
-        matrices = {"gate_up_proj": self._gate_up, "down_proj": self._down}
-        for (name, own), shape in zip(matrices.items(), self.shapes, strict=True):
+        for name, own in {"gate_up_proj": self._gate_up, "down_proj": self._down}.items():
             if own.pack(packing):
                 empty = getattr(self.module, name).new_empty(0)
                 setattr(self.module, name, nn.Parameter(empty, requires_grad=False))
-            else:
-                left.append(shape)
-        self.shapes = tuple(left)
-        self._min_rows = MIN_ROWS if left else 1
+        self._min_rows = MIN_ROWS if self.products else 1
+
+    @property
+    def products(self) -> list[tuple[onednn.Product, LinearShape]]:
+        """Of what is not packed."""
+        matrices = self._gate_up, self._down
+        return [(own.product, own.shape) for own in matrices if not own.is_packed]
 
 
 class _ExpertsFunction(torch.autograd.Function):

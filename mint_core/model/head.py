@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mint_core.lora.layers import MultiLoraLinear
 from mint_core.lora.segments import MIN_ROWS, Segment, adapter_backward, adapter_forward
@@ -78,6 +79,10 @@ class Head:
         self._softmax = KernelSoftmax if self._kernels else PlainSoftmax
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
         self.chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
+
+    def rows_computed(self, rows: int) -> int:
+        """How many rows a product with the head has, for so many that are scored."""
+        return self._linear.together.rows_computed(rows)
 
     def logits(self, hidden: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Logits of the pieces' rows, piece after piece, [rows, V] float32. For few rows: it does
@@ -158,11 +163,12 @@ class Head:
         return gradient
 
     def _score(self, hidden: Tensor, chunk: Sequence[_Cut], targets: Sequence[Tensor]) -> _Scored:
-        x = hidden[torch.cat([cut.rows for cut in chunk])]
+        rows = torch.cat([cut.rows for cut in chunk])
+        x = hidden[_filled(rows, self.rows_computed(len(rows)))]
         z, shrunk = self._expand(x, chunk)
         z = z if self._kernels else self._capped(z)
         own = [_filled(targets[cut.number][cut.place], len(cut.rows)) for cut in chunk]
-        wanted = torch.cat(own)
+        wanted = _filled(torch.cat(own), len(x))
         bend = None if self.softcap is None else 1 - (z / self.softcap).square()
         at_target = z.gather(1, _wide(wanted))
         softmax = self._softmax(z)
@@ -182,15 +188,20 @@ class Head:
         x, targets, bend = scored.x, scored.targets, scored.bend
         pairs = list(zip(steep, chunk, strict=True))
         named = [places + cut.part.start for (places, _), cut in pairs if places is not None]
-        chosen = torch.cat(named) if named else None
-        if chosen is not None:
+        chosen = None
+        if named:
+            chosen = torch.cat(named)
+            chosen = _filled(chosen, self.rows_computed(len(chosen)))
             x, targets = x[chosen], targets[chosen]
             bend = None if bend is None else bend[chosen]
+        # None comes from what only fills up.
+        upstream = functional.pad(upstream, (0, 0, 0, len(x) - len(upstream)))
         z = scored.softmax.gradient(chosen, _wide(targets), upstream)
         if bend is not None:
             z.mul_(bend)
         dz = z.to(x.dtype)
-        dx = dz @ self._linear.weight
+        linears = self._linear.together
+        dx = linears.back([dz], linears.each)
         at = 0
         streams = []
         for ((places, slopes), cut), h in zip(pairs, scored.shrunk, strict=True):
@@ -199,7 +210,7 @@ class Head:
             if h is not None and len(slopes):
                 own_h = h if places is None else h[places]
                 dx[part].add_(adapter_backward(cut.segment, self._group, x[part], own_h, dz[part]))
-        gradient.index_add_(0, torch.cat(streams), dx)
+        gradient.index_add_(0, torch.cat(streams), dx[:at])
 
     def _expand(self, x: Tensor, chunk: Sequence[_Cut]) -> tuple[Tensor, list[Tensor | None]]:
         """Logits [rows, V], not capped, and, per cut, x A^T [n, r] where the head is adapted."""

@@ -45,6 +45,7 @@ from mint_core.model.mixers.mixer import MixerContext
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.routing import Routing, routed_layers
 from mint_core.model.tested import TESTED
+from mint_core.onednn import keep_few_kernels
 
 __all__ = ["LoadedBase", "load_base"]
 
@@ -107,12 +108,18 @@ def load_base(
     fingerprint, other_fingerprint = _fingerprints(model, float8)
     context = LoraContext()
     linears = install(model, context, groups)
+    if not inference:
+        keep_few_kernels()
+        for together in linears:
+            together.choose_library()
     mixer_context = MixerContext()
     mixers = install_mixers(mixing, mixer_context)
     register()
     with architecture.refusing(model):
         model.set_attn_implementation(REGISTERED_NAME)  # type: ignore[operator]
         routing = Routing(model, layers) if layers else None
+        if routing is not None and not inference:
+            routing.choose_library()
     linear = model.get_submodule(HEAD)
     assert isinstance(linear, MultiLoraLinear)
     base = LoadedBase(
@@ -234,10 +241,14 @@ def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backwa
     """On one thread."""
     if base.device.type != "cpu":
         return False
-    unpacked = {name for each in linears if len(each.weight) for name in each.group.modules}
-    products = [shape for name, shape in base.shapes.items() if name in unpacked]
+    products = [
+        (own.product, base.shapes[name])
+        for own in linears
+        if len(own.weight)  # or it is packed
+        for name in own.group.modules
+    ]
     if (
-        rows_are_alike([*products, *(base.routing.shapes if base.routing else ())], base.dtype)
+        rows_are_alike([*products, *(base.routing.products if base.routing else ())], base.dtype)
         and documents_are_alike(base.mixers.values())
         and proof.bits_are_its_own(base, backward=backward)
     ):

@@ -9,44 +9,40 @@ of it for a single one; without it rows of [n, 576] x [576, 576] differ for each
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.segments import MIN_ROWS
+from mint_core.onednn import Product, is_intel
 
 _VARIABLE = "MKL_CBWR"  # which MKL reads before its first product
 _MODES = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}
-_TRIED_ROWS = (MIN_ROWS, 5, 7, 15, 16, 33)
-_ROWS = 64
+_TRIED_ROWS = (MIN_ROWS, 5, 7, 15, 16, 33, 70)
+_ROWS = 96
 
 
 def ask_for_reproducible_products() -> None:
     """Has MKL compute rows alike however many there are, unless its user has chosen otherwise."""
     mode = _MODES.get(torch.backends.cpu.get_cpu_capability())
-    if mode is not None and _is_intel():  # on others' processors MKL goes ways of its own
+    if mode is not None and is_intel():  # on others' processors MKL goes ways of its own
         os.environ.setdefault(_VARIABLE, mode)
 
 
 @torch.no_grad()
-def rows_are_alike(shapes: Iterable[LinearShape], dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the rows of a product are the same, bit for bit, with whatever number of others from
+def rows_are_alike(
+    products: Iterable[tuple[Product, LinearShape]], dtype: torch.dtype = torch.float32
+) -> bool:
+    """Whether the rows of products are the same, bit for bit, with whatever number of others from
     MIN_ROWS on: x W^T, and dy W on the way back.
     """
     generator = torch.Generator().manual_seed(0)
-    for inner, outer in {(s.in_features, s.out_features) for s in shapes}:
+    shapes = {(product, s.in_features, s.out_features) for product, s in products}
+    for product, inner, outer in shapes:
         weight = torch.randn(outer, inner, generator=generator).to(dtype)
-        for matrix in (weight.t(), weight):
-            left = torch.randn(_ROWS, matrix.shape[0], generator=generator).to(dtype)
-            whole = left @ matrix
-            if not all(torch.equal(left[-n:] @ matrix, whole[-n:]) for n in _TRIED_ROWS):
+        for matrix in (weight, weight.t()):
+            left = torch.randn(_ROWS, matrix.shape[1], generator=generator).to(dtype)
+            whole = product(left, matrix)
+            if not all(torch.equal(product(left[-n:], matrix), whole[-n:]) for n in _TRIED_ROWS):
                 return False
     return True
-
-
-def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

@@ -21,6 +21,7 @@ from mint_core.lora.groups import LinearShape
 from mint_core.lora.packed import Packing
 from mint_core.model import experts
 from mint_core.model.experts import Experts
+from mint_core.onednn import Product
 
 ROUTED_ROWS = 32  # as many as the widest vectors hold float32, twice
 GATE_COLUMNS = 16
@@ -83,12 +84,13 @@ class Routing:
         self._gates: list[Any] = [model.get_submodule(name) for name in names]
 
     @property
-    def shapes(self) -> list[LinearShape]:
+    def products(self) -> list[tuple[Product, LinearShape]]:
         """Of all matrices that are no nn.Linear and not packed, and of routers."""
         matrices = [p for r in self._routers for p in r.parameters() if p.dim() > 1]
         routers = [LinearShape(p.shape[1], p.shape[0]) for p in matrices if min(p.shape) > 1]
         gates = [LinearShape(gate.weight.shape[1], GATE_COLUMNS) for gate in self._gates]
-        return [*routers, *gates, *(shape for layer in self.layers for shape in layer.shapes)]
+        own = [(functional.linear, shape) for shape in (*routers, *gates)]
+        return [*own, *(each for layer in self.layers for each in layer.products)]
 
     @property
     def experts(self) -> int:
@@ -110,6 +112,11 @@ class Routing:
         """
         self._told = told
         self._chosen = [None] * len(self.layers)
+
+    def choose_library(self) -> None:
+        """For passes of many rows."""
+        for layer in self.layers:
+            layer.choose_library()
 
     def pack(self, packing: Packing) -> None:
         """Packs the weights of the experts, for passes without backward."""

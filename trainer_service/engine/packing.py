@@ -1,6 +1,6 @@
 """Lays the documents of a plan side by side in one stream, [tokens], without padding between."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,24 +38,33 @@ class PackedPlan:
     routed: Tensor | None  # [tokens, L, k] experts, as of documents; None: nobody says any
 
 
-def pack(tiles: Sequence[Tile], rows: Mapping[str, AdapterRow], device: torch.device) -> PackedPlan:
+def pack(
+    tiles: Sequence[Tile],
+    rows: Mapping[str, AdapterRow],
+    device: torch.device,
+    rows_computed: Callable[[int], int] = lambda tokens: tokens,  # that hold so many tokens
+) -> PackedPlan:
     """Packs tiles in the order given.
 
     A tile shorter than MIN_ROWS is followed by a document of padding, since a matmul with fewer
-    rows computes other last bits.
+    rows computes other last bits. Another at the end fills the stream up to what is computed.
     """
     packed, streams, bounds = [], [], [0]
+
+    def fill(missing: int) -> None:
+        if missing > 0:
+            streams.append(np.zeros(missing, np.int64))
+            bounds.append(bounds[-1] + missing)
+
     for tile in tiles:
         start = bounds[-1]
         for document in tile.documents:
             streams.append(document.tokens)
             bounds.append(bounds[-1] + len(document.tokens))
-        missing = MIN_ROWS - (bounds[-1] - start)
-        if missing > 0:
-            streams.append(np.zeros(missing, np.int64))
-            bounds.append(bounds[-1] + missing)
+        fill(MIN_ROWS - (bounds[-1] - start))
         segment = Segment(start, bounds[-1], rows[tile.training_run_id], tile.backward)
         packed.append(_pack_tile(tile, segment, device))
+    fill(rows_computed(bounds[-1]) - bounds[-1])
     positions = [np.arange(len(stream)) for stream in streams]
     return PackedPlan(
         tuple(packed),

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional
 
+from mint_core import onednn
 from mint_core.lora.groups import LinearShape
 from mint_core.lora.segments import MIN_ROWS, one_by_one
 from mint_core.model import reproducible
@@ -15,20 +17,19 @@ from mint_core.model.reproducible import rows_are_alike
 SHAPES = [LinearShape(576, 576), LinearShape(1536, 576), LinearShape(64, 128)]
 
 
-def test_rows_are_alike_in_the_mode_that_was_asked_for() -> None:
-    assert rows_are_alike(SHAPES)
+@pytest.mark.parametrize("product", [functional.linear, onednn.product])
+def test_rows_are_alike_in_the_mode_that_was_asked_for(product: onednn.Product) -> None:
+    assert rows_are_alike([(product, shape) for shape in SHAPES])
 
 
 def test_what_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproducible, "_TRIED_ROWS", (MIN_ROWS,))
-    real = torch.Tensor.__matmul__
 
-    def another_last_bit(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        product = real(left, right)
+    def another_last_bit(left: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        product = functional.linear(left, weight)
         return product * (1 + 2**-23) if len(left) == MIN_ROWS else product
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", another_last_bit)
-    assert not rows_are_alike(SHAPES)
+    assert not rows_are_alike([(another_last_bit, shape) for shape in SHAPES])
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(8, 64), (64, 8), (1536, 8)])
