@@ -23,7 +23,7 @@ from tests.parity.test_trainer_equals_peft import check_gradient
 from trainer_service.engine.engine import Engine
 from trainer_service.jobs import Ppo
 
-FAMILIES = ["Qwen 3", "Qwen 3 MoE", "Qwen 3.5 of text"]
+FAMILIES = ["Qwen 3", "OLMo", "Qwen 3 MoE", "Qwen 3.5 of text"]  # OLMo clips in place
 pytestmark = [
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here"),
     pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning"),
