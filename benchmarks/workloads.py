@@ -63,9 +63,9 @@ def arithmetic(count: int, *, seed: int = 0) -> tuple[Document, ...]:
     return tuple(documents)
 
 
-def smollm2_engine() -> Engine:
-    """One thread, float32, everything else as served."""
-    return make_engine(SMOLLM2, base_model_name="SmolLM2-135M-Instruct")
+def smollm2_engine(**changes: object) -> Engine:
+    """One thread, float32, everything else as served but for the changes."""
+    return make_engine(SMOLLM2, base_model_name="SmolLM2-135M-Instruct", **changes)
 
 
 def tiny_engine() -> Engine:
