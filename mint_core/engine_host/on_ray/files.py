@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +41,8 @@ class Arrival:
 
     def __init__(self, file: Path, mode: int) -> None:
         self._file = file
-        self._draft = file.with_name(f".{file.name}.carried")
+        # Of its own: the same file may come twice at once, for two jobs.
+        self._draft = file.with_name(f".{file.name}.{secrets.token_hex(8)}.carried")
         self._digest = hashlib.sha256()
         descriptor = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         self._opened = os.fdopen(descriptor, "wb")
