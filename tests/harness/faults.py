@@ -15,7 +15,7 @@ import psutil
 
 from tests.harness.asides import Aside, Damage, Deletion, Held, Poison
 from tests.harness.history import Progress
-from tests.harness.stage import Stage
+from tests.harness.stage import LOOK_S, Stage
 from tests.ray_cluster import is_on_node
 from tests.supervised import Supervised, dying_at
 
@@ -65,6 +65,7 @@ WEIGHTS = {
     "renew_replica": 3,
 }
 ON_RAY = {"node": 8}  # more of them
+ENGINE_THERE_S = 60.0  # until one is on a node, at most
 STARTING_S = (1.0, 8.0)  # without an answer, until what starts is hit
 MOST_SILENT = 2  # faults between two answers, so that something starts in the end
 REMOVAL_POINTS = ("removal:begun", "removal:before-record")
@@ -227,12 +228,16 @@ class Faults:
                 self._random.choice(engines).kill()
 
     def _node(self) -> None:
-        """Loses a node of the cluster, and all engines that are there."""
+        """Loses a node of the cluster, and all engines that are there, as soon as there are."""
         stage = self._stage
-        driven = [each for s in (stage.trainer, stage.sampler) for each in s.engines()]
-        if engines := [each for each in driven if is_on_node(each)]:
-            with suppress(psutil.Error, AssertionError):  # it has died meanwhile
-                stage.lose_node_of(self._random.choice(engines))
+        lost, deadline = stage.nodes_lost, time.monotonic() + ENGINE_THERE_S
+        while stage.nodes_lost == lost and time.monotonic() < deadline:
+            driven = [each for s in (stage.trainer, stage.sampler) for each in s.engines()]
+            if engines := [each for each in driven if is_on_node(each)]:
+                with suppress(psutil.Error, AssertionError):  # it has died meanwhile
+                    stage.lose_node_of(self._random.choice(engines))
+            else:
+                time.sleep(LOOK_S)
 
     def _renew_group(self) -> None:
         self._do_beside(partial(self._renew, self._stage.trainer, "Group"))
