@@ -19,7 +19,7 @@ from benchmarks.workloads import (
     random_documents,
     smollm2_engine,
 )
-from mint_core import onednn
+from mint_core.lora.products import onednn
 from trainer_service.jobs import Document
 
 ROUNDS = 5

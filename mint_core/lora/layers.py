@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mint_core import onednn
 from mint_core.lora import kernels
 from mint_core.lora.algorithms import Adapted, Gradients, choose
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.float8 import side_by_side
 from mint_core.lora.groups import ModuleGroup
 from mint_core.lora.lanes import Lanes, RowProducts
-from mint_core.lora.packed import PackedLinear
+from mint_core.lora.products import onednn
+from mint_core.lora.products.packed import PackedLinear
 from mint_core.lora.segment_tables import Tables
 from mint_core.lora.segments import MIN_ROWS as MIN_ROWS
 from mint_core.lora.segments import Segment as Segment

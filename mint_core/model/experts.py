@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from mint_core import onednn
 from mint_core.lora.groups import LinearShape
-from mint_core.lora.packed import PackedLinear, Packing
+from mint_core.lora.products import onednn
+from mint_core.lora.products.packed import PackedLinear, Packing
 from mint_core.lora.segments import MIN_ROWS
 
 REGISTERED_NAME = "mint_grouped"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.bank import AdapterRow, Part
-from mint_core.lora.huge_pages import move_later
 from mint_core.lora.lanes import Lanes
 from mint_core.lora.layers import LinearGroup
-from mint_core.lora.packed import Packing, available
+from mint_core.lora.products.huge_pages import move_later
+from mint_core.lora.products.packed import Packing, available
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import AdapterSpec
 from mint_core.model.attention import PackedAttention

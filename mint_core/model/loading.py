@@ -30,6 +30,7 @@ from mint_core.lora import kernels
 from mint_core.lora.float8 import SCALES
 from mint_core.lora.groups import complete, read_together, watching
 from mint_core.lora.layers import LinearGroup, LoraContext, MultiLoraLinear, install
+from mint_core.lora.products.onednn import keep_few_kernels
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture, proof
 from mint_core.model.attention import REGISTERED_NAME, register
@@ -45,7 +46,6 @@ from mint_core.model.mixers.mixer import MixerContext
 from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
 from mint_core.model.routing import Routing, routed_layers
 from mint_core.model.tested import TESTED
-from mint_core.onednn import keep_few_kernels
 
 __all__ = ["LoadedBase", "load_base"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import torch
 
 from mint_core.lora.groups import LinearShape
+from mint_core.lora.products.onednn import Product, is_intel
 from mint_core.lora.segments import MIN_ROWS
-from mint_core.onednn import Product, is_intel
 
 _VARIABLE = "MKL_CBWR"  # which MKL reads before its first product
 _MODES = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}

@@ -18,10 +18,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mint_core.lora.groups import LinearShape
-from mint_core.lora.packed import Packing
+from mint_core.lora.products.onednn import Product
+from mint_core.lora.products.packed import Packing
 from mint_core.model import experts
 from mint_core.model.experts import Experts
-from mint_core.onednn import Product
 
 ROUTED_ROWS = 32  # as many as the widest vectors hold float32, twice
 GATE_COLUMNS = 16

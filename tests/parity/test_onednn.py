@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mint_core import onednn
+from mint_core.lora.products import onednn
 from mint_core.lora.segments import MIN_ROWS
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, for_loss, make_documents, make_engine

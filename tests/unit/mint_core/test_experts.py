@@ -11,7 +11,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from mint_core.lora.packed import Packing
+from mint_core.lora.products.packed import Packing
 from mint_core.model import experts
 from mint_core.model.experts import Experts, Grouping, is_experts
 

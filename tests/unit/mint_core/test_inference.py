@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.lanes import Lanes
-from mint_core.lora.packed import SIZES, PackedLinear, Packing, Sizes, available
+from mint_core.lora.products.packed import SIZES, PackedLinear, Packing, Sizes, available
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.lora.spec import LoraRequest
 from mint_core.lora.targets import resolve

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mint_core import onednn
 from mint_core.lora.groups import LinearShape
+from mint_core.lora.products import onednn
 from mint_core.lora.segments import MIN_ROWS, one_by_one
 from mint_core.model import reproducible
 from mint_core.model.reproducible import rows_are_alike

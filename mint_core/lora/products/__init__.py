@@ -1,0 +1,1 @@
+"""Products of matrices on a CPU, by whichever library and layout is fastest there."""
