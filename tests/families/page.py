@@ -89,7 +89,10 @@ def page() -> str:
     rows: dict[bool, list[str]] = {True: [], False: []}
     for family in FAMILIES:
         name = family.name + family.stars
-        rows[family.served].append(f"| {name} | `{family.architecture}` | {family.own} |")
+        own = family.own
+        if family.served and family.since:
+            own += f"; from transformers {family.since} on"
+        rows[family.served].append(f"| {name} | `{family.architecture}` | {own} |")
     return _PAGE.format(
         served="\n".join(rows[True]), refused="\n".join(rows[False]), renderers=table()
     )

@@ -38,6 +38,7 @@ def _row(
     *,
     peft_opens_mlps: bool = True,
     tolerance: float = 1e-5,
+    since: str = "",
     **text: Any,
 ) -> Family:
     """With a text model of these values."""
@@ -48,6 +49,7 @@ def _row(
         models_only=True,
         peft_opens_mlps=peft_opens_mlps,
         tolerance=tolerance,
+        since=since,
         text_config=sized(**text),
         vision_config=eye,
     )
@@ -71,7 +73,7 @@ SIGHTS: tuple[Family, ...] = (
     _plain("LLaVA-OneVision", "LlavaOnevision"),
     _plain("Video-LLaVA", "VideoLlava"),
     _plain("ViP-LLaVA", "VipLlava"),
-    _plain("VideoLLaMA 3", "VideoLlama3"),
+    _plain("VideoLLaMA 3", "VideoLlama3", model_type="qwen2"),
     _plain("InternVL", "InternVL", eye=_SQUARE),
     _plain("Qianfan-OCR", "QianfanOCR", eye=_SQUARE),
     _plain("GOT-OCR 2", "GotOcr2"),
@@ -96,7 +98,7 @@ SIGHTS: tuple[Family, ...] = (
         **WINDOW,
     ),
     _placed("Qwen2-VL", "Qwen2VL", eye={**_QWEN_EYE, "embed_dim": 32, "hidden_size": 64}),
-    _placed("Qwen2.5-Omni", "Qwen2_5OmniThinker", eye=_QWEN_EYE),
+    _placed("Qwen2.5-Omni", "Qwen2_5OmniThinker", eye=_QWEN_EYE, since="5.21"),
     _placed("PaddleOCR-VL", "PaddleOCRVL", eye=_EYE),
     _placed("Cosmos 3", "Cosmos3Omni", eye=_EYE),
     _placed("Cosmos 3 Edge", "Cosmos3Edge", eye=_EYE),
@@ -124,6 +126,7 @@ SIGHTS: tuple[Family, ...] = (
     _placed(
         "Qwen3-Omni",
         "Qwen3OmniMoeThinker",
+        since="5.21",
         own=f"{_PLACES}; experts",
         eye=_DEEP_EYE,
         **_OWN,
@@ -180,7 +183,7 @@ SIGHTS: tuple[Family, ...] = (
         num_hidden_layers=3,
         **LFM3,
     ),
-    _state("MiniCPM-V 4.6", "MiniCPMV4_6"),
+    _state("MiniCPM-V 4.6", "MiniCPMV4_6", model_type="qwen3_5_text"),
     _state("MiniCPM-V 4.7", "MiniCPMV4_7"),
     _state("MiniCPM-OCR", "MiniCPMOcr"),
     family.composite(

@@ -268,6 +268,16 @@ def test_what_is_not_served_is_refused_by_name(refused: Family, tmp_path: Path) 
         load_base(folder)
 
 
+EARLIER = [family for family in FAMILIES if family.has_class and family.unknown]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("row", EARLIER, ids=lambda row: row.id)
+def test_before_a_row_is_true_its_class_is_refused_by_name(row: Family, tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=f"{row.architecture} is not supported: "):
+        load_base(row.make(tmp_path))
+
+
 def test_a_head_of_another_size_than_the_configuration_names_is_refused(tmp_path: Path) -> None:
     folder = named("Ovis 2").make(tmp_path, vocab_size=600)
     with pytest.raises(FailedPrecondition, match=r"`lm_head` should be \(600, 64\) .* \(512, 64\)"):
