@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from _pytest.mark import ParameterSet
+from packaging.version import Version
 
 from tests.models import SIZES, make_model
 
@@ -27,6 +28,7 @@ class Family:
     peft_opens_mlps: bool = True
     gated_attention: bool = False  # of which the same goes for the gate
     models_only: bool = False  # tested by `make models` alone, whatever its code path is called
+    since: str = ""  # the release of transformers from which on the row is true; earlier: refused
     tolerance: float = 1e-5  # of the norm of each tensor, against float64
 
     @property
@@ -49,16 +51,30 @@ class Family:
         return {*own, len(own)}
 
     @property
-    def known(self) -> bool:
-        """To this release of transformers."""
+    def has_class(self) -> bool:
+        """In this release of transformers."""
         return hasattr(transformers, self.architecture)
+
+    @property
+    def unknown(self) -> str:
+        """Why the row is not true of this release of transformers; empty if it is."""
+        release = transformers.__version__
+        if not self.has_class:
+            return f"transformers {release} has no {self.architecture}"
+        if self.since and Version(release) < Version(self.since):
+            return f"true of {self.architecture} from transformers {self.since} on"
+        return ""
 
     @property
     def reads_more_than_text(self) -> bool:
         return "text_config" in self.values
 
     def make(self, folder: Path, **changes: Any) -> Path:
-        """A tiny seeded model, none of whose weights is 0 or 1."""
+        """A tiny seeded model, none of whose weights is 0 or 1. Skips the test of one that is not
+        known.
+        """
+        if not self.has_class:
+            pytest.skip(self.unknown)
         model_class = getattr(transformers, self.architecture)
         config = model_class.config_class(**{**self.values, **changes})
         return make_model(folder, model_class, config)
@@ -73,14 +89,16 @@ def params(
     chosen = []
     paths: set[str | int] = set()
     for family in families:
-        if family.known:
-            marks = [pytest.mark.xdist_group(family.id)]
-            own = family.paths
-            first = not own <= paths and not family.models_only
+        marks = [pytest.mark.xdist_group(family.id)]
+        own = family.paths
+        first = not (family.unknown or own <= paths or family.models_only)
+        if family.unknown:
+            marks.append(pytest.mark.skip(reason=family.unknown))
+        else:
             paths |= own
-            if not (first if by_default is None else family.name in by_default):
-                marks.append(pytest.mark.models)
-            chosen.append(pytest.param(family, id=family.id, marks=marks))
+        if not (first if by_default is None else family.name in by_default):
+            marks.append(pytest.mark.models)
+        chosen.append(pytest.param(family, id=family.id, marks=marks))
     return chosen
 
 
@@ -97,6 +115,7 @@ def served(
     peft_opens_mlps: bool = True,
     gated_attention: bool = False,
     tolerance: float = 1e-5,
+    since: str = "",
     **changes: Any,
 ) -> Family:
     return Family(
@@ -108,6 +127,7 @@ def served(
         peft_opens_mlps=peft_opens_mlps,
         gated_attention=gated_attention,
         tolerance=tolerance,
+        since=since,
     )
 
 
@@ -119,6 +139,7 @@ def composite(
     peft_opens_mlps: bool = True,
     models_only: bool = False,
     tolerance: float = 1e-5,
+    since: str = "",
     **values: Any,
 ) -> Family:
     return Family(
@@ -130,10 +151,16 @@ def composite(
         peft_opens_mlps=peft_opens_mlps,
         models_only=models_only,
         tolerance=tolerance,
+        since=since,
     )
 
 
-def refused(name: str, architecture: str, own: str, **changes: Any) -> Family:
+def refused(name: str, architecture: str, own: str, *, since: str = "", **changes: Any) -> Family:
     return Family(
-        name=name, architecture=architecture, own=own, served=False, values=sized(**changes)
+        name=name,
+        architecture=architecture,
+        own=own,
+        served=False,
+        values=sized(**changes),
+        since=since,
     )

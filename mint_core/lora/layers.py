@@ -21,6 +21,7 @@ from mint_core.lora.products import onednn
 from mint_core.lora.products.packed import PackedLinear
 from mint_core.lora.segment_tables import Tables
 from mint_core.lora.segments import MIN_ROWS as MIN_ROWS
+from mint_core.lora.segments import VECTOR_BYTES, rows_apart
 from mint_core.lora.segments import Segment as Segment
 
 
@@ -89,6 +90,10 @@ class Cut:
         self._layers = [tuple(itertools.islice(sizes, count)) for count in counts]
         self._widths = [sum(part) for part in self._layers]
         self._each = all(len(part) == 1 for part in self._layers)
+        vector = VECTOR_BYTES // linears.weight.element_size()
+        self.odd = any(width % vector for width in self._widths)
+        # Rows side by side would not all begin where a CPU reads whole vectors, which MKL minds.
+        self._crooked = bool(sum(self._widths) % 8)
         # Of each neighbourhood, [width, in]; none once they are packed.
         self.weights: Sequence[Tensor] = linears.weight.split_with_sizes(self._widths)
         self.biases: Sequence[Tensor | None] = (
@@ -99,6 +104,8 @@ class Cut:
 
     def parts(self, wide: Tensor) -> tuple[Tensor, ...]:
         """[T, width of the group] -> of each neighbourhood, [T, width]."""
+        if self._crooked or (self.odd and len(self._widths) == 1):
+            wide = rows_apart(wide)
         return (wide,) if len(self._widths) == 1 else wide.split_with_sizes(self._widths, 1)
 
     def layers(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -186,7 +193,8 @@ class LinearGroup:
         if self._packed is None and self.float8 is None and not kernels.run_on(x.device):
             # Calls are cheap, and what follows reads dense outputs faster.
             products = zip(cut.weights, cut.biases, strict=True)
-            return tuple(self.product(x, weight, bias) for weight, bias in products)
+            outputs = tuple(self.product(x, weight, bias) for weight, bias in products)
+            return tuple(map(rows_apart, outputs)) if cut.odd else outputs
         return cut.parts(self._wide(x))
 
     def _wide(self, x: Tensor) -> Tensor:  # [T, in] -> [T, W]
@@ -277,6 +285,8 @@ class LoraLinearFunction(torch.autograd.Function):
         linears: LinearGroup = ctx.linears
         adapted: Adapted | None = ctx.adapted
         dys = [gradient.contiguous() for gradient in gradients]
+        if ctx.cut.odd:
+            dys = [rows_apart(dy) for dy in dys]
         dx = linears.back(dys, ctx.cut) if ctx.needs_input_grad[0] else None
         if adapted is not None:
             x, *saved = ctx.saved_tensors

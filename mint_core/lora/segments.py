@@ -13,6 +13,7 @@ from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.groups import ModuleGroup
 
 MIN_ROWS = 4  # a matmul with fewer rows takes another kernel, whose last bits differ
+VECTOR_BYTES = 128  # that a CPU computes at a time, at most: two of its vectors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +108,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> No
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
     else:
         total.add_(left @ right, alpha=factor)
+
+
+def rows_apart(y: Tensor) -> Tensor:  # [n, m]
+    """The same, with gaps between rows that fill no whole vectors: torch then computes functions of
+    single numbers row by row, and else over all rows as one, in vectors that neighbours share, and
+    what is left at the end by other code, with other last bits.
+    """
+    missing = -y.shape[1] % (VECTOR_BYTES // y.element_size())
+    if not missing or not y.is_cpu:
+        return y
+    # No view: models may change it in place.
+    apart = torch.empty_strided(y.shape, (y.shape[1] + missing, 1), dtype=y.dtype)
+    return apart.copy_(y)
 
 
 @cache

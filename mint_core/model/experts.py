@@ -11,6 +11,7 @@ P: rows of all experts: T k, and those that fill up.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ from mint_core.lora.products.packed import PackedLinear, Packing
 from mint_core.lora.segments import MIN_ROWS
 
 REGISTERED_NAME = "mint_grouped"
+# As transformers tells what runs through its registry.
+_LAYOUT = {
+    **{"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False},
+    "_is_expert_parallel": False,
+}
 CHUNK_BYTES = 128 * 2**20  # of the inputs of all experts that are held at once, on a CPU
 
 
@@ -125,6 +131,10 @@ class Experts:
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        if not hasattr(module, "has_gate"):  # it does not ask the registry: Step 3.7
+            for name, value in _LAYOUT.items():
+                setattr(module, name, value)
+            module.forward = partial(_run, module)
         self.count: int = module.gate_up_proj.shape[0]
         self._gate_up = _Matrices(module.gate_up_proj)
         self._down = _Matrices(module.down_proj)
@@ -212,14 +222,19 @@ class _ExpertsFunction(torch.autograd.Function):
         return dx, d_weights, None, None
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module runs through the registry, in the one layout that is computed here: gate and
-    up of an expert are one matrix [2i, d], without biases.
+def is_experts(module: Any) -> bool:
+    """Whether a module has the one layout that is computed here: gate and up of an expert are one
+    matrix [2i, d], without biases.
     """
-    if not hasattr(module, "_apply_gate") or not getattr(module, "has_gate", False):
+    if not hasattr(module, "_apply_gate"):
         return False
-    others = ("has_bias", "is_transposed", "has_post_expert_norm")
-    return not any(getattr(module, name, False) for name in others)
+    if any(getattr(module, name, value) != value for name, value in _LAYOUT.items()):
+        return False
+    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if gate_up is None or down is None or down.dim() != 3:
+        return False
+    experts, hidden, inner = down.shape
+    return bool(gate_up.shape == (experts, 2 * inner, hidden))
 
 
 def register() -> None:

@@ -43,7 +43,11 @@ from mint_core.model.inference import pack
 from mint_core.model.loading_progress import told_bar, weights_told
 from mint_core.model.mixers.kinds import documents_are_alike, install_mixers, mixing_layers
 from mint_core.model.mixers.mixer import MixerContext
-from mint_core.model.reproducible import ask_for_reproducible_products, rows_are_alike
+from mint_core.model.reproducible import (
+    ToldTails,
+    ask_for_reproducible_products,
+    rows_are_alike,
+)
 from mint_core.model.routing import Routing, routed_layers
 from mint_core.model.tested import TESTED
 
@@ -247,11 +251,12 @@ def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backwa
         if len(own.weight)  # or it is packed
         for name in own.group.modules
     ]
-    if (
-        rows_are_alike([*products, *(base.routing.products if base.routing else ())], base.dtype)
-        and documents_are_alike(base.mixers.values())
-        and proof.bits_are_its_own(base, backward=backward)
-    ):
+    products += base.routing.products if base.routing else ()
+    with ToldTails():
+        apart = documents_are_alike(base.mixers.values()) and proof.bits_are_its_own(
+            base, backward=backward
+        )
+    if apart and rows_are_alike(products, base.dtype):
         return True
     logger.warning(
         "this CPU's libraries round few rows, or the last, otherwise than the rest: results are as "

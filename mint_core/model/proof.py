@@ -137,23 +137,30 @@ def with_routing(base: LoadedBase, routing: Routing) -> LoadedBase:
 
 def bits_are_its_own(base: LoadedBase, *, backward: bool) -> bool:
     """Whether a document of an odd length gets the same hidden states, and gradient, bit for bit,
-    alone and beside another: some of torch's kernels round the end of a tensor otherwise than its
-    midst.
+    alone and between others: some of torch's kernels round the end of a tensor otherwise than its
+    midst, and some of MKL's rows by where they lie in memory.
     """
     tokens = _probe(base.model).flatten()
     n = PROBE_TOKENS // 2 + 1
-    positions = torch.cat([torch.arange(n), torch.arange(len(tokens) - n)]).to(base.device)
     spec = AdapterSpec(rank=8, alpha=8.0, use_rslora=False, seed=0, modules=tuple(base.shapes))
     found = []
-    for bounds in ([0, n], [0, n, len(tokens)]):
+    for before, after in ((0, 0), (n - 2, PROBE_TOKENS)):
         row = base.new_bank().add(spec)
         row.part(Part.WEIGHTS).normal_(0.0, 0.05, generator=torch.Generator().manual_seed(0))
-        own, *others = itertools.pairwise(bounds)
-        segments = (Segment(*own, row, accumulate=backward), *(Segment(*each) for each in others))
-        stream = slice(0, bounds[-1])
+        own = slice(before, before + n)
+        bounds = sorted({0, own.start, own.stop, own.stop + after})
+        ends = list(itertools.pairwise(bounds))
+        segments = tuple(
+            Segment(start, stop, row, accumulate=backward)
+            if start == before
+            else Segment(start, stop)
+            for start, stop in ends
+        )
+        positions = torch.cat([torch.arange(stop - start) for start, stop in ends])
+        stream = tokens.roll(before)[: bounds[-1]]  # the document's own are the same
         with torch.set_grad_enabled(backward):
             attention = PackedAttention(bounds)
-            hidden = base.hidden(tokens[stream], positions[stream], segments, attention)[:n]
+            hidden = base.hidden(stream, positions.to(base.device), segments, attention)[own]
             if backward:
                 (hidden * hidden.detach()).sum().backward()
         found.append((hidden.detach(), row.part(Part.GRADIENT)))

@@ -153,7 +153,7 @@ DENSE: tuple[Family, ...] = (
     served("Youtu", "YoutuForCausalLM", "keys and values from a latent", **_LATENT),
     served("GPTBigCode", "GPTBigCodeForCausalLM", "learned positions", n_inner=128, head_dim=None),
     served("OPT", "OPTForCausalLM", "learned positions", ffn_dim=128, word_embed_proj_dim=32),
-    served("GPT-J", "GPTJForCausalLM", "attention beside the MLP", **_GPT),
-    served("CodeGen", "CodeGenForCausalLM", "q, k and v in one layer", **_GPT),
+    served("GPT-J", "GPTJForCausalLM", "attention beside the MLP", since="5.24", **_GPT),
+    served("CodeGen", "CodeGenForCausalLM", "q, k and v in one layer", since="5.24", **_GPT),
     served("CTRL", "CTRLLMHeadModel", "positions added as waves", dff=128, head_dim=None),
 )

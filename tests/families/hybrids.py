@@ -22,6 +22,11 @@ DELTA: dict[str, Any] = {
     "layer_types": _LINEAR,
 }
 _SHORT: dict[str, Any] = {"head_dim": None, "layer_types": ["conv", "full_attention", "conv"]}
+LFM3: dict[str, Any] = {
+    "layer_types": ["conv", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "conv_bias": True,
+}
 _MAMBA: dict[str, Any] = {
     "shared_intermediate_size": 128,
     "mamba_n_heads": 8,
@@ -66,6 +71,7 @@ HYBRIDS: tuple[Family, ...] = (
         block_auto_adjust_ff_dim=False,
         conv_bias=True,
     ),
+    _row("LFM3", "Lfm3ForCausalLM", f"{_CONVOLUTION}; a gate for each head", **LFM3),
     _row(
         "Granite 4 hybrid",
         "GraniteMoeHybridForCausalLM",

@@ -37,8 +37,10 @@ Hybrids with a gated delta rule (Qwen 3.5, Qwen 3 Next) use kernels of `fla` on 
 installed (`pip install 'mintrpc-...whl[server,fla]'`), and else our own chunks.
 
 That what shares a pass changes no bit, each model is asked when it is loaded, and the capabilities
-and the log say where it does: narrow layers of odd widths, such as a gate for each head (Laguna's
-of 48 heads; the row has one for each number), are computed in vectors that neighbours share.
+and the log say where it does: on a CPU neighbours share the vectors in which functions of narrow
+tensors are computed. Behind linear layers rows lie apart, such as those of a gate for each head;
+what a second function makes of them does not, so a Gemma 3n or MiniMax-M3 whose MLPs are no
+multiple of 32 wide would say that it is not reproducible.
 
 ## Renderers
 
@@ -87,7 +89,10 @@ def page() -> str:
     rows: dict[bool, list[str]] = {True: [], False: []}
     for family in FAMILIES:
         name = family.name + family.stars
-        rows[family.served].append(f"| {name} | `{family.architecture}` | {family.own} |")
+        own = family.own
+        if family.served and family.since:
+            own += f"; from transformers {family.since} on"
+        rows[family.served].append(f"| {name} | `{family.architecture}` | {own} |")
     return _PAGE.format(
         served="\n".join(rows[True]), refused="\n".join(rows[False]), renderers=table()
     )

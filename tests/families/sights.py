@@ -7,7 +7,7 @@ from typing import Any
 
 from tests import family
 from tests.families.dense import WINDOW
-from tests.families.hybrids import DELTA
+from tests.families.hybrids import DELTA, LFM3
 from tests.families.mixtures import EXPERTS, PER_TOKEN
 from tests.family import Family, sized
 from tests.models import SIZES
@@ -38,6 +38,7 @@ def _row(
     *,
     peft_opens_mlps: bool = True,
     tolerance: float = 1e-5,
+    since: str = "",
     **text: Any,
 ) -> Family:
     """With a text model of these values."""
@@ -48,6 +49,7 @@ def _row(
         models_only=True,
         peft_opens_mlps=peft_opens_mlps,
         tolerance=tolerance,
+        since=since,
         text_config=sized(**text),
         vision_config=eye,
     )
@@ -71,7 +73,7 @@ SIGHTS: tuple[Family, ...] = (
     _plain("LLaVA-OneVision", "LlavaOnevision"),
     _plain("Video-LLaVA", "VideoLlava"),
     _plain("ViP-LLaVA", "VipLlava"),
-    _plain("VideoLLaMA 3", "VideoLlama3"),
+    _plain("VideoLLaMA 3", "VideoLlama3", model_type="qwen2"),
     _plain("InternVL", "InternVL", eye=_SQUARE),
     _plain("Qianfan-OCR", "QianfanOCR", eye=_SQUARE),
     _plain("GOT-OCR 2", "GotOcr2"),
@@ -88,8 +90,15 @@ SIGHTS: tuple[Family, ...] = (
     _plain("Aya Vision", "AyaVision", **WINDOW),
     _plain("Command A Vision", "Cohere2Vision", **WINDOW),
     _plain("Gemma 4 unified", "Gemma4Unified", **WINDOW),
+    _plain(
+        "EXAONE 4.5",
+        "Exaone4_5_",
+        eye={**_QWEN_EYE, "num_key_value_heads": 2, "fullatt_block_indexes": [0]},
+        model_type="exaone4",
+        **WINDOW,
+    ),
     _placed("Qwen2-VL", "Qwen2VL", eye={**_QWEN_EYE, "embed_dim": 32, "hidden_size": 64}),
-    _placed("Qwen2.5-Omni", "Qwen2_5OmniThinker", eye=_QWEN_EYE),
+    _placed("Qwen2.5-Omni", "Qwen2_5OmniThinker", eye=_QWEN_EYE, since="5.21"),
     _placed("PaddleOCR-VL", "PaddleOCRVL", eye=_EYE),
     _placed("Cosmos 3", "Cosmos3Omni", eye=_EYE),
     _placed("Cosmos 3 Edge", "Cosmos3Edge", eye=_EYE),
@@ -117,6 +126,7 @@ SIGHTS: tuple[Family, ...] = (
     _placed(
         "Qwen3-Omni",
         "Qwen3OmniMoeThinker",
+        since="5.21",
         own=f"{_PLACES}; experts",
         eye=_DEEP_EYE,
         **_OWN,
@@ -129,6 +139,19 @@ SIGHTS: tuple[Family, ...] = (
         _EYE,
         **{"intermediate_size": 96, "dense_intermediate_size": 96, "shared_intermediate_size": 96},
         **{"num_local_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN, "rotary_dim": 8},
+    ),
+    _row(
+        "Step 3.7",
+        "Step3p7",
+        "experts beside a shared one; a gate for each head",
+        _EYE,
+        **{"num_hidden_layers": 3, "moe_intermediate_size": 24, "share_expert_dim": 96},
+        **{"n_routed_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN},
+        **{"sliding_window": 8, "num_sliding_attention_heads": 6},
+        **{"moe_router_scaling_factor": 1.7, "swiglu_limits": [0.0, 0.0, 0.5]},
+        swiglu_limits_shared=[0.0, 0.5, 0.0],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
     ),
     _row(
         "Kimi K2.5",
@@ -151,7 +174,16 @@ SIGHTS: tuple[Family, ...] = (
         layer_types=["conv", "full_attention"],
         block_auto_adjust_ff_dim=False,
     ),
-    _state("MiniCPM-V 4.6", "MiniCPMV4_6"),
+    _row(
+        "LFM3-VL",
+        "Lfm3Vl",
+        "a state of a short convolution; a gate for each head",
+        _EYE,
+        tolerance=2e-5,
+        num_hidden_layers=3,
+        **LFM3,
+    ),
+    _state("MiniCPM-V 4.6", "MiniCPMV4_6", model_type="qwen3_5_text"),
     _state("MiniCPM-V 4.7", "MiniCPMV4_7"),
     _state("MiniCPM-OCR", "MiniCPMOcr"),
     family.composite(

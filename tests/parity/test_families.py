@@ -4,6 +4,7 @@ alone; what is not is refused by name.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,15 +108,18 @@ def test_training_equals_peft(family: Served) -> None:
         ), name
 
 
-def test_neighbours_change_no_bit(family: Served) -> None:
-    def trained(name: str, seed: int) -> EngineRun:
-        return EngineRun(family.trainer, name, REQUESTS[seed], random=seed)
+def neighbours_change_no_bit(trainer: Engine, *lengths: Sequence[int]) -> None:
+    """Of runs with documents of these lengths each."""
 
-    together = [trained(f"together{i}", i) for i in range(2)]
+    def trained(name: str, seed: int) -> EngineRun:
+        return EngineRun(trainer, name, REQUESTS[seed % 2], random=seed)
+
+    assert trainer.base.description.bitwise_reproducible
+    together = [trained(f"together{i}", i) for i in range(len(lengths))]
     tiles = [
-        each.tile(make_documents(i, (3, 40)), CrossEntropy()) for i, each in enumerate(together)
+        each.tile(make_documents(i, lengths[i]), CrossEntropy()) for i, each in enumerate(together)
     ]
-    fused = run_plan(family.trainer, *tiles)
+    fused = run_plan(trainer, *tiles)
     for i, tile in enumerate(tiles):
         alone = trained(f"alone{i}", i)
         result = alone.compute(dataclasses.replace(tile, training_run_id=alone.name))
@@ -124,6 +128,37 @@ def test_neighbours_change_no_bit(family: Served) -> None:
         weights = together[i].export().weights
         for name, array in alone.export().weights.items():
             assert np.array_equal(array, weights[name]), name
+
+
+def test_neighbours_change_no_bit(family: Served) -> None:
+    neighbours_change_no_bit(family.trainer, (3, 40), (3, 40))
+    assert family.sampler.model.bitwise_reproducible
+
+
+# Widths that fill no whole vectors: of MLPs, and gates of one number for each head.
+ODD = {
+    "Llama": {"intermediate_size": 100},
+    "StarCoder2": {"intermediate_size": 100},
+    "EXAONE MoE": {"intermediate_size": 76, "moe_intermediate_size": 20, "num_shared_experts": 1},
+    "Laguna": {"gating": True, "num_attention_heads_per_layer": [4, 6, 2]},
+    "LFM3": {"num_attention_heads": 6},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_neighbours_change_no_bit_of_narrow_layers(name: str, tmp_path: Path) -> None:
+    folder = named(name).make(tmp_path, **ODD[name])
+    neighbours_change_no_bit(make_engine(folder), *((n,) for n in (5, 6, 7, 4, 9, 13, 11, 45)))
+    sampler = SamplerEngine(folder)
+    assert sampler.model.bitwise_reproducible
+    wishes = [{"prompt": PROMPT[:n], "max_tokens": 9, "seed": n} for n in (5, 6, 7, 31, 13)]
+    numbers = [sampler.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
+    together = [sampler.answer(number).continuations[0] for number in numbers]
+    for wish, beside in zip(wishes, together, strict=True):
+        fresh = SamplerEngine(folder)  # whose cache is empty
+        alone = fresh.answer(fresh.submit(**wish)).continuations[0]  # type: ignore[arg-type]
+        assert alone.tokens.tolist() == beside.tokens.tolist()
+        assert list(alone.model_logprobs) == list(beside.model_logprobs)
 
 
 def saved(family: Served, run: EngineRun, folder: Path) -> Path:
@@ -231,6 +266,16 @@ def test_what_is_not_served_is_refused_by_name(refused: Family, tmp_path: Path) 
     words = f"{refused.architecture} is not supported: {re.escape(refused.own)}"
     with pytest.raises(FailedPrecondition, match=words):
         load_base(folder)
+
+
+EARLIER = [family for family in FAMILIES if family.has_class and family.unknown]
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("row", EARLIER, ids=lambda row: row.id)
+def test_before_a_row_is_true_its_class_is_refused_by_name(row: Family, tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match=f"{row.architecture} is not supported: "):
+        load_base(row.make(tmp_path))
 
 
 def test_a_head_of_another_size_than_the_configuration_names_is_refused(tmp_path: Path) -> None:

@@ -223,6 +223,22 @@ def test_a_model_whose_bits_depend_on_neighbours_says_so(
     assert not description.bitwise_reproducible
 
 
+def test_what_a_short_probe_may_not_meet_is_seen(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates so far open that vectors round hardly one of them otherwise."""
+    own = Qwen3MLP.forward
+
+    def gated(module: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        gates = (8.0 + x[..., :4]).sigmoid()  # [1, tokens, 4]
+        return own(module, x) * gates.mean(-1, keepdim=True)
+
+    monkeypatch.setattr(Qwen3MLP, "forward", gated)
+    for inference in (False, True):
+        base = load_base(str(qwen3_folder), device="cpu", inference=inference)
+        assert not base.description.bitwise_reproducible
+
+
 def model_with(**config: Any) -> torch.nn.Module:
     model = torch.nn.Module()
     model.config = SimpleNamespace(**config)  # type: ignore[assignment]
