@@ -24,15 +24,15 @@ from mint_core.lora.column_kernels import (
     shrink,
 )
 from mint_core.lora.column_kernels import ROWS as FEW
-from mint_core.lora.float8_kernels import INNER as SUMMED
-from mint_core.lora.float8_kernels import OUTPUTS as MULTIPLIED
-from mint_core.lora.float8_kernels import ROWS as MULTIPLIED_ROWS
-from mint_core.lora.float8_kernels import product
 from mint_core.lora.segment_kernels import COLUMNS as RANKS
 from mint_core.lora.segment_kernels import INNER as READ
 from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
 from mint_core.lora.segment_tables import OUTPUTS as WRITTEN
 from mint_core.lora.segment_tables import ROWS
+from mint_core.lora.weight_kernels import INNER as SUMMED
+from mint_core.lora.weight_kernels import OUTPUTS as MULTIPLIED
+from mint_core.lora.weight_kernels import ROWS as MULTIPLIED_ROWS
+from mint_core.lora.weight_kernels import product
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.fused.head_kernels import HEADS, turn, turn_back
 from mint_core.model.fused.mlp_kernels import PLACES, SILU, TANH_GELU, gate_back, gate_product
