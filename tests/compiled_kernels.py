@@ -31,8 +31,9 @@ from mint_core.lora.segment_tables import OUTPUTS as WRITTEN
 from mint_core.lora.segment_tables import ROWS
 from mint_core.lora.weight_kernels import INNER as SUMMED
 from mint_core.lora.weight_kernels import OUTPUTS as MULTIPLIED
+from mint_core.lora.weight_kernels import PLACES as ADDED
+from mint_core.lora.weight_kernels import PLAIN_ROWS, add_splits, multiply_split, product
 from mint_core.lora.weight_kernels import ROWS as MULTIPLIED_ROWS
-from mint_core.lora.weight_kernels import product
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.fused.head_kernels import HEADS, turn, turn_back
 from mint_core.model.fused.mlp_kernels import PLACES, SILU, TANH_GELU, gate_back, gate_product
@@ -70,6 +71,9 @@ OTHERS = (
     (turn_back, {**_TURN, "NORMED": True}),
     (product, {**_FLOAT8, "BACK": False}),
     (product, {**_FLOAT8, "BACK": True}),
+    (multiply_split, {**_FLOAT8, "ROWS": PLAIN_ROWS[2], "BIASED": False}),
+    (multiply_split, {**_FLOAT8, "ROWS": PLAIN_ROWS[4], "BIASED": True}),
+    (add_splits, {"SPLITS": MOST_SPLITS, "PLACES": ADDED, "BIASED": True}),
     (shrink_own, {**_OWN, "INNER": READ}),
     (expand_own, {**_OWN, "OUTPUTS": WRITTEN}),
     (add_gradients, {**_OWN, "OUTPUTS": WRITTEN}),
@@ -84,7 +88,7 @@ OTHERS = (
 _NUMBERS = (
     *("query", "key", "value", "output", "x", "a", "b", "y"),
     *("heads", "cosines", "sines", "z", "h", "dh", "dy", "dx", "added", "total", "passed"),
-    *("wide", "gradient", "queries", "keys", "values"),
+    *("wide", "gradient", "queries", "keys", "values", "matrix", "bias"),
 )  # of the case's type
 _TENSORS = {
     "table": "*i32",

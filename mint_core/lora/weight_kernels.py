@@ -107,7 +107,7 @@ def multiply(
 @triton.jit(do_not_specialize=["rows"])  # one row, or sixteen, must not be compiled otherwise
 def multiply_split(
     x,  # [T, in]
-    weight,  # [out, in]
+    matrix,  # [out, in]
     bias,  # [out]
     y,  # [splits, T, out], written
     rows,
@@ -135,7 +135,7 @@ def multiply_split(
             other=0.0,
         )
         right = tl.load(
-            weight + output[None, :].to(tl.int64) * inner + place[:, None],
+            matrix + output[None, :].to(tl.int64) * inner + place[:, None],
             mask=inside[:, None] & wanted[None, :],
             other=0.0,
         )

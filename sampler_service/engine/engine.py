@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from sampler_service.engine.memory import (
     rank_bytes,
     within,
 )
+from sampler_service.engine.neighbours import prove
 from sampler_service.engine.routed_rows import stacked
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
@@ -85,6 +87,9 @@ class Engine:
             if base.device.type == "cuda" or base.context.row_wise
             else None
         )
+        if decoder is not None and decoder.row_passes is not None:
+            prove(base, decoder)
+            self.description = replace(self.description, bitwise_reproducible=True)
         self.runner = Runner(base, cache, progress, decoder)
         folder = base.description.folder
         self._vocabulary = Vocabulary(

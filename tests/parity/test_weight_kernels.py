@@ -56,7 +56,7 @@ def test_a_rows_bits_are_the_same_among_any_number_of_others(
     x, weight = drawn(most, inner, dtype=dtype), drawn(out, inner, seed=1, dtype=dtype)
     bias = drawn(out, seed=2, dtype=dtype)
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(st.integers(0, most - 1), st.integers(1, most))
     def check(first: int, rows: int) -> None:
         part = slice(first, first + rows)
