@@ -168,9 +168,11 @@ def add_splits(
 
 
 def weight_splits(weight: Tensor) -> int:  # [out, in]
-    """How many splits its inner side has."""
+    """How many splits its inner side has: for a program on each multiprocessor and no more, since
+    what they make of many rows is more to write than the weights are to read.
+    """
     outer, inner = weight.shape
-    return splits_of(inner, triton.cdiv(outer, OUTPUTS))
+    return splits_of(inner, 2 * triton.cdiv(outer, OUTPUTS))
 
 
 def multiply_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [T, in] -> [T, out]
