@@ -147,8 +147,12 @@ def main() -> int:
     for capability, dtype, name, size, heads, key_heads, scores in CASES:
         query = torch.empty(1, heads, size, dtype=dtype)
         cache = torch.empty(1, BLOCK_TOKENS, key_heads, size, dtype=dtype)
-        sets = constants(query, cache, cache, scores)
-        for kernel, constexprs in zip((attend_split, combine_splits), sets, strict=True):
+        sets = (
+            *constants(query, cache, cache, scores),
+            constants(query, cache, cache, scores, tiled=True)[0],
+        )
+        own = attend_split, combine_splits, attend_split
+        for kernel, constexprs in zip(own, sets, strict=True):
             most = max(most, shared_bytes(kernel, constexprs, name, target_of(capability)))
     kinds = itertools.product(CAPABILITIES, TYPES) if "--all" in sys.argv else FEW_KINDS
     for (capability, name), (kernel, constexprs) in itertools.product(kinds, OTHERS):

@@ -30,7 +30,7 @@ def product(left, right, WIDEN: tl.constexpr):
     return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one row, or sixteen, must not be compiled otherwise
 def shrink(
     x,  # [n, in]
     a,  # [modules, size, in]
@@ -81,7 +81,7 @@ def shrink(
         tl.store(partial + to, h, mask=there[:, None] & used[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def expand(
     partial,  # [splits, n, modules, columns] float32
     b,  # of each module [size, out], one after the other

@@ -25,7 +25,7 @@ PLAIN_ROWS = {2: 64, 4: 16}
 PLACES = 1024  # of a program that adds splits up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one row, or sixteen, must not be compiled otherwise
 def product(
     x,  # [T, inner]
     numbers,  # [out, in], their bits
@@ -104,7 +104,7 @@ def multiply(
     return y
 
 
-@triton.jit(do_not_specialize=["rows"])  # one row, or sixteen, must not be compiled otherwise
+@triton.jit(do_not_specialize=["rows"])
 def multiply_split(
     x,  # [T, in]
     matrix,  # [out, in]

@@ -120,7 +120,13 @@ class Decoder:
         row_wise = base.context.row_wise
         self._columns = ColumnBank(base.groups, columns, base.device, base.dtype, row_wise=row_wise)
         # Of prompts, where a row's bits must depend on no other.
-        self.row_passes = RowPasses(base, cache, self._attend, self._columns) if row_wise else None
+        self.row_passes: RowPasses | None = None
+        if row_wise:
+            from sampler_service.engine.cache.paged_kernels import tiled  # Triton is not everywhere
+
+            of_rows = partial(tiled, self._attend, base.device)
+            self.row_passes = RowPasses(base, cache, of_rows, self._columns)
+            self._attend = of_rows([(0, 1)] * most_rows)
         self.sums = Sums(row_wise)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)

@@ -28,7 +28,7 @@ class RowPasses:
 
     base: LoadedBase
     cache: KvCache
-    attend: DecodeAttention
+    attention: Callable[[Sequence[tuple[int, int]]], DecodeAttention]  # of rows of these spans
     columns: ColumnBank
 
     def hidden(
@@ -62,7 +62,8 @@ class RowPasses:
         blocks = torch.tensor(table, dtype=torch.int32, device=device)[places]  # [n, longest]
         last = blocks.gather(1, positions[:, None] // BLOCK_TOKENS)[:, 0].long()
         slots = last * BLOCK_TOKENS + positions % BLOCK_TOKENS
-        attention = PagedAttention(self.cache, self.attend, slots, blocks, positions + 1, places)
+        attend = self.attention([(span.start, span.stop) for span in spans])
+        attention = PagedAttention(self.cache, attend, slots, blocks, positions + 1, places)
         active = self.columns.active(owners, columns) if columns else None
         with self.base.context.side_by_side(active):
             return self.base.hidden(ids, positions, (), attention)

@@ -144,7 +144,7 @@ def test_a_device_on_which_neighbours_tell_is_refused(folder: Path) -> None:
     plain = SamplerEngine(folder)
     base, cache = plain.engine.base, plain.engine.runner.cache
     decoder = decoding(plain, attend=attend)
-    decoder.row_passes = RowPasses(base, cache, attend, decoder._columns)
+    decoder.row_passes = RowPasses(base, cache, lambda _: attend, decoder._columns)
     with pytest.raises(FailedPrecondition, match="is not kept on this device"):
         neighbours.prove(base, decoder)
 
