@@ -35,7 +35,7 @@ def prove(base: LoadedBase, decoder: Decoder) -> None:
     # Others' rows come first, and of one prompt a piece beside what decodes.
     others = _sequences(base, sum(blocks_for(length) for _, length in PROMPTS))
     prompts = _prompts(decoder.row_passes, others[::-1], adapters)[::-1]
-    piece = Span(others[1], 3, 9, decodes=False)
+    piece = Span(others[1], 0, len(others[1]) - 1, decodes=False)
     rows = min(BESIDE, decoder.most_rows - piece.stop)
     decoding = [others[-place % len(others)] for place in range(rows)]
     told = _told(decoder, decoding, adapters, [piece])

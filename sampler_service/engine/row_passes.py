@@ -79,16 +79,18 @@ def fitting(
     the same time; longer ones are cut.
     """
     part: list[Span] = []
-    count, hot = 0, dict[AdapterRow, None]()
+    count, hot = 0, set[AdapterRow]()
     for span in spans:
         row, start = adapters.get(span.sequence.adapter), span.start
-        own = {} if row is None else {row: None}
         while start < span.stop:
-            if part and (count == most_rows or not columns.fits({**hot, **own})):
+            comes = row is not None and row not in hot
+            if part and (count == most_rows or (comes and not columns.fits([*hot, row]))):
                 yield part
-                part, count, hot = [], 0, {}
+                part, count, hot = [], 0, set()
+            if row is not None:
+                hot.add(row)
             stop = min(span.stop, start + most_rows - count)
             part.append(replace(span, start=start, stop=stop))
-            count, hot, start = count + stop - start, {**hot, **own}, stop
+            count, start = count + stop - start, stop
     if part:
         yield part

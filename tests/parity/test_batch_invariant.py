@@ -2,7 +2,7 @@
 in Triton's interpreter, and elsewhere is what it always was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mint_core.model.inference import make_row_wise
 from sampler_service.engine import neighbours
 from sampler_service.engine.cache.paged_attention import plain_attention
 from sampler_service.engine.row_passes import RowPasses
-from sampler_service.jobs import BASE_MODEL, Generated
+from sampler_service.jobs import BASE_MODEL
 from tests.families import named
 from tests.models import load_base
 from tests.parity.sampler_checks import assert_bitwise, random_tokens
@@ -39,7 +39,13 @@ WISHES: tuple[dict[str, Any], ...] = (
     {"prompt": random_tokens(1, 20), "num_samples": 2, "seed": 1, "topk_sample_logprobs": 3},
     {"prompt": random_tokens(2, 7), "adapter": EIGHT, "seed": 2, "prompt_logprobs": True},
     {"prompt": random_tokens(3, 2), "adapter": THREE, "seed": 3, "top_p": 0.8, "top_k": 40},
-    {"prompt": random_tokens(4, 1), "adapter": EIGHT, "seed": 4, "temperature": 0.6},
+    {
+        "prompt": random_tokens(4, 1),
+        "adapter": EIGHT,
+        "seed": 4,
+        "temperature": 0.6,
+        "stream": True,
+    },
 )
 
 
@@ -71,11 +77,18 @@ class OnGpu(SamplerEngine):
 def sampler(folder: Path) -> Iterator[SamplerEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "BESIDE", 4)
-        patch.setattr(neighbours, "PROMPTS", (("", 2), ("narrow", 18), ("wide", 2)))
+        patch.setattr(neighbours, "PROMPTS", (("", 2), ("narrow", 4), ("wide", 2)))
         yield load_all(OnGpu(folder))
 
 
-def together(sampler: SamplerEngine, tenant: str) -> list[Generated]:
+def assert_same(sampler: SamplerEngine, left: Sequence[int], right: Sequence[int]) -> None:
+    """What calls of these numbers were told, in parts and at the end."""
+    for ours, theirs in zip(left, right, strict=True):
+        assert sampler.parts.get(ours) == sampler.parts.get(theirs)
+        assert_bitwise(sampler.answer(ours), sampler.answer(theirs))
+
+
+def together(sampler: SamplerEngine, tenant: str) -> list[int]:
     """They come in two steps, and another that goes away between them."""
     numbers = []
     for place, wish in enumerate(WISHES):
@@ -84,22 +97,45 @@ def together(sampler: SamplerEngine, tenant: str) -> list[Generated]:
             gone = sampler.submit(random_tokens(9, 5), adapter=THREE, tenant=tenant)
             sampler.step()
             sampler.abort(gone)
-    return [sampler.answer(number) for number in numbers]
+    sampler.drain()
+    return numbers
 
 
 def test_a_seed_gives_the_same_bits_alone_and_beside_others(
     sampler: SamplerEngine, folder: Path
 ) -> None:
     assert sampler.model.bitwise_reproducible
-    alone = [sampler.generate(**wish, tenant="a", max_tokens=2) for wish in WISHES]
+    alone = []
+    for wish in WISHES:
+        alone.append(sampler.submit(**wish, tenant="a", max_tokens=2))
+        sampler.drain()
     # Of another tenant, which finds nothing of those; but a beginning of its own, of one block.
     sampler.generate(WISHES[0]["prompt"][:17], tenant="b", max_tokens=1)
     beside = together(sampler, "b")
-    assert [each.prompt_cache_hit_tokens for each in (alone[0], beside[0])] == [0, 16]
-    for left, right in zip(alone, beside, strict=True):
-        assert_bitwise(left, right)
+    first = sampler.generate(**WISHES[0], tenant="b", max_tokens=2)  # all of it is found now
     plain = load_all(SamplerEngine(folder))
-    assert_near(alone, [plain.generate(**wish, max_tokens=2) for wish in WISHES])
+    assert_near([first], [plain.generate(**WISHES[0], max_tokens=2)])
+    found = sampler.answer(alone[0]), sampler.answer(beside[0])
+    assert [each.prompt_cache_hit_tokens for each in (*found, first)] == [0, 16, 19]
+    for other in (*found[1:], first):
+        assert_bitwise(found[0], other)
+    assert sampler.parts[alone[3]]
+    assert_same(sampler, alone[1:], beside[1:])
+
+
+def test_who_was_sent_away_goes_on_with_the_same_bits(sampler: SamplerEngine) -> None:
+    wish = {"prompt": random_tokens(7, 2), "adapter": EIGHT, "max_tokens": 3, "seed": 7}
+    expected = sampler.generate(**wish, tenant="g")  # type: ignore[arg-type]
+    number = sampler.submit(**wish, tenant="h")  # type: ignore[arg-type]
+    scheduler = sampler.engine._scheduler
+    sampler.step()
+    (own,) = scheduler._requests[number].sequences
+    while len(own.generated) < 2:
+        sampler.step()
+        (own,) = scheduler._requests[number].sequences
+    scheduler._preempt(own)  # as for want of blocks
+    assert own.missing > 1
+    assert_bitwise(expected, sampler.answer(number))
 
 
 def test_more_adapters_than_columns_hold_are_computed_apart(sampler: SamplerEngine) -> None:
