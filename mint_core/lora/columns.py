@@ -135,6 +135,11 @@ class ColumnBank:
         """Columns that nobody else has then."""
         return -(-row.bank.stored_rank // self._step) * self._step
 
+    def clear(self) -> None:
+        """Has no adapter hot."""
+        self._starts = {}
+        self._owners.fill_(_FREE)
+
     def owner(self, row: AdapterRow | None) -> int:
         """By which a row of the stream names its adapter, which is hot."""
         return NOBODY if row is None else self._starts[row]

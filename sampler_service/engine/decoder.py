@@ -184,6 +184,10 @@ class Decoder:
         """A token for each row of what `run` returned; None if that takes more than is recorded."""
         return self._draws.draw(logits, draws)
 
+    def forget_adapters(self) -> None:
+        """Holds none any more, hot or not."""
+        self._columns.clear()
+
     def _compute(self, size: int, columns: int) -> None:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
         active = (

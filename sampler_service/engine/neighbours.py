@@ -39,6 +39,7 @@ def prove(base: LoadedBase, decoder: Decoder) -> None:
     rows = min(BESIDE, decoder.most_rows - piece.stop)
     decoding = [others[-place % len(others)] for place in range(rows)]
     told = _told(decoder, decoding, adapters, [piece])
+    decoder.forget_adapters()
     beside = []
     for sequence, hidden_states in zip(others, prompts, strict=True):
         row = max(row for row, own in enumerate(decoding) if own is sequence)
@@ -52,13 +53,12 @@ def prove(base: LoadedBase, decoder: Decoder) -> None:
 
 def _adapters(base: LoadedBase) -> dict[str, AdapterRow]:
     bank, modules = base.new_bank(), tuple(base.shapes)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(base.device).manual_seed(0)
     rows = {}
     for name, rank in RANKS.items():
         spec = AdapterSpec(rank=rank, alpha=rank, use_rslora=False, seed=0, modules=modules)
         rows[name] = bank.add(spec)
-        weights = rows[name].part(Part.WEIGHTS)
-        weights.copy_(torch.randn(weights.shape, generator=generator) * 0.05)
+        rows[name].part(Part.WEIGHTS).normal_(0.0, 0.05, generator=generator)
     return rows
 
 

@@ -82,13 +82,12 @@ def fitting(
     count, hot = 0, set[AdapterRow]()
     for span in spans:
         row, start = adapters.get(span.sequence.adapter), span.start
+        own: set[AdapterRow] = set() if row is None else {row}
         while start < span.stop:
-            comes = row is not None and row not in hot
-            if part and (count == most_rows or (comes and not columns.fits([*hot, row]))):
+            if part and (count == most_rows or not (own <= hot or columns.fits(hot | own))):
                 yield part
                 part, count, hot = [], 0, set()
-            if row is not None:
-                hot.add(row)
+            hot |= own
             stop = min(span.stop, start + most_rows - count)
             part.append(replace(span, start=start, stop=stop))
             count, start = count + stop - start, stop

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import FailedPrecondition
+from mint_core.lora.columns import TILE, ColumnBank
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.inference import make_row_wise
 from sampler_service.engine import neighbours
 from sampler_service.engine.cache.paged_attention import plain_attention
-from sampler_service.engine.row_passes import RowPasses
+from sampler_service.engine.row_passes import RowPasses, fitting
+from sampler_service.engine.sequences import Span, TokenSequence
 from sampler_service.jobs import BASE_MODEL
 from tests.families import named
 from tests.models import load_base
 from tests.parity.sampler_checks import assert_bitwise, random_tokens
-from tests.parity.test_decoder import assert_near, decoding
+from tests.parity.test_decoder import assert_near, decoding, launches_of
 from tests.sampler_in_process import SamplerEngine
+from tests.unit.mint_core.test_columns import GROUPS, make_rows
 
 pytest.importorskip("tests.interpreted_kernels")
 from tests.interpreted_kernels import in_kernels, products_by_rows
@@ -57,7 +60,8 @@ def load_all(sampler: SamplerEngine) -> SamplerEngine:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     return named("Qwen 3").make(tmp_path_factory.mktemp("model"), **sizes)
 
 
@@ -105,6 +109,9 @@ def test_a_seed_gives_the_same_bits_alone_and_beside_others(
     sampler: SamplerEngine, folder: Path
 ) -> None:
     assert sampler.model.bitwise_reproducible
+    decoder = sampler.engine.runner.decoder
+    assert decoder is not None
+    assert not decoder._columns._starts  # those that were tried at start hold no memory
     alone = []
     for wish in WISHES:
         alone.append(sampler.submit(**wish, tenant="a", max_tokens=2))
@@ -138,6 +145,25 @@ def test_who_was_sent_away_goes_on_with_the_same_bits(sampler: SamplerEngine) ->
     assert_bitwise(expected, sampler.answer(number))
 
 
+def test_a_pass_has_as_many_rows_and_adapters_as_it_takes() -> None:
+    rows = make_rows()[:3]  # each takes a tile of columns
+    bank = ColumnBank(GROUPS, 2 * TILE, torch.device("cpu"), torch.float32, row_wise=True)
+    adapters = dict(zip("abc", rows, strict=True))
+    lengths = {"a": 5, "": 1, "b": 1, "c": 6}
+    spans = [
+        Span(TokenSequence(0, 0, adapter, [0] * n), 0, n, decodes=False)
+        for adapter, n in lengths.items()
+    ]
+    parts = list(fitting(spans, adapters, bank, 4))
+    told = [[(span.sequence.adapter, span.start, span.stop) for span in part] for part in parts]
+    assert told == [
+        [("a", 0, 4)],
+        [("a", 4, 5), ("", 0, 1), ("b", 0, 1)],
+        [("c", 0, 4)],
+        [("c", 4, 6)],
+    ]
+
+
 def test_more_adapters_than_columns_hold_are_computed_apart(sampler: SamplerEngine) -> None:
     wishes = [
         {"prompt": random_tokens(6, 2), "adapter": adapter, "max_tokens": 1, "seed": 5}
@@ -156,7 +182,9 @@ def test_more_adapters_than_columns_hold_are_computed_apart(sampler: SamplerEngi
         assert_bitwise(left, right)
 
 
-def test_the_option_launches_no_more_where_no_splits_are(sampler: SamplerEngine) -> None:
+def test_the_option_launches_no_more_where_no_splits_are(
+    sampler: SamplerEngine, folder: Path
+) -> None:
     from tests.launches import counted
 
     decoder = sampler.engine.runner.decoder
@@ -171,6 +199,7 @@ def test_the_option_launches_no_more_where_no_splits_are(sampler: SamplerEngine)
     products = [launches.counts[name] for name in ("multiply_split", "shrink", "expand")]
     assert products == [5, 5, 5]  # q with k and v, o, gate with up, down, and the head
     assert not {"mm", "addmm", "matmul", "mean"} & set(launches.counts)
+    assert sum(launches.counts.values()) <= sum(launches_of(folder, 1).values())
 
 
 def test_a_device_on_which_neighbours_tell_is_refused(folder: Path) -> None:
