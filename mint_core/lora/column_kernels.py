@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from mint_core.lora.columns import TILE
+from mint_core.lora.kernels import TILE
 
 PROGRAMS = 264  # two for each multiprocessor of the largest GPUs: more splits gain nothing
 MOST_SPLITS = 16

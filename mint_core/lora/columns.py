@@ -19,7 +19,6 @@ from mint_core.lora.groups import ModuleGroup
 NOBODY = -1  # owner of the rows that no adapter touches
 _FREE = -2  # owner of the columns that hold no adapter
 LEAST_COLUMNS, MOST_COLUMNS = 64, 512  # of a pass with adapters
-TILE = 32  # columns that a kernel multiplies at once
 _BUSY = 66  # programs of a small pass, by which splits are chosen where no pass may choose them
 
 
@@ -99,7 +98,7 @@ class ColumnBank:
         *,
         row_wise: bool = False,
     ) -> None:
-        self._step = TILE if row_wise else 1
+        self._step = kernels.TILE if row_wise else 1
         self._groups = groups
         self._size = size
         self._columns = {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mint_core.errors import FailedPrecondition
-from mint_core.lora.columns import TILE, ColumnBank
+from mint_core.lora.columns import ColumnBank
+from mint_core.lora.kernels import TILE
 from mint_core.lora.spec import LoraRequest
 from mint_core.model.inference import make_row_wise
 from sampler_service.engine import neighbours

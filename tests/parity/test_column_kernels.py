@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mint_core.lora.bank import AdapterBank, AdapterRow, Part
-from mint_core.lora.columns import TILE, ActiveColumns, ColumnBank
+from mint_core.lora.columns import ActiveColumns, ColumnBank
 from mint_core.lora.groups import ModuleGroup
+from mint_core.lora.kernels import TILE
 from mint_core.lora.spec import AdapterSpec
 from tests.interpreted_kernels import DEVICE, in_kernels, products_by_rows
 
