@@ -33,6 +33,7 @@ PARTS = {
     "trainer": 60,
     "sampler_8b": 60,
     "sampler_short": 60,
+    "batch_invariant": 60,
     "sampler_mixes": 60,
     "trainer_rate": 60,
     "trainer_8b": 60,

@@ -23,7 +23,7 @@ from trainer_service.engine.recorded.passes import RecordedPasses
 
 BF16 = torch.bfloat16
 _KERNELS = ("segment_kernels", "fused_layers", "head_kernels", "column_kernels", "softmax_kernels")
-_OLDER = ("float8", "paged_attention")
+_OLDER = ("float8", "weight_kernels", "paged_attention")
 # Some of theirs are for GPUs; the last one's are not skipped without.
 _ELSEWHERE = ("algorithms", "attention", "base_files")
 

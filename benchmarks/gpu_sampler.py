@@ -2,10 +2,12 @@
 graphs; how far logprobs are from the trainer's; how soon new weights are in use.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ class Workload:
         adapters: int = ADAPTERS,
         rank: int = RANK,
         context: int = 1024,
+        batch_invariant: bool = False,
     ) -> None:
         self.bench = bench
         self.context = bench.size(context, 40)
@@ -74,6 +77,7 @@ class Workload:
             max_running_samples=most,
             max_batch_tokens=most + 32 * 512,
             kv_cache_tokens=most * (self.context + self.more + 16),
+            batch_invariant=batch_invariant,
         )
         engine = self.sampler.engine
         spec = resolve(LoraRequest(rank=rank, seed=0), self.sampler.model.linear_modules)
@@ -86,6 +90,7 @@ class Workload:
         self.timed = TimedDecoder(self.decoder)
         runner.decoder = self.timed  # type: ignore[assignment]
         self._sent: list[int] = []  # requests
+        self._prompts = 0
 
     def submit(self, batch: int, adapters: int) -> None:
         rng = np.random.default_rng(batch)
@@ -116,6 +121,12 @@ class Workload:
         self.clear()
         assert len(times) > WARM_UP, "not all decoded at the same time for long enough"
         return statistics.median(times[WARM_UP:])
+
+    def prompt(self, tokens: int) -> None:
+        """Computes one that is not kept yet, and draws a token."""
+        self._prompts += 1
+        prompt = np.random.default_rng(self._prompts).integers(3, 500, tokens).tolist()
+        self.sampler.generate(prompt, max_tokens=1)
 
     def clear(self) -> None:
         while self._sent:
@@ -199,6 +210,28 @@ def sampler_mixes(bench: Bench) -> None:
             step_s = work.step_s(batch, min(adapters, batch))
             speed = f"{batch / step_s:.0f} tok/s"
             bench.note(f"0.6B, batch {batch}, {adapters} adapters", 1e3 * step_s, "ms", speed)
+
+
+def batch_invariant(bench: Bench) -> None:
+    """0.6B: what it costs that no neighbour changes a bit."""
+    batches = (1, 32, 128) if not bench.tiny else (1, 4)
+    with random_model(bench, "0.6B") as folder:
+        found: dict[str, list[float]] = {}
+        for asked in (False, True):
+            own = asked and not bench.tiny  # on a CPU it is the same
+            work = Workload(bench, folder, batches[-1], batch_invariant=own)
+            for batch in batches:
+                for adapters in (0, ADAPTERS):
+                    title = f"0.6B, batch {batch}, {adapters} adapters"
+                    found.setdefault(title, []).append(work.step_s(batch, adapters))
+            for tokens in (128, 2048) if not bench.tiny else (40,):
+                prompt_s = bench.seconds(partial(work.prompt, tokens))
+                found.setdefault(f"0.6B, a prompt of {tokens}", []).append(prompt_s)
+            del work
+            gc.collect()
+    for title, (plain_s, own_s) in found.items():
+        bench.note(f"{title}, batch-invariant", 1e3 * own_s, "ms", f"{1e3 * plain_s:.2f} without")
+        bench.note(f"{title}, batch-invariant over without", own_s / plain_s, "x")
 
 
 def sampler_short(bench: Bench) -> None:

@@ -68,6 +68,13 @@ class SamplerConfig(ServiceConfig):
     max_batch_tokens: int = option(
         0, "most tokens of one pass; 0: one piece of a prompt beside all continuations"
     )
+    batch_invariant: bool = option(
+        False,
+        "on a GPU, compute each sequence so that its bits do not depend on who shares its passes: "
+        "a seed gives the same tokens on an idle and on a busy server. It takes longer, is tried "
+        "at start, and is refused for models with parts that cannot (docs/models.md). On a CPU it "
+        "is always so, and the option refuses to start where it is not",
+    )
     kv_cache_tokens: int = option(
         0,
         "most tokens whose keys and values are kept; no context is longer. 0: on a GPU what memory "
@@ -108,6 +115,10 @@ class SamplerConfig(ServiceConfig):
             )
         self.require_at_least(0, "adapter_memory_mib", "host_adapter_memory_mib", "row_folder_mib")
         self.require_at_least(0, "max_wait_s")
+        if self.batch_invariant and self.trade_bits_for_speed:
+            raise ValueError(
+                "`batch_invariant` and `trade_bits_for_speed` exclude each other; give one"
+            )
         self.require_at_least(1, "max_adapters", "max_running_samples", "replicas")
         self._check_devices()
         self.require_at_least(1, "queue_samples", "queue_tokens")

@@ -24,15 +24,16 @@ from mint_core.lora.column_kernels import (
     shrink,
 )
 from mint_core.lora.column_kernels import ROWS as FEW
-from mint_core.lora.float8_kernels import INNER as SUMMED
-from mint_core.lora.float8_kernels import OUTPUTS as MULTIPLIED
-from mint_core.lora.float8_kernels import ROWS as MULTIPLIED_ROWS
-from mint_core.lora.float8_kernels import product
 from mint_core.lora.segment_kernels import COLUMNS as RANKS
 from mint_core.lora.segment_kernels import INNER as READ
 from mint_core.lora.segment_kernels import add_gradients, expand_own, shrink_own
 from mint_core.lora.segment_tables import OUTPUTS as WRITTEN
 from mint_core.lora.segment_tables import ROWS
+from mint_core.lora.weight_kernels import INNER as SUMMED
+from mint_core.lora.weight_kernels import OUTPUTS as MULTIPLIED
+from mint_core.lora.weight_kernels import PLACES as ADDED
+from mint_core.lora.weight_kernels import PLAIN_ROWS, add_splits, multiply_split, product
+from mint_core.lora.weight_kernels import ROWS as MULTIPLIED_ROWS
 from mint_core.model.attention_kernels import Scores
 from mint_core.model.fused.head_kernels import HEADS, turn, turn_back
 from mint_core.model.fused.mlp_kernels import PLACES, SILU, TANH_GELU, gate_back, gate_product
@@ -70,6 +71,9 @@ OTHERS = (
     (turn_back, {**_TURN, "NORMED": True}),
     (product, {**_FLOAT8, "BACK": False}),
     (product, {**_FLOAT8, "BACK": True}),
+    (multiply_split, {**_FLOAT8, "ROWS": PLAIN_ROWS[2], "BIASED": False}),
+    (multiply_split, {**_FLOAT8, "ROWS": PLAIN_ROWS[4], "BIASED": True}),
+    (add_splits, {"SPLITS": MOST_SPLITS, "PLACES": ADDED, "BIASED": True}),
     (shrink_own, {**_OWN, "INNER": READ}),
     (expand_own, {**_OWN, "OUTPUTS": WRITTEN}),
     (add_gradients, {**_OWN, "OUTPUTS": WRITTEN}),
@@ -84,7 +88,7 @@ OTHERS = (
 _NUMBERS = (
     *("query", "key", "value", "output", "x", "a", "b", "y"),
     *("heads", "cosines", "sines", "z", "h", "dh", "dy", "dx", "added", "total", "passed"),
-    *("wide", "gradient", "queries", "keys", "values"),
+    *("wide", "gradient", "queries", "keys", "values", "matrix", "bias"),
 )  # of the case's type
 _TENSORS = {
     "table": "*i32",
@@ -143,8 +147,12 @@ def main() -> int:
     for capability, dtype, name, size, heads, key_heads, scores in CASES:
         query = torch.empty(1, heads, size, dtype=dtype)
         cache = torch.empty(1, BLOCK_TOKENS, key_heads, size, dtype=dtype)
-        sets = constants(query, cache, cache, scores)
-        for kernel, constexprs in zip((attend_split, combine_splits), sets, strict=True):
+        sets = (
+            *constants(query, cache, cache, scores),
+            constants(query, cache, cache, scores, tiled=True)[0],
+        )
+        own = attend_split, combine_splits, attend_split
+        for kernel, constexprs in zip(own, sets, strict=True):
             most = max(most, shared_bytes(kernel, constexprs, name, target_of(capability)))
     kinds = itertools.product(CAPABILITIES, TYPES) if "--all" in sys.argv else FEW_KINDS
     for (capability, name), (kernel, constexprs) in itertools.product(kinds, OTHERS):

@@ -34,3 +34,24 @@ def in_kernels() -> Iterator[None]:
         yield
     finally:
         kernels.interpreted = False
+
+
+@contextmanager
+def products_by_rows() -> Iterator[None]:
+    """Around what must not depend on a row's place in a tile: the interpreter's products are
+    numpy's, in which on some CPUs it does. A GPU's are its own.
+    """
+    execute = interpreter.InterpreterBuilder.create_dot
+
+    def dot(builder: Any, a: Any, b: Any, d: Any, *others: Any) -> Any:
+        rows = interpreter.TensorHandle(a.data[:, None], a.dtype)
+        sums = interpreter.TensorHandle(d.data[:, None], d.dtype)
+        result = execute(builder, rows, b, sums, *others)
+        result.data = result.data[:, 0]
+        return result
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.create_dot = execute

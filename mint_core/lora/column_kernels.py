@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from mint_core.lora.kernels import TILE
+
 PROGRAMS = 264  # two for each multiprocessor of the largest GPUs: more splits gain nothing
 MOST_SPLITS = 16
 LEAST_SPLIT = 256  # numbers of the inner side
 INNER = 128  # held at once
-COLUMNS = 32  # of a program
+COLUMNS = TILE  # of a program
 OUTPUTS = 64  # of a program
 ROWS = 16  # of a program: the fewest of a matrix product
 
@@ -28,7 +30,7 @@ def product(left, right, WIDEN: tl.constexpr):
     return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one row, or sixteen, must not be compiled otherwise
 def shrink(
     x,  # [n, in]
     a,  # [modules, size, in]
@@ -79,7 +81,7 @@ def shrink(
         tl.store(partial + to, h, mask=there[:, None] & used[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def expand(
     partial,  # [splits, n, modules, columns] float32
     b,  # of each module [size, out], one after the other
@@ -147,6 +149,7 @@ def add_own(
     owners: Tensor,  # [n]
     columns: tuple[Tensor, Tensor],  # owners and scales of those of the pass, each [columns]
     tiles: Tensor,  # [tiles, 4]
+    splits: int | None = None,  # of the inner side; None: as many as keep a GPU busy
 ) -> None:
     """Adds to each row what its own columns make of it, as `ActiveColumns` says it slowly."""
     assert x.stride(1) == y.stride(1) == 1
@@ -154,7 +157,8 @@ def add_own(
     column_owners, scales = columns
     count = len(column_owners)
     parts, blocks = triton.cdiv(n, ROWS), triton.cdiv(count, COLUMNS)
-    splits = splits_of(inner, modules * (parts + blocks))  # so many have something to do
+    # So many programs have something to do.
+    splits = splits or splits_of(inner, modules * (parts + blocks))
     partial = x.new_empty(splits, n, modules, count, dtype=torch.float32)
     split_inner = triton.cdiv(triton.cdiv(inner, splits), INNER) * INNER
     # The interpreter keeps bfloat16 as integers and would multiply those.

@@ -5,7 +5,7 @@ in use, the hot ones, are copied into columns when they are first wanted, and a 
 names the columns that are its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,13 +19,20 @@ from mint_core.lora.groups import ModuleGroup
 NOBODY = -1  # owner of the rows that no adapter touches
 _FREE = -2  # owner of the columns that hold no adapter
 LEAST_COLUMNS, MOST_COLUMNS = 64, 512  # of a pass with adapters
+_BUSY = 66  # programs of a small pass, by which splits are chosen where no pass may choose them
 
 
 class Columns:
     """The adapters of a group of modules, of all of the bank's columns: at first none."""
 
     def __init__(
-        self, group: ModuleGroup, size: int, device: torch.device, dtype: torch.dtype
+        self,
+        group: ModuleGroup,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        row_wise: bool = False,  # see `ColumnBank`
     ) -> None:
         modules = len(group.modules)
         # [modules, size, in]
@@ -35,10 +42,12 @@ class Columns:
         parts = self.b.split([size * width for width in group.out_features])
         self.parts = [part.view(size, -1) for part in parts]  # of b, each [size, out]
         self.tiles: Tensor | None = None  # for the kernels; None where they do not run
+        self.splits: int | None = None  # of theirs; None: as each pass has it
         if kernels.run_on(device):
-            from mint_core.lora.column_kernels import output_tiles  # Triton is not everywhere
+            from mint_core.lora.column_kernels import output_tiles, splits_of  # not everywhere
 
             self.tiles = output_tiles(group.out_features, device)
+            self.splits = splits_of(group.in_features, _BUSY) if row_wise else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +73,7 @@ class ActiveColumns:
         from mint_core.lora.column_kernels import add_own
 
         described = self.column_owners, self.scales
-        add_own(x, y, columns.a, columns.b, self.owners, described, columns.tiles)
+        add_own(x, y, columns.a, columns.b, self.owners, described, columns.tiles, columns.splits)
 
     def add_slowly(self, x: Tensor, y: Tensor, group: ModuleGroup) -> None:
         """Module after module; the oracle of the kernels."""
@@ -76,7 +85,9 @@ class ActiveColumns:
 
 
 class ColumnBank:
-    """The hot adapters."""
+    """The hot adapters. `row_wise`: what a row gets depends on no other, bit for bit; then adapters
+    begin at tiles of their own, since in a tile the place of a column tells.
+    """
 
     def __init__(
         self,
@@ -84,10 +95,15 @@ class ColumnBank:
         size: int,  # columns
         device: torch.device,
         dtype: torch.dtype,  # that the base computes in
+        *,
+        row_wise: bool = False,
     ) -> None:
+        self._step = kernels.TILE if row_wise else 1
         self._groups = groups
         self._size = size
-        self._columns = {g.modules[0]: Columns(g, size, device, dtype) for g in groups}
+        self._columns = {
+            g.modules[0]: Columns(g, size, device, dtype, row_wise=row_wise) for g in groups
+        }
         self._owners = torch.full((size,), _FREE, device=device)
         self._scales = torch.zeros(size, device=device)
         self._dtype = dtype
@@ -100,7 +116,7 @@ class ColumnBank:
         """Makes different adapters hot and returns how many columns a pass over them needs; None if
         they do not fit.
         """
-        if sum(row.bank.stored_rank for row in rows) > self._size:
+        if not self.fits(rows):
             return None
         kept = {row: self._starts[row] for row in rows if row in self._starts}
         if len(kept) < len(rows):
@@ -109,6 +125,19 @@ class ColumnBank:
             self._move(places)
         stop = max((_stop(row, self._starts[row]) for row in rows), default=0)
         return next(columns for columns in self._steps if columns >= stop)
+
+    def fits(self, rows: Collection[AdapterRow]) -> bool:
+        """Whether different adapters can be hot at the same time."""
+        return sum(map(self._room, rows)) <= self._size
+
+    def _room(self, row: AdapterRow) -> int:
+        """Columns that nobody else has then."""
+        return -(-row.bank.stored_rank // self._step) * self._step
+
+    def clear(self) -> None:
+        """Has no adapter hot."""
+        self._starts = {}
+        self._owners.fill_(_FREE)
 
     def owner(self, row: AdapterRow | None) -> int:
         """By which a row of the stream names its adapter, which is hot."""
@@ -127,11 +156,20 @@ class ColumnBank:
         places = dict(kept)
         for row in rows:
             if row not in places:
-                start = _gap(places, row.bank.stored_rank)
-                if start + row.bank.stored_rank > self._size:
+                start = self._gap(places, self._room(row))
+                if start + self._room(row) > self._size:
                     return None
                 places[row] = start
         return places
+
+    def _gap(self, places: Mapping[AdapterRow, int], columns: int) -> int:
+        """The first of as many columns that nobody has."""
+        at = 0
+        for row, start in sorted(places.items(), key=lambda item: item[1]):
+            if start - at >= columns:
+                break
+            at = start + self._room(row)
+        return at
 
     def _move(self, places: Mapping[AdapterRow, int]) -> None:
         """Copies adapters to their places. Others stay hot where these leave them their columns."""
@@ -185,16 +223,6 @@ class ColumnBank:
         """A [r, in] and B [r, out] of each module in the columns from `start` on."""
         columns, place = self._columns[group.modules[0]], slice(start, _stop(row, start))
         return [a[place] for a in columns.a], [b[place] for b in columns.parts]
-
-
-def _gap(places: Mapping[AdapterRow, int], columns: int) -> int:
-    """The first of as many columns that nobody has."""
-    at = 0
-    for row, start in sorted(places.items(), key=lambda item: item[1]):
-        if start - at >= columns:
-            break
-        at = _stop(row, start)
-    return at
 
 
 def _stop(row: AdapterRow, start: int) -> int:

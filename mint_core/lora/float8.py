@@ -48,7 +48,7 @@ class Float8Matrix:
         """x W^T + b."""
         if x.shape[0] > MOST_KERNEL_ROWS:
             return functional.linear(x, self.weight(x.dtype), bias)
-        from mint_core.lora.float8_kernels import multiply  # Triton is not everywhere
+        from mint_core.lora.weight_kernels import multiply  # Triton is not everywhere
 
         y = multiply(x, self.numbers, self.scales, self.span)
         return y if bias is None else y.add_(bias)
@@ -58,7 +58,7 @@ class Float8Matrix:
         dy = dys[0] if len(dys) == 1 else torch.cat(list(dys), dim=1)
         if dy.shape[0] > MOST_KERNEL_ROWS:
             return dy @ self.weight(dy.dtype)
-        from mint_core.lora.float8_kernels import multiply
+        from mint_core.lora.weight_kernels import multiply
 
         return multiply(dy, self.numbers, self.scales, self.span, back=True)
 

@@ -1,6 +1,8 @@
-"""Where the Triton kernels run."""
+"""Where the Triton kernels run, and what is known of them where Triton is not."""
 
 import torch
+
+TILE = 32  # columns of adapters that are multiplied at once
 
 interpreted = False  # by tests: on a CPU too, in Triton's interpreter
 

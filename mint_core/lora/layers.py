@@ -38,6 +38,8 @@ class LoraContext:
         self.waiting: tuple[LinearGroup, Tensor, dict[int, Tensor]] | None = None
         self.lanes: Lanes | None = None  # without, no segment may be rowwise
         self.products: list[RowProducts] = []  # of segments that are
+        # Whether kernels compute what a row gets of frozen weights from that row alone.
+        self.row_wise = False
 
     @contextmanager
     def applying(
@@ -202,6 +204,10 @@ class LinearGroup:
             return self._packed(x)
         if self.float8 is not None:
             return self.float8.product(x, self.bias)
+        if self._context.row_wise:
+            from mint_core.lora.weight_kernels import multiply_plain  # Triton is not everywhere
+
+            return multiply_plain(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
     def back(self, dys: Sequence[Tensor], cut: Cut) -> Tensor:

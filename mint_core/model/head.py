@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mint_core.lora.algorithms import KERNELS, Adapted
 from mint_core.lora.layers import MultiLoraLinear
 from mint_core.lora.segments import MIN_ROWS, Segment, adapter_backward, adapter_forward
-from mint_core.model.softmax import KernelSoftmax, PlainSoftmax, Softmax
+from mint_core.model.softmax import KernelSoftmax, PlainSoftmax, Softmax, ranked_exactly
 
 # Of float32 logits. A CPU's matrix products are at full speed from some 100 rows, and glibc keeps
 # freed blocks of up to 32 MiB for the next chunk, where a larger one is paged in afresh.
@@ -79,6 +80,12 @@ class Head:
         self._softmax = KernelSoftmax if self._kernels else PlainSoftmax
         chunk_bytes = CHUNK_BYTES_CPU if linear.weight.device.type == "cpu" else CHUNK_BYTES
         self.chunk_rows = max(MIN_ROWS, min(2048, chunk_bytes // (4 * linear.out_features)))
+        self._row_wise = False
+
+    def make_row_wise(self) -> None:
+        """From now on a row gets what follows from it alone, by kernels, without backward."""
+        self._row_wise = True
+        self._softmax = KernelSoftmax
 
     def rows_computed(self, rows: int) -> int:
         """How many rows a product with the head has, for so many that are scored."""
@@ -116,8 +123,8 @@ class Head:
         scores them. For few rows, as `logits`.
         """
         z = self.logits(hidden, [piece])
-        top = z.topk(k, dim=1)
-        return top.indices, self._softmax(z).logprobs(top.values)
+        values, ids = ranked_exactly(z, k) if self._row_wise else z.topk(k, dim=1)
+        return ids, self._softmax(z).logprobs(values)
 
     @torch.no_grad()
     def logprobs(
@@ -219,7 +226,11 @@ class Head:
         shrunk: list[Tensor | None] = []
         for cut in chunk:
             h = None
-            if cut.segment.row is not None and cut.segment.row.trains(self._group):
+            adapted = cut.segment.row is not None and cut.segment.row.trains(self._group)
+            if adapted and self._row_wise:
+                own = Adapted((Segment(0, len(cut.rows), cut.segment.row),), x.device, x.dtype)
+                KERNELS.forward(x[cut.part], (z[cut.part],), own, self._group)
+            elif adapted:
                 h = adapter_forward(cut.segment, self._group, x[cut.part], z[cut.part])
             shrunk.append(h)
         return z, shrunk

@@ -1,14 +1,16 @@
 """What makes a base model fit for decoding: weights packed for few rows, and the proof that a row's
-bits do not depend on how many rows a pass has.
+bits do not depend on how many rows a pass has; on a GPU, where that is asked for, kernels of which
+it is true.
 """
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mint_core.errors import FailedPrecondition
 from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.lanes import Lanes
 from mint_core.lora.layers import LinearGroup
@@ -21,6 +23,7 @@ from mint_core.model.base import LoadedBase
 from mint_core.model.head import Piece
 from mint_core.model.mixers.mixer import Inputs, Mixer, no_states
 from mint_core.model.reproducible import ToldTails
+from mint_core.model.shortcuts import Layer, RmsNorm
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +103,46 @@ def _run(base: LoadedBase, rows: Sequence[AdapterRow], part: range) -> Tensor:  
     hidden = base.hidden(tokens, numbers, tuple(segments), each_alone)
     places = torch.arange(len(part))
     return base.head.logits(hidden, [Piece(s, places[s.rows]) for s in segments])
+
+
+def make_row_wise(base: LoadedBase) -> None:
+    """From now on computes by kernels in which a row's bits depend on that row alone, without
+    backward, as linear layers do already by `LoraContext.row_wise`; attention is the pass's own.
+    Raises FailedPrecondition over a model that has parts of which that is not known.
+    """
+    if what := _foreign(base):
+        raise FailedPrecondition(
+            f"`batch_invariant` is not for this model on a GPU: {what}; leave it out, or give "
+            "`device` cpu"
+        )
+    for module in base.model.modules():
+        if isinstance(module.forward, RmsNorm):
+            module.forward.row_wise = True
+    base.head.make_row_wise()
+
+
+def _foreign(base: LoadedBase) -> str | None:
+    """What may compute a row otherwise beside others."""
+    if base.routing is not None:
+        return "its experts take the rows of all sequences together"
+    if base.mixers:
+        return "it has layers with state, whose chunks are cut by what else there is"
+    name = next((name for name, module in _parts(base.text) if not _known(module)), None)
+    return None if name is None else f"its `{name}` is computed by the model's own code"
+
+
+def _parts(module: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _parts(child, f"{before}{name}.")
+        else:
+            yield before + name, child
+
+
+def _known(module: nn.Module) -> bool:
+    form = module.forward
+    if isinstance(form, Layer):
+        return form.is_whole
+    # Looking rows up changes none, and what has no weights takes number by number.
+    plain = isinstance(module, nn.Embedding) or not any(True for _ in module.parameters())
+    return plain or isinstance(form, RmsNorm)

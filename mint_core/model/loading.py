@@ -39,7 +39,7 @@ from mint_core.model.base_files import NO_CODE_OF_ITS_OWN, check_memory, find_fo
 from mint_core.model.float8.reading import Float8, sample
 from mint_core.model.float8.stored import is_fine_grained
 from mint_core.model.head import Head
-from mint_core.model.inference import pack
+from mint_core.model.inference import make_row_wise, pack
 from mint_core.model.loading_progress import told_bar, weights_told
 from mint_core.model.mixers.kinds import documents_are_alike, install_mixers, mixing_layers
 from mint_core.model.mixers.mixer import MixerContext
@@ -65,13 +65,15 @@ def load_base(
     config: ServiceConfig,
     *,
     inference: bool = False,
+    batch_invariant: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> LoadedBase:
     """Loads the base model that a service was told. For inference alone, weights are packed where
-    that makes few rows faster. `progress` is called now and then while weights come.
+    that makes few rows faster. `batch_invariant`: a row's bits must not depend on who shares its
+    pass, on a GPU too. `progress` is called now and then while weights come.
 
     Raises FailedPrecondition, with the remedy, if it cannot be loaded, does not fit, or is of a
-    kind that is not supported.
+    kind that is not supported, or where bits cannot be as they were asked for.
     """
     if not config.trade_bits_for_speed:
         ask_for_reproducible_products()
@@ -111,6 +113,7 @@ def load_base(
         groups = complete(shapes, read_together(calls))
     fingerprint, other_fingerprint = _fingerprints(model, float8)
     context = LoraContext()
+    context.row_wise = batch_invariant and kernels.run_on(place)
     linears = install(model, context, groups)
     if not inference:
         keep_few_kernels()
@@ -171,6 +174,9 @@ def load_base(
     if routing is not None:
         base = proof.with_routing(base, routing)
     proof.take_shortcuts(base)
+    if context.row_wise:
+        make_row_wise(base)
+        return base
     if inference:
         exact = not config.trade_bits_for_speed
         base = replace(base, min_rows=pack(base, linears, exact=exact))
@@ -178,6 +184,12 @@ def load_base(
         base.recomputation.install(model)
     tried = config.threads == 1 and not config.trade_bits_for_speed
     alike = tried and _is_reproducible(base, linears, backward=not inference)
+    if batch_invariant and not alike:
+        raise FailedPrecondition(
+            "`batch_invariant` cannot be kept on this CPU: "
+            + ("its libraries round a row by its neighbours" if tried else "it takes `threads` 1")
+            + "; leave it out"
+        )
     return replace(base, description=replace(base.description, bitwise_reproducible=alike))
 
 

@@ -38,8 +38,11 @@ class RmsNorm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight = weight
         self.eps = eps
+        self.row_wise = False  # whether torch, which may look at the number of rows, is not asked
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.row_wise:
+            return functions.NormedSum.apply(x, None, self.weight, self.eps)[1]  # type: ignore[no-untyped-call,no-any-return]
         if x.dtype != torch.float32:
             return self._short(x)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -230,6 +233,11 @@ class Layer:
             self._after_attention = self._mlp_norm
             self._mlp_norm = form("pre_feedforward_layernorm")
             self._after_mlp = form("post_feedforward_layernorm")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all parts are direct forms too."""
+        return not any(isinstance(part, nn.Module) for part in vars(self).values())
 
     def __call__(self, hidden_states: Tensor, **options: Any) -> Tensor:  # [1, T, d]
         hidden, normed = normed_sum(self._attention_norm, hidden_states)

@@ -1,4 +1,5 @@
-"""The softmax of logits: logprobs of targets, and the gradient with respect to the logits.
+"""The softmax of logits: logprobs of targets, and the gradient with respect to the logits; and
+which logits are the largest.
 
 n: rows. V: vocabulary size. k: targets of a row.
 """
@@ -6,6 +7,8 @@ n: rows. V: vocabulary size. k: targets of a row.
 import numpy as np
 import torch
 from torch import Tensor
+
+_IDS = 2**32 - 1  # more than a vocabulary has
 
 
 class PlainSoftmax:
@@ -66,3 +69,15 @@ def _row_sums(values: Tensor) -> Tensor:  # [n, k] -> [n]
     for column in range(1, values.shape[1]):
         total = total + values[:, column]
     return total
+
+
+def ranked_exactly(scores: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row [n, V] float32 and their ids, both [n, ranks], of equal ones the
+    smaller id first, also where some of them are beyond the last rank: torch leaves that open.
+    """
+    bits = (scores + 0.0).view(torch.int32).long()  # of one zero
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    top = ((order << 32) | (_IDS - ids)).topk(ranks, dim=1).values
+    chosen = _IDS - (top & _IDS)
+    return scores.gather(1, chosen), chosen

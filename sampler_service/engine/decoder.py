@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mint_core.lora import kernels
 from mint_core.lora.bank import AdapterRow
 from mint_core.lora.columns import MOST_COLUMNS, NOBODY, ColumnBank
 from mint_core.lora.segments import Segment
@@ -28,7 +29,9 @@ from sampler_service.engine.cache.paged_attention import (
 )
 from sampler_service.engine.drawing.randomness import Draw
 from sampler_service.engine.drawing.recorded_draws import RecordedDraws
+from sampler_service.engine.drawing.sums import Sums
 from sampler_service.engine.drawing.token_draws import DrawnTokens
+from sampler_service.engine.row_passes import RowPasses, fitting
 from sampler_service.engine.sequences import Span, TokenSequence
 
 # Of a prompt. Each row reads the keys of all before it by itself, so that this is bounded as well.
@@ -114,14 +117,24 @@ class Decoder:
         self._attend = attend or _attention_of(base.device)
         scratch_slot = cache.states.slots - 1  # nobody else's
         self._rows = DecodeRows(most_rows, most_blocks, scratch_block, scratch_slot, base)
-        self._columns = ColumnBank(base.groups, columns, base.device, base.dtype)
+        row_wise = base.context.row_wise
+        self._columns = ColumnBank(base.groups, columns, base.device, base.dtype, row_wise=row_wise)
+        # Of prompts, where a row's bits must depend on no other.
+        self.row_passes: RowPasses | None = None
+        if row_wise:
+            from sampler_service.engine.cache.paged_kernels import tiled  # Triton is not everywhere
+
+            of_rows = partial(tiled, self._attend, base.device)
+            self.row_passes = RowPasses(base, cache, of_rows, self._columns)
+            self._attend = of_rows([(0, 1)] * most_rows)
+        self.sums = Sums(row_wise)
         vocabulary_size = base.description.vocabulary_size
         self._logits = torch.zeros(most_rows, vocabulary_size, device=base.device)
         self.most_rows = most_rows
         recorded = base.device.type == "cuda" and not reads_on_host(base)
         recorder = GraphRecorder(base.device) if recorded else None
         self.recordings = Recordings(recorder)
-        self._draws = RecordedDraws(self._logits, recorder)
+        self._draws = RecordedDraws(self._logits, recorder, self.sums)
         # Of the last pass the experts of its rows, [rows, k] of each layer that has any.
         self.chosen: list[Tensor] = []
         self._chosen: dict[tuple[int, int], list[Tensor]] = {}  # by rows and columns of a pass
@@ -142,6 +155,11 @@ class Decoder:
         that decode, logits [n, V] float32, which the next pass overwrites, and whose each row is.
         """
         spans = sorted(spans, key=lambda span: (not span.decodes, span.sequence.adapter))
+        if self.row_passes is not None:
+            parts = list(fitting(spans, adapters, self._columns, self.most_rows))
+            if len(parts) > 1:
+                logits = torch.cat([self.run(part, adapters)[0].clone() for part in parts])
+                return logits, [span.sequence for span in spans if span.decodes]
         rows = [
             adapters.get(span.sequence.adapter)
             for span in spans
@@ -165,6 +183,10 @@ class Decoder:
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens | None:
         """A token for each row of what `run` returned; None if that takes more than is recorded."""
         return self._draws.draw(logits, draws)
+
+    def forget_adapters(self) -> None:
+        """Holds none any more, hot or not."""
+        self._columns.clear()
 
     def _compute(self, size: int, columns: int) -> None:
         """Reads and writes tensors that stay where they are. Nothing is read on the host."""
@@ -206,7 +228,7 @@ def reads_on_host(base: LoadedBase) -> bool:
 
 
 def _attention_of(device: torch.device) -> DecodeAttention:
-    if device.type != "cuda":
+    if not kernels.run_on(device):
         return plain_attention
     # Here, since Triton is not everywhere.
     from sampler_service.engine.cache.paged_kernels import paged_attention

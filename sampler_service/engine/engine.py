@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from sampler_service.engine.memory import (
     rank_bytes,
     within,
 )
+from sampler_service.engine.neighbours import prove
 from sampler_service.engine.routed_rows import stacked
 from sampler_service.engine.runner import Computed, Runner
 from sampler_service.engine.scheduler import Scheduler
@@ -55,7 +57,12 @@ class Engine:
         config: SamplerConfig,
         progress: Callable[[], None],  # called while a pass goes on
     ) -> None:
-        base = load_base(config, inference=True, progress=progress)
+        base = load_base(
+            config,
+            inference=True,
+            batch_invariant=config.batch_invariant,
+            progress=progress,
+        )
         shapes = layer_shapes(base)
         self.adapter_ranks = affordable_ranks(config, base)
         blocks, kept, slots = cache_size(config, base, shapes.values())
@@ -77,9 +84,12 @@ class Engine:
                 most_blocks=blocks_for(self.description.context_length),
                 scratch_block=blocks,
             )
-            if base.device.type == "cuda"
+            if base.device.type == "cuda" or base.context.row_wise
             else None
         )
+        if decoder is not None and decoder.row_passes is not None:
+            prove(base, decoder)
+            self.description = replace(self.description, bitwise_reproducible=True)
         self.runner = Runner(base, cache, progress, decoder)
         folder = base.description.folder
         self._vocabulary = Vocabulary(
@@ -253,7 +263,8 @@ class Engine:
             first = generation.first_scored
             if sequence.index != PROMPT or not generation.wants_scores or span.stop <= first:
                 continue
-            scores = score_span(self.base.head, computed, placed, first, generation.job.sampling)
+            asked, head = generation.job.sampling, self.base.head
+            scores = score_span(head, computed, placed, first, asked, self.runner.sums)
             generation.add_scores(max(span.start, first), scores)
             generation.prompt_cache_hit_tokens = sequence.hit_tokens or 0
             if not np.isfinite(scores.logprobs[scores.token_ids >= 0]).all():

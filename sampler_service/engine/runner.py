@@ -16,7 +16,9 @@ from sampler_service.engine.cache.cached_attention import CachedAttention, Cache
 from sampler_service.engine.cache.kv_cache import KvCache
 from sampler_service.engine.decoder import Decoder
 from sampler_service.engine.drawing.randomness import Draw
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_tokens
+from sampler_service.engine.row_passes import RowPasses
 from sampler_service.engine.sequences import Span, TokenSequence
 
 
@@ -82,6 +84,8 @@ class Runner:
         return own, rest
 
     def _run(self, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]) -> Computed:
+        if self.decoder is not None and self.decoder.row_passes is not None:
+            return self._run_rows(self.decoder.row_passes, spans, adapters)
         placed, segments = place(spans, adapters, self.base.min_rows)
         tokens = [0] * segments[-1].stop
         positions = [0] * segments[-1].stop
@@ -98,6 +102,18 @@ class Runner:
         chosen = routing.chosen if routing else ()
         return Computed(hidden, placed, chosen=chosen, change_states=attention.change_states)
 
+    def _run_rows(
+        self, passes: RowPasses, spans: Sequence[Span], adapters: Mapping[str, AdapterRow]
+    ) -> Computed:
+        spans = sorted(spans, key=lambda span: span.sequence.adapter)
+        placed: list[Placed] = []
+        for span in spans:
+            start = placed[-1].stop if placed else 0
+            stop = start + span.stop - span.start
+            segment = Segment(start, stop, adapters.get(span.sequence.adapter))
+            placed.append(Placed(start, stop, span.sequence.blocks, span.stop, span, segment))
+        return Computed(passes.hidden(spans, adapters, self.progress), tuple(placed))
+
     def logits(self, computed: Computed) -> tuple[Tensor, list[TokenSequence]]:
         """Logits [rows, V] float32 of the samples that decode, and whose each row is."""
         if computed.decoded is not None:
@@ -113,7 +129,11 @@ class Runner:
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens:
         """A token for each row of what `logits` returned."""
         drawn = self.decoder.draw(logits, draws) if self.decoder else None
-        return drawn or draw_tokens(logits, draws)
+        return drawn or draw_tokens(logits, draws, self.sums)
+
+    @property
+    def sums(self) -> Sums:
+        return self.decoder.sums if self.decoder else PLAIN
 
 
 def place(

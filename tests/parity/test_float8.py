@@ -20,7 +20,7 @@ from trainer_service.checkpoints.apart import Merge
 from trainer_service.engine.merging import merge
 from trainer_service.jobs import AdamParams, CrossEntropy, SaveCheckpoint
 
-from mint_core.lora.float8_kernels import (  # isort: skip  # after interpreted_kernels
+from mint_core.lora.weight_kernels import (  # isort: skip  # after interpreted_kernels
     OUTPUTS,
     ROWS,
     multiply,

@@ -16,11 +16,12 @@ from torch import Tensor
 from mint_core.model.attention_kernels import Scores, causal_attention
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS, blocks_for
 from sampler_service.engine.cache.paged_attention import DecodeAttention, plain_attention
-from tests.interpreted_kernels import DEVICE
+from tests.interpreted_kernels import DEVICE, products_by_rows
 
 from sampler_service.engine.cache.paged_kernels import (  # isort: skip  # after interpreted_kernels
     LEAST_SPLIT,
     SPLITS,
+    Tiles,
     paged_attention,
 )
 
@@ -102,6 +103,42 @@ def test_a_batch_gets_what_each_sequence_gets_alone(
     output = sequences.attend(attend, scores, range(len(LENGTHS)))
     for i in range(len(LENGTHS)):
         torch.testing.assert_close(output[i], sequences.alone(i, scores), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "window"), [((4, 2), None), ((3, 1), None), ((2, 1), 100)])
+def test_rows_of_a_prompt_get_the_same_bits_in_tiles(
+    heads: tuple[int, int], window: int | None
+) -> None:
+    """Where the second split begins, and from the midst of a tile on."""
+    scores = Scores(0.25, sliding_window=window)
+    spans = [(LEAST_SPLIT - 19, LEAST_SPLIT + 9), (3, 4), (0, 18)]
+    sequences = cached([stop for _, stop in spans], heads=heads)
+    which = [i for i, (start, stop) in enumerate(spans) for _ in range(start, stop)]
+    lengths = [at + 1 for start, stop in spans for at in range(start, stop)]
+    query = torch.randn(len(which), heads[0], 16, generator=torch.Generator().manual_seed(5))
+    table = sequences.table[which]
+
+    def attend(*rows: slice, of: Sequence[tuple[int, int]]) -> Tensor:
+        (own,) = rows or (slice(None),)
+        parts = query.to(DEVICE)[own], sequences.key, sequences.value, table[own]
+        ends = torch.tensor(lengths[own], device=DEVICE)
+        return paged_attention(*parts, ends, scores, Tiles(of, DEVICE))
+
+    with products_by_rows():
+        together = attend(of=spans)
+        assert len(Tiles(spans, DEVICE).of(8)) < len(which) // 2
+        for row in range(0, len(lengths), 6):
+            alone = attend(slice(row, row + 1), of=[(lengths[row] - 1, lengths[row])])
+            assert torch.equal(alone[0], together[row])
+    expected = plain_attention(
+        query.to(DEVICE),
+        sequences.key,
+        sequences.value,
+        table,
+        torch.tensor(lengths, device=DEVICE),
+        scores,
+    )
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
 
 
 @BOTH

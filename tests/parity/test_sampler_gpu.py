@@ -13,6 +13,7 @@ from mint_core.lora.spec import LoraRequest
 from sampler_service.jobs import BASE_MODEL, DropAdapter, Generated
 from tests.engines_in_process import make_engine, score
 from tests.models import VOCABULARY_SIZE
+from tests.parity.sampler_checks import assert_bitwise, random_tokens
 from tests.sampler_in_process import SamplerEngine
 
 pytestmark = [
@@ -28,8 +29,8 @@ REQUESTS = {
 ADAPTERS = (BASE_MODEL, *REQUESTS)
 
 
-def make_sampler(folder: Path, device: str, dtype: str) -> SamplerEngine:
-    sampler = SamplerEngine(folder, device=device, dtype=dtype)
+def make_sampler(folder: Path, device: str, dtype: str, **options: object) -> SamplerEngine:
+    sampler = SamplerEngine(folder, device=device, dtype=dtype, **options)
     for seed, (path, request) in enumerate(REQUESTS.items()):
         sampler.load(path, request, random=seed)
     return sampler
@@ -87,6 +88,40 @@ def test_replayed_passes_equal_launched_ones_bitwise(qwen3_folder: Path) -> None
         (a,), (b,) = ours.continuations, theirs.continuations
         assert a.tokens.tolist() == b.tokens.tolist()
         assert a.model_logprobs.tobytes() == b.model_logprobs.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8"])
+def test_batch_invariant_a_seed_gives_the_same_bits_on_a_busy_gpu(
+    dtype: str, qwen3_folder: Path
+) -> None:
+    sampler = make_sampler(qwen3_folder, "cuda", dtype, batch_invariant=True)
+    assert sampler.model.bitwise_reproducible
+    wishes = [
+        {
+            "prompt": random_tokens(i, length),
+            "adapter": ADAPTERS[i % len(ADAPTERS)],
+            "num_samples": 1 + i % 3,
+            "max_tokens": 20,
+            "seed": i,
+            "temperature": (1.0, 0.7)[i % 2],
+            "top_p": (1.0, 0.9, 1.0)[i % 3],
+            "top_k": (0, 0, 0, 30)[i % 4],
+            "topk_sample_logprobs": 3 * (i % 2),
+            "prompt_logprobs": i % 3 == 0,
+        }
+        for i, length in enumerate((1, 2, 700, 16, 17, 129, 1100, 40))
+    ]
+    alone = [sampler.generate(**wish, tenant="alone") for wish in wishes]  # type: ignore[arg-type]
+    numbers = []
+    for i, wish in enumerate(wishes):
+        numbers.append(sampler.submit(**wish, tenant="beside"))  # type: ignore[arg-type]
+        other = random_tokens(50 + i, 20 + 60 * i)
+        gone = sampler.submit(other, adapter=ADAPTERS[-i % len(ADAPTERS)], num_samples=4)
+        sampler.step()
+        if i % 3 == 0:
+            sampler.abort(gone)
+    for expected, number in zip(alone, numbers, strict=True):
+        assert_bitwise(expected, sampler.answer(number))
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

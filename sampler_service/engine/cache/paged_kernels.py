@@ -5,6 +5,9 @@ afterwards. How they are cut follows from the sequence's own length, whatever el
 so what it gets does not depend on its neighbours.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +18,7 @@ from mint_core.lora.column_kernels import ROWS as LEAST_ROWS
 from mint_core.lora.column_kernels import product
 from mint_core.model.attention_kernels import Scores
 from sampler_service.engine.cache.blocks import BLOCK_TOKENS
+from sampler_service.engine.cache.paged_attention import DecodeAttention
 
 # Most of a sequence: with 8 key heads and one sequence, two programs per multiprocessor.
 SPLITS = 32
@@ -22,6 +26,40 @@ LEAST_SPLIT = 128  # tokens; fewer and the partial results weigh against the key
 TILE_BYTES = 16 * 1024  # of keys held at once; as much again of values
 MOST_TILE = 64  # tokens of them
 NO_WINDOW = 2**30
+
+
+class Tiles:
+    """Queries that a program computes together: of one sequence, each behind the one before it, and
+    as many as have room among the rows of a product. What each gets is the same, bit for bit.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Of rows of sequences side by side, the first position of each and the end."""
+        self._spans = spans
+        self._device = device
+        self._of: dict[int, Tensor] = {}
+
+    def of(self, most: int) -> Tensor:  # [tiles, 2] int32
+        """Of at most so many, a power of two: the first one's row, and how many. They begin at
+        multiples: then keys are cut alike for all.
+        """
+        if most not in self._of:
+            tiles, row = [], 0
+            for start, stop in self._spans:
+                at = start
+                while at < stop:
+                    count = min(most - at % most, stop - at)
+                    tiles.append((row, count))
+                    row, at = row + count, at + count
+            self._of[most] = torch.tensor(tiles, dtype=torch.int32, device=self._device)
+        return self._of[most]
+
+
+def tiled(
+    attend: Callable[..., Tensor], device: torch.device, spans: Sequence[tuple[int, int]]
+) -> DecodeAttention:
+    """`paged_attention` of a pass over these."""
+    return partial(attend, tiles=Tiles(spans, device))
 
 
 @triton.jit
@@ -39,6 +77,7 @@ def attend_split(
     value,  # [blocks, block tokens, key heads, value size]
     table,  # [n, most blocks]
     lengths,  # [n], at least 1
+    tiles,  # [tiles, 2], see `Tiles`, or anything
     partial,  # [n, heads, splits, value size] float32
     weight,  # [n, heads, splits] float32, logarithm of the sum of the exponentiated scores
     scaling,
@@ -58,6 +97,8 @@ def attend_split(
     KEY_ROOM: tl.constexpr,  # sizes filled up to powers of two
     VALUE_ROOM: tl.constexpr,
     GROUP: tl.constexpr,  # query heads that share a key head
+    GROUP_ROOM: tl.constexpr,  # rows of each of the queries of a tile
+    TILED: tl.constexpr,  # whether there are tiles, or each query is one
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -67,18 +108,27 @@ def attend_split(
     WIDEN: tl.constexpr,
 ):
     sequence, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = 1
+    if TILED:
+        tile = tiles + sequence * 2
+        sequence, count = tl.load(tile).to(tl.int32), tl.load(tile + 1).to(tl.int32)
     length = tl.load(lengths + sequence).to(tl.int32)
+    # Of all queries of a tile keys are cut in the same way: it holds none beside whom they differ.
     first, size = _cut(length, window, SPLITS, LEAST_SPLIT, TILE)
     start = first + split * size
-    stop = tl.minimum(start + size, length)
-    if start < length:
+    last = length + count - 1
+    stop = tl.minimum(start + size, last)
+    if start < last:
         rows = tl.arange(0, ROWS)
+        place_of = rows // GROUP_ROOM
+        asking = sequence + place_of
+        own_stop = tl.minimum(start + size, length + place_of)
         key_sizes = tl.arange(0, KEY_ROOM)
         value_sizes = tl.arange(0, VALUE_ROOM)
-        heads = group * GROUP + rows
-        in_group = rows < GROUP
+        heads = group * GROUP + rows % GROUP_ROOM
+        in_group = (rows % GROUP_ROOM < GROUP) & (place_of < count)
         asked = tl.load(
-            query + sequence * query_row + heads[:, None] * query_head + key_sizes[None, :],
+            query + asking[:, None] * query_row + heads[:, None] * query_head + key_sizes[None, :],
             mask=in_group[:, None] & (key_sizes < KEY_SIZE)[None, :],
             other=0.0,
         )  # [rows, key size]
@@ -103,7 +153,7 @@ def attend_split(
             if CAPPED:
                 # tanh x = 1 - 2 / (exp 2x + 1), which is right where the exponential overflows too.
                 scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
-            scores = tl.where(seen[None, :], scores, float("-inf"))
+            scores = tl.where(tokens[None, :] < own_stop[:, None], scores, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, 1))
             decay = tl.exp(largest - new_largest)
             powers = tl.exp(scores - new_largest[:, None])
@@ -116,7 +166,7 @@ def attend_split(
             output = output * decay[:, None] + product(powers.to(values.dtype), values, WIDEN)
             total = total * decay + tl.sum(powers, 1)
             largest = new_largest
-        place = (sequence * tl.num_programs(1) * GROUP + heads) * SPLITS + split
+        place = (asking * tl.num_programs(1) * GROUP + heads) * SPLITS + split
         tl.store(weight + place, largest + tl.log(total), mask=in_group)
         tl.store(
             partial + place[:, None] * VALUE_SIZE + value_sizes[None, :],
@@ -163,6 +213,7 @@ def paged_attention(
     table: Tensor,  # [n, most blocks]
     lengths: Tensor,  # [n], at least 1
     scores: Scores,
+    tiles: Tiles | None = None,  # None: each query by itself
 ) -> Tensor:  # [n, heads, value size]
     """What the last token of each sequence gets, as `plain_attention` says it slowly."""
     assert query.stride(2) == key.stride(3) == value.stride(3) == 1
@@ -172,14 +223,19 @@ def paged_attention(
     partial = query.new_empty(n, heads, SPLITS, value_size, dtype=torch.float32)
     weight = query.new_empty(n, heads, SPLITS, dtype=torch.float32)
     output = query.new_empty(n, heads, value_size)
-    splitting, combining = constants(query, key, value, scores)
+    splitting, combining = constants(query, key, value, scores, tiled=tiles is not None)
+    own = lengths
+    if tiles is not None:  # what a window shows begins elsewhere for each query
+        together = splitting["ROWS"] // splitting["GROUP_ROOM"]
+        own = tiles.of(1 if scores.sliding_window else together)[:n]
     most_splits = min(SPLITS, triton.cdiv(table.shape[1] * BLOCK_TOKENS, LEAST_SPLIT))
-    attend_split[(n, key_heads, most_splits)](
+    attend_split[(len(own), key_heads, most_splits)](
         query,
         key,
         value,
         table,
         lengths,
+        own,
         partial,
         weight,
         scores.scaling,
@@ -198,7 +254,7 @@ def paged_attention(
 
 
 def constants(
-    query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, tiled: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the two kernels are compiled for."""
     key_size, value_size = query.shape[2], value.shape[3]
@@ -206,6 +262,7 @@ def constants(
     key_room, value_room = (
         max(LEAST_ROWS, triton.next_power_of_2(size)) for size in (key_size, value_size)
     )
+    rows = max(LEAST_ROWS, triton.next_power_of_2(group))
     tile = TILE_BYTES // (max(key_room, value_room) * key.element_size())
     combining = {
         "VALUE_SIZE": value_size,
@@ -219,7 +276,9 @@ def constants(
         "KEY_SIZE": key_size,
         "KEY_ROOM": key_room,
         "GROUP": group,
-        "ROWS": max(LEAST_ROWS, triton.next_power_of_2(group)),
+        "GROUP_ROOM": triton.next_power_of_2(group) if tiled else rows,
+        "TILED": tiled,
+        "ROWS": rows,
         "BLOCK_TOKENS": BLOCK_TOKENS,
         "CAPPED": scores.softcap is not None,
         # The interpreter keeps bfloat16 as integers and would multiply those.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 from sampler_service.jobs import Choice
 
 FIRST_RANKS = (64, 1024, 8192)
@@ -28,6 +29,7 @@ def draw_narrowed(
     choices: Sequence[Choice],
     uniform: Tensor,  # [n] float64 in (0, 1)
     first_ranks: Sequence[int] = FIRST_RANKS,
+    sums: Sums = PLAIN,
 ) -> Tensor:  # [n] tokens
     """One token for each row."""
     n, vocabulary = scores.shape
@@ -38,10 +40,10 @@ def draw_narrowed(
     tokens = torch.empty(n, dtype=torch.int64, device=device)
     left = torch.arange(n, device=device)
     for ranks in [*(r for r in first_ranks if r < vocabulary), vocabulary]:
-        values, ids = ranked(scores[left], ranks)
+        values, ids = sums.ranked(scores[left], ranks)
         # Of what top-k leaves: all of it, or what the ranks at hand will tell, or not known yet.
         whole = torch.where(top_k[left] < vocabulary, torch.inf, totals[left])
-        kept = _kept(values, whole, top_k[left], top_p[left])
+        kept = _kept(values, whole, top_k[left], top_p[left], sums)
         # A floor tells how many stay unless top-p has yet to: it may leave fewer.
         open_ended = (top_k[left] > ranks) & (top_k[left] < vocabulary) & (top_p[left] < 1)
         likely = (values >= floor[left, None]).sum(1)
@@ -52,7 +54,7 @@ def draw_narrowed(
         if ranks == vocabulary:
             settled = torch.ones_like(settled)
         done = left[settled]
-        tokens[done] = _draw(values[settled], ids[settled], kept[settled], uniform[done])
+        tokens[done] = _draw(values[settled], ids[settled], kept[settled], uniform[done], sums)
         left = left[~settled]
         if not len(left):
             break
@@ -64,21 +66,13 @@ def _floor(min_p: float) -> float:
     return math.log(min_p) if min_p > 0 else torch.finfo(torch.float32).min
 
 
-def ranked(scores: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """The largest scores of each row and their tokens, both [n, ranks]."""
-    if ranks == scores.shape[1]:
-        return scores.sort(dim=1, descending=True, stable=True)
-    values, ids = scores.topk(ranks, dim=1)  # which leaves the order of equal ones open
-    ids, order = ids.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order)
-
-
-def _kept(values: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:  # [n], from 1
+def _kept(
+    values: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor, sums: Sums
+) -> Tensor:  # [n], from 1
     """How many ranks stay; all of them where more might."""
     ranks = values.shape[1]
     rank = torch.arange(ranks, device=values.device)
-    cumulated = torch.where(rank < top_k[:, None], values.double().exp(), 0.0).cumsum(1)
+    cumulated = sums.running(torch.where(rank < top_k[:, None], values.double().exp(), 0.0))
     whole = torch.where(top_k <= ranks, cumulated[:, -1], whole)
     before = cumulated.roll(1, 1)
     before[:, 0] = 0
@@ -89,9 +83,11 @@ def _kept(values: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor
     return stays.sum(1).clamp(min=1)
 
 
-def _draw(values: Tensor, ids: Tensor, kept: Tensor, uniform: Tensor) -> Tensor:  # [n] tokens
+def _draw(
+    values: Tensor, ids: Tensor, kept: Tensor, uniform: Tensor, sums: Sums
+) -> Tensor:  # [n] tokens
     rank = torch.arange(values.shape[1], device=values.device)
-    cumulated = torch.where(rank < kept[:, None], values.double().exp(), 0.0).cumsum(1)
+    cumulated = sums.running(torch.where(rank < kept[:, None], values.double().exp(), 0.0))
     return ids.gather(1, first_above(cumulated, uniform[:, None] * cumulated[:, -1:]))[:, 0]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mint_core.model.head import Head, Piece
 from sampler_service.engine.drawing.randomness import alternative_uniforms
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 from sampler_service.engine.drawing.token_draws import draw_alternatives
 from sampler_service.engine.runner import Computed, Placed
 from sampler_service.jobs import Floats, Sampling, TokenLogprobs, Tokens
@@ -47,6 +48,7 @@ def score_span(
     placed: Placed,
     first: int,  # position whose successor is the first to be scored
     asked: Sampling,
+    sums: Sums = PLAIN,
 ) -> TokenLogprobs:
     """Scores what follows the span's positions from `first` on. All of it is in the prompt: a span
     ends before its last token. Where there is no target, -1 and NaN stand for it.
@@ -67,7 +69,7 @@ def score_span(
         parts.append(_joined(_top(head, computed.hidden, piece, k)))
     if asked.prompt_alternatives:
         positions = range(start, span.stop)
-        parts.append(_joined(_alternatives(head, computed.hidden, piece, positions, asked)))
+        parts.append(_joined(_alternatives(head, computed.hidden, piece, positions, asked, sums)))
     ids, values = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
     return TokenLogprobs(token_ids=ids, logprobs=values)
 
@@ -80,13 +82,13 @@ def _top(head: Head, hidden: Tensor, piece: Piece, k: int) -> list[_IdsAndLogpro
 
 
 def _alternatives(
-    head: Head, hidden: Tensor, piece: Piece, positions: range, asked: Sampling
+    head: Head, hidden: Tensor, piece: Piece, positions: range, asked: Sampling, sums: Sums
 ) -> list[_IdsAndLogprobs]:
     """Tokens that the model might have said after each of the positions, which are the rows'."""
     drawn_by = alternative_uniforms(asked.choice.seed, positions, asked.prompt_alternatives)
     uniform = torch.from_numpy(drawn_by).to(hidden.device)
     return [
-        draw_alternatives(head.logits(hidden, [Piece(piece.segment, rows)]), uniforms)
+        draw_alternatives(head.logits(hidden, [Piece(piece.segment, rows)]), uniforms, sums)
         for rows, uniforms in zip(piece.rows.split(ROWS), uniform.split(ROWS), strict=True)
     ]
 

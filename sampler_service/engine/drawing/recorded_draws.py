@@ -14,14 +14,21 @@ from torch import Tensor
 from mint_core.model.recordings import Inputs, Recorder, Recordings
 from sampler_service.engine.drawing.narrowing import narrows
 from sampler_service.engine.drawing.randomness import Draw, uniforms
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 from sampler_service.engine.drawing.token_draws import DrawnTokens, draw_plain
 
 
 class RecordedDraws:
     """Of the first rows of the logits."""
 
-    def __init__(self, logits: Tensor, recorder: Recorder | None) -> None:  # [most rows, V]
+    def __init__(
+        self,
+        logits: Tensor,  # [most rows, V]
+        recorder: Recorder | None,
+        sums: Sums = PLAIN,
+    ) -> None:
         self._logits = logits
+        self._sums = sums
         self._recordings = Recordings(recorder)
         most = (len(logits),)
         self._inputs = Inputs(
@@ -64,7 +71,11 @@ class RecordedDraws:
     def _compute(self, size: int) -> None:
         given = {name: values[:size] for name, values in self._inputs.device.items()}
         drawn = draw_plain(
-            self._logits[:size], given["temperatures"], given["cold"] > 0, given["uniform"]
+            self._logits[:size],
+            given["temperatures"],
+            given["cold"] > 0,
+            given["uniform"],
+            self._sums,
         )
         self._outputs[:, :size] = torch.stack([each.double() for each in drawn])
 

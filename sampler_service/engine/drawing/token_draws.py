@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sampler_service.engine.drawing.narrowing import draw_narrowed, first_above, narrows, ranked
+from sampler_service.engine.drawing.narrowing import draw_narrowed, first_above, narrows
 from sampler_service.engine.drawing.penalties import penalize
 from sampler_service.engine.drawing.randomness import Draw, uniforms
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 
 # Likeliest tokens that are looked for, however few are wanted: ties fall alike then. The contract's
 # limit, which requests are held to.
@@ -40,23 +41,27 @@ class DrawnTokens:
     top_logprobs: NDArray[np.float32]  # of the same shape, at temperature 1
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> DrawnTokens:  # logits [n, V] float32
+def draw_tokens(
+    logits: Tensor,  # [n, V] float32
+    draws: Sequence[Draw],
+    sums: Sums = PLAIN,
+) -> DrawnTokens:
     """One token for each row."""
     rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
     topk = min(TOPK, logits.shape[1]) if any(draw.topk for draw in draws) else 0
     parts = [
-        _draw_chunk(logits[at : at + rows], draws[at : at + rows], topk)
+        _draw_chunk(logits[at : at + rows], draws[at : at + rows], topk, sums)
         for at in range(0, len(draws), rows)
     ]
     return DrawnTokens(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def draw_alternatives(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw_alternatives(logits: Tensor, uniform: Tensor, sums: Sums = PLAIN) -> tuple[Tensor, Tensor]:
     """Tokens drawn at temperature 1 by each of `uniform` [n, k], independently, and their logprobs,
     both [n, k]. `logits` [n, V] are finite, or their row means nothing.
     """
     logits = logits.nan_to_num()
-    whole = _Distribution(logits, logits.amax(1), None)
+    whole = _Distribution(logits, logits.amax(1), None, sums)
     tokens = torch.stack([whole.invert(column) for column in uniform.unbind(1)], 1)
     return tokens, whole.logprobs(tokens)
 
@@ -66,6 +71,7 @@ def draw_plain(
     temperatures: Tensor,  # [n], not 0
     cold: Tensor,  # [n] bool, whether the likeliest token is drawn
     uniform: Tensor,  # [n] float64
+    sums: Sums = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, both logprobs, and whether they are finite, of rows that nothing narrows or bends: as
     `draw_tokens`, but nothing is read on the host.
@@ -74,21 +80,21 @@ def draw_plain(
     finite = least.isfinite() & largest.isfinite()
     logits = torch.where(finite[:, None], logits, 0.0)
     largest = torch.where(finite, largest, 0.0)
-    at_one = _Distribution(logits, largest, None)
-    own = _Distribution(logits, largest, temperatures)
+    at_one = _Distribution(logits, largest, None, sums)
+    own = _Distribution(logits, largest, temperatures, sums)
     tokens = torch.where(cold, logits.argmax(1), own.invert(uniform))
     logprobs, model_logprobs = (d.logprobs(tokens[:, None])[:, 0] for d in (own, at_one))
     finite &= logprobs.isfinite() & model_logprobs.isfinite()
     return tokens, logprobs, model_logprobs, finite
 
 
-def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int) -> tuple[Tensor, ...]:
+def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int, sums: Sums) -> tuple[Tensor, ...]:
     least, largest = logits.aminmax(dim=1)
     finite = least.isfinite() & largest.isfinite()  # a NaN anywhere is both
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
         largest = torch.where(finite, largest, 0.0)
-    at_one = _Distribution(logits, largest, None)
+    at_one = _Distribution(logits, largest, None, sums)
     own = _at_temperatures(at_one, draws)
     uniform = torch.from_numpy(uniforms(draws)).to(logits.device)
     tokens = _choose(own, draws, uniform)
@@ -96,7 +102,7 @@ def _draw_chunk(logits: Tensor, draws: Sequence[Draw], topk: int) -> tuple[Tenso
         rows = torch.tensor(bent, device=logits.device)
         theirs = [draws[i] for i in bent]
         bent_logits = _bend(logits[rows], theirs)
-        bent_at_one = _Distribution(bent_logits, bent_logits.amax(1), None)
+        bent_at_one = _Distribution(bent_logits, bent_logits.amax(1), None, sums)
         tokens[rows] = _choose(_at_temperatures(bent_at_one, theirs), theirs, uniform[rows])
     logprobs, model_logprobs = (d.logprobs(tokens[:, None])[:, 0] for d in (own, at_one))
     # Of logits too far apart for float32, what a constraint leaves may have none.
@@ -124,7 +130,7 @@ def _at_temperatures(at_one: "_Distribution", draws: Sequence[Draw]) -> "_Distri
         return at_one
     temperatures = [draw.choice.temperature or 1.0 for draw in draws]
     temperature = torch.tensor(temperatures, device=at_one.logits.device)
-    return _Distribution(at_one.logits, at_one.largest, temperature)
+    return _Distribution(at_one.logits, at_one.largest, temperature, at_one.sums)
 
 
 def _choose(own: "_Distribution", draws: Sequence[Draw], uniform: Tensor) -> Tensor:  # [n]
@@ -136,7 +142,8 @@ def _choose(own: "_Distribution", draws: Sequence[Draw], uniform: Tensor) -> Ten
     if narrowed:
         rows = torch.tensor(narrowed, device=logits.device)
         choices = [draws[i].choice for i in narrowed]
-        tokens[rows] = draw_narrowed(own.scores(rows), own.total[rows], choices, uniform[rows])
+        scores, totals = own.scores(rows), own.total[rows]
+        tokens[rows] = draw_narrowed(scores, totals, choices, uniform[rows], sums=own.sums)
     if cold := [i for i, is_warm in enumerate(warm) if not is_warm]:
         rows = torch.tensor(cold, device=logits.device)
         tokens[rows] = logits[rows].argmax(1)
@@ -148,17 +155,20 @@ def _likeliest(at_one: "_Distribution", draws: Sequence[Draw], topk: int) -> tup
     ids = torch.zeros(len(draws), topk, dtype=torch.int64, device=at_one.logits.device)
     if wanting := [i for i, draw in enumerate(draws) if draw.topk]:
         rows = torch.tensor(wanting, device=ids.device)
-        _, ids[rows] = ranked(at_one.logits[rows], topk)
+        _, ids[rows] = at_one.sums.ranked(at_one.logits[rows], topk)
     return ids, at_one.logprobs(ids)
 
 
 class _Distribution:
     """softmax(logits / temperature), as exp(score) / total with scores of at most 0."""
 
-    def __init__(self, logits: Tensor, largest: Tensor, temperatures: Tensor | None) -> None:
+    def __init__(
+        self, logits: Tensor, largest: Tensor, temperatures: Tensor | None, sums: Sums
+    ) -> None:
         """`temperatures` [n]; None: 1 everywhere."""
         self.logits = logits
         self.largest = largest
+        self.sums = sums
         self._temperatures = temperatures
         n, vocabulary = logits.shape
         filled = logits.new_zeros(n, -(-vocabulary // STRETCH) * STRETCH)
@@ -167,7 +177,7 @@ class _Distribution:
             powers /= temperatures[:, None]
         powers.exp_()
         self._stretches = filled.view(n, -1, STRETCH)
-        self._cumulated = self._stretches.sum(2).double().cumsum(1)  # [n, stretches]
+        self._cumulated = sums.running_stretches(self._stretches)  # [n, stretches]
         self.total = self._cumulated[:, -1]  # [n] float64
 
     def scores(self, rows: Tensor) -> Tensor:  # [rows, V]
@@ -188,5 +198,5 @@ class _Distribution:
         before = self._cumulated.gather(1, (stretch - 1).clamp(min=0))
         rest = threshold - torch.where(stretch > 0, before, 0.0)
         at = torch.arange(len(uniform), device=uniform.device)
-        powers = self._stretches[at, stretch[:, 0]].double().cumsum(1)
+        powers = self.sums.running(self._stretches[at, stretch[:, 0]])
         return (stretch * STRETCH + first_above(powers, rest))[:, 0]

@@ -23,6 +23,7 @@ def test_the_defaults_are_legal() -> None:
         ({"kv_cache_tokens": -1}, "`kv_cache_tokens` must be at least 512, or 0"),
         ({"queue_samples": 0}, "`queue_samples` must be at least 1"),
         ({"queue_tokens": 0}, "`queue_tokens` must be at least 1"),
+        ({"batch_invariant": True, "trade_bits_for_speed": True}, "exclude each other; give one"),
         ({"max_wait_s": -1.0}, "`max_wait_s` must be at least 0, got -1.0"),
         ({"max_wait_s": float("inf")}, "`max_wait_s` must be at least 0"),
         ({"address": "0.0.0.0:1"}, "needs `keys`"),

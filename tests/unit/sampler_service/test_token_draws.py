@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from mint_core.model.softmax import ranked_exactly
 from mint_core.rpc.limits import MAX_TOPK_LOGPROBS
 from sampler_service.engine.drawing.narrowing import draw_narrowed
 from sampler_service.engine.drawing.penalties import Occurrences
 from sampler_service.engine.drawing.randomness import Draw, philox, uniforms
 from sampler_service.engine.drawing.recorded_draws import RecordedDraws
+from sampler_service.engine.drawing.sums import PLAIN, Sums
 from sampler_service.engine.drawing.token_draws import TOPK, draw_tokens
 from sampler_service.jobs import Choice
 from tests.recorders import PlainRecorder
@@ -120,7 +122,8 @@ def test_at_temperature_one_both_logprobs_are_the_same_bits() -> None:
     assert drawn.logprobs.tobytes() == drawn.model_logprobs.tobytes()
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("sums", [PLAIN, Sums(row_wise=True)])
+def test_a_row_does_not_depend_on_its_neighbours(sums: Sums) -> None:
     rng = np.random.default_rng(0)
     many = torch.from_numpy(rng.normal(0, 3, (40, 5000))).float()
     choices = [
@@ -141,15 +144,42 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         )
         for i in range(40)
     ]
-    together = draw_tokens(many, draws)
+    together = draw_tokens(many, draws, sums)
     for i in range(40):
-        alone = draw_tokens(many[i : i + 1].clone(), draws[i : i + 1])
+        alone = draw_tokens(many[i : i + 1].clone(), draws[i : i + 1], sums)
         assert alone.tokens[0] == together.tokens[i]
         assert alone.logprobs[0] == together.logprobs[i]
         assert alone.model_logprobs[0] == together.model_logprobs[i]
         if draws[i].topk:
             assert alone.top_ids.tobytes() == together.top_ids[i : i + 1].tobytes()
             assert alone.top_logprobs.tobytes() == together.top_logprobs[i : i + 1].tobytes()
+
+
+def test_sums_of_whole_numbers_are_exact_in_any_order_and_draw_the_same() -> None:
+    rng = np.random.default_rng(0)
+    powers = torch.from_numpy(rng.exponential(0.01, (3, 50, 256))).float().clamp(max=1.0)
+    sums = Sums(row_wise=True)
+    shuffled = powers[:, :, rng.permutation(256)][:, rng.permutation(50)]
+    totals = [sums.running_stretches(each)[:, -1] for each in (powers, shuffled)]
+    assert torch.equal(*totals)
+    expected = powers.double().flatten(1).cumsum(1)
+    torch.testing.assert_close(sums.running(powers.flatten(1)), expected, rtol=1e-9, atol=1e-9)
+    many = torch.from_numpy(rng.normal(0, 3, (200, 5000))).float()
+    choices = (Choice(seed=1), Choice(seed=2, top_p=0.9), Choice(seed=3, top_k=9, temperature=0.7))
+    draws = [Draw(choices[i % 3], i, 0, topk=i % 2) for i in range(200)]
+    ours, theirs = (draw_tokens(many, draws, each) for each in (sums, PLAIN))
+    assert ours.tokens.tolist() == theirs.tokens.tolist()
+    assert ours.top_ids.tobytes() == theirs.top_ids.tobytes()
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
+
+
+def test_of_equal_scores_at_the_last_rank_the_smaller_ids_are_among_them() -> None:
+    scores = torch.tensor([[1.0, 0.0, 3.0, -0.0, 0.0, -2.0, 3.0], [-1.0] * 7])
+    by_sort = scores.sort(dim=1, descending=True, stable=True)
+    for ranks in (1, 3, 4, 7):
+        values, ids = ranked_exactly(scores, ranks)
+        assert torch.equal(values, by_sort.values[:, :ranks])
+        assert torch.equal(ids, by_sort.indices[:, :ranks])
 
 
 def occurrences(prompt: NDArray[np.int64], rng: np.random.Generator) -> Occurrences:
@@ -194,16 +224,18 @@ def test_as_many_likeliest_tokens_are_looked_for_as_may_be_asked_for() -> None:
     assert TOPK == MAX_TOPK_LOGPROBS
 
 
-def test_recorded_draws_are_the_same_to_the_bit() -> None:
+@pytest.mark.parametrize("sums", [PLAIN, Sums(row_wise=True)])
+def test_recorded_draws_are_the_same_to_the_bit(sums: Sums) -> None:
     rng = np.random.default_rng(0)
     most = torch.from_numpy(rng.normal(0, 3, (64, 5000))).float()
     most[3, 9], most[4, 0] = float("nan"), float("inf")
     recorder = PlainRecorder()
-    recorded = RecordedDraws(most, recorder)
+    recorded = RecordedDraws(most, recorder, sums)
     for count in (1, 40, 33):
         choices = [Choice(seed=i, temperature=(1.0, 0.0, 0.7)[i % 3]) for i in range(count)]
         draws = [Draw(choice, i, 2 * i + count) for i, choice in enumerate(choices)]
-        ours, expected = recorded.draw(most[:count], draws), draw_tokens(most[:count], draws)
+        ours = recorded.draw(most[:count], draws)
+        expected = draw_tokens(most[:count], draws, sums)
         assert ours is not None
         assert (ours.finite == expected.finite).all()
         for name in ("tokens", "logprobs", "model_logprobs"):
