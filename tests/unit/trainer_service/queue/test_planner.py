@@ -107,7 +107,7 @@ def test_ready_steps_go_together_and_first() -> None:
     planner.add_step(step("b"))
     planner.add_step(step("c"))
 
-    assert planner.next_job() == StepRows((step("b"), step("c")))
+    assert planner.next_job() == StepRows((step("b"), step("c")), coming=("a",))
     assert isinstance(planner.next_job(), Plan)
     assert planner.next_job() is None
 
