@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.comparison import Row, report
 from benchmarks.workloads import ADAM, LORA, SMOLLM2, InProcess, random_documents
 from mint_core.lora.bank import Part
 from tests.engines_in_process import make_engine
 from trainer_service.engine.ahead import Ahead
 from trainer_service.engine.engine import Engine
+from trainer_service.engine.rows import Rows
 from trainer_service.jobs import CrossEntropy, Document, Plan, StepRow, StepRows, Tile
 
 ROUNDS = 7
@@ -30,17 +29,18 @@ HINTED = 4  # runs that a plan names
 Round = Callable[[bool], tuple[float, float]]
 
 
-def turns(engine: Engine, names: Sequence[str], documents: tuple[Document, ...]) -> Round:
-    """A round's seconds, and those in which its passes and steps waited for rows, with hints or
-    without.
+def turns(
+    engine: Engine, hinted: Ahead, names: Sequence[str], documents: tuple[Document, ...]
+) -> Round:
+    """A round's seconds, and those in which its passes and steps waited for rows, with hints, as
+    `hinted` takes them, or without.
     """
     rows = engine._rows
-    bring, hinted = rows._bring, rows.ahead
     waited_s = [0.0]
 
     def timed(*args: object) -> None:
         started = time.perf_counter()
-        bring(*args)  # type: ignore[arg-type]
+        Rows._bring(rows, *args)  # type: ignore[arg-type]
         waited_s[0] += time.perf_counter() - started
 
     rows._bring = timed  # type: ignore[method-assign,assignment]
@@ -100,7 +100,7 @@ def main() -> None:
             engine._rows._device.limit_bytes = fit * row_bytes
             names = InProcess(engine, asked.runs).names
             hinted = engine._rows.ahead
-            medians = measured(turns(engine, names, documents), ROUNDS)
+            medians = measured(turns(engine, hinted, names, documents), ROUNDS)
             print(f"{fit} of {asked.runs} rows fit, with hints: {dict(hinted.counts)}")
         title = f"{asked.runs} runs, {fit} rows of {row_bytes / 2**20:.0f} MiB fit"
         for name, place in (("a turn", 0), ("of it waits for rows", 1)):
@@ -112,5 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    np.random.seed(0)
     main()

@@ -190,6 +190,7 @@ class Ahead:
             if move.leaving:
                 assert move.leaving.vector is not None
                 self._device.put(place, move.leaving.vector)
+                move.leaving.vector = None  # what was cancelled is held until its turn
                 self.stop()  # what comes behind it counts on its room
         else:
             if move.leaving:

@@ -123,7 +123,9 @@ class FileMoves:
         if self._failed:
             raise CancelledError
         fault_point("rows:fetching")
-        return self._files.get(place, size)
+        vector = self._files.get(place, size)
+        self._files.unlink(place)  # which takes long, and what has come is always taken in
+        return vector
 
 
 class Copied(Protocol):

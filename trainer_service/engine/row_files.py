@@ -79,7 +79,11 @@ class RowFiles:
         if place in self._places:
             self._places.remove(place)
             self.count[place[1]] -= 1
-            self._path(place).unlink(missing_ok=True)
+            self.unlink(place)
+
+    def unlink(self, place: RowPart) -> None:
+        """Removes the file of a part that is to be dropped. Any thread may."""
+        self._path(place).unlink(missing_ok=True)
 
     def _path(self, place: RowPart) -> Path:
         return self._folder / f"{place[0]}.{place[1]}.row"
