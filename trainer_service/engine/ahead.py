@@ -105,16 +105,15 @@ class Ahead:
             if move.leaving:  # what comes behind it counts on its room
                 self.stop()
                 return
-            how = EARLY if move.ending.done() else LATE
             move.ending.cancel()
-            self._end(place, how)
+            self._end(place)
 
     def stop(self) -> None:
         """Ends all that is under way."""
         for move in reversed(self._under_way.values()):
             move.ending.cancel()
         while self._under_way:
-            self._end(next(iter(self._under_way)), EARLY)
+            self._end(next(iter(self._under_way)))
         if self._below is not None:
             self._below.resume()
 
@@ -176,12 +175,13 @@ class Ahead:
             place, move = next(iter(self._under_way.items()))
             if not move.ending.done():
                 return
-            self._end(place, EARLY)
+            self._end(place)
 
-    def _end(self, place: RowPart, how: str) -> None:
+    def _end(self, place: RowPart) -> None:
         """Waits for a move, and takes note of what has come of it."""
         assert self._below is not None
         move = self._under_way.pop(place)
+        how = EARLY if move.ending.done() else LATE
         try:
             vector = move.ending.result()
         except (CancelledError, MintError, MemoryError, OSError) as error:
