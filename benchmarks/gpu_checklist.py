@@ -28,6 +28,7 @@ PARTS = {
     "pass_tests": 60,
     "recorded": 60,
     "kernel_times": 40,
+    "rows_ahead": 50,
     "sampler": 60,
     "ceilings": 30,
     "trainer": 60,
@@ -49,7 +50,7 @@ PARTS = {
     "roofline": 40,
 }
 # Where they are; what needs most of other packages comes last.
-MODULES = ("recorded", "kernels", "trainer", "sampler", "roofline", "services")
+MODULES = ("recorded", "kernels", "trainer", "rows", "sampler", "roofline", "services")
 STARTING_S = 60  # of a process, beside its first part
 
 

@@ -153,6 +153,7 @@ class Plan:
     """
 
     tiles: tuple[Tile, ...]
+    coming: tuple[str, ...] = ()  # runs that will probably have a pass next, in their turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,7 @@ class StepRows:
     """Steps of several runs. Answer: `tuple[StepResult, ...]` in the same order."""
 
     steps: tuple[StepRow, ...]
+    coming: tuple[str, ...] = ()  # as of a plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,3 +331,6 @@ class EngineCounts:
     rows: RowCounts
     # Passes, by how they were computed: `recorded`, or why they were not; empty where none is.
     passes: Mapping[str, int]
+    # Parts of rows that were not on the device, by how they came: `early`, before they were asked
+    # for; `late`, on their way then; `asked`, then; `unused`, in vain.
+    fetches: Mapping[str, int] = field(default_factory=dict)

@@ -218,7 +218,14 @@ class TrainerService:
             "mint_engine_passes",
             "Passes on a GPU, by how they were computed: recorded, or why they were not",
             ["how"],
-            self._passes,
+            partial(self._by_how, "passes"),
+        )
+        metrics.table(
+            "mint_row_fetches",
+            "Parts of rows that came to the device: early or late, as the queue had said that they "
+            "would be wanted, or when asked for; or unused",
+            ["how"],
+            partial(self._by_how, "fetches"),
         )
         for name, help, read in _OF_GROUPS:
             metrics.table(name, help, ["group"], partial(self._of_groups, read))
@@ -232,8 +239,9 @@ class TrainerService:
     def _rows_in(self, place: str) -> float:
         return float(sum(getattr(group.counts.rows, place) for group in self.groups))
 
-    def _passes(self) -> Mapping[tuple[str, ...], float]:
-        total = sum((Counter(group.counts.passes) for group in self.groups), Counter[str]())
+    def _by_how(self, what: str) -> Mapping[tuple[str, ...], float]:
+        counted = (Counter(getattr(group.counts, what)) for group in self.groups)
+        total = sum(counted, Counter[str]())
         return {(how,): float(count) for how, count in total.items()}
 
     def _of_groups(self, read: Callable[[Group], float]) -> Mapping[tuple[str, ...], float]:

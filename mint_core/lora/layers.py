@@ -45,8 +45,8 @@ class LoraContext:
     def applying(
         self, segments: tuple[Segment, ...], recorded: Tables | None = None
     ) -> Iterator[None]:
-        """Around a pass over a stream of these segments. They stay until the next one's: what is
-        recomputed in backward applies them again.
+        """Around a pass over a stream of these segments. They stay until the next one's, or until
+        they are forgotten: what is recomputed in backward applies them again.
         """
         self._recorded = recorded
         self._segments = tuple(s for s in segments if not s.rowwise)
@@ -57,6 +57,11 @@ class LoraContext:
             yield
         finally:
             self.waiting = None  # a pass that was cut short may have left some
+
+    def forget(self) -> None:
+        """Lets go of the segments: memory of rows that leave is free at once."""
+        self._segments = ()
+        self._adapted.clear()
 
     @contextmanager
     def side_by_side(self, columns: ActiveColumns | None) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """A trainer's engine without a model: it answers with what it was asked, and waits on request.
 
 `python -m tests.engines.trainer FD`. A plan with a tile of WAIT's number is answered when the next
-job, of whatever kind, has arrived.
+job, of whatever kind, has arrived. A tile's metrics say how many runs are to come.
 """
 
 import os
@@ -46,8 +46,9 @@ def main() -> None:
 def answer(job: object, plans: int, jobs: int) -> object:
     """`jobs` counts plans and optimizer steps; a step tells it as its norm, a tile as logprobs."""
     match job:
-        case Plan(tiles):
-            return tuple(tile_result(tile, plans, jobs) for tile in tiles)
+        case Plan(tiles, coming):
+            metrics = {"plan:sum": plans, "coming:sum": len(coming)}
+            return tuple(tile_result(tile, jobs, metrics) for tile in tiles)
         case StepRows(steps):
             error = FailedPrecondition("no")
             return tuple(
@@ -64,9 +65,9 @@ def answer(job: object, plans: int, jobs: int) -> object:
     return None
 
 
-def tile_result(tile: Tile, plans: int, jobs: int) -> TileResult:
+def tile_result(tile: Tile, jobs: int, metrics: dict[str, float]) -> TileResult:
     logprobs = tuple(np.full(len(each.tokens), jobs, np.float32) for each in tile.documents)
-    return TileResult(logprobs=logprobs, metrics={"plan:sum": plans})
+    return TileResult(logprobs=logprobs, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ ENGINE_POINTS = {
     "engine:after-CreateRow": 3,
     "engine:after-RestoreRow": 3,
     "engine:after-SaveRow": 3,
+    "rows:fetching": 3,  # ahead of a pass
     "snapshot:before-rename": 3,
     "snapshot:after-rename": 3,
 }

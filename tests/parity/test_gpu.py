@@ -8,7 +8,7 @@ import torch
 
 from mint_core.lora.spec import LoraRequest
 from tests.engines_in_process import EngineRun, RowArrays, make_documents, make_engine, run_plan
-from trainer_service.jobs import AdamParams, CrossEntropy, Dro, Ppo
+from trainer_service.jobs import AdamParams, CrossEntropy, Dro, Plan, Ppo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,3 +112,34 @@ def test_rows_that_leave_the_gpu_come_back_as_they_were(qwen3_folder: Path) -> N
         for name, expected in theirs.weights.items():
             # The kernels themselves may add in another order from one run to the next.
             np.testing.assert_allclose(ours.weights[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_come_ahead_are_what_they_were(qwen3_folder: Path) -> None:
+    """From page-locked memory, while others are computed; on a CPU: test_rows_ahead.py."""
+    part_bytes = 4 * 8 * 2624
+    engine = make_engine(
+        qwen3_folder,
+        device="cuda",
+        dtype="float32",
+        row_memory_bytes=4 * part_bytes,
+        host_row_memory_bytes=40 * part_bytes,
+    )
+    runs = [EngineRun(engine, f"r{i}", LoraRequest(rank=8, seed=1), random=i) for i in range(5)]
+    for run in runs:
+        run.compute(run.tile(make_documents(1, (9, 4)), CrossEntropy()))
+        run.step(AdamParams(learning_rate=1e-3))
+
+    def vectors() -> list[dict[str, bytes]]:
+        saved = [run.saved() for run in runs]
+        return [{part: file.read(part).tobytes() for part in file.digests} for file in saved]
+
+    assert all(each.is_pinned() for each in engine._rows._host._parts.values())
+    before, counts = vectors(), dict(engine.counts().fetches)
+    for turn in range(20):
+        run, following = runs[turn % 5], runs[(turn + 1) % 5]
+        tile = run.tile(make_documents(turn, (9,)), CrossEntropy(), backward=False)
+        engine.run(Plan((tile,), (following.name,)))
+    assert vectors() == before
+    found = engine.counts().fetches
+    assert found.get("early", 0) + found.get("late", 0) >= counts.get("early", 0) + 10
+    assert found.get("asked", 0) <= counts.get("asked", 0) + 1

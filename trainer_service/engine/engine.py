@@ -13,7 +13,7 @@ from checkpoint_store.row_file import RowDamaged, RowFile
 from mint_core.engine_host.carried import here
 from mint_core.engine_host.pipe import ModelDescription
 from mint_core.errors import MintError
-from mint_core.lora.bank import Part
+from mint_core.lora.bank import AdapterRow, Part
 from mint_core.lora.spec import AdapterArrays, AdapterSpec, LoraRequest
 from mint_core.lora.targets import initial_arrays, resolve
 from mint_core.model.loading import LoadedBase, load_base
@@ -28,6 +28,7 @@ from trainer_service.engine.recorded.passes import RecordedPasses
 from trainer_service.engine.recorded.shapes import GRAPHS_SHARE, most_recorded_tokens
 from trainer_service.engine.row_files import RowFiles
 from trainer_service.engine.rows import Rows, device_limit_bytes, host_limit_bytes
+from trainer_service.engine.trained_row import Want
 from trainer_service.engine.training_pass import run_pass
 from trainer_service.errors import StateDamaged
 
@@ -65,6 +66,7 @@ class Engine:
             host_limit_bytes=host_rows,
             files=RowFiles(here(config.idle_row_folder), progress),
             progress=progress,
+            device=device,
         )
         memory = measure(self.base, config.max_lora_rank)
         budget = budget_bytes(device, config.own_share) // config.divided
@@ -109,26 +111,45 @@ class Engine:
     def counts(self) -> jobs.EngineCounts:
         """What the front reports of the engine."""
         return jobs.EngineCounts(
-            rows=self.row_counts(), passes=dict(self.recorded.counts) if self.recorded else {}
+            rows=self.row_counts(),
+            passes=dict(self.recorded.counts) if self.recorded else {},
+            fetches=dict(self._rows.ahead.counts),
         )
 
     def _plan(self, plan: jobs.Plan) -> tuple[jobs.TileResult, ...]:
-        parts = [frozenset(PASS if tile.backward else PASS[:1]) for tile in plan.tiles]
+        wants = [
+            (tile.training_run_id, frozenset(PASS if tile.backward else PASS[:1]))
+            for tile in plan.tiles
+        ]
         return self._by_spans(
-            plan.tiles, parts, self._pass, lambda tile, error: jobs.TileResult(error=error)
+            plan.tiles,
+            wants,
+            [*self._steps_after(plan), *_passes_of(plan.coming)],
+            self._pass,
+            lambda tile, error: jobs.TileResult(error=error),
         )
+
+    def _steps_after(self, plan: jobs.Plan) -> Iterator[Want]:
+        """What the steps of runs will want that have gone back for the last time before them, as
+        it seems.
+        """
+        for tile in plan.tiles:
+            trained = self._rows[tile.training_run_id]
+            trained.backwards += tile.backward
+            if trained.step_is_next and tile.training_run_id not in plan.coming:
+                yield tile.training_run_id, frozenset(Part)
 
     def _by_spans(
         self,
         work: Sequence[W],
-        parts: Sequence[frozenset[Part]],  # that each uses
+        wants: Sequence[Want],  # of each
+        coming: Sequence[Want],  # of what is probably done next
         do: Callable[[Sequence[W]], Sequence[R]],
         refuse: Callable[[W, MintError], R],
     ) -> tuple[R, ...]:
         """Does at a time what has its rows on the device, and refuses what cannot have them."""
         results: list[R] = []
-        runs = [each.training_run_id for each in work]
-        for span, refused in self._rows.page_in(list(zip(runs, parts, strict=True))):
+        for span, refused in self._rows.page_in(wants, coming):
             present = [each for each in work[span] if each.training_run_id not in refused]
             done = iter(do(present) if present else ())
             for each in work[span]:
@@ -139,9 +160,17 @@ class Engine:
     def _pass(self, tiles: Sequence[jobs.Tile]) -> tuple[jobs.TileResult, ...]:
         rows = {}
         for tile in tiles:
-            trained = self._rows[tile.training_run_id]
+            trained = self._rows.at_hand(tile.training_run_id)
             trained.gradient_pending |= tile.backward
             rows[tile.training_run_id] = trained.row
+        try:
+            return self._compute(tiles, rows)
+        finally:
+            self.base.context.forget()
+
+    def _compute(
+        self, tiles: Sequence[jobs.Tile], rows: Mapping[str, AdapterRow]
+    ) -> tuple[jobs.TileResult, ...]:
         if self.recorded and (results := self.recorded.run(tiles, rows)) is not None:
             return results
         packed = pack(tiles, rows, self.base.device, self.base.head.rows_computed)
@@ -151,12 +180,16 @@ class Engine:
             return run_pass(self.base, packed)
 
     def _step(self, job: jobs.StepRows) -> tuple[jobs.StepResult, ...]:
-        parts = [frozenset(Part)] * len(job.steps)
-        return self._by_spans(job.steps, parts, self._take_steps, self._refuse_step)
+        wants = [(step.training_run_id, frozenset(Part)) for step in job.steps]
+        coming = _passes_of(job.coming)
+        return self._by_spans(job.steps, wants, coming, self._take_steps, self._refuse_step)
 
     def _take_steps(self, steps: Sequence[jobs.StepRow]) -> list[jobs.StepResult]:
         assert len({step.training_run_id for step in steps}) == len(steps), "two steps of one run"
-        return step_rows([(self._rows[step.training_run_id], step) for step in steps])
+        rows = [self._rows.at_hand(step.training_run_id) for step in steps]
+        for trained in rows:
+            trained.note_step()
+        return step_rows(list(zip(rows, steps, strict=True)))
 
     def _refuse_step(self, step: jobs.StepRow, error: MintError) -> jobs.StepResult:
         trained = self._rows[step.training_run_id]
@@ -231,6 +264,11 @@ class Engine:
                 self._rows.free(name, part)
         trained.largest = largest(trained.row, moments=Part.EXP_AVG in parts)
         trained.step = step
+
+
+def _passes_of(runs: Sequence[str]) -> list[Want]:
+    """What their passes will want."""
+    return [(run, frozenset(PASS)) for run in runs]
 
 
 @contextmanager

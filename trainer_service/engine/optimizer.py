@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 from mint_core.errors import MintError
 from mint_core.lora.bank import AdapterRow, Part
 from trainer_service.engine.digests import digest
-from trainer_service.engine.rows import TrainedRow
+from trainer_service.engine.trained_row import TrainedRow
 from trainer_service.errors import NonFiniteGradient, NonFiniteStep
 from trainer_service.jobs import AdamParams, StepResult, StepRow
 

@@ -33,8 +33,16 @@ class RowFiles:
         self._places: set[RowPart] = set()
         self.count = Counter[Part]()  # how many rows have a part here
 
+    def __contains__(self, place: object) -> bool:
+        return place in self._places
+
     def put(self, place: RowPart, vector: Tensor) -> None:
         """Writes a part; raises RowStorageFull, and keeps nothing of it, if that fails."""
+        self.write(place, vector)
+        self.note(place)
+
+    def write(self, place: RowPart, vector: Tensor) -> None:
+        """As `put`, in any thread. The part is not here before it is noted."""
         path = self._path(place)
         try:
             write_row(path, {place[1].value: vector.cpu().numpy()}, {}, self._progress)
@@ -45,11 +53,14 @@ class RowFiles:
                 f"`row_folder`: {error.strerror}; nothing of it is lost; free disk space or delete "
                 "runs, and call again"
             ) from error
+
+    def note(self, place: RowPart) -> None:
+        """Takes note of a part that was written."""
         self._places.add(place)
         self.count[place[1]] += 1
 
     def get(self, place: RowPart, size: int) -> Tensor:  # [size]
-        """Reads a part, which stays here too."""
+        """Reads a part, which stays here too. Any thread may."""
         name, part = place
         vector = zero_vector(size, torch.device("cpu"))
         try:
@@ -68,7 +79,11 @@ class RowFiles:
         if place in self._places:
             self._places.remove(place)
             self.count[place[1]] -= 1
-            self._path(place).unlink(missing_ok=True)
+            self.unlink(place)
+
+    def unlink(self, place: RowPart) -> None:
+        """Removes the file of a part that is to be dropped. Any thread may."""
+        self._path(place).unlink(missing_ok=True)
 
     def _path(self, place: RowPart) -> Path:
         return self._folder / f"{place[0]}.{place[1]}.row"

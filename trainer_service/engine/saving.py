@@ -28,7 +28,7 @@ from mint_core.lora.spec import AdapterArrays
 from mint_core.model.loading import LoadedBase
 from trainer_service import jobs
 from trainer_service.engine.digests import digest
-from trainer_service.engine.rows import TrainedRow
+from trainer_service.engine.trained_row import TrainedRow
 from trainer_service.errors import RowNotSaved, RowNotWritten
 
 # What is left of a job when its row may change again. Calls what it is given now and then, and

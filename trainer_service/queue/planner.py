@@ -7,6 +7,7 @@ targets counts for more.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from trainer_service.calls import Compute
 from trainer_service.jobs import Document, Plan, StepRow, StepRows, Tile
@@ -24,6 +25,7 @@ _RECENT_PLANS = 4
 # An engine's death may be the doing of any call that it had. Those that two had are computed apart,
 # so that the third death tells which of them it was.
 DEATHS_UNTIL_ALONE = 2
+MOST_COMING = 16  # runs that a plan names, beside its own
 
 
 Key = tuple[str, int, int]  # run, sequence, tile; of a step: run, 0, 0
@@ -196,10 +198,22 @@ class Planner:
             room -= tokens
             if apart:
                 break
-        return Plan(tuple(tiles))
+        return Plan(tuple(tiles), self.coming())
+
+    def coming(self) -> tuple[str, ...]:
+        """The runs whose tiles come next, about in their turns: one of each tenant after another.
+        No more than a few passes have, so that it costs the same however many wait.
+        """
+        runs = [iter(ring.queues) for ring in islice(self._tenants.queues.values(), MOST_COMING)]
+        found: list[str] = []
+        while runs and len(found) < MOST_COMING:
+            turn = [(each, run) for each in runs if (run := next(each, None)) is not None]
+            found += [run for _, run in turn]
+            runs = [each for each, _ in turn]
+        return tuple(found[:MOST_COMING])
 
     def _next_steps(self) -> StepRows:
         alone = [step for step in self._steps if step.alone]
         now = alone[:1] or self._steps
         self._steps = [step for step in self._steps if step not in now]
-        return StepRows(tuple(now))
+        return StepRows(tuple(now), self.coming())

@@ -9,7 +9,7 @@ from mint_core.lora.bank import AdapterBank, AdapterRow, Part
 from mint_core.lora.groups import LinearShape, complete
 from mint_core.lora.spec import AdapterSpec
 from trainer_service.engine.optimizer import step_rows
-from trainer_service.engine.rows import TrainedRow
+from trainer_service.engine.trained_row import TrainedRow
 from trainer_service.errors import NonFiniteGradient, NonFiniteStep
 from trainer_service.jobs import AdamParams, StepRow
 

@@ -21,7 +21,7 @@ from trainer_service.jobs import (
     tile_cost,
     tile_tokens,
 )
-from trainer_service.queue.planner import Planner, cut, most_tile_tokens
+from trainer_service.queue.planner import MOST_COMING, Planner, cut, most_tile_tokens
 
 BUDGET = 64
 
@@ -107,9 +107,25 @@ def test_ready_steps_go_together_and_first() -> None:
     planner.add_step(step("b"))
     planner.add_step(step("c"))
 
-    assert planner.next_job() == StepRows((step("b"), step("c")))
+    assert planner.next_job() == StepRows((step("b"), step("c")), coming=("a",))
     assert isinstance(planner.next_job(), Plan)
     assert planner.next_job() is None
+
+
+def test_those_that_come_next_are_named_in_turns_of_tenants_and_few_of_many() -> None:
+    planner = Planner(BUDGET)
+    for i in range(3):
+        planner.add("x", tiles(f"x{i}", 1, BUDGET))
+    planner.add("y", tiles("y0", 1, BUDGET))
+    assert planner.coming() == ("x0", "y0", "x1", "x2")
+    for i in range(3):
+        job = planner.next_job()
+        assert isinstance(job, Plan)
+        assert job.coming == planner.coming()
+        assert len(job.coming) == 3 - i
+    for i in range(1000):
+        planner.add(f"tenant{i}", tiles(f"run{i}", 1, 4))
+    assert len(planner.coming()) == MOST_COMING
 
 
 def test_a_document_above_the_budget_has_a_plan_of_its_own() -> None:

@@ -85,6 +85,15 @@ async def test_a_large_call_takes_several_plans_and_keeps_its_order() -> None:
         assert [len(result.logprobs[0]) for result in computed[0]] == [30] * 5
 
 
+async def test_a_plan_names_the_runs_whose_tiles_come_next() -> None:
+    async with scheduling() as scheduler:
+        answers = await asyncio.gather(
+            *(scheduler.compute("x", tiles(run, 1, 60), 1) for run in ("a", "b", "c"))
+        )
+
+        assert [results[0].metrics["coming:sum"] for results, _ in answers] == [2, 1, 0]
+
+
 async def test_steps_of_many_runs_go_together() -> None:
     async with scheduling() as scheduler:
         results = await asyncio.gather(

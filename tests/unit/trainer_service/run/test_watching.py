@@ -78,7 +78,7 @@ async def test_the_state_comes_first_and_then_every_call_with_its_metrics(tmp_pa
 
     computed, stepped, refused = reader.ends
     assert (computed.sequence, computed.method, computed.step) == (1, "ForwardBackward", 0)
-    assert computed.metrics == {"plan:sum": 1}
+    assert computed.metrics == {"plan:sum": 1, "coming:sum": 0}
     assert (stepped.sequence, stepped.method, stepped.step) == (2, "OptimStep", 1)
     assert stepped.metrics["grad_norm:mean"] == 2
     assert refused.error is not None
