@@ -23,7 +23,8 @@ DELTA: dict[str, Any] = {
 }
 _SHORT: dict[str, Any] = {"head_dim": None, "layer_types": ["conv", "full_attention", "conv"]}
 LFM3: dict[str, Any] = {
-    "layer_types": ["conv", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "sliding_attention", "conv", "full_attention"],
     "sliding_window": 8,
     "conv_bias": True,
 }

@@ -180,7 +180,6 @@ SIGHTS: tuple[Family, ...] = (
         "a state of a short convolution; a gate for each head",
         _EYE,
         tolerance=2e-5,
-        num_hidden_layers=3,
         **LFM3,
     ),
     _state("MiniCPM-V 4.6", "MiniCPMV4_6", model_type="qwen3_5_text"),

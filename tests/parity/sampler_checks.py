@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sampler_service.jobs import Generated, StopReason
+from sampler_service.engine.drawing.randomness import Draw, uniforms
+from sampler_service.jobs import Choice, Continuation, Generated, StopReason
 from tests.models import VOCABULARY_SIZE, own_model
 from tests.sampler_in_process import SamplerEngine
+
+# Of cumulated probability: float32 tells no two tokens apart where the draw is so near to what lies
+# between them, and passes of another shape may draw the other.
+TIE = 3e-6
 
 
 def random_tokens(seed: int, n: int) -> list[int]:
@@ -29,6 +34,38 @@ def assert_bitwise(left: Generated, right: Generated) -> None:
     if left.prompt_logprobs is not None:
         assert right.prompt_logprobs is not None
         assert left.prompt_logprobs.tobytes() == right.prompt_logprobs.tobytes()
+
+
+def assert_same_but_for_ties(
+    folder: Path, wish: Mapping[str, Any], left: Generated, right: Generated, tolerance: float
+) -> None:
+    """Both are the base model's, of one wish at temperature 1; samples that part at a tie are
+    compared up to there.
+    """
+    samples = zip(left.continuations, right.continuations, strict=True)
+    for number, (a, b) in enumerate(samples):
+        n = _parted(a, b)
+        if n < len(a.tokens):
+            first, last = sorted((int(a.tokens[n]), int(b.tokens[n])))
+            logits = _next_logits(folder, [*wish["prompt"], *a.tokens[:n].tolist()])
+            cumulated = logits.double().softmax(-1).cumsum(-1)
+            (drawn,) = uniforms([Draw(Choice(seed=wish["seed"]), number, n)])
+            assert (cumulated[[first, last - 1]] - drawn).abs().max() < TIE
+        np.testing.assert_allclose(a.model_logprobs[:n], b.model_logprobs[:n], atol=tolerance)
+
+
+def _parted(a: Continuation, b: Continuation) -> int:
+    """How many tokens are the same from the beginning on."""
+    pairs = zip(a.tokens.tolist(), b.tokens.tolist(), strict=False)
+    same = next((n for n, (left, right) in enumerate(pairs) if left != right), len(a.tokens))
+    assert same < len(a.tokens) or len(a.tokens) == len(b.tokens)
+    return same
+
+
+@torch.no_grad()
+def _next_logits(folder: Path, tokens: Sequence[int]) -> torch.Tensor:  # [V]
+    logits: torch.Tensor = own_model(folder).eval()(input_ids=torch.tensor([tokens])).logits[0, -1]
+    return logits
 
 
 def bits(generated: Generated) -> list[tuple[bytes, bytes, bytes, StopReason]]:

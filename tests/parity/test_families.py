@@ -37,6 +37,7 @@ from tests.families.renderers import COMPARED
 from tests.family import Family, params
 from tests.models import VOCABULARY_SIZE, load_base, own_model
 from tests.parity.peft_oracle import PeftTrainer
+from tests.parity.sampler_checks import assert_same_but_for_ties
 from tests.sampler_in_process import SamplerEngine
 from trainer_service.checkpoints.apart import Merge
 from trainer_service.engine.engine import Engine
@@ -254,10 +255,22 @@ def test_what_was_sent_away_is_computed_again(family: Served) -> None:
     both = []
     for engine in (tight, family.sampler):
         numbers = [engine.submit(**wish) for wish in wishes]  # type: ignore[arg-type]
-        both.append([engine.answer(number).continuations[0] for number in numbers])
-    for ours, theirs in zip(*both, strict=True):
-        assert ours.tokens.tolist() == theirs.tokens.tolist()
-        np.testing.assert_allclose(ours.model_logprobs, theirs.model_logprobs, atol=TOLERANCE)
+        both.append([engine.answer(number) for number in numbers])
+    for wish, ours, theirs in zip(wishes, *both, strict=True):
+        assert_same_but_for_ties(family.folder, wish, ours, theirs, TOLERANCE)
+
+
+def test_what_parts_where_no_tie_is_is_not_the_same(tmp_path: Path) -> None:
+    folder = named("Qwen 3").make(tmp_path)
+    wish: dict[str, Any] = {"prompt": PROMPT[:9], "max_tokens": 20, "seed": 3}
+    found = SamplerEngine(folder).generate(**wish)
+    assert_same_but_for_ties(folder, wish, found, found, 0.0)
+    tokens = found.continuations[0].tokens.copy()
+    tokens[7] += 1
+    other = dataclasses.replace(found.continuations[0], tokens=tokens)
+    parted = dataclasses.replace(found, continuations=(other,))
+    with pytest.raises(AssertionError):
+        assert_same_but_for_ties(folder, wish, found, parted, 0.0)
 
 
 @pytest.mark.parametrize("refused", params([f for f in FAMILIES if not f.served]))
