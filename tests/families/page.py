@@ -70,6 +70,15 @@ Such a base has a fingerprint of its own. Adapters and training state open where
 in the other kind of type only with `--adapters-across-dtypes`. An export is merged into what the
 float8 weights stand for, so that it is the model that was trained; it is no float8 itself.
 
+## The same tokens on a busy GPU
+
+On a CPU a seed gives the same tokens and logprobs whoever else is served. On a GPU a sampler does
+so with `--batch-invariant`, at a cost in speed (`benchmarks/README.md`), for models whose layers
+are computed in our own forms throughout: of the dense ones below Llama, Qwen 2, 2.5 and 3, Mistral
+and what is built as they are, in bfloat16, float32 and float8, with biases and windows; Gemma 2 and
+3 in float32. Others are refused at start by the part that stands against it: experts, layers with
+state, or a layer's own code. It has not run on a GPU yet; each start tries it.
+
 ## Served
 
 | family | class | of its own |
