@@ -48,7 +48,7 @@ def test_faults_on_ray_lose_and_repeat_nothing(qwen3_folder: Path, tmp_path: Pat
         report = run(tmp_path, qwen3_folder, 1, 1, steps=5, gap=1000, first=first, hosting=where)
 
     assert report.problems == []
-    assert report.kills["nodes"] == 1
+    assert report.kills["nodes"] >= 1
     assert report.kills.total() >= 5
 
 
