@@ -44,6 +44,11 @@ class Adapted:
         """Whether backward adds to any row's gradient."""
         return any(segment.accumulate for segment in self.segments)
 
+    @cached_property
+    def algorithm(self) -> "Algorithm":
+        """That applies them."""
+        return choose(self)
+
     @property
     def covered(self) -> slice:
         """From the first segment to the end of the last."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mint_core.lora import kernels
-from mint_core.lora.algorithms import Adapted, Gradients, choose
+from mint_core.lora.algorithms import Adapted, Gradients
 from mint_core.lora.columns import ActiveColumns
 from mint_core.lora.float8 import side_by_side
 from mint_core.lora.groups import ModuleGroup
@@ -185,7 +185,7 @@ class LinearGroup:
             if adapted is not None or self._context.products:
                 layers = cut.layers(outputs)
                 if adapted is not None:
-                    choose(adapted).forward(flat, layers, adapted, self.group)
+                    adapted.algorithm.forward(flat, layers, adapted, self.group)
                 for product in self._context.products:
                     product.add(flat, layers, self.group)
             return outputs
@@ -286,7 +286,7 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = linears.base(x, cut)
         if adapted is not None:
-            saved = choose(adapted).forward(x, cut.layers(outputs), adapted, linears.group)
+            saved = adapted.algorithm.forward(x, cut.layers(outputs), adapted, linears.group)
             ctx.save_for_backward(x, *saved)
         ctx.linears, ctx.adapted, ctx.cut = linears, adapted, cut
         return outputs
@@ -302,7 +302,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if adapted is not None:
             x, *saved = ctx.saved_tensors
             tensors = Gradients(x, ctx.cut.layers(dys), dx)
-            choose(adapted).backward(tensors, saved, adapted, linears.group)
+            adapted.algorithm.backward(tensors, saved, adapted, linears.group)
         return dx, None, None, None, None
 
 

@@ -42,14 +42,20 @@ class _Stack:
     def __init__(
         self,
         length: int,
-        rows: Tensor,  # [n * length], of the stream
-        real: Tensor,  # [n * length], False where a row only fills up
+        rows: Tensor | slice,  # [n * length], of the stream
+        fillers: Tensor | None = None,  # which of them only fill up
     ) -> None:
         self._length = length
+        self._rows = rows
+        self._fillers = fillers
+
+    @classmethod
+    def of(cls, length: int, rows: Tensor, real: Tensor) -> "_Stack":
+        """`real`: [n * length], False where a row only fills up."""
         whole = slice(int(rows[0]), int(rows[0]) + len(rows))
         side_by_side = torch.equal(rows, torch.arange(whole.start, whole.stop))
-        self._rows = whole if side_by_side else rows
-        self._fillers = None if real.all() else (~real).nonzero()[:, 0]
+        fillers = None if real.all() else (~real).nonzero()[:, 0]
+        return cls(length, whole if side_by_side else rows, fillers)
 
     def take(self, stream: Tensor, *, gradient: bool = False) -> Tensor:
         """[h, T, s] -> [n, h, length, s]. What fills up has no gradient."""
@@ -68,8 +74,15 @@ class Stacks:
         by_length: dict[int, list[tuple[int, int]]] = {}
         for start, stop in itertools.pairwise(bounds):
             by_length.setdefault(filled_up(stop - start), []).append((start, stop))
+        self._back: Tensor | None = None
+        (length, documents), *others = by_length.items()
+        if not others and len(documents) * length == bounds[-1] - bounds[0]:
+            # As they lie: so are most small passes, which are mostly calls.
+            self.stacks = [_Stack(length, slice(bounds[0], bounds[-1]))]
+            return
         parts = [_rows(length, documents) for length, documents in by_length.items()]
-        self.stacks = [_Stack(length, *own) for length, own in zip(by_length, parts, strict=True)]
+        each = zip(by_length, parts, strict=True)
+        self.stacks = [_Stack.of(length, *own) for length, own in each]
         rows, real = map(torch.cat, zip(*parts, strict=True))  # [N]
         places = real.nonzero()[:, 0]
         back = torch.empty_like(places)  # [T], where each row of the stream is among those
