@@ -230,7 +230,7 @@ class LinearGroup:
         return dx
 
     def choose_library(self) -> None:
-        """For passes of many rows."""
+        """Takes the one that is faster with many rows."""
         if self.float8 is None:
             self.product = onednn.faster(self.weight)
 

@@ -14,6 +14,7 @@ from mint_core.engine_host.pipe import ModelDescription
 from mint_core.lora.bank import AdapterBank
 from mint_core.lora.groups import LinearShape, ModuleGroup
 from mint_core.lora.layers import LoraContext
+from mint_core.lora.products import onednn
 from mint_core.lora.segment_tables import Tables
 from mint_core.lora.segments import MIN_ROWS, Segment
 from mint_core.model.attention import AttentionBatch
@@ -65,6 +66,11 @@ class LoadedBase:
     routing: Routing | None = None  # of a model that has experts
     mixers: dict[int, Mixer] = field(default_factory=dict)  # by layer, of those with state
     mixing: MixerContext = field(default_factory=MixerContext)
+    by_onednn: bool = False  # whether any product is, of which kernels are made by rows
+
+    def rows_computed(self, tokens: int) -> int:
+        """How many rows a pass over so many tokens has, so that no product need be filled up."""
+        return onednn.rows_computed(tokens) if self.by_onednn else tokens
 
     def new_bank(self) -> AdapterBank:
         return AdapterBank(self.groups, self.device)

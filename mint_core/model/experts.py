@@ -111,7 +111,7 @@ class _Matrices:
         return bool(self._packed)
 
     def choose_library(self) -> None:
-        """For passes of many rows."""
+        """Takes the one that is faster with many rows."""
         self.product = onednn.faster(self._each[0])
 
     def _products(self, parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
@@ -185,7 +185,7 @@ class Experts:
         return inner
 
     def choose_library(self) -> None:
-        """For passes of many rows."""
+        """Takes the one that is faster with many rows."""
         self._gate_up.choose_library()
         self._down.choose_library()
 

@@ -28,9 +28,9 @@ from mint_core.errors import FailedPrecondition
 from mint_core.hosting.service_config import ServiceConfig
 from mint_core.lora import kernels
 from mint_core.lora.float8 import SCALES
-from mint_core.lora.groups import complete, read_together, watching
+from mint_core.lora.groups import LinearShape, complete, read_together, watching
 from mint_core.lora.layers import LinearGroup, LoraContext, MultiLoraLinear, install
-from mint_core.lora.products.onednn import keep_few_kernels
+from mint_core.lora.products import onednn
 from mint_core.lora.targets import HEAD, linear_shapes
 from mint_core.model import architecture, proof
 from mint_core.model.attention import REGISTERED_NAME, register
@@ -116,7 +116,7 @@ def load_base(
     context.row_wise = batch_invariant and kernels.run_on(place)
     linears = install(model, context, groups)
     if not inference:
-        keep_few_kernels()
+        onednn.keep_few_kernels()
         for together in linears:
             together.choose_library()
     mixer_context = MixerContext()
@@ -163,6 +163,7 @@ def load_base(
         routing=routing,
         mixers=mixers,
         mixing=mixer_context,
+        by_onednn=onednn.product in {own for own, _ in _products(linears, routing)},
     )
     proof.prove(base, expected)
     if type(model).__name__ not in TESTED:
@@ -257,18 +258,11 @@ def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backwa
     """On one thread."""
     if base.device.type != "cpu":
         return False
-    products = [
-        (own.product, base.shapes[name])
-        for own in linears
-        if len(own.weight)  # or it is packed
-        for name in own.group.modules
-    ]
-    products += base.routing.products if base.routing else ()
     with ToldTails():
         apart = documents_are_alike(base.mixers.values()) and proof.bits_are_its_own(
             base, backward=backward
         )
-    if apart and rows_are_alike(products, base.dtype):
+    if apart and rows_are_alike(_products(linears, base.routing), base.dtype):
         return True
     logger.warning(
         "this CPU's libraries round few rows, or the last, otherwise than the rest: results are as "
@@ -276,6 +270,19 @@ def _is_reproducible(base: LoadedBase, linears: Sequence[LinearGroup], *, backwa
         "is lost and nothing need be done, but to unset MKL_CBWR where it is set"
     )
     return False
+
+
+def _products(
+    linears: Sequence[LinearGroup], routing: Routing | None
+) -> list[tuple[onednn.Product, LinearShape]]:
+    """Of all that is not packed, by what and of which shape."""
+    products = [
+        (own.product, LinearShape(own.group.in_features, width))
+        for own in linears
+        if len(own.weight)  # or it is packed
+        for width in own.group.out_features
+    ]
+    return products + (routing.products if routing else [])
 
 
 def _device(device: str) -> torch.device:

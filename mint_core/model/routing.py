@@ -114,7 +114,7 @@ class Routing:
         self._chosen = [None] * len(self.layers)
 
     def choose_library(self) -> None:
-        """For passes of many rows."""
+        """Takes the one that is faster with many rows."""
         for layer in self.layers:
             layer.choose_library()
 

@@ -173,7 +173,7 @@ class Engine:
     ) -> tuple[jobs.TileResult, ...]:
         if self.recorded and (results := self.recorded.run(tiles, rows)) is not None:
             return results
-        packed = pack(tiles, rows, self.base.device, self.base.head.rows_computed)
+        packed = pack(tiles, rows, self.base.device, self.base.rows_computed)
         more = sum(jobs.tile_cost(tile) - jobs.tile_tokens(tile) for tile in tiles)
         self.base.recomputation.on = len(packed.tokens) + more > self.lengths.kept_tokens
         with _deterministic(any(tile.isolated for tile in tiles)):

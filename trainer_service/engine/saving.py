@@ -72,7 +72,7 @@ def engine_traits(base: LoadedBase) -> dict[str, str]:
     """On what a row's numbers may depend, beside all that is in the journal."""
     device = base.device
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    if base.head.rows_computed(1) > 1:
+    if base.by_onednn:
         processor += ", products by oneDNN"
     if base.description.bits_traded_for_speed:
         processor += ", bits traded for speed"

@@ -53,7 +53,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def keep_few_kernels() -> None:
-    """Before oneDNN's first product, for passes of many lengths; unless a user has said."""
+    """Bounds what kernels take where passes have many lengths, unless a user has said how many are
+    kept. Read at oneDNN's first product.
+    """
     os.environ.setdefault(*_KEPT)
 
 
